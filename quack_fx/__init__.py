@@ -1,0 +1,43 @@
+"""quack-fx: find the query/key pairs of any PyTorch model, and train it with QuacK learning-rate scaling.
+
+The public names, loaded on first use: reading a layout or asking for help does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "QKLayout": "layout",
+    "find_qk_pairs": "find",
+    "verify_qk_pairs": "verify",
+    "strip_qk_norm": "strip",
+    "QuacK": "optim",
+    "compile_train_step": "step",
+    "convert": "emit",
+    "QuackError": "errors",
+}
+__all__ = sorted(_HOME)
+
+if TYPE_CHECKING:
+    from quack_fx.emit import convert
+    from quack_fx.errors import QuackError
+    from quack_fx.find import find_qk_pairs
+    from quack_fx.layout import QKLayout
+    from quack_fx.optim import QuacK
+    from quack_fx.step import compile_train_step
+    from quack_fx.strip import strip_qk_norm
+    from quack_fx.verify import verify_qk_pairs
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"quack_fx.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'quack_fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
