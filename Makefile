@@ -1,0 +1,51 @@
+# Every target makes what it needs by itself: a virtual environment with the torch asked for, built once and kept.
+#
+#   make demo                 convert examples/mla.py and train it with the emitted file
+#   make test                 the tests, without those marked slow
+#   make slow                 the slow ones
+#   make lint                 ruff and mypy
+#   make test TORCH=2.11.0    the same on another torch, in an environment of its own
+
+DEFAULT_TORCH := 2.13.0
+TORCH ?= $(DEFAULT_TORCH)
+PYTHON ?= python3
+VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made-with-torch-$(TORCH)
+
+.PHONY: demo test slow lint format setup clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# torch goes first and is pinned by hand, so that no extra pulls in another one.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[hf,dev]" "torch==$(TORCH)"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/quack-fx inspect examples/mla.py
+	mkdir -p .demo
+	$(BIN)/quack-fx convert examples/mla.py -o .demo/train_mla.py --force
+	$(BIN)/python examples/train_text.py .demo/train_mla.py --model examples/mla.py --steps 60
+
+# One thread a worker: the workers already fill the cores.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
