@@ -41,3 +41,7 @@ class StripError(QuackError, ValueError):
 
 class EmitError(QuackError):
     """A training step that cannot be written as source."""
+
+
+class StepError(QuackError, ValueError):
+    """A training step that cannot be taken, for example because the model returns no scalar loss."""
