@@ -1,0 +1,211 @@
+"""DOOR: what a user types -> a model and the example inputs of one forward call.
+
+In: a target, one of
+
+    path/model.py               the file's model: a zero-argument factory (`build_model`), a module that the file
+                                made, or the one nn.Module class that no other class of the file contains
+    path/model.py:NAME          that factory, module or class
+    package.module[:NAME]       the same for anything importable
+    path/config.json            a Hugging Face config, or the folder that holds it
+
+and, where the defaults do not do, expressions that build the model or its inputs. Out: a `Target`. Models are built on
+the meta device when that works, so size does not matter. A target that is not clear is refused, with what to type.
+
+    files.py    a Python file or module becomes a namespace, its own errors become one line
+    pick.py     the model among the names of a namespace
+    hf.py       a Hugging Face config becomes a model; the inputs of such models
+    inputs.py   example inputs from the forward's signature and the model's first layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quack_fx.capture import REAL_LIMIT_BYTES, Capture, capture
+from quack_fx.errors import CaptureError, TargetError
+from quack_fx.targets import hf
+from quack_fx.targets.files import Namespace, evaluate, load, one_line
+from quack_fx.targets.inputs import Inputs, infer
+from quack_fx.targets.pick import Recipe, pick
+
+__all__ = ["Target", "resolve"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model and the arguments of one forward call.
+
+    Attributes:
+        model: The model, in training mode as its constructor left it, often on the meta device.
+        args: Positional arguments of the forward call.
+        kwargs: Keyword arguments of the forward call.
+        title: What was built, in a few words: "GPT(GPTConfig()) of examples/gpt.py".
+        source: The file, module or config that it came from, as the user typed it.
+        how: One sentence on how the model was built and where the inputs come from.
+        recording: The recording made while the inputs were tried, or None where they were not tried.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    title: str
+    source: str
+    how: str
+    recording: Capture | None = None
+
+
+def resolve(
+    target: str,
+    *,
+    build: str | None = None,
+    inputs: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Target:
+    """The model and the example inputs that `target` stands for.
+
+    Arguments:
+        target: A file, a file and a name, a module and a name, or a Hugging Face config; see the docstring of
+            this package.
+        build: Expression that makes the model, evaluated in the file's namespace (torch and nn are there too).
+        inputs: Expression that makes the inputs, evaluated there too (with `model`): a tuple holds positional
+            arguments, a dict keyword arguments, a pair of a tuple and a dict both; anything else is the one argument.
+        progress: Called with a few words before each thing that takes time.
+
+    Returns:
+        The target, with inputs for which the forward runs.
+
+    Raises:
+        TargetError: No model, more than one, or no inputs; in one line that says what was tried and what to type.
+
+    Example:
+        >>> target = resolve("examples/gpt.py", build="GPT(GPTConfig(layers=2))")
+        >>> target.title
+        'GPT(GPTConfig(layers=2)) of examples/gpt.py'
+    """
+    say = progress or (lambda _: None)
+    config = hf.config_path(target)
+    say(f"loading {target}")
+    if config is not None:
+        namespace = hf.namespace(config, target)
+        recipe = _given(build, namespace) if build else hf.recipe(namespace)
+    else:
+        namespace, name = load(target)
+        if build and name:
+            raise TargetError(f"{target!r} names {name!r} and --build {build!r} is given too; give one of them")
+        recipe = _given(build, namespace) if build else pick(namespace, name)
+    return _settle(recipe, namespace, inputs, say)
+
+
+def _given(expression: str, namespace: Namespace) -> Recipe:
+    """Recipe of a --build expression."""
+
+    def make() -> Any:
+        model = evaluate(expression, "--build", namespace)
+        if not isinstance(model, nn.Module):
+            hint = "; call it" if callable(model) else ""
+            raise TargetError(f"--build {expression!r} gives {_kind(model)}, not an nn.Module{hint}")
+        return model
+
+    return Recipe(expression, make)
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _settle(recipe: Recipe, namespace: Namespace, inputs: str | None, say: Callable[[str], None]) -> Target:
+    """Build the model, on meta if that works, and find inputs for which its forward runs."""
+    refusal: TargetError | None = None
+    for device, model in _builds(recipe, namespace, say):
+        where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
+        try:
+            chosen, recording = _try(model, namespace, inputs, say)
+        except TargetError as error:
+            refusal = error  # that of the last build: it has the most real numbers
+            continue
+        origin = "given" if inputs else "inferred"
+        return Target(
+            model=model,
+            args=chosen.args,
+            kwargs=chosen.kwargs,
+            title=f"{recipe.text} of {namespace.source}",
+            source=namespace.source,
+            how=f"{recipe.text}, built {where}; inputs {chosen.text} ({origin})",
+            recording=recording,
+        )
+    assert refusal is not None  # the last build either raised or was tried
+    raise refusal
+
+
+def _builds(recipe: Recipe, namespace: Namespace, say: Callable[[str], None]) -> Iterator[tuple[str, nn.Module]]:
+    """The model on meta, then for real; whichever can be built and may help."""
+    if recipe.made:
+        yield "real", recipe.make()
+        return
+    on_meta: nn.Module | None = None
+    say(f"building {recipe.text} on the meta device")
+    try:
+        with torch.device("meta"):
+            on_meta = recipe.make()
+    except TargetError:
+        raise
+    except Exception:
+        pass  # constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything
+    if on_meta is not None:
+        yield "meta", on_meta
+        if sum(p.numel() * p.element_size() for p in on_meta.parameters()) > REAL_LIMIT_BYTES:
+            return
+    say(f"building {recipe.text} for real")
+    try:
+        model = recipe.make()
+    except TargetError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"building {recipe.text} fails: {one_line(error, namespace)}") from error
+    yield "real", model
+
+
+def _try(
+    model: nn.Module, namespace: Namespace, inputs: str | None, say: Callable[[str], None]
+) -> tuple[Inputs, Capture]:
+    """The first inputs for which the forward runs, with the recording of that run."""
+    name = type(model).__name__
+    candidates = [_given_inputs(inputs, namespace, model)] if inputs else infer(model, name)
+    first: Exception | None = None
+    for candidate in candidates:
+        say(f"recording the forward of {name} on {candidate.text}")
+        try:
+            return candidate, capture(model, candidate.args, candidate.kwargs)
+        except CaptureError as error:
+            first = first or (error if error.__cause__ is None else _as_exception(error.__cause__))
+    assert first is not None  # there is at least one candidate
+    reason = str(first) if isinstance(first, CaptureError) else one_line(first, namespace)
+    tried = "; ".join(c.text for c in candidates[:3]) + (f"; {len(candidates) - 3} more" if len(candidates) > 3 else "")
+    if inputs:
+        raise TargetError(f"the forward of {name} fails on --inputs {inputs!r}: {reason}") from first
+    raise TargetError(
+        f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason}; "
+        'give them, for example --inputs "torch.randint(0, 64, (2, 16))"'
+    ) from first
+
+
+def _as_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(str(error))
+
+
+def _given_inputs(expression: str, namespace: Namespace, model: nn.Module) -> Inputs:
+    value = evaluate(expression, "--inputs", namespace, {"model": model})
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], Mapping):
+        args, kwargs = value[0], dict(value[1])
+    elif isinstance(value, Mapping):
+        args, kwargs = (), dict(value)
+    else:
+        args, kwargs = value if isinstance(value, tuple) else (value,), {}
+    if not all(isinstance(key, str) for key in kwargs):
+        raise TargetError(f"--inputs {expression!r} gives a dict whose keys are not names of forward's parameters")
+    return Inputs(args, kwargs, expression)
