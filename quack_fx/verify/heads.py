@@ -1,0 +1,126 @@
+"""Heads in a tensor of logits, and seeds that stay inside one.
+
+In: a softmax and one of its logit products. Out: for every plausible reading of "axis of heads" the head of each logit;
+which operand holds the keys; and for a head, a seed on each operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from quack_fx.verify.watch import Product, Softmax
+
+
+@dataclass
+class Operand:
+    """One side of a logit product: where its gradient is seeded, its value, and its contracted axis."""
+
+    edge: GradientEdge | None
+    value: Tensor
+    axis: int
+    position: int
+
+
+def head_labels(softmax: Softmax, heads: int) -> Iterator[Tensor]:
+    """Readings of the logits' shape: int tensors that broadcast to it and name the head of each logit.
+
+    The usual place of the head axis comes first; then any other axis of that size, a pair of axes (key heads, and
+    query heads that share one), and an axis that folds heads and batch.
+    """
+    ndim = len(softmax.shape)
+    free = [a for a in range(ndim) if a != softmax.dim]
+    free.sort(key=lambda a: (a != ndim - 3, a))
+
+    def along(axis: int, labels: Tensor) -> Tensor:
+        return labels.view([-1 if a == axis else 1 for a in range(ndim)])
+
+    if heads == 1:
+        yield torch.zeros([1] * ndim, dtype=torch.long)
+        return
+    for axis in free:
+        if softmax.shape[axis] == heads:
+            yield along(axis, torch.arange(heads))
+    for axis in range(ndim - 1):
+        outer, inner = softmax.shape[axis : axis + 2]
+        if softmax.dim not in (axis, axis + 1) and outer * inner == heads and min(outer, inner) > 1:
+            yield along(axis, torch.arange(outer)) * inner + along(axis + 1, torch.arange(inner))
+    for axis in free:
+        size = softmax.shape[axis]
+        if size > heads and size % heads == 0:
+            yield along(axis, torch.arange(size) % heads)
+            yield along(axis, torch.arange(size) // (size // heads))
+
+
+def operands(product: Product, softmax: Softmax) -> tuple[Operand, Operand] | None:
+    """Query and key operand of a logit product; None when that cannot be told.
+
+    The softmax runs over the keys. So a gradient on all logits of one key touches one entry of the key operand's free
+    axis and many of the query operand's. A single query has a free axis of one entry, which says it as well.
+    """
+    left, right = product.factors
+    if any(product.args[i].ndim != 3 for i in (left, right)) or product.node is None:
+        return None
+    queries, keys = product.args[left].shape[-2], product.args[right].shape[-1]
+    if 1 in (queries, keys):
+        key = left if keys == 1 else right
+    else:
+        for index in range(softmax.shape[softmax.dim]):
+            seed = torch.zeros(softmax.shape, dtype=softmax.dtype, device=softmax.device)
+            seed.select(softmax.dim, index).fill_(1.0)
+            used = product_gradient(softmax, product, seed).any(0)
+            rows, columns = int(used.any(1).sum()), int(used.any(0).sum())
+            if min(rows, columns) == 1 < max(rows, columns):
+                key = left if rows == 1 else right
+                break
+        else:
+            return None
+    query = left if key == right else right
+
+    def operand(position: int) -> Operand:
+        axis = -1 if position == left else -2
+        return Operand(product.edges[position], product.args[position], axis, position)
+
+    return operand(query), operand(key)
+
+
+def product_gradient(softmax: Softmax, product: Product, seed: Tensor) -> Tensor:
+    """Gradient at a logit product's result, given one at the softmax's input."""
+    assert product.node is not None
+    (gradient,) = torch.autograd.grad([softmax.logits], [GradientEdge(product.node, 0)], [seed], retain_graph=True)
+    return gradient
+
+
+def head_seed(softmax: Softmax, product: Product, operand: Operand, labels: Tensor, head: int, noise: Tensor) -> Tensor:
+    """Gradient on an operand that reaches the features of one head and no others.
+
+    Arguments:
+        softmax: The softmax.
+        product: The logit product.
+        operand: The side to seed.
+        labels: Head of each logit, from `head_labels`.
+        head: The head.
+        noise: Random numbers in the operand's shape.
+
+    Returns:
+        The seed. It is random, so that no rows cancel, and at each position orthogonal to the operand itself: a norm's
+        statistic, which would spread the gradient over all features it covers, then receives none.
+    """
+    mask = (labels.to(softmax.device) == head).to(softmax.dtype).expand(softmax.shape)
+    touched = product.replay(product_gradient(softmax, product, mask))[operand.position]
+    # A feature that a zero of the other operand hides belongs to the head as well: decide by position.
+    here = (touched != 0).any(operand.axis, keepdim=True)
+    return orthogonal(noise * here, operand)
+
+
+def orthogonal(seed: Tensor, operand: Operand) -> Tensor:
+    """Seed without its part along the operand's own vectors."""
+    if operand.value.shape[operand.axis] < 2:
+        return seed
+    length = operand.value.square().sum(operand.axis, keepdim=True)
+    along = (seed * operand.value).sum(operand.axis, keepdim=True) / length.clamp_min(torch.finfo(seed.dtype).tiny)
+    return seed - along * operand.value
