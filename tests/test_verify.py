@@ -6,6 +6,7 @@ The layouts are written by hand, from the models' own documentation of their wei
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from quack_fx.errors import VerifyError
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, Role, WeightBlock
@@ -108,8 +108,6 @@ def example(file: str) -> Any:
     spec = importlib.util.spec_from_file_location(file, EXAMPLES / f"{file}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[file] = module
     spec.loader.exec_module(module)
     return module
@@ -341,13 +339,29 @@ def two_heads_taken_for_one(s: AttentionSite) -> AttentionSite | None:
         pairs = zip(block.heads[::2], block.heads[1::2], strict=True)
         return replace(block, heads=tuple(a + b for a, b in pairs))
 
-    return site(s.name, merge(s.query[0]), merge(s.key[0]), 2 * s.head_dim)
+    return site(s.name, merge(s.query[0]), merge(s.key[0]), 2 * s.head_dim, qk_norm=s.qk_norm)
 
 
 def query_bias_forgotten(s: AttentionSite) -> AttentionSite | None:
     if s.query[0].bias is None:
         return None
     return replace(s, query=tuple(replace(b, bias=None) for b in s.query))
+
+
+def every_other_head_taken_for_one(s: AttentionSite) -> AttentionSite | None:
+    """Half as many heads, each made of two that are not neighbours."""
+    if s.kind != "mha" or len(s.query) > 1 or s.query_heads % 2:
+        return None
+    half = s.query_heads // 2
+
+    def merge(block: WeightBlock) -> WeightBlock:
+        return replace(block, heads=tuple(a + b for a, b in zip(block.heads[:half], block.heads[half:], strict=True)))
+
+    return site(s.name, merge(s.query[0]), merge(s.key[0]), 2 * s.head_dim, qk_norm=s.qk_norm)
+
+
+def qk_norm_forgotten(s: AttentionSite) -> AttentionSite | None:
+    return replace(s, qk_norm=()) if s.qk_norm and s.qk_norm[0].width == s.head_dim else None
 
 
 def term_forgotten(s: AttentionSite) -> AttentionSite | None:
@@ -380,6 +394,8 @@ MUTATIONS = [
     all_heads_read_all_rows,
     head_map_rolled,
     two_heads_taken_for_one,
+    every_other_head_taken_for_one,
+    qk_norm_forgotten,
     query_bias_forgotten,
     term_forgotten,
     chains_crossed,
@@ -387,16 +403,22 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.__name__)
-def test_false_layout_is_refuted(case: Case, mutation: Callable[[AttentionSite], AttentionSite | None]) -> None:
-    """Each mutation changes the meaning of one site; it must raise and name that site."""
-    target = len(case.layout.sites) - 1
-    false = mutation(case.layout.sites[target])
-    if false is None:
-        pytest.skip("does not apply to this attention")
-    layout = replace(case.layout, sites=(*case.layout.sites[:target], false))
-    with pytest.raises(VerifyError, match=f"^site '{false.name}': "):
-        verify_qk_pairs(case.model, layout, **case.inputs)
+def test_every_false_layout_is_refuted(case: Case) -> None:
+    """Each mutation changes the meaning of the last site; each must raise and name that site."""
+    *others, last = case.layout.sites
+    survivors = []
+    for mutation in MUTATIONS:
+        if (false := mutation(last)) is None:  # does not apply to this attention
+            continue
+        assert false != last, mutation.__name__
+        try:
+            verify_qk_pairs(case.model, replace(case.layout, sites=(*others, false)), **case.inputs)
+        except VerifyError as error:
+            assert str(error).startswith(f"site {false.name!r}: "), error
+            assert "\n" not in str(error)
+        else:
+            survivors.append(mutation.__name__)
+    assert not survivors
 
 
 def test_weights_of_another_layer_are_refuted() -> None:
@@ -411,3 +433,111 @@ def test_forgotten_attention_is_refuted() -> None:
     case = gpt2()
     with pytest.raises(VerifyError, match=r"attention runs in module 'transformer.h.1.attn'"):
         verify_qk_pairs(case.model, replace(case.layout, sites=case.layout.sites[:1]), **case.inputs)
+
+
+# -- what cannot be told, and bad input --------------------------------------------------------------------------------
+
+
+class Outside(nn.Module):
+    """Attention whose logits autograd does not see through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.q, self.k))
+        with torch.no_grad():
+            weights = (q @ k.mT).softmax(-1)
+        return weights @ q
+
+
+class NormOverAll(nn.Module):
+    """Attention whose layer norm over the full width ties its heads together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.q_norm, self.k_norm = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = self.q_norm(self.q(x)), self.k_norm(self.k(x))
+        q, k = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (q, k))
+        return (q @ k.mT).softmax(-1) @ k
+
+
+@pytest.mark.parametrize(
+    ("model", "norms", "reason"),
+    [
+        (Outside(), (), "no softmax ran for it where gradients can be followed"),
+        (NormOverAll(), (Norm("query", "layer", 8), Norm("key", "layer", 8)), "ties all heads together"),
+    ],
+)
+def test_what_cannot_be_told_is_not_proved(model: nn.Module, norms: tuple[Norm, ...], reason: str) -> None:
+    query, key = WeightBlock("q.weight", "q", 0, heads(2, 4)), WeightBlock("k.weight", "k", 0, heads(2, 4))
+    report = verify_qk_pairs(model, QKLayout((site("", query, key, 4, qk_norm=norms),)), torch.randn(2, 5, 8))
+    assert not report.proved
+    assert not report.complete
+    assert reason in report.not_proved[0].reason
+
+
+def test_model_on_meta_is_filled_with_random_numbers() -> None:
+    with torch.device("meta"):
+        case = llama()
+    assert verify_qk_pairs(case.model, case.layout, **case.inputs).complete
+    assert all(p.is_meta for p in case.model.parameters())
+
+
+def test_precision_mode_and_randomness_are_left_alone() -> None:
+    case = our_gpt()
+    model = case.model.to(torch.bfloat16).train().requires_grad_(False)
+    state = torch.get_rng_state()
+    assert verify_qk_pairs(model, case.layout, **case.inputs).complete
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_zero_weights_hide_nothing() -> None:
+    case = our_gpt()
+    for parameter in case.model.parameters():
+        nn.init.zeros_(parameter)
+    assert verify_qk_pairs(case.model, case.layout, **case.inputs).complete
+
+
+def giant() -> Case:
+    with torch.device("meta"):
+        return hugging_face("llama", [], hidden_size=16384, num_hidden_layers=4, intermediate_size=4096)
+
+
+def renamed() -> Case:
+    case = our_gpt()
+    first = case.layout.sites[0]
+    return replace(case, layout=QKLayout((replace(first, query=(replace(first.query[0], param="blocks.0.q"),)),)))
+
+
+def too_far() -> Case:
+    case = our_gpt()
+    first = case.layout.sites[0]
+    return replace(case, layout=QKLayout((replace(first, key=(moved(first.key[0], 10_000),)),)))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (giant, r"verify the same architecture with fewer layers and a smaller width$"),
+        (renamed, r"names 'blocks.0.q', which GPT does not have$"),
+        (too_far, r"claims rows up to 10384 on axis 0 of 'blocks.0.attn.qkv.weight', which has shape \[576, 192\]$"),
+        (
+            lambda: replace(our_gpt(), inputs={"ids": IDS}),
+            r"TypeError: .*; give the inputs that find_qk_pairs was given$",
+        ),
+        (lambda: replace(our_gpt(), inputs={"idx": IDS.to("meta")}), r"an example input is on meta"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(build: Callable[[], Case], message: str) -> None:
+    case = build()
+    with pytest.raises(VerifyError, match=message) as error:
+        verify_qk_pairs(case.model, case.layout, **case.inputs)
+    assert "\n" not in str(error.value)

@@ -11,6 +11,7 @@ because the logits are made inside a fused kernel, say, is listed as not proved 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -128,7 +129,7 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
             raise
         except Exception as error:
             raise VerifyError(
-                f"the forward of {type(model).__name__} fails on random weights: {type(error).__name__}: {error}; "
+                f"the forward of {type(model).__name__} fails on random weights: {_first_line(error)}; "
                 "give the inputs that find_qk_pairs was given"
             ) from error
     chains = Chains(copy, recording)
@@ -217,6 +218,10 @@ def _check_names(model: nn.Module, layout: QKLayout) -> None:
                 )
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def _random_copy(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], generator: torch.Generator
 ) -> nn.Module:
@@ -230,7 +235,7 @@ def _random_copy(
     try:
         copy = deepcopy(model).eval()
     except Exception as error:
-        raise VerifyError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
+        raise VerifyError(f"{type(model).__name__} cannot be copied: {_first_line(error)}") from error
     if any(t.is_meta for t in (*copy.parameters(), *copy.buffers())):
         copy = copy.to_empty(device="cpu")
         for buffer in copy.buffers():
@@ -248,7 +253,7 @@ def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:
     """Weights of a size that keeps activations near one; gains, biases and scalars between 0.5 and 1.5."""
     if parameter.ndim < 2:
         return torch.rand(parameter.shape, generator=generator) + 0.5
-    return torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+    return torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
 
 
 def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:

@@ -135,6 +135,22 @@ class Chains:
                     _add(total, self.gradients(source, factor.outer, part))
         return total
 
+    def size_response(self, edge: GradientEdge, factors: Sequence[Factor], seed: Tensor) -> Tensor:
+        """Derivative of <seed, operand> when the nearest products of its tree grow by a common factor.
+
+        By Euler's rule it is the operand's own part along the seed where the operand is linear in them, and zero where
+        a norm has taken their size away.
+        """
+        nodes = [GradientEdge(f.product.node, 0) for f in factors if f.product.node is not None]
+        arriving = torch.autograd.grad([edge], nodes, [seed], retain_graph=True, allow_unused=True) if nodes else ()
+        response = seed.new_zeros(())
+        for factor, gradient in zip(factors, arriving, strict=True):
+            if gradient is not None:
+                parts = factor.product.replay(gradient)
+                own = [i for i in (*factor.weights, factor.product.added) if i in parts]
+                response = response + sum((parts[i] * factor.product.args[i]).sum() for i in own)
+        return response
+
     def added_biases(
         self, edge: GradientEdge, seed: Tensor, names: Iterable[str], model: nn.Module
     ) -> dict[str, Tensor]:

@@ -21,6 +21,9 @@ from quack_fx.verify.watch import Product, Softmax
 COUPLED = 1e-3
 """Below this part of the largest gradient a row counts as untouched, where a norm leaves rounding behind."""
 
+NORMED = 1e-2
+"""Below this part of the whole, what an operand owes to the size of its weights is a norm's epsilon."""
+
 SIDES: tuple[Side, Side] = ("query", "key")
 Rows = frozenset[int]
 
@@ -68,19 +71,22 @@ class SiteCheck:
             VerifyError: The claim is wrong.
             CannotTell: It can be neither proved nor refuted.
         """
-        self._check_norms()
+        self._check_coupling()
         parts = self._parts()
         self._check_chains(parts)
         found = self._find_heads(parts)
         for head in range(self.site.query_heads):
             for side in SIDES:
                 self._check_head(head, side, found[head][side])
+        for side in SIDES:
+            self._check_norm(parts, side)
         self._check_terms(parts)
         return self.checks
 
     # -- what stands behind the logits -------------------------------------------------------------------------------
 
-    def _check_norms(self) -> None:
+    def _check_coupling(self) -> None:
+        """A norm that also takes the mean ties heads together in a way that no seed avoids."""
         for norm in self.site.qk_norm:
             if norm.kind not in ("rms", "l2", "batch") and norm.width > self.site.head_dim:
                 raise CannotTell(
@@ -150,6 +156,7 @@ class SiteCheck:
         """Rows that receive a gradient, by head and side, under the reading of the shape that tells heads apart."""
         best: list[dict[Side, dict[str, Rows]]] = []
         most = 0
+        split = False
         for labels in head_labels(self.softmax, self.site.query_heads):
             found = [
                 {side: self._rows_of_head(parts, labels, head, side) for side in SIDES}
@@ -157,13 +164,31 @@ class SiteCheck:
             ]
             distinct = len({tuple(tuple(sorted(rows[side].items())) for side in SIDES) for rows in found})
             if distinct > most:
-                best, most = found, distinct
-            if distinct == self.site.query_heads:
+                split = not self._is_finest(parts, labels, found[0])
+                best, most = (best, most) if split else (found, distinct)
+            if most == self.site.query_heads:
                 break
+        shape = "x".join(map(str, self.softmax.shape))
+        if split and not best:
+            raise self._error(f"its {shape} logits fall into more than the {self.site.query_heads} heads claimed")
         if most <= 1 < self.site.query_heads:
-            shape = "x".join(map(str, self.softmax.shape))
             raise CannotTell(f"no axis of its {shape} logits tells {self.site.query_heads} heads apart")
         return best
+
+    def _is_finest(self, parts: list[_Part], labels: Tensor, first: Mapping[Side, Mapping[str, Rows]]) -> bool:
+        """Whether no further axis splits the rows of head 0, as it would if two heads were taken for one."""
+        shape = self.softmax.shape
+        for axis in range(len(shape)):
+            if axis == self.softmax.dim or shape[axis] == 1:
+                continue
+            outside = torch.ones(shape[axis], dtype=torch.bool)
+            outside[0] = False
+            slice_labels = labels.masked_fill(outside.view([-1 if a == axis else 1 for a in range(len(shape))]), -1)
+            for side in SIDES:
+                rows = self._rows_of_head(parts, slice_labels, 0, side)
+                if any(first[side].get(name) != part for name, part in rows.items()):
+                    return False
+        return True
 
     def _rows_of_head(self, parts: list[_Part], labels: Tensor, head: int, side: Side) -> dict[str, Rows]:
         gradients: dict[str, Tensor] = {}
@@ -216,6 +241,24 @@ class SiteCheck:
                     f"head {head}, {side} side: {name!r} receives a gradient in {_spell(have)}, "
                     f"the layout claims {_spell(want)}"
                 )
+
+    def _check_norm(self, parts: list[_Part], side: Side) -> None:
+        """Logits are blind to the size of the weights exactly where a QK norm is claimed."""
+        kinds = {norm.kind for norm in self.site.qk_norm if norm.side == side}
+        if kinds & {"batch", "other"}:
+            return
+        response = whole = 0.0
+        for part in parts:
+            operand = part.operand[side]
+            if operand.edge is not None:
+                whole += float(operand.value.square().sum())
+                response += float(self.chains.size_response(operand.edge, part.factors[side], operand.value))
+        blind = abs(response) < NORMED * whole
+        self.checks += 1
+        if blind and not kinds:
+            raise self._error(f"its {side} side passes a norm, so its logits do not depend on the size of the weights")
+        if kinds and not blind:
+            raise CannotTell(f"its {side} norm leaves a part of the logits that depends on the size of the weights")
 
     # -- terms -------------------------------------------------------------------------------------------------------
 
