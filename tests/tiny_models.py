@@ -1,0 +1,252 @@
+"""Tiny real models, each with its true layout written by hand from the models' own documentation of their weights.
+
+In: a name of `CASES`. Out: a `Case` of model, inputs and layout. No finder is involved.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, Role, WeightBlock
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+IDS = torch.arange(2 * 7).remainder(11).view(2, 7) + 3
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
+
+
+def heads(count: int, width: int, start: int = 0, stride: int | None = None) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Rows of each head: `width` of them, every `stride` rows, from `start` on."""
+    stride = width if stride is None else stride
+    return tuple(((start + h * stride, start + h * stride + width),) for h in range(count))
+
+
+def site(name: str, query: WeightBlock, key: WeightBlock, width: int, **more: Any) -> AttentionSite:
+    """A site with one block on each side."""
+    n, m = len(query.heads), len(key.heads)
+    kind = "mha" if n == m else "mqa" if m == 1 else "gqa"
+    fields: dict[str, Any] = {
+        "cross": False,
+        "calls": 1,
+        "query_heads": n,
+        "key_heads": m,
+        "head_dim": width,
+        "head_map": tuple(h // (n // m) for h in range(n)),
+        "query": (query,),
+        "key": (key,),
+        "terms": (LogitTerm((0,), (0,)),),
+    }
+    return AttentionSite(name, kind, **{**fields, **more})
+
+
+def separate(name: str, q: str, k: str, n: int, m: int, width: int, bias: bool = False, **more: Any) -> AttentionSite:
+    """A site whose queries and keys come out of two matrices of their own."""
+
+    def block(at: str, role: Role, count: int) -> WeightBlock:
+        return WeightBlock(f"{name}.{at}.weight", role, 0, heads(count, width), f"{name}.{at}.bias" if bias else None)
+
+    return site(name, block(q, "q", n), block(k, "k", m), width, **more)
+
+
+def fused(name: str, at: str, n: int, width: int, *, k: int, stride: int | None = None, axis: int = 0) -> AttentionSite:
+    """A site whose queries and keys come out of one matrix with a bias; keys start at row `k`."""
+    weight, bias = f"{name}.{at}.weight", f"{name}.{at}.bias"
+    query = WeightBlock(weight, "q", axis, heads(n, width, 0, stride), bias)
+    return site(name, query, WeightBlock(weight, "k", axis, heads(n, width, k, stride), bias), width)
+
+
+def latent(
+    name: str, n: int, nope: int, rope: int, value: int, ranks: tuple[int, int], names: tuple[str, ...]
+) -> AttentionSite:
+    """An MLA site in DeepSeek's arrangement: up projections per head, the shared rotated key beside the latent."""
+    dq, uq, dkv, ukv = (f"{name}.{at}.weight" for at in names)
+    whole = ((0, ranks[0]),)
+    return AttentionSite(
+        name=name,
+        kind="mla",
+        cross=False,
+        calls=1,
+        query_heads=n,
+        key_heads=n,
+        head_dim=nope + rope,
+        head_map=tuple(range(n)),
+        query=(
+            WeightBlock(uq, "uq", 0, heads(n, nope, 0, nope + rope)),
+            WeightBlock(uq, "qr", 0, heads(n, rope, nope, nope + rope)),
+            WeightBlock(dq, "dq", 0, (whole,) * n),
+        ),
+        key=(
+            WeightBlock(ukv, "uk", 0, heads(n, nope, 0, nope + value)),
+            WeightBlock(dkv, "dkv", 0, (((0, ranks[1]),),) * n),
+            WeightBlock(dkv, "kr", 0, (((ranks[1], ranks[1] + rope),),) * n),
+        ),
+        terms=(LogitTerm((0, 2), (0, 1)), LogitTerm((1, 2), (2,))),
+    )
+
+
+def example(file: str) -> Any:
+    """Module of an example file."""
+    spec = importlib.util.spec_from_file_location(file, EXAMPLES / f"{file}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its inputs and its true layout."""
+
+    model: nn.Module
+    inputs: dict[str, Any]
+    layout: QKLayout
+
+
+def hugging_face(kind: str, sites: list[AttentionSite], auto: str = "AutoModelForCausalLM", **config: Any) -> Case:
+    """A tiny model of transformers."""
+    attention = config.pop("attention", "sdpa")
+    built = transformers.AutoConfig.for_model(kind, **{**SMALL, **config})
+    model = getattr(transformers, auto).from_config(built, attn_implementation=attention)
+    inputs = {"input_ids": IDS}
+    if kind == "t5":
+        inputs["decoder_input_ids"] = IDS[:, :5]
+    else:
+        inputs["use_cache"] = False
+    return Case(model, inputs, QKLayout(tuple(sites)))
+
+
+def norms(name: str, width: int, kind: Any = "rms") -> tuple[Norm, ...]:
+    return tuple(
+        Norm(side, kind, width, f"{name}.{at}_norm", f"{name}.{at}_norm.weight")
+        for side, at in (("query", "q"), ("key", "k"))
+    )
+
+
+def llama(attention: str = "sdpa") -> Case:
+    sites = [separate(f"model.layers.{i}.self_attn", "q_proj", "k_proj", 4, 2, 8) for i in range(2)]
+    return hugging_face("llama", sites, num_key_value_heads=2, attention=attention)
+
+
+def qwen3() -> Case:
+    names = [f"model.layers.{i}.self_attn" for i in range(2)]
+    sites = [separate(n, "q_proj", "k_proj", 4, 2, 8, qk_norm=norms(n, 8)) for n in names]
+    return hugging_face("qwen3", sites, num_key_value_heads=2, head_dim=8)
+
+
+def olmo2() -> Case:
+    names = [f"model.layers.{i}.self_attn" for i in range(2)]
+    sites = [separate(n, "q_proj", "k_proj", 4, 4, 8, qk_norm=norms(n, 32)) for n in names]
+    return hugging_face("olmo2", sites, num_key_value_heads=4)
+
+
+def gpt2() -> Case:
+    sites = [fused(f"transformer.h.{i}.attn", "c_attn", 4, 8, k=32, axis=1) for i in range(2)]
+    return hugging_face("gpt2", sites, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+
+
+def gpt_neox() -> Case:
+    sites = [fused(f"gpt_neox.layers.{i}.attention", "query_key_value", 4, 8, k=8, stride=24) for i in range(2)]
+    return hugging_face("gpt_neox", sites)
+
+
+def bloom() -> Case:
+    sites = [fused(f"transformer.h.{i}.self_attention", "query_key_value", 4, 8, k=8, stride=24) for i in range(2)]
+    return hugging_face("bloom", sites, n_layer=2, n_head=4, attention="eager")
+
+
+def bert() -> Case:
+    sites = [separate(f"encoder.layer.{i}.attention.self", "query", "key", 4, 4, 8, bias=True) for i in range(2)]
+    return hugging_face("bert", sites, auto="AutoModel")
+
+
+def albert() -> Case:
+    name = "encoder.albert_layer_groups.0.albert_layers.0.attention"
+    sites = [separate(name, "query", "key", 4, 4, 8, bias=True, calls=2)]
+    return hugging_face("albert", sites, auto="AutoModel", embedding_size=16)
+
+
+def t5() -> Case:
+    def at(name: str, **more: Any) -> AttentionSite:
+        return separate(name, "q", "k", 4, 4, 8, **more)
+
+    sites = [at(f"encoder.block.{i}.layer.0.SelfAttention") for i in range(2)]
+    sites += [at(f"decoder.block.{i}.layer.0.SelfAttention") for i in range(2)]
+    sites += [at(f"decoder.block.{i}.layer.1.EncDecAttention", cross=True) for i in range(2)]
+    return hugging_face("t5", sites, auto="AutoModel", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+
+
+def deepseek_v3() -> Case:
+    names = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    sites = [latent(f"model.layers.{i}.self_attn", 4, 8, 4, 8, (24, 16), names) for i in range(2)]
+    return hugging_face(
+        "deepseek_v3",
+        sites,
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    )
+
+
+def our_mla() -> Case:
+    module = example("mla")
+    names = ("q_down", "q_up", "kv_down", "kv_up")
+    sites = [latent(f"blocks.{i}.attn", 6, 32, 16, 32, (96, 64), names) for i in range(2)]
+    return Case(module.MLATransformer(module.MLAConfig(layers=2)), {"idx": IDS}, QKLayout(tuple(sites)))
+
+
+def our_gpt() -> Case:
+    module = example("gpt")
+    sites = [fused(f"blocks.{i}.attn", "qkv", 6, 32, k=192) for i in range(2)]
+    return Case(module.GPT(module.GPTConfig(layers=2)), {"idx": IDS}, QKLayout(tuple(sites)))
+
+
+def torch_mha() -> Case:
+    model = nn.MultiheadAttention(16, 4, batch_first=True)
+    query = WeightBlock("in_proj_weight", "q", 0, heads(4, 4), "in_proj_bias")
+    key = WeightBlock("in_proj_weight", "k", 0, heads(4, 4, 16), "in_proj_bias")
+    x = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(1))  # batch, length and heads all 4
+    return Case(model, {"query": x, "key": x, "value": x}, QKLayout((site("", query, key, 4),)))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "llama": llama,
+    "llama_eager": lambda: llama("eager"),
+    "qwen3": qwen3,
+    "olmo2": olmo2,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
+    "bloom": bloom,
+    "bert": bert,
+    "albert": albert,
+    "t5": t5,
+    "deepseek_v3": deepseek_v3,
+    "our_gpt": our_gpt,
+    "our_mla": our_mla,
+    "torch_mha": torch_mha,
+}
