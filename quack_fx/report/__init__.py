@@ -1,0 +1,60 @@
+"""USER: layout -> what a person reads: rich text for a terminal, a self-contained HTML page.
+
+In: a `QKLayout` and `Facts` about how it was found. Out: `overview` and `pair` (rich renderables), `html` (a string).
+The JSON is the layout's own (`QKLayout.to_dict`). No torch is imported, so a saved layout can be shown anywhere.
+
+    facts.py      what is known besides the layout, and sums
+    groups.py     equal layers as one group; rows, scales, norms, head maps and factors in words
+    terminal.py   the table of groups, the lists, the tree of one pair
+    graph.py      the pair graph, and its drawing
+    html.py       the page
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from rich.console import RenderableType
+
+from quack_fx.errors import LayoutError
+from quack_fx.layout import AttentionSite, QKLayout
+from quack_fx.report.facts import Facts
+from quack_fx.report.html import page
+from quack_fx.report.terminal import Overview, pair_tree
+
+__all__ = ["Facts", "find_site", "html", "overview", "pair"]
+
+
+def overview(layout: QKLayout, facts: Facts) -> RenderableType:
+    """Everything that was found, one row per group of equal layers; for `rich.console.Console.print`."""
+    return Overview(layout, facts)
+
+
+def pair(site: AttentionSite, facts: Facts) -> RenderableType:
+    """One attention as a tree; for `rich.console.Console.print`."""
+    return pair_tree(site, facts)
+
+
+def html(layout: QKLayout, facts: Facts) -> str:
+    """The page, complete."""
+    return page(layout, facts)
+
+
+def find_site(layout: QKLayout, name: str) -> AttentionSite:
+    """The site called `name`, or the only one whose name ends with it.
+
+    Raises:
+        LayoutError: No site is called so, or several are.
+    """
+    exact = [site for site in layout.sites if site.name == name]
+    found = exact or [site for site in layout.sites if site.name.endswith("." + name)]
+    if len({site.name for site in found}) == 1:
+        return found[0]
+    if found:
+        raise LayoutError(
+            f"{name!r} ends the names of {len(found)} attentions; give one in full, such as {found[0].name!r}"
+        )
+    names = [site.name for site in layout.sites]
+    close = difflib.get_close_matches(name, names, 1, cutoff=0.3) or names[:1]
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise LayoutError(f"no attention is called {name!r}{hint}")

@@ -1,0 +1,73 @@
+"""USER: what is known about a finding besides the layout, for the head of a report.
+
+In: plain values. Out: `Facts`, and sums over a layout. No torch here: a report can be made of a layout's JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from quack_fx.layout import QKLayout
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How a layout was found.
+
+    Attributes:
+        title: What was looked at.
+        how: How it was built, and on which inputs its forward was recorded.
+        way: "hybrid" (fake weights) or "real".
+        nodes: Number of nodes of the recorded graph.
+        seconds: Time of each stage.
+        shapes: Shape of every parameter by name.
+    """
+
+    title: str
+    how: str = ""
+    way: str = ""
+    nodes: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights in all parameters."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def qk_count(layout: QKLayout, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Number of weights that stand in some block of the layout, each counted once, biases included."""
+    rows: dict[tuple[str, int], set[tuple[int, int]]] = {}
+    biases: dict[str, set[tuple[int, int]]] = {}
+    for site in layout.sites:
+        for _, block in site.blocks():
+            ranges = {r for head in block.heads for r in head}
+            rows.setdefault((block.param, block.axis), set()).update(ranges)
+            if block.bias:
+                biases.setdefault(block.bias, set()).update(ranges)
+    total = sum(_length(ranges) for bias, ranges in biases.items() if bias in shapes)
+    for (param, axis), ranges in rows.items():
+        shape = shapes.get(param)
+        if shape is not None and axis < len(shape) and shape[axis]:
+            total += _length(ranges) * (math.prod(shape) // shape[axis])
+    return total
+
+
+def _length(ranges: set[tuple[int, int]]) -> int:
+    """Number of rows in a union of ranges."""
+    total, end = 0, -1
+    for a, b in sorted(ranges):
+        total += max(0, b - max(a, end))
+        end = max(end, b)
+    return total
+
+
+def count_text(n: int) -> str:
+    """ "405.9 G": a count with three or four digits."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return str(n)

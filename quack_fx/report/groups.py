@@ -1,0 +1,336 @@
+"""USER: equal layers -> one group; rows of heads -> a formula; both as short text that every report shares.
+
+In: sites and names of a layout. Out: `Group`s with names such as "model.layers.{0..125}.self_attn", and rows such as
+"128h:128h+128", which reads: head h has the rows from 128 h up to, not including, 128 h + 128.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from quack_fx.layout import AttentionSite, Norm, Range, Ranges, WeightBlock
+
+Indices = tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that differ in nothing but the numbers in their names.
+
+    Attributes:
+        name: Their names in one, with the numbers in braces.
+        sites: The sites, in the layout's order.
+    """
+
+    name: str
+    sites: tuple[AttentionSite, ...]
+
+    @property
+    def first(self) -> AttentionSite:
+        """The site that stands for all."""
+        return self.sites[0]
+
+
+def group_sites(sites: Sequence[AttentionSite]) -> list[Group]:
+    """Groups of equal sites, in the order of their first site."""
+    alike: dict[Any, list[AttentionSite]] = {}
+    for site in sites:
+        alike.setdefault(_relative(site), []).append(site)
+    groups = []
+    for members in alike.values():
+        # Two attentions of one module have one name, so the name alone does not tell which site is meant.
+        named: dict[str, list[AttentionSite]] = {}
+        for site in members:
+            named.setdefault(site.name, []).append(site)
+        for pattern, names in group_names(named):
+            groups.append(Group(pattern, tuple(site for name in names for site in named[name])))
+    order = {id(site): i for i, site in enumerate(sites)}
+    return sorted(groups, key=lambda g: order[id(g.first)])
+
+
+def group_names(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Names that differ in numbers alone, put together where the numbers form a full grid.
+
+    Example:
+        >>> group_names(["h.0.q", "h.1.q", "h.2.q", "head"])
+        [('h.{0..2}.q', ['h.0.q', 'h.1.q', 'h.2.q']), ('head', ['head'])]
+    """
+    alike: dict[tuple[str | None, ...], list[tuple[int, ...]]] = {}
+    for name in dict.fromkeys(names):
+        parts = name.split(".")
+        pattern = tuple(None if part.isdecimal() else part for part in parts)
+        alike.setdefault(pattern, []).append(tuple(int(part) for part in parts if part.isdecimal()))
+    result = []
+    for pattern, indices in alike.items():
+        for grid in _grids(indices):
+            numbers = iter(grid)
+            text = ".".join(part if part is not None else _braces(next(numbers)) for part in pattern)
+            members = [i for i in indices if all(n in allowed for n, allowed in zip(i, grid, strict=True))]
+            result.append((text or "(root)", [_fill(pattern, i) for i in members]))
+    return result
+
+
+def _fill(pattern: tuple[str | None, ...], indices: tuple[int, ...]) -> str:
+    numbers = iter(indices)
+    return ".".join(part if part is not None else str(next(numbers)) for part in pattern)
+
+
+def _grids(indices: Sequence[tuple[int, ...]]) -> list[Indices]:
+    """The same index tuples as few full grids, merged one axis at a time, the last one first."""
+    grids: list[Indices] = [tuple(frozenset((n,)) for n in i) for i in indices]
+    for axis in reversed(range(len(indices[0]))):
+        merged: dict[tuple[Any, ...], frozenset[int]] = {}
+        for grid in grids:
+            rest = grid[:axis] + grid[axis + 1 :]
+            merged[rest] = merged.get(rest, frozenset()) | grid[axis]
+        grids = [(*rest[:axis], values, *rest[axis:]) for rest, values in merged.items()]
+    return grids
+
+
+def _braces(values: frozenset[int]) -> str:
+    """Numbers as a shell would write them: 3, {0..125}, {0..10..2}, {0..2,7}."""
+    numbers = sorted(values)
+    if len(numbers) == 1:
+        return str(numbers[0])
+    steps = {b - a for a, b in pairwise(numbers)}
+    if len(steps) == 1 and len(numbers) > 2:
+        step = steps.pop()
+        return f"{{{numbers[0]}..{numbers[-1]}}}" if step == 1 else f"{{{numbers[0]}..{numbers[-1]}..{step}}}"
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return "{" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs) + "}"
+
+
+def _relative(site: AttentionSite) -> AttentionSite:
+    """The site with every number of its names replaced by its distance from the site's own."""
+
+    def name(text: str | None) -> str | None:
+        return None if text is None else local_name(text, site.name)
+
+    def norms(side: tuple[Norm, ...]) -> tuple[Norm, ...]:
+        return tuple(replace(n, module=name(n.module), weight=name(n.weight)) for n in side)
+
+    def blocks(side: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
+        return tuple(replace(b, param=local_name(b.param, site.name), bias=name(b.bias)) for b in side)
+
+    return replace(
+        site,
+        name=".".join("" if part.isdecimal() else part for part in site.name.split(".")),
+        query=blocks(site.query),
+        key=blocks(site.key),
+        qk_norm=norms(site.qk_norm),
+        latent_norm=norms(site.latent_norm),
+    )
+
+
+def local_name(name: str, site: str) -> str:
+    """A parameter's or module's name as seen from its site: what is inside it without prefix, numbers as {i}.
+
+    Example:
+        >>> local_name("layers.3.attn.q.weight", "layers.3.attn"), local_name("layers.2.kv.weight", "layers.3.attn")
+        ('q.weight', 'layers.{i-1}.kv.weight')
+    """
+    if site and name.startswith(site + "."):
+        return name[len(site) + 1 :]
+    parts, own = name.split("."), site.split(".")
+    for i, (part, ours) in enumerate(zip(list(parts), own, strict=False)):
+        if part.isdecimal() and ours.isdecimal():
+            distance = int(part) - int(ours)
+            parts[i] = "{i}" if not distance else f"{{i{distance:+d}}}"
+            if distance:
+                break
+        elif part != ours:
+            break
+    return ".".join(parts)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def rows_text(heads: Sequence[Ranges], letter: str = "h") -> str:
+    """Rows of all heads as one formula in the head's number.
+
+    Example:
+        >>> rows_text([((0, 64),), ((64, 128),), ((128, 192),)])
+        '64h:64h+64'
+        >>> rows_text([((0, 512),), ((0, 512),)])
+        '0:512, every head'
+    """
+    used = [i for i, ranges in enumerate(heads) if ranges]
+    if not used:
+        return "none"
+    if len(used) < len(heads):
+        only = f"head {used[0]} only" if len(used) == 1 else f"heads {_braces(frozenset(used)).strip('{}')} only"
+        if len({heads[i] for i in used}) == 1:
+            return f"{_slices(heads[used[0]])}, {only}"
+        return f"{rows_text([heads[i] for i in used], 'i')} for the i-th of {only.removesuffix(' only')}"
+    if len(set(heads)) == 1:
+        return _slices(heads[0]) + (", every head" if len(heads) > 1 else "")
+    period = _period([ranges[0][0] for ranges in heads])
+    widths = {tuple((a - ranges[0][0], b - ranges[0][0]) for a, b in ranges) for ranges in heads}
+    if period is None or len(widths) > 1:
+        shown = "; ".join(_slices(ranges) for ranges in heads[:3])
+        return shown + (f"; … ({len(heads)} heads)" if len(heads) > 3 else "")
+    start, inner, outer, size = period
+    if size == len(heads):
+        factor = f"{inner if inner != 1 else ''}{letter}"
+    else:
+        within = f" + {inner if inner != 1 else ''}({letter}%{size})" if inner else ""
+        factor = f"{outer if outer != 1 else ''}({letter}//{size}){within}"
+    ranges = _collapse(tuple((start + a, start + b) for a, b in widths.pop()))
+    return ", ".join(f"{factor}{_plus(a)}:{factor}{_plus(b)}{step}" for a, b, step in ranges)
+
+
+def _plus(n: int) -> str:
+    return f"+{n}" if n else ""
+
+
+def _slices(ranges: Ranges) -> str:
+    return ", ".join(f"{a}:{b}{step}" for a, b, step in _collapse(ranges))
+
+
+def _collapse(ranges: Ranges) -> list[tuple[int, int, str]]:
+    """Ranges as slices; rows at even distances (interleaved heads) become one slice with a step."""
+    widths = {b - a for a, b in ranges}
+    steps = {b[0] - a[0] for a, b in pairwise(ranges)}
+    if len(ranges) > 2 and widths == {1} and len(steps) == 1 and (step := steps.pop()) > 0:
+        return [(ranges[0][0], ranges[-1][0] + 1, f":{step}")]
+    return [(a, b, "") for a, b in ranges]
+
+
+def _period(starts: list[int]) -> tuple[int, int, int, int] | None:
+    """Numbers (a, inner, outer, size) with starts[h] == a + outer * (h // size) + inner * (h % size), or None."""
+    n, a = len(starts), starts[0]
+    for size in (n, *(s for s in range(n // 2, 0, -1) if n % s == 0)):
+        inner = starts[1] - a if size > 1 else 0
+        outer = starts[size] - a if size < n else 0
+        if all(s == a + outer * (h // size) + inner * (h % size) for h, s in enumerate(starts)):
+            return a, inner, outer, size
+    return None
+
+
+def total_rows(block: WeightBlock) -> list[Range]:
+    """All rows of a block, whatever the head, as disjoint ranges in order."""
+    merged: list[Range] = []
+    for a, b in sorted({r for ranges in block.heads for r in ranges}):
+        if merged and a <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
+        else:
+            merged.append((a, b))
+    return merged
+
+
+# ---- the rest of a site in words -------------------------------------------------------------------------------------
+
+
+def kind_text(site: AttentionSite) -> str:
+    """ "GQA 128/8": kind, query heads and, where they differ, key heads."""
+    kind = "Attention" if site.kind == "other" else site.kind.upper()
+    heads = str(site.query_heads)
+    return f"{kind} {heads}" if site.query_heads == site.key_heads else f"{kind} {heads}/{site.key_heads}"
+
+
+def scale_text(site: AttentionSite) -> str:
+    """ "1/√128" where it is that, else the number."""
+    scale = site.logit_scale
+    if scale is None:
+        return "not a number"
+    if scale > 0 and abs(scale**-2 - round(scale**-2)) < 1e-5 and 1 < round(scale**-2) < 1e6:
+        return f"1/√{round(scale**-2)}"
+    return f"{scale:.4g}"
+
+
+def norms_text(norms: Sequence[Norm]) -> str:
+    """ "rms 128 (q, k)": kind, width and sides."""
+    sides: dict[tuple[str, int], list[str]] = {}
+    for norm in norms:
+        sides.setdefault((norm.kind, norm.width), []).append(norm.side[0])
+    return "; ".join(f"{kind} {width} ({', '.join(dict.fromkeys(s))})" for (kind, width), s in sides.items()) or "none"
+
+
+def map_text(site: AttentionSite) -> str:
+    """Which key head a query head reads, as a formula where there is one."""
+    n, k, heads = site.query_heads, site.key_heads, site.head_map
+    if heads == tuple(range(n)):
+        return "query head h reads key head h"
+    if k == 1:
+        return "all query heads read the one key head"
+    if n % k == 0 and heads == tuple(h // (n // k) for h in range(n)):
+        return f"query head h reads key head h//{n // k}"
+    if heads == tuple(h % k for h in range(n)):
+        return f"query head h reads key head h%{k}"
+    return "query heads read key heads " + ", ".join(map(str, heads[:12])) + (", …" if n > 12 else "")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One term of the logits in the blocks' roles.
+
+    Attributes:
+        query: Blocks of the query side, from the logits outwards.
+        key: Blocks of the key side, likewise.
+    """
+
+    query: tuple[WeightBlock, ...]
+    key: tuple[WeightBlock, ...]
+
+
+def chains(site: AttentionSite) -> list[Chain]:
+    """The terms of a site with their blocks."""
+    return [Chain(tuple(site.query[i] for i in t.query), tuple(site.key[i] for i in t.key)) for t in site.terms]
+
+
+def key_letter(site: AttentionSite) -> str:
+    """Letter for the number of a key head: h where it is that of the query head, else g."""
+    return "h" if site.head_map == tuple(range(site.key_heads)) else "g"
+
+
+def labels(site: AttentionSite) -> dict[int, str]:
+    """A short name for each block, by identity: its role, numbered where a role stands more than once."""
+    blocks = [b for _, b in site.blocks()]
+    seen: dict[str, int] = {}
+    names = {}
+    for block in blocks:
+        role = "w" if block.role == "other" else block.role
+        seen[role] = seen.get(role, 0) + 1
+        names[id(block)] = f"{role}{seen[role]}" if sum(b.role == block.role for b in blocks) > 1 else role
+    return names
+
+
+def per_head(block: WeightBlock) -> bool:
+    """Whether the heads read different rows of a block."""
+    return len(set(block.heads)) > 1 or len(block.heads) == 1
+
+
+def rule_texts(site: AttentionSite) -> list[tuple[str, str]]:
+    """The learning-rate factor of each block, from the one rule: min over its terms of 1 / product of the other norms.
+
+    Returns:
+        Pairs of a block's label and its factor, such as ("uq_h", "1 / (‖dq‖ ‖uk_h‖ ‖dkv‖)").
+    """
+    names = labels(site)
+    letters = {
+        id(b): ("h" if side == "query" else key_letter(site)) if per_head(b) else "" for side, b in site.blocks()
+    }
+    shown = {i: f"{name}_{letters[i]}" if letters[i] else name for i, name in names.items()}
+    rules = []
+    for _, block in site.blocks():
+        options = []
+        for chain in chains(site):
+            product = [*chain.query, *chain.key]
+            if (mine := next((i for i, b in enumerate(product) if b is block), None)) is not None:
+                others = [b for i, b in enumerate(product) if i != mine]
+                # A block that several query heads read follows the largest of them.
+                largest = "max_h " if letters[id(block)] != "h" and any(letters[id(b)] == "h" for b in others) else ""
+                options.append((largest, " ".join(f"‖{shown[id(b)]}‖" for b in others), len(others)))
+        texts = [f"1 / {m}{t}" if n == 1 else f"1 / {m}({t})" for m, t, n in dict.fromkeys(options)]
+        if texts:
+            rules.append((shown[id(block)], texts[0] if len(texts) == 1 else f"min({', '.join(texts)})"))
+    return rules

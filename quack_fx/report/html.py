@@ -1,0 +1,240 @@
+"""USER: layout -> one self-contained HTML page.
+
+In: a layout and the facts of its finding. Out: the page as a string: sums, the table of groups, and for each group its
+pair graph, a map of the rows that every head owns, head map, norms and QuacK's factors; then what was skipped and what
+never ran. Nothing is loaded from anywhere; it is light or dark as the reader's system is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from quack_fx import __version__
+from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
+from quack_fx.report import groups as g
+from quack_fx.report.facts import Facts, count_text, qk_count
+from quack_fx.report.graph import svg
+
+_STYLE = """
+:root { --bg: #fbfbfa; --card: #ffffff; --ink: #1d2330; --soft: #667085; --line: #e3e5ea; --mark: #b4690e;
+  --query: #0b7285; --query-bg: #e3f4f7; --key: #a61e6b; --key-bg: #fceaf4; color-scheme: light dark;
+  --mono: ui-monospace, "SF Mono", "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+@media (prefers-color-scheme: dark) { :root {
+  --bg: #12151b; --card: #1a1f28; --ink: #e7eaf0; --soft: #98a2b3; --line: #2c3340; --mark: #ffc078;
+  --query: #66d9e8; --query-bg: #10313a; --key: #f783c4; --key-bg: #3a1630; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 25px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 40px 0 12px; }
+h3 { font-size: 14px; margin: 22px 0 8px; color: var(--soft); font-weight: 600; }
+p { margin: 4px 0; }
+li { margin: 3px 0; }
+footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
+.soft { color: var(--soft); }
+span.query { color: var(--query); }
+span.key { color: var(--key); }
+code, .mono, svg text { font-family: var(--mono); font-size: 12.5px; }
+code { overflow-wrap: anywhere; }
+.sums { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 22px; }
+.sums div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
+.sums b { display: block; font-size: 22px; line-height: 1.3; font-weight: 650; }
+.sums span { color: var(--soft); font-size: 13px; }
+.wide { overflow-x: auto; }
+.frame { border: 1px solid var(--line); border-radius: 10px; background: var(--card); }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: 8px 12px; vertical-align: top; }
+tr + tr { border-top: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; font-size: 13px; }
+td.num { text-align: right; white-space: nowrap; }
+td.mono { white-space: nowrap; }
+details { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 12px 0; padding: 0 16px; }
+details[open] { padding-bottom: 18px; }
+summary { cursor: pointer; padding: 12px 0; font-weight: 600; overflow-wrap: anywhere; }
+summary small { color: var(--soft); font-weight: 400; }
+svg.graph { width: 100%; height: auto; display: block; }
+.graph .edge { fill: none; stroke: var(--soft); stroke-width: 1.4; opacity: .7; }
+.graph rect { fill: var(--card); stroke: var(--soft); stroke-width: 1.2; }
+.graph text { fill: var(--ink); font-size: 11px; text-anchor: middle; }
+.graph text.head { font-weight: 700; font-size: 12px; }
+.graph .block.query rect { fill: var(--query-bg); stroke: var(--query); }
+.graph .block.key rect { fill: var(--key-bg); stroke: var(--key); }
+.graph .norm rect { stroke: var(--mark); stroke-dasharray: 4 3; }
+.graph .logits rect { stroke: var(--ink); stroke-width: 2; }
+.rows { display: grid; grid-template-columns: minmax(120px, auto) 1fr; gap: 6px 14px; align-items: center; }
+.rows svg { width: 100%; height: 20px; border: 1px solid var(--line); border-radius: 4px; display: block; }
+.rows .query { fill: var(--query); }
+.rows .key { fill: var(--key); }
+.rows .odd { opacity: .55; }
+"""
+
+
+def page(layout: QKLayout, facts: Facts) -> str:
+    """The whole page."""
+    groups = g.group_sites(layout.sites)
+    normed = sum(bool(site.qk_norm) for site in layout.sites)
+    body = [
+        f"<h1>{escape(facts.title)}</h1>",
+        f'<p class="soft">{escape(facts.how)}</p>' if facts.how else "",
+        _sums(layout, facts, len(groups)),
+        "<h2>Query/key pairs, one row per group of equal layers</h2>" if groups else "<h2>No attention was found</h2>",
+        _table(groups) if groups else "",
+        '<p class="soft">h counts query heads, g key heads where they are fewer; rows a:b end before b.</p>'
+        if groups
+        else "",
+        f'<p class="soft">{normed} of {len(layout.sites)} have a QK norm; QuacK leaves them alone until it is removed '
+        "(<code>quack_fx.strip_qk_norm</code>).</p>"
+        if normed
+        else "",
+        *("<h2>Each group</h2>" if i == 0 else "" for i, _ in enumerate(groups[:1])),
+        *(_details(group, facts, is_open=i == 0) for i, group in enumerate(groups)),
+        _skipped(layout),
+        _untouched(layout),
+        f"<footer>Made with quack-fx {escape(__version__)}.</footer>",
+    ]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+            f"<title>{escape(facts.title)}: query/key pairs</title><style>{_STYLE}</style></head><body><main>",
+            *(part for part in body if part),
+            "</main></body></html>",
+            "",
+        ]
+    )
+
+
+def _sums(layout: QKLayout, facts: Facts, groups: int) -> str:
+    cards = [(str(len(layout.sites)), f"attentions in {groups} group{'s' * (groups != 1)}")]
+    cards.append((f"{sum(site.query_heads for site in layout.sites):,}", "query heads"))
+    if facts.shapes:
+        own = qk_count(layout, facts.shapes)
+        share = f"query/key weights of {count_text(facts.parameters)} ({own / max(facts.parameters, 1):.1%})"
+        cards.append((count_text(own), share))
+    cards.append((str(len(layout.skipped)), "skipped, with reasons"))
+    cards.append((f"{len(layout.untouched):,}", "parameters that never ran"))
+    if facts.nodes:
+        way = {"hybrid": "fake weights", "real": "real weights"}.get(facts.way, facts.way)
+        cards.append((f"{sum(facts.seconds.values()):.1f} s", f"for {facts.nodes:,} graph nodes, {way}"))
+    return (
+        '<div class="sums">'
+        + "".join(f"<div><b>{escape(n)}</b><span>{escape(t)}</span></div>" for n, t in cards)
+        + "</div>"
+    )
+
+
+def _table(groups: Sequence[g.Group]) -> str:
+    rows = []
+    for group in groups:
+        site = group.first
+        remarks = ", ".join(_remarks(group))
+        weights = "<br>".join(_weight(site, side, block) for side, block in site.blocks())
+        rows.append(
+            f"<tr><td><code>{escape(group.name)}</code> <span class=soft>{escape(remarks)}</span></td>"
+            f"<td>{escape(g.kind_text(site))}</td><td class=num>{site.head_dim}</td><td class=mono>{weights}</td>"
+            f"<td>{escape(g.norms_text(site.qk_norm))}</td><td class=num>{escape(g.scale_text(site))}</td></tr>"
+        )
+    head = "<tr><th>Attention<th>Heads<th>Dim<th>Weights and rows of a head<th>QK norm<th>Scale</tr>"
+    return f'<div class="wide frame"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _remarks(group: g.Group) -> list[str]:
+    site = group.first
+    remarks = [f"x{len(group.sites)}"] if len(group.sites) > 1 else []
+    return remarks + ["cross"] * site.cross + [f"{site.calls} calls"] * (site.calls > 1)
+
+
+def _weight(site: AttentionSite, side: Side, block: WeightBlock) -> str:
+    rows = g.rows_text(block.heads, "h" if side == "query" else g.key_letter(site))
+    rows += "" if block.axis == 0 else f" (axis {block.axis})"
+    label = g.labels(site)[id(block)]
+    return f"<span class={side}>{label}</span> {escape(g.local_name(block.param, site.name))} {escape(rows)}"
+
+
+def _details(group: g.Group, facts: Facts, is_open: bool) -> str:
+    site = group.first
+    remarks = ", ".join([g.kind_text(site), f"head dim {site.head_dim}", *_remarks(group)])
+    rules = "".join(
+        f"<tr><td class=mono>{escape(n)}<td class=mono>{escape(rule)}</tr>" for n, rule in g.rule_texts(site)
+    )
+    quack = f'<div class="wide frame"><table>{rules}</table></div>'
+    if site.qk_norm:
+        quack = "<p>Left alone: behind a QK norm the logits do not depend on the norms of these weights.</p>"
+    norms = "".join(_norm("QK norm", n) for n in site.qk_norm) + "".join(
+        _norm("latent norm", n) for n in site.latent_norm
+    )
+    parts = [
+        f"<details{' open' if is_open else ''}><summary>{escape(group.name)}",
+        f"<small>{escape(remarks)}</small></summary>",
+        f'<div class="wide">{svg(site)}</div>',
+        f"<h3>Rows of every head, in {escape(site.name or 'the root')}</h3>{_row_maps(site, facts)}",
+        f"<p class=soft>{escape(g.map_text(site))}</p>",
+        f"<h3>Norms</h3><ul>{norms}</ul>" if norms else "",
+        f"<h3>QuacK: learning-rate factors, each relative to its value at the start</h3>{quack}",
+        "</details>",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _norm(what: str, norm: Norm) -> str:
+    place = f"<code>{escape(norm.module)}</code>" if norm.module else "written inline"
+    gain = f", gain <code>{escape(norm.weight)}</code>" if norm.weight else ""
+    return f"<li>{norm.side} side, {what}: {norm.kind} over {norm.width}, {place}{gain}"
+
+
+def _row_maps(site: AttentionSite, facts: Facts) -> str:
+    """A strip for each parameter: where along it each head's rows lie."""
+    params: dict[tuple[str, int], list[tuple[Side, WeightBlock]]] = {}
+    for side, block in site.blocks():
+        params.setdefault((block.param, block.axis), []).append((side, block))
+    strips = []
+    for (param, axis), blocks in params.items():
+        used = max(b for _, block in blocks for head in block.heads for _, b in head)
+        shape = facts.shapes.get(param, ())
+        total = max(shape[axis] if axis < len(shape) else used, used)
+        bars = "".join(_bars(side, block) for side, block in blocks)
+        size = f" <span class=soft>{' x '.join(map(str, shape))}</span>" if shape else ""
+        strips.append(
+            f"<div><code>{escape(g.local_name(param, site.name))}</code>{size}</div>"
+            f'<svg viewBox="0 0 {total} 10" preserveAspectRatio="none">{bars}</svg>'
+        )
+    return f'<div class="rows">{"".join(strips)}</div>'
+
+
+def _bars(side: Side, block: WeightBlock) -> str:
+    if not g.per_head(block) or sum(map(len, block.heads)) > 2000:
+        return "".join(_bar(side, a, b, "", f"{block.role}, rows {a}:{b}") for a, b in g.total_rows(block))
+    return "".join(
+        _bar(side, a, b, " odd" if i % 2 else "", f"{block.role} of head {i}: rows {a}:{b}")
+        for i, head in enumerate(block.heads)
+        for a, b in head
+    )
+
+
+def _bar(side: Side, a: int, b: int, odd: str, text: str) -> str:
+    return f'<rect class="{side}{odd}" x="{a}" y="0" width="{b - a}" height="10"><title>{escape(text)}</title></rect>'
+
+
+def _skipped(layout: QKLayout) -> str:
+    reasons: dict[str, list[str]] = {}
+    for entry in layout.skipped:
+        reasons.setdefault(f"{entry.reason} [{entry.code}]", []).append(entry.name)
+    items = "".join(f"<li>{escape(reason)}<ul>{_names(names)}</ul>" for reason, names in reasons.items())
+    return f"<h2>Skipped</h2><ul>{items}</ul>" if items else ""
+
+
+def _untouched(layout: QKLayout) -> str:
+    if not layout.untouched:
+        return ""
+    remark = "The example inputs did not reach these parameters, so nothing is known about them."
+    return f"<h2>Never ran</h2><p class=soft>{remark}</p><ul>{_names(layout.untouched)}</ul>"
+
+
+def _names(names: Iterable[str]) -> str:
+    return "".join(
+        f"<li><code>{escape(pattern)}</code>"
+        + (f" <span class=soft>x{len(members)}</span>" if len(members) > 1 else "")
+        for pattern, members in g.group_names(names)
+    )

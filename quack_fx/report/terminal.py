@@ -1,0 +1,205 @@
+"""USER: layout -> rich renderables for a terminal.
+
+In: a layout and the facts of its finding. Out: the overview (what was looked at, a table with one row per group of
+equal layers, what was skipped, what never ran) and the tree of one pair. Colours carry no meaning of their own, so that
+text in a file says as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from quack_fx.layout import AttentionSite, QKLayout, Side, WeightBlock
+from quack_fx.report import groups as g
+from quack_fx.report.facts import Facts, count_text, qk_count
+
+QUERY, KEY, DIM, HEAD = "cyan", "magenta", "dim", "bold"
+_COLOUR: dict[Side, str] = {"query": QUERY, "key": KEY}
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Everything that was found, group by group; a rich renderable that fits the width it is given."""
+
+    layout: QKLayout
+    facts: Facts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from (header(self.layout, self.facts), Text())
+        if self.layout.sites:
+            table = pair_table(self.layout, narrow=False)
+            wide = Measurement.get(console, options.update(max_width=10_000), table).maximum
+            yield table if wide <= options.max_width else pair_table(self.layout, narrow=True)
+            yield Padding(notes(self.layout), (0, 0, 1, 1))
+        if self.layout.skipped:
+            yield _listing("Skipped", [(s.name, f"{s.reason} [{s.code}]") for s in self.layout.skipped], counts=True)
+        if self.layout.untouched:
+            names = [(name, "") for name in self.layout.untouched]
+            title = "Never ran: the example inputs did not reach these parameters, so nothing is known about them"
+            yield _listing(title, names, counts=True)
+
+
+def header(layout: QKLayout, facts: Facts) -> RenderableType:
+    """What was looked at, how, and the sums."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style=DIM, no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("model", Text(facts.title, HEAD))
+    if facts.how:
+        grid.add_row("built", Text(facts.how))
+    if facts.nodes:
+        seconds = f", {sum(facts.seconds.values()):.1f} s" if facts.seconds else ""
+        way = {"hybrid": "fake weights", "real": "real weights"}.get(facts.way, facts.way)
+        grid.add_row("graph", Text(f"{facts.nodes:,} nodes, recorded with {way}{seconds}"))
+    groups = g.group_sites(layout.sites)
+    found = f"{len(layout.sites)} attention{'s' * (len(layout.sites) != 1)}"
+    found += f" in {len(groups)} groups of equal layers" if 1 < len(groups) < len(layout.sites) else ""
+    found += ", all equal" if len(groups) == 1 < len(layout.sites) else ""
+    found += f"; {len(layout.skipped)} skipped" if layout.skipped else ""
+    if layout.sites and facts.shapes:
+        own, total = qk_count(layout, facts.shapes), facts.parameters
+        found += f"; {count_text(own)} of {count_text(total)} parameters are query/key rows ({own / max(total, 1):.1%})"
+    grid.add_row("found", Text(found))
+    return grid
+
+
+def pair_table(layout: QKLayout, narrow: bool) -> Table:
+    """One row per group of equal layers; narrow: its weights stand under its name."""
+    table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False, padding=(0, 1), show_edge=False, leading=1)
+    table.add_column("Attention" + (", weights and rows of a head" if narrow else ""), overflow="fold")
+    table.add_column("Heads", no_wrap=True)
+    table.add_column("Dim", justify="right", no_wrap=True)
+    if not narrow:
+        table.add_column("Weights and rows of a head", overflow="fold")
+    if normed := any(site.qk_norm for site in layout.sites):
+        table.add_column("QK norm", overflow="fold")
+    table.add_column("Scale", overflow="fold")
+    for group in g.group_sites(layout.sites):
+        site = group.first
+        name = Text(group.name, HEAD)
+        extras = [f"x{len(group.sites)}"] if len(group.sites) > 1 else []
+        extras += ["cross"] if site.cross else []
+        extras += [f"{site.calls} calls"] if site.calls > 1 else []
+        if extras:
+            name.append("  " + ", ".join(extras), "not bold " + DIM)
+        weights = _weights(site)
+        first: list[RenderableType] = [Group(name, Padding(weights, (0, 0, 0, 2)))] if narrow else [name]
+        rest: list[RenderableType] = [] if narrow else [weights]
+        rest += [g.norms_text(site.qk_norm)] if normed else []
+        table.add_row(*first, g.kind_text(site), str(site.head_dim), *rest, g.scale_text(site))
+    return table
+
+
+def _weights(site: AttentionSite) -> Table:
+    """Role, parameter and rows of each block, aligned."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_column(overflow="fold")
+    names = g.labels(site)
+    for side, block in site.blocks():
+        colour = _COLOUR[side]
+        rows = g.rows_text(block.heads, "h" if side == "query" else g.key_letter(site))
+        unit = "" if block.axis == 0 else f" (axis {block.axis})"
+        grid.add_row(Text(names[id(block)], colour), g.local_name(block.param, site.name), Text(rows + unit))
+    return grid
+
+
+def notes(layout: QKLayout) -> Text:
+    """How to read the rows, and what QuacK will leave alone."""
+    key_heads = ", g key heads" if any(g.key_letter(s) == "g" for s in layout.sites) else ""
+    lines = [f"h counts query heads{key_heads}; rows a:b end before b"]
+    if normed := sum(bool(s.qk_norm) for s in layout.sites):
+        whose = (
+            "all attentions have" if normed == len(layout.sites) else f"{normed} of {len(layout.sites)} attentions have"
+        )
+        one = "the attention has" if normed == len(layout.sites) == 1 else whose
+        lines.append(f"{one} a QK norm; QuacK leaves them alone until it is removed (quack_fx.strip_qk_norm)")
+    return Text("\n".join(lines), DIM)
+
+
+def _listing(title: str, entries: Sequence[tuple[str, str]], counts: bool) -> RenderableType:
+    """Names grouped over their numbers, under the remark that they share."""
+    tree = Tree(Text(title, HEAD), guide_style=DIM)
+    remarks: dict[str, list[str]] = {}
+    for name, remark in entries:
+        remarks.setdefault(remark, []).append(name)
+    for remark, names in remarks.items():
+        branch = tree.add(Text(remark)) if remark else tree
+        patterns = g.group_names(names)
+        for pattern, members in patterns[:40]:
+            text = Text(pattern)
+            if counts and len(members) > 1:
+                text.append(f"  x{len(members)}", DIM)
+            branch.add(text)
+        if len(patterns) > 40:
+            branch.add(Text(f"and {sum(len(m) for _, m in patterns[40:])} more (--json lists all)", DIM))
+    return Padding(tree, (0, 0, 1, 0))
+
+
+def pair_tree(site: AttentionSite, facts: Facts) -> RenderableType:
+    """One attention in full: chains of factors with their rows, head map, terms, norms, and QuacK's factors."""
+    title = Text(site.name or "(root)", HEAD)
+    title.append(f"  {g.kind_text(site)}, head dim {site.head_dim}", "not bold")
+    title.append(f"{', cross' if site.cross else ''}{f', {site.calls} calls' if site.calls > 1 else ''}", "not bold")
+    tree = Tree(title, guide_style=DIM)
+    for side, blocks in (("query", site.query), ("key", site.key)):
+        _side(tree, site, "query" if side == "query" else "key", blocks, facts)
+    tree.add(Text.assemble(("heads   ", DIM), g.map_text(site)))
+    names = g.labels(site)
+    sums = []
+    for chain in g.chains(site):
+        parts = [Text(" ".join(names[id(b)] for b in side), c) for side, c in ((chain.query, QUERY), (chain.key, KEY))]
+        sums.append(Text.assemble("(", parts[0], " x)·(", parts[1], " y)"))
+    source = "y: another sequence" if site.cross else "y = x"
+    scale = g.scale_text(site)
+    factor = "" if scale == "1" else f" * {scale}" if site.logit_scale is not None else " * a learned scale, or none"
+    logit = Text(" + ").join(sums)
+    whole = Text.assemble("(", logit, ")") if len(sums) > 1 and factor else logit
+    tree.add(Text.assemble(("logit   ", DIM), whole, factor, (f"   {source}", DIM)))
+    rules = tree.add(Text.assemble(("QuacK   ", DIM), _quack_remark(site)))
+    if not site.qk_norm:
+        width = max(len(name) for name, _ in g.rule_texts(site)) if site.terms else 0
+        for name, rule in g.rule_texts(site):
+            rules.add(Text(f"{name:<{width}}  {rule}"))
+    return tree
+
+
+def _quack_remark(site: AttentionSite) -> str:
+    if site.qk_norm:
+        return "left alone: behind a QK norm the logits do not depend on the norms of these weights"
+    return "learning-rate factors, each relative to its value at the start"
+
+
+def _side(tree: Tree, site: AttentionSite, side: Side, blocks: Sequence[WeightBlock], facts: Facts) -> None:
+    colour, names = _COLOUR[side], g.labels(site)
+    branch = tree.add(Text(side, f"bold {colour}"))
+    width = max((len(names[id(b)]) for b in blocks), default=0)
+    for block in blocks:
+        letter = "h" if side == "query" else g.key_letter(site)
+        shape = facts.shapes.get(block.param)
+        line = Text(f"{names[id(block)]:<{width}}  ", colour)
+        line.append(block.param, "default")
+        line.append(f"  {list(shape)}" if shape else "", DIM)
+        node = branch.add(line)
+        unit = "rows" if block.axis == 0 else f"entries along axis {block.axis}"
+        used = ", ".join(f"{a}:{b}" for a, b in g.total_rows(block)[:4])
+        used += ", …" if len(g.total_rows(block)) > 4 else ""
+        node.add(Text.assemble((f"{unit} ", DIM), g.rows_text(block.heads, letter), (f"   in all {used}", DIM)))
+        if block.bias:
+            node.add(Text.assemble(("bias ", DIM), block.bias, ("  same entries", DIM)))
+    for title, norms in (("QK norm", site.qk_norm), ("latent norm", site.latent_norm)):
+        for norm in norms:
+            if norm.side == side:
+                place = norm.module or "written inline"
+                gain = f", gain {norm.weight}" if norm.weight else ", no gain"
+                branch.add(Text.assemble((f"{title} ", DIM), f"{norm.kind} over {norm.width}: {place}", (gain, DIM)))
