@@ -50,7 +50,8 @@ tr + tr { border-top: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; font-size: 13px; }
 td.num { text-align: right; white-space: nowrap; }
 td.mono { white-space: nowrap; }
-details { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 12px 0; padding: 0 16px; }
+details { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  margin: 12px 0; padding: 0 16px; }
 details[open] { padding-bottom: 18px; }
 summary { cursor: pointer; padding: 12px 0; font-weight: 600; overflow-wrap: anywhere; }
 summary small { color: var(--soft); font-weight: 400; }
