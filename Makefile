@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/quack-fx inspect examples/mla.py
 	mkdir -p .demo
 	$(BIN)/quack-fx convert examples/mla.py -o .demo/train_mla.py --force
-	$(BIN)/python examples/train_text.py .demo/train_mla.py --model examples/mla.py --steps 60
+	$(BIN)/python examples/train_text.py .demo/train_mla.py --model examples/mla.py:MLATransformer --steps 60
 
 # One thread a worker: the workers already fill the cores.
 test: $(STAMP)
