@@ -1,0 +1,93 @@
+"""DOOR: the program. In: the words of a command line. Out: an exit status.
+
+0: done. 1: the check said no (a proof failed, no attention was found). 2: bad input, told in one line on stderr that
+says what to do; `--debug` adds the traceback. Anything else is a mistake of quack-fx itself and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from quack_fx import __version__
+from quack_fx.errors import QuackError, VerifyError
+
+from .convert import convert
+from .inspect import inspect
+from .verify import verify
+
+app = typer.Typer(
+    name="quack-fx",
+    help="Find the query/key pairs of any PyTorch model, and train it with QuacK learning-rate scaling.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (inspect, convert, verify):
+    app.command()(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quack-fx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and leave.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Arguments:
+        argv: The words after the program's name; by default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(words, prog_name="quack-fx", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except QuackError as error:
+        return _refuse(str(error), 1 if isinstance(error, VerifyError) else 2, "--debug" in words)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        # What the parser of the command line says; its class has another home in each version of typer.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "quack-fx"
+        if not message():
+            return 2  # no command was named: the help has been shown
+        return _refuse(f"{message().rstrip('.')}; see {where} --help", 2, debug=False)
+
+
+def _refuse(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print("quack-fx: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""DOOR: what the commands share: options, progress, from a target to its layout, writing files.
+
+Results go to stdout, everything else to stderr, what the user's own code prints included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, RenderableType
+
+from quack_fx.errors import LayoutError, TargetError
+
+if TYPE_CHECKING:
+    from quack_fx.layout import QKLayout
+    from quack_fx.report import Facts
+    from quack_fx.targets import Target
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="model.py, model.py:NAME, package.module:NAME, or a Hugging Face config.json or its folder.",
+        show_default=False,
+    ),
+]
+BuildOption = Annotated[
+    str | None,
+    typer.Option("--build", metavar="EXPR", help="Python expression that makes the model, in the target's namespace."),
+]
+InputsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--inputs",
+        metavar="EXPR",
+        help="Python expression for forward's arguments: a tuple, a dict, a pair of both, or the one argument.",
+    ),
+]
+LayoutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--layout", metavar="FILE", help="Take the pairs from this JSON (inspect --json) instead of finding them."
+    ),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+WIDTH = 120
+"""Columns of text that goes to a file."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A target with its layout and what a report says about them."""
+
+    target: Target
+    layout: QKLayout
+    facts: Facts
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is going on, gone when it is done; where stderr is no terminal, nothing."""
+    console = Console(stderr=True)
+    with redirect_stdout(sys.stderr):
+        if not console.is_terminal:
+            yield lambda text: None
+            return
+        with console.status("starting") as status:
+            yield lambda text: status.update(text)
+
+
+def find(target: str, build: str | None, inputs: str | None, layout_file: Path | None = None) -> Finding:
+    """From what the user typed to the layout, found or read.
+
+    Raises:
+        QuackError: Bad input, in one line.
+    """
+    given = read_layout(layout_file) if layout_file else None
+    with progress() as say:
+        say("loading torch")
+        from quack_fx.report import Facts
+        from quack_fx.targets import resolve
+
+        resolved = resolve(target, build=build, inputs=inputs, progress=say)
+        shapes = {name: tuple(p.shape) for name, p in resolved.model.named_parameters()}
+        if given is not None:
+            from quack_fx.factors import check_layout
+
+            check_layout(given, resolved.model)
+            return Finding(resolved, given, Facts(resolved.title, resolved.how, shapes=shapes))
+        from quack_fx.find import find as find_pairs
+
+        found = find_pairs(resolved.model, resolved.args, resolved.kwargs, progress=say)
+    facts = Facts(resolved.title, resolved.how, found.way, found.nodes, dict(found.seconds), shapes)
+    return Finding(resolved, found.layout, facts)
+
+
+def read_layout(path: Path) -> QKLayout:
+    """A layout from its JSON file.
+
+    Raises:
+        LayoutError: There is no such file, or it holds no layout.
+    """
+    from quack_fx.layout import QKLayout
+
+    try:
+        return QKLayout.from_dict(json.loads(path.read_text("utf-8")))
+    except OSError as error:
+        raise LayoutError(f"the layout {str(path)!r} cannot be read: {error.strerror}") from error
+    except LayoutError as error:
+        raise LayoutError(f"{str(path)!r} is not a layout: {error}") from error
+    except ValueError as error:
+        raise LayoutError(f"{str(path)!r} is not JSON ({error}); make it with inspect --json") from error
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Refuse a file that could not be written at the end, before the work begins.
+
+    Raises:
+        TargetError: It exists, is a folder, or its folder is missing or closed.
+    """
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise TargetError(f"output {str(path)!r} is a folder; give the name of a file")
+    if path.exists() and not force:
+        raise TargetError(f"output {str(path)!r} exists; add --force to overwrite it")
+    if not folder.is_dir():
+        raise TargetError(f"output {str(path)!r}: there is no folder {str(folder)!r}; make it first")
+    if not os.access(folder, os.W_OK):
+        raise TargetError(f"output {str(path)!r}: the folder {str(folder)!r} is not writable; give another")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        TargetError: The file system refuses.
+    """
+    path = path.resolve()  # a link keeps pointing where it does
+    temporary = ""
+    try:
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise TargetError(f"output {str(path)!r} cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
+
+
+def show(*parts: RenderableType) -> None:
+    """Print results on stdout; to a file as plain text, without the padding of a screen."""
+    console = Console()
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+        return
+    width = None if "COLUMNS" in os.environ else WIDTH
+    plain = Console(width=width, color_system=None, highlight=False)
+    with plain.capture() as captured:
+        plain.print(*parts, sep="\n")
+    sys.stdout.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(f"quack-fx: {text}", file=sys.stderr)
