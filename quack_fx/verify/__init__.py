@@ -153,7 +153,8 @@ def _check(
         raise CannotTell(
             "no softmax ran for it where gradients can be followed (a fused kernel, or no gradient at all)"
         )
-    checks = sum(SiteCheck(model, chains, site, softmax, generator).run() for softmax in softmaxes)
+    attention = chains.attention_nodes(softmaxes)
+    checks = sum(SiteCheck(model, chains, site, softmax, attention, generator).run() for softmax in softmaxes)
     return SiteProof(site.name, site.query_heads, len(softmaxes), checks)
 
 
@@ -169,13 +170,7 @@ def _softmaxes_of(layout: QKLayout, recording: Recording, chains: Chains) -> dic
         if not chains.logit_products(softmax):
             continue
         inside = next((name for name in reversed(softmax.modules) if name in names), None)
-        behind = {
-            name
-            for product in chains.logit_products(softmax)
-            for position in product.factors
-            for factor in chains.factors(product.edges[position])
-            for name in factor.params
-        }
+        behind = chains.params_behind(softmax)
         for site in layout.sites:
             claims = {block.param for _, block in site.blocks()} & behind
             if site.name == inside:

@@ -3,14 +3,13 @@
 In: a `Recording`. Out: for each softmax its logit products, and for each of their operands a tree of `Factor`s, the
 weight products met on the way back, from the logits outwards. `gradients` then sends a seed down that tree.
 
-The way back ends where the attention begins: at a tensor that also feeds something other than attention (the residual
-stream), that is mixed from several sources, or that comes out of a function other than a norm or a change of shape.
+The way back ends where the attention begins: at a tensor that also feeds something else, such as the residual stream.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -38,9 +37,9 @@ class Factor:
     Attributes:
         product: The product that ran.
         weights: Positions in `product.args` of the factors that parameters alone reach.
-        params: Names of the parameters behind those factors and behind the summand.
+        params: Names of the parameters behind those factors.
+        biases: Names of the parameters that the product adds.
         linear: Whether only norms and changes of shape lie between it and the factor nearer to the logits.
-        private: Whether its result feeds attention and nothing else.
         sole: Whether nothing is added to it on the way.
         outer: Factors farther out.
     """
@@ -48,16 +47,10 @@ class Factor:
     product: Product
     weights: tuple[int, ...]
     params: frozenset[str]
+    biases: frozenset[str]
     linear: bool
-    private: bool
     sole: bool
     outer: list[Factor] = field(default_factory=list)
-
-    def walk(self) -> Iterator[Factor]:
-        """This factor and all that lie farther out."""
-        yield self
-        for factor in self.outer:
-            yield from factor.walk()
 
 
 class Chains:
@@ -82,29 +75,55 @@ class Chains:
         """Whether a product of two data tensors feeds the softmax, and the softmax feeds another."""
         return any(all(p.data) for p in self.logit_products(softmax)) and softmax in self._weighs
 
-    def factors(self, edge: GradientEdge | None) -> list[Factor]:
-        """The tree of weight products behind an operand; empty where none lies behind it."""
-        return self._factors(edge, inside=True) if edge is not None else []
+    def attention_nodes(self, softmaxes: Iterable[Softmax]) -> frozenset[Node | None]:
+        """Nodes of the logit products and the value products of some softmaxes."""
+        return frozenset(p.node for s in softmaxes for p in (*self.logit_products(s), *self._weighs.get(s, ())))
 
-    def _factors(self, edge: GradientEdge, *, inside: bool) -> list[Factor]:
-        """Factors nearest to an edge. Up to the first one everything is `inside` the attention, whatever it does."""
+    def params_behind(self, softmax: Softmax) -> set[str]:
+        """Names of the parameters in the weight products nearest to a softmax's logits."""
+        edges = [p.edges[i] for p in self.logit_products(softmax) for i in p.factors]
+        return {n for e in edges if e is not None for p in self._back(e).products for n in self._factor(p).params}
+
+    def factors(self, edge: GradientEdge | None, attention: Set[Node | None]) -> list[Factor]:
+        """The tree of weight products behind an operand; empty where none lies behind it.
+
+        Arguments:
+            edge: Edge of the operand.
+            attention: Nodes of the products of this attention, from `attention_nodes`.
+        """
+        return self._factors(edge, attention, nearest=True) if edge is not None else []
+
+    def _factors(self, edge: GradientEdge, attention: Set[Node | None], *, nearest: bool) -> list[Factor]:
+        """Factors before an edge; all but the nearest must feed this attention and nothing else."""
         back = self._back(edge)
-        sole = len(back.products) == 1 and not back.embedded
         found = []
         for product in back.products:
-            weights = tuple(i for i, data in zip(product.factors, product.data, strict=True) if not data)
-            inputs = [i for i, data in zip(product.factors, product.data, strict=True) if data]
-            private = self._private(product)
-            if not weights or not (inside or private):
+            factor = self._factor(product)
+            if not factor.weights or not (nearest or self._private(product, attention)):
                 continue
-            read = (*weights, product.added) if product.added is not None else weights
-            params = frozenset(n for i in read for n in self._params(product.edges.get(i)))
-            factor = Factor(product, weights, params, inside or back.linear, private, sole)
-            for position in inputs:
-                if (outer := product.edges[position]) is not None:
-                    factor.outer += self._factors(outer, inside=False)
+            factor.linear = nearest or back.linear
+            factor.sole = len(back.products) == 1 and not back.embedded
+            for position in product.factors:
+                source = product.edges[position]
+                if position not in factor.weights and source is not None:
+                    factor.outer += self._factors(source, attention, nearest=False)
             found.append(factor)
         return found
+
+    def _factor(self, product: Product) -> Factor:
+        """A product as a factor that stands alone."""
+        weights = tuple(i for i, data in zip(product.factors, product.data, strict=True) if not data)
+        if len(weights) == 2:
+            # The input is made of parameters as well (learned queries): the weight is the plainer of the two.
+            plain = [i for i in weights if (e := product.edges[i]) is not None and self._is_plain(e)]
+            weights = (plain[0],) if len(plain) == 1 else weights
+        params = frozenset(name for i in weights for name in self._params(product.edges[i]))
+        biases = self._params(product.edges[product.added]) if product.added is not None else ()
+        return Factor(product, weights, params, frozenset(biases), linear=True, sole=True)
+
+    def _is_plain(self, edge: GradientEdge) -> bool:
+        """Whether an operand is one parameter, moved around at most."""
+        return not self._back(edge).products and len(self._leaves(edge)) == 1
 
     def gradients(self, edge: GradientEdge, factors: Sequence[Factor], seed: Tensor) -> dict[str, Tensor]:
         """Gradient that each parameter of a tree of factors receives, seeded on the operand the tree belongs to.
@@ -206,12 +225,6 @@ class Chains:
         return dict(weighs)
 
     @cached_property
-    def _attention_nodes(self) -> set[Node | None]:
-        """Nodes of every logit product and every value product of the model."""
-        attentions = [s for s in self.recording.softmaxes if self.is_attention(s)]
-        return {p.node for s in attentions for p in (*self.logit_products(s), *self._weighs[s])}
-
-    @cached_property
     def _readers(self) -> dict[Node, list[Node]]:
         """The autograd graph turned round: for each node, those that use its result."""
         readers = defaultdict(list)
@@ -222,15 +235,15 @@ class Chains:
                     readers[source].append(node)
         return readers
 
-    def _private(self, product: Product) -> bool:
-        """Whether every way from a product's result leads into attention."""
+    def _private(self, product: Product, attention: Set[Node | None]) -> bool:
+        """Whether every way from a product's result leads into this attention."""
         todo, seen = [product.node], set()
         while todo:
             node = todo.pop()
             if node in seen or node is None:
                 continue
             seen.add(node)
-            if node is not product.node and node in self._attention_nodes:
+            if node is not product.node and node in attention:
                 continue
             if not self._readers[node]:
                 return False

@@ -6,16 +6,17 @@ first that did not; `CannotTell` where the gradients cannot decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from quack_fx.errors import VerifyError
 from quack_fx.layout import AttentionSite, Ranges, Side, WeightBlock
 from quack_fx.verify.chains import Chains, Factor
-from quack_fx.verify.heads import Operand, head_labels, head_seed, operands
+from quack_fx.verify.heads import Operand, head_labels, head_seed, operands, orthogonal
 from quack_fx.verify.watch import Product, Softmax
 
 COUPLED = 1e-3
@@ -49,13 +50,21 @@ class SiteCheck:
         chains: The graph of the run.
         site: The claim.
         softmax: The attention to hold it against.
+        attention: Nodes of the products of all attentions of the site.
         generator: Source of the random seeds.
     """
 
     def __init__(
-        self, model: nn.Module, chains: Chains, site: AttentionSite, softmax: Softmax, generator: torch.Generator
+        self,
+        model: nn.Module,
+        chains: Chains,
+        site: AttentionSite,
+        softmax: Softmax,
+        attention: Set[Node | None],
+        generator: torch.Generator,
     ) -> None:
-        self.model, self.chains, self.site, self.softmax, self.generator = model, chains, site, softmax, generator
+        self.model, self.chains, self.site, self.softmax = model, chains, site, softmax
+        self.attention, self.generator = attention, generator
         self.blocks: dict[Side, tuple[WeightBlock, ...]] = {"query": site.query, "key": site.key}
         self.axes = {block.param: block.axis for _, block in site.blocks()}
         self.biases = {block.bias: block.param for _, block in site.blocks() if block.bias is not None}
@@ -100,7 +109,7 @@ class SiteCheck:
         claimed = set(self.axes)
         for product in self.chains.logit_products(self.softmax):
             sides = operands(product, self.softmax) if product.node is not None else None
-            behind = {i: self.chains.factors(product.edges[i]) for i in product.factors}
+            behind = {i: self.chains.factors(product.edges[i], self.attention) for i in product.factors}
             reached = [{n for f in factors for n in f.params} & claimed for factors in behind.values()]
             if not all(product.data) and not all(reached):
                 continue
@@ -117,38 +126,39 @@ class SiteCheck:
         for side in SIDES:
             claimed = {block.param for block in self.blocks[side]}
             met: set[str] = set()
-            for factor, nearest in self._walk(part.factors[side] for part in parts):
-                weights = {name for name in factor.params if self.model.get_parameter(name).ndim > 1}
-                if weights & claimed and not factor.linear:
-                    raise CannotTell(f"a nonlinear function follows {min(weights & claimed)!r}")
-                must = nearest or (factor.linear and factor.sole)
-                if must and not weights & claimed:
-                    other = {b.param for b in self.blocks["key" if side == "query" else "query"]} & weights
-                    wrong = f"the layout claims it as {'key' if side == 'query' else 'query'}" if other else "unclaimed"
-                    names = ", ".join(map(repr, sorted(other or weights)))
-                    raise self._error(f"its {side} side comes out of {names}, {wrong}")
-                met |= weights
-                self._check_bias(side, factor)
-            if not met and claimed:
+            for factor in self._met([f for part in parts for f in part.factors[side]], side):
+                met |= factor.params & claimed
+                biases = {block.bias for block in self.blocks[side] if block.param in factor.params}
+                if forgotten := sorted(factor.biases - biases):
+                    raise self._error(
+                        f"{side} side: {forgotten[0]!r} is added to a claimed product, but no block names it"
+                    )
+            if not met and not any(part.factors[side] for part in parts):
                 raise CannotTell(f"its {side} side comes out of no product with a weight")
             if missing := sorted(claimed - met):
                 raise self._error(
                     f"{missing[0]!r} is claimed on the {side} side, but no logit of this attention reads it"
                 )
 
-    def _check_bias(self, side: Side, factor: Factor) -> None:
-        """A bias that a claimed product adds belongs to the claim."""
-        biases = {name for name in factor.params if self.model.get_parameter(name).ndim == 1}
-        claimed = {block.bias for block in self.blocks[side] if block.param in factor.params}
-        if claimed and (forgotten := sorted(biases - claimed)):
-            raise self._error(f"{side} side: {forgotten[0]!r} is added to a claimed product, but no block names it")
+    def _met(self, factors: list[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
+        """Claimed factors of a tree, from the logits outwards, as far as the claim goes.
 
-    def _walk(self, trees: Iterable[list[Factor]]) -> Iterable[tuple[Factor, bool]]:
-        """All factors of some trees, each with whether it is the nearest to the logits."""
-        for tree in trees:
-            for top in tree:
-                for factor in top.walk():
-                    yield factor, factor is top
+        A factor that is not claimed ends the way if it is not a link of the chain: if other sources are added to it, a
+        nonlinear function follows it or it runs outside the site's module. If it is one, the claim has forgotten it.
+        """
+        claimed = {block.param for block in self.blocks[side]}
+        for factor in factors:
+            if factor.params & claimed:
+                if not factor.linear:
+                    raise CannotTell(f"a nonlinear function follows {min(factor.params & claimed)!r}")
+                yield factor
+                yield from self._met(factor.outer, side, nearest=False)
+            elif nearest or (factor.linear and factor.sole and self.site.name in factor.product.modules):
+                other: Side = "key" if side == "query" else "query"
+                crossed = factor.params & {block.param for block in self.blocks[other]}
+                names = ", ".join(map(repr, sorted(crossed or factor.params)))
+                what = f"claimed on the {other} side" if crossed else "which no block claims"
+                raise self._error(f"its {side} side comes out of {names}, {what}")
 
     # -- head by head ------------------------------------------------------------------------------------------------
 
@@ -269,8 +279,10 @@ class SiteCheck:
             if [(t.query, t.key) for t in site.terms] != [((0,), (0,))]:
                 raise self._error("its only term is the product of its query block and its key block")
             return
-        if site.qk_norm:
-            raise CannotTell("its QK norm mixes the features of a head, so its terms cannot be told apart")
+        if any(norm.kind not in ("rms", "l2", "batch") for norm in site.qk_norm):
+            raise CannotTell("its QK norm takes the mean of a head's features, so its terms cannot be told apart")
+        # Through a norm two features at a time, so that a seed on them can spare its statistic.
+        width = 2 if site.qk_norm else 1
         met: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         seen = set()
         for head in range(site.query_heads):
@@ -281,9 +293,10 @@ class SiteCheck:
             seen.add(pattern)
             for part in parts:
                 depth = part.operand["query"].value.shape[part.operand["query"].axis]
-                for dimension in range(depth):
+                for start in range(0, depth, width):
+                    features = range(start, min(start + width, depth))
                     reached = {
-                        side: self._blocks_at(part, side, dimension, head if side == "query" else key_head)
+                        side: self._blocks_at(part, side, features, head if side == "query" else key_head)
                         for side in SIDES
                     }
                     met |= self._terms_at(reached["query"], reached["key"])
@@ -293,11 +306,14 @@ class SiteCheck:
                 names = [site.query[i].param for i in term.query] + [site.key[i].param for i in term.key]
                 raise self._error(f"the term {' x '.join(names)} stands in no head dimension of its logits")
 
-    def _blocks_at(self, part: _Part, side: Side, dimension: int, index: int) -> frozenset[int]:
-        """Blocks of one head that reach one contracted feature of an operand."""
+    def _blocks_at(self, part: _Part, side: Side, features: range, index: int) -> frozenset[int]:
+        """Blocks of one head that reach some contracted features of an operand."""
         operand = part.operand[side]
-        seed = torch.zeros_like(operand.value)
-        seed.select(operand.axis, dimension).copy_(self._noise(operand).select(operand.axis, dimension))
+        here = torch.zeros_like(operand.value)
+        here.narrow(operand.axis, features.start, len(features)).fill_(1.0)
+        seed = self._noise(operand) * here
+        if self.site.qk_norm:
+            seed = orthogonal(seed, operand.value * here, operand.axis)
         gradients: dict[str, Tensor] = {}
         self._send(part, side, seed, gradients)
         rows = self._rows(gradients)

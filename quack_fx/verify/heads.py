@@ -59,8 +59,8 @@ def head_labels(softmax: Softmax, heads: int) -> Iterator[Tensor]:
 def operands(product: Product, softmax: Softmax) -> tuple[Operand, Operand] | None:
     """Query and key operand of a logit product; None when that cannot be told.
 
-    The softmax runs over the keys. So a gradient on all logits of one key touches one entry of the key operand's free
-    axis and many of the query operand's. A single query has a free axis of one entry, which says it as well.
+    The softmax runs over the keys. So a gradient on all logits of two keys touches two entries of the key operand's
+    free axis and many of the query operand's. A single query has a free axis of one entry, which says it as well.
     """
     left, right = product.factors
     if any(product.args[i].ndim != 3 for i in (left, right)) or product.node is None:
@@ -69,13 +69,15 @@ def operands(product: Product, softmax: Softmax) -> tuple[Operand, Operand] | No
     if 1 in (queries, keys):
         key = left if keys == 1 else right
     else:
-        for index in range(softmax.shape[softmax.dim]):
+        for index in range(1, softmax.shape[softmax.dim]):
+            # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
             seed = torch.zeros(softmax.shape, dtype=softmax.dtype, device=softmax.device)
-            seed.select(softmax.dim, index).fill_(1.0)
+            seed.select(softmax.dim, 0).fill_(1.0)
+            seed.select(softmax.dim, index).fill_(-1.0)
             used = product_gradient(softmax, product, seed).any(0)
             rows, columns = int(used.any(1).sum()), int(used.any(0).sum())
-            if min(rows, columns) == 1 < max(rows, columns):
-                key = left if rows == 1 else right
+            if min(rows, columns) <= 2 < max(rows, columns):
+                key = left if rows <= 2 else right
                 break
         else:
             return None
@@ -114,13 +116,12 @@ def head_seed(softmax: Softmax, product: Product, operand: Operand, labels: Tens
     touched = product.replay(product_gradient(softmax, product, mask))[operand.position]
     # A feature that a zero of the other operand hides belongs to the head as well: decide by position.
     here = (touched != 0).any(operand.axis, keepdim=True)
-    return orthogonal(noise * here, operand)
+    return orthogonal(noise * here, operand.value, operand.axis)
 
 
-def orthogonal(seed: Tensor, operand: Operand) -> Tensor:
-    """Seed without its part along the operand's own vectors."""
-    if operand.value.shape[operand.axis] < 2:
+def orthogonal(seed: Tensor, value: Tensor, axis: int) -> Tensor:
+    """Seed without its part along the vectors that `value` has on an axis."""
+    if value.shape[axis] < 2:
         return seed
-    length = operand.value.square().sum(operand.axis, keepdim=True)
-    along = (seed * operand.value).sum(operand.axis, keepdim=True) / length.clamp_min(torch.finfo(seed.dtype).tiny)
-    return seed - along * operand.value
+    length = value.square().sum(axis, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
+    return seed - (seed * value).sum(axis, keepdim=True) / length * value

@@ -50,6 +50,7 @@ class Product:
         added: Position of the summand, or None.
         edges: Gradient edges of the arguments, by position; None where no gradient flows.
         data: For each factor, whether the model's inputs reach it.
+        modules: Names of the modules that were running, outermost first.
         node: The autograd node that the op made; None when it made none.
     """
 
@@ -60,6 +61,7 @@ class Product:
     added: int | None
     edges: dict[int, GradientEdge | None]
     data: tuple[bool, bool]
+    modules: tuple[str, ...]
     node: Node | None = None
 
     def replay(self, gradient: Tensor) -> dict[int, Tensor]:
@@ -203,6 +205,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             added=added,
             edges={i: self._edge(args[i]) for i in (left, right, added) if i is not None},
             data=(self.is_data(args[left]), self.is_data(args[right])),
+            modules=tuple(self.modules),
         )
         self.recording.products.append(product)
         self._unsettled.append((product, out))
