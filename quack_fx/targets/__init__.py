@@ -36,7 +36,7 @@ from quack_fx.targets.pick import Recipe, pick
 __all__ = ["Target", "resolve"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """A model and the arguments of one forward call.
 
@@ -129,13 +129,14 @@ def _settle(recipe: Recipe, namespace: Namespace, inputs: str | None, say: Calla
             refusal = error  # that of the last build: it has the most real numbers
             continue
         origin = "given" if inputs else "inferred"
+        made = recipe.text or type(model).__name__
         return Target(
             model=model,
             args=chosen.args,
             kwargs=chosen.kwargs,
-            title=f"{recipe.text} of {namespace.source}",
+            title=f"{made} of {namespace.source}",
             source=namespace.source,
-            how=f"{recipe.text}, built {where}; inputs {chosen.text} ({origin})",
+            how=f"{made}, built {where}; inputs {chosen.text} ({origin})",
             recording=recording,
         )
     assert refusal is not None  # the last build either raised or was tried
@@ -148,25 +149,26 @@ def _builds(recipe: Recipe, namespace: Namespace, say: Callable[[str], None]) ->
         yield "real", recipe.make()
         return
     on_meta: nn.Module | None = None
-    say(f"building {recipe.text} on the meta device")
+    what = recipe.text or "the model"
+    say(f"building {what} on the meta device")
     try:
         with torch.device("meta"):
             on_meta = recipe.make()
     except TargetError:
         raise
-    except Exception:
+    except (Exception, SystemExit):
         pass  # constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything
     if on_meta is not None:
         yield "meta", on_meta
         if sum(p.numel() * p.element_size() for p in on_meta.parameters()) > REAL_LIMIT_BYTES:
             return
-    say(f"building {recipe.text} for real")
+    say(f"building {what} for real")
     try:
         model = recipe.make()
     except TargetError:
         raise
     except (Exception, SystemExit) as error:
-        raise TargetError(f"building {recipe.text} fails: {one_line(error, namespace)}") from error
+        raise TargetError(f"building {what} of {namespace.source} fails: {one_line(error, namespace)}") from error
     yield "real", model
 
 
@@ -190,7 +192,7 @@ def _try(
         raise TargetError(f"the forward of {name} fails on --inputs {inputs!r}: {reason}") from first
     raise TargetError(
         f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason}; "
-        'give them, for example --inputs "torch.randint(0, 64, (2, 16))"'
+        f'give them, for example --inputs "{candidates[0].expression()}"'
     ) from first
 
 

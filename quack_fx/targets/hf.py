@@ -67,7 +67,6 @@ def recipe(space: Namespace) -> Recipe:
     config, transformers = space.names["config"], space.names["transformers"]
     named = next(iter(getattr(config, "architectures", None) or ()), "")
     cls = getattr(transformers, named, None)
-    text = named if cls is not None else "AutoModel"
 
     def make() -> Any:
         _without_cache(config)
@@ -78,7 +77,7 @@ def recipe(space: Namespace) -> Recipe:
                 config._attn_implementation = "eager"  # what the model's own default asks for is not to be had
                 return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
 
-    return Recipe(text, make)
+    return Recipe(named if cls is not None else "", make)
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -94,7 +93,7 @@ def inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
     ids = torch.arange(1, batch * tokens + 1).remainder(vocabulary).view(batch, tokens)
     data: dict[str, list[Tensor]] = {
         "input_ids": [ids],
-        "pixel_values": _images(config, batch),
+        "pixel_values": _videos(config, batch) if _look(config, "num_frames") else _images(config, batch),
         "pixel_values_videos": _videos(config, batch),
         "input_features": _spectrograms(config, batch),
         "input_values": [*_waves(config, batch)],

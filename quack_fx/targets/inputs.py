@@ -28,16 +28,29 @@ BATCH, TOKENS = 2, 4
 LIMIT = 24
 """Candidates that are tried at most."""
 
+_TIME = re.compile(r"t|ts|time|times|timesteps?|sigmas?|noise_levels?")
+_CLASS = re.compile(r"y|labels?|class_(ids?|labels?)|classes")
+_CONDITION = re.compile(rf"{_TIME.pattern}|class_(ids?|labels?)|classes")
+"""What diffusion models call optional and cannot do without."""
+
 Make = Callable[[], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """Arguments of one forward call, and how to show them: "idx=int64[2, 4]"."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     text: str
+
+    def expression(self) -> str:
+        """Python that makes inputs like these, for a user to change."""
+        args = ", ".join(_expression(value) for value in self.args)
+        kwargs = f"dict({', '.join(f'{name}={_expression(value)}' for name, value in self.kwargs.items())})"
+        if not self.kwargs:
+            return args if len(self.args) == 1 else f"({args})"
+        return kwargs if not self.args else f"(({args},), {kwargs})"
 
 
 def infer(model: nn.Module, name: str) -> list[Inputs]:
@@ -55,23 +68,37 @@ def infer(model: nn.Module, name: str) -> list[Inputs]:
     parameters = _wanted(model)
     if not parameters:
         return [_named({})]
-    data, *others = parameters
-    found = []
-    for make in _data(model, data):
-        options = [_other(p, make, model) for p in others]
-        for makes in itertools.product([make], *options):
-            found.append(_assign(parameters, makes))
+    optional = [p for p in _parameters(model) if p.default is None and p not in parameters]
+    conditions = [p for p in optional if _CONDITION.fullmatch(p.name.lower())]
+    found = _candidates(model, parameters, LIMIT // 2 if conditions else LIMIT)
+    if conditions:
+        found += _candidates(model, [*parameters, *conditions], LIMIT // 2)
     if not found:
         raise TargetError(
             f"no inputs can be inferred for forward{inspect.signature(model.forward)} of {name}; "
             'give them, for example --inputs "torch.randn(2, 16, 64)"'
         )
-    return found[:LIMIT]
+    return found
+
+
+def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: int) -> list[Inputs]:
+    """Inputs with a value for each of these parameters."""
+    data, *others = parameters
+    combined = (
+        makes
+        for make in _data(model, data)
+        for makes in itertools.product([make], *(_other(p, make, model) for p in others))
+    )
+    return [_assign(parameters, makes) for makes in itertools.islice(combined, limit)]
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(model.forward).parameters.values())
 
 
 def _wanted(model: nn.Module) -> list[inspect.Parameter]:
     """Parameters of forward to fill: the required ones; where there are none, the first one that takes data."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = _parameters(model)
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if required:
         return required
@@ -83,7 +110,7 @@ def _assign(parameters: list[inspect.Parameter], makes: tuple[Make, ...]) -> Inp
     for parameter, make in zip(parameters, makes, strict=True):
         value = make()
         parts.append(f"{parameter.name}={_shown(value)}")
-        if parameter.kind is parameter.KEYWORD_ONLY:
+        if parameter.kind is parameter.KEYWORD_ONLY or parameter.default is None:
             kwargs[parameter.name] = value
         else:
             args.append(value)
@@ -92,6 +119,16 @@ def _assign(parameters: list[inspect.Parameter], makes: tuple[Make, ...]) -> Inp
 
 def _named(kwargs: dict[str, Any]) -> Inputs:
     return Inputs((), kwargs, ", ".join(f"{name}={_shown(value)}" for name, value in kwargs.items()) or "nothing")
+
+
+def _expression(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.is_floating_point():
+        return f"torch.randn({', '.join(map(str, value.shape))})"
+    if value.dtype == torch.bool:
+        return f"torch.ones({', '.join(map(str, value.shape))}, dtype=torch.bool)"
+    return f"torch.randint(0, {int(value.max()) + 1}, {tuple(value.shape)})"
 
 
 def _shown(value: Any) -> str:
@@ -211,9 +248,9 @@ def _other(parameter: inspect.Parameter, data: Make, model: nn.Module) -> list[M
         none: Make = lambda: None  # noqa: E731
         tensors: list[Make] = [lambda: torch.ones(BATCH, TOKENS, dtype=torch.bool), lambda: torch.zeros(TOKENS, TOKENS)]
         return [*tensors, none] if hint in ("Tensor", "torch.Tensor") else [none, *tensors]
-    if re.fullmatch(r"t|ts|time|times|timesteps?|sigmas?|noise_levels?", name):
+    if _TIME.fullmatch(name):
         return [lambda: torch.ones(BATCH), lambda: torch.ones(BATCH, dtype=torch.int64)]
-    if re.fullmatch(r"y|labels?|class_(ids?|labels?)|classes", name) and data().is_floating_point():
+    if _CLASS.fullmatch(name) and data().is_floating_point():
         return [lambda: torch.zeros(BATCH, dtype=torch.int64)]
     if re.fullmatch(r"(input_)?pos(ition)?s?(_ids)?", name):
         return [lambda: torch.arange(TOKENS), lambda: torch.arange(TOKENS).expand(BATCH, TOKENS)]

@@ -35,7 +35,8 @@ class Recipe:
     """How the model is made.
 
     Attributes:
-        text: The expression that makes it, as one would write it in the file.
+        text: The expression that makes it, as one would write it in the file; empty where the class of what is
+            made says more.
         make: Makes it.
         made: Whether the file has made it already, so that it is what it is.
     """
