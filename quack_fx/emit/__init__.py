@@ -1,0 +1,166 @@
+"""USER: a training step with QuacK as one Python file that needs torch alone.
+
+In: a layout, or a model or target to find it in. Out: source text; nothing is written to disk.
+
+    table.py      the layout as a generator of products of weight rows, loops over equal layers and heads
+    template.py   what is the same for every model: the rule, the optimizer, the compiled step
+    source.py     pieces of Python source in the formatter's own layout
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quack_fx.emit.source import WIDTH
+from quack_fx.emit.table import Table, write_table
+from quack_fx.emit.template import IMPORTS, RUNTIME, render
+from quack_fx.errors import EmitError
+from quack_fx.layout import QKLayout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["convert", "emit"]
+
+_LEFT_OUT = 6
+"""How many kinds of attention without QuacK the docstring names."""
+
+
+def convert(
+    target: str | nn.Module,
+    *args: Any,
+    layout: QKLayout | None = None,
+    tau: float = 1.0,
+    title: str | None = None,
+    build: str | None = None,
+    inputs: str | None = None,
+    **kwargs: Any,
+) -> str:
+    """Source of a training step with QuacK for a model: one file that needs torch alone.
+
+    Arguments:
+        target: A model, or what the command line takes: "model.py", "model.py:GPT", "pkg.module:factory", a Hugging
+            Face config or its folder.
+        args: Example inputs of the model's forward; the model may be on the meta device.
+        layout: The pairs, if they are known; the model is then not run.
+        tau: Default of the emitted optimizer's `tau`.
+        title: Name of the model in the emitted docstring; its class if left out.
+        build: For a target that is text, an expression that builds the model.
+        inputs: For a target that is text, an expression for the example inputs.
+        kwargs: More example inputs, by name.
+
+    Returns:
+        The source. It passes `ruff check` and is stable under `ruff format` at 120 columns.
+
+    Raises:
+        EmitError: There is nothing to emit, or `build` and `inputs` came with a model.
+        LayoutError: The layout does not fit the model.
+        TargetError: The target gives no model.
+        CaptureError: The model cannot be run on the example inputs.
+
+    Example:
+        >>> source = convert("examples/mla.py")  # doctest: +SKIP
+        >>> Path("train_mla.py").write_text(source)  # doctest: +SKIP
+    """
+    if isinstance(target, str):
+        from quack_fx.targets import resolve
+
+        resolved = resolve(target, build=build, inputs=inputs)
+        model = resolved.model
+        args, kwargs = args or resolved.args, kwargs or resolved.kwargs
+    elif build is not None or inputs is not None:
+        raise EmitError(
+            "build and inputs belong to a target given as text; pass example inputs behind the model itself"
+        )
+    else:
+        model = target
+    if layout is None:
+        if not args and not kwargs:
+            raise EmitError("no example inputs: convert(model, *inputs), or convert(model, layout=...)")
+        from quack_fx.find import find_qk_pairs
+
+        layout = find_qk_pairs(model, *args, **kwargs)
+    # The names that a layout may use: tied parameters under each of theirs.
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return emit(layout, shapes, title=title or type(model).__name__, tau=tau)
+
+
+def emit(layout: QKLayout, shapes: Mapping[str, Sequence[int]], *, title: str, tau: float = 1.0) -> str:
+    """Source of a training step with QuacK for a layout; a pure function that does not import torch.
+
+    Arguments:
+        layout: The pairs.
+        shapes: Shape of every parameter that the layout names.
+        title: Name of the model.
+        tau: Default of the emitted optimizer's `tau`.
+
+    Returns:
+        The source.
+
+    Raises:
+        EmitError: There is nothing to emit, or `tau` is not a positive number.
+        LayoutError: The layout does not fit the shapes.
+    """
+    if not 0 < tau < float("inf"):
+        raise EmitError(f"tau is {tau!r}; need a positive number, 1.0 to start at the optimizer's own learning rate")
+    table = write_table(layout, shapes)
+    runtime = render(RUNTIME, table.features).replace("__TAU__", repr(float(tau)))
+    return "\n".join((_docstring(layout, table, title), IMPORTS, "", _generator(table), "", runtime))
+
+
+def _generator(table: Table) -> str:
+    """The function that is the table."""
+    summary = "The table of query/key pairs: the products of weight rows in each head's logits; w[a:b] is rows a to b."
+    return "\n".join(("def logit_products() -> Iterator[tuple[Block, ...]]:", f'    """{summary}"""', *table.lines, ""))
+
+
+def _docstring(layout: QKLayout, table: Table, title: str) -> str:
+    """What the file is, for whom, how to use it, and what it leaves out."""
+    name = " ".join(title.split()).replace("\\", "/").replace('"', "'")
+    algorithm = "Algorithms 1 and 2" if table.plain and table.latent else f"Algorithm {2 if table.latent else 1}"
+    left_out = _left_out(layout)
+    lines = [
+        *_fill(f'"""AdamW with QuacK for {name}: a learning rate of its own for every head\'s query and key weights.'),
+        "",
+        *_fill(
+            "A step of one weight moves the attention logits in proportion to the norms of the weights it is "
+            f"multiplied with. QuacK (arXiv 2511.21377, {algorithm}) divides the learning rate by those norms, so "
+            "that the logits change at the same pace however large the weights grow. This file needs torch alone; "
+            "quack-fx wrote it from the model's graph."
+        ),
+        "",
+        "    optimizer = QuacKAdamW(model, lr=3e-4, weight_decay=0.1)",
+        "    train_step = compile_train_step(model, optimizer)",
+        "    for batch in batches:",
+        "        loss = train_step(*batch)",
+        "",
+        "In all else the optimizer is torch.optim.AdamW: parameter groups, schedulers, state_dict, load_state_dict.",
+        *(["", "Left out, with the plain learning rate:", *left_out] if left_out else []),
+        '"""',
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _left_out(layout: QKLayout) -> list[str]:
+    """A few lines on the attentions that are not in the table, those with the same name but for numbers together."""
+    kept = "QK norm is kept, so the logits do not depend on the norms of these weights"
+    entries = [(site.name, kept) for site in layout.sites if site.qk_norm]
+    entries += [(skipped.name, skipped.reason) for skipped in layout.skipped]
+    groups = Counter((re.sub(r"\d+", "*", name) or "the model itself", reason) for name, reason in entries)
+    lines = []
+    for (name, reason), count in groups.most_common(_LEFT_OUT):
+        text = f"- {name}{f' ({count} times)' if count > 1 else ''}: {' '.join(reason.split())}"
+        lines += _fill(text.replace("\\", "/").replace('"', "'"), subsequent_indent="  ")
+    if len(groups) > _LEFT_OUT:
+        lines.append(f"- and {sum(groups.values()) - sum(n for _, n in groups.most_common(_LEFT_OUT))} more")
+    return lines
+
+
+def _fill(text: str, **options: Any) -> list[str]:
+    """A paragraph in lines."""
+    return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False, **options)

@@ -1,0 +1,79 @@
+"""USER: small pieces of Python source, laid out the way `ruff format` lays them out at 120 columns.
+
+In: numbers, names, expressions. Out: text that a formatter leaves alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+WIDTH = 120
+INDENT = "    "
+
+
+def quoted(text: str, fields: bool = False) -> str:
+    """A string literal; an f-string where `fields` says that the text holds replacement fields."""
+    escaped = text.replace("\\", "\\\\")
+    quote = "'" if '"' in escaped and "'" not in escaped else '"'
+    return ("f" if fields else "") + quote + escaped.replace(quote, "\\" + quote) + quote
+
+
+def bracketed(depth: int, opening: str, entries: Sequence[str], closing: str) -> list[str]:
+    """`opening`, the entries with commas between them, `closing`: on one line if it fits, else on several.
+
+    Arguments:
+        depth: Levels of indentation.
+        opening: Text up to and including the bracket, `"x = f("`.
+        entries: What stands in the brackets.
+        closing: The closing bracket and what follows, `"):"`.
+    """
+    pad = INDENT * depth
+    line = f"{pad}{opening}{', '.join(entries)}{closing}"
+    if len(line) <= WIDTH:
+        return [line]
+    inner = f"{pad}{INDENT}{', '.join(entries)}"
+    if len(inner) <= WIDTH and opening.endswith("(") and not opening.endswith(("= (", "yield (", "in (")):
+        return [f"{pad}{opening}", inner, f"{pad}{closing}"]
+    return [f"{pad}{opening}", *(f"{pad}{INDENT}{entry}," for entry in entries), f"{pad}{closing}"]
+
+
+def linear(terms: Mapping[str, int], constant: int) -> str:
+    """A sum: `linear({"h": 64, "g": -1}, 32)` is "64 * h - g + 32"."""
+    parts: list[tuple[int, str]] = [
+        (factor, name if abs(factor) == 1 else f"{abs(factor)} * {name}") for name, factor in terms.items() if factor
+    ]
+    if constant or not parts:
+        parts.append((constant, str(abs(constant))))
+    text = ""
+    for sign, part in parts:
+        text += (" - " if sign < 0 else " + ") + part
+    return text[3:] if parts[0][0] >= 0 else "-" + text[3:]
+
+
+def slice_of(start: str, stop: str) -> str:
+    """`start:stop`, with spaces around the colon where either side is more than a name or a number."""
+    return f"{start}:{stop}" if f"{start}{stop}".isidentifier() or (start + stop).isalnum() else f"{start} : {stop}"
+
+
+def sequence(values: Sequence[int]) -> str:
+    """An expression for ascending integers: a range if they are evenly spaced, else a tuple, of ranges if long."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and (len(runs[-1]) < 2 or value - runs[-1][-1] == runs[-1][1] - runs[-1][0]):
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    if len(runs) == 1 and len(values) > 1:
+        return _range(values)
+    plain = ", ".join(map(str, values)) + "," * (len(values) == 1)
+    if len(plain) <= 60:
+        return f"({plain})"
+    return "(" + ", ".join(f"*{_range(run)}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) + ")"
+
+
+def _range(values: Sequence[int]) -> str:
+    """An evenly spaced sequence as a range."""
+    step = values[1] - values[0]
+    if step == 1:
+        return f"range({values[-1] + 1})" if values[0] == 0 else f"range({values[0]}, {values[-1] + 1})"
+    return f"range({values[0]}, {values[-1] + 1}, {step})"
