@@ -125,8 +125,9 @@ def _box(place: tuple[float, float], size: tuple[float, float], node: dict[str, 
     assert isinstance(lines, tuple)
     radius = 6 if node["kind"] == "block" else h / 2
     box = f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="{min(radius, 18):.0f}"/>'
+    bold = ' class="head"'
     texts = "".join(
-        f'<text x="{x + w / 2:.1f}" y="{y + 19 + i * _LINE:.1f}"{" class=head" if i == 0 else ""}>{escape(line)}</text>'
+        f'<text x="{x + w / 2:.1f}" y="{y + 19 + i * _LINE:.1f}"{bold if i == 0 else ""}>{escape(line)}</text>'
         for i, line in enumerate(lines)
     )
     return f'<g class="{node["kind"]} {node["side"]}">{box}{texts}</g>'
