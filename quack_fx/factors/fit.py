@@ -1,0 +1,115 @@
+"""Whether a layout fits a model, and which of its parameters the layout means.
+
+In: a `QKLayout` and a model, plain or wrapped. Out: the parameters by the names that the layout uses, or one line that
+says what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from torch import nn
+
+from quack_fx.errors import LayoutError
+from quack_fx.layout import QKLayout, WeightBlock
+
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+"""Path segments that torch.compile and activation checkpointing put into names of parameters, anywhere in the path."""
+
+
+def check_layout(layout: QKLayout, model: nn.Module) -> None:
+    """Refuse a layout that does not fit a model.
+
+    Raises:
+        LayoutError: As `layout_params`.
+
+    Example:
+        >>> check_layout(find_qk_pairs(model, tokens), model)
+    """
+    layout_params(layout, model)
+
+
+def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that a layout names, by the layout's names.
+
+    The layout and the model may differ in wrapping: the names that torch.compile, activation checkpointing and
+    DistributedDataParallel add are seen through, on both sides.
+
+    Arguments:
+        layout: The layout.
+        model: The model it was found on, or the same model wrapped, sharded or loaded elsewhere.
+
+    Returns:
+        Every parameter and bias of every block.
+
+    Raises:
+        LayoutError: A parameter is missing, an axis, range or bias does not fit its shape, two names are one tensor,
+            or the model is flattened by FSDP1.
+    """
+    given = dict(model.named_parameters(remove_duplicate=False))
+    if any(name.rpartition(".")[2].startswith("_flat_param") for name in given) or any(
+        type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()
+    ):
+        raise LayoutError(
+            "model is wrapped in FullyShardedDataParallel (FSDP1), which flattens weights into _flat_param and loses "
+            "their rows; shard it with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    bare = {_bare(name): param for name, param in given.items()}
+    params: dict[str, nn.Parameter] = {}
+    for site in layout.sites:
+        for _, block in site.blocks():
+            for name in filter(None, (block.param, block.bias)):
+                if name not in params:
+                    params[name] = _find(name, given, bare, site.name)
+            _check_block(block, params, site.name)
+    seen: dict[int, str] = {}
+    for name, param in params.items():
+        if seen.setdefault(id(param), name) != name:
+            raise LayoutError(
+                f"layout names {seen[id(param)]!r} and {name!r}, which are one tied tensor in this model; "
+                "find the pairs again on the model as it is trained"
+            )
+    return params
+
+
+def _bare(name: str) -> str:
+    """Name of a parameter without the segments that wrappers add."""
+    path = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+    return ".".join(path[1:] if path[0] == "module" else path)  # DistributedDataParallel wraps at the root only
+
+
+def _find(name: str, given: Mapping[str, nn.Parameter], bare: Mapping[str, nn.Parameter], site: str) -> nn.Parameter:
+    """The parameter that a layout means by a name."""
+    if name in given:
+        return given[name]
+    if _bare(name) in bare:
+        return bare[_bare(name)]
+    close = get_close_matches(name, given, n=1)
+    hint = f" (closest: {close[0]!r})" if close else ""
+    raise LayoutError(
+        f"site {site!r} of the layout names {name!r}, which is no parameter of this model{hint}; "
+        "find the pairs again on this model"
+    )
+
+
+def _check_block(block: WeightBlock, params: Mapping[str, nn.Parameter], site: str) -> None:
+    """Refuse a block whose axis, ranges or bias do not fit the shapes of its parameters."""
+    where = f"site {site!r} of the layout"
+    shape = tuple(params[block.param].shape)
+    again = "find the pairs again on this model"
+    if not 0 <= block.axis < len(shape):
+        raise LayoutError(
+            f"{where} has rows along axis {block.axis} of {block.param!r}, whose shape is {shape}; {again}"
+        )
+    for start, stop in (r for ranges in block.heads for r in ranges):
+        if not 0 <= start < stop <= shape[block.axis]:
+            raise LayoutError(
+                f"{where} has the rows [{start}, {stop}] along axis {block.axis} of {block.param!r}, "
+                f"whose shape is {shape}; {again}"
+            )
+    if block.bias is not None and tuple(params[block.bias].shape[:1]) != (shape[block.axis],):
+        raise LayoutError(
+            f"{where} pairs {block.param!r} with the bias {block.bias!r} of shape {tuple(params[block.bias].shape)}; "
+            f"need {shape[block.axis]} entries; {again}"
+        )

@@ -1,0 +1,140 @@
+"""A plan as index tensors: what a training step needs of it, free of python objects per unit.
+
+In: a `FactorPlan`. Out: `PlanTables`, which sums a value of weight rows over units and spreads a value of units over
+weight rows.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from quack_fx.factors.plan import FactorPlan
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The stretch of one tensor from the first to the last row that belongs to a unit.
+
+    The rows of all strips of a plan, one strip after the other, are its *flat rows*.
+
+    Attributes:
+        name: Name of the parameter or bias.
+        axis: Axis that counts its rows.
+        start: First row.
+        stop: One past the last row.
+        offset: Place of the first row among the flat rows.
+    """
+
+    name: str
+    axis: int
+    start: int
+    stop: int
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The strip of a tensor, rows first; a view."""
+        return tensor.detach().narrow(self.axis, self.start, self.stop - self.start).movedim(self.axis, 0)
+
+
+@dataclass(frozen=True)
+class PlanTables:
+    """Index tensors of a plan; what a training step needs of it, free of python objects per unit.
+
+    Attributes:
+        strips: The strips, in the order of their flat rows.
+        buckets: Units of equal size together; for each size, the flat rows of its units, int64 [units, size].
+        order: Place of each unit among the units of all buckets, int64 [n_units].
+        members: Unit at each place of each term, n_units where the term is shorter, int64 [terms, longest].
+        others: Units at the other places of the term, padded likewise, int64 [terms, longest, longest - 1].
+        owners: Units that contain each flat row, n_units for a row of none, int64 [rows, most units of one row].
+    """
+
+    strips: tuple[Strip, ...]
+    buckets: tuple[Tensor, ...]
+    order: Tensor
+    members: Tensor
+    others: Tensor
+    owners: Tensor
+
+    @classmethod
+    def of(cls, plan: FactorPlan) -> PlanTables:
+        """Tables of a plan, on the CPU."""
+        hulls: dict[tuple[str, int], tuple[int, int]] = {}
+        for unit in plan.units:
+            for part in unit.parts():
+                start, stop = hulls.get(part, unit.ranges[0])
+                hulls[part] = min(start, unit.ranges[0][0]), max(stop, unit.ranges[-1][1])
+        strips: dict[tuple[str, int], Strip] = {}
+        n_rows = 0
+        for part, (start, stop) in hulls.items():
+            strips[part] = Strip(*part, start, stop, offset=n_rows)
+            n_rows += stop - start
+
+        flat: list[Tensor] = []  # flat rows of each unit
+        by_size: defaultdict[int, list[int]] = defaultdict(list)
+        for i, unit in enumerate(plan.units):
+            shifts = [strips[part].offset - strips[part].start for part in unit.parts()]
+            flat.append(torch.cat([torch.arange(a + by, b + by) for by in shifts for a, b in unit.ranges]))
+            by_size[len(flat[i])].append(i)
+        order = torch.empty(len(flat), dtype=torch.int64)
+        order[[i for bucket in by_size.values() for i in bucket]] = torch.arange(len(flat))
+
+        members, others = _term_tables(plan)
+        return cls(
+            strips=tuple(strips.values()),
+            buckets=tuple(torch.stack([flat[i] for i in bucket]) for bucket in by_size.values()),
+            order=order,
+            members=members,
+            others=others,
+            owners=_owners(flat, n_rows),
+        )
+
+    def to(self, device: torch.device) -> PlanTables:
+        """The same tables on a device."""
+        return PlanTables(
+            self.strips,
+            tuple(bucket.to(device) for bucket in self.buckets),
+            *(table.to(device) for table in (self.order, self.members, self.others, self.owners)),
+        )
+
+    def sum_rows(self, rows: Tensor) -> Tensor:
+        """Sum of a value of the flat rows over each unit: [..., rows] -> [..., n_units].
+
+        Gathers and sums instead of scattering: the order of additions, and so the result, never changes.
+        """
+        if not self.buckets:
+            return rows
+        return torch.cat([rows[..., bucket].sum(-1) for bucket in self.buckets], -1)[..., self.order]
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """Scale of each flat row, the smallest of its units' scales, 1 for a row of none: [n_units] -> [rows]."""
+        return torch.cat([scales, scales.new_ones(1)])[self.owners].amin(-1)
+
+
+def _term_tables(plan: FactorPlan) -> tuple[Tensor, Tensor]:
+    """`members` and `others` of `PlanTables`."""
+    longest = max(map(len, plan.terms), default=1)
+    padded = [[*term, *[len(plan.units)] * (longest - len(term))] for term in plan.terms]
+    members = torch.tensor(padded, dtype=torch.int64).view(len(plan.terms), longest)
+    elsewhere = torch.tensor([[j for j in range(longest) if j != i] for i in range(longest)], dtype=torch.int64)
+    return members, members[:, elsewhere]
+
+
+def _owners(flat: list[Tensor], n_rows: int) -> Tensor:
+    """`owners` of `PlanTables` from the flat rows of each unit."""
+    if not flat:
+        return torch.empty(0, 1, dtype=torch.int64)
+    rows, by_row = torch.cat(flat).sort(stable=True)
+    units = torch.arange(len(flat)).repeat_interleave(torch.tensor(list(map(len, flat))))[by_row]
+    counts = rows.bincount(minlength=n_rows)
+    firsts = counts.cumsum(0) - counts
+    # a row with fewer units than another names one of its own again, which changes no minimum
+    owners = torch.full((n_rows,), len(flat)).index_put((rows,), units)[:, None].repeat(1, int(counts.max()))
+    owners[rows, torch.arange(len(rows)) - firsts[rows]] = units
+    return owners
