@@ -28,7 +28,7 @@ class Unit:
 
     Example:
         >>> str(Unit("attn.q.weight", 0, ((0, 64),), "attn.q.bias"))
-        'attn.q.weight[0:64]'
+        'attn.q.weight[0:64] + attn.q.bias'
     """
 
     param: str
@@ -60,7 +60,8 @@ class Unit:
 
     def __str__(self) -> str:
         rows = ",".join(f"{start}:{stop}" for start, stop in self.ranges)
-        return f"{self.param}[{':, ' * self.axis}{rows}]"
+        bias = f" + {self.bias}" if self.bias is not None else ""
+        return f"{self.param}[{':, ' * self.axis}{rows}]{bias}"
 
 
 @dataclass(frozen=True)
