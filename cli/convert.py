@@ -6,12 +6,11 @@ In: a target. Out: the file, which needs torch alone, or its text on stdout. Exi
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from quack_fx.errors import FactorError
 
 from .common import (
     BuildOption,
@@ -27,6 +26,14 @@ from .common import (
 )
 
 
+def _positive(text: str | float) -> float:
+    """A positive, finite number."""
+    with suppress(ValueError):
+        if math.isfinite(number := float(text)) and number > 0:
+            return number
+    raise typer.BadParameter(f"{text} is not a positive number")
+
+
 def convert(
     target: TargetArgument,
     output: Annotated[
@@ -36,7 +43,13 @@ def convert(
         ),
     ] = None,
     tau: Annotated[
-        float, typer.Option("--tau", help="Learning rate of query/key rows relative to the rest, at the start.")
+        float,
+        typer.Option(
+            "--tau",
+            metavar="NUMBER",
+            parser=_positive,
+            help="Learning rate of query/key rows relative to the rest, at the start.",
+        ),
     ] = 1.0,
     layout: LayoutOption = None,
     build: BuildOption = None,
@@ -45,8 +58,6 @@ def convert(
     debug: DebugOption = False,
 ) -> int:
     """Write a training step with QuacK as one Python file that needs torch alone."""
-    if not (math.isfinite(tau) and tau > 0):
-        raise FactorError(f"--tau {tau:g} is not a positive number; 1 leaves the learning rate at the start as it is")
     if output is not None:
         check_output(output, force)
     finding = find(target, build, inputs, layout)
@@ -55,7 +66,9 @@ def convert(
         return 1
     from quack_fx.emit import emit
 
-    source = emit(finding.layout, finding.facts.shapes, title=finding.facts.title, tau=tau)
+    # A given layout may call a tied parameter by any of its names.
+    shapes = {name: tuple(p.shape) for name, p in finding.target.model.named_parameters(remove_duplicate=False)}
+    source = emit(finding.layout, shapes, title=finding.facts.title, tau=tau)
     if output is None:
         typer.echo(source, nl=False)
     else:

@@ -162,10 +162,7 @@ def one_line(error: BaseException, namespace: Namespace) -> str:
     """
     if isinstance(error, SyntaxError):
         return _syntax(error, namespace.source)
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if len(text) > 300:
-        text = text[:297] + "..."
-    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    said = name_and_text(error)
     if namespace.file is None:
         return said
     frames = traceback.extract_tb(error.__traceback__)
@@ -177,6 +174,15 @@ def one_line(error: BaseException, namespace: Namespace) -> str:
         if path.is_relative_to(namespace.file.parent) and "site-packages" not in path.parts:
             return f"{os.path.relpath(path)}:{frame.lineno}: {said}"
     return said
+
+
+def name_and_text(error: BaseException) -> str:
+    """ "ValueError: 7 is odd": the class of an error and its first line, with the next where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    announced = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    text = " ".join(lines[: announced + 1])
+    text = text if len(text) <= 300 else text[:297] + "..."
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _syntax(error: Exception, typed: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.files import Namespace
+from quack_fx.targets.files import Namespace, name_and_text
 from quack_fx.targets.pick import Recipe
 
 _SUB_CONFIGS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "backbone_config")
@@ -56,9 +56,7 @@ def namespace(path: Path, typed: str) -> Namespace:
         with _quiet(transformers):
             config = transformers.CONFIG_MAPPING[kind].from_dict(fields)
     except Exception as error:
-        raise TargetError(
-            f"{typed!r} is refused by transformers: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise TargetError(f"{typed!r} is refused by transformers: {name_and_text(error)}") from error
     return Namespace(typed, {"config": config, "transformers": transformers})
 
 
@@ -115,7 +113,7 @@ def _read(path: Path, typed: str) -> dict[str, Any]:
     except OSError as error:
         raise TargetError(f"{typed!r} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise TargetError(f"{typed!r} is not JSON: {_first_line(error)}") from error
+        raise TargetError(f"{typed!r} is not JSON: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
         name = fields.get("_class_name") if isinstance(fields, dict) else None
         library = f" (it is that of {name} in diffusers)" if name else ""
@@ -182,7 +180,3 @@ def _waves(config: Any, batch: int) -> list[Tensor]:
 
 def _noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), "")
