@@ -11,7 +11,7 @@ import torch
 from tiny_models import CASES, IDS, Case, gpt2, heads, hugging_face, llama, our_gpt, site
 from torch import nn
 
-from quack_fx.errors import VerifyError
+from quack_fx.errors import LayoutError, VerifyError
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, WeightBlock
 from quack_fx.verify import verify_qk_pairs
 
@@ -267,6 +267,12 @@ def test_zero_weights_hide_nothing() -> None:
     assert verify_qk_pairs(case.model, case.layout, **case.inputs).complete
 
 
+def test_wrapped_model_is_unwrapped() -> None:
+    case = our_gpt()
+    assert verify_qk_pairs(nn.DataParallel(case.model), case.layout, **case.inputs).complete
+    assert verify_qk_pairs(torch.compile(case.model), case.layout, **case.inputs).complete
+
+
 def giant() -> Case:
     with torch.device("meta"):
         return hugging_face("llama", [], hidden_size=16384, num_hidden_layers=4, intermediate_size=4096)
@@ -288,8 +294,8 @@ def too_far() -> Case:
     ("build", "message"),
     [
         (giant, r"verify the same architecture with fewer layers and a smaller width$"),
-        (renamed, r"names 'blocks.0.q', which GPT does not have$"),
-        (too_far, r"claims rows up to 10384 on axis 0 of 'blocks.0.attn.qkv.weight', which has shape \[576, 192\]$"),
+        (renamed, r"names 'blocks.0.q', which is no parameter of this model"),
+        (too_far, r"rows \[10192, 10224\] along axis 0 of 'blocks.0.attn.qkv.weight', whose shape is \(576, 192\)"),
         (
             lambda: replace(our_gpt(), inputs={"ids": IDS}),
             r"TypeError: .*; give the inputs that find_qk_pairs was given$",
@@ -299,6 +305,6 @@ def too_far() -> Case:
 )
 def test_bad_input_is_told_in_one_line(build: Callable[[], Case], message: str) -> None:
     case = build()
-    with pytest.raises(VerifyError, match=message) as error:
+    with pytest.raises((VerifyError, LayoutError), match=message) as error:
         verify_qk_pairs(case.model, case.layout, **case.inputs)
     assert "\n" not in str(error.value)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from quack_fx.errors import VerifyError
+from quack_fx.factors import check_layout
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.verify.chains import Chains
 from quack_fx.verify.compare import CannotTell, SiteCheck
@@ -102,6 +103,7 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
         The sites that were proved and those that could not be, with reasons. Look at `complete`.
 
     Raises:
+        LayoutError: The layout does not fit the model.
         VerifyError: A claim is wrong (the message names site, head, side, parameter and rows), or the model is too
             large or cannot be run.
 
@@ -118,7 +120,7 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
         >>> verify_qk_pairs(model, QKLayout((site,)), x, x, x).complete
         True
     """
-    _check_names(model, layout)
+    model = _bare(model, layout)
     generator = torch.Generator().manual_seed(0)
     copy = _random_copy(model, args, kwargs, generator)
     args, kwargs = tree_map(_as_float32, (args, kwargs))
@@ -196,21 +198,20 @@ def _check_complete(
             )
 
 
-def _check_names(model: nn.Module, layout: QKLayout) -> None:
-    """Refuse a layout that speaks of parameters the model does not have."""
-    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+def _bare(model: nn.Module, layout: QKLayout) -> nn.Module:
+    """The model without the wrappers around it, checked to have the layout's parameters under the layout's names."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    check_layout(layout, model)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for site in layout.sites:
         for _, block in site.blocks():
-            for name in (block.param, block.bias):
-                if name is not None and name not in shapes:
-                    raise VerifyError(f"site {site.name!r} names {name!r}, which {type(model).__name__} does not have")
-            size = shapes[block.param]
-            stop = max((stop for ranges in block.heads for _, stop in ranges), default=0)
-            if block.axis >= len(size) or stop > size[block.axis]:
+            if block.param not in names:
                 raise VerifyError(
-                    f"site {site.name!r} claims rows up to {stop} on axis {block.axis} of {block.param!r}, "
-                    f"which has shape {list(size)}"
+                    f"site {site.name!r} names {block.param!r} as a wrapper does; find the pairs on the model itself"
                 )
+    return model
 
 
 def _first_line(error: Exception) -> str:
