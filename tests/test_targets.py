@@ -72,6 +72,12 @@ PICKS = {
         "",
         "GPT()",
     ),
+    "a class that cannot be built is not it": (
+        "class Lora(nn.Module):\n    def __init__(self, base): pass\n    def forward(self, x): pass\n"
+        + GPT.format("", ""),
+        "",
+        "GPT()",
+    ),
     "an abstract base is not it": ("class Base(nn.Module): pass\n" + GPT.format("", ""), "", "GPT()"),
     "a class by name": (GPT.format("", ""), ":Attention", "Attention()"),
     "a factory by name": ("def whatever(width=8): return Attention(width)\n", ":whatever", "whatever()"),

@@ -2,7 +2,8 @@
 
 In: a `Namespace` and, maybe, a name. Out: a `Recipe` that makes the model. Without a name the first of these that the
 file has: a zero-argument factory, a module that the file made, the one nn.Module class that no other class of the file
-contains. Two of a kind are refused: the user says which.
+contains. Classes that the file cannot build do not count where another can be built. Two of a kind are refused: the
+user says which.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def pick(namespace: Namespace, name: str | None) -> Recipe:
     own = {n: v for n, v in namespace.names.items() if _defined_here(v, namespace) and not n.startswith("__")}
     factories = [n for n, v in own.items() if isinstance(v, FunctionType) and _makes_model(n, v)]
     ready = [n for n in factories if not _required(own[n])]
-    for names in (ready, _instances(namespace), _roots(namespace, own)):
+    roots = _roots(namespace, own)
+    ready_roots = [n for n in roots if _arguments(namespace, own[n]) is not None] or roots
+    for names in (ready, _instances(namespace), ready_roots):
         if len(names) == 1:
             return _recipe(namespace, names[0], namespace.names[names[0]])
         if names:
@@ -112,18 +115,26 @@ def _recipe(namespace: Namespace, name: str, value: Any) -> Recipe:
 
 def _construct(namespace: Namespace, name: str, cls: type[nn.Module]) -> Recipe:
     """How to call a model class: with nothing, or with config objects that need nothing themselves."""
-    configs: dict[str, tuple[str, type]] = {}
-    for parameter in (needed := _required(cls)):
-        config = _config(namespace, cls, parameter, alone=len(needed) == 1)
-        if config is None or (missing := _required(config[1])):
-            why = f" ({config[0]} has no default for {_list(missing)})" if config else ""
-            raise TargetError(
-                f"{name} of {namespace.source} needs arguments ({_list(needed)}) without a default{why}; "
-                f'type --build "{name}({", ".join(f"{n}=..." for n in needed)})"'
-            )
-        configs[parameter] = config
+    configs = _arguments(namespace, cls)
+    if configs is None:
+        needed = _required(cls)
+        tried = [c for n in needed if (c := _config(namespace, cls, n, alone=len(needed) == 1)) is not None]
+        missing = [f"{config} has no default for {_list(_required(made))}" for config, made in tried if _required(made)]
+        why = f" ({'; '.join(missing)})" if missing else ""
+        raise TargetError(
+            f"{name} of {namespace.source} needs arguments ({_list(needed)}) without a default{why}; "
+            f'type --build "{name}({", ".join(f"{n}=..." for n in needed)})"'
+        )
     text = ", ".join(f"{c}()" if len(configs) == 1 else f"{p}={c}()" for p, (c, _) in configs.items())
     return Recipe(f"{name}({text})", lambda: cls(**{p: c() for p, (_, c) in configs.items()}))
+
+
+def _arguments(namespace: Namespace, cls: type[nn.Module]) -> dict[str, tuple[str, type]] | None:
+    """The config class for each parameter without a default; None where there is none that needs nothing itself."""
+    needed = _required(cls)
+    configs = {n: _config(namespace, cls, n, alone=len(needed) == 1) for n in needed}
+    found = {n: config for n, config in configs.items() if config is not None and not _required(config[1])}
+    return found if len(found) == len(needed) else None
 
 
 def _config(namespace: Namespace, cls: type, parameter: str, alone: bool) -> tuple[str, type] | None:
