@@ -32,7 +32,7 @@ def bracketed(depth: int, opening: str, entries: Sequence[str], closing: str) ->
     if len(line) <= WIDTH:
         return [line]
     inner = f"{pad}{INDENT}{', '.join(entries)}"
-    if len(inner) <= WIDTH and opening.endswith("(") and not opening.endswith(("= (", "yield (", "in (")):
+    if len(inner) <= WIDTH and opening[-2:-1].isalnum():  # arguments of a call; a collection goes one entry a line
         return [f"{pad}{opening}", inner, f"{pad}{closing}"]
     return [f"{pad}{opening}", *(f"{pad}{INDENT}{entry}," for entry in entries), f"{pad}{closing}"]
 
@@ -55,8 +55,8 @@ def slice_of(start: str, stop: str) -> str:
     return f"{start}:{stop}" if f"{start}{stop}".isidentifier() or (start + stop).isalnum() else f"{start} : {stop}"
 
 
-def sequence(values: Sequence[int]) -> str:
-    """An expression for ascending integers: a range if they are evenly spaced, else a tuple, of ranges if long."""
+def loop(depth: int, variable: str, values: Sequence[int]) -> list[str]:
+    """`for variable in ...:` over ascending integers: a range if they are evenly spaced, else a tuple."""
     runs: list[list[int]] = []
     for value in values:
         if runs and (len(runs[-1]) < 2 or value - runs[-1][-1] == runs[-1][1] - runs[-1][0]):
@@ -64,16 +64,17 @@ def sequence(values: Sequence[int]) -> str:
         else:
             runs.append([value])
     if len(runs) == 1 and len(values) > 1:
-        return _range(values)
-    plain = ", ".join(map(str, values)) + "," * (len(values) == 1)
-    if len(plain) <= 60:
-        return f"({plain})"
-    return "(" + ", ".join(f"*{_range(run)}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) + ")"
+        return [f"{INDENT * depth}for {variable} in {_range(values)}:"]
+    entries = [str(value) for value in values]
+    if len(entries) > 12:
+        entries = [text for run in runs for text in ([f"*{_range(run)}"] if len(run) > 2 else map(str, run))]
+    return bracketed(depth, f"for {variable} in (", entries, ",):" if len(entries) == 1 else "):")
 
 
 def _range(values: Sequence[int]) -> str:
     """An evenly spaced sequence as a range."""
     step = values[1] - values[0]
+    start, stop = values[0], values[-1] + step
     if step == 1:
-        return f"range({values[-1] + 1})" if values[0] == 0 else f"range({values[0]}, {values[-1] + 1})"
-    return f"range({values[0]}, {values[-1] + 1}, {step})"
+        return f"range({start}, {stop})" if start else f"range({stop})"
+    return f"range({start}, {stop}, {step})"

@@ -12,11 +12,13 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from math import prod
 from typing import NamedTuple
 
-from quack_fx.emit.source import INDENT, WIDTH, bracketed, linear, quoted, sequence, slice_of
+from quack_fx.emit.source import INDENT, WIDTH, bracketed, linear, loop, quoted, slice_of
 from quack_fx.errors import EmitError, LayoutError
 from quack_fx.layout import AttentionSite, QKLayout, Range, Ranges, WeightBlock
 
@@ -96,13 +98,13 @@ def write_table(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> Table:
     for site in layout.sites:
         if not site.terms or site.qk_norm:
             continue
-        weights, blocks = _read(site, shapes)
+        weights, blocks, terms = _read(site, shapes)
         for block in blocks:
             weight = weights[block.weight]
             known, rows = used.setdefault(weight.name, (weight, set()))
             if known != weight:
                 raise EmitError(
-                    f"{weight.name!r} is used along two axes or with two biases; no emitted file can do that"
+                    f"{weight.name!r} is used along two axes or with two biases, which no emitted file can do"
                 )
             rows.update(filter(None, block.heads))
         numbers: list[int] = []
@@ -110,7 +112,6 @@ def write_table(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> Table:
             weight._replace(name=_template(weight.name, numbers), bias=weight.bias and _template(weight.bias, numbers))
             for weight in weights
         )
-        terms = tuple((*term.query, *(len(site.query) + k for k in term.key)) for term in site.terms)
         plan = _Site(_title(site), nameless, tuple(blocks), terms, site.head_map)
         groups.setdefault(plan, []).append(tuple(numbers))
     if not groups:
@@ -139,21 +140,34 @@ def _title(site: AttentionSite) -> str:
     heads = f"{site.query_heads} head{'s' if site.query_heads > 1 else ''}"
     if site.key_heads != site.query_heads:
         heads = f"{site.query_heads} query heads on {site.key_heads} key head{'s' if site.key_heads > 1 else ''}"
-    return f"{'cross ' if site.cross else ''}{_KINDS[site.kind]}, {heads}"
+    kind = _KINDS[site.kind]
+    return f"{kind.replace('attention', 'cross attention') if site.cross else kind}, {heads}"
 
 
 # ---- a site against the shapes ---------------------------------------------------------------------------------------
 
 
-def _read(site: AttentionSite, shapes: Mapping[str, Sequence[int]]) -> tuple[list[_Weight], list[_Block]]:
-    """The weights and blocks of a site, checked against the shapes."""
+def _read(
+    site: AttentionSite, shapes: Mapping[str, Sequence[int]]
+) -> tuple[list[_Weight], list[_Block], tuple[tuple[int, ...], ...]]:
+    """The weights and blocks of a site, checked against the shapes, and the terms as blocks by number.
+
+    A reader follows the data: queries before keys, and on each side what acts first comes first.
+    """
+    queries = dict.fromkeys(b for term in site.terms for b in reversed(term.query))
+    keys = dict.fromkeys(b for term in site.terms for b in reversed(term.key))
     weights: dict[_Weight, int] = {}
     blocks = []
-    for side, block in site.blocks():
+    for block in (site.query[b] for b in queries):
         number = weights.setdefault(_fit(site, block, shapes), len(weights))
-        heads = block.heads if side == "query" else [block.heads[k] for k in site.head_map]
-        blocks.append(_Block(number, block.role, tuple(map(_merge, heads))))
-    return list(weights), blocks
+        blocks.append(_Block(number, block.role, tuple(map(_merge, block.heads))))
+    for block in (site.key[b] for b in keys):
+        number = weights.setdefault(_fit(site, block, shapes), len(weights))
+        blocks.append(_Block(number, block.role, tuple(_merge(block.heads[k]) for k in site.head_map)))
+    query_number = {b: n for n, b in enumerate(queries)}
+    key_number = {b: n for n, b in enumerate(keys, start=len(queries))}
+    terms = tuple((*(query_number[b] for b in t.query), *(key_number[b] for b in t.key)) for t in site.terms)
+    return list(weights), blocks, terms
 
 
 def _fit(site: AttentionSite, block: WeightBlock, shapes: Mapping[str, Sequence[int]]) -> _Weight:
@@ -234,50 +248,67 @@ def _template(name: str, numbers: list[int]) -> str:
 # ---- one entry: loops over layers, weights, loops over heads ---------------------------------------------------------
 
 
-def _entry(site: _Site, numbers: list[tuple[int, ...]]) -> list[str]:
+_Row = tuple[int, ...]
+"""The numbers that fill the fields in the names of one site."""
+
+
+def _entry(site: _Site, numbers: list[_Row]) -> list[str]:
     """The lines for all sites that share a plan.
 
     Arguments:
         site: The plan.
-        numbers: For each site the numbers that fill the fields of its names, in ascending order.
+        numbers: The rows of numbers of these sites, in ascending order.
     """
     count = f"{len(numbers)} x " if len(numbers) > 1 else ""
     lines = [f"{INDENT}# {count}{site.title}"]
-    for part in _products(numbers):
+    for part in _parts(numbers):
         fields, headers = _layer_loops(part)
-        lines += [INDENT * (1 + depth) + header for depth, header in enumerate(headers)]
-        depth = 1 + len(headers)
+        lines += headers
+        depth = 1 + sum(header.endswith(":") for header in headers)
         names = _weight_names(site)
         lines += _weight_lines(depth, site, names, fields)
         lines += _head_lines(depth, site, names)
     return lines
 
 
-def _products(rows: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Split rows of numbers into few parts that nested loops can run through."""
-    if _columns_are_free(rows):
-        return [rows]
-    column = next(c for c in range(len(rows[0])) if len({row[c] for row in rows}) > 1)
-    by_rest: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
-    for value in sorted({row[column] for row in rows}):
-        same = [row for row in rows if row[column] == value]
-        rest = tuple(row[:column] + row[column + 1 :] for row in same)
-        by_rest.setdefault(rest, []).extend(same)
-    if len(by_rest) == 1 or len(by_rest) > max(2, len(rows) // 4):
-        return [rows]
-    return [piece for part in by_rest.values() for piece in _products(sorted(part))]
+def _parts(rows: list[_Row]) -> list[list[_Row]]:
+    """Split rows of numbers into few parts that nested loops can run through; one part if it would take many.
+
+    A part has one number, or one difference of two numbers, in common: layers that read the keys of layer 19, layers
+    that read those of the layer below.
+    """
+    left, parts = rows, []
+    while left:
+        best = max(filter(_is_grid, _candidates(left)), key=len)
+        parts.append(best)
+        left = [row for row in left if row not in set(best)]
+    return sorted(parts) if len(parts) <= max(2, len(rows) // 4) else [rows]
 
 
-def _columns_are_free(rows: list[tuple[int, ...]]) -> bool:
+def _candidates(rows: list[_Row]) -> Iterator[list[_Row]]:
+    """Subsets of the rows that may be grids; one of them is."""
+    yield rows
+    yield rows[:1]
+    columns = range(len(rows[0]))
+    for a in columns:
+        same_rest: dict[tuple[_Row, ...], list[_Row]] = {}
+        for value in sorted({row[a] for row in rows}):
+            same = [row for row in rows if row[a] == value]
+            yield same
+            same_rest.setdefault(tuple(row[:a] + row[a + 1 :] for row in same), []).extend(same)
+        yield from same_rest.values()
+    for a, b in combinations(columns, 2):
+        for difference in {row[b] - row[a] for row in rows}:
+            yield [row for row in rows if row[b] - row[a] == difference]
+
+
+def _is_grid(rows: list[_Row]) -> bool:
     """Whether the rows are all combinations of the values in their independent columns."""
     independent, _ = _independent(rows)
-    size = 1
-    for column in independent:
-        size *= len({row[column] for row in rows})
-    return size == len(rows)
+    return prod(len({row[column] for row in rows}) for column in independent) == len(rows)
 
 
-def _independent(rows: list[tuple[int, ...]]) -> tuple[list[int], dict[int, tuple[int | None, int]]]:
+def _independent(rows: list[_Row]) -> tuple[list[int], dict[int, tuple[int | None, int]]]:
     """Columns that vary by themselves, and each column as (independent column or None, plus a constant)."""
     independent: list[int] = []
     meaning: dict[int, tuple[int | None, int]] = {}
@@ -297,19 +328,21 @@ def _independent(rows: list[tuple[int, ...]]) -> tuple[list[int], dict[int, tupl
     return independent, meaning
 
 
-def _layer_loops(rows: list[tuple[int, ...]]) -> tuple[list[str], list[str]]:
-    """Text for every field of the names, and the `for` lines around the entry."""
+def _layer_loops(rows: list[_Row]) -> tuple[list[str], list[str]]:
+    """Text for every field of the names, and the `for` lines around the entry, one level of indentation each."""
     independent, meaning = _independent(rows)
     letters = {column: _LAYERS[n] if n < len(_LAYERS) else f"i{n}" for n, column in enumerate(independent)}
     fields = []
     for column in range(len(rows[0])):
         base, constant = meaning[column]
         fields.append(str(constant) if base is None else f"{{{linear({letters[base]: 1}, constant)}}}")
-    if _columns_are_free(rows):
-        values = [sorted({row[column] for row in rows}) for column in independent]
-        return fields, [f"for {letters[c]} in {sequence(v)}:" for c, v in zip(independent, values, strict=True)]
-    tuples = [tuple(row[column] for column in independent) for row in rows]
-    return fields, [f"for {', '.join(letters.values())} in {tuples}:"]
+    if _is_grid(rows):
+        lines = []
+        for depth, column in enumerate(independent, start=1):
+            lines += loop(depth, letters[column], sorted({row[column] for row in rows}))
+        return fields, lines
+    tuples = [str(tuple(row[column] for column in independent)) for row in rows]
+    return fields, bracketed(1, f"for {', '.join(letters.values())} in [", tuples, "]:")
 
 
 def _weight_names(site: _Site) -> list[str]:
@@ -340,8 +373,8 @@ def _weight_lines(depth: int, site: _Site, names: list[str], fields: list[str]) 
     everything = [name for pair in texts for name in pair if name]
     prefix = _common_prefix(everything)
     lines = []
-    if prefix and len(everything) > 1:
-        lines += bracketed(depth, f"at = {_string(prefix)}", [], "")
+    if len(everything) > 1 and (len(prefix) > 12 or "{" in prefix):
+        lines.append(f"{INDENT * depth}at = {_string(prefix)}")
     else:
         prefix = ""
     for variable, weight, (name, bias) in zip(names, site.weights, texts, strict=True):
@@ -402,7 +435,7 @@ def _head_lines(depth: int, site: _Site, names: list[str]) -> list[str]:
 
 def _head_loop(depth: int, site: _Site, names: list[str], terms: list[tuple[int, ...]], heads: list[int]) -> list[str]:
     """The products of some heads that have the same terms."""
-    used = list(dict.fromkeys(b for term in terms for b in term))
+    used = sorted({b for term in terms for b in term})
     group, groups = _key_head(heads, [site.head_map[h] for h in heads])
     rules = {b: _rule([site.blocks[b].heads[h] for h in heads], heads, groups) for b in used}
     if any(rule is None for rule in rules.values()):
@@ -415,7 +448,7 @@ def _head_loop(depth: int, site: _Site, names: list[str], terms: list[tuple[int,
 
     lines = []
     if varies:
-        lines.append(f"{INDENT * depth}for h in {sequence(heads)}:")
+        lines += loop(depth, "h", heads)
     if any(rule.uses_group for rule in known.values()):
         lines.append(f"{INDENT * inner}g = {group}  # the key head that query head h reads")
     inline = f"{INDENT * inner}yield {', '.join(slices[b] for b in terms[0])}"
@@ -432,13 +465,18 @@ def _head_loop(depth: int, site: _Site, names: list[str], terms: list[tuple[int,
     return lines
 
 
-def _block_names(site: _Site, used: list[int], taken: list[str]) -> dict[int, str]:
-    """A variable for every block: its role, numbered where a role comes more than once."""
-    roles = [site.blocks[b].role for b in used]
-    names = {}
-    for n, b in enumerate(used):
-        name = roles[n] if roles.count(roles[n]) == 1 else f"{roles[n]}{roles[: n + 1].count(roles[n])}"
-        names[b] = f"{name}_rows" if name in taken else name
+def _block_names(site: _Site, used: list[int], weight_names: list[str]) -> dict[int, str]:
+    """A variable for every block: its role, or its weight where the role says nothing."""
+    names: dict[int, str] = {}
+    for b in used:
+        block = site.blocks[b]
+        name = block.role if block.role != "other" else weight_names[block.weight]
+        if name in weight_names:
+            name = f"{name}_rows"
+        unique, n = name, 2
+        while unique in names.values() or unique in weight_names:
+            unique, n = f"{name}{n}", n + 1
+        names[b] = unique
     return names
 
 

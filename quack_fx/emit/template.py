@@ -140,7 +140,8 @@ class HeadScales:
         norms = self.norms()
         zero = [block for block, norm in zip(number, norms.tolist(), strict=False) if norm == 0]
         if zero:
-            raise ValueError(f"{zero[0]} is zero and QuacK divides by its norm: give it other initial values")
+            where = f"rows {zero[0][1:]} of {zero[0].weight.name}"
+            raise ValueError(f"{where} are zero, and QuacK divides by their norm: give them other initial values")
         self.first_gain = self.gain(norms)
         self.scale = self.scales()
 
