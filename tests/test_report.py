@@ -358,7 +358,7 @@ Attention, weights and rows of a head   Heads       Dim   Scale
 model.layers.{0..125}.self_attn  x126   GQA 128/8   128   1/√128
   q  q_proj.weight  128h:128h+128
   k  k_proj.weight  128g:128g+128
- h counts query heads, g key heads; rows a:b end before b
+h counts query heads, g key heads; rows a:b end before b
 """
     assert printed(overview(LLAMA, facts(LLAMA)), 80).strip() == expected.strip()
 
@@ -512,7 +512,12 @@ def test_names_cannot_break_the_page() -> None:
     layout = QKLayout((replace(plain("a"), name=evil),), (Skipped(evil, evil, evil),), (evil,))
     page = html(layout, Facts(evil, evil))
     assert "<script" not in page and "&lt;script&gt;" in page
-    printed(overview(QKLayout((plain("[bold]x[/bold]"),)), Facts("[red]t")), 80)
+
+
+def test_names_cannot_style_the_terminal() -> None:
+    site = plain("[bold]x[/bold]")
+    text = printed(overview(QKLayout((site,)), Facts("[red]t", "[/red]")), 80) + printed(pair(site, Facts("t")), 80)
+    assert text.count("[bold]x[/bold]") == 4 and "[red]t" in text and "[/red]" in text
 
 
 @settings(max_examples=20, deadline=None)

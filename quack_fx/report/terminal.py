@@ -39,7 +39,7 @@ class Overview:
             table = pair_table(self.layout, narrow=False)
             wide = Measurement.get(console, options.update(max_width=10_000), table).maximum
             yield table if wide <= options.max_width else pair_table(self.layout, narrow=True)
-            yield Padding(notes(self.layout), (0, 0, 1, 1))
+            yield Padding(notes(self.layout), (0, 0, 1, 0))
         if self.layout.skipped:
             yield _listing("Skipped", [(s.name, f"{s.reason} [{s.code}]") for s in self.layout.skipped], counts=True)
         if self.layout.untouched:
@@ -110,7 +110,7 @@ def _weights(site: AttentionSite) -> Table:
         colour = _COLOUR[side]
         rows = g.rows_text(block.heads, "h" if side == "query" else g.key_letter(site))
         unit = "" if block.axis == 0 else f" (axis {block.axis})"
-        grid.add_row(Text(names[id(block)], colour), g.local_name(block.param, site.name), Text(rows + unit))
+        grid.add_row(Text(names[id(block)], colour), Text(g.local_name(block.param, site.name)), Text(rows + unit))
     return grid
 
 
