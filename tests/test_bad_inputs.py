@@ -59,7 +59,7 @@ def layout_json(site: AttentionSite) -> str:
 CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
     # The command line itself.
     "no such command": ({}, "inspekt model.py", 2, r"No such command 'inspekt'.*; see quack-fx --help"),
-    "no such option": ({}, "inspect --jsn model.py", 2, r"No such option: --jsn .*; see quack-fx inspect --help"),
+    "no such option": ({}, "inspect --jsn model.py", 2, r"No such option.*--jsn.*; see quack-fx inspect --help"),
     "no target": ({}, "inspect", 2, r"Missing argument 'TARGET'; see quack-fx inspect --help"),
     "an option that is no number": (
         {},
