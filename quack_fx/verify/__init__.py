@@ -121,19 +121,22 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
         True
     """
     model = _bare(model, layout)
+    with _alone():
+        return _prove(model, layout, args, kwargs)
+
+
+def _prove(model: nn.Module, layout: QKLayout, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> VerifyReport:
+    """Run a copy of the model and check every site."""
     generator = torch.Generator().manual_seed(0)
-    copy = _random_copy(model, args, kwargs, generator)
-    args, kwargs = tree_map(_as_float32, (args, kwargs))
-    with _own_randomness():
-        try:
-            recording = record(copy, args, kwargs)
-        except VerifyError:
-            raise
-        except Exception as error:
-            raise VerifyError(
-                f"the forward of {type(model).__name__} fails on random weights: {_first_line(error)}; "
-                "give the inputs that find_qk_pairs was given"
-            ) from error
+    copy = _random_copy(model, generator)
+    args, kwargs = tree_map(_as_float32, (args, dict(kwargs)))
+    try:
+        recording = record(copy, args, kwargs)
+    except Exception as error:
+        raise VerifyError(
+            f"the forward of {type(model).__name__} fails on random weights: {_first_line(error)}; "
+            "give the inputs that find_qk_pairs was given"
+        ) from error
     chains = Chains(copy, recording)
     owners = _softmaxes_of(layout, recording, chains)
     _check_complete(layout, recording, chains, owners)
@@ -218,9 +221,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _random_copy(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], generator: torch.Generator
-) -> nn.Module:
+def _random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in evaluation mode, on real float32 tensors, with random weights that all require gradients."""
     total = sum(p.numel() for p in model.parameters())
     if total > SIZE_LIMIT:
@@ -269,7 +270,13 @@ def _as_float32(value: Any) -> Any:
 
 
 @contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Leave the process's random state as it was."""
-    with torch.random.fork_rng():
-        yield
+def _alone() -> Iterator[None]:
+    """Leave the process's random state and threads as they were."""
+    threads = torch.get_num_threads()
+    # A proof is hundreds of tiny backward passes, which waking a second thread makes slower.
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -273,7 +273,7 @@ class SiteCheck:
     # -- terms -------------------------------------------------------------------------------------------------------
 
     def _check_terms(self, parts: list[_Part]) -> None:
-        """Blocks meet in head dimensions exactly as the terms say; asked for each dimension of one head a pattern."""
+        """Blocks meet in head dimensions exactly as the terms say; asked for one head of each pattern of blocks."""
         site = self.site
         if all(len(blocks) == 1 for blocks in self.blocks.values()):
             if [(t.query, t.key) for t in site.terms] != [((0,), (0,))]:
@@ -281,8 +281,6 @@ class SiteCheck:
             return
         if any(norm.kind not in ("rms", "l2", "batch") for norm in site.qk_norm):
             raise CannotTell("its QK norm takes the mean of a head's features, so its terms cannot be told apart")
-        # Through a norm two features at a time, so that a seed on them can spare its statistic.
-        width = 2 if site.qk_norm else 1
         met: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         seen = set()
         for head in range(site.query_heads):
@@ -293,18 +291,28 @@ class SiteCheck:
             seen.add(pattern)
             for part in parts:
                 depth = part.operand["query"].value.shape[part.operand["query"].axis]
-                for start in range(0, depth, width):
-                    features = range(start, min(start + width, depth))
-                    reached = {
-                        side: self._blocks_at(part, side, features, head if side == "query" else key_head)
-                        for side in SIDES
-                    }
+                for reached in self._meetings(part, range(depth), {"query": head, "key": key_head}):
                     met |= self._terms_at(reached["query"], reached["key"])
         for term in site.terms:
             self.checks += 1
             if (term.query, term.key) not in met:
                 names = [site.query[i].param for i in term.query] + [site.key[i].param for i in term.key]
                 raise self._error(f"the term {' x '.join(names)} stands in no head dimension of its logits")
+
+    def _meetings(
+        self, part: _Part, features: range, index: Mapping[Side, int]
+    ) -> Iterator[dict[Side, frozenset[int]]]:
+        """Sets of blocks that meet in one contracted feature; every such set is one of these or lies inside one."""
+        # Through a norm two features at a time, so that a seed on them can spare its statistic.
+        width = 2 if self.site.qk_norm else 1
+        first = {side: self._blocks_at(part, side, features[:width], index[side]) for side in SIDES}
+        whole = {side: self._blocks_at(part, side, features, index[side]) for side in SIDES}
+        if whole == first or len(features) <= width:
+            yield first
+        else:
+            middle = len(features) // 2 // width * width or width
+            yield from self._meetings(part, features[:middle], index)
+            yield from self._meetings(part, features[middle:], index)
 
     def _blocks_at(self, part: _Part, side: Side, features: range, index: int) -> frozenset[int]:
         """Blocks of one head that reach some contracted features of an operand."""
