@@ -23,7 +23,17 @@ from __future__ import annotations
 
 from quack_fx.factors.fit import check_layout, layout_params
 from quack_fx.factors.plan import FactorPlan, Unit
-from quack_fx.factors.rule import NormName, check_norms, factors, norm_dtype, plan_params, row_squares, unit_norms
+from quack_fx.factors.rule import (
+    NormName,
+    check_norm_name,
+    check_norms,
+    factors,
+    norm_dtype,
+    plan_params,
+    row_squares,
+    square_rows,
+    unit_norms,
+)
 from quack_fx.factors.tables import PlanTables, Strip
 
 __all__ = [
@@ -33,11 +43,13 @@ __all__ = [
     "Strip",
     "Unit",
     "check_layout",
+    "check_norm_name",
     "check_norms",
     "factors",
     "layout_params",
     "norm_dtype",
     "plan_params",
     "row_squares",
+    "square_rows",
     "unit_norms",
 ]

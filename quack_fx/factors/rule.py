@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -30,15 +30,30 @@ def norm_dtype(params: Mapping[str, Tensor]) -> torch.dtype:
     return torch.float64 if any(p.dtype == torch.float64 for p in params.values()) else torch.float32
 
 
+def check_norm_name(norm: str) -> NormName:
+    """The name of a norm, if it is one.
+
+    Raises:
+        FactorError: It is none of those known here.
+    """
+    if norm not in get_args(NormName):
+        raise FactorError(f"norm {norm!r} is not one of {', '.join(get_args(NormName))}")
+    return cast(NormName, norm)
+
+
+def square_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Squared norm of each row, summed up in `dtype` without a copy of the weights: [rows, ...] -> [rows]."""
+    if rows.dim() == 1:
+        return rows.to(dtype).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.dim())), dtype=dtype)
+    return norms.square()
+
+
 @torch.no_grad()
 def row_squares(strips: tuple[Strip, ...], params: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Squared norm of each flat row, of the weights of one process: [rows] on the device of the first strip."""
-    squares: list[Tensor] = []
-    for strip in strips:
-        rows = strip.of(params[strip.name])
-        norms = torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.dim())), dtype=dtype) if rows.dim() > 1 else rows
-        squares.append(norms.to(squares[0].device if squares else norms.device, dtype).square())
-    return torch.cat(squares) if squares else torch.empty(0, dtype=dtype)
+    """Squared norm of each flat row of whole parameters: [rows], on the device of the first strip."""
+    device = params[strips[0].name].device
+    return torch.cat([square_rows(strip.of(params[strip.name]), dtype).to(device) for strip in strips])
 
 
 @torch.no_grad()
@@ -60,8 +75,7 @@ def unit_norms(plan: FactorPlan, params: Mapping[str, Tensor], norm: NormName = 
     Example:
         >>> unit_norms(FactorPlan.from_layout(layout), dict(model.named_parameters()))
     """
-    if norm not in get_args(NormName):
-        raise FactorError(f"norm {norm!r} is not one of {', '.join(get_args(NormName))}")
+    check_norm_name(norm)
     params = plan_params(plan, params)
     if not params:
         return torch.empty(0)
