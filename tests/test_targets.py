@@ -124,6 +124,23 @@ def test_a_constructor_that_looks_at_numbers_runs_for_real() -> None:
     assert not any(p.is_meta for p in target.model.parameters())
 
 
+def test_a_model_too_large_to_build_for_real_is_refused() -> None:
+    source = """
+    import torch
+    from torch import nn
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.zeros(()).item()
+            self.weights = nn.ParameterList(torch.empty(1 << 28) for _ in range(1 << 12))
+    """
+    file = write("big.py", source)
+    with pytest.raises(
+        TargetError, match=r"GPT\(\) .* more than \d+ GiB, and on the meta device, .* big.py:7: .*; build a"
+    ):
+        resolve(file + ":GPT")
+
+
 def test_a_model_that_only_runs_on_its_own_numbers_is_built_for_real() -> None:
     source = """
     class M(nn.Module):

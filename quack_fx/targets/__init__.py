@@ -19,14 +19,18 @@ the meta device when that works, so size does not matter. A target that is not c
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from quack_fx.capture import REAL_LIMIT_BYTES, Capture, capture
+from quack_fx.capture import Capture, capture
 from quack_fx.errors import CaptureError, TargetError
 from quack_fx.targets import hf
 from quack_fx.targets.files import Namespace, evaluate, load, one_line
@@ -34,6 +38,9 @@ from quack_fx.targets.inputs import Inputs, infer
 from quack_fx.targets.pick import Recipe, pick
 
 __all__ = ["Target", "resolve"]
+
+RETRY_LIMIT_BYTES = 1 << 30
+"""Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +156,7 @@ def _builds(recipe: Recipe, namespace: Namespace, say: Callable[[str], None]) ->
         yield "real", recipe.make()
         return
     on_meta: nn.Module | None = None
+    on_meta_fails = ""
     what = recipe.text or "the model"
     say(f"building {what} on the meta device")
     try:
@@ -156,20 +164,54 @@ def _builds(recipe: Recipe, namespace: Namespace, say: Callable[[str], None]) ->
             on_meta = recipe.make()
     except TargetError:
         raise
-    except (Exception, SystemExit):
-        pass  # constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything
+    except (Exception, SystemExit) as error:
+        # Constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything.
+        on_meta_fails = one_line(error, namespace)
     if on_meta is not None:
         yield "meta", on_meta
-        if sum(p.numel() * p.element_size() for p in on_meta.parameters()) > REAL_LIMIT_BYTES:
+        if sum(p.numel() * p.element_size() for p in on_meta.parameters()) > RETRY_LIMIT_BYTES:
             return
     say(f"building {what} for real")
     try:
-        model = recipe.make()
+        with _at_most(limit := _memory() // 4):
+            model = recipe.make()
     except TargetError:
         raise
+    except _TooLarge as error:
+        raise TargetError(
+            f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB, and on the meta device, "
+            f"where size does not matter, it fails: {on_meta_fails}; build a smaller one with --build"
+        ) from error
     except (Exception, SystemExit) as error:
         raise TargetError(f"building {what} of {namespace.source} fails: {one_line(error, namespace)}") from error
     yield "real", model
+
+
+class _TooLarge(RuntimeError):
+    """A model has more weights than this machine should hold."""
+
+
+@contextmanager
+def _at_most(limit: int) -> Iterator[None]:
+    """Context in which modules with more than `limit` bytes of parameters are not built to the end."""
+    total = 0
+
+    def count(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal total
+        total += 0 if parameter is None else parameter.numel() * parameter.element_size()
+        if total > limit:
+            raise _TooLarge
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _try(
@@ -178,13 +220,15 @@ def _try(
     """The first inputs for which the forward runs, with the recording of that run."""
     name = type(model).__name__
     candidates = [_given_inputs(inputs, namespace, model)] if inputs else infer(model, name)
-    first: Exception | None = None
+    first: BaseException | None = None
     for candidate in candidates:
         say(f"recording the forward of {name} on {candidate.text}")
         try:
             return candidate, capture(model, candidate.args, candidate.kwargs)
         except CaptureError as error:
-            first = first or (error if error.__cause__ is None else _as_exception(error.__cause__))
+            first = first or error.__cause__ or error
+            for failure in filter(None, (error, error.__cause__)):
+                traceback.clear_frames(failure.__traceback__)  # they hold the recording and its tensors
     assert first is not None  # there is at least one candidate
     reason = str(first) if isinstance(first, CaptureError) else one_line(first, namespace)
     tried = "; ".join(c.text for c in candidates[:3]) + (f"; {len(candidates) - 3} more" if len(candidates) > 3 else "")
@@ -194,10 +238,6 @@ def _try(
         f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason}; "
         f'give them, for example --inputs "{candidates[0].expression()}"'
     ) from first
-
-
-def _as_exception(error: BaseException) -> Exception:
-    return error if isinstance(error, Exception) else RuntimeError(str(error))
 
 
 def _given_inputs(expression: str, namespace: Namespace, model: nn.Module) -> Inputs:
