@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import CASES, IDS, Case, gpt2, heads, hugging_face, llama, our_gpt, site
 from torch import nn
 
@@ -194,6 +196,55 @@ def test_forgotten_attention_is_refuted() -> None:
     case = gpt2()
     with pytest.raises(VerifyError, match=r"attention runs in module 'transformer.h.1.attn'"):
         verify_qk_pairs(case.model, replace(case.layout, sites=case.layout.sites[:1]), **case.inputs)
+
+
+# -- any arrangement of rows -----------------------------------------------------------------------------------------
+
+
+class Arranged(nn.Module):
+    """Grouped attention that gathers each head's rows from wherever they lie in one matrix."""
+
+    def __init__(self, query: list[list[int]], key: list[list[int]], head_map: list[int], rows: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(12, rows, bias=False)
+        self.query, self.key, self.head_map = query, key, head_map
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.project(x)
+        q = torch.stack([y[..., rows] for rows in self.query], 1)
+        k = torch.stack([y[..., self.key[of]] for of in self.head_map], 1)
+        return (q @ k.mT).tril().softmax(-1) @ x[:, None]
+
+
+@st.composite
+def arrangements(draw: st.DrawFn) -> tuple[list[list[int]], list[list[int]], list[int], int]:
+    """Rows of each query head and key head, the key head of each query head, and the number of rows."""
+    width, groups, key_heads = draw(st.integers(2, 4)), draw(st.integers(1, 3)), draw(st.integers(2, 3))
+    spare, heads = draw(st.integers(0, 3)), groups * key_heads
+    rows = draw(st.permutations(range(width * (heads + key_heads) + spare)))
+    cut = [sorted(rows[i * width : (i + 1) * width]) for i in range(heads + key_heads)]
+    head_map = draw(st.permutations([h % key_heads for h in range(heads)]))
+    return cut[:heads], cut[heads:], head_map, len(rows)
+
+
+@settings(max_examples=15, deadline=None)
+@given(arrangements(), st.data())
+def test_any_arrangement_of_rows(arrangement: Any, data: st.DataObject) -> None:
+    query, key, head_map, _ = arrangement
+    model = Arranged(*arrangement)
+
+    def block(role: Any, rows: list[list[int]]) -> WeightBlock:
+        return WeightBlock("project.weight", role, 0, tuple(tuple((r, r + 1) for r in head) for head in rows))
+
+    true = site("", block("q", query), block("k", key), len(query[0]), head_map=tuple(head_map))
+    x = torch.randn(2, 5, 12)
+    assert verify_qk_pairs(model, QKLayout((true,)), x).complete
+
+    one, two = data.draw(st.permutations(range(len(query))))[:2]
+    swapped = list(query)
+    swapped[one], swapped[two] = query[two], query[one]
+    with pytest.raises(VerifyError, match="head"):
+        verify_qk_pairs(model, QKLayout((replace(true, query=(block("q", swapped),)),)), x)
 
 
 # -- what cannot be told, and bad input --------------------------------------------------------------------------------
