@@ -133,7 +133,12 @@ def facts(layout: QKLayout) -> Facts:
             rows = max(stop for ranges in block.heads for _, stop in ranges)
             shapes[block.param] = (max(rows, shapes.get(block.param, (0,))[0]), 64)
     return Facts(
-        "Model of model.py", "Model(), built on the meta device", "hybrid", 1234, {"record": 1.5, "find": 0.5}, shapes
+        "Model of model.py",
+        "built on the meta device; inputs x (given)",
+        "hybrid",
+        1234,
+        {"record": 1.5, "find": 0.5},
+        shapes,
     )
 
 
@@ -348,7 +353,7 @@ def test_nothing_is_cut_off(name: str, width: int) -> None:
 def test_the_overview_at_80_columns() -> None:
     expected = """\
 model  Model of model.py
-built  Model(), built on the meta device
+       built on the meta device; inputs x (given)
 graph  1,234 nodes, recorded with fake weights, 2.0 s
 found  126 attentions, all equal; 140.4 M of 140.4 M parameters are query/key
        rows (100.0%)

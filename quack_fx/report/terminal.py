@@ -55,7 +55,7 @@ def header(layout: QKLayout, facts: Facts) -> RenderableType:
     grid.add_column(overflow="fold")
     grid.add_row("model", Text(facts.title, HEAD))
     if facts.how:
-        grid.add_row("built", Text(facts.how))
+        grid.add_row("", Text(facts.how))
     if facts.nodes:
         seconds = f", {sum(facts.seconds.values()):.1f} s" if facts.seconds else ""
         way = {"hybrid": "fake weights", "real": "real weights"}.get(facts.way, facts.way)

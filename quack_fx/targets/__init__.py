@@ -53,7 +53,8 @@ class Target:
         kwargs: Keyword arguments of the forward call.
         title: What was built, in a few words: "GPT(GPTConfig()) of examples/gpt.py".
         source: The file, module or config that it came from, as the user typed it.
-        how: One sentence on how the model was built and where the inputs come from.
+        how: How the model was built and where the inputs come from: "built on the meta device; inputs
+            idx=int64[2, 4] (inferred)".
         recording: The recording made while the inputs were tried, or None where they were not tried.
     """
 
@@ -136,14 +137,13 @@ def _settle(recipe: Recipe, namespace: Namespace, inputs: str | None, say: Calla
             refusal = error  # that of the last build: it has the most real numbers
             continue
         origin = "given" if inputs else "inferred"
-        made = recipe.text or type(model).__name__
         return Target(
             model=model,
             args=chosen.args,
             kwargs=chosen.kwargs,
-            title=f"{made} of {namespace.source}",
+            title=f"{recipe.text or type(model).__name__} of {namespace.source}",
             source=namespace.source,
-            how=f"{made}, built {where}; inputs {chosen.text} ({origin})",
+            how=f"built {where}; inputs {chosen.text} ({origin})",
             recording=recording,
         )
     assert refusal is not None  # the last build either raised or was tried
