@@ -1,0 +1,107 @@
+"""FINDER: model + example inputs -> torch.fx.GraphModule of ATen ops.
+
+In: an `nn.Module` (on any device, meta included) and the arguments of one forward call. Out: a `Capture`, whose graph
+holds every ATen op that ran, in order, with `node.meta["val"]` (the value: real where no parameter reached it, a meta
+tensor elsewhere) and `node.meta["nn_module_stack"]` (modules whose forward was running, as torch.export writes it).
+
+The forward runs once, for real Python and fake weights ("hybrid"): parameters are replaced by meta tensors, so size does
+not matter; what no parameter reached (token ids, masks, positions, RoPE tables) is computed for real, so that control
+flow and index tensors are true. Where that fails and the model is small, it runs on real numbers instead.
+
+    recorder.py   the dispatch mode that writes the graph
+    hybrid.py     how one op runs when some of its inputs are fake
+    isolate.py    the model, its hooks, its RNG and the global switches stay as they were
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from quack_fx.capture.isolate import isolated
+from quack_fx.capture.recorder import Recorder
+from quack_fx.errors import CaptureError
+
+REAL_LIMIT_BYTES = 4 << 30
+"""Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One recorded forward pass.
+
+    Attributes:
+        graph_module: The graph. Parameters and buffers are `get_attr` nodes named by their first fully qualified name,
+            other tensors from outside are `get_attr` nodes `_constant_<n>`, tensor inputs are placeholders.
+        way: "hybrid" or "real": how the forward was run, see above.
+        canned: Ops whose result depends on the numbers in fake tensors, and so was made up (routing, for example).
+        fallback_reason: Why the hybrid run was given up, or None.
+    """
+
+    graph_module: torch.fx.GraphModule
+    way: Literal["hybrid", "real"]
+    canned: tuple[str, ...]
+    fallback_reason: str | None = None
+
+
+def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Capture:
+    """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
+
+    Arguments:
+        model: Any module, on any device; on the meta device its size does not matter.
+        args: Positional arguments of the forward call.
+        kwargs: Keyword arguments of the forward call.
+
+    Returns:
+        The recorded pass.
+
+    Raises:
+        CaptureError: The forward raised, in one line with the forward's own message.
+
+    Example:
+        >>> lin = nn.Linear(3, 5, device="meta")
+        >>> [n.target for n in capture(lin, [torch.ones(2, 3)]).graph_module.graph.nodes if n.op == "get_attr"]
+        ['weight', 'bias']
+    """
+    kwargs = kwargs or {}
+    reason = ""
+    for keep_real in (True, False):
+        try:
+            return _run(model, args, kwargs, Recorder(model, "hybrid", keep_real))
+        except Exception as error:
+            reason = reason or _first_line(error)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if size > REAL_LIMIT_BYTES:
+        raise CaptureError(
+            f"the forward of {type(model).__name__} cannot be recorded with fake weights ({reason}), and at "
+            f"{size / 2**30:.0f} GiB it is too large to run for real; pass a smaller configuration of the model"
+        )
+    try:
+        return _run(model, args, kwargs, Recorder(model, "real"), reason)
+    except Exception as error:
+        raise CaptureError(
+            f"the forward of {type(model).__name__} fails on the example inputs: {_first_line(error)}"
+        ) from error
+
+
+def _run(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    recorder: Recorder,
+    fallback_reason: str | None = None,
+) -> Capture:
+    with isolated(model):
+        args, kwargs = recorder.inputs(args, kwargs)
+        with torch.no_grad(), recorder:
+            output = model(*args, **kwargs)
+    return Capture(recorder.finish(output), recorder.way, tuple(recorder.canned), fallback_reason)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

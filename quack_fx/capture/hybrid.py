@@ -1,0 +1,181 @@
+"""How one op runs when some of its inputs are fake (meta tensors) and some are real.
+
+In: an op and its arguments. Out: its result. The rules, in this order:
+
+1. Nothing fake: the op runs for real, on the CPU whatever device was asked for, so that masks, positions and tables that
+   no parameter reached have true values.
+2. The op's result does not depend on the fake numbers (`zeros_like`, `new_ones`, ...): it is made for real.
+3. The op needs numbers that are not there (`nonzero`, `item`, boolean indexing, `.tolist()`): it gets a canned answer,
+   and the recording says so. Routing, mostly; the layout behind it is the same for every route.
+4. Otherwise the op runs on meta tensors, which computes shapes and strides alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+REAL_LIMIT = 1 << 24
+"""Factories larger than this many elements stay fake: a table that large is never worth its memory here."""
+
+# Uninitialised ones are not among them: they are always about to be filled, mostly with fake values.
+_LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"})
+_NEW = frozenset({"new_zeros", "new_ones", "new_full"})
+_UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
+
+
+def run_mixed(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    keep_real: bool,
+    taint: Callable[[Tensor], Tensor],
+    canned: list[str],
+) -> Any:
+    """Run `func` by the rules above.
+
+    Arguments:
+        func: The op (an OpOverload, or a higher-order op).
+        args: Positional arguments; real and meta tensors may be mixed.
+        kwargs: Keyword arguments, likewise.
+        keep_real: Whether tensors without history that are asked for on the device of a fake one (`zeros_like`,
+            `zeros(device="meta")`) are made for real. Their numbers are then true, but a model that fills one with
+            fake values and looks at its device will find the CPU.
+        taint: Called with a real tensor that is about to receive fake values in place; gives back its fake twin.
+        canned: Names of ops that got a canned answer are appended here.
+
+    Returns:
+        The op's result; an in-place op returns the very tensor it was given (its twin after `taint`).
+    """
+    name = func.name() if callable(getattr(func, "name", None)) else str(func)
+    name = name.split("::")[-1].split(".")[0]
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    if not isinstance(func, torch._ops.OpOverload):
+        return _higher_order(func, name, args, kwargs, tensors)
+    if not any(t.is_meta for t in tensors):
+        return _real(func, args, kwargs, keep_real)
+    if keep_real and (name in _LIKE or name in _NEW):
+        return _value_free(func, name, args, kwargs)
+    answer = _canned_answer(name, args, kwargs)
+    if answer is not None:
+        canned.append(name)
+        return answer[0]
+    args, kwargs = _host_copies(name, args, kwargs, canned)
+    if func._schema.is_mutable:
+        args, kwargs = _mutation_targets(func, args, kwargs, taint)
+    return _on_meta(func, args, kwargs)
+
+
+def _real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keep_real: bool) -> Any:
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type != "cpu":
+        size = args[0] if args and isinstance(args[0], list | tuple | torch.Size) else None
+        if torch.device(device).type == "meta" and size is not None:
+            if not keep_real or torch.Size(size).numel() > REAL_LIMIT:
+                return func(*args, **kwargs)
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    return func(*args, **kwargs)
+
+
+def _value_free(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    like = args[0]
+    size = torch.Size(args[1]) if name in _NEW else like.shape
+    if size.numel() > REAL_LIMIT:
+        return _on_meta(func, args, kwargs)
+    # One element of the right dtype stands for the fake tensor; its numbers are never read.
+    stand_in = torch.zeros((), dtype=like.dtype).expand(like.shape)
+    result: Tensor = func(stand_in, *args[1:], **{**kwargs, "device": torch.device("cpu")})
+    return result
+
+
+def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+    """A made-up result in a 1-tuple, or None where the op needs none."""
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    x = args[0]
+    if name == "_local_scalar_dense" or name == "item":
+        return (False if x.dtype == torch.bool else 0.5 if x.is_floating_point() else 1,)
+    if name in ("is_nonzero", "equal"):
+        return (False,)
+    if name in ("nonzero", "nonzero_numpy", "argwhere"):
+        return (torch.zeros(1, x.dim(), dtype=torch.long),)
+    if name == "masked_select":
+        return (x.new_empty((1,)),)
+    if name == "bincount":
+        counts = torch.zeros(max(1, kwargs.get("minlength", args[2] if len(args) > 2 else 1)), dtype=torch.long)
+        counts[0] = x.numel()
+        return (counts,)
+    if name in _UNIQUE:
+        where = torch.zeros(x.shape, dtype=torch.long)
+        return ((torch.zeros(1, dtype=x.dtype), where, torch.full((1,), x.numel())),)
+    return None
+
+
+def _host_copies(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], canned: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with what only real tensors can do taken out: copies to the host, boolean masks as indices."""
+    if name == "_to_copy" and kwargs.get("device") is not None:
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"):
+        index: list[Tensor | None] = []
+        for i in args[1]:
+            if i is None or i.dtype not in (torch.bool, torch.uint8):
+                index.append(i)
+            elif i.is_meta:
+                canned.append("boolean mask")
+                index.extend(torch.zeros(1, dtype=torch.long) for _ in range(i.dim()))
+            else:
+                index.extend(i.nonzero().unbind(1))
+        args = (args[0], index, *args[2:])
+    if name == "split_with_sizes" and sum(args[1]) != args[0].shape[args[2] if len(args) > 2 else 0]:
+        sizes, dim = list(args[1]), args[2] if len(args) > 2 else 0
+        canned.append("split sizes")
+        sizes[-1] += args[0].shape[dim] - sum(sizes)
+        args = (args[0], sizes, dim)
+    return args, kwargs
+
+
+def _mutation_targets(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], taint: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Real tensors that this op writes fake values into become fake first."""
+    new_args, new_kwargs = list(args), dict(kwargs)
+    for i, spec in enumerate(func._schema.arguments):
+        if spec.alias_info is None or not spec.alias_info.is_write:
+            continue
+        holder: Any = new_args if i < len(args) else new_kwargs
+        where: Any = i if i < len(args) else spec.name
+        value = holder[where] if i < len(args) or spec.name in new_kwargs else None
+        if isinstance(value, Tensor) and not value.is_meta:
+            holder[where] = taint(value)
+    return tuple(new_args), new_kwargs
+
+
+def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs))
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    if "grouped_mm" in func.name():
+        # Its meta kernel takes bfloat16 alone, although the op itself takes more on some devices.
+        wide = args[0].dtype
+        args = tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, args)
+        return func(*args, **kwargs).to(wide)
+    return func(*args, **kwargs)
+
+
+def _higher_order(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    """Attention written as a higher-order op: its result has the shape of the queries and the width of the values."""
+    if name == "flex_attention":
+        query, value = args[0], args[2]
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        return out, lse, lse
+    raise NotImplementedError(f"the higher-order op {name} cannot be recorded")

@@ -1,0 +1,252 @@
+"""The dispatch mode that writes down every ATen op of a forward pass as a torch.fx graph.
+
+In: a model and the calls of its forward. Out: a `torch.fx.GraphModule`.
+
+A tensor is known by identity, or, where autograd handed out another handle of the same data, by its place in its
+storage. Parameters and buffers are never given to an op: every op sees their *twin*. The twin of a parameter is a meta
+tensor (hybrid) or, for parameters that have no numbers, a random tensor (real); the twin of a buffer is a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+from quack_fx.capture.hybrid import run_mixed
+
+Place = tuple[Any, ...]
+"""A view's place: storage, offset, shape, strides, dtype."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records the ops that run while it is active; see the file's docstring."""
+
+    # flex_attention and other higher-order ops come to this mode as they are.
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, way: Literal["hybrid", "real"], keep_real: bool = True) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.canned: list[str] = []
+        self.way = way
+        self._keep_real = keep_real
+        self._attributes: dict[str, Tensor] = {}
+        self._nodes: dict[int, Node] = {}
+        self._places: dict[Place, Node] = {}
+        self._twins: dict[int, torch.UntypedStorage] = {}
+        self._alive: list[Any] = []  # identities stay unique only while the tensors live
+        self._stacks: list[dict[str, tuple[str, type]]] = [{}]
+        self._names = {id(m): n for n, m in model.named_modules()}
+        self._own: dict[int, str] = {}
+        self._own_places: dict[Place, str] = {}
+        self._own_storages: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self._own[id(tensor)] = name
+            self._own_places.setdefault(_place(tensor), name)
+            self._own_storages.setdefault(_storage(tensor), (name, tensor))
+        self._parameters = {_storage(p) for p in model.parameters()}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Ask torch to hand over higher-order ops although this mode is not one of its own."""
+        return True
+
+    # ---- life of the mode ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Recorder:
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*exc)
+
+    def _enter_module(self, module: nn.Module, _args: Any) -> None:
+        stack, name = self._stacks[-1], self._names.get(id(module))
+        self._stacks.append(stack if name is None else {**stack, name: (name, type(module))})
+
+    def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if len(self._stacks) > 1:
+            self._stacks.pop()
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Example inputs as placeholders, on the CPU; those on meta get numbers (zeros, or ones for masks)."""
+
+        def place(tensor: Tensor) -> Tensor:
+            if id(tensor) in self._own:
+                return tensor
+            value = tensor.detach()
+            value = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.cpu()
+            if not value.is_floating_point() and tensor.is_meta and value.dtype != torch.bool:
+                value.zero_()
+            value = value.clone() if value is tensor or value.data_ptr() == tensor.data_ptr() else value
+            node = self.graph.placeholder(f"input_{len(self._nodes)}")
+            self._remember(value, node)
+            return value
+
+        placed: tuple[Any, Any] = tree_map_only(Tensor, place, (tuple(args), dict(kwargs)))
+        return placed
+
+    def finish(self, output: Any) -> GraphModule:
+        """Close the graph with the forward's tensors as its output."""
+        leaves: list[Node] = []
+        seen: set[int] = set()
+
+        def collect(value: Any) -> None:
+            # Outputs may be any object (a ModelOutput, a dataclass); only tensors matter here.
+            if isinstance(value, Tensor):
+                leaves.append(self._node(value))
+            elif isinstance(value, Mapping):
+                for item in value.values():
+                    collect(item)
+            elif isinstance(value, list | tuple | set):
+                for item in value:
+                    collect(item)
+            elif hasattr(value, "__dict__") and not isinstance(value, nn.Module) and id(value) not in seen:
+                seen.add(id(value))
+                for item in vars(value).values():
+                    collect(item)
+
+        collect(output)
+        self.graph.output(tuple(leaves))
+        return GraphModule(self._attributes, self.graph, class_name="Recorded")
+
+    # ---- one op --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        node_args, node_kwargs = tree_map_only(Tensor, self._node, (tuple(args), dict(kwargs)))
+        run_args, run_kwargs = tree_map_only(Tensor, self._twin, (tuple(args), dict(kwargs)))
+        if not isinstance(func, torch._ops.OpOverload):
+            run_args, run_kwargs = tree_map(_without_modules, (run_args, run_kwargs))
+            node_args, node_kwargs = tree_map(_without_modules, (node_args, node_kwargs))
+        result = run_mixed(
+            func, run_args, run_kwargs, keep_real=self._keep_real, taint=self._taint, canned=self.canned
+        )
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        node.meta["nn_module_stack"] = self._stacks[-1]
+        return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
+
+    def _bind(
+        self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node
+    ) -> Any:
+        """Attach the op's results to its node; give back what the model's code expects (its own tensors)."""
+        given = {id(run): own for own, run in zip(_tensors((args, kwargs)), _tensors((run_args, run_kwargs)), strict=True)}
+        if isinstance(result, Tensor):
+            node.meta["val"] = result
+            own = given.get(id(result), result)  # an in-place op returns the tensor that it was given
+            self._remember(own, node)
+            return own
+        if not isinstance(result, list | tuple):
+            node.meta["val"] = result
+            return result
+        node.meta["val"] = result
+        for i, item in enumerate(result):
+            if isinstance(item, Tensor):
+                part = self.graph.call_function(_getitem, (node, i))
+                part.meta = {"val": item, "nn_module_stack": self._stacks[-1]}
+                self._remember(item, part)
+        return result
+
+    # ---- tensors and their nodes ---------------------------------------------------------------------------------
+
+    def _remember(self, tensor: Tensor, node: Node) -> None:
+        node.meta.setdefault("val", tensor)
+        self._nodes[id(tensor)] = node
+        self._places[_place(tensor)] = node
+        self._alive.append(tensor)
+
+    def _node(self, tensor: Tensor) -> Node:
+        node = self._nodes.get(id(tensor)) or self._places.get(_place(tensor))
+        return node if node is not None else self._outside(tensor)
+
+    def _outside(self, tensor: Tensor) -> Node:
+        """Node of a tensor that no recorded op made: a parameter, a buffer, a view of one, or a constant."""
+        self._make_twin(tensor)
+        name = self._own.get(id(tensor)) or self._own_places.get(_place(tensor))
+        if name is None and (owner := self._own_storages.get(_storage(tensor))) is not None:
+            base = self._node(owner[1])
+            place = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
+            node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *place))
+            node.meta["nn_module_stack"] = self._stacks[-1]
+        else:
+            name = name if name is not None else f"_constant_{len(self._attributes)}"
+            self._attributes.setdefault(name, tensor)
+            node = self.graph.create_node("get_attr", name)
+            node.meta["nn_module_stack"] = self._stacks[-1]
+        node.meta["val"] = self._twin(tensor)
+        self._remember(tensor, node)
+        return node
+
+    def _twin(self, tensor: Tensor) -> Tensor:
+        """What an op gets in place of `tensor`: see the file's docstring."""
+        storage = self._twins.get(_storage(tensor))
+        return tensor if storage is None else _view(tensor, storage)
+
+    def _make_twin(self, tensor: Tensor) -> None:
+        """Twin storage of a tensor from outside the recording; see the file's docstring."""
+        key, original = _storage(tensor), tensor.untyped_storage()
+        if key in self._twins or tensor.layout != torch.strided:
+            return
+        if key not in self._parameters:
+            storage = original if tensor.is_meta else original.cpu().clone()
+        elif self.way == "hybrid":
+            storage = original if tensor.is_meta else torch.UntypedStorage(original.nbytes(), device="meta")
+        elif tensor.is_meta:
+            numbers = torch.randn(original.nbytes() // tensor.element_size()) * 0.02
+            storage = numbers.to(tensor.dtype).untyped_storage()
+        else:
+            storage = original.cpu().clone()
+        self._twins[key] = storage
+        self._alive.append(tensor)
+
+    def _taint(self, tensor: Tensor) -> Tensor:
+        """A real tensor receives fake values in place: from now on all of its storage is fake."""
+        storage = torch.UntypedStorage(tensor.untyped_storage().nbytes(), device="meta")
+        self._twins[_storage(tensor)] = storage
+        self._alive.append(tensor)
+        return _view(tensor, storage)
+
+
+def _getitem(sequence: Sequence[Any], index: int) -> Any:
+    """Element of an op's tuple of results (a function of its own so that generated code can name it)."""
+    return sequence[index]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map_only(Tensor, found.append, tree)
+    return found
+
+
+def _without_modules(value: Any) -> Any:
+    """Sub-graphs of higher-order ops are left out of the graph: their tensors come as arguments of their own."""
+    return None if callable(value) and not isinstance(value, Node | Tensor) else value
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _place(tensor: Tensor) -> Place:
+    if tensor.layout != torch.strided:
+        return (id(tensor),)
+    return (_storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _view(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """The same window on another storage."""
+    window = torch.empty(0, dtype=tensor.dtype, device=storage.device)
+    return window.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
