@@ -89,6 +89,13 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         2,
         r"'model.py:': what follows the colon must be",
     ),
+    "nothing before the colon": ({}, "inspect :GPT", 2, r"':GPT' names no file; type file.py, file.py:NAME or"),
+    "a file that is not text": (
+        {"model.py": "\0"},
+        "inspect model.py",
+        2,
+        r"quack-fx: model.py: SyntaxError: .*null bytes",
+    ),
     "a syntax error": (
         {"model.py": "x = 1\ndef f(:\n"},
         "inspect model.py",

@@ -203,9 +203,11 @@ def test_a_script_imports_its_neighbours(tmp_path: Path) -> None:
     assert resolve(str(tmp_path / "scripts/model.py")).model is not None
 
 
-@pytest.mark.parametrize("target", ["mypkg_d.model:GPT", "mypkg_d.model", "mypkg_d.model:make"])
+@pytest.mark.parametrize(
+    "target", ["mypkg_d.model:GPT", "mypkg_d.model", "mypkg_d.model:make", "mypkg_d:GPT", "mypkg_d"]
+)
 def test_modules(target: str) -> None:
-    write("mypkg_d/__init__.py", "")
+    write("mypkg_d/__init__.py", "from mypkg_d.model import GPT\nmodel = GPT()\n")
     write("mypkg_d/model.py", ATTENTION + GPT.format("", "") + "def make(): return GPT()\n")
     assert type(resolve(target).model).__name__ == "GPT"
 

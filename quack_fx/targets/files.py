@@ -51,7 +51,11 @@ def load(target: str) -> tuple[Namespace, str | None]:
         if not name or not Path(target).exists():
             raise TargetError(f"{target!r}: what follows the colon must be a Python name; type file.py:NAME")
         place, name = target, ""
+    if not place.strip():
+        raise TargetError(f"{target!r} names no file; type file.py, file.py:NAME or package.module:NAME")
     path = Path(place).expanduser()
+    if (path / "__init__.py").exists():
+        return _file(path / "__init__.py", place), name or None
     if path.is_dir():
         raise TargetError(f"{place!r} is a folder without a config.json; give one that has it, or a Python file")
     if path.exists():
@@ -193,4 +197,5 @@ def _syntax(error: Exception, typed: str) -> str:
         if error.filename in (None, typed) or Path(str(error.filename)).name == Path(typed).name
         else error.filename
     )
-    return f"{file}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    line = f":{error.lineno}" if error.lineno else ""
+    return f"{file}{line}: {type(error).__name__}: {error.msg}"
