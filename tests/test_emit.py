@@ -42,6 +42,13 @@ def rows(heads: int, width: int, start: int = 0, stride: int | None = None) -> t
     return tuple(((start + h * step, start + h * step + width),) for h in range(heads))
 
 
+def scattered(heads: int, runs: int, width: int, start: int = 0) -> tuple[Ranges, ...]:
+    """A few rows of every head in turn, again and again."""
+    return tuple(
+        tuple(rows(1, width, start + (run * heads + h) * width)[0][0] for run in range(runs)) for h in range(heads)
+    )
+
+
 def block(param: str, role: Role, heads: tuple[Ranges, ...], axis: int = 0, bias: str | None = None) -> WeightBlock:
     return WeightBlock(param, role, axis, heads, bias)
 
@@ -172,6 +179,32 @@ SITES: dict[str, tuple[list[AttentionSite], Shapes]] = {
         },
     ),
     "two_pieces": ([split_rotary("attn", 3, 2)], {"attn.qk.weight": (24, 6)}),
+    "row_by_row": (
+        [
+            site(
+                "attn",
+                [block("attn.qk.weight", "q", scattered(3, 4, 1))],
+                [block("attn.qk.weight", "k", scattered(3, 4, 1, start=12))],
+                PAIR,
+            )
+        ],
+        {"attn.qk.weight": (24, 6)},
+    ),
+    "two_by_two": (
+        [
+            site(
+                "attn",
+                [block("attn.q.weight", "q", scattered(3, 6, 2))],
+                [block("attn.k.weight", "k", rows(3, 4))],
+                PAIR,
+            )
+        ],
+        {"attn.q.weight": (36, 6), "attn.k.weight": (12, 6)},
+    ),
+    "odd_head_map_of_many": (
+        [gqa("attn", 40, 5, 2, head_map=tuple(h * h % 5 for h in range(40)))],
+        {"attn.q_proj.weight": (80, 6), "attn.k_proj.weight": (10, 6)},
+    ),
     "irregular": (
         [site("attn", [block("attn.q.weight", "q", IRREGULAR)], [block("attn.k.weight", "k", IRREGULAR)], PAIR)],
         {"attn.q.weight": (25, 6), "attn.k.weight": (24, 6)},
@@ -415,8 +448,9 @@ def table_of(module: ModuleType) -> set[tuple[Any, ...]]:
     """Products of the emitted table, in the reference's terms."""
 
     def unit(b: Any) -> tuple[Any, ...]:
-        pieces = getattr(b, "pieces", None) or ((b.start, b.stop),)
-        return b.weight.name, getattr(b.weight, "axis", 0), tuple(pieces), getattr(b.weight, "bias", None)
+        pieces = getattr(b, "pieces", None) or (range(b.start, b.stop),)
+        ranges = tuple(run for p in pieces for run in ([(p.start, p.stop)] if p.step == 1 else [(r, r + 1) for r in p]))
+        return b.weight.name, getattr(b.weight, "axis", 0), ranges, getattr(b.weight, "bias", None)
 
     return {tuple(unit(b) for b in product) for product in module.logit_products()}
 

@@ -2,7 +2,10 @@
 
 In: a layout, or a model or target to find it in. Out: source text; nothing is written to disk.
 
-    table.py      the layout as a generator of products of weight rows, loops over equal layers and heads
+    table.py      the layout as a generator of products of weight rows: one entry for every kind of site
+    entry.py      one entry: loops over layers, the weights, loops over heads
+    layers.py     numbers in names as loops over layers
+    heads.py      rows of heads as expressions in the number of the head
     template.py   what is the same for every model: the rule, the optimizer, the compiled step
     source.py     pieces of Python source in the formatter's own layout
 """

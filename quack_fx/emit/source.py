@@ -5,6 +5,7 @@ In: numbers, names, expressions. Out: text that a formatter leaves alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 WIDTH = 120
@@ -32,7 +33,7 @@ def bracketed(depth: int, opening: str, entries: Sequence[str], closing: str) ->
     if len(line) <= WIDTH:
         return [line]
     inner = f"{pad}{INDENT}{', '.join(entries)}"
-    if len(inner) <= WIDTH and opening[-2:-1].isalnum():  # arguments of a call; a collection goes one entry a line
+    if len(inner) <= WIDTH and re.search(r"\w\($", opening):  # the arguments of a call; other entries go one a line
         return [f"{pad}{opening}", inner, f"{pad}{closing}"]
     return [f"{pad}{opening}", *(f"{pad}{INDENT}{entry}," for entry in entries), f"{pad}{closing}"]
 
@@ -50,9 +51,9 @@ def linear(terms: Mapping[str, int], constant: int) -> str:
     return text[3:] if parts[0][0] >= 0 else "-" + text[3:]
 
 
-def slice_of(start: str, stop: str) -> str:
-    """`start:stop`, with spaces around the colon where either side is more than a name or a number."""
-    return f"{start}:{stop}" if f"{start}{stop}".isidentifier() or (start + stop).isalnum() else f"{start} : {stop}"
+def slice_of(*ends: str) -> str:
+    """`start:stop` or `start:stop:step`, with spaces around the colons if one is more than a name or a number."""
+    return (":" if all(end.isalnum() for end in ends) else " : ").join(ends)
 
 
 def loop(depth: int, variable: str, values: Sequence[int]) -> list[str]:

@@ -57,7 +57,7 @@ class Weight:
 
     def __getitem__(self, rows: slice | tuple[slice, ...]) -> Block:
         pieces = rows if isinstance(rows, tuple) else (rows,)
-        return Block(self, tuple((piece.start, piece.stop) for piece in pieces))
+        return Block(self, tuple(range(piece.start, piece.stop, piece.step or 1) for piece in pieces))
 #?
 
 
@@ -73,7 +73,7 @@ class Block(NamedTuple):
     start: int
     stop: int
 #? pieces
-    pieces: tuple[tuple[int, int], ...]
+    pieces: tuple[range, ...]
 #?
 
 
@@ -123,8 +123,8 @@ class HeadScales:
 #? !pieces
             owner[block.weight.name][block.start : block.stop] = n
 #? pieces
-            for start, stop in block.pieces:
-                owner[block.weight.name][start:stop] = n
+            for piece in block.pieces:
+                owner[block.weight.name][piece.start : piece.stop : piece.step] = n
 #?
         self.rows = [len(rows) for rows in owner.values()]
         device = self.weights[0].device
