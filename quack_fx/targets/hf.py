@@ -8,6 +8,7 @@ a target. No weights are read and no code that a config points at is run.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,13 +97,16 @@ def inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
         "input_features": _spectrograms(config, batch),
         "input_values": [*_waves(config, batch)],
     }
-    base = [{main: value} for value in data.get(main, [ids])]
+    needed = [n for n, p in known.items() if n in data and p.default is p.empty and n != main]
+    names = [main, *needed] if main in known or not needed else needed
+    base = [dict(zip(names, values, strict=True)) for values in itertools.product(*(data.get(n, [ids]) for n in names))]
     if "decoder_input_ids" in known and (getattr(config, "is_encoder_decoder", False) or main != "input_ids"):
         with_decoder = [{**kwargs, "decoder_input_ids": ids} for kwargs in base]
         base = [*with_decoder, *base]
-    other = [n for n in ("pixel_values", "input_features") if n in known and n != main and _has_part(config, n)]
+    other = [n for n in ("pixel_values", "input_features") if n in known and n not in names]
     both = [{**kwargs, name: value} for kwargs in base for name in other for value in data[name]]
-    return [*both, *base]
+    # A model with a part for the other kind is shown both at once if it can take them; any other only if it must.
+    return [*both, *base] if any(_has_part(config, n) for n in other) else [*base, *both]
 
 
 def _read(path: Path, typed: str) -> dict[str, Any]:
