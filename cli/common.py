@@ -79,8 +79,10 @@ def progress() -> Iterator[Callable[[str], None]]:
             yield lambda text: status.update(text)
 
 
-def find(target: str, build: str | None, inputs: str | None, layout_file: Path | None = None) -> Finding:
-    """From what the user typed to the layout, found or read.
+def find(
+    target: str, build: str | None, inputs: str | None, layout_file: Path | None = None, real: bool = False
+) -> Finding:
+    """From what the user typed to the layout, found or read; real: with a model that can train.
 
     Raises:
         QuackError: Bad input, in one line.
@@ -91,7 +93,7 @@ def find(target: str, build: str | None, inputs: str | None, layout_file: Path |
         from quack_fx.report import Facts
         from quack_fx.targets import resolve
 
-        resolved = resolve(target, build=build, inputs=inputs, progress=say)
+        resolved = resolve(target, build=build, inputs=inputs, real=real, progress=say)
         shapes = {name: tuple(p.shape) for name, p in resolved.model.named_parameters()}
         if given is not None:
             from quack_fx.factors import check_layout

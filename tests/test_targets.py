@@ -124,6 +124,11 @@ def test_a_constructor_that_looks_at_numbers_runs_for_real() -> None:
     assert not any(p.is_meta for p in target.model.parameters())
 
 
+def test_a_real_model_is_given_when_asked_for() -> None:
+    target = resolve(write("model.py", ATTENTION + GPT.format("", "")), real=True)
+    assert "built for real" in target.how and not any(p.is_meta for p in target.model.parameters())
+
+
 def test_a_model_too_large_to_build_for_real_is_refused() -> None:
     source = """
     import torch

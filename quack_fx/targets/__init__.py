@@ -72,6 +72,7 @@ def resolve(
     *,
     build: str | None = None,
     inputs: str | None = None,
+    real: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Target:
     """The model and the example inputs that `target` stands for.
@@ -82,6 +83,7 @@ def resolve(
         build: Expression that makes the model, evaluated in the file's namespace (torch and nn are there too).
         inputs: Expression that makes the inputs, evaluated there too (with `model`): a tuple holds positional
             arguments, a dict keyword arguments, a pair of a tuple and a dict both; anything else is the one argument.
+        real: Build the model for real, with the numbers that its constructor gives it, as training needs it.
         progress: Called with a few words before each thing that takes time.
 
     Returns:
@@ -106,7 +108,7 @@ def resolve(
         if build and name:
             raise TargetError(f"{target!r} names {name!r} and --build {build!r} is given too; give one of them")
         recipe = _given(build, namespace) if build else pick(namespace, name)
-    return _settle(recipe, namespace, inputs, say)
+    return _settle(recipe, namespace, inputs, real, say)
 
 
 def _given(expression: str, namespace: Namespace) -> Recipe:
@@ -126,10 +128,10 @@ def _kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
-def _settle(recipe: Recipe, namespace: Namespace, inputs: str | None, say: Callable[[str], None]) -> Target:
+def _settle(recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool, say: Callable[[str], None]) -> Target:
     """Build the model, on meta if that works, and find inputs for which its forward runs."""
     refusal: TargetError | None = None
-    for device, model in _builds(recipe, namespace, say):
+    for device, model in _builds(recipe, namespace, real, say):
         where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
         try:
             chosen, recording = _try(model, namespace, inputs, say)
@@ -150,23 +152,27 @@ def _settle(recipe: Recipe, namespace: Namespace, inputs: str | None, say: Calla
     raise refusal
 
 
-def _builds(recipe: Recipe, namespace: Namespace, say: Callable[[str], None]) -> Iterator[tuple[str, nn.Module]]:
-    """The model on meta, then for real; whichever can be built and may help."""
+def _builds(
+    recipe: Recipe, namespace: Namespace, real: bool, say: Callable[[str], None]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The model on meta, if that will do, then for real; whichever can be built and may help."""
     if recipe.made:
         yield "real", recipe.make()
         return
-    on_meta: nn.Module | None = None
-    on_meta_fails = ""
     what = recipe.text or "the model"
-    say(f"building {what} on the meta device")
-    try:
-        with torch.device("meta"):
-            on_meta = recipe.make()
-    except TargetError:
-        raise
-    except (Exception, SystemExit) as error:
-        # Constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything.
-        on_meta_fails = one_line(error, namespace)
+    on_meta, on_meta_fails = None, ""
+    if not real:
+        say(f"building {what} on the meta device")
+        try:
+            with torch.device("meta"):
+                on_meta = recipe.make()
+        except TargetError:
+            raise
+        except (Exception, SystemExit) as error:
+            # Constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything.
+            on_meta_fails = (
+                f", and on the meta device, where size does not matter, it fails: {one_line(error, namespace)}"
+            )
     if on_meta is not None:
         yield "meta", on_meta
         if sum(p.numel() * p.element_size() for p in on_meta.parameters()) > RETRY_LIMIT_BYTES:
@@ -179,8 +185,8 @@ def _builds(recipe: Recipe, namespace: Namespace, say: Callable[[str], None]) ->
         raise
     except _TooLarge as error:
         raise TargetError(
-            f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB, and on the meta device, "
-            f"where size does not matter, it fails: {on_meta_fails}; build a smaller one with --build"
+            f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB{on_meta_fails}; "
+            "build a smaller one with --build"
         ) from error
     except (Exception, SystemExit) as error:
         raise TargetError(f"building {what} of {namespace.source} fails: {one_line(error, namespace)}") from error
