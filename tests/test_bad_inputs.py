@@ -230,7 +230,7 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         {"model.py": MODEL},
         "inspect model.py --build Attention(wide=3)",
         2,
-        r"--build 'Attention\(wide=3\)' fails: TypeError: .*unexpected keyword argument 'wide'",
+        r"building Attention\(wide=3\) of model.py fails: TypeError: .*unexpected keyword argument 'wide'",
     ),
     "--build gives no module": (
         {"model.py": MODEL},

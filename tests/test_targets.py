@@ -144,6 +144,10 @@ def test_a_model_too_large_to_build_for_real_is_refused() -> None:
         TargetError, match=r"GPT\(\) .* more than \d+ GiB, and on the meta device, .* big.py:7: .*; build a"
     ):
         resolve(file + ":GPT")
+    with pytest.raises(
+        TargetError, match=r"GPT\(\) .* more than \d+ GiB, and on the meta device, .*; build a smaller one"
+    ):
+        resolve(file, build="GPT()")
 
 
 def test_a_model_that_only_runs_on_its_own_numbers_is_built_for_real() -> None:

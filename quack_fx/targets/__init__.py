@@ -216,7 +216,9 @@ def _at_most(limit: int) -> Iterator[None]:
 
 
 def _memory() -> int:
-    """Bytes of memory of this machine."""
+    """Bytes of memory of this machine; where the system does not say (Windows), those of a small one."""
+    if not hasattr(os, "sysconf"):
+        return 16 << 30
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -247,7 +249,12 @@ def _try(
 
 
 def _given_inputs(expression: str, namespace: Namespace, model: nn.Module) -> Inputs:
-    value = evaluate(expression, "--inputs", namespace, {"model": model})
+    try:
+        value = evaluate(expression, "--inputs", namespace, {"model": model})
+    except TargetError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"--inputs {expression!r} fails: {one_line(error, namespace)}") from error
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], Mapping):
         args, kwargs = value[0], dict(value[1])
     elif isinstance(value, Mapping):

@@ -144,19 +144,14 @@ def evaluate(expression: str, option: str, namespace: Namespace, extra: Mapping[
     """Value of an expression of the command line in a namespace; torch and nn are there unless the file has its own.
 
     Raises:
-        TargetError: The expression is no expression, or raises.
+        TargetError: The expression is no expression. What it raises by itself comes through.
     """
     names = {"torch": torch, "nn": torch.nn, **namespace.names, **(extra or {})}
     try:
-        return eval(compile(expression.strip(), option, "eval"), names)
-    except TargetError:
-        raise
-    except SyntaxError as error:
-        raise TargetError(f"{option} {expression!r} is not a Python expression: {error.msg}") from error
-    except (Exception, SystemExit) as error:
-        if torch.empty(0).is_meta and isinstance(error, Exception):
-            raise  # on the meta device an error may only mean that numbers are missing
-        raise TargetError(f"{option} {expression!r} fails: {one_line(error, namespace)}") from error
+        code = compile(expression.strip(), option, "eval")
+    except (SyntaxError, ValueError) as error:
+        raise TargetError(f"{option} {expression!r} is not a Python expression: {error}") from error
+    return eval(code, names)
 
 
 def one_line(error: BaseException, namespace: Namespace) -> str:
