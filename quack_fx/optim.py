@@ -24,7 +24,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from quack_fx.distributed import LocalStrip, UnitNorms
 from quack_fx.errors import OptimizerError
@@ -206,34 +206,41 @@ class QuacK:
         self._unpublished = list(self._held)
 
     def _publish(self, name: str) -> bool:
-        """Put an entry into the optimizer's own state, if it has made one for the parameter.
+        """Put an entry into the optimizer's own state of a parameter, once that state is there.
 
-        There it is in every copy and checkpoint of the state. Not earlier: optimizers take an empty state as a sign
-        that they have to make theirs.
+        From then on it is in every copy and checkpoint. Not earlier: most optimizers make their state where they find
+        none, and take a state with anything in it for theirs. SGD does not, and may never make any.
         """
-        state = self.optimizer.state.get(self._held[name])
-        if not state:
+        param = self._held[name]
+        if not (self.optimizer.state.get(param) or isinstance(self.optimizer, SGD)):
             return False
-        state[STATE_KEY] = self._entries[name]
+        self.optimizer.state[param][STATE_KEY] = self._entries[name]
         return True
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Add the entries that are not in the optimizer's state yet."""
-        keys = _keys(optimizer, state_dict)
+        """Add the entries: to the state of their parameter or, where it has none (`_publish`), beside the states."""
+        keys, states = _keys(optimizer, state_dict), state_dict["state"]
+        if isinstance(optimizer, SGD):
+            for key in keys.values():  # torch.distributed.checkpoint wants a state for all parameters or for none
+                states.setdefault(key, {})
         for name, param in self._held.items():
-            state_dict["state"].setdefault(keys[id(param)], {})[STATE_KEY] = self._entries[name]
+            key = keys[id(param)]
+            home = states if states.get(key) or isinstance(optimizer, SGD) else state_dict.setdefault(STATE_KEY, {})
+            home.setdefault(key, {})[STATE_KEY] = self._entries[name]
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         """Read the entries of a state that is about to be loaded, and hand it on without them."""
-        keys = _keys(optimizer, state_dict)
-        saved = state_dict["state"]
+        keys, states, beside = _keys(optimizer, state_dict), state_dict["state"], state_dict.get(STATE_KEY, {})
         if not keys.keys() >= {id(param) for param in self._held.values()}:
             return None  # of another number of parameters: the optimizer refuses it in its own words
-        found = {name: saved.get(keys[id(param)], {}) for name, param in self._held.items()}
-        self._loading = self._read({name: entry[STATE_KEY] for name, entry in found.items() if STATE_KEY in entry})
-        bare = {key: {k: v for k, v in entry.items() if k != STATE_KEY} for key, entry in saved.items()}
-        # a state that is empty without ours was not there: the optimizer has yet to make its own
-        return {**state_dict, "state": {key: entry for key, entry in bare.items() if entry or not saved[key]}}
+        found = {}
+        for name, param in self._held.items():
+            entry = {**beside.get(keys[id(param)], {}), **states.get(keys[id(param)], {})}
+            if STATE_KEY in entry:
+                found[name] = entry[STATE_KEY]
+        self._loading = self._read(found)
+        bare = {key: {k: v for k, v in state.items() if k != STATE_KEY} for key, state in states.items()}
+        return {**state_dict, "state": {key: state for key, state in bare.items() if state or not states[key]}}
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Take over what `_before_load` read."""
@@ -256,10 +263,13 @@ class QuacK:
         for name, param in self._held.items():
             if name in found:
                 init[self._units[name]] = _decode(found[name], self._fingerprint(name), name)
-            elif param.requires_grad:
+            elif param.requires_grad:  # a frozen parameter may have no state at all
+                without = (
+                    "it was saved without QuacK, so load it first and attach QuacK then, to start from these weights"
+                )
                 raise OptimizerError(
-                    f"the optimizer state has no initial factors of QuacK ({STATE_KEY!r}) for {name!r}; it was saved "
-                    "without QuacK, so load it before attaching QuacK, which then starts from the weights as they are"
+                    f"the optimizer state has no initial factors of QuacK ({STATE_KEY!r}) for {name!r}; "
+                    + ("attach QuacK first and load it then" if found else without)
                 )
         return init.to(self._init)
 

@@ -1,0 +1,277 @@
+"""Sharded weights: several processes take the steps that one takes, however rows and heads are cut."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
+
+from quack_fx import QuacK
+from quack_fx.distributed import LocalStrip, UnitNorms
+from quack_fx.errors import LayoutError
+from quack_fx.factors import FactorPlan, Strip, check_layout, layout_params, plan_params, unit_norms
+from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, WeightBlock
+
+HEADS, DIM, WIDTH, STEPS = 3, 5, 8, 8  # 15 rows: two ranks hold 8 and 7, and the second head is cut
+
+
+class Attention(nn.Module):
+    """Attention with a plain query projection and a transposed key weight, features along axis 1 (as Conv1D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(WIDTH, HEADS * DIM)
+        self.k = nn.Parameter(torch.randn(WIDTH, HEADS * DIM) / WIDTH**0.5)
+        self.v = nn.Linear(WIDTH, HEADS * DIM, bias=False)
+        self.out = nn.Linear(HEADS * DIM, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(-2, -3) for t in (self.q(x), x @ self.k, self.v(x)))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+        self.head = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+def site(layer: str) -> AttentionSite:
+    heads = tuple(((h * DIM, (h + 1) * DIM),) for h in range(HEADS))
+    return AttentionSite(
+        name=layer,
+        kind="mha",
+        cross=False,
+        calls=1,
+        query_heads=HEADS,
+        key_heads=HEADS,
+        head_dim=DIM,
+        head_map=tuple(range(HEADS)),
+        query=(WeightBlock(f"{layer}.q.weight", "q", 0, heads, f"{layer}.q.bias"),),
+        key=(WeightBlock(f"{layer}.k", "k", 1, heads),),
+        terms=(LogitTerm((0,), (0,)),),
+    )
+
+
+LAYOUT = QKLayout((site("layers.0"), site("layers.1")))
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)  # foreach fails on mixed DTensors
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range = range(STEPS)) -> list[float]:
+    losses = []
+    for step in steps:
+        x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), x.roll(1, -1).sin())
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def equal_to_one_process(shard: Callable[[Model], nn.Module], norm: Any = "frobenius") -> None:
+    """The sharded run against the plain one: losses, weights and factors to fp32 rounding."""
+    plain, model = Model(), shard(Model())
+    optimizer, sharded = adamw(plain), adamw(model)
+    expected = QuacK(optimizer, plain, LAYOUT, tau=0.5, norm=norm)
+    quack = QuacK(sharded, model, LAYOUT, tau=0.5, norm=norm)
+    torch.testing.assert_close(train(model, sharded), train(plain, optimizer), rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours), theirs.detach(), rtol=1e-5, atol=2e-6)
+    report, wanted = quack.factors(), expected.factors()
+    for name, scales in report.items():
+        assert scales == pytest.approx(wanted[name], rel=1e-5)
+        assert max(abs(s - 0.5) for s in scales.values()) > 1e-4
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, report)
+    assert all(other == report for other in everywhere)  # bit for bit the same on every rank, or replicas would drift
+
+
+def mesh(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def fsdp(model: Model, device_mesh: DeviceMesh | None = None) -> nn.Module:
+    device_mesh = device_mesh or mesh(dist.get_world_size())
+    for layer in model.layers:
+        fully_shard(layer, mesh=device_mesh)
+    return fully_shard(model, mesh=device_mesh)
+
+
+def hybrid(model: Model) -> nn.Module:
+    """Replicated over one dimension of the mesh and sharded over the other."""
+    return fsdp(model, mesh(2, dist.get_world_size() // 2, names=("replicate", "shard")))
+
+
+def one_layer_sharded(model: Model) -> nn.Module:
+    """The other layer's parameters stay plain tensors."""
+    fully_shard(model.layers[0], mesh=mesh(2))
+    return model
+
+
+def tensor_parallel(model: Model, device_mesh: DeviceMesh | None = None) -> nn.Module:
+    """Queries cut by rows in the first layer, and in the second by input features: a piece of every row on each rank."""
+    device_mesh = device_mesh or mesh(2)
+    parallelize_module(model.layers[0], device_mesh, {"q": ColwiseParallel(output_layouts=Replicate())})
+    parallelize_module(model.layers[1], device_mesh, {"q": RowwiseParallel(input_layouts=Replicate())})
+    return model
+
+
+def fsdp_over_tensor_parallel(model: Model) -> nn.Module:
+    both = mesh(2, 2, names=("dp", "tp"))
+    tensor_parallel(model, both["tp"])
+    return fsdp(model, both["dp"])
+
+
+def data_parallel(model: Model) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def rows_are_where_the_tensors_say() -> None:
+    """`LocalStrip` against tensors whose rows hold their own numbers, for every way of cutting."""
+    line, square = mesh(dist.get_world_size()), mesh(2, dist.get_world_size() // 2)
+    ways = [(line, [p]) for p in (Shard(0), Shard(1), Replicate())]
+    ways += [(square, [p, q]) for p in (Shard(0), Shard(1), Replicate()) for q in (Shard(0), Shard(1), Replicate())]
+    for n in (1, 2, 3, 7, 15, 16):
+        for axis in (0, 1):
+            numbers = torch.arange(n).view(-1, 1).expand(n, 4)
+            for device_mesh, placements in ways:
+                tensor = distribute_tensor(numbers.movedim(0, axis).contiguous(), device_mesh, placements)
+                check_rows(tensor, axis, first=n // 3)
+
+
+def check_rows(tensor: Tensor, axis: int, first: int) -> None:
+    """The numbers of the rows from `first` on that are here, by the tensor itself and by `LocalStrip`."""
+    strip = LocalStrip.of(Strip("w", axis, first, tensor.shape[axis], offset=0), tensor)
+    rows = strip.rows()
+    assert len(rows) == len(torch.arange(first, tensor.shape[axis])[strip.flat])
+    if rows.numel():
+        assert rows[:, 0].tolist() == torch.arange(first, tensor.shape[axis])[strip.flat].tolist()
+
+
+def strided_rows_are_where_the_tensors_say() -> None:
+    """Rows that FSDP2 cuts over tensor parallelism are not split from left to right."""
+    for n in (7, 8, 15):
+        model = nn.Sequential(nn.Linear(4, n, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.arange(n).view(-1, 1).expand(n, 4))
+        both = mesh(2, 2, names=("dp", "tp"))
+        parallelize_module(model, both["tp"], {"0": ColwiseParallel()})
+        fully_shard(model, mesh=both["dp"])
+        check_rows(model[0].weight, 0, first=n // 3)
+
+
+def norms_are_those_of_the_whole() -> None:
+    plan = FactorPlan.from_layout(LAYOUT)
+    expected = unit_norms(plan, dict(Model().named_parameters()))
+    for shard in (fsdp, hybrid, one_layer_sharded, tensor_parallel, data_parallel):
+        params = plan_params(plan, layout_params(LAYOUT, shard(Model())))
+        torch.testing.assert_close(UnitNorms(plan, params)(), expected, rtol=1e-6, atol=0.0)
+
+
+def a_resumed_run_is_the_uninterrupted_one() -> None:
+    """Through torch.distributed.checkpoint, sharded or gathered whole; bit for bit."""
+    for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+        model = fsdp(Model())
+        optimizer = adamw(model)
+        QuacK(optimizer, model, LAYOUT, tau=0.5)
+        train(model, optimizer, steps=range(3))
+        weights = {name: whole(p).clone() for name, p in model.named_parameters()}
+        state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+        train(model, optimizer, steps=range(3, 6))
+
+        other = fsdp(Model())
+        theirs = adamw(other)
+        QuacK(theirs, other, LAYOUT, tau=0.5)
+        train(other, theirs, steps=range(20, 21))
+        with torch.no_grad():
+            for name, p in other.named_parameters():
+                p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements))
+        set_optimizer_state_dict(other, theirs, state, options=options)
+        train(other, theirs, steps=range(3, 6))
+        for ours, again in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(whole(ours), whole(again))
+
+
+def what_has_no_rows_is_refused() -> None:
+    with pytest.raises(LayoutError, match=r"FSDP1.*fully_shard"):
+        check_layout(LAYOUT, FullyShardedDataParallel(Model(), device_id=torch.device("cpu")))
+    partial = DTensor.from_local(torch.randn(15, 8), mesh(dist.get_world_size()), [Partial()])
+    with pytest.raises(LayoutError, match="reads sharded and replicated parameters only"):
+        LocalStrip.of(Strip("w", 0, 0, 15, 0), partial)
+    short = DTensor.from_local(torch.randn(3, 8), mesh(dist.get_world_size()), [Shard(0)], shape=(15, 8), stride=(8, 1))
+    with pytest.raises(LayoutError, match="rows on this rank, not 3"):
+        LocalStrip.of(Strip("w", 0, 0, 15, 0), short)
+
+
+CASES: dict[int, dict[str, Callable[[], None]]] = {
+    2: {
+        "FSDP2, heads cut": lambda: equal_to_one_process(fsdp),
+        "FSDP2 with replicas": lambda: equal_to_one_process(hybrid),
+        "FSDP2 on one layer": lambda: equal_to_one_process(one_layer_sharded),
+        "FSDP2, spectral norm": lambda: equal_to_one_process(fsdp, norm="spectral"),
+        "tensor parallel": lambda: equal_to_one_process(tensor_parallel),
+        "DistributedDataParallel": lambda: equal_to_one_process(data_parallel),
+        "rows": rows_are_where_the_tensors_say,
+        "norms": norms_are_those_of_the_whole,
+        "resume": a_resumed_run_is_the_uninterrupted_one,
+        "refused": what_has_no_rows_is_refused,
+    },
+    4: {
+        "FSDP2 over tensor parallel": lambda: equal_to_one_process(fsdp_over_tensor_parallel),
+        "FSDP2 with replicas": lambda: equal_to_one_process(hybrid),
+        "strided rows": strided_rows_are_where_the_tensors_say,
+        "rows": rows_are_where_the_tensors_say,
+    },
+}
+
+
+def run_cases(rank: int, world: int, folder: str) -> None:
+    """One process: all cases in turn, the traceback of each that fails in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    for name, case in CASES[world].items():
+        try:
+            case()
+        except Exception:
+            Path(folder, f"{name} on rank {rank}").write_text(traceback.format_exc())
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_are_one(world: int, tmp_path: Path) -> None:
+    mp.spawn(run_cases, args=(world, str(tmp_path)), nprocs=world)
+    failures = {file.name: file.read_text() for file in tmp_path.glob("* on rank *")}
+    assert not failures, "\n\n".join(f"{name}:\n{text}" for name, text in failures.items())
