@@ -140,6 +140,7 @@ class UnitNorms:
         strips = [LocalStrip.of(strip, params[strip.name]) for strip in self._tables.strips]
         self._counted = [(self._level(strip.tensor), strip) for strip in strips if _counts(strip.tensor)]
 
+    @torch.no_grad()
     def __call__(self) -> Tensor:
         """Norm of every unit, [n_units]."""
         if not self._sharded:
@@ -149,7 +150,6 @@ class UnitNorms:
             return unit_norms(self._plan, whole, self._norm)
         return self._reduced()
 
-    @torch.no_grad()
     def _reduced(self) -> Tensor:
         """Frobenius norms from the rows of all ranks: one vector of sums for each mesh, and one for plain tensors."""
         device = self._tables.order.device

@@ -108,7 +108,7 @@ class QuacK:
         norms = self._unit_norms()
         check_norms(layout, self.plan, norms)
         self._init = factors(self.plan, norms)
-        self._snapshot: list[tuple[LocalStrip, Tensor, Tensor]] = []  # rows before the step and their scales
+        self._snapshot: list[tuple[LocalStrip, Tensor, Tensor]] | None = None  # rows before the step, their scales
         self._nested = 0  # steps inside the running step
         self._unpublished: list[str] = []  # parameters whose entry is not in the optimizer's state yet
         self._adopt()
@@ -168,12 +168,12 @@ class QuacK:
 
     def _scales(self) -> Tensor:
         """Scale of every unit by the weights as they are now, [n_units]."""
-        return self.tau * factors(self.plan, self._unit_norms()) / self._init
+        return self.tau * (factors(self.plan, self._unit_norms()) / self._init)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Copy the rows of the units and compute their scales."""
-        if self._snapshot and _is_stepping(optimizer):
+        if self._snapshot is not None and _is_stepping(optimizer):
             self._nested += 1
             return
         if len(optimizer.param_groups) != self._n_groups:
@@ -190,9 +190,9 @@ class QuacK:
         if self._nested:
             self._nested -= 1
             return
-        for strip, old, scale in self._snapshot:
+        for strip, old, scale in self._snapshot or ():
             _scale_update(old, strip.rows(), scale)
-        self._snapshot = []
+        self._snapshot = None
         self._unpublished = [name for name in self._unpublished if not self._publish(name)]
 
     def _remember(self, init: Tensor) -> None:
@@ -238,8 +238,13 @@ class QuacK:
             entry = {**beside.get(keys[id(param)], {}), **states.get(keys[id(param)], {})}
             if STATE_KEY in entry:
                 found[name] = entry[STATE_KEY]
-        self._loading = self._read(found)
-        bare = {key: {k: v for k, v in state.items() if k != STATE_KEY} for key, state in states.items()}
+        remedy = (
+            "use the layout that it was saved with"
+            if found
+            else ("it was saved without QuacK, so load it first and attach QuacK then, to start from these weights")
+        )
+        self._loading = self._read(found, remedy)
+        bare = {key: _without_ours(state) for key, state in states.items()}
         return {**state_dict, "state": {key: state for key, state in bare.items() if state or not states[key]}}
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -248,28 +253,23 @@ class QuacK:
 
     def _adopt(self) -> None:
         """Take the entries of a state that was loaded or copied before QuacK was attached, if there are any."""
-        found = {}
-        for name, param in self._held.items():
-            state = self.optimizer.state.get(param, {})
-            if STATE_KEY in state:
-                found[name] = state.pop(STATE_KEY)
-                if not state:  # ours alone: see `_publish`
-                    del self.optimizer.state[param]
-        self._remember(self._read(found) if found else self._init)
+        states = {name: self.optimizer.state.get(param, {}) for name, param in self._held.items()}
+        found = {name: state[STATE_KEY] for name, state in states.items() if STATE_KEY in state}
+        self._remember(self._read(found, "attach QuacK first and load it then") if found else self._init)
+        for name in found:
+            del states[name][STATE_KEY]
+            if not states[name]:  # ours alone: see `_publish`
+                del self.optimizer.state[self._held[name]]
 
-    def _read(self, found: Mapping[str, Tensor]) -> Tensor:
+    def _read(self, found: Mapping[str, Tensor], remedy: str) -> Tensor:
         """Initial factors, those of the held units from the entries of a state, by name of the parameter."""
         init = self._init.double().cpu()
         for name, param in self._held.items():
             if name in found:
                 init[self._units[name]] = _decode(found[name], self._fingerprint(name), name)
             elif param.requires_grad:  # a frozen parameter may have no state at all
-                without = (
-                    "it was saved without QuacK, so load it first and attach QuacK then, to start from these weights"
-                )
                 raise OptimizerError(
-                    f"the optimizer state has no initial factors of QuacK ({STATE_KEY!r}) for {name!r}; "
-                    + ("attach QuacK first and load it then" if found else without)
+                    f"the optimizer state has no initial factors of QuacK ({STATE_KEY!r}) for {name!r}; {remedy}"
                 )
         return init.to(self._init)
 
@@ -318,6 +318,11 @@ def _keys(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[int, Any]
     return {
         id(param): key for ours, theirs in groups for param, key in zip(ours["params"], theirs["params"], strict=False)
     }
+
+
+def _without_ours(state: Any) -> Any:
+    """State of a parameter without QuacK's entry; state that belongs to no parameter may be anything."""
+    return {key: value for key, value in state.items() if key != STATE_KEY} if isinstance(state, Mapping) else state
 
 
 def _is_stepping(optimizer: Optimizer) -> bool:

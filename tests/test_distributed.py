@@ -141,7 +141,7 @@ def one_layer_sharded(model: Model) -> nn.Module:
 
 
 def tensor_parallel(model: Model, device_mesh: DeviceMesh | None = None) -> nn.Module:
-    """Queries cut by rows in the first layer, and in the second by input features: a piece of every row on each rank."""
+    """Queries cut by rows in the first layer, and in the second by input features: pieces of rows."""
     device_mesh = device_mesh or mesh(2)
     parallelize_module(model.layers[0], device_mesh, {"q": ColwiseParallel(output_layouts=Replicate())})
     parallelize_module(model.layers[1], device_mesh, {"q": RowwiseParallel(input_layouts=Replicate())})

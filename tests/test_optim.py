@@ -700,7 +700,7 @@ def test_states_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="a different number of parameter groups"):
         plain.load_state_dict({"state": {}, "param_groups": []})
     del with_quack["state"][0]["quack_init"]
-    with pytest.raises(OptimizerError, match=r"for 'layers.0.q.weight'; attach QuacK first"):
+    with pytest.raises(OptimizerError, match=r"for 'layers.0.q.weight'; use the layout that it was saved with"):
         plain.load_state_dict(with_quack)
     assert quack.factors() == before  # a refused state changes nothing
     saved = copy.deepcopy(plain.state_dict())
@@ -710,9 +710,22 @@ def test_states_that_do_not_fit() -> None:
         with pytest.raises(OptimizerError, match=r"for other heads, or another norm, of 'layers.0.q.weight'"):
             plain.load_state_dict(saved)
         quack.detach()
-    plain.load_state_dict(saved)  # before attaching: refused when it is read
-    with pytest.raises(OptimizerError, match="for other heads, or another norm"):
-        QuacK(plain, model, other_units(LAYOUT))
+    plain.load_state_dict(saved)  # before attaching: refused when it is read, and still there for another try
+    for _ in range(2):
+        with pytest.raises(OptimizerError, match="for other heads, or another norm"):
+            QuacK(plain, model, other_units(LAYOUT))
+    assert QuacK(plain, model, LAYOUT).factors() == before
+
+
+def test_state_that_belongs_to_no_parameter() -> None:
+    """Optimizers may keep some under keys of their own."""
+    model, (optimizer,) = build("Lion", torch.float32)
+    train(model, optimizer, steps=range(2))
+    optimizer.state["rounds"] = 2  # type: ignore[index]
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.state["rounds"] = 3  # type: ignore[index]
+    optimizer.load_state_dict(saved)
+    assert optimizer.state["rounds"] == 2  # type: ignore[index]
 
 
 def test_sites_in_another_order_read_the_same_state() -> None:
