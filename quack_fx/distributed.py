@@ -65,7 +65,7 @@ class LocalStrip:
         """
         if not is_sharded(tensor):
             return cls(tensor, strip, slice(strip.offset, strip.offset + strip.stop - strip.start))
-        held = _held_rows(tensor, strip.axis)
+        held = _held_rows(strip, tensor)
         here = local(tensor.detach()).shape[strip.axis]
         if len(held) != here:
             raise LayoutError(
@@ -82,19 +82,21 @@ class LocalStrip:
         return cls(tensor, where, slice(begin, begin + len(flat)))
 
 
-def _held_rows(tensor: DTensor, axis: int) -> Tensor:
-    """Numbers of the rows along an axis that this rank holds, from the placements alone, int64 [rows].
+def _held_rows(strip: Strip, tensor: DTensor) -> Tensor:
+    """Numbers of the rows of the whole tensor that this rank holds, from the placements alone, int64 [rows].
 
     A mesh dimension that shards the axis splits what the dimensions before it left, as `torch.chunk` does. The one
     private thing read is `split_factor` of `_StridedShard`, FSDP2's placement over a tensor-parallel one: the rows are
     then cut into that many stretches first, and each stretch is split.
     """
-    rows = torch.arange(tensor.shape[axis])
+    rows = torch.arange(tensor.shape[strip.axis])
     for dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate() or getattr(placement, "dim", None) not in (None, axis):
+        if placement.is_replicate() or getattr(placement, "dim", None) not in (None, strip.axis):
             continue
         if placement.is_partial() or not hasattr(placement, "dim"):
-            raise LayoutError(f"parameter is placed as {placement}; QuacK reads sharded and replicated parameters only")
+            raise LayoutError(
+                f"{strip.name!r} is placed as {placement}; QuacK reads tensors that Shard and Replicate place"
+            )
         stretches = rows.chunk(getattr(placement, "split_factor", 1))
         ranks, rank = tensor.device_mesh.size(dim), tensor.device_mesh.get_local_rank(dim)
         rows = torch.cat([_chunk(stretch, ranks, rank) for stretch in stretches])

@@ -28,8 +28,7 @@ from torch.optim import SGD, Optimizer
 
 from quack_fx.distributed import LocalStrip, UnitNorms
 from quack_fx.errors import OptimizerError
-from quack_fx.factors import FactorPlan, NormName, check_norms, factors, layout_params, plan_params
-from quack_fx.factors.plan import Unit
+from quack_fx.factors import FactorPlan, NormName, Unit, check_norms, factors, layout_params, plan_params
 from quack_fx.layout import QKLayout
 
 STATE_KEY = "quack_init"

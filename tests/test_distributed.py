@@ -228,7 +228,7 @@ def what_has_no_rows_is_refused() -> None:
     with pytest.raises(LayoutError, match=r"FSDP1.*fully_shard"):
         check_layout(LAYOUT, FullyShardedDataParallel(Model(), device_id=torch.device("cpu")))
     partial = DTensor.from_local(torch.randn(15, 8), mesh(dist.get_world_size()), [Partial()])
-    with pytest.raises(LayoutError, match="reads sharded and replicated parameters only"):
+    with pytest.raises(LayoutError, match="QuacK reads tensors that Shard and Replicate place"):
         LocalStrip.of(Strip("w", 0, 0, 15, 0), partial)
     short = DTensor.from_local(torch.randn(3, 8), mesh(dist.get_world_size()), [Shard(0)], shape=(15, 8), stride=(8, 1))
     with pytest.raises(LayoutError, match="rows on this rank, not 3"):

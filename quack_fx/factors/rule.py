@@ -94,11 +94,11 @@ def _spectral_norms(plan: FactorPlan, params: Mapping[str, Tensor]) -> Tensor:
     norms = torch.empty(len(plan.units), dtype=norm_dtype(params), device=first.device)
     for (param, axis, bias, size), units in batches.items():
         index = torch.tensor([row for i in units for row in plan.units[i].rows()], device=params[param].device)
-        blocks = params[param].detach().index_select(axis, index).movedim(axis, 0).reshape(len(units), size, -1)
+        columns = [params[param].detach().index_select(axis, index).movedim(axis, 0)]
         if bias is not None:
-            entries = params[bias].detach()[index].reshape(len(units), size, -1)
-            blocks = torch.cat([blocks.to(norms.dtype), entries.to(norms.dtype)], -1)
-        wide = blocks.to(norms.dtype) if blocks.shape[1] <= blocks.shape[2] else blocks.to(norms.dtype).mT
+            columns.append(params[bias].detach()[index])
+        blocks = torch.cat([c.to(norms.dtype).reshape(len(units), size, -1) for c in columns], -1)
+        wide = blocks if blocks.shape[1] <= blocks.shape[2] else blocks.mT
         top = torch.linalg.eigvalsh(wide @ wide.mT)[:, -1]
         norms[torch.tensor(units, device=norms.device)] = top.clamp_min(0).sqrt().to(norms.device)
     return norms
