@@ -1,0 +1,258 @@
+"""FINDER: where a graph makes attention logits.
+
+In: the dataflow of a graph. Out: one `Logits` for each softmax (or fused attention op) that weighs values by products of
+queries and keys, and a `NearMiss` with a reason for each place that looks like attention and is none that we handle.
+
+A product of two activations is logits when it reaches a softmax through elementwise and movement ops, and the softmax's
+result enters another product of two activations. A router's softmax is not (its logits are data times a weight), nor is
+CLIP's similarity (its softmax weighs nothing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch.fx import Node
+
+from quack_fx.dataflow import Dataflow, factors_of
+
+_SMOOTH = ("movement", "elementwise", "getitem", "norm")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of queries and keys.
+
+    Attributes:
+        node: The product; its result is (a part of) the logits.
+        left: Its left operand, [..., M, K].
+        right: Its right operand, [..., K, N] for a matrix product; of the left's form for the others.
+        form: "matmul"; "bilinear" for an elementwise product summed over an axis; "fused" for one attention op that
+            takes queries and keys as [..., tokens, K], "fused-tokens-first" with [..., tokens, heads, K].
+    """
+
+    node: Node
+    left: Node
+    right: Node
+    form: Literal["matmul", "bilinear", "fused", "fused-tokens-first"] = "matmul"
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The logits of one attention.
+
+    Attributes:
+        products: Products whose sum (or concatenation) they are.
+        path: Nodes between the products and the softmax's input.
+        end: The softmax's input; the product itself for fused ops.
+        axis: Axis of `end` that the softmax runs over: the keys.
+        output: Product of the weights and the values; the fused op itself.
+    """
+
+    products: tuple[Product, ...]
+    path: tuple[Node, ...]
+    end: Node
+    axis: int
+    output: Node
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something like attention that is not in the layout: where, a code and a sentence."""
+
+    node: Node
+    code: str
+    reason: str
+
+
+def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
+    """All attention logits of a graph, in the order in which they run, and the near misses."""
+    found: list[Logits] = []
+    misses: list[NearMiss] = []
+    soft = [(node, *_softmax_input(df, node)) for node in df.nodes if _softmax_input(df, node) is not None]  # type: ignore[misc]
+    outputs = {node: _weighted_values(df, node) for node, _, _ in soft}
+    value_products = {output for output in outputs.values() if output is not None}
+    used: set[Node] = set()
+    for node, end, axis in soft:
+        output = outputs[node]
+        if output is None:
+            continue
+        products, path, learned = _behind(df, end, value_products)
+        used.update(p.node for p in products)
+        if products:
+            found.append(Logits(tuple(_content(df, products)), tuple(path), end, axis, output))
+        elif learned is not None:
+            text = "its queries or keys are a parameter itself, not the output of a projection"
+            misses.append(NearMiss(learned, "learned-query", text))
+        elif node in df.from_input:
+            text = "its softmax weighs values, but its logits are not a product of queries and keys"
+            misses.append(NearMiss(node, "additive-attention", text))
+    for node in df.nodes:
+        if df.op[node].kind == "attention" and node in df.activation:
+            found.extend(_fused(df, node, misses))
+    misses.extend(_without_softmax(df, used | value_products))
+    found.sort(key=lambda logits: df.index[logits.output])
+    return found, misses
+
+
+# ---- softmax ---------------------------------------------------------------------------------------------------------
+
+
+def _softmax_input(df: Dataflow, node: Node) -> tuple[Node, int] | None:
+    """Input and axis of a softmax, written as an op or as exp(x) / sum(exp(x))."""
+    if node not in df.activation:
+        return None
+    if df.op[node].kind == "softmax":
+        source, axis = node.args[0], node.args[1]
+        return (source, axis % len(df.shape(source))) if isinstance(source, Node) and isinstance(axis, int) else None
+    if df.op[node].name != "exp" or not isinstance(node.args[0], Node):
+        return None
+    source = node.args[0]
+    for user in node.users:
+        if df.op[user].name == "sum" and (axis := _axis(df, user, source)) is not None:
+            return source, axis
+    for inner in source.all_input_nodes:
+        if df.op[inner].name == "logsumexp" and (axis := _axis(df, inner, source)) is not None:
+            return source, axis
+    return None
+
+
+def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
+    dims = reduction.args[1] if len(reduction.args) > 1 else None
+    dims = [dims] if isinstance(dims, int) else dims
+    one = isinstance(dims, list | tuple) and len(dims) == 1 and isinstance(dims[0], int)
+    return int(dims[0]) % len(df.shape(source)) if one else None  # type: ignore[index, arg-type, call-overload]
+
+
+def _weighted_values(df: Dataflow, softmax: Node) -> Node | None:
+    """The product of a softmax's weights with data, or None."""
+    seen: set[Node] = set()
+    todo = [softmax]
+    while todo:
+        node = todo.pop(0)
+        for user in node.users:
+            if user in seen or user not in df.activation:
+                continue
+            seen.add(user)
+            op = df.op[user]
+            if _is_product(df, user) or _is_bilinear(df, user):
+                return user
+            if op.kind in _SMOOTH and not (op.name == "mul" and _summed(df, user)):
+                todo.append(user)
+                todo.extend(df.writes.get(df.group[user], ()) if op.inplace else ())
+            elif op.name == "mul":
+                return next(u for u in user.users if df.op[u].name in ("sum", "mean"))
+            elif _keeps_logits(df, user) is not None:
+                todo.append(user)
+    return None
+
+
+def _summed(df: Dataflow, mul: Node) -> bool:
+    """Whether a product of two activations is summed right away: weights times values, written elementwise."""
+    both = [n for n in mul.all_input_nodes if n in df.activation]
+    return len(both) == 2 and any(df.op[u].name == "sum" for u in mul.users)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _is_product(df: Dataflow, node: Node) -> bool:
+    """Whether a node multiplies two activations."""
+    if df.op[node].kind != "contraction":
+        return False
+    sides = factors_of(df, node)
+    return sides is not None and all(n in df.activation for n in sides[:2])
+
+
+def _is_bilinear(df: Dataflow, node: Node) -> bool:
+    """Whether a node is the sum over an axis of an elementwise product of two activations."""
+    source = node.args[0] if node.args else None
+    if df.op[node].name != "sum" or not isinstance(source, Node) or df.op[source].name != "mul":
+        return False
+    factors = [n for n in source.all_input_nodes if n in df.activation]
+    return len(factors) == 2 and all(len(df.shape(n)) == len(df.shape(source)) for n in factors)
+
+
+def _keeps_logits(df: Dataflow, node: Node) -> Node | None:
+    """Data operand of a product with a small square weight that keeps the number of elements (talking heads)."""
+    if df.op[node].kind not in ("contraction", "convolution"):
+        return None
+    sides = factors_of(df, node)
+    if sides is None:
+        return None
+    x, weight = (sides[0], sides[1]) if df.is_weight(sides[1]) else (sides[1], sides[0])
+    if not df.is_weight(weight) or x not in df.activation or len(df.shape(x)) < 3 and df.op[node].name != "mm":
+        return None
+    same = df.shape(x).numel() == df.shape(node).numel()
+    return x if same and len({n for n in df.shape(weight) if n > 1}) <= 1 else None
+
+
+def _behind(df: Dataflow, end: Node, value_products: set[Node]) -> tuple[list[Product], list[Node], Node | None]:
+    """Products that a softmax's input is made of, the nodes on the way, and a product with a bare parameter if seen."""
+    products: list[Product] = []
+    path: list[Node] = []
+    learned: Node | None = None
+    seen: set[Node] = set()
+    todo = [end]
+    while todo:
+        node = todo.pop()
+        if node in seen or (node not in df.activation and df.group[node] not in df.writes):
+            continue
+        seen.add(node)
+        if _is_product(df, node):
+            if node not in value_products:
+                left, right, added = factors_of(df, node)  # type: ignore[misc]
+                products.append(Product(node, left, right))
+                path.append(node)
+                todo.extend([added] if added is not None else [])
+        elif _is_bilinear(df, node):
+            left, right = (n for n in node.args[0].all_input_nodes if n in df.activation)  # type: ignore[union-attr]
+            products.append(Product(node, left, right, "bilinear"))
+            path.append(node)
+        elif df.op[node].kind in _SMOOTH or df.op[node].kind == "factory":
+            path.append(node)
+            todo.extend(df.reads(node))
+        elif (x := _keeps_logits(df, node)) is not None:
+            path.append(node)
+            todo.append(x)
+        elif df.op[node].kind == "contraction" and any(df.is_weight(n) for n in node.all_input_nodes):
+            learned = _bare_parameter(df, node) or learned
+    products.sort(key=lambda p: df.index[p.node])
+    return products, path, learned
+
+
+def _bare_parameter(df: Dataflow, node: Node) -> Node | None:
+    """The node if it multiplies data with a parameter batch by batch, as attention with learned queries does."""
+    return node if df.op[node].name in ("bmm", "baddbmm", "matmul") and len(df.shape(node)) > 2 else None
+
+
+def _content(df: Dataflow, products: list[Product]) -> list[Product]:
+    """Products of two sides that both depend on the input; those with positions alone only where there are no others."""
+    content = [p for p in products if p.left in df.from_input and p.right in df.from_input]
+    return content or products
+
+
+def _fused(df: Dataflow, node: Node, misses: list[NearMiss]) -> list[Logits]:
+    query, key = node.args[0], node.args[1]
+    if not isinstance(query, Node) or not isinstance(key, Node) or not df.shape(query) or not df.shape(key):
+        misses.append(NearMiss(node, "opaque-attention", f"the op {node.target} does not say which input is which"))
+        return []
+    tokens_first = "flash_attn" in df.op[node].name or "_flash_attention_forward" in df.op[node].name
+    tokens_first |= "efficient_attention" in df.op[node].name and "scaled_dot_product" not in df.op[node].name
+    product = Product(node, query, key, "fused-tokens-first" if tokens_first else "fused")
+    return [Logits((product,), (node,), node, 3, node)]
+
+
+def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:
+    """Products of products without a softmax between them: linear attention, recurrences."""
+    misses: dict[str, NearMiss] = {}
+    text = "products of queries, keys and values without a softmax between them (linear attention or a recurrence)"
+    for node in df.nodes:
+        if node in used or not _is_product(df, node):
+            continue
+        other = _weighted_values(df, node)
+        if other is not None and other not in used:
+            module = (df.modules(node) or ("",))[-1]
+            misses.setdefault(module, NearMiss(node, "no-softmax", text))
+    return list(misses.values())

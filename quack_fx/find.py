@@ -1,0 +1,152 @@
+"""FINDER: a model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
+
+`find_qk_pairs` is the public call; `find` also tells how it was done; `find_in_graph` takes an ATen graph that somebody
+else made (torch.export, make_fx).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quack_fx.attention import NearMiss, find_logits
+from quack_fx.capture import capture
+from quack_fx.dataflow import Dataflow
+from quack_fx.layout import AttentionSite, QKLayout, Skipped
+from quack_fx.provenance import Refused, Tracer, find_heads, make_site, merge_calls
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout and how it was found.
+
+    Attributes:
+        layout: The layout.
+        way: How the forward was recorded: "hybrid" (fake weights, size does not matter) or "real".
+        nodes: Number of nodes of the recorded graph.
+        seconds: Seconds spent on each part of the work.
+        canned: Ops that needed numbers which are not there and got a made-up answer (routing, mostly).
+        fallback_reason: Why the hybrid recording was given up, or None.
+    """
+
+    layout: QKLayout
+    way: Literal["hybrid", "real"]
+    nodes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    canned: tuple[str, ...] = ()
+    fallback_reason: str | None = None
+
+
+def find_qk_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> QKLayout:
+    """Find every query/key pair of a model: the exact weight rows of every head, by structure and never by name.
+
+    Arguments:
+        model: Any module, on any device; it may be on meta, so that size does not matter. Nothing in it is changed.
+        *args: Positional arguments of one forward call; small ones are enough (a few tokens).
+        **kwargs: Keyword arguments of that call.
+
+    Returns:
+        The layout. Every attention that is not among its `sites` is in `skipped` with a reason, every parameter that the
+        example inputs never reached in `untouched`.
+
+    Raises:
+        CaptureError: The forward fails on these inputs.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        >>> x = torch.zeros(1, 3, 8)
+        >>> site = find_qk_pairs(layer, x, x, x).sites[0]
+        >>> site.kind, site.query[0].param, site.query[0].heads, site.key[0].heads
+        ('mha', 'in_proj_weight', (((0, 4),), ((4, 8),)), (((8, 12),), ((12, 16),)))
+    """
+    return find(model, args, kwargs).layout
+
+
+def find(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Found:
+    """`find_qk_pairs` with an account of how it went.
+
+    Arguments:
+        model: The model.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        progress: Called with a short text when a new part of the work begins.
+
+    Returns:
+        Layout, way of recording, size of the graph, seconds.
+    """
+    tell = progress or (lambda text: None)
+    tell("recording one forward pass")
+    start = time.perf_counter()
+    recorded = capture(model, args, kwargs)
+    captured = time.perf_counter()
+    names = {id(p): n for n, p in model.named_parameters()}
+    graph = recorded.graph_module.graph
+    weights = {n: str(n.target) for n in graph.nodes if n.op == "get_attr" and str(n.target) in set(names.values())}
+    tell(f"looking for attention in {len(graph.nodes):,} ops")
+    layout = find_in_graph(recorded.graph_module, weights, all_names=tuple(names.values()), progress=progress)
+    seconds = {"capture": captured - start, "find": time.perf_counter() - captured}
+    return Found(layout, recorded.way, len(graph.nodes), seconds, recorded.canned, recorded.fallback_reason)
+
+
+def find_in_graph(
+    graph_module: GraphModule,
+    weights: Mapping[Node, str] | None = None,
+    *,
+    all_names: Sequence[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> QKLayout:
+    """Layout of an ATen-level graph, one of torch.export or make_fx as well as ours.
+
+    Arguments:
+        graph_module: The graph; its nodes carry `meta["val"]`.
+        weights: Name of each node that is a parameter. Default: `get_attr` nodes that are parameters of `graph_module`.
+        all_names: All parameters of the model; those that no op reads are reported as untouched.
+        progress: Called with a short text as the work goes on.
+
+    Returns:
+        The layout.
+    """
+    if weights is None:
+        weights = _own_parameters(graph_module)
+    df = Dataflow(graph_module, weights)
+    tracer = Tracer(df)
+    logits, misses = find_logits(df)
+    sites: list[AttentionSite] = []
+    for i, one in enumerate(logits):
+        if progress is not None and i % 10 == 0:
+            progress(f"following the weight rows of attention {i + 1} of {len(logits)}")
+        try:
+            sites.append(make_site(tracer, one, find_heads(tracer, one)))
+        except Refused as refusal:
+            misses.append(NearMiss(one.products[0].node, refusal.code, refusal.reason))
+    reached = {name for node, name in weights.items() if node.users}
+    return QKLayout(
+        sites=tuple(merge_calls(sites)),
+        skipped=tuple(dict.fromkeys(_skipped(df, miss) for miss in misses)),
+        untouched=tuple(name for name in all_names if name not in reached),
+    )
+
+
+def _own_parameters(graph_module: GraphModule) -> dict[Node, str]:
+    first = {id(p): name for name, p in graph_module.named_parameters()}
+    named = dict(graph_module.named_parameters(remove_duplicate=False))
+    return {
+        n: first[id(named[str(n.target)])]
+        for n in graph_module.graph.nodes
+        if n.op == "get_attr" and str(n.target) in named
+    }
+
+
+def _skipped(df: Dataflow, miss: NearMiss) -> Skipped:
+    return Skipped((df.modules(miss.node) or ("",))[-1], miss.code, miss.reason)

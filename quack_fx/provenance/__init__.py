@@ -1,0 +1,17 @@
+"""FINDER: operand of a logit product -> weight rows of each head, chain of factors, norms on the way.
+
+In: the dataflow of a graph and the logits found in it. Out: attention sites, or a refusal with its reason.
+
+    labels.py       sets of features as int64 tensors
+    movement.py     movement ops run on labels
+    projections.py  products with a weight: which row makes which feature
+    trace.py        from an operand back to the projections
+    heads.py        label vectors -> heads
+    blocks.py       heads -> blocks, chains, roles, terms: a site
+"""
+
+from quack_fx.provenance.blocks import make_site, merge_calls
+from quack_fx.provenance.heads import Refused, find_heads
+from quack_fx.provenance.trace import Tracer
+
+__all__ = ["Refused", "Tracer", "find_heads", "make_site", "merge_calls"]

@@ -1,0 +1,349 @@
+"""From heads to weight blocks: rows of each parameter, chains of factors, roles and terms.
+
+In: the `Heads` of one attention. Out: an `AttentionSite`.
+
+A block is a set of rows of one parameter that meets the same partners: MLA's up projection of the query falls into one
+block that meets the keys' up projection and one that meets the rotary keys. Behind a block there may be a further
+projection, and so on: a chain. It is followed while its data serves this attention alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from quack_fx.attention import Logits
+from quack_fx.layout import AttentionSite, LogitTerm, Norm, Range, Ranges, Role, Side, SiteKind, WeightBlock
+from quack_fx.provenance.heads import Heads, Refused, Row, Vector
+from quack_fx.provenance.labels import UNKNOWN
+from quack_fx.provenance.projections import Projection
+from quack_fx.provenance.trace import NormTag, Tracer
+
+_Rows = set[tuple[int, ...]]
+_MAX_CHAIN = 4
+
+
+@dataclass
+class _Block:
+    """A block while it is being put together: rows of each head, and the projection behind it."""
+
+    param: str
+    partners: frozenset[str]
+    rows: list[_Rows]
+    projection: Projection
+    behind: _Block | None = None
+    parallel: bool = False
+    latent_norms: tuple[NormTag, ...] = ()
+    role: Role = "other"
+
+    def chain(self) -> list[_Block]:
+        """The block and what lies behind it."""
+        return [self, *(self.behind.chain() if self.behind is not None else [])]
+
+
+def make_site(tracer: Tracer, logits: Logits, heads: Heads) -> AttentionSite:
+    """The site of one attention.
+
+    Raises:
+        Refused: Rows that are no ranges along one axis of their parameter.
+    """
+    df = tracer.df
+    query = _side(heads, heads.query, [_joined(heads.key[k]) for k in heads.head_map])
+    readers: list[list[Vector]] = [[] for _ in heads.key]
+    for h, k in enumerate(heads.head_map):
+        readers[k].extend(heads.query[h])
+    key = _side(heads, heads.key, [_joined(tuple(vectors)) for vectors in readers])
+    _follow_chains(tracer, logits, query, key)
+    mla = _give_roles(query, key)
+    query_chains, key_chains = _flat(query), _flat(key)
+    blocks = (tuple(_finish(tracer, b) for b in query_chains), tuple(_finish(tracer, b) for b in key_chains))
+    return AttentionSite(
+        name=(df.modules(logits.products[0].node) or ("",))[-1],
+        kind=_kind(heads, mla),
+        cross=not _same_sequence(tracer, query, key),
+        calls=1,
+        query_heads=len(heads.query),
+        key_heads=len(heads.key),
+        head_dim=heads.head_dim,
+        head_map=heads.head_map,
+        query=blocks[0],
+        key=blocks[1],
+        terms=_terms(query, key, query_chains, key_chains),
+        qk_norm=_norms("query", heads.norms[0]) + _norms("key", heads.norms[1]),
+        latent_norm=tuple(
+            norm
+            for side, chains in (("query", query_chains), ("key", key_chains))
+            for block in chains
+            for norm in _norms(side, block.latent_norms)  # type: ignore[arg-type]
+        ),
+        logit_scale=heads.scale,
+    )
+
+
+# ---- direct blocks ---------------------------------------------------------------------------------------------------
+
+
+def _joined(vectors: tuple[Vector, ...]) -> Vector:
+    """Features of several vectors at each place."""
+    return tuple(frozenset().union(*places) for places in zip(*vectors, strict=True))
+
+
+def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vector]) -> list[_Block]:
+    """Blocks that meet directly in the logits."""
+    blocks: dict[tuple[str, frozenset[str]], _Block] = {}
+    for h, (vectors, partner) in enumerate(zip(own, partners, strict=True)):
+        met: dict[Row, set[str]] = {}
+        parallel: set[str] = set()
+        for vector in vectors:
+            for rows, others in zip(vector, partner, strict=True):
+                names = {name for name, _ in rows}
+                parallel |= names if len(names) > 1 else set()
+                for row in rows:
+                    met.setdefault(row, set()).update(name for name, _ in others)
+        for (name, place), others in met.items():
+            key = (name, frozenset(others))
+            block = blocks.get(key)
+            if block is None:
+                block = _Block(name, key[1], [set() for _ in own], heads.projection[name, place])
+                blocks[key] = block
+            block.rows[h].add(place)
+            block.parallel |= name in parallel
+    return list(blocks.values())
+
+
+def _terms(
+    query: list[_Block], key: list[_Block], query_chains: list[_Block], key_chains: list[_Block]
+) -> tuple[LogitTerm, ...]:
+    def indices(block: _Block, chains: list[_Block]) -> tuple[int, ...]:
+        return tuple(next(i for i, b in enumerate(chains) if _equal(b, c)) for c in block.chain())
+
+    return tuple(
+        dict.fromkeys(
+            LogitTerm(indices(q, query_chains), indices(k, key_chains))
+            for q in query
+            for k in key
+            if k.param in q.partners and q.param in k.partners
+        )
+    )
+
+
+def _flat(blocks: list[_Block]) -> list[_Block]:
+    """Blocks of all chains, each once, those nearest to the input first."""
+    flat: list[_Block] = []
+    for block in blocks:
+        for link in reversed(block.chain()):
+            if not any(_equal(link, other) for other in flat):
+                flat.append(link)
+    return flat
+
+
+def _equal(a: _Block, b: _Block) -> bool:
+    return a.param == b.param and a.rows == b.rows and a.role == b.role
+
+
+# ---- chains ----------------------------------------------------------------------------------------------------------
+
+
+def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: list[_Block]) -> None:
+    """Hang upstream projections behind the blocks, where they serve one side of this attention alone."""
+    for block in [*query, *key]:
+        link, depth = block, 0
+        while depth < _MAX_CHAIN and (behind := _behind(tracer, logits, link)) is not None:
+            link.behind, link, depth = behind, behind, depth + 1
+    seen = [{link.projection.node for block in side for link in block.chain()[1:]} for side in (query, key)]
+    for block in [*query, *key]:
+        link = block
+        while link.behind is not None:
+            if link.behind.projection.node in seen[0] & seen[1]:
+                link.behind, link.latent_norms = None, ()
+                break
+            link = link.behind
+
+
+def _behind(tracer: Tracer, logits: Logits, block: _Block) -> _Block | None:
+    """The projection whose output a block multiplies, if it is a factor of this attention alone."""
+    df, projection = tracer.df, block.projection
+    if projection.x not in df.activation or not _serves_alone(tracer, projection.x, logits):
+        return None
+    flow = tracer.trace([projection.x])[projection.x]
+    features = tracer.labels.features(flow.label)
+    if not features or UNKNOWN in features or flow.statistic is not None:
+        return None
+    sources = {id(p): p for p, _ in map(tracer.projections.by_feature, features)}
+    names = {p.names[i] for p, i in map(tracer.projections.by_feature, features)}
+    if len(sources) != 1 or len(names) != 1:
+        return None
+    source = next(iter(sources.values()))
+    if not _is_factor(tracer, logits, source, len(features), projection, block):
+        return None
+    rows = {tuple(source.rows[f - source.first].tolist()) for f in features}
+    shared = [set(rows) if own else set() for own in block.rows]
+    block.latent_norms = flow.norms
+    return _Block(next(iter(names)), frozenset({block.param}), shared, source)
+
+
+def _is_factor(
+    tracer: Tracer, logits: Logits, source: Projection, rank: int, projection: Projection, block: _Block
+) -> bool:
+    """Whether an upstream projection is a factor of a low-rank weight and not a layer of its own before the attention.
+
+    It must not widen (its rank is at most what it reads and what the next factor gives), its output must serve this
+    attention alone, and it must run inside the module that holds the attention, where modules are known.
+    """
+    df = tracer.df
+    if rank > source.width_in or rank > len(projection):
+        return False
+    home = df.common_module([logits.products[0].node, projection.node])
+    if home and home not in df.modules(source.node):
+        return False
+    return _serves_alone(tracer, source.node, logits)
+
+
+def _serves_alone(tracer: Tracer, node: Node, logits: Logits) -> bool:
+    """Whether everything that is computed from a node ends in this attention's output."""
+    df = tracer.df
+    end = df.index[logits.output]
+    seen: set[Node] = set()
+    todo = [node]
+    while todo:
+        for user in todo.pop().users:
+            if user in seen or user is logits.output or user.op == "output":
+                continue
+            seen.add(user)
+            if df.index[user] > end and df.op[user].kind in ("contraction", "convolution", "attention", "softmax"):
+                return False
+            if len(seen) > 4000:
+                return False
+            todo.append(user)
+            if df.op[user].inplace:
+                todo.extend(n for n in df.nodes[df.index[user] : end] if df.group.get(n) is df.group[user])
+    return True
+
+
+# ---- roles -----------------------------------------------------------------------------------------------------------
+
+
+def _give_roles(query: list[_Block], key: list[_Block]) -> bool:
+    """Name the blocks' parts; whether this is MLA."""
+    latent_key = [b for b in key if b.behind is not None and not b.parallel]
+    latent_query = [b for b in query if b.behind is not None and not b.parallel]
+    mla = bool(latent_key)
+    for side, plain, up, down in ((query, "q", "uq", "dq"), (key, "k", "uk", "dkv")):
+        for block in side:
+            adapter = block.parallel and any(b.behind is not None for b in side)
+            if adapter:
+                block.role = plain if block.behind is None else "other"  # type: ignore[assignment]
+                for link in block.chain()[1:]:
+                    link.role = "other"
+                continue
+            block.role = plain  # type: ignore[assignment]
+            if mla or block in latent_query:
+                block.role = up  # type: ignore[assignment]
+            for link in block.chain()[1:]:
+                link.role = down  # type: ignore[assignment]
+    if mla:
+        rotary = {b.param for b in key if b.behind is None and not b.parallel}
+        uk = {b.param for b in latent_key}
+        for block in key:
+            if block.behind is None and not block.parallel:
+                block.role = "kr"
+        for block in query:
+            if block.partners & rotary and not block.partners & uk:
+                block.role = "qr"
+    return mla
+
+
+def _kind(heads: Heads, mla: bool) -> SiteKind:
+    if mla:
+        return "mla"
+    if len(heads.key) == len(heads.query):
+        return "mha"
+    return "mqa" if len(heads.key) == 1 else "gqa"
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _finish(tracer: Tracer, block: _Block) -> WeightBlock:
+    """The block with its rows as ranges along one axis."""
+    axes, shape = block.projection.axes, _shape(tracer, block.param)
+    for i, axis in enumerate(axes):
+        if all(_covers(rows, i, axes, shape) for rows in block.rows):
+            heads = tuple(_ranges({row[i] for row in rows}) for rows in block.rows)
+            return WeightBlock(block.param, block.role, axis, heads, _bias(block) if len(axes) == 1 else None)
+    raise Refused("rows-on-two-axes", f"a head reads a part of {block.param!r} that is no set of whole rows along one axis")
+
+
+def _covers(rows: _Rows, i: int, axes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the rows are whole slices along axis i."""
+    others = 1
+    for j, axis in enumerate(axes):
+        others *= shape[axis] if j != i else 1
+    return len(rows) == len({row[i] for row in rows}) * others
+
+
+def _shape(tracer: Tracer, param: str) -> tuple[int, ...]:
+    node = next(n for n, name in tracer.df.weights.items() if name == param)
+    return tuple(tracer.df.shape(node))
+
+
+def _ranges(rows: set[int]) -> Ranges:
+    ranges: list[Range] = []
+    for row in sorted(rows):
+        if ranges and ranges[-1][1] == row:
+            ranges[-1] = (ranges[-1][0], row + 1)
+        else:
+            ranges.append((row, row + 1))
+    return tuple(ranges)
+
+
+def _bias(block: _Block) -> str | None:
+    """Bias that belongs to all the block's rows."""
+    rows = set().union(*block.rows)
+    found = {
+        block.projection.biases[i]
+        for i, place in enumerate(block.projection.rows.tolist())
+        if tuple(place) in rows and block.projection.names[i] == block.param
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _norms(side: Side, tags: tuple[NormTag, ...]) -> tuple[Norm, ...]:
+    return tuple(Norm(side, t.kind, t.width, t.module, t.weight) for t in tags)
+
+
+# ---- self or cross ---------------------------------------------------------------------------------------------------
+
+
+def _same_sequence(tracer: Tracer, query: list[_Block], key: list[_Block]) -> bool:
+    """Whether queries and keys are made from the same tokens: what they read has a common source."""
+    sides = [{block.chain()[-1].projection.x for block in side} for side in (query, key)]
+    if sides[0] & sides[1]:
+        return True
+    return bool(_sources(tracer, sides[0]) & _sources(tracer, sides[1]))
+
+
+def _sources(tracer: Tracer, nodes: set[Node]) -> set[Node]:
+    """Everything that nodes are made of without passing a product."""
+    df, seen, todo = tracer.df, set[Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in seen or node not in df.activation | df.from_input:
+            continue
+        seen.add(node)
+        if df.op[node].kind not in ("contraction", "convolution", "attention", "softmax"):
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def merge_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
+    """Sites with the same blocks are one site that runs several times (shared layers, tied parameters)."""
+    merged: dict[object, AttentionSite] = {}
+    for site in sites:
+        key = (site.query, site.key, site.terms)
+        known = merged.get(key)
+        merged[key] = site if known is None else replace(known, calls=known.calls + 1)
+    return list(merged.values())
+
+

@@ -1,0 +1,265 @@
+"""Projections: products of data with a weight, and what each of their output features is.
+
+In: a node (matmul, linear, convolution) with a weight among its operands. Out: a `Projection`: which parameter, which
+row along which axis makes each output feature, found from how the weight was moved before the product (transposed,
+sliced, concatenated, reshaped), so that Linear, Conv1D, fused and raw three-dimensional weights need no cases.
+
+A *plane* of coordinates per axis of the parameter goes through the same movement ops as the weight. In the product,
+coordinates that vary along the contracted axis are summed over; the others name the output feature.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.dataflow import Dataflow, factors_of
+from quack_fx.provenance.labels import Labels, compact, constant_along
+from quack_fx.provenance.movement import move
+
+
+@dataclass
+class Projection:
+    """One product with a weight.
+
+    Attributes:
+        node: The product.
+        x: Its data operand.
+        x_axis: Axis of `x` that the product sums over.
+        first: Label of its first feature; feature i has the label `first + i`.
+        names: Parameter of each feature.
+        axes: Axes of the parameter that are not summed over: they number its output features (one axis, mostly).
+        rows: Coordinates of each feature along `axes`, int64 [features, len(axes)].
+        biases: Bias parameter of each feature, None where there is none or its entries are not the same rows.
+        width_in: Number of terms in the sum.
+    """
+
+    node: Node
+    x: Node
+    x_axis: int
+    first: int
+    names: list[str]
+    axes: tuple[int, ...]
+    rows: Tensor
+    width_in: int
+    biases: list[str | None] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class _Coordinates:
+    """Planes of a moved weight: index into `names`, then one coordinate per axis of the parameter."""
+
+    names: tuple[str, ...]
+    which: Tensor
+    along: tuple[Tensor, ...]
+
+    def planes(self) -> tuple[Tensor, ...]:
+        return (self.which, *self.along)
+
+
+class Projections:
+    """All projections of one graph, made on first use."""
+
+    def __init__(self, df: Dataflow, labels: Labels) -> None:
+        self._df = df
+        self._labels = labels
+        self._of: dict[Node, tuple[Projection, Tensor] | None] = {}
+        self._firsts: list[int] = []
+        self._in_order: list[Projection] = []
+        self._weights: dict[Node, _Coordinates | None] = {}
+
+    def by_feature(self, feature: int) -> tuple[Projection, int]:
+        """Projection and index within it of a feature label."""
+        projection = self._in_order[bisect_right(self._firsts, feature) - 1]
+        return projection, feature - projection.first
+
+    def of(self, node: Node) -> tuple[Projection, Tensor] | None:
+        """The projection that a node is, with the labels of its result; None where its rows cannot be told."""
+        if node not in self._of:
+            self._of[node] = self._make(node)
+        return self._of[node]
+
+    def operands(self, node: Node) -> tuple[Node, Node, bool, Node | None] | None:
+        """Data, weight, whether the weight is on the left, and the added bias of a product with a weight."""
+        df = self._df
+        sides = factors_of(df, node)
+        if sides is None:
+            return None
+        left, right, bias = sides
+        if df.is_weight(right) and (left in df.activation or not df.is_weight(left) or df.op[node].name != "mv"):
+            return left, right, False, bias
+        if df.is_weight(left):
+            return right, left, True, bias
+        return None
+
+    def _make(self, node: Node) -> tuple[Projection, Tensor] | None:
+        df = self._df
+        shape = df.shape(node)
+        operands = self.operands(node)
+        if operands is None:
+            return None
+        x, weight, on_left, bias = operands
+        coordinates = self._coordinates(weight)
+        if coordinates is None:
+            return None
+        planes = coordinates.planes()
+        if df.op[node].kind == "convolution":
+            transposed = _is_transposed(node)
+            out_axis, inner = (1, 0) if transposed else (0, 1)
+            if transposed and _groups(node) != 1:
+                return None
+            summed = [d for d in range(planes[0].dim()) if d != out_axis]
+            x_axis, width = 1, df.shape(weight)[inner]
+        else:
+            if df.op[node].name == "linear":
+                planes = tuple(p.t() if p.dim() == 2 else p.unsqueeze(-1) for p in planes)
+            if planes[0].dim() == 1:
+                planes = tuple(p.unsqueeze(0 if on_left else -1) for p in planes)
+            out_axis = planes[0].dim() - (2 if on_left else 1)
+            summed = [planes[0].dim() - (1 if on_left else 2)]
+            x_axis = (-2 if len(df.shape(x)) > 1 else -1) if on_left else -1
+            width = planes[0].shape[summed[0]]
+        axes = []
+        for axis, plane in enumerate(planes[1:]):
+            if all(constant_along(plane, d) for d in summed):
+                axes.append(axis)
+            elif not all(constant_along(plane, d) for d in range(plane.dim()) if d not in summed):
+                return None
+        if not all(constant_along(planes[0], d) for d in summed):
+            return None
+        kept = [_first_along(planes[0], summed)] + [_first_along(planes[1 + a], summed) for a in axes]
+        together = torch.stack(torch.broadcast_tensors(*(compact(p) for p in kept)))
+        distinct, where = torch.unique(together.flatten(1), dim=1, return_inverse=True)
+        first = self._labels.new_features(distinct.shape[1])
+        label = (where + first).view(together.shape[1:]).expand(kept[0].shape)
+        if df.op[node].kind == "convolution":
+            label = label.reshape(1, -1, *[1] * (len(shape) - 2))
+        elif len(shape) < label.dim():
+            label = label.squeeze(-1 if on_left else -2)
+        label = label.expand(shape)
+        projection = Projection(
+            node=node,
+            x=x,
+            x_axis=x_axis,
+            first=first,
+            names=[coordinates.names[i] for i in distinct[0].tolist()],
+            axes=tuple(axes),
+            rows=distinct[1:].t().contiguous(),
+            width_in=int(width),
+            biases=[None] * distinct.shape[1],
+        )
+        self._firsts.append(first)
+        self._in_order.append(projection)
+        if bias is not None and df.is_weight(bias):
+            self.add_bias(label, bias)
+        return projection, label
+
+    def add_bias(self, label: Tensor, bias: Node) -> None:
+        """Note a bias that was added to labelled features, where its entries are numbered like the rows."""
+        coordinates = self._coordinates(bias)
+        if coordinates is None or len(coordinates.along) != 1:
+            return
+        try:
+            pairs = torch.broadcast_tensors(*(compact(p) for p in (label, coordinates.which, coordinates.along[0])))
+        except RuntimeError:
+            return
+        for feature, which, entry in torch.unique(torch.stack(pairs).flatten(1), dim=1).t().tolist():
+            if len(self._labels.members(feature)) != 1 or feature < 2:
+                continue
+            projection, i = self.by_feature(feature)
+            if projection.rows.shape[1] == 1 and int(projection.rows[i, 0]) == entry:
+                projection.biases[i] = coordinates.names[which]
+
+    # ---- how a weight was moved ----------------------------------------------------------------------------------
+
+    def weight_names(self, node: Node) -> tuple[str, ...]:
+        """Parameters that a weight node is a moved copy of; empty where it is computed from several."""
+        coordinates = self._coordinates(node)
+        return coordinates.names if coordinates is not None else ()
+
+    def _coordinates(self, node: Node) -> _Coordinates | None:
+        if node not in self._weights:
+            self._weights[node] = self._trace_weight(node)
+        return self._weights[node]
+
+    def _trace_weight(self, node: Node) -> _Coordinates | None:
+        df = self._df
+        if node in df.weights:
+            shape = df.shape(node)
+            along = tuple(
+                torch.arange(n).view([-1 if d == axis else 1 for d in range(len(shape))]).expand(shape)
+                for axis, n in enumerate(shape)
+            )
+            return _Coordinates((df.weights[node],), torch.zeros(1, dtype=torch.int64).expand(shape), along)
+        if df.group[node] in df.writes:
+            return None
+        inputs = [n for n in node.all_input_nodes if df.is_weight(n)]
+        kind, name = df.op[node].kind, df.op[node].name
+        if kind == "elementwise" and name in ("mul", "div", "neg") and len(inputs) == 1:
+            # A weight times a plain number (equalised learning rates) keeps its rows.
+            only = self._coordinates(inputs[0])
+            others = [n for n in node.all_input_nodes if n is not inputs[0]]
+            if df.shape(inputs[0]) == df.shape(node) and all(df.shape(n).numel() == 1 for n in others):
+                return only
+            return None
+        if kind not in ("movement", "getitem") or not inputs:
+            return None
+        if kind == "getitem":
+            inputs = [node.args[0]]  # type: ignore[list-item]
+            return self._part(node)
+        sources = [self._coordinates(n) for n in inputs]
+        if any(s is None for s in sources):
+            return None
+        names = tuple(dict.fromkeys(name for s in sources if s is not None for name in s.names))
+        ranks = {len(s.along) for s in sources if s is not None}
+        if len(ranks) != 1:
+            return None
+        planes = [self._moved(node, names, i) for i in range(1 + ranks.pop())]
+        if any(not isinstance(p, Tensor) for p in planes):
+            return None
+        return _Coordinates(names, planes[0], tuple(planes[1:]))
+
+    def _moved(self, node: Node, names: tuple[str, ...], i: int) -> Tensor:
+        def plane(n: Node) -> Tensor:
+            own = self._coordinates(n)
+            if own is None:
+                return torch.full((1,), -1, dtype=torch.int64).expand(self._df.shape(n))
+            if i > 0:
+                return own.along[i - 1]
+            table = torch.tensor([names.index(name) for name in own.names])
+            return table[compact(own.which)].expand(own.which.shape)
+
+        result: Tensor = move(self._df, node, plane, unknown=-1)
+        return result
+
+    def _part(self, node: Node) -> _Coordinates | None:
+        """One piece of a split or unbound weight."""
+        whole: Node = node.args[0]  # type: ignore[assignment]
+        inputs = [n for n in whole.all_input_nodes if self._df.is_weight(n)]
+        source = self._coordinates(inputs[0]) if len(inputs) == 1 and self._df.op[whole].kind == "movement" else None
+        if source is None:
+            return None
+        i: int = node.args[1]  # type: ignore[assignment]
+        pieces = [self._moved(whole, source.names, k)[i] for k in range(1 + len(source.along))]
+        return _Coordinates(source.names, pieces[0], tuple(pieces[1:]))
+
+
+def _is_transposed(node: Node) -> bool:
+    return "transpose" in str(node.target) or (len(node.args) > 6 and bool(node.args[6]))
+
+
+def _groups(node: Node) -> int:
+    return int(node.args[8]) if len(node.args) > 8 else 1  # type: ignore[call-overload, no-any-return]
+
+
+def _first_along(plane: Tensor, dims: list[int]) -> Tensor:
+    for d in dims:
+        plane = plane.narrow(d, 0, 1)
+    return plane

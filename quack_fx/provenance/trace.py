@@ -1,0 +1,507 @@
+"""From an operand of a logit product back to the projections that it is made of.
+
+In: some nodes of a graph. Out: the `Flow` of each: labels that say which projection features every element holds, and
+what happened on the way (norms, plain factors, functions that bend). The slice behind the nodes is walked back to the
+nearest projections and then run forwards on labels, each movement by its own op.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.dataflow import Dataflow, factors_of, is_depthwise
+from quack_fx.layout import NormKind
+from quack_fx.provenance.labels import NOTHING, UNKNOWN, Labels, compact, constant_along, reshape, shrink
+from quack_fx.provenance.movement import move
+from quack_fx.provenance.projections import Projections
+
+
+@dataclass(frozen=True)
+class NormTag:
+    """A norm seen on the way: its kind, the number of features that share a statistic, its module and its gain."""
+
+    kind: NormKind
+    width: int
+    module: str | None
+    weight: str | None = None
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number computed from whole groups of features: from which ones, by which ops, over how many elements."""
+
+    features: frozenset[int]
+    ops: frozenset[str]
+    width: int
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What is known of one tensor.
+
+    Attributes:
+        label: Labels of its elements.
+        scale: Product of the plain numbers it was multiplied with since the projection; None where not a plain number.
+        norms: Norms since the projection.
+        ops: Functions that bend (not linear) since the projection.
+        statistic: Set where the tensor is a statistic of features instead of features.
+    """
+
+    label: Tensor
+    scale: float | None = 1.0
+    norms: tuple[NormTag, ...] = ()
+    ops: frozenset[str] = frozenset()
+    statistic: Statistic | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds neither features nor unknown data."""
+        return self.statistic is None and not bool(compact(self.label).any())
+
+
+LINEAR = frozenset(
+    "add sub neg mul div rsub where masked_fill dropout native_dropout lerp addcmul addcdiv positive clone".split()
+)
+_NORM_INDEX = {"layer_norm": "layer", "rms_norm": "rms", "group_norm": "layer", "batch_norm": "batch"}
+_POOLING = frozenset("sum mean amax amin adaptive_avg_pool1d _adaptive_avg_pool2d avg_pool1d avg_pool2d nansum".split())
+
+
+class Tracer:
+    """Follows labels through one graph."""
+
+    def __init__(self, df: Dataflow) -> None:
+        self.df = df
+        self.labels = Labels()
+        self.projections = Projections(df, self.labels)
+
+    def trace(self, targets: Iterable[Node]) -> dict[Node, Flow]:
+        """Flows of `targets` and of all nodes between them and the projections behind them."""
+        return self._run(self._slice(list(targets)), {}, UNKNOWN)
+
+    def carry(self, source: Node, label: Tensor, path: Iterable[Node]) -> dict[Node, Flow]:
+        """Follow labels of our own from one node forwards.
+
+        Arguments:
+            source: Node whose result carries `label`.
+            label: Label tensor of its shape.
+            path: Nodes behind it through which the labels are to be carried; what comes in from elsewhere counts as
+                nothing, and products on the path keep the labels of their data (heads mixed after the product).
+
+        Returns:
+            Flows of the nodes on the path.
+        """
+        path = sorted(set(path) - {source}, key=self.df.index.__getitem__)
+        return self._run(path, {source: Flow(label)}, NOTHING)
+
+    def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
+        for node in nodes:
+            flow = _Step(self, node, flows, outside).run()
+            if node in self.df.writes.get(self.df.group[node], ()):
+                self._write(node, flow, flows)
+            else:
+                flows[node] = self._window(node, flow)
+        return flows
+
+    def _slice(self, targets: list[Node]) -> list[Node]:
+        """Nodes to run, in order: everything behind the targets up to and including the projections."""
+        df, needed, todo = self.df, set[Node](), list(targets)
+        while todo:
+            node = todo.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            if node in df.activation and not self._ends_here(node):
+                todo.extend(n for n in df.reads(node) if n in df.activation or df.group[n] in df.writes)
+        return sorted(needed, key=df.index.__getitem__)
+
+    def _ends_here(self, node: Node) -> bool:
+        """Whether labels begin at this node: projections, table look-ups, and data that cannot be followed."""
+        kind = self.df.op[node].kind
+        if kind in ("lookup", "attention", "input"):
+            return True
+        if kind == "convolution":
+            return not is_depthwise(self.df, node)
+        if kind == "contraction":
+            sides = factors_of(self.df, node)
+            return sides is None or all(n in self.df.from_weight for n in sides[:2])
+        return False
+
+    def _window(self, node: Node, flow: Flow) -> Flow:
+        """Labels of memory that something writes into later must be real windows on one tensor of labels."""
+        df = self.df
+        if df.group[node] is not node or node not in df.writes:
+            return flow
+        value = df.value(node)
+        whole = torch.empty_strided(value.shape, value.stride(), dtype=torch.int64).copy_(flow.label)
+        return replace(flow, label=whole)
+
+    def _write(self, node: Node, flow: Flow, flows: dict[Node, Flow]) -> None:
+        target: Node = node.args[0]  # type: ignore[assignment]
+        before = flows.get(target)
+        if before is None:
+            flows[node] = flow
+            return
+        before.label.copy_(flow.label)
+        flows[node] = replace(flow, label=before.label)
+        # Whatever else looks at this memory now holds what was written, with its history.
+        group = self.df.group[node]
+        for other, old in flows.items():
+            if other is not node and self.df.group[other] is group:
+                ops = old.ops | flow.ops
+                norms = old.norms + tuple(n for n in flow.norms if n not in old.norms)
+                flows[other] = replace(old, ops=ops, norms=norms)
+
+
+@dataclass
+class _Step:
+    """One node, run on labels."""
+
+    tracer: Tracer
+    node: Node
+    flows: dict[Node, Flow]
+    outside: int
+
+    def run(self) -> Flow:
+        """Flow of the node."""
+        df, node = self.tracer.df, self.node
+        kind = df.op[node].kind
+        if node not in df.activation and df.group[node] not in df.writes:
+            return self._nothing()
+        if kind in ("contraction", "convolution"):
+            return self._product() if self.outside == UNKNOWN else self._mixed_heads()
+        if kind in ("lookup", "attention", "input"):
+            return self._unknown()
+        if kind == "factory":
+            return self._nothing()
+        if kind == "getitem":
+            return self._part()
+        if kind == "movement":
+            return self._movement()
+        if kind == "reduction":
+            return self._reduction()
+        if kind == "norm":
+            return self._native_norm()
+        return self._elementwise()
+
+    # ---- leaves --------------------------------------------------------------------------------------------------
+
+    def _full(self, value: int) -> Tensor:
+        return torch.full((1,), value, dtype=torch.int64).expand(self.tracer.df.shape(self.node) or (1,))
+
+    def _nothing(self) -> Flow:
+        return Flow(self._full(NOTHING))
+
+    def _unknown(self) -> Flow:
+        return Flow(self._full(UNKNOWN))
+
+    def _input(self, node: Node) -> Flow:
+        known = self.flows.get(node)
+        if known is not None:
+            return known
+        value = self.outside if node in self.tracer.df.activation else NOTHING
+        return Flow(torch.full((1,), value, dtype=torch.int64).expand(self.tracer.df.shape(node)))
+
+    # ---- products ------------------------------------------------------------------------------------------------
+
+    def _product(self) -> Flow:
+        df, node = self.tracer.df, self.node
+        if is_depthwise(df, node):
+            channels = self._depthwise()
+            if channels is not None:
+                return channels
+        sides = factors_of(df, node)
+        if sides is None:
+            return self._unknown()
+        left, right, bias = sides
+        if all(n in df.from_weight for n in (left, right)):
+            made = self.tracer.projections.of(node)
+            return self._unknown() if made is None else Flow(made[1])
+        if bias is not None and bias in df.activation:
+            return self._unknown()
+        return self._by_constant(left, right)
+
+    def _by_constant(self, left: Node, right: Node) -> Flow:
+        """Data times numbers: a rotation written as a matrix, pooling, interpolation."""
+        df, node = self.tracer.df, self.node
+        data_left = left in df.activation
+        flow = self._input(left if data_left else right)
+        if df.op[node].kind == "convolution" or df.shape(node).numel() == 0 or flow.label.dim() < 2:
+            return self._unknown()
+        axis = -1 if data_left or df.op[node].name == "linear" else -2
+        label = flow.label
+        if constant_along(label, axis % label.dim()):
+            label = label.narrow(axis, 0, 1)
+        else:
+            label = self.tracer.labels.union_along(label, [axis])
+        return replace(flow, label=label.expand(df.shape(node)))
+
+    def _mixed_heads(self) -> Flow:
+        """A product with a weight that keeps the number of logits: heads mixed, each still where it was."""
+        shape = self.tracer.df.shape(self.node)
+        for argument in self.node.all_input_nodes:
+            flow = self.flows.get(argument)
+            if flow is not None and not flow.empty and flow.label.numel() == shape.numel():
+                return replace(flow, label=reshape(flow.label, shape))
+        return self._nothing()
+
+    def _depthwise(self) -> Flow | None:
+        df, node = self.tracer.df, self.node
+        x = self._input(node.args[0])  # type: ignore[arg-type]
+        if UNKNOWN in self.tracer.labels.features(x.label) or x.empty:
+            return None
+        label = self.tracer.labels.union_along(x.label, list(range(2, x.label.dim())))
+        return replace(x, label=label.expand(df.shape(node)))
+
+    # ---- movement ------------------------------------------------------------------------------------------------
+
+    def _movement(self) -> Flow:
+        df, node, labels = self.tracer.df, self.node, self.tracer.labels
+        name = df.op[node].name
+        sources = [self._input(n) for n in node.all_input_nodes if self._moves(n)]
+        if name == "view_as_complex":
+            label = self._input(node.args[0]).label  # type: ignore[arg-type]
+            return replace(sources[0], label=labels.union_along(label, [-1]).squeeze(-1))
+        if name == "view_as_real":
+            label = self._input(node.args[0]).label  # type: ignore[arg-type]
+            return replace(sources[0], label=label.unsqueeze(-1).expand(df.shape(node)))
+        if name in ("real", "imag", "_conj", "conj"):
+            return sources[0]
+        if isinstance(df.value(node), list | tuple):
+            return replace(_merged(sources), label=self._full(NOTHING))  # its parts are made by _part
+        try:
+            alias = df.group[node] in df.writes and df.group[node] is not node
+            label = move(df, node, lambda n: self._input(n).label, UNKNOWN, alias)
+        except (RuntimeError, TypeError, IndexError, ValueError):
+            return self._unknown()
+        if not isinstance(label, Tensor) or label.shape != df.shape(node):
+            return self._unknown()
+        if df.group[node] not in df.writes:
+            label = shrink(label)
+        return replace(_merged(sources), label=label)
+
+    def _moves(self, node: Node) -> bool:
+        """Whether an argument is data that is moved (and not an index)."""
+        return node in self.tracer.df.activation or self.tracer.df.group[node] in self.tracer.df.writes
+
+    def _part(self) -> Flow:
+        df, node = self.tracer.df, self.node
+        whole: Node = node.args[0]  # type: ignore[assignment]
+        i: int = node.args[1]  # type: ignore[assignment]
+        if df.op[whole].kind == "movement":
+            parts = move(df, whole, lambda n: self._input(n).label, UNKNOWN, df.group[whole] in df.writes)
+            return replace(self._input(whole), label=parts[i])
+        if df.op[whole].kind == "norm" and i == 0:
+            return self._input(whole)
+        if df.op[whole].name in ("native_dropout", "_fused_dropout") and i == 0:
+            return self._input(whole)
+        if df.op[whole].kind == "reduction":
+            statistic = self._input(whole).statistic
+            return Flow(self._full(NOTHING if statistic else UNKNOWN), statistic=statistic)
+        return self._unknown()
+
+    # ---- statistics and norms ------------------------------------------------------------------------------------
+
+    def _reduction(self) -> Flow:
+        df, node = self.tracer.df, self.node
+        source = node.args[0]
+        x = self._input(source) if isinstance(source, Node) else self._unknown()
+        if x.statistic is not None:
+            return replace(x, label=self._full(NOTHING))
+        name, shape = df.op[node].name, df.shape(node)
+        dims = _reduced_dims(node, x.label.dim())
+        pooled = name in _POOLING and not (x.ops - {"relu", "gelu", "silu"})
+        if pooled and dims is not None and all(constant_along(x.label, d) for d in dims) and shape:
+            label = x.label
+            for d in sorted(dims, reverse=True):
+                label = label.narrow(d, 0, 1) if label.dim() == len(shape) else label.select(d, 0)
+            if label.shape == shape:
+                return replace(x, label=label)
+        features = self.tracer.labels.features(x.label)
+        if UNKNOWN in features or not features:
+            return self._unknown() if features else self._nothing()
+        width = x.label.numel() // max(1, shape.numel()) if shape else x.label.numel()
+        statistic = Statistic(frozenset(features), x.ops | {name}, width)
+        return Flow(self._full(NOTHING), statistic=statistic)
+
+    def _native_norm(self) -> Flow:
+        df, node = self.tracer.df, self.node
+        x = self._input(node.args[0])  # type: ignore[arg-type]
+        name = df.op[node].name
+        kind: NormKind = next((k for mark, k in _NORM_INDEX.items() if mark in name), "other")  # type: ignore[misc]
+        shape = x.label.shape
+        if kind in ("layer", "rms") and "group" not in name:
+            width = math.prod(node.args[1])  # type: ignore[arg-type]
+        else:
+            width = shape[1:].numel() if len(shape) > 1 else 1
+        gain = next((n for n in node.args[1:] if isinstance(n, Node) and df.is_weight(n)), None)
+        tag = NormTag(kind, int(width), self._norm_module(x), self._weight_name(gain))
+        return replace(x, norms=(*x.norms, tag), scale=x.scale)
+
+    def _norm_module(self, x: Flow) -> str | None:
+        """Module that computes the norm and does not hold the projection: the deepest one that is only here."""
+        df = self.tracer.df
+        around: set[str] = set()
+        for feature in self.tracer.labels.features(x.label) - {UNKNOWN}:
+            if self.outside == UNKNOWN:
+                around.update(df.modules(self.tracer.projections.by_feature(feature)[0].node))
+            break
+        own = [m for m in df.modules(self.node) if m not in around]
+        return own[-1] if own else None
+
+    def _weight_name(self, node: Node | None) -> str | None:
+        names = self.tracer.projections.weight_names(node) if node is not None else ()
+        return names[0] if len(names) == 1 else None
+
+    # ---- elementwise ---------------------------------------------------------------------------------------------
+
+    def _elementwise(self) -> Flow:
+        df, node, labels = self.tracer.df, self.node, self.tracer.labels
+        value = df.value(node)
+        if isinstance(value, list | tuple):
+            value = value[0]
+        if not isinstance(value, Tensor) or value.dtype == torch.bool:
+            return self._nothing()
+        name = df.op[node].name
+        inputs = [n for n in node.all_input_nodes if self._carries(n)]
+        flows = [f for f in map(self._input, inputs) if not f.empty]
+        labelled = [f for f in flows if f.statistic is None]
+        statistics = [f.statistic for f in flows if f.statistic is not None]
+        if not labelled:
+            return self._of_statistics(name, statistics) if statistics else self._nothing()
+        try:
+            label = labels.union([f.label for f in labelled], value.shape)
+        except RuntimeError:
+            return self._unknown()  # not elementwise after all
+        merged = _merged(labelled)
+        features = [labels.features(f.label) for f in labelled]
+        if name in ("mul", "div") and len(labelled) > 1 and any(f != features[0] for f in features):
+            return self._unknown()  # one projection gates another: neither alone makes the result
+        result = replace(merged, label=shrink(label))
+        if statistics:
+            result = self._with_statistics(name, result, statistics, frozenset().union(*features))
+        if name not in LINEAR or (name in ("mul", "div") and len(inputs) > 1 and len(labelled) > 1):
+            result = replace(result, ops=result.ops | {name})
+        if name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) > 1 and isinstance(node.args[1], Node):
+            result = replace(result, ops=result.ops | {"pow"})  # x * x
+        return self._with_weights(name, result)
+
+    def _carries(self, node: Node) -> bool:
+        return node in self.tracer.df.activation or node in self.flows
+
+    def _of_statistics(self, name: str, statistics: list[Statistic]) -> Flow:
+        joined = Statistic(
+            frozenset().union(*(s.features for s in statistics)),
+            frozenset({name}).union(*(s.ops for s in statistics)),
+            max(s.width for s in statistics),
+        )
+        return Flow(self._full(NOTHING), statistic=joined)
+
+    def _with_statistics(self, name: str, flow: Flow, statistics: list[Statistic], features: frozenset[int]) -> Flow:
+        for statistic in statistics:
+            own = statistic.features <= features
+            if name in ("add", "sub", "rsub"):
+                flow = replace(flow, ops=flow.ops | {"centre"}) if own else replace(flow, label=self._full(UNKNOWN))
+            elif own and name in ("mul", "div"):
+                kind = _kind(statistic.ops, flow.ops)
+                tag = NormTag(kind, statistic.width, self._norm_module(flow))
+                flow = replace(flow, norms=(*flow.norms, tag), ops=flow.ops - {"centre"})
+            else:
+                flow = replace(flow, scale=None)
+        return flow
+
+    def _with_weights(self, name: str, flow: Flow) -> Flow:
+        """Plain factors, gains of norms and added biases."""
+        df, node = self.tracer.df, self.node
+        others = [a for a in node.args if not (isinstance(a, Node) and self._carries(a))]
+        if name in ("mul", "div"):
+            for other in others:
+                if isinstance(other, bool | int | float):
+                    flow = replace(flow, scale=_times(flow.scale, other, name))
+                elif isinstance(other, Node):
+                    flow = self._times_node(name, flow, other)
+        elif name == "add":
+            for other in others:
+                if isinstance(other, Node) and df.is_weight(other) and not flow.norms and self.outside == UNKNOWN:
+                    self.tracer.projections.add_bias(flow.label, other)
+        return flow
+
+    def _times_node(self, name: str, flow: Flow, other: Node) -> Flow:
+        df = self.tracer.df
+        if df.is_weight(other):
+            names = self._gain_names(other)
+            if flow.norms and flow.norms[-1].weight is None and len(names) == 1:
+                tag = replace(flow.norms[-1], weight=names[0])
+                return replace(flow, norms=(*flow.norms[:-1], tag))
+            return replace(flow, scale=None) if not flow.norms else flow
+        if df.shape(other).numel() == 1:
+            number = df.constant(other)
+            return replace(flow, scale=None if number is None else _times(flow.scale, float(number), name))
+        return flow
+
+    def _gain_names(self, node: Node) -> set[str]:
+        """Parameters behind a gain, through (1 + gain) and casts."""
+        df, found, todo = self.tracer.df, set[str](), [node]
+        while todo:
+            n = todo.pop()
+            if n in df.weights:
+                found.add(df.weights[n])
+            todo.extend(i for i in n.all_input_nodes if i in df.from_weight)
+        return found
+
+
+def _merged(flows: list[Flow]) -> Flow:
+    """What several tensors have in common, their norms and functions taken together."""
+    flows = [f for f in flows if not f.empty] or flows
+    if len(flows) == 1:
+        return flows[0]
+    scales = {f.scale for f in flows}
+    norms: dict[NormTag, None] = {}
+    for f in flows:
+        norms.update(dict.fromkeys(f.norms))
+    statistics = [f.statistic for f in flows]
+    return Flow(
+        label=flows[0].label if flows else torch.zeros(1, dtype=torch.int64),
+        scale=scales.pop() if len(scales) == 1 else None,
+        norms=tuple(norms),
+        ops=frozenset().union(*(f.ops for f in flows)),
+        statistic=statistics[0] if statistics and all(s is not None for s in statistics) else None,
+    )
+
+
+def _times(scale: float | None, number: float, name: str) -> float | None:
+    if scale is None or number == 0:
+        return None
+    return scale * number if name == "mul" else scale / number
+
+
+def _kind(statistic: frozenset[str], ops: frozenset[str]) -> NormKind:
+    """Which norm a division by a statistic is."""
+    if statistic & {"var", "std", "var_mean", "std_mean"} or "centre" in ops or "centre" in statistic:
+        return "layer"
+    if statistic & {"linalg_vector_norm", "norm"}:
+        return "l2"
+    if "mean" in statistic:
+        return "rms"
+    return "l2" if "sum" in statistic else "other"
+
+
+def _reduced_dims(node: Node, rank: int) -> list[int] | None:
+    """Axes that a reduction runs over; None where the op does not say so in its second argument."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if "pool2d" in str(node.target):
+        return [rank - 2, rank - 1]
+    if "pool1d" in str(node.target):
+        return [rank - 1]
+    if isinstance(dims, int):
+        dims = [dims]
+    if dims is None or (isinstance(dims, list | tuple) and not dims):
+        return list(range(rank))
+    if isinstance(dims, list | tuple) and all(isinstance(d, int) for d in dims):
+        return [int(d) % rank for d in dims]  # type: ignore[arg-type]
+    return None
