@@ -324,6 +324,19 @@ def test_wrapped_model_is_unwrapped() -> None:
     assert verify_qk_pairs(torch.compile(case.model), case.layout, **case.inputs).complete
 
 
+def test_layers_with_tied_weights_are_one_site() -> None:
+    case = our_gpt()
+    first, second = (case.model.get_submodule(f"blocks.{i}.attn.qkv") for i in range(2))
+    second.weight, second.bias = first.weight, first.bias
+    tied = replace(case.layout.sites[0], calls=2)
+    report = verify_qk_pairs(case.model, QKLayout((tied,)), **case.inputs)
+    assert report.complete
+    assert report.proved[0].attentions == 2
+    false = replace(tied, query=(moved(tied.query[0], 1),))
+    with pytest.raises(VerifyError, match=r"head 0, query side: .* rows 0-31, the layout claims rows 1-32"):
+        verify_qk_pairs(case.model, QKLayout((false,)), **case.inputs)
+
+
 def giant() -> Case:
     with torch.device("meta"):
         return hugging_face("llama", [], hidden_size=16384, num_hidden_layers=4, intermediate_size=4096)

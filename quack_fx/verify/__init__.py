@@ -166,8 +166,9 @@ def _check(
 def _softmaxes_of(layout: QKLayout, recording: Recording, chains: Chains) -> dict[AttentionSite, list[Softmax]]:
     """The attentions on which each site's claims are checked.
 
-    An attention belongs to the site that names the innermost running module. Where several sites share a name, or the
-    site's module was never called through hooks, it belongs to those that claim a parameter behind its logits.
+    An attention belongs to the site that names the innermost running module. Where several sites share a name, none
+    names a running module (tied layers) or a site's module never ran through hooks, it belongs to the sites that claim
+    a parameter behind its logits.
     """
     names = {site.name for site in layout.sites}
     found: dict[AttentionSite, list[Softmax]] = {site: [] for site in layout.sites}
@@ -182,7 +183,7 @@ def _softmaxes_of(layout: QKLayout, recording: Recording, chains: Chains) -> dic
                 alone = sum(s.name == site.name for s in layout.sites) == 1
                 if claims or (alone and chains.is_attention(softmax)):
                     found[site].append(softmax)
-            elif site.name not in recording.ran and claims:
+            elif claims and (inside is None or site.name not in recording.ran):
                 found[site].append(softmax)
     return found
 
