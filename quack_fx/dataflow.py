@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from quack_fx.opset import FACTORY, VALUE_FREE, Op, op_of
 
+
 class Dataflow:
     """Flags of all nodes of one graph.
 
@@ -83,6 +84,12 @@ class Dataflow:
     def is_weight(self, node: Node) -> bool:
         """Whether a node is made of parameters alone and has not met data: a weight, also after casts and slices."""
         return node in self.from_weight and node not in self.activation
+
+    def is_constant(self, node: Node) -> bool:
+        """Whether a node depends on no parameter and on no floating-point input: a table, a mask, positions."""
+        value = self.value(node)
+        floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        return node not in self.from_weight and not (node in self.from_input and floating)
 
     def constant(self, node: Node) -> Tensor | None:
         """The true numbers of a node that depends on no parameter, where the graph has them or they can be computed.

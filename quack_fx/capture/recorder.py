@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -65,6 +66,8 @@ class Recorder(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
+        self._index_lists = _IndexLists()
+        self._index_lists.__enter__()
         super().__enter__()
         return self
 
@@ -72,6 +75,7 @@ class Recorder(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*exc)
+        self._index_lists.__exit__(*exc)
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
         stack, name = self._stacks[-1], self._names.get(id(module))
@@ -132,18 +136,16 @@ class Recorder(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload):
             run_args, run_kwargs = tree_map(_without_modules, (run_args, run_kwargs))
             node_args, node_kwargs = tree_map(_without_modules, (node_args, node_kwargs))
-        result = run_mixed(
-            func, run_args, run_kwargs, keep_real=self._keep_real, taint=self._taint, canned=self.canned
-        )
+        result = run_mixed(func, run_args, run_kwargs, keep_real=self._keep_real, taint=self._taint, canned=self.canned)
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
 
-    def _bind(
-        self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node
-    ) -> Any:
+    def _bind(self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node) -> Any:
         """Attach the op's results to its node; give back what the model's code expects (its own tensors)."""
-        given = {id(run): own for own, run in zip(_tensors((args, kwargs)), _tensors((run_args, run_kwargs)), strict=True)}
+        given = {
+            id(run): own for own, run in zip(_tensors((args, kwargs)), _tensors((run_args, run_kwargs)), strict=True)
+        }
         if isinstance(result, Tensor):
             node.meta["val"] = result
             own = given.get(id(result), result)  # an in-place op returns the tensor that it was given
@@ -218,6 +220,22 @@ class Recorder(TorchDispatchMode):
         self._twins[_storage(tensor)] = storage
         self._alive.append(tensor)
         return _view(tensor, storage)
+
+
+class _IndexLists(TorchFunctionMode):
+    """Lists in `x[..., [0, 2]]` become tensors here: torch would make them on x's device, where numbers may be fake."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and len(args) > 1:
+            index = args[1]
+            index = tuple(map(_as_index, index)) if isinstance(index, tuple) else _as_index(index)
+            args = (args[0], index, *args[2:])
+        return func(*args, **(kwargs or {}))
+
+
+def _as_index(item: Any) -> Any:
+    integers = isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
+    return torch.tensor(item) if integers else item
 
 
 def _getitem(sequence: Sequence[Any], index: int) -> Any:

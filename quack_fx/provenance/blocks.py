@@ -71,12 +71,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads) -> AttentionSite:
         key=blocks[1],
         terms=_terms(query, key, query_chains, key_chains),
         qk_norm=_norms("query", heads.norms[0]) + _norms("key", heads.norms[1]),
-        latent_norm=tuple(
-            norm
-            for side, chains in (("query", query_chains), ("key", key_chains))
-            for block in chains
-            for norm in _norms(side, block.latent_norms)  # type: ignore[arg-type]
-        ),
+        latent_norm=_latent_norms("query", query_chains) + _latent_norms("key", key_chains),
         logit_scale=heads.scale,
     )
 
@@ -272,7 +267,9 @@ def _finish(tracer: Tracer, block: _Block) -> WeightBlock:
         if all(_covers(rows, i, axes, shape) for rows in block.rows):
             heads = tuple(_ranges({row[i] for row in rows}) for rows in block.rows)
             return WeightBlock(block.param, block.role, axis, heads, _bias(block) if len(axes) == 1 else None)
-    raise Refused("rows-on-two-axes", f"a head reads a part of {block.param!r} that is no set of whole rows along one axis")
+    raise Refused(
+        "rows-on-two-axes", f"a head reads a part of {block.param!r} that is no set of whole rows along one axis"
+    )
 
 
 def _covers(rows: _Rows, i: int, axes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -313,6 +310,10 @@ def _norms(side: Side, tags: tuple[NormTag, ...]) -> tuple[Norm, ...]:
     return tuple(Norm(side, t.kind, t.width, t.module, t.weight) for t in tags)
 
 
+def _latent_norms(side: Side, chains: list[_Block]) -> tuple[Norm, ...]:
+    return tuple(dict.fromkeys(norm for block in chains for norm in _norms(side, block.latent_norms)))
+
+
 # ---- self or cross ---------------------------------------------------------------------------------------------------
 
 
@@ -345,5 +346,3 @@ def merge_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
         known = merged.get(key)
         merged[key] = site if known is None else replace(known, calls=known.calls + 1)
     return list(merged.values())
-
-

@@ -199,6 +199,8 @@ def _met(
     if end is None or end.empty:
         raise Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
     labels = [f - first for x in _in_order(end.label) for f in sorted(tracer.labels.members(x))]
+    if any(code < 0 for code in labels):
+        raise Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
     met = [(c // count, c % count) for c in dict.fromkeys(labels)]
     varies = [
         _varies(tracer, product.node, logits, _places(product, shape, side)) if len(shape) > 1 else side == 1
@@ -272,7 +274,8 @@ def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None]) -> None:
         flat = [v for v in used if len(vectors[v]) > 1 and len(set(vectors[v])) == 1 and len(vectors[v][0]) == 1]
         if len(flat) > 1 and len({vectors[v][0] for v in flat}) > 1:
             raise Refused(
-                "channel-attention", "its logits compare channels over all tokens: no head reads a set of rows of its own"
+                "channel-attention",
+                "its logits compare channels over all tokens: no head reads a set of rows of its own",
             )
 
 
@@ -303,5 +306,3 @@ def _group(vectors: list[Vector], pairs: list[tuple[int, int]]) -> tuple[list[tu
 
 def _parameters(vector: Vector) -> frozenset[str]:
     return frozenset(name for rows in vector for name, _ in rows)
-
-

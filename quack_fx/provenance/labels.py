@@ -64,7 +64,9 @@ class Labels:
         if not a.any():
             return b.expand(shape)
         pairs, where = torch.unique(torch.stack((a.flatten(), b.flatten())), dim=1, return_inverse=True)
-        merged = [x if x == y else self.of(self.members(x) | self.members(y)) for x, y in zip(*pairs.tolist(), strict=True)]
+        merged = [
+            x if x == y else self.of(self.members(x) | self.members(y)) for x, y in zip(*pairs.tolist(), strict=True)
+        ]
         return torch.tensor(merged, dtype=torch.int64)[where].view(a.shape).expand(shape)
 
     def union_along(self, label: Tensor, dims: Sequence[int]) -> Tensor:

@@ -18,7 +18,9 @@ from torch.fx.node import map_arg
 from quack_fx.dataflow import Dataflow
 from quack_fx.provenance.labels import constant_along, reshape
 
-_SAME = frozenset("clone contiguous alias detach lift_fresh lift_fresh_copy _to_copy to resolve_conj resolve_neg".split())
+_SAME = frozenset(
+    "clone contiguous alias detach lift_fresh lift_fresh_copy _to_copy to resolve_conj resolve_neg".split()
+)
 _RESHAPE = frozenset(
     "view _unsafe_view reshape _reshape_alias view_copy flatten unflatten view_as reshape_as squeeze unsqueeze".split()
 )

@@ -129,7 +129,7 @@ class Tracer:
             return not is_depthwise(self.df, node)
         if kind == "contraction":
             sides = factors_of(self.df, node)
-            return sides is None or all(n in self.df.from_weight for n in sides[:2])
+            return sides is None or not any(self.df.is_constant(n) for n in sides[:2])
         return False
 
     def _window(self, node: Node, flow: Flow) -> Flow:
@@ -192,7 +192,7 @@ class _Step:
     # ---- leaves --------------------------------------------------------------------------------------------------
 
     def _full(self, value: int) -> Tensor:
-        return torch.full((1,), value, dtype=torch.int64).expand(self.tracer.df.shape(self.node) or (1,))
+        return torch.tensor(value).expand(self.tracer.df.shape(self.node))
 
     def _nothing(self) -> Flow:
         return Flow(self._full(NOTHING))
@@ -205,7 +205,7 @@ class _Step:
         if known is not None:
             return known
         value = self.outside if node in self.tracer.df.activation else NOTHING
-        return Flow(torch.full((1,), value, dtype=torch.int64).expand(self.tracer.df.shape(node)))
+        return Flow(torch.tensor(value).expand(self.tracer.df.shape(node)))
 
     # ---- products ------------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class _Step:
         if sides is None:
             return self._unknown()
         left, right, bias = sides
-        if all(n in df.from_weight for n in (left, right)):
+        if not any(df.is_constant(n) for n in (left, right)):
             made = self.tracer.projections.of(node)
             return self._unknown() if made is None else Flow(made[1])
         if bias is not None and bias in df.activation:
@@ -300,10 +300,10 @@ class _Step:
             return self._input(whole)
         if df.op[whole].name in ("native_dropout", "_fused_dropout") and i == 0:
             return self._input(whole)
-        if df.op[whole].kind == "reduction":
+        if df.op[whole].kind == "reduction" and whole in self.flows:
             statistic = self._input(whole).statistic
             return Flow(self._full(NOTHING if statistic else UNKNOWN), statistic=statistic)
-        return self._unknown()
+        return self._unknown() if whole in self.flows else Flow(self._full(self.outside))
 
     # ---- statistics and norms ------------------------------------------------------------------------------------
 
@@ -436,7 +436,7 @@ class _Step:
         if df.is_weight(other):
             names = self._gain_names(other)
             if flow.norms and flow.norms[-1].weight is None and len(names) == 1:
-                tag = replace(flow.norms[-1], weight=names[0])
+                tag = replace(flow.norms[-1], weight=next(iter(names)))
                 return replace(flow, norms=(*flow.norms[:-1], tag))
             return replace(flow, scale=None) if not flow.norms else flow
         if df.shape(other).numel() == 1:
