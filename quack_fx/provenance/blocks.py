@@ -9,6 +9,7 @@ projection, and so on: a chain. It is followed while its data serves this attent
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -161,7 +162,9 @@ def _behind(tracer: Tracer, logits: Logits, block: _Block) -> _Block | None:
     df, projection = tracer.df, block.projection
     if projection.x not in df.activation or not _serves_alone(tracer, projection.x, logits):
         return None
-    flow = tracer.trace([projection.x])[projection.x]
+    flow = tracer.trace([projection.x], lambda node: not _serves_alone(tracer, node, logits)).get(projection.x)
+    if flow is None:
+        return None
     features = tracer.labels.features(flow.label)
     if not features or UNKNOWN in features or flow.statistic is not None:
         return None
@@ -200,9 +203,9 @@ def _serves_alone(tracer: Tracer, node: Node, logits: Logits) -> bool:
     df = tracer.df
     end = df.index[logits.output]
     seen: set[Node] = set()
-    todo = [node]
+    todo = deque([node])
     while todo:
-        for user in todo.pop().users:
+        for user in todo.popleft().users:
             if user in seen or user is logits.output or user.op == "output":
                 continue
             seen.add(user)

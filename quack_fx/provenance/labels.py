@@ -102,6 +102,7 @@ def constant_along(label: Tensor, dim: int) -> bool:
     """Whether nothing varies along an axis."""
     if label.numel() == 0 or label.shape[dim] == 1 or label.stride(dim) == 0:
         return True
+    label = compact(label)
     return bool((label == label.narrow(dim, 0, 1)).all())
 
 

@@ -8,7 +8,8 @@ nearest projections and then run forwards on labels, each movement by its own op
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,6 +73,10 @@ _NORM_INDEX = {"layer_norm": "layer", "rms_norm": "rms", "group_norm": "layer", 
 _POOLING = frozenset("sum mean amax amin adaptive_avg_pool1d _adaptive_avg_pool2d avg_pool1d avg_pool2d nansum".split())
 
 
+_LARGEST_SLICE = 3000
+"""Nodes walked behind one attention before the rest is given up: without projections the walk would not end."""
+
+
 class Tracer:
     """Follows labels through one graph."""
 
@@ -80,9 +85,18 @@ class Tracer:
         self.labels = Labels()
         self.projections = Projections(df, self.labels)
 
-    def trace(self, targets: Iterable[Node]) -> dict[Node, Flow]:
-        """Flows of `targets` and of all nodes between them and the projections behind them."""
-        return self._run(self._slice(list(targets)), {}, UNKNOWN)
+    def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:
+        """Flows of `targets` and of all nodes between them and the projections behind them.
+
+        Arguments:
+            targets: Nodes of interest.
+            outside: Tells which nodes are not to be looked behind: they hold unknown data.
+
+        Returns:
+            Flow of every node that was run.
+        """
+        nodes, ends = self._slice(list(targets), outside)
+        return self._run(nodes, {end: _unknown_flow(self.df, end) for end in ends}, UNKNOWN)
 
     def carry(self, source: Node, label: Tensor, path: Iterable[Node]) -> dict[Node, Flow]:
         """Follow labels of our own from one node forwards.
@@ -108,17 +122,23 @@ class Tracer:
                 flows[node] = self._window(node, flow)
         return flows
 
-    def _slice(self, targets: list[Node]) -> list[Node]:
-        """Nodes to run, in order: everything behind the targets up to and including the projections."""
-        df, needed, todo = self.df, set[Node](), list(targets)
+    def _slice(self, targets: list[Node], outside: Callable[[Node], bool] | None) -> tuple[list[Node], list[Node]]:
+        """Nodes to run, in order, back to the projections; and those behind which nobody looks."""
+        df, todo = self.df, deque(targets)
+        needed: set[Node] = set()
+        ends: list[Node] = []
         while todo:
-            node = todo.pop()
+            node = todo.popleft()
             if node in needed:
                 continue
             needed.add(node)
-            if node in df.activation and not self._ends_here(node):
+            if node not in df.activation or self._ends_here(node):
+                continue
+            if len(needed) > _LARGEST_SLICE or (outside is not None and outside(node)):
+                ends.append(node)
+            else:
                 todo.extend(n for n in df.reads(node) if n in df.activation or df.group[n] in df.writes)
-        return sorted(needed, key=df.index.__getitem__)
+        return sorted(needed.difference(ends), key=df.index.__getitem__), ends
 
     def _ends_here(self, node: Node) -> bool:
         """Whether labels begin at this node: projections, table look-ups, and data that cannot be followed."""
@@ -453,6 +473,10 @@ class _Step:
                 found.add(df.weights[n])
             todo.extend(i for i in n.all_input_nodes if i in df.from_weight)
         return found
+
+
+def _unknown_flow(df: Dataflow, node: Node) -> Flow:
+    return Flow(torch.tensor(UNKNOWN).expand(df.shape(node)))
 
 
 def _merged(flows: list[Flow]) -> Flow:
