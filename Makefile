@@ -25,6 +25,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[hf,dev]" "torch==$(TORCH)"
 	touch $@
 
+# Threads that wait must not spin: on a busy machine that costs a multiple of the work.
+demo: export OMP_WAIT_POLICY = passive
 demo: $(STAMP)
 	$(BIN)/quack-fx inspect examples/mla.py
 	mkdir -p .demo

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +176,28 @@ def test_trainer_tells_what_is_wrong(args: list[str], message: str) -> None:
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# -- the README --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_readme_code_runs() -> None:
+    text = (EXAMPLES.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {"build_model": lambda: build("gpt", layers=2)}
+    exec(compile(code, "README.md", "exec"), names)
+    assert torch.isfinite(names["loss"])
+    assert [s["name"] for s in names["layout"].to_dict()["sites"]] == ["blocks.0.attn", "blocks.1.attn"]
+
+
+@pytest.mark.slow
+def test_readme_shows_what_the_tool_prints() -> None:
+    text = (EXAMPLES.parent / "README.md").read_text()
+    command, shown = re.findall(r"```console\n\$ (.*?)\n(.*?)```", text, flags=re.DOTALL)[0]
+    program = Path(sys.executable).parent / command.split()[0]
+    words = [str(program), *command.split()[1:]]
+    plain = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(words, cwd=EXAMPLES.parent, env=plain, capture_output=True, text=True, check=True)
+    printed, written = (re.sub(r"\d+\.\d s$", "T s", t.rstrip(), flags=re.MULTILINE) for t in (done.stdout, shown))
+    assert printed == written
