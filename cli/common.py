@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from rich.console import Console, RenderableType
 from quack_fx.errors import LayoutError, TargetError
 
 if TYPE_CHECKING:
+    from quack_fx.find import Found
     from quack_fx.layout import QKLayout
     from quack_fx.report import Facts
     from quack_fx.targets import Target
@@ -90,6 +92,7 @@ def find(
     given = read_layout(layout_file) if layout_file else None
     with progress() as say:
         say("loading torch")
+        start = time.perf_counter()
         from quack_fx.report import Facts
         from quack_fx.targets import resolve
 
@@ -102,9 +105,26 @@ def find(
             return Finding(resolved, given, Facts(resolved.title, resolved.how, shapes=shapes))
         from quack_fx.find import find as find_pairs
 
-        found = find_pairs(resolved.model, resolved.args, resolved.kwargs, progress=say)
-    facts = Facts(resolved.title, resolved.how, found.way, found.nodes, dict(found.seconds), shapes)
+        call = (resolved.model, resolved.args, resolved.kwargs)
+        found = find_pairs(*call, progress=say, recording=resolved.recording)
+    facts = Facts(
+        title=resolved.title,
+        how=resolved.how,
+        graph=_graph_text(found),
+        seconds=time.perf_counter() - start,
+        shapes=shapes,
+    )
     return Finding(resolved, found.layout, facts)
+
+
+def _graph_text(found: Found) -> str:
+    """How the graph was made, with what a reader should doubt."""
+    text = f"{found.nodes:,} nodes, recorded with {'fake' if found.way == 'hybrid' else 'real'} weights"
+    if found.fallback_reason:
+        text += f" (with fake ones: {found.fallback_reason})"
+    if found.canned:
+        text += f"; results made up where they depend on weights: {', '.join(sorted(set(found.canned)))}"
+    return text
 
 
 def read_layout(path: Path) -> QKLayout:

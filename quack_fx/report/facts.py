@@ -19,17 +19,15 @@ class Facts:
     Attributes:
         title: What was looked at.
         how: How it was built, and on which inputs its forward was recorded.
-        way: "hybrid" (fake weights) or "real".
-        nodes: Number of nodes of the recorded graph.
-        seconds: Time of each stage.
+        graph: What was recorded: "567 nodes, recorded with fake weights".
+        seconds: Time from the target to the layout.
         shapes: Shape of every parameter by name.
     """
 
     title: str
     how: str = ""
-    way: str = ""
-    nodes: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    graph: str = ""
+    seconds: float = 0.0
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property

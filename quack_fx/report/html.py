@@ -78,7 +78,7 @@ def page(layout: QKLayout, facts: Facts) -> str:
     normed = sum(bool(site.qk_norm) for site in layout.sites)
     body = [
         f"<h1>{escape(facts.title)}</h1>",
-        f'<p class="soft">{escape(facts.how)}</p>' if facts.how else "",
+        *(f'<p class="soft">{escape(text)}</p>' for text in (facts.how, facts.graph) if text),
         _sums(layout, facts, len(groups)),
         "<h2>Query/key pairs, one row per group of equal layers</h2>" if groups else "<h2>No attention was found</h2>",
         _table(groups) if groups else "",
@@ -116,9 +116,8 @@ def _sums(layout: QKLayout, facts: Facts, groups: int) -> str:
         cards.append((count_text(own), share))
     cards.append((str(len(layout.skipped)), "skipped, with reasons"))
     cards.append((f"{len(layout.untouched):,}", "parameters that never ran"))
-    if facts.nodes:
-        way = {"hybrid": "fake weights", "real": "real weights"}.get(facts.way, facts.way)
-        cards.append((f"{sum(facts.seconds.values()):.1f} s", f"for {facts.nodes:,} graph nodes, {way}"))
+    if facts.seconds:
+        cards.append((f"{facts.seconds:.1f} s", "from the model to this"))
     return (
         '<div class="sums">'
         + "".join(f"<div><b>{escape(n)}</b><span>{escape(t)}</span></div>" for n, t in cards)

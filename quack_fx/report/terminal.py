@@ -56,10 +56,8 @@ def header(layout: QKLayout, facts: Facts) -> RenderableType:
     grid.add_row("model", Text(facts.title, HEAD))
     if facts.how:
         grid.add_row("", Text(facts.how))
-    if facts.nodes:
-        seconds = f", {sum(facts.seconds.values()):.1f} s" if facts.seconds else ""
-        way = {"hybrid": "fake weights", "real": "real weights"}.get(facts.way, facts.way)
-        grid.add_row("graph", Text(f"{facts.nodes:,} nodes, recorded with {way}{seconds}"))
+    if facts.graph:
+        grid.add_row("graph", Text(facts.graph + (f", {facts.seconds:.1f} s" if facts.seconds else "")))
     groups = g.group_sites(layout.sites)
     found = f"{len(layout.sites)} attention{'s' * (len(layout.sites) != 1)}"
     found += f" in {len(groups)} groups of equal layers" if 1 < len(groups) < len(layout.sites) else ""
