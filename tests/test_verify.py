@@ -14,6 +14,7 @@ from tiny_models import CASES, IDS, Case, gpt2, heads, hugging_face, llama, our_
 from torch import nn
 
 from quack_fx.errors import LayoutError, VerifyError
+from quack_fx.find import find_qk_pairs
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, WeightBlock
 from quack_fx.verify import verify_qk_pairs
 
@@ -33,6 +34,30 @@ def test_true_layout_is_proved(case: Case) -> None:
     after = case.model.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in before), "the model itself was changed"
     assert all(p.grad is None for p in case.model.parameters())
+
+
+def rows(layout: QKLayout) -> dict[str, Any]:
+    """What a layout says about heads and rows, whatever the order of its blocks."""
+    return {
+        s.name: (
+            s.cross,
+            s.calls,
+            s.head_map,
+            {(b.param, b.axis, b.heads, b.bias) for b in s.query},
+            {(b.param, b.axis, b.heads, b.bias) for b in s.key},
+            {(frozenset(s.query[i] for i in t.query), frozenset(s.key[i] for i in t.key)) for t in s.terms}
+            if s.kind == "mla"
+            else None,
+            {(n.side, n.kind, n.width) for n in s.qk_norm},
+        )
+        for s in layout.sites
+    }
+
+
+def test_what_the_finder_finds_is_proved(case: Case) -> None:
+    found = find_qk_pairs(case.model, **case.inputs)
+    assert rows(found) == rows(case.layout)
+    assert verify_qk_pairs(case.model, found, **case.inputs).complete
 
 
 # -- false layouts ---------------------------------------------------------------------------------------------------

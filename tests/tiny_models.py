@@ -230,8 +230,8 @@ def torch_mha() -> Case:
     model = nn.MultiheadAttention(16, 4, batch_first=True)
     query = WeightBlock("in_proj_weight", "q", 0, heads(4, 4), "in_proj_bias")
     key = WeightBlock("in_proj_weight", "k", 0, heads(4, 4, 16), "in_proj_bias")
-    x = torch.randn(4, 4, 16, generator=torch.Generator().manual_seed(1))  # batch, length and heads all 4
-    return Case(model, {"query": x, "key": x, "value": x}, QKLayout((site("", query, key, 4),)))
+    x, y = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(1))  # batch, lengths and heads are all 4
+    return Case(model, {"query": x, "key": y, "value": y}, QKLayout((site("", query, key, 4, cross=True),)))
 
 
 CASES: dict[str, Callable[[], Case]] = {

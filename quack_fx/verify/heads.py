@@ -57,37 +57,53 @@ def head_labels(softmax: Softmax, heads: int) -> Iterator[Tensor]:
 
 
 def operands(product: Product, softmax: Softmax) -> tuple[Operand, Operand] | None:
-    """Query and key operand of a logit product; None when that cannot be told.
-
-    The softmax runs over the keys. So a gradient on all logits of two keys touches two entries of the key operand's
-    free axis and many of the query operand's. A single query has a free axis of one entry, which says it as well.
-    """
+    """Query and key operand of a logit product; None when that cannot be told."""
     left, right = product.factors
     if any(product.args[i].ndim != 3 for i in (left, right)) or product.node is None:
         return None
-    queries, keys = product.args[left].shape[-2], product.args[right].shape[-1]
-    if 1 in (queries, keys):
-        key = left if keys == 1 else right
-    else:
-        for index in range(1, softmax.shape[softmax.dim]):
-            # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
-            seed = torch.zeros(softmax.shape, dtype=softmax.dtype, device=softmax.device)
-            seed.select(softmax.dim, 0).fill_(1.0)
-            seed.select(softmax.dim, index).fill_(-1.0)
-            used = product_gradient(softmax, product, seed).any(0)
-            rows, columns = int(used.any(1).sum()), int(used.any(0).sum())
-            if min(rows, columns) <= 2 < max(rows, columns):
-                key = left if rows <= 2 else right
-                break
-        else:
-            return None
-    query = left if key == right else right
+    query = _query_position(product, softmax)
+    if query is None:
+        return None
 
     def operand(position: int) -> Operand:
         axis = -1 if position == left else -2
         return Operand(product.edges[position], product.args[position], axis, position)
 
-    return operand(query), operand(key)
+    return operand(query), operand(right if query == left else left)
+
+
+def _query_position(product: Product, softmax: Softmax) -> int | None:
+    """Position of the query operand, which the softmax tells: it runs over the keys of one query.
+
+    So a gradient on all logits of two keys touches two entries of the key operand's free axis and many of the query
+    operand's; one on all logits of a query touches one of the query operand's (two where windows overlap) and many of
+    the key operand's. A single query has a free axis of one entry, which says it as well.
+    """
+    left, right = product.factors
+    free = {left: product.args[left].shape[-2], right: product.args[right].shape[-1]}
+    keys = softmax.shape[softmax.dim]
+    if 1 in free.values():
+        query = min(free, key=lambda position: free[position])
+        return query if max(free.values()) in (keys, keys - 1) and keys > 1 else None  # one more: a sink
+
+    def touched(*indices: tuple[int, int, float]) -> dict[int, int]:
+        """Entries of each operand's free axis that a gradient on slices (axis, index, value) of the logits touches."""
+        seed = torch.zeros(softmax.shape, dtype=softmax.dtype, device=softmax.device)
+        for axis, index, value in indices:
+            seed.select(axis, index).fill_(value)
+        used = product_gradient(softmax, product, seed).any(0)
+        return {left: int(used.any(1).sum()), right: int(used.any(0).sum())}
+
+    for index in range(1, keys):
+        # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
+        count = touched((softmax.dim, 0, 1.0), (softmax.dim, index, -1.0))
+        if min(count.values()) <= 2 < max(count.values()):
+            return max(count, key=lambda position: count[position])
+    for axis in range(len(softmax.shape)):
+        count = touched((axis, softmax.shape[axis] - 1, 1.0))
+        if axis != softmax.dim and min(count.values()) <= 2 < max(count.values()):
+            return min(count, key=lambda position: count[position])
+    return None
 
 
 def product_gradient(softmax: Softmax, product: Product, seed: Tensor) -> Tensor:
