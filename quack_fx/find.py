@@ -15,10 +15,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quack_fx.attention import NearMiss, find_logits
-from quack_fx.capture import capture
+from quack_fx.capture import Capture, capture
 from quack_fx.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, QKLayout, Skipped
-from quack_fx.provenance import Refused, Tracer, find_heads, make_site, merge_calls
+from quack_fx.provenance import Refused, Repeats, Tracer, find_heads, make_site, merge_calls
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def find(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
+    recording: Capture | None = None,
 ) -> Found:
     """`find_qk_pairs` with an account of how it went.
 
@@ -81,6 +82,7 @@ def find(
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         progress: Called with a short text when a new part of the work begins.
+        recording: The recording of that very call, where there is one already.
 
     Returns:
         Layout, way of recording, size of the graph, seconds.
@@ -88,7 +90,7 @@ def find(
     tell = progress or (lambda text: None)
     tell("recording one forward pass")
     start = time.perf_counter()
-    recorded = capture(model, args, kwargs)
+    recorded = recording or capture(model, args, kwargs)
     captured = time.perf_counter()
     names = {id(p): n for n, p in model.named_parameters()}
     graph = recorded.graph_module.graph
@@ -120,14 +122,20 @@ def find_in_graph(
     if weights is None:
         weights = _own_parameters(graph_module)
     df = Dataflow(graph_module, weights)
-    tracer = Tracer(df)
+    tracer, repeats = Tracer(df), Repeats(df)
     logits, misses = find_logits(df)
     sites: list[AttentionSite] = []
     for i, one in enumerate(logits):
         if progress is not None and i % 10 == 0:
             progress(f"following the weight rows of attention {i + 1} of {len(logits)}")
+        known = repeats.find(one)
+        if known is not None:
+            sites.append(known)
+            continue
+        tracer.looked_at.clear()
         try:
             sites.append(make_site(tracer, one, find_heads(tracer, one)))
+            repeats.remember(one, sites[-1], tracer.looked_at)
         except Refused as refusal:
             misses.append(NearMiss(one.products[0].node, refusal.code, refusal.reason))
     reached = {name for node, name in weights.items() if node.users}

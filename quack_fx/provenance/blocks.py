@@ -209,6 +209,7 @@ def _serves_alone(tracer: Tracer, node: Node, logits: Logits) -> bool:
             if user in seen or user is logits.output or user.op == "output":
                 continue
             seen.add(user)
+            tracer.looked_at.add(user)
             if df.index[user] > end and df.op[user].kind in ("contraction", "convolution", "attention", "softmax"):
                 return False
             if len(seen) > 4000:
@@ -323,6 +324,7 @@ def _latent_norms(side: Side, chains: list[_Block]) -> tuple[Norm, ...]:
 def _same_sequence(tracer: Tracer, query: list[_Block], key: list[_Block]) -> bool:
     """Whether queries and keys are made from the same tokens: what they read has a common source."""
     sides = [{block.chain()[-1].projection.x for block in side} for side in (query, key)]
+    tracer.looked_at.update(*sides)
     if sides[0] & sides[1]:
         return True
     return bool(_sources(tracer, sides[0]) & _sources(tracer, sides[1]))
@@ -336,6 +338,7 @@ def _sources(tracer: Tracer, nodes: set[Node]) -> set[Node]:
         if node in seen or node not in df.activation | df.from_input:
             continue
         seen.add(node)
+        tracer.looked_at.add(node)
         if df.op[node].kind not in ("contraction", "convolution", "attention", "softmax"):
             todo.extend(node.all_input_nodes)
     return seen

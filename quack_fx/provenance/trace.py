@@ -84,6 +84,8 @@ class Tracer:
         self.df = df
         self.labels = Labels()
         self.projections = Projections(df, self.labels)
+        self.looked_at: set[Node] = set()
+        """Nodes consulted so far; whoever wants to know what a result rests on empties it first."""
 
     def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:
         """Flows of `targets` and of all nodes between them and the projections behind them.
@@ -114,6 +116,7 @@ class Tracer:
         return self._run(path, {source: Flow(label)}, NOTHING)
 
     def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
+        self.looked_at.update(nodes, flows)
         for node in nodes:
             flow = _Step(self, node, flows, outside).run()
             if node in self.df.writes.get(self.df.group[node], ()):
