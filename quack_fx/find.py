@@ -6,8 +6,10 @@ else made (torch.export, make_fx).
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,6 +89,30 @@ def find(
     Returns:
         Layout, way of recording, size of the graph, seconds.
     """
+    with _collector_off():
+        return _find(model, args, kwargs, progress, recording)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """A recording makes hundreds of thousands of objects that all live on; looking for garbage among them takes longer
+    than the recording itself."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _find(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    progress: Callable[[str], None] | None,
+    recording: Capture | None,
+) -> Found:
     tell = progress or (lambda text: None)
     tell("recording one forward pass")
     start = time.perf_counter()
@@ -94,7 +120,8 @@ def find(
     captured = time.perf_counter()
     names = {id(p): n for n, p in model.named_parameters()}
     graph = recorded.graph_module.graph
-    weights = {n: str(n.target) for n in graph.nodes if n.op == "get_attr" and str(n.target) in set(names.values())}
+    known = set(names.values())
+    weights = {n: str(n.target) for n in graph.nodes if n.op == "get_attr" and str(n.target) in known}
     tell(f"looking for attention in {len(graph.nodes):,} ops")
     layout = find_in_graph(recorded.graph_module, weights, all_names=tuple(names.values()), progress=progress)
     seconds = {"capture": captured - start, "find": time.perf_counter() - captured}

@@ -88,9 +88,16 @@ class Recorder(TorchDispatchMode):
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Example inputs as placeholders, on the CPU; those on meta get numbers (zeros, or ones for masks)."""
 
+        placed_before: dict[int, Tensor] = {}
+
         def place(tensor: Tensor) -> Tensor:
             if id(tensor) in self._own:
                 return tensor
+            if id(tensor) not in placed_before:
+                placed_before[id(tensor)] = copy(tensor)
+            return placed_before[id(tensor)]
+
+        def copy(tensor: Tensor) -> Tensor:
             value = tensor.detach()
             value = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.cpu()
             if not value.is_floating_point() and tensor.is_meta and value.dtype != torch.bool:

@@ -97,8 +97,8 @@ def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vect
                 parallel |= names if len(names) > 1 else set()
                 for row in rows:
                     met.setdefault(row, set()).update(name for name, _ in others)
-        for (name, place), others in met.items():
-            key = (name, frozenset(others))
+        for (name, place), names_met in met.items():
+            key = (name, frozenset(names_met))
             block = blocks.get(key)
             if block is None:
                 block = _Block(name, key[1], [set() for _ in own], heads.projection[name, place])
@@ -323,25 +323,22 @@ def _latent_norms(side: Side, chains: list[_Block]) -> tuple[Norm, ...]:
 
 def _same_sequence(tracer: Tracer, query: list[_Block], key: list[_Block]) -> bool:
     """Whether queries and keys are made from the same tokens: what they read has a common source."""
-    sides = [{block.chain()[-1].projection.x for block in side} for side in (query, key)]
-    tracer.looked_at.update(*sides)
-    if sides[0] & sides[1]:
-        return True
-    return bool(_sources(tracer, sides[0]) & _sources(tracer, sides[1]))
+    reached = tuple({block.chain()[-1].projection.x for block in side} for side in (query, key))
+    fresh = [set(side) for side in reached]
+    df = tracer.df
+    # Both sides walk back together and stop where they meet, so that self-attention never walks far.
+    while not reached[0] & reached[1] and any(fresh):
+        for side, nodes in enumerate(fresh):
+            tracer.looked_at.update(nodes)
+            behind = {n for node in nodes if _same_tokens(tracer, node) for n in node.all_input_nodes}
+            fresh[side] = {n for n in behind if n in df.activation or n in df.from_input} - reached[side]
+            reached[side].update(fresh[side])
+    return bool(reached[0] & reached[1])
 
 
-def _sources(tracer: Tracer, nodes: set[Node]) -> set[Node]:
-    """Everything that nodes are made of without passing a product."""
-    df, seen, todo = tracer.df, set[Node](), list(nodes)
-    while todo:
-        node = todo.pop()
-        if node in seen or node not in df.activation | df.from_input:
-            continue
-        seen.add(node)
-        tracer.looked_at.add(node)
-        if df.op[node].kind not in ("contraction", "convolution", "attention", "softmax"):
-            todo.extend(node.all_input_nodes)
-    return seen
+def _same_tokens(tracer: Tracer, node: Node) -> bool:
+    """Whether what a node reads is another form of the same tokens, and not the data of a product."""
+    return tracer.df.op[node].kind not in ("contraction", "convolution", "attention", "softmax")
 
 
 def merge_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
