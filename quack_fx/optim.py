@@ -139,6 +139,20 @@ class QuacK:
                 report[site.name] = {str(unit): scales[unit] for unit in units}
         return report
 
+    @property
+    def params(self) -> dict[str, nn.Parameter]:
+        """The model's parameters that have units, by their names in the layout."""
+        return self._params
+
+    @property
+    def init_factors(self) -> Tensor:
+        """Factors at the start of training, [n_units]; others once a state was loaded."""
+        return self._init
+
+    def publish(self) -> None:
+        """Put the entries into the optimizer's state, where it is there by now; every step does, in whatever form."""
+        self._unpublished = [name for name in self._unpublished if not self._publish(name)]
+
     def detach(self) -> None:
         """Remove the hooks and QuacK's entries in the state: the optimizer is as it was before."""
         for handle in self._handles:
@@ -192,7 +206,7 @@ class QuacK:
         for strip, old, scale in self._snapshot or ():
             _scale_update(old, strip.rows(), scale)
         self._snapshot = None
-        self._unpublished = [name for name in self._unpublished if not self._publish(name)]
+        self.publish()
 
     def _remember(self, init: Tensor) -> None:
         """Take factors as those of the start of training, and prepare the entries of the state."""

@@ -1,0 +1,205 @@
+"""The compiled step: equal to the hooked eager optimizer, with the optimizer's own state, and no recompiles."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quack_fx
+from quack_fx import QKLayout, QuacK, compile_train_step
+from quack_fx.errors import OptimizerError, StepError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import gpt
+import mla
+
+
+def small(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "gpt":  # no biases: that of the keys has gradient zero, and Adam makes steps of its rounding
+        return gpt.GPT(gpt.GPTConfig(vocab_size=32, context=8, layers=1, heads=2, width=16, bias=False))
+    return mla.MLATransformer(mla.MLAConfig())
+
+
+def batches(n: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [tuple(torch.randint(0, 32, (2, 2, 8), generator=generator)) for _ in range(n)]  # type: ignore[misc]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    return torch.optim.AdamW([{"params": matrices}, {"params": plain, "weight_decay": 0.0, "lr": 2e-3}], lr=1e-2)
+
+
+def scheduler_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0 / (1 + i / 20))
+
+
+def train_hooked(model: nn.Module, layout: QKLayout, n: int) -> torch.optim.Optimizer:
+    optimizer = optimizer_of(model)
+    QuacK(optimizer, model, layout, tau=0.5)
+    scheduler = scheduler_of(optimizer)
+    for x, y in batches(n):
+        model(x, y)[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+    return optimizer
+
+
+@pytest.fixture(scope="module", params=["gpt"])
+def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Fifty steps of both forms, from the same start."""
+    model = small(request.param)
+    x, y = batches(1)[0]
+    layout = quack_fx.find_qk_pairs(model, x, y)
+    start, hooked = copy.deepcopy(model), copy.deepcopy(model)
+    reference = train_hooked(hooked, layout, 50)
+    optimizer = optimizer_of(model)
+    step = compile_train_step(model, optimizer, layout=layout, tau=0.5, clip_grad_norm=0.5)
+    scheduler = scheduler_of(optimizer)
+    losses, graphs = [], []
+    for x, y in batches(50):
+        losses.append(step(x, y))
+        scheduler.step()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return dict(
+        model=model, hooked=hooked, reference=reference, optimizer=optimizer, step=step, layout=layout,
+        start=start, losses=losses, graphs=graphs,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def relative(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((p - q).norm() / (q.norm() + 1e-12)) for p, q in pairs)
+
+
+def test_equals_the_hooked_optimizer(case: dict[str, Any]) -> None:
+    assert relative(case["model"], case["hooked"]) < 1e-5
+    assert relative(case["model"], case["start"]) > 1e-2
+
+
+def test_schedule_recompiles_nothing(case: dict[str, Any]) -> None:
+    assert case["graphs"][2] == case["graphs"][-1] > 0
+
+
+def test_state_is_the_optimizers_own(case: dict[str, Any]) -> None:
+    ours, theirs = case["optimizer"].state_dict(), case["reference"].state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for key, state in theirs["state"].items():
+        assert ours["state"][key].keys() == state.keys()
+        torch.testing.assert_close(ours["state"][key]["exp_avg"], state["exp_avg"], rtol=1e-3, atol=1e-6)
+        assert torch.equal(ours["state"][key]["step"], state["step"])
+    fresh = copy.deepcopy(case["model"])
+    other = optimizer_of(fresh)
+    QuacK(other, fresh, case["layout"], tau=0.5)
+    other.load_state_dict(ours)
+    assert other.state_dict()["param_groups"] == ours["param_groups"]
+
+
+def test_losses_are_detached_scalars(case: dict[str, Any]) -> None:
+    assert all(loss.ndim == 0 and not loss.requires_grad for loss in case["losses"])
+    assert "compiled update" in repr(case["step"]) and "tau=0.5" in repr(case["step"])
+
+
+def test_other_forms_equal_the_hooked_optimizer() -> None:
+    """Eager, with a layout found on the first batch, a loss function, and an optimizer that is not compiled."""
+    model = small("gpt")
+    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
+    for make in (torch.optim.AdamW, torch.optim.SGD):
+        one, two = copy.deepcopy(model), copy.deepcopy(model)
+        hooked = make(two.parameters(), lr=1e-2, weight_decay=0.1)
+        QuacK(hooked, two, layout)
+        step = compile_train_step(
+            one, make(one.parameters(), lr=1e-2, weight_decay=0.1), lambda m, x, y: m(x, y)[1], compile=False
+        )
+        for x, y in batches(5):
+            step(x, y)
+            two(x, y)[1].backward()
+            hooked.step()
+            hooked.zero_grad()
+        assert relative(one, two) < 1e-6
+        assert step.layout == layout
+        assert ("its own step()" in repr(step)) == (make is torch.optim.SGD)
+
+
+def test_mla_eager() -> None:
+    model = small("mla")
+    x, y = batches(1)[0]
+    layout = quack_fx.find_qk_pairs(model, x, y)
+    assert layout.sites[0].kind == "mla"
+    hooked = copy.deepcopy(model)
+    train_hooked(hooked, layout, 6)
+    optimizer = optimizer_of(model)
+    step = compile_train_step(model, optimizer, layout=layout, tau=0.5, clip_grad_norm=0.5, compile=False)
+    scheduler = scheduler_of(optimizer)
+    for x, y in batches(6):
+        step(x, y)
+        scheduler.step()
+    assert relative(model, hooked) < 1e-5
+
+
+def test_layout_without_sites_is_plain_adamw() -> None:
+    model = small("gpt")
+    other = copy.deepcopy(model)
+    step = compile_train_step(model, torch.optim.AdamW(model.parameters(), lr=1e-2), layout=QKLayout(), compile=False)
+    plain = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    for x, y in batches(3):
+        step(x, y)
+        other(x, y)[1].backward()
+        plain.step()
+        plain.zero_grad()
+    assert relative(model, other) < 1e-6
+    assert "without QuacK" in repr(step)
+
+
+def test_resume_is_bitwise() -> None:
+    """Saved after three steps and loaded into a fresh model and optimizer, three more give the same bits."""
+    model = small("gpt")
+    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
+    optimizer = optimizer_of(model)
+    step = compile_train_step(model, optimizer, layout=layout, compile=False)
+    for x, y in batches(3):
+        step(x, y)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for x, y in batches(6)[3:]:
+        step(x, y)
+    torch.manual_seed(9)
+    fresh = gpt.GPT(gpt.GPTConfig(vocab_size=32, context=8, layers=1, heads=2, width=16, bias=False))
+    fresh.load_state_dict(saved[0])
+    again = optimizer_of(fresh)
+    resumed = compile_train_step(fresh, again, layout=layout, compile=False)
+    again.load_state_dict(saved[1])
+    for x, y in batches(6)[3:]:
+        resumed(x, y)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("clip", [0, -1.0])
+def test_bad_clip(clip: float) -> None:
+    model = small("gpt")
+    with pytest.raises(StepError, match="clip_grad_norm is"):
+        compile_train_step(model, torch.optim.AdamW(model.parameters()), clip_grad_norm=clip)
+
+
+def test_refusals() -> None:
+    model = small("gpt")
+    x, y = batches(1)[0]
+    layout = quack_fx.find_qk_pairs(model, x, y)
+    with pytest.raises(StepError, match="no loss in what the model returned"):
+        compile_train_step(model, torch.optim.AdamW(model.parameters()), layout=layout, compile=False)(x)
+    with pytest.raises(OptimizerError, match="holds none"):
+        compile_train_step(model, torch.optim.AdamW([nn.Parameter(torch.ones(2))]), layout=layout)
+    mlp = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    step = compile_train_step(mlp, torch.optim.AdamW(mlp.parameters()), lambda m, x: m(x).mean(), compile=False)
+    with pytest.raises(StepError, match="no query/key pairs"):
+        step(torch.ones(2, 4))
