@@ -5,4 +5,5 @@ common.py    what the commands share: options, progress, finding, writing files
 inspect.py   every query/key pair of a model
 convert.py   a training step with QuacK as source
 verify.py    proof of the pairs on real numbers
+bench.py     what QuacK adds to a compiled step of a model
 """

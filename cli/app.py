@@ -17,6 +17,7 @@ import typer
 from quack_fx import __version__
 from quack_fx.errors import QuackError, VerifyError
 
+from .bench import bench
 from .convert import convert
 from .inspect import inspect
 from .verify import verify
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (inspect, convert, verify):
+for _command in (inspect, convert, verify, bench):
     app.command()(_command)
 
 

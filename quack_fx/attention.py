@@ -1,7 +1,7 @@
 """FINDER: where a graph makes attention logits.
 
-In: the dataflow of a graph. Out: one `Logits` for each softmax (or fused attention op) that weighs values by products of
-queries and keys, and a `NearMiss` with a reason for each place that looks like attention and is none that we handle.
+In: the dataflow of a graph. Out: one `Logits` for each softmax (or fused attention op) that weighs values by products
+of queries and keys, and a `NearMiss` with a reason for each place that looks like attention and is none that we handle.
 
 A product of two activations is logits when it reaches a softmax through elementwise and movement ops, and the softmax's
 result enters another product of two activations. A router's softmax is not (its logits are data times a weight), nor is
@@ -122,7 +122,7 @@ def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
     dims = reduction.args[1] if len(reduction.args) > 1 else None
     dims = [dims] if isinstance(dims, int) else dims
     one = isinstance(dims, list | tuple) and len(dims) == 1 and isinstance(dims[0], int)
-    return int(dims[0]) % len(df.shape(source)) if one else None  # type: ignore[index, arg-type, call-overload]
+    return int(dims[0]) % len(df.shape(source)) if one else None  # type: ignore[index, arg-type]
 
 
 def _weighted_values(df: Dataflow, softmax: Node) -> Node | None:
@@ -182,7 +182,7 @@ def _keeps_logits(df: Dataflow, node: Node) -> Node | None:
     if sides is None:
         return None
     x, weight = (sides[0], sides[1]) if df.is_weight(sides[1]) else (sides[1], sides[0])
-    if not df.is_weight(weight) or x not in df.activation or len(df.shape(x)) < 3 and df.op[node].name != "mm":
+    if not df.is_weight(weight) or x not in df.activation or (len(df.shape(x)) < 3 and df.op[node].name != "mm"):
         return None
     same = df.shape(x).numel() == df.shape(node).numel()
     return x if same and len({n for n in df.shape(weight) if n > 1}) <= 1 else None
@@ -228,7 +228,7 @@ def _bare_parameter(df: Dataflow, node: Node) -> Node | None:
 
 
 def _content(df: Dataflow, products: list[Product]) -> list[Product]:
-    """Products of two sides that both depend on the input; those with positions alone only where there are no others."""
+    """Products of two sides that both depend on the input; those with positions only where there are no others."""
     content = [p for p in products if p.left in df.from_input and p.right in df.from_input]
     return content or products
 

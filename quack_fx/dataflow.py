@@ -112,7 +112,7 @@ class Dataflow:
         if any(v is None for v in arguments.values()):
             return None
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: arguments[n])
-        result = node.target(*args, **{k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")})
+        result = node.target(*args, **{k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")})  # type: ignore[operator]
         return result if isinstance(result, Tensor) else None
 
     def modules(self, node: Node) -> tuple[str, ...]:

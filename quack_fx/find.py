@@ -53,7 +53,7 @@ def find_qk_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> QKLayout:
         **kwargs: Keyword arguments of that call.
 
     Returns:
-        The layout. Every attention that is not among its `sites` is in `skipped` with a reason, every parameter that the
+        The layout. Every attention that is not among its `sites` is in `skipped` with a reason, each parameter that the
         example inputs never reached in `untouched`.
 
     Raises:

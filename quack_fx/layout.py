@@ -69,7 +69,9 @@ class WeightBlock:
         heads = tuple(tuple((int(r[0]), int(r[1])) for r in ranges) for ranges in _get(d, "heads", list, "block"))
         for start, stop in (r for ranges in heads for r in ranges):
             if not 0 <= start < stop:
-                raise LayoutError(f"block of {d.get('param')!r} has the range [{start}, {stop}]; need 0 <= start < stop")
+                raise LayoutError(
+                    f"block of {d.get('param')!r} has the range [{start}, {stop}]; need 0 <= start < stop"
+                )
         axis = _get(d, "axis", int, "block")
         if axis < 0:
             raise LayoutError(f"block of {d.get('param')!r} has axis {axis}; need an axis counted from 0")

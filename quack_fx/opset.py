@@ -38,10 +38,10 @@ VALUE_FREE = frozenset(
 )
 MOVEMENT = frozenset(
     "view _unsafe_view reshape _reshape_alias permute transpose t numpy_T mT slice select expand cat split "
-    "split_with_sizes unsafe_split chunk unbind stack clone contiguous squeeze unsqueeze index_select gather repeat flip "
-    "roll as_strided alias detach lift_fresh lift_fresh_copy unfold constant_pad_nd slice_scatter select_scatter diagonal "
-    "narrow movedim view_copy slice_copy copy index take_along_dim _to_copy to expand_as view_as reshape_as flatten "
-    "unflatten repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90 tile hstack vstack concat "
+    "split_with_sizes unsafe_split chunk unbind stack clone contiguous squeeze unsqueeze index_select gather repeat "
+    "flip roll as_strided alias detach lift_fresh lift_fresh_copy unfold constant_pad_nd slice_scatter select_scatter "
+    "diagonal narrow movedim view_copy slice_copy copy index take_along_dim _to_copy to expand_as view_as reshape_as "
+    "flatten unflatten repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90 tile hstack vstack concat "
     "view_as_complex view_as_real _conj conj resolve_conj resolve_neg real imag copy_ index_put index_put_ "
     "_index_put_impl_ scatter masked_scatter reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d "
     "im2col upsample_nearest1d upsample_nearest2d pad".split()
@@ -54,17 +54,18 @@ CONVOLUTION = frozenset(
 LOOKUP = frozenset("embedding embedding_bag _embedding_bag".split())
 SOFTMAX = frozenset("_softmax softmax _safe_softmax".split())
 REDUCTION = frozenset(
-    "sum mean amax amin max min var var_mean std std_mean norm linalg_vector_norm logsumexp prod argmax argmin topk sort "
-    "any all cumsum cumprod median mode kthvalue count_nonzero adaptive_avg_pool1d _adaptive_avg_pool2d avg_pool1d "
-    "avg_pool2d max_pool2d_with_indices nansum".split()
+    "sum mean amax amin max min var var_mean std std_mean norm linalg_vector_norm logsumexp prod argmax argmin topk "
+    "sort any all cumsum cumprod median mode kthvalue count_nonzero adaptive_avg_pool1d _adaptive_avg_pool2d "
+    "avg_pool1d avg_pool2d max_pool2d_with_indices nansum".split()
 )
 NORM = frozenset(
     "native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm group_norm native_batch_norm batch_norm "
-    "cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training "
-    "_batch_norm_with_update _batch_norm_with_update_functional instance_norm".split()
+    "cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
+    "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
+    "instance_norm".split()
 )
 # Names of attention ops of torch and of the flash kernels that register themselves as ops: arguments are q, k, v.
-_ATTENTION_MARKS = ("scaled_dot_product", "flex_attention", "flash_attn", "_flash_attention_forward")
+_ATTENTION_MARKS: tuple[str, ...] = ("scaled_dot_product", "flex_attention", "flash_attn", "_flash_attention_forward")
 _ATTENTION_MARKS += ("_efficient_attention_forward", "memory_efficient_attention")
 
 

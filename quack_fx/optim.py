@@ -140,7 +140,7 @@ class QuacK:
         return report
 
     @property
-    def params(self) -> dict[str, nn.Parameter]:
+    def params(self) -> dict[str, Tensor]:
         """The model's parameters that have units, by their names in the layout."""
         return self._params
 

@@ -1,12 +1,12 @@
 """FINDER: model + example inputs -> torch.fx.GraphModule of ATen ops.
 
 In: an `nn.Module` (on any device, meta included) and the arguments of one forward call. Out: a `Capture`, whose graph
-holds every ATen op that ran, in order, with `node.meta["val"]` (the value: real where no parameter reached it, a meta
-tensor elsewhere) and `node.meta["nn_module_stack"]` (modules whose forward was running, as torch.export writes it).
+holds every ATen op that ran, in order, with `node.meta["val"]` (the value: real where no parameter reached it, a
+meta tensor elsewhere) and `node.meta["nn_module_stack"]` (modules whose forward was running, as in torch.export).
 
-The forward runs once, for real Python and fake weights ("hybrid"): parameters are replaced by meta tensors, so size does
-not matter; what no parameter reached (token ids, masks, positions, RoPE tables) is computed for real, so that control
-flow and index tensors are true. Where that fails and the model is small, it runs on real numbers instead.
+The forward runs once, for real Python and fake weights ("hybrid"): parameters are replaced by meta tensors, so size
+does not matter; what no parameter reached (token ids, masks, positions, RoPE tables) is computed for real, so that
+control flow and index tensors are true. Where that fails and the model is small, it runs on real numbers instead.
 
     recorder.py   the dispatch mode that writes the graph
     hybrid.py     how one op runs when some of its inputs are fake

@@ -2,10 +2,10 @@
 
 In: an op and its arguments. Out: its result. The rules, in this order:
 
-1. Nothing fake: the op runs for real, on the CPU whatever device was asked for, so that masks, positions and tables that
-   no parameter reached have true values.
+1. Nothing fake: the op runs for real, on the CPU whatever device was asked for, so that masks, positions and tables
+   that no parameter reached have true values.
 2. The op's result does not depend on the fake numbers (`zeros_like`, `new_ones`, ...): it is made for real.
-3. The op needs numbers that are not there (`nonzero`, `item`, boolean indexing, `.tolist()`): it gets a canned answer,
+3. The op needs numbers that are not there (`nonzero`, `item`, boolean indexing): it gets a canned answer,
    and the recording says so. Routing, mostly; the layout behind it is the same for every route.
 4. Otherwise the op runs on meta tensors, which computes shapes and strides alone.
 """
@@ -75,9 +75,9 @@ def _real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keep_real: b
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != "cpu":
         size = args[0] if args and isinstance(args[0], list | tuple | torch.Size) else None
-        if torch.device(device).type == "meta" and size is not None:
-            if not keep_real or torch.Size(size).numel() > REAL_LIMIT:
-                return func(*args, **kwargs)
+        stays = size is not None and (not keep_real or torch.Size(size).numel() > REAL_LIMIT)
+        if torch.device(device).type == "meta" and stays:
+            return func(*args, **kwargs)
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
@@ -88,7 +88,8 @@ def _value_free(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     like = args[0]
     size = torch.Size(args[1]) if name in _NEW else like.shape
     if size.numel() > REAL_LIMIT:
-        return _on_meta(func, args, kwargs)
+        fake: Tensor = _on_meta(func, args, kwargs)
+        return fake
     # One element of the right dtype stands for the fake tensor; its numbers are never read.
     stand_in = torch.zeros((), dtype=like.dtype).expand(like.shape)
     result: Tensor = func(stand_in, *args[1:], **{**kwargs, "device": torch.device("cpu")})

@@ -4,8 +4,8 @@ In: the `Logits` of one attention and a `Tracer`. Out: a `Heads`: for every quer
 the key vectors that it reads, the norms and the scale.
 
 Along the head dimension every (batch, token, head) of an operand has a *vector* of labels. Distinct query vectors are
-heads, whatever axis they lie on. Which key vectors a query vector meets, and in which order heads stand, is read off the
-softmax's input: the numbers of the two vectors are carried there through the ops in between.
+heads, whatever axis they lie on. Which key vectors a query vector meets, and in which order heads stand, is read off
+the softmax's input: the numbers of the two vectors are carried there through the ops in between.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _operand_planes(df: Dataflow, product: Product, flows: dict[Node, Flow]) -> 
     elif product.form == "bilinear":
         shape, source = df.shape(product.node.args[0]), product.node  # type: ignore[arg-type]
         dims = source.args[1] if isinstance(source.args[1], list | tuple) else [source.args[1]]
-        axes = [int(d) % len(shape) for d in dims]  # type: ignore[arg-type, call-overload]
+        axes = [int(d) % len(shape) for d in dims]  # type: ignore[arg-type]
         keep = len(df.shape(source)) == len(shape)
 
         def gathered(label: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ def _operand_planes(df: Dataflow, product: Product, flows: dict[Node, Flow]) -> 
         right = right.unsqueeze(-1)
     right = right.transpose(-1, -2)
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-    shape = (*batch, left.shape[-2], right.shape[-2], left.shape[-1])
-    return left.unsqueeze(-2).expand(shape), right.unsqueeze(-3).expand(shape)
+    product_shape = (*batch, left.shape[-2], right.shape[-2], left.shape[-1])
+    return left.unsqueeze(-2).expand(product_shape), right.unsqueeze(-3).expand(product_shape)
 
 
 # ---- who meets whom --------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def _operand_planes(df: Dataflow, product: Product, flows: dict[Node, Flow]) -> 
 def _met(
     tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: Tensor
 ) -> tuple[list[tuple[int, int]], float | None, bool]:
-    """Pairs of (left, right) vectors that meet, in the order of the softmax's input; its scale; whether left is the key."""
+    """Pairs of (left, right) vectors that meet, as they stand in the softmax's input; its scale; if left is the key."""
     count = int(right.max()) + 1
     codes = shrink(left * count + right)
     if logits.end is product.node and product.form.startswith("fused"):

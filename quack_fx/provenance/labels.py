@@ -1,9 +1,9 @@
 """Labels: for every element of a tensor, the set of projection features that it is made of.
 
-A label is an int64: 0 for nothing (a constant, padding), `UNKNOWN` for data whose rows are not known, a small number for
-one feature, a large one for a set of several. Label tensors have the shape of the tensor they describe, but are kept
-*expanded* (stride 0) along every axis on which nothing varies, batch and tokens above all: their cost is that of the
-features alone. `reshape` keeps that up where torch would copy.
+A label is an int64: 0 for nothing (a constant, padding), `UNKNOWN` for data whose rows are not known, a small number
+for one feature, a large one for a set of several. Label tensors have the shape of the tensor they describe, but are
+kept *expanded* (stride 0) along every axis on which nothing varies, batch and tokens above all: their cost is that of
+the features alone. `reshape` keeps that up where torch would copy.
 """
 
 from __future__ import annotations

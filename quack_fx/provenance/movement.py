@@ -80,10 +80,10 @@ def _run(df: Dataflow, node: Node, plane: Plane) -> Any:
 def _as_strided(df: Dataflow, node: Node, plane: Tensor) -> Tensor:
     value = df.value(node.args[0])  # type: ignore[arg-type]
     laid_out = torch.empty_strided(value.shape, value.stride(), dtype=plane.dtype).copy_(plane)
-    size, stride = node.args[1], node.args[2]
-    offset = node.args[3] if len(node.args) > 3 else None
+    window: list[Any] = [*node.args[1:], None]
+    size, stride, offset = window[:3]
     offset = value.storage_offset() if offset is None else offset
-    return laid_out.as_strided(size, stride, offset - value.storage_offset())  # type: ignore[arg-type, operator]
+    return laid_out.as_strided(size, stride, offset - value.storage_offset())
 
 
 def _gather(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Tensor:
@@ -91,12 +91,14 @@ def _gather(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Tensor:
     source: Node = node.args[0]  # type: ignore[assignment]
     given = [n for n in node.all_input_nodes if n is not source]
     if all(df.constant(n) is not None for n in given):
-        return _run(df, node, plane)
+        moved: Tensor = _run(df, node, plane)
+        return moved
     label = plane(source)
     if df.op[node].name == "index":
-        axes = [d for d, i in enumerate(node.args[1]) if i is not None]  # type: ignore[arg-type, union-attr]
+        index: Any = node.args[1]
+        axes = [d for d, i in enumerate(index) if i is not None]
     else:
-        axes = [int(node.args[1])] if len(node.args) > 1 and isinstance(node.args[1], int) else []  # type: ignore[call-overload]
+        axes = [int(node.args[1])] if len(node.args) > 1 and isinstance(node.args[1], int) else []
     if not axes or not all(constant_along(label, d) for d in axes):
         return torch.full((1,), unknown, dtype=torch.int64).expand(df.shape(node))
 

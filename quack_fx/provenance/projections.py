@@ -256,7 +256,8 @@ def _is_transposed(node: Node) -> bool:
 
 
 def _groups(node: Node) -> int:
-    return int(node.args[8]) if len(node.args) > 8 else 1  # type: ignore[call-overload, no-any-return]
+    groups = node.args[8] if len(node.args) > 8 else 1
+    return groups if isinstance(groups, int) else 1
 
 
 def _first_along(plane: Tensor, dims: list[int]) -> Tensor:

@@ -530,5 +530,5 @@ def _reduced_dims(node: Node, rank: int) -> list[int] | None:
     if dims is None or (isinstance(dims, list | tuple) and not dims):
         return list(range(rank))
     if isinstance(dims, list | tuple) and all(isinstance(d, int) for d in dims):
-        return [int(d) % rank for d in dims]  # type: ignore[arg-type]
+        return [int(d) % rank for d in dims]
     return None

@@ -117,7 +117,7 @@ class TrainStep:
             raise StepError(f"there is no loss in what the model returned: {loss}; pass loss_fn=, or give it targets")
         if not loss.requires_grad:
             raise StepError("the loss does not depend on any parameter that requires a gradient")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._step()
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()

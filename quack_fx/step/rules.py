@@ -30,6 +30,7 @@ class UpdateRule(ABC):
     optimizer: ClassVar[type[torch.optim.Optimizer]]
     """The optimizer class whose arithmetic this is; subclasses may differ and do not match."""
 
+    @abstractmethod
     def check(self, group: Mapping[str, Any]) -> None:
         """Refuse a parameter group that this rule cannot honour.
 
@@ -91,19 +92,23 @@ class AdamWRule(UpdateRule):
     optimizer = torch.optim.AdamW
 
     def check(self, group: Mapping[str, Any]) -> None:
+        """Refuse what cannot be part of a graph."""
         if group["differentiable"]:
             raise OptimizerError("AdamW(differentiable=True) cannot be compiled into a step; set differentiable=False")
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
             raise OptimizerError("AdamW with betas given as tensors cannot be compiled into a step; give two floats")
 
     def flags(self, group: Mapping[str, Any]) -> tuple[bool, ...]:
+        """(amsgrad, maximize)."""
         return bool(group["amsgrad"]), bool(group["maximize"])
 
     def slots(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+        """Moments, as AdamW calls them."""
         amsgrad, _ = flags
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
     def numbers(self, group: Mapping[str, Any]) -> tuple[float | Tensor, ...]:
+        """lr, decay, eps and what follows from the betas."""
         beta1, beta2 = group["betas"]
         # The complements and logarithms are taken here, in double: 1 - 0.999 in fp32 is wrong in the fifth digit.
         return (
@@ -111,6 +116,7 @@ class AdamWRule(UpdateRule):
         )  # fmt: skip
 
     def coefficients(self, step: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Decay and rate of this step, with both bias corrections."""
         lr, decay, eps, rest1, beta2, rest2, log1, log2 = numbers
         bias1, bias2 = -torch.expm1(step * log1), -torch.expm1(step * log2)
         return lr * decay, lr / bias1, bias2.rsqrt(), eps, rest1, beta2, rest2
@@ -123,6 +129,7 @@ class AdamWRule(UpdateRule):
         coefficients: tuple[Tensor, ...],
         flags: tuple[bool, ...],
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Decoupled decay plus the corrected Adam direction."""
         decay, rate, unbias2, eps, rest1, beta2, rest2 = coefficients
         amsgrad, maximize = flags
         grad = -grad if maximize else grad

@@ -1,7 +1,7 @@
 """USER: the compiled update: every weight, its state and QuacK's factors in one graph.
 
-In: an optimizer whose arithmetic is in `RULES`, and the QuacK that keeps its initial factors. Out: `Update.run()`, which
-does what `optimizer.step()` under QuacK would do, over the optimizer's own state tensors, in one compiled graph.
+In: an optimizer whose arithmetic is in `RULES`, and the QuacK that keeps its initial factors. Out: `Update.run()`,
+which does what `optimizer.step()` under QuacK would do, over the optimizer's own state tensors, in one compiled graph.
 
 What changes between steps (learning rates, step counts) enters as a tensor, so that nothing is ever recompiled for it,
 and nothing waits for the device.
@@ -9,7 +9,7 @@ and nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,9 @@ class Update:
         if self._quack is not None:
             self._quack.publish()
 
-    def _numbers(self, held: list[tuple[nn.Parameter, Mapping[str, Any]]], device: torch.device) -> tuple[Tensor, ...]:
+    def _numbers(
+        self, held: Sequence[tuple[nn.Parameter, Mapping[str, Any]]], device: torch.device
+    ) -> tuple[Tensor, ...]:
         """Hyperparameters of each parameter's group, float64 [n] each."""
         by_group = {id(group): self._rule.numbers(group) for _, group in held}
         rows = zip(*(by_group[id(group)] for _, group in held), strict=True)
@@ -100,9 +102,7 @@ class Update:
         return state
 
 
-def _make_apply(
-    rule: UpdateRule, plan: FactorPlan, tau: float, clip_grad_norm: float | None
-) -> Callable[..., None]:
+def _make_apply(rule: UpdateRule, plan: FactorPlan, tau: float, clip_grad_norm: float | None) -> Callable[..., None]:
     """The function that is compiled."""
 
     def apply(

@@ -138,7 +138,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return recording
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(TorchDispatchMode):
     """Records products and softmaxes; follows by storage what the model's inputs reach."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
