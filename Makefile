@@ -3,6 +3,7 @@
 #   make demo                 convert examples/mla.py and train it with the emitted file
 #   make test                 the tests, without those marked slow
 #   make slow                 the slow ones
+#   make fuzz                 10,000 random attentions with known rows, tried on the finder
 #   make lint                 ruff and mypy
 #   make test TORCH=2.11.0    the same on another torch, in an environment of its own
 
@@ -13,7 +14,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-with-torch-$(TORCH)
 
-.PHONY: demo test slow lint format setup clean
+.PHONY: demo test slow fuzz lint format setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -39,6 +40,11 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# MODELS=500 tries fewer; each failure prints the command that shows its model.
+MODELS ?= 10000
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.random_attention --models $(MODELS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
