@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CASES, IDS, Case, gpt2, heads, hugging_face, llama, our_gpt, site
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from quack_fx.errors import LayoutError, VerifyError
 from quack_fx.find import find_qk_pairs
-from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, WeightBlock
+from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
 from quack_fx.verify import verify_qk_pairs
 
 
@@ -60,153 +61,7 @@ def test_what_the_finder_finds_is_proved(case: Case) -> None:
     assert verify_qk_pairs(case.model, found, **case.inputs).complete
 
 
-# -- false layouts ---------------------------------------------------------------------------------------------------
-
-
-def roll(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return values[1:] + values[:1]
-
-
-def moved(block: WeightBlock, by: int) -> WeightBlock:
-    """The block with every range of every head moved."""
-    return replace(block, heads=tuple(tuple((a + by, b + by) for a, b in ranges) for ranges in block.heads))
-
-
-def without(s: AttentionSite, side: str, index: int) -> AttentionSite:
-    """The site without one of its blocks; terms that name it lose it."""
-    blocks = getattr(s, side)
-    kept = [i for i in range(len(blocks)) if i != index]
-    terms = []
-    for term in s.terms:
-        chain = tuple(kept.index(i) for i in getattr(term, side) if i != index)
-        if chain:
-            terms.append(replace(term, **{side: chain}))
-    return replace(s, **{side: tuple(blocks[i] for i in kept)}, terms=tuple(terms))
-
-
-def swapped_sides(s: AttentionSite) -> AttentionSite | None:
-    if s.query_heads != s.key_heads:
-        return None
-    terms = tuple(LogitTerm(t.key, t.query) for t in s.terms)
-    return replace(s, query=s.key, key=s.query, terms=terms)
-
-
-def query_rows_of_the_next_head(s: AttentionSite) -> AttentionSite:
-    first = replace(s.query[0], heads=roll(s.query[0].heads))
-    return replace(s, query=(first, *s.query[1:]))
-
-
-def query_rows_one_further(s: AttentionSite) -> AttentionSite:
-    block = s.query[0]
-    last = ((block.heads[-1][0][0] - 1, block.heads[-1][0][1] - 1),)
-    return replace(s, query=(replace(block, heads=(*block.heads[:-1], last)), *s.query[1:]))
-
-
-def key_rows_cut_short(s: AttentionSite) -> AttentionSite:
-    block = s.key[0]
-    start, stop = block.heads[0][0]
-    return replace(s, key=(replace(block, heads=(((start, stop - 1),), *block.heads[1:])), *s.key[1:]))
-
-
-def all_heads_read_all_rows(s: AttentionSite) -> AttentionSite:
-    block = s.query[0]
-    everything = tuple(r for ranges in block.heads for r in ranges)
-    return replace(s, query=(replace(block, heads=(everything,) * s.query_heads), *s.query[1:]))
-
-
-def head_map_rolled(s: AttentionSite) -> AttentionSite | None:
-    return replace(s, head_map=roll(s.head_map)) if s.key_heads > 1 else None
-
-
-def two_heads_taken_for_one(s: AttentionSite) -> AttentionSite | None:
-    """Half as many heads of twice the width."""
-    if s.kind != "mha" or len(s.query) > 1:
-        return None
-
-    def merge(block: WeightBlock) -> WeightBlock:
-        pairs = zip(block.heads[::2], block.heads[1::2], strict=True)
-        return replace(block, heads=tuple(a + b for a, b in pairs))
-
-    return site(s.name, merge(s.query[0]), merge(s.key[0]), 2 * s.head_dim, qk_norm=s.qk_norm)
-
-
-def query_bias_forgotten(s: AttentionSite) -> AttentionSite | None:
-    if s.query[0].bias is None:
-        return None
-    return replace(s, query=tuple(replace(b, bias=None) for b in s.query))
-
-
-def every_other_head_taken_for_one(s: AttentionSite) -> AttentionSite | None:
-    """Half as many heads, each made of two that are not neighbours."""
-    if s.kind != "mha" or len(s.query) > 1 or s.query_heads % 2:
-        return None
-    half = s.query_heads // 2
-
-    def merge(block: WeightBlock) -> WeightBlock:
-        return replace(block, heads=tuple(a + b for a, b in zip(block.heads[:half], block.heads[half:], strict=True)))
-
-    return site(s.name, merge(s.query[0]), merge(s.key[0]), 2 * s.head_dim, qk_norm=s.qk_norm)
-
-
-def qk_norm_forgotten(s: AttentionSite) -> AttentionSite | None:
-    return replace(s, qk_norm=()) if s.qk_norm and s.qk_norm[0].width == s.head_dim else None
-
-
-def term_forgotten(s: AttentionSite) -> AttentionSite | None:
-    return replace(s, terms=s.terms[1:]) if len(s.terms) > 1 else None
-
-
-def chains_crossed(s: AttentionSite) -> AttentionSite | None:
-    """Content queries against rotated keys and the reverse."""
-    if len(s.terms) < 2:
-        return None
-    a, b = s.terms
-    return replace(s, terms=(LogitTerm(a.query, b.key), LogitTerm(b.query, a.key)))
-
-
-def drop(side: str, index: int) -> Callable[[AttentionSite], AttentionSite | None]:
-    """Mutation that drops one block of a site that has several on that side."""
-
-    def mutation(s: AttentionSite) -> AttentionSite | None:
-        return without(s, side, index) if len(getattr(s, side)) > index > -1 and len(getattr(s, side)) > 1 else None
-
-    mutation.__name__ = f"{side}_block_{index}_dropped"
-    return mutation
-
-
-MUTATIONS = [
-    swapped_sides,
-    query_rows_of_the_next_head,
-    query_rows_one_further,
-    key_rows_cut_short,
-    all_heads_read_all_rows,
-    head_map_rolled,
-    two_heads_taken_for_one,
-    every_other_head_taken_for_one,
-    qk_norm_forgotten,
-    query_bias_forgotten,
-    term_forgotten,
-    chains_crossed,
-    *(drop(side, index) for side in ("query", "key") for index in range(3)),
-]
-
-
-def test_every_false_layout_is_refuted(case: Case) -> None:
-    """Each mutation changes the meaning of the last site; each must raise and name that site."""
-    *others, last = case.layout.sites
-    survivors = []
-    for mutation in MUTATIONS:
-        if (false := mutation(last)) is None:  # does not apply to this attention
-            continue
-        assert false != last, mutation.__name__
-        try:
-            verify_qk_pairs(case.model, replace(case.layout, sites=(*others, false)), **case.inputs)
-        except VerifyError as error:
-            assert str(error).startswith(f"site {false.name!r}: "), error
-            assert "\n" not in str(error)
-        else:
-            survivors.append(mutation.__name__)
-    assert not survivors
+# -- false layouts (each mutation of each kind of attention is in test_mutations.py) --------------------------------
 
 
 def test_weights_of_another_layer_are_refuted() -> None:
@@ -272,50 +127,150 @@ def test_any_arrangement_of_rows(arrangement: Any, data: st.DataObject) -> None:
         verify_qk_pairs(model, QKLayout((replace(true, query=(block("q", swapped),)),)), x)
 
 
+# -- what autograd does not see, or not head by head -----------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Two heads over 8 features; `attend` makes the result of queries, keys and values of [batch, heads, tokens, 4]."""
+
+    def __init__(self, attend: Callable[..., torch.Tensor], between: Callable[..., nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+        self.q_norm, self.k_norm = between(), between()
+        self.attend = attend
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = (self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
+        return self.attend(*(part.unflatten(-1, (2, 4)).transpose(1, 2) for part in parts))
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT / 2).softmax(-1) @ v
+
+
+class GroupNorm(nn.Module):
+    """One group a head, position by position."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.group_norm(x.reshape(-1, 8), 2).view_as(x)
+
+
+class Hidden(torch.autograd.Function):
+    """Attention whose backward is its own affair."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return plain(q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError
+
+
+@torch.library.custom_op("quack_fx_tests::attention", mutates_args=())
+def python_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return plain(q, k, v)
+
+
+kernels = torch.library.Library("quack_fx_kernels", "DEF")
+kernels.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
+kernels.impl("attention", plain, "CPU")
+
+
+def without_gradient(*parts: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return plain(*parts)
+
+
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[2], k.shape[2], device="cpu")
+    return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score + h * (i - j), block_mask=mask)
+
+
+def norms_over(width: int, kind: Any) -> tuple[Norm, ...]:
+    return (Norm("query", kind, width, "q_norm"), Norm("key", kind, width, "k_norm"))
+
+
+def hidden_site(norms: tuple[Norm, ...] = ()) -> AttentionSite:
+    query, key = WeightBlock("q.weight", "q", 0, heads(2, 4)), WeightBlock("k.weight", "k", 0, heads(2, 4))
+    return site("", query, key, 4, qk_norm=norms)
+
+
+HIDDEN = {
+    "without gradient": (Attention(without_gradient), ()),
+    "an autograd function": (Attention(Hidden.apply), ()),
+    "an op written in Python": (Attention(lambda *parts: python_op(*parts)), ()),
+    "flex attention": (Attention(flex), ()),
+    "detached": (Attention(lambda q, k, v: plain(q.detach(), k.detach(), v)), ()),
+    "layer norm over all heads": (Attention(plain, lambda: nn.LayerNorm(8)), norms_over(8, "layer")),
+    "RMS norm over all heads": (Attention(plain, lambda: nn.RMSNorm(8)), norms_over(8, "rms")),
+    "group norm of each head": (Attention(plain, GroupNorm), norms_over(4, "layer")),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_autograd_does_not_see_is_proved_and_refuted(name: str) -> None:
+    model, norms = HIDDEN[name]
+    true, x = hidden_site(norms), torch.randn(2, 5, 8)
+    assert verify_qk_pairs(model, QKLayout((true,)), x).complete
+    first = replace(true.query[0], heads=true.query[0].heads[::-1])
+    with pytest.raises(VerifyError, match=r"head 0, query side: 'q.weight' .* rows 0-3, the layout claims rows 4-7"):
+        verify_qk_pairs(model, QKLayout((replace(true, query=(first,)),)), x)
+    with pytest.raises(VerifyError, match=r"an attention runs in module ''"):
+        verify_qk_pairs(model, QKLayout(()), x)
+
+
+def test_bias_added_by_an_op_of_its_own() -> None:
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.b = (
+                nn.Linear(8, 8, bias=False),
+                nn.Linear(8, 8, bias=False),
+                nn.Parameter(torch.ones(8)),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in (self.q(x) + self.b, self.k(x)))
+            return plain(q, k, k)
+
+    silent, x = hidden_site(), torch.randn(2, 5, 8)
+    with pytest.raises(VerifyError, match="'b' is added to a claimed product, but no block names it"):
+        verify_qk_pairs(Biased(), QKLayout((silent,)), x)
+    told = replace(silent, query=(replace(silent.query[0], bias="b"),))
+    assert verify_qk_pairs(Biased(), QKLayout((told,)), x).complete
+
+
+def test_two_attentions_of_one_module() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            (q, q2), (k, k2) = (y.unflatten(-1, (2, 4)).unbind(-2) for y in (self.q(x), self.k(x)))
+            return plain(q, k, x) - plain(q2, k2, x)
+
+    def one(start: int) -> AttentionSite:
+        query, key = (WeightBlock(f"{s}.weight", s, 0, heads(1, 4, start)) for s in ("q", "k"))  # type: ignore[arg-type]
+        return site("", query, key, 4)
+
+    model, x = Two(), torch.randn(2, 5, 8)
+    assert verify_qk_pairs(model, QKLayout((one(0), one(4))), x).complete
+    for false in [(one(0),), (one(0), one(2)), (one(0), replace(one(4), key=one(0).key)), (one(0), one(0))]:
+        with pytest.raises(VerifyError, match="site ''"):
+            verify_qk_pairs(model, QKLayout(false), x)
+
+
 # -- what cannot be told, and bad input --------------------------------------------------------------------------------
 
 
-class Outside(nn.Module):
-    """Attention whose logits autograd does not see through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k = (part(x).unflatten(-1, (2, 4)).transpose(1, 2) for part in (self.q, self.k))
-        with torch.no_grad():
-            weights = (q @ k.mT).softmax(-1)
-        return weights @ q
-
-
-class NormOverAll(nn.Module):
-    """Attention whose layer norm over the full width ties its heads together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-        self.q_norm, self.k_norm = nn.LayerNorm(8), nn.LayerNorm(8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k = self.q_norm(self.q(x)), self.k_norm(self.k(x))
-        q, k = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (q, k))
-        return (q @ k.mT).softmax(-1) @ k
-
-
-@pytest.mark.parametrize(
-    ("model", "norms", "reason"),
-    [
-        (Outside(), (), "no softmax ran for it where gradients can be followed"),
-        (NormOverAll(), (Norm("query", "layer", 8), Norm("key", "layer", 8)), "ties all heads together"),
-    ],
-)
-def test_what_cannot_be_told_is_not_proved(model: nn.Module, norms: tuple[Norm, ...], reason: str) -> None:
-    query, key = WeightBlock("q.weight", "q", 0, heads(2, 4)), WeightBlock("k.weight", "k", 0, heads(2, 4))
-    report = verify_qk_pairs(model, QKLayout((site("", query, key, 4, qk_norm=norms),)), torch.randn(2, 5, 8))
-    assert not report.proved
-    assert not report.complete
-    assert reason in report.not_proved[0].reason
+def test_what_a_kernel_hides_is_not_proved() -> None:
+    report = verify_qk_pairs(
+        Attention(torch.ops.quack_fx_kernels.attention), QKLayout((hidden_site(),)), torch.randn(2, 5, 8)
+    )
+    assert not report.proved and not report.complete
+    assert "made inside the op quack_fx_kernels.attention.default" in report.not_proved[0].reason
 
 
 def test_model_on_meta_is_filled_with_random_numbers() -> None:
@@ -347,6 +302,11 @@ def test_wrapped_model_is_unwrapped() -> None:
     case = our_gpt()
     assert verify_qk_pairs(nn.DataParallel(case.model), case.layout, **case.inputs).complete
     assert verify_qk_pairs(torch.compile(case.model), case.layout, **case.inputs).complete
+
+
+def moved(block: WeightBlock, by: int) -> WeightBlock:
+    """The block with every range of every head moved."""
+    return replace(block, heads=tuple(tuple((a + by, b + by) for a, b in ranges) for ranges in block.heads))
 
 
 def test_layers_with_tied_weights_are_one_site() -> None:

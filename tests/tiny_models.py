@@ -75,7 +75,7 @@ def latent(
     name: str, n: int, nope: int, rope: int, value: int, ranks: tuple[int, int], names: tuple[str, ...]
 ) -> AttentionSite:
     """An MLA site in DeepSeek's arrangement: up projections per head, the shared rotated key beside the latent."""
-    dq, uq, dkv, ukv = (f"{name}.{at}.weight" for at in names)
+    dq, uq, dkv, ukv, q_norm, kv_norm = (f"{name}.{at}.weight" for at in names)
     whole = ((0, ranks[0]),)
     return AttentionSite(
         name=name,
@@ -97,6 +97,10 @@ def latent(
             WeightBlock(dkv, "kr", 0, (((ranks[1], ranks[1] + rope),),) * n),
         ),
         terms=(LogitTerm((0, 2), (0, 1)), LogitTerm((1, 2), (2,))),
+        latent_norm=(
+            Norm("query", "rms", ranks[0], q_norm.removesuffix(".weight"), q_norm),
+            Norm("key", "rms", ranks[1], kv_norm.removesuffix(".weight"), kv_norm),
+        ),
     )
 
 
@@ -193,7 +197,7 @@ def t5() -> Case:
 
 
 def deepseek_v3() -> Case:
-    names = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+    names = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "q_a_layernorm", "kv_a_layernorm")
     sites = [latent(f"model.layers.{i}.self_attn", 4, 8, 4, 8, (24, 16), names) for i in range(2)]
     return hugging_face(
         "deepseek_v3",
@@ -215,7 +219,7 @@ def deepseek_v3() -> Case:
 
 def our_mla() -> Case:
     module = example("mla")
-    names = ("q_down", "q_up", "kv_down", "kv_up")
+    names = ("q_down", "q_up", "kv_down", "kv_up", "q_norm", "kv_norm")
     sites = [latent(f"blocks.{i}.attn", 6, 32, 16, 32, (96, 64), names) for i in range(2)]
     return Case(module.MLATransformer(module.MLAConfig(layers=2)), {"idx": IDS}, QKLayout(tuple(sites)))
 

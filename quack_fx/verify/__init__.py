@@ -2,37 +2,50 @@
 
 In: a model, a layout, example inputs. Out: a `VerifyReport`, or `VerifyError` for the first claim that is wrong.
 
-The proof shares nothing with the finders but the layout. A copy of the model runs once on random weights; `watch.py`
-notes every matrix product and softmax. Behind each softmax stands a product of queries and keys. A seed on one head's
-part of the query operand must give a gradient to exactly the claimed query rows, and one on the key operand to exactly
-the claimed key rows (`heads.py`, `chains.py`); `compare.py` holds the two against each other. What cannot be decided,
-because the logits are made inside a fused kernel, say, is listed as not proved and never passes silently.
+The proof shares nothing with the finders but the layout. A copy of the model runs once on random weights, and every op
+is written to a tape. Behind each softmax stands a product of queries and keys; the slice of the tape that makes its
+operands, from what enters the attention on, runs again with gradients. A seed on one head's part of the query operand
+must reach exactly the claimed query rows, and one on the key operand exactly the claimed key rows. What cannot be
+decided, because the logits are made inside a fused kernel, say, is listed as not proved and never passes silently.
+
+    copy.py       a copy of the model on random weights
+    tape.py       everything that runs, op by op
+    opaque.py     fused attention written out
+    ops.py        what single ops are: products, softmaxes, norms
+    graph.py      products behind a softmax, products with weights behind their operands
+    owners.py     which softmax a site speaks about
+    replay.py     a slice of the tape again, with gradients
+    heads.py      heads in a tensor of logits; queries and keys
+    evidence.py   seeds, and the rows they reach
+    compare.py    a site against the evidence: rows and heads ...
+    norms.py      ... norms ...
+    terms.py      ... and terms
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from quack_fx.errors import VerifyError
 from quack_fx.factors import check_layout
 from quack_fx.layout import AttentionSite, QKLayout
-from quack_fx.verify.chains import Chains
-from quack_fx.verify.compare import CannotTell, SiteCheck
-from quack_fx.verify.watch import Recording, Softmax, record
+from quack_fx.verify.compare import check_site
+from quack_fx.verify.copy import as_float32, first_line, random_copy
+from quack_fx.verify.evidence import CannotTell, Evidence
+from quack_fx.verify.graph import Graph
+from quack_fx.verify.ops import Softmax
+from quack_fx.verify.owners import check_complete, softmaxes_of
+from quack_fx.verify.tape import record
 
 __all__ = ["NotProved", "SiteProof", "VerifyReport", "verify_qk_pairs"]
-
-SIZE_LIMIT = 500_000_000
-"""Parameters of a model that is still copied and run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,85 +134,82 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
         True
     """
     model = _bare(model, layout)
-    with _alone():
-        return _prove(model, layout, args, kwargs)
+    with alone():
+        return prove(layout, run_copy(model, args, kwargs))
 
 
-def _prove(model: nn.Module, layout: QKLayout, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> VerifyReport:
-    """Run a copy of the model and check every site."""
-    generator = torch.Generator().manual_seed(0)
-    copy = _random_copy(model, generator)
-    args, kwargs = tree_map(_as_float32, (args, dict(kwargs)))
+def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
+    """Run a copy of a model on random weights.
+
+    Raises:
+        VerifyError: It cannot be copied or run.
+    """
+    copy = random_copy(model, torch.Generator().manual_seed(0))
+    args, kwargs = tree_map(as_float32, (args, dict(kwargs)))
     try:
-        recording = record(copy, args, kwargs)
+        return Graph(record(copy, args, kwargs))
     except Exception as error:
         raise VerifyError(
-            f"the forward of {type(model).__name__} fails on random weights: {_first_line(error)}; "
+            f"the forward of {type(model).__name__} fails on random weights: {first_line(error)}; "
             "give the inputs that find_qk_pairs was given"
         ) from error
-    chains = Chains(copy, recording)
-    owners = _softmaxes_of(layout, recording, chains)
-    _check_complete(layout, recording, chains, owners)
+
+
+def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
+    """Check every site of a layout on a run that there is already; `verify_qk_pairs` without the run.
+
+    Raises:
+        VerifyError: A claim is wrong.
+    """
+    claims = softmaxes_of(layout, graph)
+    check_complete(layout, graph, claims)
+    generator = torch.Generator().manual_seed(0)
     proved: list[SiteProof] = []
     open_sites: list[NotProved] = []
-    for site, softmaxes in owners.items():
+    settled: set[Softmax] = set()
+    refuted: dict[Softmax, VerifyError] = {}
+    claimed = Counter(softmax for softmaxes in claims.values() for softmax in softmaxes)
+    for site, softmaxes in claims.items():
+        attention = graph.attention_ops(softmaxes)
+        checks: dict[Softmax, int] = {}
         try:
-            proved.append(_check(copy, chains, site, softmaxes, generator))
+            for softmax in softmaxes:
+                try:
+                    checks[softmax] = check_site(Evidence(graph, site, softmax, attention, generator))
+                except VerifyError as error:
+                    # Two attentions of one module: a site that is wrong about one may be right about the other.
+                    if claimed[softmax] == 1:
+                        raise
+                    refuted.setdefault(softmax, error)
+            if taken := [s.modules[-1] for s in checks if s in settled]:
+                raise VerifyError(f"site {site.name!r}: another site has the attention in module {taken[0]!r} already")
+            settled |= checks.keys()
+            _check_calls(
+                graph, site, len(checks), [e for s, e in refuted.items() if s in softmaxes and s not in settled]
+            )
+            proved.append(SiteProof(site.name, site.query_heads, len(checks), sum(checks.values())))
         except CannotTell as reason:
+            settled.update(softmaxes)
             open_sites.append(NotProved(site.name, str(reason)))
+    if wrong := [refuted[softmax] for softmax in refuted if softmax not in settled]:
+        raise wrong[0]
     return VerifyReport(tuple(proved), tuple(open_sites))
 
 
-def _check(
-    model: nn.Module, chains: Chains, site: AttentionSite, softmaxes: Sequence[Softmax], generator: torch.Generator
-) -> SiteProof:
-    """Check a site on every softmax that is its own."""
-    if not softmaxes:
-        raise CannotTell(
-            "no softmax ran for it where gradients can be followed (a fused kernel, or no gradient at all)"
+def _check_calls(graph: Graph, site: AttentionSite, calls: int, errors: Sequence[VerifyError]) -> None:
+    """A site runs as often as it says, at least once."""
+    if calls == site.calls:
+        return
+    if not calls and errors:
+        raise errors[0]
+    if not calls:
+        params = {block.param for _, block in site.blocks()}
+        if opaque := graph.opaque_ops(params):
+            raise CannotTell(f"its logits are made inside the op {opaque[0].func}, which cannot be written out")
+        raise VerifyError(
+            f"site {site.name!r}: no softmax runs there whose logits come out of {min(params, default='')!r}"
         )
-    attention = chains.attention_nodes(softmaxes)
-    checks = sum(SiteCheck(model, chains, site, softmax, attention, generator).run() for softmax in softmaxes)
-    return SiteProof(site.name, site.query_heads, len(softmaxes), checks)
-
-
-def _softmaxes_of(layout: QKLayout, recording: Recording, chains: Chains) -> dict[AttentionSite, list[Softmax]]:
-    """The attentions on which each site's claims are checked.
-
-    An attention belongs to the site that names the innermost running module. Where several sites share a name, none
-    names a running module (tied layers) or a site's module never ran through hooks, it belongs to the sites that claim
-    a parameter behind its logits.
-    """
-    names = {site.name for site in layout.sites}
-    found: dict[AttentionSite, list[Softmax]] = {site: [] for site in layout.sites}
-    for softmax in recording.softmaxes:
-        if not chains.logit_products(softmax):
-            continue
-        inside = next((name for name in reversed(softmax.modules) if name in names), None)
-        behind = chains.params_behind(softmax)
-        for site in layout.sites:
-            claims = {block.param for _, block in site.blocks()} & behind
-            if site.name == inside:
-                alone = sum(s.name == site.name for s in layout.sites) == 1
-                if claims or (alone and chains.is_attention(softmax)):
-                    found[site].append(softmax)
-            elif claims and (inside is None or site.name not in recording.ran):
-                found[site].append(softmax)
-    return found
-
-
-def _check_complete(
-    layout: QKLayout, recording: Recording, chains: Chains, owners: Mapping[AttentionSite, Sequence[Softmax]]
-) -> None:
-    """Refuse a layout that is silent about an attention of the model."""
-    known = {softmax for softmaxes in owners.values() for softmax in softmaxes}
-    for softmax in recording.softmaxes:
-        told = any(entry.name in softmax.modules for entry in layout.skipped)
-        if softmax not in known and not told and chains.is_attention(softmax):
-            where = softmax.modules[-1] if softmax.modules else ""
-            raise VerifyError(
-                f"an attention runs in module {where!r}, but the layout has no site for it and skips none"
-            )
+    raise VerifyError(f"site {site.name!r}: it runs {calls} times in a forward pass, the layout claims {site.calls}")
 
 
 def _bare(model: nn.Module, layout: QKLayout) -> nn.Module:
@@ -218,60 +228,8 @@ def _bare(model: nn.Module, layout: QKLayout) -> nn.Module:
     return model
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def _random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy in evaluation mode, on real float32 tensors, with random weights that all require gradients."""
-    total = sum(p.numel() for p in model.parameters())
-    if total > SIZE_LIMIT:
-        raise VerifyError(
-            f"{type(model).__name__} has {total:,} parameters, a proof copies at most {SIZE_LIMIT:,}; "
-            "verify the same architecture with fewer layers and a smaller width"
-        )
-    try:
-        copy = deepcopy(model).eval()
-    except Exception as error:
-        raise VerifyError(f"{type(model).__name__} cannot be copied: {_first_line(error)}") from error
-    if any(t.is_meta for t in (*copy.parameters(), *copy.buffers())):
-        copy = copy.to_empty(device="cpu")
-        for buffer in copy.buffers():
-            buffer.copy_(_plausible(buffer, generator))
-    copy = copy.to(torch.float32)
-    with torch.no_grad():
-        for parameter in copy.parameters():
-            if parameter.is_floating_point():
-                parameter.copy_(_random(parameter, generator))
-                parameter.requires_grad_()
-    return copy
-
-
-def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights of a size that keeps activations near one; gains, biases and scalars between 0.5 and 1.5."""
-    if parameter.ndim < 2:
-        return torch.rand(parameter.shape, generator=generator) + 0.5
-    return torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
-
-
-def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
-    """Contents for a buffer whose values were never made: positive numbers, index 0, a mask that hides nothing."""
-    if buffer.is_floating_point():
-        return torch.rand(buffer.shape, generator=generator) + 0.5
-    return torch.full(buffer.shape, buffer.dtype == torch.bool, dtype=buffer.dtype)
-
-
-def _as_float32(value: Any) -> Any:
-    """Inputs in the copy's precision."""
-    if isinstance(value, Tensor) and value.is_meta:
-        raise VerifyError("an example input is on meta; a proof on real numbers needs real inputs")
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().to(torch.float32)
-    return value
-
-
 @contextmanager
-def _alone() -> Iterator[None]:
+def alone() -> Iterator[None]:
     """Leave the process's random state and threads as they were."""
     threads = torch.get_num_threads()
     # A proof is hundreds of tiny backward passes, which waking a second thread makes slower.

@@ -1,39 +1,131 @@
-"""Heads in a tensor of logits, and seeds that stay inside one.
+"""Heads in a tensor of logits, and which operand of their product holds the keys.
 
-In: a softmax and one of its logit products. Out: for every plausible reading of "axis of heads" the head of each logit;
-which operand holds the keys; and for a head, a seed on each operand.
+In: the logits of a softmax, made again with the operands of its products as leaves (`Upper`). Out: for every plausible
+reading of "axis of heads" the head of each logit; for a head, the places of each operand that its logits read; and
+which of two operands the softmax runs over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from quack_fx.verify.watch import Product, Softmax
+from quack_fx.layout import Side
+from quack_fx.verify.graph import Graph
+from quack_fx.verify.ops import Product, Softmax
+from quack_fx.verify.replay import Replay
+from quack_fx.verify.tape import Op, Value
+
+SIDES: tuple[Side, Side] = ("query", "key")
 
 
-@dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class Operand:
-    """One side of a logit product: where its gradient is seeded, its value, and its contracted axis."""
+    """One side of a logit product: its value, the op that reads it, and its contracted axis, counted from the end."""
 
-    edge: GradientEdge | None
-    value: Tensor
+    value: Value
+    reader: Op
     axis: int
-    position: int
 
 
-def head_labels(softmax: Softmax, heads: int) -> Iterator[Tensor]:
+class Upper:
+    """From the operands of logit products to the softmax.
+
+    Arguments:
+        graph: The graph.
+        softmax: The softmax.
+        products: The products whose operands are wanted.
+    """
+
+    def __init__(self, graph: Graph, softmax: Softmax, products: Sequence[Product]) -> None:
+        self.softmax = softmax
+        mixing = graph.mixing(softmax)
+        first = min((p.op.index for p in mixing), default=None)
+        passed = [op.out for op in graph.between(softmax) if first is not None and op.index < first]
+        outs = [p.op.out for p in products]
+        size = outs[0].tensor.numel()
+        self.cuts = [softmax.logits] if not mixing else [v for v in passed + outs if v.tensor.numel() == size]
+        """Where heads can be told apart: the softmax's input, or the tensors before heads are mixed."""
+        self._replay = Replay(
+            graph.tape,
+            [(softmax.logits, softmax.op), *((v, None) for v in self.cuts if v is not softmax.logits)],
+            stops=graph.barriers - {p.op for p in (*products, *mixing)},
+            leaves=[v for p in products for v in p.factors],
+            statistics=graph.statistics,
+        )
+
+    def touched(self, cut: Value, seed: Tensor, values: Sequence[Value]) -> list[Tensor]:
+        """Where some operands receive a gradient from a seed on a tensor of logits."""
+        arrived = self._replay.gradients_at(cut, seed.to(cut.tensor.dtype), values)
+        return [arrived[v] != 0 if v in arrived else torch.zeros_like(v.tensor, dtype=torch.bool) for v in values]
+
+    def places(self, cut: Value, labels: Tensor, head: int, operands: Sequence[Operand]) -> list[Tensor]:
+        """For each operand the places that the logits of a head read, whatever the numbers there.
+
+        A feature that a zero of the other operand hides belongs to the head as well: a place counts with all features.
+        """
+        mask = (labels.to(cut.tensor.device) == head).to(torch.float32).expand(cut.tensor.shape)
+        touched = self.touched(cut, mask, [o.value for o in operands])
+        return [t.any(o.axis, keepdim=True) for t, o in zip(touched, operands, strict=True)]
+
+    def operands(self, product: Product) -> dict[Side, Operand] | None:
+        """Query and key operand of a product; None when that cannot be told.
+
+        The softmax tells: it runs over the keys of one query. So a gradient on all logits of two keys touches few
+        places of the key operand, and as many of the query operand as there are queries; one on all logits of a query
+        touches few places of the query operand.
+        """
+        if product.axes is None:
+            return None
+        left, right = (Operand(v, product.reader, a) for v, a in zip(product.factors, product.axes, strict=True))
+        few = self._touched_least([left, right])
+        if few is None:
+            return None
+        key = (left, right)[few]
+        return {"query": right if key is left else left, "key": key}
+
+    def _touched_least(self, operands: Sequence[Operand]) -> int | None:
+        """Which of two operands the keys are in."""
+        shape, dim = self.softmax.shape, self.softmax.dim
+
+        def share(*slices: tuple[int, int, float]) -> list[float]:
+            """Part of each operand's places that a gradient on slices (axis, index, value) of the logits touches."""
+            seed = torch.zeros(shape, device=self.softmax.logits.tensor.device)
+            for axis, index, value in slices:
+                seed.select(axis, index).fill_(value)
+            touched = self.touched(self.softmax.logits, seed, [o.value for o in operands])
+            return [float(t.any(o.axis).float().mean()) for t, o in zip(touched, operands, strict=True)]
+
+        last = shape[dim] - 1
+        for one, other in [(0, last), *((i, i + 1) for i in range(min(last, 8)))] if last else []:
+            # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
+            shares = share((dim, one, 1.0), (dim, other, -1.0))
+            if 0 < 2 * min(shares) <= max(shares):
+                return shares.index(min(shares))
+        for axis in range(1, len(shape)):
+            shares = share((axis, shape[axis] - 1, 1.0)) if axis != dim else [0.0]
+            if 0 < 2 * min(shares) <= max(shares):
+                return shares.index(max(shares))
+        return None
+
+
+def head_labels(cut: Value, heads: int, without: int | None) -> Iterator[Tensor]:
     """Readings of the logits' shape: int tensors that broadcast to it and name the head of each logit.
 
     The usual place of the head axis comes first; then any other axis of that size, a pair of axes (key heads, and
     query heads that share one), and an axis that folds heads and batch.
+
+    Arguments:
+        cut: The logits.
+        heads: Number of heads.
+        without: An axis that counts something else, the softmax's; None where that is not known.
     """
-    ndim = len(softmax.shape)
-    free = [a for a in range(ndim) if a != softmax.dim]
+    shape = cut.tensor.shape
+    ndim = len(shape)
+    free = [a for a in range(ndim) if a != without]
     free.sort(key=lambda a: (a != ndim - 3, a))
 
     def along(axis: int, labels: Tensor) -> Tensor:
@@ -43,101 +135,14 @@ def head_labels(softmax: Softmax, heads: int) -> Iterator[Tensor]:
         yield torch.zeros([1] * ndim, dtype=torch.long)
         return
     for axis in free:
-        if softmax.shape[axis] == heads:
+        if shape[axis] == heads:
             yield along(axis, torch.arange(heads))
     for axis in range(ndim - 1):
-        outer, inner = softmax.shape[axis : axis + 2]
-        if softmax.dim not in (axis, axis + 1) and outer * inner == heads and min(outer, inner) > 1:
+        outer, inner = shape[axis : axis + 2]
+        if without not in (axis, axis + 1) and outer * inner == heads and min(outer, inner) > 1:
             yield along(axis, torch.arange(outer)) * inner + along(axis + 1, torch.arange(inner))
     for axis in free:
-        size = softmax.shape[axis]
+        size = shape[axis]
         if size > heads and size % heads == 0:
             yield along(axis, torch.arange(size) % heads)
             yield along(axis, torch.arange(size) // (size // heads))
-
-
-def operands(product: Product, softmax: Softmax) -> tuple[Operand, Operand] | None:
-    """Query and key operand of a logit product; None when that cannot be told."""
-    left, right = product.factors
-    if any(product.args[i].ndim != 3 for i in (left, right)) or product.node is None:
-        return None
-    query = _query_position(product, softmax)
-    if query is None:
-        return None
-
-    def operand(position: int) -> Operand:
-        axis = -1 if position == left else -2
-        return Operand(product.edges[position], product.args[position], axis, position)
-
-    return operand(query), operand(right if query == left else left)
-
-
-def _query_position(product: Product, softmax: Softmax) -> int | None:
-    """Position of the query operand, which the softmax tells: it runs over the keys of one query.
-
-    So a gradient on all logits of two keys touches two entries of the key operand's free axis and many of the query
-    operand's; one on all logits of a query touches one of the query operand's (two where windows overlap) and many of
-    the key operand's. A single query has a free axis of one entry, which says it as well.
-    """
-    left, right = product.factors
-    free = {left: product.args[left].shape[-2], right: product.args[right].shape[-1]}
-    keys = softmax.shape[softmax.dim]
-    if 1 in free.values():
-        query = min(free, key=lambda position: free[position])
-        return query if max(free.values()) in (keys, keys - 1) and keys > 1 else None  # one more: a sink
-
-    def touched(*indices: tuple[int, int, float]) -> dict[int, int]:
-        """Entries of each operand's free axis that a gradient on slices (axis, index, value) of the logits touches."""
-        seed = torch.zeros(softmax.shape, dtype=softmax.dtype, device=softmax.device)
-        for axis, index, value in indices:
-            seed.select(axis, index).fill_(value)
-        used = product_gradient(softmax, product, seed).any(0)
-        return {left: int(used.any(1).sum()), right: int(used.any(0).sum())}
-
-    for index in range(1, keys):
-        # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
-        count = touched((softmax.dim, 0, 1.0), (softmax.dim, index, -1.0))
-        if min(count.values()) <= 2 < max(count.values()):
-            return max(count, key=lambda position: count[position])
-    for axis in range(len(softmax.shape)):
-        count = touched((axis, softmax.shape[axis] - 1, 1.0))
-        if axis != softmax.dim and min(count.values()) <= 2 < max(count.values()):
-            return min(count, key=lambda position: count[position])
-    return None
-
-
-def product_gradient(softmax: Softmax, product: Product, seed: Tensor) -> Tensor:
-    """Gradient at a logit product's result, given one at the softmax's input."""
-    assert product.node is not None
-    (gradient,) = torch.autograd.grad([softmax.logits], [GradientEdge(product.node, 0)], [seed], retain_graph=True)
-    return gradient
-
-
-def head_seed(softmax: Softmax, product: Product, operand: Operand, labels: Tensor, head: int, noise: Tensor) -> Tensor:
-    """Gradient on an operand that reaches the features of one head and no others.
-
-    Arguments:
-        softmax: The softmax.
-        product: The logit product.
-        operand: The side to seed.
-        labels: Head of each logit, from `head_labels`.
-        head: The head.
-        noise: Random numbers in the operand's shape.
-
-    Returns:
-        The seed. It is random, so that no rows cancel, and at each position orthogonal to the operand itself: a norm's
-        statistic, which would spread the gradient over all features it covers, then receives none.
-    """
-    mask = (labels.to(softmax.device) == head).to(softmax.dtype).expand(softmax.shape)
-    touched = product.replay(product_gradient(softmax, product, mask))[operand.position]
-    # A feature that a zero of the other operand hides belongs to the head as well: decide by position.
-    here = (touched != 0).any(operand.axis, keepdim=True)
-    return orthogonal(noise * here, operand.value, operand.axis)
-
-
-def orthogonal(seed: Tensor, value: Tensor, axis: int) -> Tensor:
-    """Seed without its part along the vectors that `value` has on an axis."""
-    if value.shape[axis] < 2:
-        return seed
-    length = value.square().sum(axis, keepdim=True).clamp_min(torch.finfo(value.dtype).tiny)
-    return seed - (seed * value).sum(axis, keepdim=True) / length * value

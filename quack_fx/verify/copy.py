@@ -1,0 +1,70 @@
+"""A copy of a model that a proof can run: real float32 numbers, random weights.
+
+In: a model, on meta or not, and its inputs. Out: the copy, in evaluation mode; the inputs in its precision.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.errors import VerifyError
+
+SIZE_LIMIT = 500_000_000
+"""Parameters of a model that is still copied and run."""
+
+
+def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in evaluation mode, on real float32 tensors, with random weights."""
+    total = sum(p.numel() for p in model.parameters())
+    if total > SIZE_LIMIT:
+        raise VerifyError(
+            f"{type(model).__name__} has {total:,} parameters, a proof copies at most {SIZE_LIMIT:,}; "
+            "verify the same architecture with fewer layers and a smaller width"
+        )
+    try:
+        copy = deepcopy(model).eval()
+    except Exception as error:
+        raise VerifyError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+    if any(t.is_meta for t in (*copy.parameters(), *copy.buffers())):
+        copy = copy.to_empty(device="cpu")
+        for buffer in copy.buffers():
+            buffer.copy_(_plausible(buffer, generator))
+    copy = copy.to(torch.float32)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(_random(parameter, generator))
+    return copy
+
+
+def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights of a size that keeps activations near one; gains, biases and scalars between 0.5 and 1.5."""
+    if parameter.ndim < 2:
+        return torch.rand(parameter.shape, generator=generator) + 0.5
+    return torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
+
+
+def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
+    """Contents for a buffer whose values were never made: positive numbers, index 0, a mask that hides nothing."""
+    if buffer.is_floating_point():
+        return torch.rand(buffer.shape, generator=generator) + 0.5
+    return torch.full(buffer.shape, buffer.dtype == torch.bool, dtype=buffer.dtype)
+
+
+def as_float32(value: Any) -> Any:
+    """Inputs in the copy's precision."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise VerifyError("an example input is on meta; a proof on real numbers needs real inputs")
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(torch.float32)
+    return value
+
+
+def first_line(error: Exception) -> str:
+    """Type of an error and the first line of its text."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

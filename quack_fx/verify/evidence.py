@@ -1,0 +1,242 @@
+"""What the gradients say about one site on one softmax.
+
+In: a site of the layout, a softmax that ran in it. Out: `Evidence`: the logit products with their operands, the factors
+behind those, and the rows of each parameter that a seed on an operand reaches. It raises `VerifyError` where what
+stands behind the logits is not what the site claims, `CannotTell` where that cannot be decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quack_fx.errors import VerifyError
+from quack_fx.layout import AttentionSite, Ranges, Side, WeightBlock
+from quack_fx.verify.graph import Factor, Graph
+from quack_fx.verify.heads import SIDES, Operand, Upper
+from quack_fx.verify.ops import Product, Softmax
+from quack_fx.verify.replay import Replay
+from quack_fx.verify.tape import Op, Value
+
+Rows = frozenset[int]
+
+
+class CannotTell(Exception):
+    """The gradients neither prove nor refute the claim; the message says why."""
+
+
+@dataclass(eq=False, repr=False)
+class Part:
+    """One logit product of a site.
+
+    Attributes:
+        product: The product.
+        operand: Its operand on each side.
+        factors: The products with weights behind each operand.
+        followed: Those of them, near and far, that the site claims.
+        lower: For each side the slice that makes the operand, norms with constant statistics.
+    """
+
+    product: Product
+    operand: dict[Side, Operand]
+    factors: dict[Side, list[Factor]]
+    followed: dict[Side, list[Factor]]
+    lower: dict[Side, Replay]
+
+
+class Evidence:
+    """Seeds on the operands of one softmax's logits, and the rows they reach.
+
+    Arguments:
+        graph: The graph of the run.
+        site: The claim.
+        softmax: The attention to hold it against.
+        attention: The products of all attentions of the site.
+        generator: Source of the random seeds.
+
+    Raises:
+        VerifyError: Other weights than the claimed ones lie behind the logits.
+        CannotTell: It cannot be told what lies behind them.
+    """
+
+    def __init__(
+        self, graph: Graph, site: AttentionSite, softmax: Softmax, attention: Set[Op], generator: torch.Generator
+    ) -> None:
+        self.graph, self.site, self.softmax = graph, site, softmax
+        self._attention, self._generator = attention, generator
+        self.blocks: dict[Side, tuple[WeightBlock, ...]] = {"query": site.query, "key": site.key}
+        self.claimed: dict[Side, frozenset[str]] = {
+            side: frozenset(b.param for b in blocks) for side, blocks in self.blocks.items()
+        }
+        self._axes = self._checked_axes()
+        self.parts = self._find_parts()
+        self.unnamed: dict[Side, frozenset[str]] = {side: self._unnamed_biases(side) for side in SIDES}
+        """Biases of the claimed products that no block names."""
+        for side in SIDES:
+            self._check_chains(side)
+            for part in self.parts:
+                part.lower[side] = self.slice(part, side, frozen=True)
+        self.reading = softmax.logits, torch.zeros([1] * len(softmax.shape), dtype=torch.long)
+        """A tensor of logits and the head of each; of a single head until more are told apart."""
+
+    def error(self, what: str) -> VerifyError:
+        """A refutation."""
+        return VerifyError(f"site {self.site.name!r}: {what}")
+
+    # -- seeds -------------------------------------------------------------------------------------------------------
+
+    def noise(self, operand: Operand) -> Tensor:
+        """Random numbers in an operand's shape, so that no rows cancel."""
+        value = operand.value.tensor
+        return torch.randn(value.shape, generator=self._generator).to(value)
+
+    def rows_of_head(self, cut: Value, labels: Tensor, head: int) -> dict[Side, dict[str, Rows]]:
+        """Rows that make a head's queries and keys.
+
+        Arguments:
+            cut: The tensor of logits that the labels are for.
+            labels: Head of each logit.
+            head: The head.
+
+        Returns:
+            By side and parameter.
+        """
+        gradients: dict[Side, dict[str, Tensor]] = {side: {} for side in SIDES}
+        for part in self.parts:
+            operands = [part.operand[side] for side in SIDES]
+            for side, places in zip(SIDES, self.upper.places(cut, labels, head, operands), strict=True):
+                self._send(part, side, self.noise(part.operand[side]) * places, gradients[side])
+        return {side: self._rows(gradients[side], side) for side in SIDES}
+
+    def rows_reached(self, part: Part, side: Side, seed: Tensor) -> dict[str, Rows]:
+        """Rows of each parameter that a seed on an operand reaches."""
+        gradients: dict[str, Tensor] = {}
+        self._send(part, side, seed, gradients)
+        return self._rows(gradients, side)
+
+    def _send(self, part: Part, side: Side, seed: Tensor, gradients: dict[str, Tensor]) -> None:
+        """Send a seed on an operand to the parameters, and add the size of what arrives to `gradients`."""
+        for name, gradient in part.lower[side].gradients(part.operand[side].value, seed).items():
+            gradients[name] = gradients[name] + gradient.abs() if name in gradients else gradient.abs()
+
+    def _rows(self, gradients: Mapping[str, Tensor], side: Side) -> dict[str, Rows]:
+        """Rows with a gradient, of the parameters and biases that the site names or should."""
+        biases = {b.bias for _, b in self.site.blocks() if b.bias is not None}
+        rows = {}
+        for name in (self._axes.keys() | biases | self.unnamed[side]) & gradients.keys():
+            size = self.by_row(name, gradients[name])
+            if not torch.isfinite(size).all():
+                raise CannotTell("its numbers overflow on random weights")
+            rows[name] = frozenset(size.nonzero().flatten().tolist())
+        return {name: r for name, r in rows.items() if r}
+
+    def by_row(self, name: str, gradient: Tensor) -> Tensor:
+        """A parameter's gradient, row by row, summed in size."""
+        return gradient.movedim(self._axes.get(name, 0), 0).flatten(1).abs().sum(1) if gradient.ndim > 1 else gradient
+
+    # -- what stands behind the logits -------------------------------------------------------------------------------
+
+    def _checked_axes(self) -> dict[str, int]:
+        """For each claimed parameter the axis that counts output features."""
+        axes: dict[str, int] = {}
+        for _, block in self.site.blocks():
+            if block.axis != axes.setdefault(block.param, block.axis):
+                raise self.error(f"{block.param!r} counts features along axis {axes[block.param]} and {block.axis}")
+        return axes
+
+    def _find_parts(self) -> list[Part]:
+        """The logit products of content with content; those with a table of positions or a bias are left out."""
+        everything = self.claimed["query"] | self.claimed["key"]
+        behind: dict[Value, list[Factor]] = {}
+        products = []
+        for product in self.graph.logit_products(self.softmax):
+            for v in product.factors:
+                behind[v] = self.graph.factors(v, product.reader, self._attention)
+            ours = [any(f.params & everything for f in behind[v]) for v in product.factors]
+            if all(ours) or all(self.graph.tape.is_data(v, product.reader) for v in product.factors):
+                products.append((product, all(ours)))
+        if not products:
+            raise self.error("no product of queries and keys stands before the softmax that runs there")
+        # Beside a product of claimed weights, one with weights that nobody claims is a relative position's.
+        products = [p for p in products if p[1]] or products
+        self.upper = Upper(self.graph, self.softmax, [p for p, _ in products])
+        parts = []
+        for product, _ in products:
+            operand = self.upper.operands(product)
+            if operand is None:
+                raise CannotTell("it cannot be told which operand of its logits holds the keys; try longer inputs")
+            factors = {side: behind[operand[side].value] for side in SIDES}
+            parts.append(Part(product, operand, factors, {}, {}))
+        return parts
+
+    def _check_chains(self, side: Side) -> None:
+        """Every product with a weight on the way is claimed, and every claimed weight is met."""
+        if not any(part.factors[side] for part in self.parts):
+            raise CannotTell(f"its {side} side comes out of no product with a weight")
+        for part in self.parts:
+            part.followed[side] = list(self._met(part.factors[side], side))
+        met = {name for part in self.parts for factor in part.followed[side] for name in factor.params}
+        if missing := sorted(self.claimed[side] - met):
+            raise self.error(f"{missing[0]!r} is claimed on the {side} side, but no logit of this attention reads it")
+
+    def _met(self, factors: Sequence[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
+        """Claimed factors of a tree, from the logits outwards, as far as the claim goes.
+
+        A factor that is not claimed ends the way if it is not a link of the chain: if other sources are added to it, a
+        nonlinear function follows it or it runs outside the site's module. If it is one, the claim has forgotten it.
+        """
+        for factor in factors:
+            if factor.params & self.claimed[side]:
+                if not factor.linear:
+                    raise CannotTell(f"a nonlinear function follows {min(factor.params & self.claimed[side])!r}")
+                yield factor
+                yield from self._met(factor.outer, side, nearest=False)
+            elif nearest or (factor.linear and factor.sole and self.site.name in factor.product.op.modules):
+                other: Side = "key" if side == "query" else "query"
+                crossed = factor.params & self.claimed[other]
+                names = ", ".join(map(repr, sorted(crossed or factor.params)))
+                what = f"claimed on the {other} side" if crossed else "which no block claims"
+                raise self.error(f"its {side} side comes out of {names}, {what}")
+
+    def _unnamed_biases(self, side: Side) -> frozenset[str]:
+        """Parameters added to a claimed product, one entry for each row, that no block names as its bias."""
+        named = {b.bias for b in self.blocks[side]}
+        found = set()
+        for factor in (f for part in self.parts for f in _all(part.factors[side])):
+            for block in (b for b in self.blocks[side] if b.param in factor.params):
+                rows = self.graph.tape.params[block.param].shape[block.axis]
+                found |= {b for b in factor.biases if self.graph.tape.params[b].shape == (rows,)}
+        return frozenset(found - named)
+
+    def slice(self, part: Part, side: Side, *, frozen: bool) -> Replay:
+        """The slice that makes an operand out of what enters the site: the inputs of its outermost claimed products."""
+        followed, operand, graph = part.followed[side], part.operand[side], self.graph
+
+        def replay(*, through_detach: bool) -> Replay:
+            return Replay(
+                graph.tape,
+                [(operand.value, operand.reader)],
+                cuts={v for f in followed if not any(o in followed for o in f.outer) for v in f.sources},
+                stops=graph.barriers - {f.product.op for f in followed},
+                statistics=graph.statistics if frozen else frozenset(),
+                through_detach=through_detach,
+            )
+
+        usual = replay(through_detach=False)
+        if usual.opaque:
+            raise CannotTell(f"its {side} side passes the op {usual.opaque[0].func}, which has no gradient")
+        return usual if usual[operand.value].requires_grad else replay(through_detach=True)
+
+
+def _all(factors: Sequence[Factor]) -> Iterator[Factor]:
+    for factor in factors:
+        yield factor
+        yield from _all(factor.outer)
+
+
+def indices(ranges: Ranges) -> Rows:
+    """Rows of some ranges."""
+    return frozenset(i for start, stop in ranges for i in range(start, stop))

@@ -1,0 +1,304 @@
+"""Questions about a tape: where logits are made, and which products with weights lie behind their operands.
+
+In: a `Tape`. Out: its softmaxes; for each the products of queries and keys behind it; for each operand of those a tree
+of `Factor`s, the products with weights met on the way back, from the logits outwards.
+
+The way back ends where the attention begins: at a tensor that also feeds something else, such as the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from quack_fx.verify.opaque import is_opaque
+from quack_fx.verify.ops import Product, Softmax, is_linear, keeps_numbers, kind, product_of, softmax_of, statistics
+from quack_fx.verify.tape import Op, Tape, Value
+
+
+@dataclass(eq=False, repr=False)
+class Factor:
+    """A product with a weight behind an operand.
+
+    Attributes:
+        product: The product.
+        weights: Those of its factors that parameters alone reach.
+        sources: The others.
+        params: Names of the parameters behind `weights`.
+        biases: Names of the parameters that are added to it before anything else happens.
+        linear: Whether only norms and changes of shape lie between it and the factor nearer to the logits.
+        sole: Whether nothing is added to it on the way.
+        norms: Norms on the way.
+        outer: Factors farther out.
+    """
+
+    product: Product
+    weights: tuple[Value, ...]
+    sources: tuple[Value, ...]
+    params: frozenset[str]
+    biases: frozenset[str]
+    linear: bool = True
+    sole: bool = True
+    norms: frozenset[Op] = frozenset()
+    outer: list[Factor] = field(default_factory=list)
+
+
+@dataclass(repr=False)
+class _Back:
+    """What a walk back met."""
+
+    products: list[Product] = field(default_factory=list)
+    softmaxes: list[Op] = field(default_factory=list)
+    passed: list[Op] = field(default_factory=list)
+    embedded: bool = False
+    linear: bool = True
+
+
+class Graph:
+    """A tape with its products, softmaxes and statistics.
+
+    Arguments:
+        tape: The tape.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self._readers: dict[Op, list[Op]] = defaultdict(list)
+        for op in tape.ops:
+            for source in op.reads:
+                self._readers[source].append(op)
+        self.softmaxes = [s for op in tape.ops if (s := softmax_of(op, self._readers)) is not None]
+        self._softmax_ops = {s.op for s in self.softmaxes}
+        self._products = {p.op: p for op in tape.ops if (p := product_of(op)) is not None and self._multiplies(p)}
+        self._walks: dict[tuple[Value, Op], _Back] = {}
+        self.barriers = frozenset(
+            op
+            for op in tape.ops
+            if op.data and (op in self._products or op in self._softmax_ops or op.name == "embedding")
+        )
+        """Ops at which a way back ends unless one asks for more."""
+
+    @cached_property
+    def statistics(self) -> frozenset[Op]:
+        """Norms, and the reductions of features that come back to scale or shift those very features."""
+        return statistics(self.tape, self._readers)
+
+    # -- logits --------------------------------------------------------------------------------------------------------
+
+    def logit_products(self, softmax: Softmax) -> list[Product]:
+        """The products whose sum, scaled and masked, is a softmax's input; those of heads mixed afterwards included."""
+        found: list[Product] = []
+        todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
+        while todo:
+            for product in self._back(*todo.pop()).products:
+                source = self._mixed(product)
+                if source is not None:
+                    todo.append((source, product.reader))
+                elif product not in found:
+                    found.append(product)
+        return found
+
+    def mixing(self, softmax: Softmax) -> list[Product]:
+        """The products with a weight that mix the heads of the logits before a softmax."""
+        return [p for p in self._back(softmax.logits, softmax.op).products if self._mixed(p) is not None]
+
+    def between(self, softmax: Softmax) -> Iterator[Op]:
+        """Ops between the products of queries and keys and the softmax, heads mixed or not, the last one first."""
+        todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
+        while todo:
+            back = self._back(*todo.pop())
+            yield from sorted(back.passed, key=lambda op: -op.index)
+            todo += [(s, p.reader) for p in back.products if (s := self._mixed(p)) is not None]
+
+    def is_attention(self, softmax: Softmax) -> bool:
+        """Whether a product of two projections feeds a softmax that weighs data."""
+        return softmax in self._weighs and any(map(self._of_two_sides, self.logit_products(softmax)))
+
+    def attention_ops(self, softmaxes: Iterable[Softmax]) -> frozenset[Op]:
+        """The logit products and the value products of some softmaxes."""
+        return frozenset(p.op for s in softmaxes for p in (*self.logit_products(s), *self._weighs.get(s, ())))
+
+    def params_behind(self, softmax: Softmax) -> set[str]:
+        """Names of the parameters in the products with weights that are nearest to a softmax's logits."""
+        return {
+            name
+            for product in self.logit_products(softmax)
+            for operand in product.factors
+            for nearest in self._back(operand, product.reader).products
+            for name in self._factor(nearest).params
+        }
+
+    def opaque_ops(self, params: Set[str]) -> list[Op]:
+        """Ops of unknown meaning that read what products with some parameters made."""
+        found = []
+        for op in self.tape.ops:
+            if op.data and is_opaque(op.func):
+                behind = (p for v in op.inputs for p in self._back(v, op).products)
+                if any(self._factor(p).params & params for p in behind):
+                    found.append(op)
+        return found
+
+    def _of_two_sides(self, product: Product) -> bool:
+        """Whether a product multiplies data with data, or with what a projection makes of parameters alone."""
+        data = [self.tape.is_data(v, product.reader) for v in product.factors]
+        if all(data) or not any(data):
+            return all(data)
+        other = product.factors[data.index(False)]
+        return bool(self._back(other, product.reader).products)
+
+    def _mixed(self, product: Product) -> Value | None:
+        """The logits that a product with a weight mixes head by head, or None if it does nothing of the kind."""
+        sources = [v for v in product.factors if self.tape.is_data(v, product.reader)]
+        weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
+        if len(sources) != 1 or len(weights) != 1 or sources[0].tensor.numel() != product.op.out.tensor.numel():
+            return None
+        if max(weights[0].tensor.shape) > math.sqrt(sources[0].tensor.numel()):
+            return None
+        back = self._back(sources[0], product.reader)
+        mixes = back.products and back.linear and not (back.softmaxes or back.embedded)
+        return sources[0] if mixes and all(map(self._of_two_sides, back.products)) else None
+
+    @cached_property
+    def _weighs(self) -> dict[Softmax, list[Product]]:
+        """For each softmax the products that weigh values with it."""
+        by_op = {s.op: s for s in self.softmaxes}
+        weighs: dict[Softmax, list[Product]] = defaultdict(list)
+        for product in self._products.values():
+            if any(self.tape.is_data(v, product.reader) for v in product.factors):
+                for value in product.factors:
+                    for op in self._behind_weights(value, product.reader):
+                        weighs[by_op[op]].append(product)
+        return dict(weighs)
+
+    def _behind_weights(self, value: Value, reader: Op) -> Set[Op]:
+        """Softmaxes behind a factor; where their heads are mixed afterwards, behind the mixing product."""
+        back = self._back(value, reader)
+        found = set(back.softmaxes)
+        for product in back.products:
+            data = [v for v in product.factors if self.tape.is_data(v, product.reader)]
+            if len(data) == 1 and data[0].tensor.numel() == product.op.out.tensor.numel():
+                found |= set(self._back(data[0], product.reader).softmaxes)
+        return found
+
+    # -- chains --------------------------------------------------------------------------------------------------------
+
+    def factors(self, operand: Value, reader: Op, attention: Set[Op]) -> list[Factor]:
+        """The tree of products with weights behind an operand; empty where none lies behind it.
+
+        Arguments:
+            operand: The operand.
+            reader: The op that reads it.
+            attention: The products of this attention, from `attention_ops`.
+        """
+        return self._factors(operand, reader, attention, nearest=True)
+
+    def _factors(self, value: Value, reader: Op, attention: Set[Op], *, nearest: bool) -> list[Factor]:
+        back = self._back(value, reader)
+        found = []
+        for product in back.products:
+            factor = self._factor(product)
+            if not factor.weights:
+                continue
+            factor.linear = nearest or back.linear
+            factor.sole = len(back.products) == 1 and not back.embedded and self._private(product.op, attention)
+            factor.norms = frozenset(op for op in back.passed if op in self.statistics)
+            for source in factor.sources:
+                factor.outer += self._factors(source, product.reader, attention, nearest=False)
+            found.append(factor)
+        return found
+
+    def _factor(self, product: Product) -> Factor:
+        """A product as a factor that stands alone."""
+        weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
+        if len(weights) == 2:
+            # The input is made of parameters as well (learned queries): the weight is the plainer of the two.
+            plain = [v for v in weights if self._is_plain(v, product.reader)]
+            weights = plain if len(plain) == 1 else weights
+        sources = tuple(v for v in product.factors if v not in weights)
+        params = frozenset(name for v in weights for name in self._params(v, product.reader))
+        return Factor(product, tuple(weights), sources, params, frozenset(self._biases(product)))
+
+    def _is_plain(self, value: Value, reader: Op) -> bool:
+        """Whether a factor is one parameter, moved around at most."""
+        return not self._back(value, reader).products and len(self._params(value, reader)) == 1
+
+    def _biases(self, product: Product) -> Set[str]:
+        """Parameters added to a product, by its own op or by the next one that does more than move things."""
+        found = set(self._params(product.added, product.op)) if product.added is not None else set()
+        todo = [product.op]
+        while todo:
+            for reader in self._readers[todo.pop()]:
+                if kind(reader) in ("add", "sub"):
+                    others = [v for v in reader.inputs if self.tape.is_weight(v, reader)]
+                    found |= {name for v in others for name in self._params(v, reader)}
+                elif keeps_numbers(reader):
+                    todo.append(reader)
+        return found
+
+    def _params(self, value: Value, reader: Op) -> Set[str]:
+        """Names of the parameters behind a value that parameters alone reach."""
+        names = {value.param} if value.param is not None else set()
+        seen: set[Op] = set()
+        todo = [op for op in self.tape.behind(value, reader) if op.weight]
+        while todo:
+            op = todo.pop()
+            if op not in seen:
+                seen.add(op)
+                names.update(v.param for v in op.inputs if v.param is not None)
+                todo += [source for source in op.reads if source.weight]
+        return names
+
+    def _private(self, start: Op, attention: Set[Op]) -> bool:
+        """Whether every way from an op's result leads into this attention."""
+        todo, seen = [start], set()
+        while todo:
+            op = todo.pop()
+            if op in seen or (op in attention and op is not start):
+                continue
+            seen.add(op)
+            if any(v in self.tape.results for v in op.outputs):
+                return False
+            todo += [reader for reader in self._readers[op] if reader.data or reader.weight]
+            if len(seen) > 200:  # whatever goes that far has left
+                return False
+        return True
+
+    # -- walking back --------------------------------------------------------------------------------------------------
+
+    def _back(self, value: Value, reader: Op) -> _Back:
+        """Walk from a value back to the nearest products of two things that inputs or parameters reach."""
+        known = self._walks.get((value, reader))
+        if known is not None:
+            return known
+        back = self._walks[value, reader] = _Back()
+        seen: set[Op] = set()
+        todo = list(self.tape.behind(value, reader))
+        while todo:
+            op = todo.pop()
+            if op in seen or not (op.data or op.weight):
+                continue
+            seen.add(op)
+            if op in self._products:
+                back.products.append(self._products[op])
+                continue
+            if op in self._softmax_ops:
+                back.softmaxes.append(op)
+                back.linear = False
+                continue
+            if op.name == "embedding":
+                back.embedded = True
+                continue
+            back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants moves features
+            back.passed.append(op)
+            todo += op.reads
+        back.products.sort(key=lambda p: p.op.index)
+        return back
+
+    def _multiplies(self, product: Product) -> bool:
+        """Whether both factors depend on inputs or parameters; a product with constants is a change of shape."""
+        return all(
+            self.tape.is_data(v, product.reader) or self.tape.is_weight(v, product.reader) for v in product.factors
+        )

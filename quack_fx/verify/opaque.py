@@ -1,0 +1,78 @@
+"""Ops that hide several, written out: attention that runs as one op, so that its logits can be seen.
+
+In: an op that is about to run. Out: a function of the same arguments made of plain ATen ops, or None where the op needs
+none or has none. `F.scaled_dot_product_attention` is not here: PyTorch itself writes it out when asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_OWN_NAMESPACES = frozenset({"aten", "prims", "prim", "_c10d_functional", "torchvision", "inductor", "higher_order"})
+
+
+def written_out(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The function to run in an op's stead."""
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        return _flex_attention if func.name() == "flex_attention" else None
+    if func.namespace in _OWN_NAMESPACES:
+        # What autograd would have taken apart comes whole where it was switched off, as inside one of these functions.
+        composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+        return func.decompose if composite else None
+    return _python_of_custom_op(f"{func.namespace}::{func.overloadpacket.__name__}", args)
+
+
+def is_opaque(func: Any) -> bool:
+    """Whether nothing is known about what an op computes."""
+    namespace = getattr(func, "namespace", "higher_order")
+    return namespace not in _OWN_NAMESPACES or "attention" in str(func)
+
+
+def _flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable[..., Tensor],
+    block_mask: tuple[Any, ...],
+    scale: float,
+    kernel_options: dict[str, Any],
+    score_mod_buffers: tuple[Any, ...] = (),
+    mask_mod_buffers: tuple[Any, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """flex_attention as its documentation defines it: softmax(mask(score_mod(q k^T * scale))) v."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1).expand(query.shape[0], -1, -1, -1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    places = [torch.arange(n, device=query.device) for n in scores.shape]
+    allowed = _over_all(block_mask[-1], (), len(mask_mod_buffers))(*places, *mask_mod_buffers)
+    scores = _over_all(score_mod, (0,), len(score_mod_buffers))(scores, *places, *score_mod_buffers)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    weights = scores.softmax(-1).nan_to_num()
+    return weights @ value, scores.logsumexp(-1), scores.amax(-1)
+
+
+def _over_all(function: Callable[..., Tensor], first: tuple[int, ...], buffers: int) -> Callable[..., Tensor]:
+    """A function of one place (batch, head, query, key) as one of all; `first` says whether a score comes first."""
+    for axis in reversed(range(4)):
+        dims = tuple(0 if axis == i else None for i in range(4))
+        function = torch.vmap(function, in_dims=(*first, *dims, *(None,) * buffers), out_dims=0)
+    return function
+
+
+def _python_of_custom_op(name: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
+    """The Python function behind an op of `torch.library.custom_op`."""
+    try:  # private: where it is gone, the op stays opaque
+        from torch._library.custom_ops import OPDEFS
+    except ImportError:
+        return None
+    definition = OPDEFS.get(name)
+    if definition is None:
+        return None
+    device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+    backends = getattr(definition, "_backend_fns", {})
+    function: Callable[..., Any] | None = backends.get(device) or getattr(definition, "_init_fn", None)
+    return function

@@ -1,0 +1,65 @@
+"""Every right layout is proved, and every layout that is wrong in one way is refuted; over all kinds of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import test_find
+import tiny_models
+import torch
+from mutations import meaning, mutations
+from torch import Tensor, nn
+
+from quack_fx.errors import LayoutError, VerifyError
+from quack_fx.factors import check_layout
+from quack_fx.layout import QKLayout
+from quack_fx.verify import alone, prove, run_copy
+
+Case = tuple[nn.Module, QKLayout, Callable[[], tuple[tuple[Tensor, ...], dict[str, Tensor]]]]
+
+
+def tiny(name: str) -> tuple[nn.Module, QKLayout, tuple[Tensor, ...], dict[str, Tensor]]:
+    case = tiny_models.CASES[name]()
+    return case.model, case.layout, (), case.inputs
+
+
+def by_hand(name: str) -> tuple[nn.Module, QKLayout, tuple[Tensor, ...], dict[str, Tensor]]:
+    model, inputs, site = test_find.CASES[name]()
+    random: dict[int, Tensor] = {}  # a tensor that is given twice stays one
+    for x in inputs:
+        random.setdefault(id(x), torch.randn(x.shape))
+    return model, QKLayout((site,)), tuple(random[id(x)] for x in inputs), {}
+
+
+ZOO = {f"tiny-{name}": (tiny, name) for name in tiny_models.CASES}
+ZOO |= {f"hand-{name}": (by_hand, name) for name in test_find.CASES}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_right_is_proved_and_wrong_is_refuted(name: str) -> None:
+    torch.manual_seed(0)
+    build, key = ZOO[name]
+    model, layout, args, kwargs = build(key)
+    true = meaning(layout, model)
+    same, survivors = 0, []
+    with alone():
+        graph = run_copy(model, args, kwargs)
+        report = prove(layout, graph)
+        assert report.complete, report.not_proved
+        for what, wrong in mutations(layout, len(layout.sites) - 1, model):
+            try:
+                check_layout(wrong, model)
+            except LayoutError:
+                continue  # refused before any proof: the rows are not even there
+            if meaning(wrong, model) == true:
+                assert prove(wrong, graph).complete, what
+                same += 1
+                continue
+            try:
+                prove(wrong, graph)
+            except VerifyError as error:
+                assert "\n" not in str(error)
+            else:
+                survivors.append(what)
+    assert not survivors
