@@ -49,7 +49,8 @@ def differences(expected: Expected, found: QKLayout, shapes: dict[str, tuple[int
             own = [s for s in found.skipped if not any(s.name.startswith(skip) for skip in expected.skips)]
             here = [s for s in own if truth.name is None or s.name == truth.name] or own
             sort = f"refused:{here[0].code}" if here else "missing"
-            result.append(Difference(sort, f"{truth.name!r}: {here[0].reason if here else 'no site'}"))
+            if not here or not truth.may_refuse:
+                result.append(Difference(sort, f"{truth.name!r}: {here[0].reason if here else 'no site'}"))
             continue
         results = [(_compare(truth, s, shapes, expected.loops), s) for s in near]
         best = min(results, key=lambda r: len(r[0]))
@@ -61,6 +62,7 @@ def differences(expected: Expected, found: QKLayout, shapes: dict[str, tuple[int
             Difference(f"false skip:{s.code}", f"{s.name!r}: {s.reason}")
             for s in found.skipped
             if not any(s.name.startswith(skip) for skip in expected.skips)
+            and not any(t.may_refuse for t in expected.sites)
         )
     return result
 
@@ -121,6 +123,7 @@ def _compare(truth: Truth, found: AttentionSite, shapes: dict[str, tuple[int, ..
         ("calls", truth.calls, found.calls),
         ("head dim", site.head_dim, found.head_dim),
         ("norms", _norms(truth.norms), _norms(found.qk_norm)),
+        ("latent norms", _norms(truth.latent_norms), _norms(found.latent_norm)),
     ]
     if truth.kind is not None:
         fields.append(("kind", truth.kind, found.kind))

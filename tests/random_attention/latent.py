@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from quack_fx.layout import Role
+from quack_fx.layout import Norm, Role, Side
 
 from .projections import Features, Linear, Operand, Want, linear, single, to_heads, with_role
 from .source import Draft, Value
@@ -41,12 +41,13 @@ def down(draft: Draft, hint: str, x: Value, rank: int, role: Role, bias: bool = 
 
 def low_rank(draft: Draft, x: Value, want: Want, rank: int, roles: tuple[Role, Role]) -> Operand:
     """A projection in two factors."""
+    rank = min(rank, draft.sizes[want.heads] * draft.sizes[want.dims])  # a factor does not widen
     latent = down(draft, f"{want.name}_down", x, rank, roles[1])
-    value = latent.value
+    value, norm = latent.value, None
     if draft.choices.chance("latent norm", 3):
-        value = gained_norm(draft, f"{want.name}_latent_norm", value, rank)[0]
+        value, norm = latent_norm(draft, "query" if want.name == "q" else "key", value)
     operand = single(draft, value, replace(want, role=roles[0]))
-    return _on(operand, latent.features)
+    return replace(_on(operand, latent.features), latent_norms=(norm,) if norm else ())
 
 
 def _on(operand: Operand, latent: Features) -> Operand:
@@ -58,6 +59,7 @@ def _on(operand: Operand, latent: Features) -> Operand:
 def with_adapter(draft: Draft, x: Value, want: Want, rank: int) -> Operand:
     """A projection with an additive low-rank branch: W x + s B A x."""
     width = draft.sizes[want.heads] * draft.sizes[want.dims]
+    rank = min(rank, width)
     base = linear(draft, str(want.name), x, width, want.role, want.bias)
     letter = next(a for a in base.value.axes if a not in x.axes)
     inner = down(draft, f"{want.name}_lora_a", x, rank, "other")
@@ -68,6 +70,31 @@ def with_adapter(draft: Draft, x: Value, want: Want, rank: int) -> Operand:
     value = draft.let(str(want.name), f"{base.value.name} + {factor}{added.name}", base.value.axes)
     chains = behind(outer.features, inner.features)
     features = [a | b for a, b in zip(base.features, chains, strict=True)]
+    return replace(to_heads(draft, Linear(value, features), want, letter), scale=None)
+
+
+def latent_norm(draft: Draft, side: Side, value: Value) -> tuple[Value, Norm]:
+    """A norm between two factors."""
+    width = draft.sizes[value.axes[-1]]
+    made, module, kind = gained_norm(draft, f"{side}_latent_norm", value, width)
+    return made, Norm(side, kind, width, module, f"{module}.weight")
+
+
+def merged_adapter(draft: Draft, x: Value, want: Want, rank: int) -> Operand:
+    """The same with its branch added to the weight: (W + s B A) x."""
+    width, n_in = draft.sizes[want.heads] * draft.sizes[want.dims], draft.sizes[x.axes[-1]]
+    base, inner, outer = (
+        draft.parameter(f"{want.name}_{hint}", *shape)
+        for hint, shape in (("w", (width, n_in)), ("a", (rank, n_in)), ("b", (width, rank)))
+    )
+    letter = draft.letter(width)
+    code = f"F.linear({x.name}, self.{base} + 2.0 * self.{outer} @ self.{inner})"
+    value = draft.let(str(want.name), code, x.axes[:-1] + letter)
+    tail = Link(inner, 0, frozenset(range(rank)))
+    features: Features = [
+        frozenset({(Link(base, 0, frozenset({i}), None, want.role),), (Link(outer, 0, frozenset({i})), tail)})
+        for i in range(width)
+    ]
     return replace(to_heads(draft, Linear(value, features), want, letter), scale=None)
 
 
@@ -84,19 +111,24 @@ def latent_attention(draft: Draft, x: Value, y: Value, absorbed: bool) -> tuple[
     q_rank, k_rank = pick("query rank", [0, 2, 3]), pick("key rank", [3, 2, 5])
     rope = draft.letter(pick("rope width", [2, 4, 0]))
     has_rope = bool(sizes[rope])
-    source, tail = x, []
-    if q_rank:
-        latent = down(draft, "q_down", x, q_rank, "dq")
+    # A factor does not widen.
+    q_rank = min(q_rank, *(sizes["h"] * sizes[a] for a in ("d", rope) if sizes[a]), q_rank)
+    k_rank = min(k_rank, sizes["h"] * sizes["d"])
+    source, tail, norms = x, [], []
+    latent, ckv, k_rope = _downs(draft, x, y, q_rank, k_rank, rope if has_rope else None)
+    if latent is not None:
         source, tail = latent.value, latent.features
         if draft.choices.chance("query latent norm", 3):
-            source = gained_norm(draft, "q_latent_norm", source, q_rank)[0]
+            source, norm = latent_norm(draft, "query", source)
+            norms.append(norm)
     q_nope, q_rope = _parts(draft, source, "q_up", "h", "t", ("d", rope) if has_rope else ("d",), ("uq", "qr"))
     if tail:
         q_nope, q_rope = _on(q_nope, tail), _on(q_rope, tail) if q_rope else None
-    ckv, k_rope = _key_latent(draft, y, k_rank, rope if has_rope else None)
     stored = ckv.value
     if draft.choices.chance("key latent norm", 3):
-        stored = gained_norm(draft, "k_latent_norm", stored, k_rank)[0]
+        stored, norm = latent_norm(draft, "key", stored)
+        norms.append(norm)
+    q_nope = replace(q_nope, latent_norms=tuple(norms))
     if has_rope:
         assert q_rope is not None and k_rope is not None
         q_rope, k_rope = rotated(draft, q_rope, "t"), rotated(draft, k_rope, "s")
@@ -158,6 +190,26 @@ def _parts(
     return operands[0], operands[1]
 
 
+def _downs(
+    draft: Draft, x: Value, y: Value, q_rank: int, k_rank: int, rope: str | None
+) -> tuple[Linear | None, Linear, Operand | None]:
+    """The latents of queries and keys and the rope key, from matrices of their own or from one."""
+    if not q_rank:
+        return None, *_key_latent(draft, y, k_rank, rope)
+    if x != y or draft.choices.pick("down projections", ["apart", "apart", "fused"]) == "apart":
+        return down(draft, "q_down", x, q_rank, "dq"), *_key_latent(draft, y, k_rank, rope)
+    letters = [draft.letter(q_rank), draft.letter(k_rank), *([rope] if rope else [])]
+    made = down(draft, "downs", x, sum(draft.shape("".join(letters))), "other")
+    names = ("cq", "ckv", "k_rope")
+    values = draft.split(made.value, made.value.axes[-1], list(zip(names, letters, strict=False)))
+    features = [made.features[:q_rank], made.features[q_rank : q_rank + k_rank], made.features[q_rank + k_rank :]]
+    latent, key = Linear(values[0], with_role(features[0], "dq")), Linear(values[1], with_role(features[1], "dkv"))
+    if rope is None:
+        return latent, _tokens(key), None
+    vectors = tuple(with_role(features[2], "kr"))
+    return latent, _tokens(key), Operand(_tokens(Linear(values[2])).value, "", rope, ((vectors,),))
+
+
 def _key_latent(draft: Draft, y: Value, rank: int, rope: str | None) -> tuple[Linear, Operand | None]:
     """The latent of keys and values, and the rope key that all heads share."""
     if rope is None:
@@ -198,7 +250,7 @@ def _absorbed(
         tuple(behind([frozenset({(Link(w, axis, frozenset({h}), None, "uk"),)})] * rank, list(q_nope.kinds[0][h])))
         for h in range(n)
     )
-    q = Operand(value, "h", r, (vectors,))
+    q = Operand(value, "h", r, (vectors,), latent_norms=q_nope.latent_norms)
     k = Operand(latent.value, "", r, ((tuple(latent.features),),))
     v = Operand(latent.value.renamed(r, "e"), "", "e", ((tuple(latent.features),),))
     draft.sizes["e"] = rank
@@ -238,6 +290,6 @@ def concatenated(draft: Draft, operands: Sequence[Operand]) -> Operand:
         for _ in range(1)
     )
     scales = {o.scale for o in operands}
-    return Operand(
-        value, operands[0].heads, letter, kinds, operands[0].norms, scales.pop() if len(scales) == 1 else None
-    )
+    latent_norms = tuple(n for o in operands for n in o.latent_norms)
+    scale = scales.pop() if len(scales) == 1 else None
+    return Operand(value, operands[0].heads, letter, kinds, operands[0].norms, latent_norms, scale)

@@ -20,11 +20,11 @@ from quack_fx.layout import QKLayout, Role, SiteKind
 
 from .choices import Choices
 from .distractors import DISTRACTORS
-from .latent import latent_attention, low_rank, with_adapter
+from .latent import latent_attention, low_rank, merged_adapter, with_adapter
 from .logits import Pairs, attended
 from .projections import Operand, Want, projected, single
 from .source import Draft, Value
-from .truth import Expected, Truth, Vectors
+from .truth import Expected, Link, Truth, Vectors
 from .way import NORMS, ROPES, clamped, normed, rotated, scaled, shifted_in_time, thinned, with_null
 
 HEADER = """\
@@ -119,12 +119,18 @@ class _Sides:
     kind: SiteKind | None = None
     unchecked: frozenset[str] = frozenset()
     keep: int | None = None
+    batch: str = "b"
+    back: str = ""
+    may_refuse: bool = False
+    name: str = ""
 
 
 def _attention(choices: Choices, sizes: dict[str, int]) -> _Attention:
     draft = Draft(choices, sizes)
     designs: list[Callable[[Draft], _Sides]] = [_self, _self, _self, _cross, _adapters, _low_rank, _latent, _absorbed]
     designs += [_joint, _tied, _learned_queries]
+    if choices.chance("torch's layer", 25):
+        return _torch_layer(choices, sizes)
     design = choices.pick("design", designs)
     sides = design(draft)
     tiled = draft.sizes["h"] != draft.sizes["k"] != 1 and choices.chance("tiled", 3)
@@ -135,20 +141,48 @@ def _attention(choices: Choices, sizes: dict[str, int]) -> _Attention:
             if design is not _self or not choices.chance("shared keys", 6):
                 break
             assert out is not None
-            if loops:
+            if loops or sides.back:
                 break
             later = draft.let("x2", f"x + {out.name}", "btc")
+            draft.sizes["b"], draft.sizes["t"] = sizes["b"], sizes["t"]
             q = projected(draft, later, [Want("q", "h", sides.pairs[0][0].dims, "t", "q")])[0]
             sides.pairs = [(q, sides.pairs[0][1])]
-        made = attended(draft, sides.pairs, sides.v, "b", tiled, may_loop=not again)
+        made = attended(draft, sides.pairs, sides.v, sides.batch, tiled, may_loop=not again)
         sites.append(_truth(draft, sides, made.scale, tiled))
         loops |= made.loops
-        out = _output(draft, made.value, sizes["c"], sides.keep)
+        out = _output(draft, made.value, sizes["c"], sides)
     assert out is not None
     draft.lines.append(f"return {out.name}")
     second = design in (_cross, _joint)
     source = _class("Attention", draft.init, draft.lines, "x, y" if second else "x")
     return _Attention(source, sites, second, design is not _learned_queries, loops)
+
+
+def _torch_layer(choices: Choices, sizes: dict[str, int]) -> _Attention:
+    """nn.MultiheadAttention: one weight, or three where keys have a width of their own; its bias is one for all."""
+    h, d = sizes["h"], sizes["d"]
+    width = sizes["c"] = h * d
+    cross, bias = choices.pick("cross", [False, True]), choices.pick("bias", [True, False])
+    more = f", bias={bias}, batch_first=True" + (f", kdim={width + 2}, vdim={width + 2}" if cross else "")
+    more += ", add_bias_kv=True" if choices.chance("bias_kv", 6) else ""
+    weights = choices.pick("need_weights", [False, True])
+    init = [f"self.mha = nn.MultiheadAttention({width}, {h}{more})"]
+    other = "y" if cross else "x"
+    lines = [f"return self.mha(x, {other}, {other}, need_weights={weights})[0]"]
+
+    def side(param: str, start: int, role: Role, own_bias: bool) -> Vectors:
+        name = "mha.in_proj_bias" if bias and own_bias else None
+        return tuple(
+            tuple(frozenset({(Link(param, 0, frozenset({start + i * d + j}), name, role),)}) for j in range(d))
+            for i in range(h)
+        )
+
+    query = side("mha.q_proj_weight" if cross else "mha.in_proj_weight", 0, "q", True)
+    # With weights of their own the bias is still one: its entries are numbered like the rows of the queries' weight.
+    key = side("mha.k_proj_weight", 0, "k", False) if cross else side("mha.in_proj_weight", width, "k", True)
+    truth = Truth((query,), (key,), tuple(range(h)), cross=cross, kind="mha", name="mha", scale=d**-0.5)
+    source = _class("Attention", init, lines, "x, y" if cross else "x")
+    return _Attention(source, [truth], cross, True, False)
 
 
 def _truth(draft: Draft, sides: _Sides, scale: float | None, tiled: bool) -> Truth:
@@ -175,20 +209,45 @@ def _truth(draft: Draft, sides: _Sides, scale: float | None, tiled: bool) -> Tru
     for factor in scales[:3] if len(sides.pairs) == 1 else [None]:
         product = None if factor is None or product is None else product * factor
     kind: SiteKind = sides.kind or ("mha" if h == k else "mqa" if k == 1 else "gqa")
-    return Truth(query, key, head_map, norms, sides.cross, kind, 1, "", product, sides.unchecked)
+    latent = tuple(dict.fromkeys(n for pair in sides.pairs for o in pair for n in o.latent_norms))
+    return Truth(
+        query=query,
+        key=key,
+        head_map=head_map,
+        norms=norms,
+        latent_norms=latent,
+        cross=sides.cross,
+        kind=kind,
+        name=sides.name,
+        scale=product,
+        unchecked=sides.unchecked,
+        may_refuse=sides.may_refuse,
+    )
 
 
-def _output(draft: Draft, out: Value, width: int, keep: int | None) -> Value:
+def _output(draft: Draft, out: Value, width: int, sides: _Sides) -> Value:
     """Heads side by side, projected back to the width of the stream."""
     heads = "".join(a for a in out.axes if a not in "bte")
-    out = draft.arrange(out, "bt" + heads + "e")
+    out = draft.arrange(out, sides.batch + "t" + heads + "e")
+    if len(heads) == 1 and draft.sizes[heads] % 2 == 0 and draft.choices.chance("differential", 4):
+        out, heads = _difference(draft, out, heads)
     out, letter = draft.fold(out, heads + "e")
     m = draft.module("out", f"nn.Linear({draft.sizes[letter]}, {width})")
     code = f"self.{m}({out.name})"
-    if keep is not None:
-        code += f"[:, :{keep}]"
+    if sides.keep is not None:
+        code += f"[:, :{sides.keep}]"
     draft.sizes["c"] = width
-    return draft.let("o", code, "btc")
+    return draft.let("o", code + sides.back, "btc")
+
+
+def _difference(draft: Draft, out: Value, heads: str) -> tuple[Value, str]:
+    """Differential attention: every second head is taken from the one before it."""
+    half, two = draft.letter(draft.sizes[heads] // 2), draft.letter(2)
+    out = draft.unfold(out, heads, draft.choices.pick("pairs of heads", [half + two, two + half]))
+    at = out.axis(two)
+    weight = draft.parameter("lam", 1)
+    code = f"{out.name}.select({at}, 0) - self.{weight} * {out.name}.select({at}, 1)"
+    return draft.let("out", code, out.axes.replace(two, "")), half
 
 
 def _wants(draft: Draft, roles: tuple[Role, ...] = ("q", "k", "other"), keys: str = "k") -> list[Want]:
@@ -241,10 +300,27 @@ def _renamed(draft: Draft, x: Operand, letter: str) -> Operand:
 
 
 def _self(draft: Draft) -> _Sides:
+    x, batch, back = _seen_as(draft)
     draft.sizes["s"] = draft.sizes["t"]
-    q, k, v = projected(draft, Value("x", "btc"), _wants(draft, keys=_heads_of_keys(draft)))
+    q, k, v = projected(draft, x, _wants(draft, keys=_heads_of_keys(draft)))
     q, k, v = _on_the_way(draft, q, k, v)
-    return _Sides([(q, k)], v)
+    return _Sides([(q, k)], v, batch=batch, back=back)
+
+
+def _seen_as(draft: Draft) -> tuple[Value, str, str]:
+    """The input as attention sees it; its batch axes, and what turns the output back."""
+    sizes, x = draft.sizes, Value("x", "btc")
+    b, t, c = sizes["b"], sizes["t"], sizes["c"]
+    way = draft.choices.pick("input", ["as it is"] * 5 + ["tokens first", "no batch", "windows", "shifted windows"])
+    if way == "tokens first":
+        return draft.let("x", "x.transpose(0, 1)", "tbc"), "b", ""
+    if way == "no batch":
+        return draft.let("x", "x[0]", "tc"), "", f".expand({b}, {t}, {c})"
+    if "windows" not in way or t % 2:
+        return x, "b", ""
+    moved, back = ("x.roll(1, 1)", ".roll(-1, 1)") if way.startswith("shifted") else ("x", "")
+    sizes["b"], sizes["t"] = b * 2, t // 2
+    return draft.let("x", f"{moved}.reshape({b * 2}, {t // 2}, {c})", "btc"), "b", f".reshape({b}, {t}, {c}){back}"
 
 
 def _cross(draft: Draft) -> _Sides:
@@ -275,12 +351,14 @@ def _adapters(draft: Draft) -> _Sides:
     x = Value("x", "btc")
     rank = draft.choices.pick("rank", [2, 1, 3])
     on = draft.choices.pick("adapters", ["both", "queries", "keys"])
+    merged = draft.choices.chance("merged", 12)
     wants = _wants(draft, keys=_heads_of_keys(draft))
-    q = with_adapter(draft, x, wants[0], rank) if on != "keys" else single(draft, x, wants[0])
-    k = with_adapter(draft, x, wants[1], rank) if on != "queries" else single(draft, x, wants[1])
+    made = merged_adapter if merged else with_adapter
+    q = made(draft, x, wants[0], rank) if on != "keys" else single(draft, x, wants[0])
+    k = made(draft, x, wants[1], rank) if on != "queries" else single(draft, x, wants[1])
     v = single(draft, x, wants[2])
     q, k, v = _on_the_way(draft, q, k, v)
-    return _Sides([(q, k)], v)
+    return _Sides([(q, k)], v, may_refuse=merged)
 
 
 def _low_rank(draft: Draft) -> _Sides:
@@ -312,7 +390,8 @@ def _absorbed(draft: Draft) -> _Sides:
     draft.sizes["s"] = draft.sizes["t"]
     draft.sizes["k"] = 1
     pairs, v = latent_attention(draft, Value("x", "btc"), Value("x", "btc"), absorbed=True)
-    return _Sides(pairs, v, unchecked=frozenset({"roles", "kind"}))
+    # A norm of the keys' latent stands right before the logits here, and between two factors in the other reading.
+    return _Sides(pairs, v, unchecked=frozenset({"roles", "kind", "norms", "latent norms"}))
 
 
 def _joint(draft: Draft) -> _Sides:
@@ -423,9 +502,12 @@ def _around(choices: Choices, attention: _Attention, sizes: dict[str, int]) -> t
     depth = choices.pick("depth", [1, 2, 3])
     shared = choices.chance("shared layer", 5)
     tied = depth > 1 and not shared and choices.chance("tied parameters", 8)
+    part = _tied_part(choices, attention) if depth > 1 and not shared and not tied else ""
     init = [f"self.blocks = nn.ModuleList(Block() for _ in range({1 if shared else depth}))"]
     if tied:
         init += ["for block in self.blocks[1:]:", "    block.attn = self.blocks[0].attn"]
+    if part:
+        init += ["for block in self.blocks[1:]:", f"    block.attn.{part} = self.blocks[0].attn.{part}"]
     if shared:
         lines = [f"for _ in range({depth}):", f"    x = self.blocks[0]({arguments})", "return x"]
     else:
@@ -435,11 +517,29 @@ def _around(choices: Choices, attention: _Attention, sizes: dict[str, int]) -> t
     sites = []
     for i in range(1 if one else depth):
         for site in attention.sites:
-            made = site.moved(f"blocks.{i}.attn")
-            made = replace(made, name=None if name is None else f"blocks.{i}.attn", calls=depth if one else 1)
-            sites.append(made)
+            made = site.moved(f"blocks.{i}.attn", {} if not part else _names_of(site, part, i))
+            if name is None and site.name == "":
+                made = replace(made, name=None)
+            made = replace(made, calls=depth if one else 1)
+            same = next((n for n, s in enumerate(sites) if (s.query, s.key) == (made.query, made.key)), None)
+            if same is None:
+                sites.append(made)
+            else:  # nothing but tied parameters: one attention that runs again
+                sites[same] = replace(sites[same], calls=sites[same].calls + 1)
     skips = tuple(f"blocks.{i}.other" for i in range(depth)) if distractor else ()
     return source, sites, skips
+
+
+def _tied_part(choices: Choices, attention: _Attention) -> str:
+    """A parameter or submodule of the attention that all layers share, "" mostly."""
+    names = sorted({link.param.split(".")[0] for truth in attention.sites for link in truth.links()})
+    return choices.pick("tied part", names) if choices.chance("tied part", 8) else ""
+
+
+def _names_of(site: Truth, part: str, layer: int) -> dict[str, str]:
+    """First names of what layers share."""
+    names = {name for link in site.links() for name in (link.param, link.bias) if name and name.split(".")[0] == part}
+    return {f"blocks.{layer}.attn.{name}": f"blocks.0.attn.{name}" for name in names}
 
 
 _FUNCTION = """\

@@ -28,6 +28,7 @@ class Operand:
         dims: Letter of the feature axis.
         kinds: Its vectors, one set for each kind of token.
         norms: QK norms passed.
+        latent_norms: Norms between its factors.
         scale: Factor since the projection; None where it is not a plain number.
     """
 
@@ -36,6 +37,7 @@ class Operand:
     dims: str
     kinds: tuple[Vectors, ...]
     norms: tuple[Norm, ...] = ()
+    latent_norms: tuple[Norm, ...] = ()
     scale: float | None = 1.0
 
     def at(self, value: Value) -> Operand:
@@ -187,7 +189,8 @@ def _tokens(value: Value, want: Want) -> Value:
 def single(draft: Draft, x: Value, want: Want) -> Operand:
     """q, k or v from weights of its own."""
     n, d = draft.sizes[want.heads], draft.sizes[want.dims]
-    ways = ["matrix", "three-dimensional", "per head", "per head matmul", "flattened"]
+    ways = ["matrix", "three-dimensional", "per head", "flattened"]
+    ways += ["per head matmul"] if len(x.axes) == 3 else []
     way = draft.choices.pick(f"{want.name} weight", ways)
     if way == "matrix":
         made = linear(draft, str(want.name), x, n * d, want.role, want.bias, cuts=range(d, n * d, d))
@@ -218,8 +221,6 @@ def single(draft: Draft, x: Value, want: Want) -> Operand:
         value, axis = draft.unfold(value, out, want.heads + want.dims), 0
     elif way == "per head matmul":
         w, axis = draft.parameter(f"{want.name}_w", n, n_in, d), 0
-        if len(rest) != 2:
-            raise AssertionError(x)
         code = f"torch.matmul({x.name}.unsqueeze(1), self.{w})"
         value = draft.let(want.name, code, rest[0] + want.heads + rest[1] + want.dims)
     else:

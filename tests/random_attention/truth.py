@@ -9,7 +9,7 @@ in the same places of the head dimension; rows of one pair of chains, over all p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, Ranges, Role, Side, SiteKind, WeightBlock
@@ -41,26 +41,28 @@ class Truth:
         key: The same of the key side.
         head_map: Key head of each query head.
         norms: QK norms.
+        latent_norms: Norms between the factors of a chain.
         cross: Whether the sides come from different sequences.
         kind: Kind of site, or None where it is a matter of taste.
         calls: How often it runs.
         name: Module whose forward makes the logits, or None where hooks cannot tell.
         scale: Factor on the product; None where it is not a plain number or not checked.
-        checks: What is not compared is left out: "roles", "bias", "scale", "cross".
-        refused: Codes with which the finder may refuse it by design.
+        unchecked: What is a matter of taste here and is not compared: "roles", "biases", "norms", "kind".
+        may_refuse: Whether the finder may refuse it by design.
     """
 
     query: tuple[Vectors, ...]
     key: tuple[Vectors, ...]
     head_map: tuple[int, ...]
     norms: tuple[Norm, ...] = ()
+    latent_norms: tuple[Norm, ...] = ()
     cross: bool = False
     kind: SiteKind | None = None
     calls: int = 1
     name: str | None = ""
     scale: float | None = None
     unchecked: frozenset[str] = frozenset()
-    refused: frozenset[str] = frozenset()
+    may_refuse: bool = False
 
     def moved(self, module: str, rename: dict[str, str] | None = None) -> Truth:
         """The same attention inside another module; `rename` gives parameters that are tied to others."""
@@ -78,11 +80,28 @@ class Truth:
                 tuple(tuple(frozenset(map(path, place)) for place in head) for head in kind) for kind in all_kinds
             )
 
-        norms = tuple(
-            replace(n, module=n.module and name(n.module), weight=n.weight and name(n.weight)) for n in self.norms
-        )
+        def named(norms: tuple[Norm, ...]) -> tuple[Norm, ...]:
+            return tuple(
+                replace(n, module=n.module and name(n.module), weight=n.weight and name(n.weight)) for n in norms
+            )
+
         own = self.name if self.name is None else ".".join(filter(None, (module, self.name)))
-        return replace(self, query=vectors(self.query), key=vectors(self.key), norms=norms, name=own)
+        return replace(
+            self,
+            query=vectors(self.query),
+            key=vectors(self.key),
+            norms=named(self.norms),
+            latent_norms=named(self.latent_norms),
+            name=own,
+        )
+
+    def links(self) -> Iterator[Link]:
+        """All factors on both sides."""
+        for kind in (*self.query, *self.key):
+            for head in kind:
+                for place in head:
+                    for path in place:
+                        yield from path
 
     # ---- terms -------------------------------------------------------------------------------------------------------
 
@@ -131,6 +150,7 @@ class Truth:
             key=tuple(blocks["key"]),
             terms=tuple(dict.fromkeys(made)),
             qk_norm=self.norms,
+            latent_norm=self.latent_norms,
             logit_scale=self.scale,
         )
 
