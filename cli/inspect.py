@@ -1,29 +1,37 @@
 """DOOR: `quack-fx inspect TARGET`: every query/key pair of a model, what was skipped and why, what never ran.
 
 In: a target. Out: on stdout a table with one row per group of equal layers and the tree of one pair, or the layout as
-JSON; with --html also a page. Exit status 1 where there is no attention.
+JSON; with --html also a page; with --verify a tick or a dash for each attention. Exit status 1 where there is no
+attention, and where one was to be proved and could not be.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .common import (
     BuildOption,
     DebugOption,
+    Finding,
     ForceOption,
     InputsOption,
     TargetArgument,
     check_output,
     find,
     note,
+    progress,
     show,
     write_whole,
 )
+from .proof import prove
+
+if TYPE_CHECKING:
+    from quack_fx.report import Proof
 
 
 def inspect(
@@ -36,6 +44,9 @@ def inspect(
         str | None,
         typer.Option("--pair", metavar="NAME", help="Show this attention alone, in full; the end of its name will do."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Prove by gradients what was found; a tick for each attention.")
+    ] = False,
     build: BuildOption = None,
     inputs: InputsOption = None,
     force: ForceOption = False,
@@ -49,6 +60,8 @@ def inspect(
     from quack_fx.layout import QKLayout
 
     layout, facts = finding.layout, finding.facts
+    if verify and layout.sites:
+        facts = replace(facts, proof=_proof(finding))
     site = report.find_site(layout, pair) if pair is not None else None
     if as_json:
         typer.echo(json.dumps((layout if site is None else QKLayout((site,))).to_dict()))
@@ -62,4 +75,24 @@ def inspect(
     if not layout.sites:
         note(f"no attention found in {facts.title}")
         return 1
+    if facts.proof is not None and facts.proof.open:
+        note(facts.proof.summary([s.name for s in layout.sites]))
+        return 1
     return 0
+
+
+def _proof(finding: Finding) -> Proof:
+    """The proof of a finding; where there is nothing to prove on, every attention is open.
+
+    Raises:
+        VerifyError: A claim is wrong.
+    """
+    from quack_fx.report import Proof
+    from quack_fx.verify import CannotRun
+
+    with progress() as say:
+        try:
+            report, where = prove(finding, say)
+        except CannotRun as error:
+            return Proof("a copy with random weights", {site.name: str(error) for site in finding.layout.sites})
+    return Proof(where, {entry.name: entry.reason for entry in report.not_proved})

@@ -20,6 +20,7 @@ from .common import (
     progress,
     show,
 )
+from .proof import prove
 
 
 def verify(
@@ -34,11 +35,8 @@ def verify(
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to verify")
         return 1
-    from quack_fx.verify import verify_qk_pairs
-
     with progress() as say:
-        say(f"proving {len(finding.layout.sites)} attentions on random weights")
-        report = verify_qk_pairs(finding.target.model, finding.layout, *finding.target.args, **finding.target.kwargs)
+        report, where = prove(finding, say)
     from quack_fx.report.groups import group_names
 
     checks = {proof.name: proof.checks for proof in report.proved}
@@ -46,9 +44,13 @@ def verify(
     for pattern, names in group_names(checks):
         total = sum(checks[name] for name in names)
         table.add_row("proved", Text(pattern), f"x{len(names)}" if len(names) > 1 else "", f"{total:,} checks")
+    reasons: dict[str, list[str]] = {}
     for entry in report.not_proved:
-        table.add_row("not decided", Text(entry.name or "(root)"), "", Text(entry.reason))
-    show(table)
+        reasons.setdefault(entry.reason, []).append(entry.name)
+    for reason, open_names in reasons.items():
+        for pattern, names in group_names(open_names):
+            table.add_row("not decided", Text(pattern), f"x{len(names)}" if len(names) > 1 else "", Text(reason))
+    show(table, Text(f"on {where}"))
     if not report.complete:
         note(f"{len(report.not_proved)} of {len(finding.layout.sites)} attentions could not be decided")
         return 1

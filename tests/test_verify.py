@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CASES, IDS, Case, gpt2, heads, hugging_face, llama, our_gpt, site
+from tiny_models import CASES, EXAMPLES, IDS, Case, gpt2, heads, hugging_face, llama, our_gpt, site
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from quack_fx.cli.app import main
 from quack_fx.errors import LayoutError, VerifyError
 from quack_fx.find import find_qk_pairs
 from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
@@ -357,3 +360,24 @@ def test_bad_input_is_told_in_one_line(build: Callable[[], Case], message: str) 
     with pytest.raises((VerifyError, LayoutError), match=message) as error:
         verify_qk_pairs(case.model, case.layout, **case.inputs)
     assert "\n" not in str(error.value)
+
+
+# -- on the command line -----------------------------------------------------------------------------------------------
+
+
+def test_inspect_ticks_every_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    target = str(EXAMPLES / "mla.py")
+    assert main(["inspect", target, "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "4 of 4 proved by gradients on a copy with random weights" in out
+    assert re.search(r"^✓ +blocks.\{0..3\}.attn", out, re.MULTILINE)
+
+
+def test_inspect_says_why_there_is_no_tick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    large = ["--build", "GPT(GPTConfig(width=6144, heads=48, layers=2))"]
+    assert main(["inspect", str(EXAMPLES / "gpt.py"), *large, "--verify", "--html", str(page)]) == 1
+    told = capsys.readouterr()
+    assert re.search(r"^- +blocks.\{0..1\}.attn", told.out, re.MULTILINE)
+    assert "a proof copies at most" in told.out and "a proof copies at most" in page.read_text()
+    assert "0 of 2 proved" in told.err

@@ -18,11 +18,11 @@ from rich.console import RenderableType
 
 from quack_fx.errors import LayoutError
 from quack_fx.layout import AttentionSite, QKLayout
-from quack_fx.report.facts import Facts
+from quack_fx.report.facts import Facts, Proof
 from quack_fx.report.html import page
 from quack_fx.report.terminal import Overview, pair_tree
 
-__all__ = ["Facts", "find_site", "html", "overview", "pair"]
+__all__ = ["Facts", "Proof", "find_site", "html", "overview", "pair"]
 
 
 def overview(layout: QKLayout, facts: Facts) -> RenderableType:

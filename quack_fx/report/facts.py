@@ -6,10 +6,34 @@ In: plain values. Out: `Facts`, and sums over a layout. No torch here: a report 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quack_fx.layout import QKLayout
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a proof by gradients said about the attentions of a layout.
+
+    Attributes:
+        where: What it was made on: "a copy with random weights".
+        open: Names of the attentions that it could not decide, each with the reason; all others are proved.
+    """
+
+    where: str
+    open: Mapping[str, str] = field(default_factory=dict)
+
+    def text(self, names: Sequence[str]) -> str:
+        """Ticks of some attentions in a few characters: "✓", "-", or how many of each."""
+        wrong = sum(name in self.open for name in names)
+        right = len(names) - wrong
+        return f"✓ {right}  - {wrong}" if wrong and right else "-" if wrong else "✓"
+
+    def summary(self, names: Sequence[str]) -> str:
+        """How many attentions are proved, on what."""
+        right = sum(name not in self.open for name in names)
+        return f"{right} of {len(names)} proved by gradients on {self.where}"
 
 
 @dataclass(frozen=True)
@@ -22,6 +46,7 @@ class Facts:
         graph: What was recorded: "567 nodes, recorded with fake weights".
         seconds: Time from the target to the layout.
         shapes: Shape of every parameter by name.
+        proof: What a proof said, where one was asked for.
     """
 
     title: str
@@ -29,6 +54,7 @@ class Facts:
     graph: str = ""
     seconds: float = 0.0
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    proof: Proof | None = None
 
     @property
     def parameters(self) -> int:

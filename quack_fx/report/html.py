@@ -13,7 +13,7 @@ from html import escape
 from quack_fx import __version__
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
 from quack_fx.report import groups as g
-from quack_fx.report.facts import Facts, count_text, qk_count
+from quack_fx.report.facts import Facts, Proof, count_text, qk_count
 from quack_fx.report.graph import svg
 
 _STYLE = """
@@ -81,7 +81,7 @@ def page(layout: QKLayout, facts: Facts) -> str:
         *(f'<p class="soft">{escape(text)}</p>' for text in (facts.how, facts.graph) if text),
         _sums(layout, facts, len(groups)),
         "<h2>Query/key pairs, one row per group of equal layers</h2>" if groups else "<h2>No attention was found</h2>",
-        _table(groups) if groups else "",
+        _table(groups, facts.proof) if groups else "",
         '<p class="soft">h counts query heads, g key heads where they are fewer; rows a:b end before b.</p>'
         if groups
         else "",
@@ -91,6 +91,7 @@ def page(layout: QKLayout, facts: Facts) -> str:
         else "",
         *("<h2>Each group</h2>" if i == 0 else "" for i, _ in enumerate(groups[:1])),
         *(_details(group, facts, is_open=i == 0) for i, group in enumerate(groups)),
+        _not_proved(facts.proof),
         _skipped(layout),
         _untouched(layout),
         f"<footer>Made with quack-fx {escape(__version__)}.</footer>",
@@ -116,6 +117,9 @@ def _sums(layout: QKLayout, facts: Facts, groups: int) -> str:
         cards.append((count_text(own), share))
     cards.append((str(len(layout.skipped)), "skipped, with reasons"))
     cards.append((f"{len(layout.untouched):,}", "parameters that never ran"))
+    if facts.proof is not None:
+        right = sum(site.name not in facts.proof.open for site in layout.sites)
+        cards.append((str(right), f"proved by gradients on {facts.proof.where}"))
     if facts.seconds:
         cards.append((f"{facts.seconds:.1f} s", "from the model to this"))
     return (
@@ -125,18 +129,20 @@ def _sums(layout: QKLayout, facts: Facts, groups: int) -> str:
     )
 
 
-def _table(groups: Sequence[g.Group]) -> str:
+def _table(groups: Sequence[g.Group], proof: Proof | None) -> str:
     rows = []
     for group in groups:
         site = group.first
         remarks = ", ".join(_remarks(group))
+        tick = "" if proof is None else f"<td>{escape(proof.text([s.name for s in group.sites]))}</td>"
         weights = "<br>".join(_weight(site, side, block) for side, block in site.blocks())
         rows.append(
-            f"<tr><td><code>{escape(group.name)}</code> <span class=soft>{escape(remarks)}</span></td>"
+            f"<tr>{tick}<td><code>{escape(group.name)}</code> <span class=soft>{escape(remarks)}</span></td>"
             f"<td>{escape(g.kind_text(site))}</td><td class=num>{site.head_dim}</td><td class=mono>{weights}</td>"
             f"<td>{escape(g.norms_text(site.qk_norm))}</td><td class=num>{escape(g.scale_text(site))}</td></tr>"
         )
-    head = "<tr><th>Attention<th>Heads<th>Dim<th>Weights and rows of a head<th>QK norm<th>Scale</tr>"
+    head = "<tr>" + "<th>Proof" * (proof is not None)
+    head += "<th>Attention<th>Heads<th>Dim<th>Weights and rows of a head<th>QK norm<th>Scale</tr>"
     return f'<div class="wide frame"><table>{head}{"".join(rows)}</table></div>'
 
 
@@ -217,12 +223,21 @@ def _bar(side: Side, a: int, b: int, odd: str, text: str) -> str:
     return f'<rect class="{side}{odd}" x="{a}" y="0" width="{b - a}" height="10"><title>{escape(text)}</title></rect>'
 
 
+def _not_proved(proof: Proof | None) -> str:
+    return "" if proof is None else _by_reason("Not proved", proof.open.items())
+
+
 def _skipped(layout: QKLayout) -> str:
+    return _by_reason("Skipped", ((entry.name, f"{entry.reason} [{entry.code}]") for entry in layout.skipped))
+
+
+def _by_reason(title: str, entries: Iterable[tuple[str, str]]) -> str:
+    """Names under the reason that they share."""
     reasons: dict[str, list[str]] = {}
-    for entry in layout.skipped:
-        reasons.setdefault(f"{entry.reason} [{entry.code}]", []).append(entry.name)
+    for name, reason in entries:
+        reasons.setdefault(reason, []).append(name)
     items = "".join(f"<li>{escape(reason)}<ul>{_names(names)}</ul>" for reason, names in reasons.items())
-    return f"<h2>Skipped</h2><ul>{items}</ul>" if items else ""
+    return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
 
 
 def _untouched(layout: QKLayout) -> str:

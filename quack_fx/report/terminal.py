@@ -20,7 +20,7 @@ from rich.tree import Tree
 
 from quack_fx.layout import AttentionSite, QKLayout, Side, WeightBlock
 from quack_fx.report import groups as g
-from quack_fx.report.facts import Facts, count_text, qk_count
+from quack_fx.report.facts import Facts, Proof, count_text, qk_count
 
 QUERY, KEY, DIM, HEAD = "cyan", "magenta", "dim", "bold"
 _COLOUR: dict[Side, str] = {"query": QUERY, "key": KEY}
@@ -36,10 +36,12 @@ class Overview:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from (header(self.layout, self.facts), Text())
         if self.layout.sites:
-            table = pair_table(self.layout, narrow=False)
+            table = pair_table(self.layout, self.facts.proof, narrow=False)
             wide = Measurement.get(console, options.update(max_width=10_000), table).maximum
-            yield table if wide <= options.max_width else pair_table(self.layout, narrow=True)
+            yield table if wide <= options.max_width else pair_table(self.layout, self.facts.proof, narrow=True)
             yield Padding(notes(self.layout), (0, 0, 1, 0))
+        if self.facts.proof is not None and self.facts.proof.open:
+            yield _listing("Not proved", list(self.facts.proof.open.items()), counts=True)
         if self.layout.skipped:
             yield _listing("Skipped", [(s.name, f"{s.reason} [{s.code}]") for s in self.layout.skipped], counts=True)
         if self.layout.untouched:
@@ -67,12 +69,16 @@ def header(layout: QKLayout, facts: Facts) -> RenderableType:
         own, total = qk_count(layout, facts.shapes), facts.parameters
         found += f"; {count_text(own)} of {count_text(total)} parameters are query/key rows ({own / max(total, 1):.1%})"
     grid.add_row("found", Text(found))
+    if facts.proof is not None:
+        grid.add_row("proof", Text(facts.proof.summary([site.name for site in layout.sites])))
     return grid
 
 
-def pair_table(layout: QKLayout, narrow: bool) -> Table:
+def pair_table(layout: QKLayout, proof: Proof | None, narrow: bool) -> Table:
     """One row per group of equal layers; narrow: its weights stand under its name."""
     table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False, padding=(0, 1), show_edge=False, leading=1)
+    if proof is not None:
+        table.add_column("Proof", no_wrap=True)
     table.add_column("Attention" + (", weights and rows of a head" if narrow else ""), overflow="fold")
     table.add_column("Heads", no_wrap=True)
     table.add_column("Dim", justify="right", no_wrap=True)
@@ -90,7 +96,8 @@ def pair_table(layout: QKLayout, narrow: bool) -> Table:
         if extras:
             name.append("  " + ", ".join(extras), "not bold " + DIM)
         weights = _weights(site)
-        first: list[RenderableType] = [Group(name, Padding(weights, (0, 0, 0, 2)))] if narrow else [name]
+        first: list[RenderableType] = [proof.text([s.name for s in group.sites])] if proof is not None else []
+        first += [Group(name, Padding(weights, (0, 0, 0, 2)))] if narrow else [name]
         rest: list[RenderableType] = [] if narrow else [weights]
         rest += [g.norms_text(site.qk_norm)] if normed else []
         table.add_row(*first, g.kind_text(site), str(site.head_dim), *rest, g.scale_text(site))
@@ -150,6 +157,10 @@ def pair_tree(site: AttentionSite, facts: Facts) -> RenderableType:
     title.append(f"  {g.kind_text(site)}, head dim {site.head_dim}", "not bold")
     title.append(f"{', cross' if site.cross else ''}{f', {site.calls} calls' if site.calls > 1 else ''}", "not bold")
     tree = Tree(title, guide_style=DIM)
+    if facts.proof is not None:
+        reason = facts.proof.open.get(site.name)
+        told = f"✓ by gradients on {facts.proof.where}" if reason is None else f"- {reason}"
+        tree.add(Text.assemble(("proof   ", DIM), told))
     for side, blocks in (("query", site.query), ("key", site.key)):
         _side(tree, site, "query" if side == "query" else "key", blocks, facts)
     tree.add(Text.assemble(("heads   ", DIM), g.map_text(site)))

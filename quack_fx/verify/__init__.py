@@ -38,14 +38,14 @@ from quack_fx.errors import VerifyError
 from quack_fx.factors import check_layout
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.verify.compare import check_site
-from quack_fx.verify.copy import as_float32, first_line, random_copy
+from quack_fx.verify.copy import CannotRun, TooLarge, as_float32, first_line, random_copy
 from quack_fx.verify.evidence import CannotTell, Evidence
 from quack_fx.verify.graph import Graph
 from quack_fx.verify.ops import Softmax
 from quack_fx.verify.owners import check_complete, softmaxes_of
 from quack_fx.verify.tape import record
 
-__all__ = ["NotProved", "SiteProof", "VerifyReport", "verify_qk_pairs"]
+__all__ = ["CannotRun", "NotProved", "SiteProof", "TooLarge", "VerifyReport", "verify_qk_pairs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +142,14 @@ def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """Run a copy of a model on random weights.
 
     Raises:
-        VerifyError: It cannot be copied or run.
+        CannotRun: It cannot be copied or run.
     """
     copy = random_copy(model, torch.Generator().manual_seed(0))
     args, kwargs = tree_map(as_float32, (args, dict(kwargs)))
     try:
         return Graph(record(copy, args, kwargs))
     except Exception as error:
-        raise VerifyError(
+        raise CannotRun(
             f"the forward of {type(model).__name__} fails on random weights: {first_line(error)}; "
             "give the inputs that find_qk_pairs was given"
         ) from error

@@ -14,6 +14,15 @@ from torch import Tensor, nn
 
 from quack_fx.errors import VerifyError
 
+
+class CannotRun(VerifyError):
+    """There is nothing to prove on: the model is too large to copy, or its copy does not run."""
+
+
+class TooLarge(CannotRun):
+    """The model is too large to copy."""
+
+
 SIZE_LIMIT = 500_000_000
 """Parameters of a model that is still copied and run."""
 
@@ -22,14 +31,14 @@ def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in evaluation mode, on real float32 tensors, with random weights."""
     total = sum(p.numel() for p in model.parameters())
     if total > SIZE_LIMIT:
-        raise VerifyError(
+        raise TooLarge(
             f"{type(model).__name__} has {total:,} parameters, a proof copies at most {SIZE_LIMIT:,}; "
             "verify the same architecture with fewer layers and a smaller width"
         )
     try:
         copy = deepcopy(model).eval()
     except Exception as error:
-        raise VerifyError(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+        raise CannotRun(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
     if any(t.is_meta for t in (*copy.parameters(), *copy.buffers())):
         copy = copy.to_empty(device="cpu")
         for buffer in copy.buffers():
@@ -59,7 +68,7 @@ def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
 def as_float32(value: Any) -> Any:
     """Inputs in the copy's precision."""
     if isinstance(value, Tensor) and value.is_meta:
-        raise VerifyError("an example input is on meta; a proof on real numbers needs real inputs")
+        raise CannotRun("an example input is on meta; a proof on real numbers needs real inputs")
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to(torch.float32)
     return value
