@@ -102,7 +102,7 @@ def _sizes(choices: Choices) -> dict[str, int]:
     sizes["h"] = sizes["k"] * choices.pick("group", [1, 1, 2, 3])
     sizes["e"] = choices.pick("value dimension", [sizes["d"], 5, 3])
     if choices.chance("equal sizes", 15):
-        sizes |= {"t": sizes["h"], "s": sizes["h"], "d": sizes["h"], "e": sizes["h"]}
+        sizes |= dict.fromkeys("tsde", max(2, sizes["h"]))
     return sizes
 
 
