@@ -10,7 +10,7 @@ CLIP's similarity (its softmax weighs nothing).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch.fx import Node
@@ -48,6 +48,7 @@ class Logits:
         end: The softmax's input; the product itself for fused ops.
         axis: Axis of `end` that the softmax runs over: the keys.
         output: Product of the weights and the values; the fused op itself.
+        siblings: Outputs of attentions of the same form in the same module call: the other heads of a Python loop.
     """
 
     products: tuple[Product, ...]
@@ -55,6 +56,7 @@ class Logits:
     end: Node
     axis: int
     output: Node
+    siblings: tuple[Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,19 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
             found.extend(_fused(df, node, misses))
     misses.extend(_without_softmax(df, used | value_products))
     found.sort(key=lambda logits: df.index[logits.output])
-    return found, misses
+    return _with_siblings(df, found), misses
+
+
+def _with_siblings(df: Dataflow, found: list[Logits]) -> list[Logits]:
+    families: dict[object, list[Node]] = {}
+    # Our recordings make one stack of modules for each call.
+    keys = [(id(one.end.meta.get("nn_module_stack")), df.shape(one.end), len(one.products)) for one in found]
+    for key, one in zip(keys, found, strict=True):
+        families.setdefault(key, []).append(one.output)
+    return [
+        replace(one, siblings=tuple(n for n in families[key] if n is not one.output))
+        for key, one in zip(keys, found, strict=True)
+    ]
 
 
 # ---- softmax ---------------------------------------------------------------------------------------------------------
@@ -128,6 +142,7 @@ def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
 def _weighted_values(df: Dataflow, softmax: Node) -> Node | None:
     """The product of a softmax's weights with data, or None."""
     seen: set[Node] = set()
+    mixed: set[Node] = set()  # weights that were combined with other data: a router's, mostly
     todo = [softmax]
     while todo:
         node = todo.pop(0)
@@ -136,6 +151,10 @@ def _weighted_values(df: Dataflow, softmax: Node) -> Node | None:
                 continue
             seen.add(user)
             op = df.op[user]
+            if node in mixed or sum(n in df.activation for n in user.all_input_nodes) > 1:
+                mixed.add(user)
+            elif df.op[softmax].kind != "contraction":
+                df.open(user)
             if _is_product(df, user) or _is_bilinear(df, user):
                 return user
             if op.kind in _SMOOTH and not (op.name == "mul" and _summed(df, user)):
@@ -199,7 +218,7 @@ def _behind(df: Dataflow, end: Node, value_products: set[Node]) -> tuple[list[Pr
         node = todo.pop()
         if node in seen or (node not in df.activation and df.group[node] not in df.writes):
             continue
-        seen.add(node)
+        seen.add(df.open(node))
         if _is_product(df, node):
             if node not in value_products:
                 left, right, added = factors_of(df, node)  # type: ignore[misc]

@@ -17,6 +17,13 @@ from torch.fx import GraphModule, Node
 from quack_fx.opset import FACTORY, VALUE_FREE, Op, op_of
 
 
+class BehindLayer(Exception):
+    """The search needs to see behind a node that stands for a whole layer."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(f"{node.name} stands in the way")
+
+
 class Dataflow:
     """Flags of all nodes of one graph.
 
@@ -71,6 +78,16 @@ class Dataflow:
                 self.activation.add(member)
         if written:
             self.writes.setdefault(group, []).append(node)
+
+    def open(self, node: Node) -> Node:
+        """The node, for a walk that goes on behind it.
+
+        Raises:
+            BehindLayer: It stands for a layer that was not recorded.
+        """
+        if self.op[node].kind == "layer":
+            raise BehindLayer(node)
+        return node
 
     def value(self, node: Node) -> Any:
         """Recorded value: real, meta or fake tensor, tuple of tensors, or a plain number."""

@@ -17,10 +17,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quack_fx.attention import NearMiss, find_logits
-from quack_fx.capture import Capture, capture
+from quack_fx.capture import Capture, RepeatedLayer, capture
 from quack_fx.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, QKLayout, Skipped
-from quack_fx.provenance import Refused, Repeats, Tracer, find_heads, make_site, merge_calls
+from quack_fx.provenance import BehindLayer, LeftOut, Refused, Repeats, Tracer, find_heads, make_site, merge_calls
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,27 @@ def _find(
     tell = progress or (lambda text: None)
     tell("recording one forward pass")
     start = time.perf_counter()
-    recorded = recording or capture(model, args, kwargs)
+    recorded = recording or capture(model, args, kwargs, layers_once=True)
     captured = time.perf_counter()
-    names = {id(p): n for n, p in model.named_parameters()}
-    graph = recorded.graph_module.graph
-    known = set(names.values())
-    weights = {n: str(n.target) for n in graph.nodes if n.op == "get_attr" and str(n.target) in known}
-    tell(f"looking for attention in {len(graph.nodes):,} ops")
-    layout = find_in_graph(recorded.graph_module, weights, all_names=tuple(names.values()), progress=progress)
+    try:
+        layout = _in_recording(model, recorded, tell)
+    except BehindLayer:
+        # What is wanted lies behind a layer that was left out: all of them are needed.
+        tell("recording the forward pass with every layer")
+        recorded = capture(model, args, kwargs)
+        layout = _in_recording(model, recorded, tell)
     seconds = {"capture": captured - start, "find": time.perf_counter() - captured}
-    return Found(layout, recorded.way, len(graph.nodes), seconds, recorded.canned, recorded.fallback_reason)
+    nodes = len(recorded.graph_module.graph.nodes)
+    return Found(layout, recorded.way, nodes, seconds, recorded.canned, recorded.fallback_reason)
+
+
+def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], None]) -> QKLayout:
+    names = tuple(dict.fromkeys(name for name, _ in model.named_parameters()))
+    nodes = recorded.graph_module.graph.nodes
+    known = set(names)
+    weights = {n: str(n.target) for n in nodes if n.op == "get_attr" and str(n.target) in known}
+    tell(f"looking for attention in {len(nodes):,} ops")
+    return find_in_graph(recorded.graph_module, weights, all_names=names, repeated=recorded.repeated, progress=tell)
 
 
 def find_in_graph(
@@ -133,6 +144,7 @@ def find_in_graph(
     weights: Mapping[Node, str] | None = None,
     *,
     all_names: Sequence[str] = (),
+    repeated: Sequence[RepeatedLayer] = (),
     progress: Callable[[str], None] | None = None,
 ) -> QKLayout:
     """Layout of an ATen-level graph, one of torch.export or make_fx as well as ours.
@@ -141,6 +153,7 @@ def find_in_graph(
         graph_module: The graph; its nodes carry `meta["val"]`.
         weights: Name of each node that is a parameter. Default: `get_attr` nodes that are parameters of `graph_module`.
         all_names: All parameters of the model; those that no op reads are reported as untouched.
+        repeated: Layers that one node of the graph stands for; they get the sites of the layer that they are like.
         progress: Called with a short text as the work goes on.
 
     Returns:
@@ -151,24 +164,29 @@ def find_in_graph(
     df = Dataflow(graph_module, weights)
     tracer, repeats = Tracer(df), Repeats(df)
     logits, misses = find_logits(df)
-    sites: list[AttentionSite] = []
+    sites: list[tuple[Node, AttentionSite]] = []
+    layers = LeftOut(df, repeated)
     for i, one in enumerate(logits):
         if progress is not None and i % 10 == 0:
             progress(f"following the weight rows of attention {i + 1} of {len(logits)}")
         known = repeats.find(one)
         if known is not None:
-            sites.append(known)
+            sites.append((one.output, known))
             continue
         tracer.looked_at.clear()
         try:
-            sites.append(make_site(tracer, one, find_heads(tracer, one)))
-            repeats.remember(one, sites[-1], tracer.looked_at)
+            site = make_site(tracer, one, find_heads(tracer, one))
         except Refused as refusal:
             misses.append(NearMiss(one.products[0].node, refusal.code, refusal.reason))
-    reached = {name for node, name in weights.items() if node.users}
+        else:
+            sites.append((one.output, site))
+            repeats.remember(one, site, tracer.looked_at)
+        layers.check(one, tracer.looked_at)
+    skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
+    reached = layers.all_names({name for node, name in weights.items() if node.users})
     return QKLayout(
-        sites=tuple(merge_calls(sites)),
-        skipped=tuple(dict.fromkeys(_skipped(df, miss) for miss in misses)),
+        sites=tuple(merge_calls(layers.all_sites(sites))),
+        skipped=tuple(dict.fromkeys(layers.all_skipped(skipped))),
         untouched=tuple(name for name in all_names if name not in reached),
     )
 

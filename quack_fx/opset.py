@@ -15,7 +15,7 @@ from torch.fx import Node
 
 Kind = Literal[
     "input", "getitem", "movement", "contraction", "convolution", "lookup", "attention", "softmax", "reduction", "norm",
-    "factory", "elementwise",
+    "factory", "elementwise", "layer",
 ]  # fmt: skip
 
 
@@ -73,6 +73,8 @@ _ATTENTION_MARKS += ("_efficient_attention_forward", "memory_efficient_attention
 def _of_target(target: Any) -> Op:
     if target is operator.getitem or getattr(target, "__name__", "") == "_getitem":
         return Op("getitem", "getitem")
+    if getattr(target, "__name__", "") == "equal_layer":
+        return Op("equal_layer", "layer")
     full = target.name() if callable(getattr(target, "name", None)) else getattr(target, "__name__", str(target))
     name = full.split("::")[-1].split(".")[0]
     schema = getattr(target, "_schema", None)

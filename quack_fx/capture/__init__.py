@@ -10,6 +10,8 @@ control flow and index tensors are true. Where that fails and the model is small
 
     recorder.py   the dispatch mode that writes the graph
     hybrid.py     how one op runs when some of its inputs are fake
+    equal.py      which layers are equal but for the numbers in their weights
+    layers.py     equal layers are recorded once, where that is safe
     isolate.py    the model, its hooks, its RNG and the global switches stay as they were
 """
 
@@ -23,8 +25,11 @@ import torch
 from torch import nn
 
 from quack_fx.capture.isolate import isolated
+from quack_fx.capture.layers import RepeatedLayer
 from quack_fx.capture.recorder import Recorder
 from quack_fx.errors import CaptureError
+
+__all__ = ["Capture", "RepeatedLayer", "capture"]
 
 REAL_LIMIT_BYTES = 4 << 30
 """Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed."""
@@ -40,21 +45,30 @@ class Capture:
         way: "hybrid" or "real": how the forward was run, see above.
         canned: Ops whose result depends on the numbers in fake tensors, and so was made up (routing, for example).
         fallback_reason: Why the hybrid run was given up, or None.
+        repeated: Layers that were not run, because they do what a recorded one does; only with `layers_once`.
     """
 
     graph_module: torch.fx.GraphModule
     way: Literal["hybrid", "real"]
     canned: tuple[str, ...]
     fallback_reason: str | None = None
+    repeated: tuple[RepeatedLayer, ...] = ()
 
 
-def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Capture:
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    layers_once: bool = False,
+) -> Capture:
     """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
 
     Arguments:
         model: Any module, on any device; on the meta device its size does not matter.
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments of the forward call.
+        layers_once: Record only a few of many equal layers, where that is provably safe; see `layers.py`.
 
     Returns:
         The recorded pass.
@@ -70,10 +84,15 @@ def capture(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any
     kwargs = kwargs or {}
     reason = ""
     for keep_real in (True, False):
-        try:
-            return _run(model, args, kwargs, Recorder(model, "hybrid", keep_real))
-        except Exception as error:
-            reason = reason or _first_line(error)
+        # A forward that fails because layers were left out is run again with all of them.
+        for once in (True, False) if layers_once else (False,):
+            recorder = Recorder(model, "hybrid", keep_real, layers_once=once)
+            try:
+                return _run(model, args, kwargs, recorder)
+            except Exception as error:
+                reason = reason or _first_line(error)
+            if recorder.layers is not None and not recorder.layers.any:
+                break
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if size > REAL_LIMIT_BYTES:
         raise CaptureError(
@@ -99,7 +118,8 @@ def _run(
         args, kwargs = recorder.inputs(args, kwargs)
         with torch.no_grad(), recorder:
             output = model(*args, **kwargs)
-    return Capture(recorder.finish(output), recorder.way, tuple(recorder.canned), fallback_reason)
+    repeated = recorder.layers.done() if recorder.layers is not None else ()
+    return Capture(recorder.finish(output), recorder.way, tuple(recorder.canned), fallback_reason, repeated)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,9 @@ submodules that it had before, and the random generators of torch and Python and
 
 from __future__ import annotations
 
+import operator
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,8 +34,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         random.setstate(python_rng)
-        for module, attributes in before:
-            _restore(module, attributes)
+        for module, snapshot in before:
+            _restore(module, *snapshot)
 
 
 @contextmanager
@@ -50,24 +52,29 @@ def _autocast_knows_meta() -> Iterator[None]:
         yield
 
 
-def _snapshot(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute of a module with a shallow copy of its content where it is a plain container."""
-    return {name: (value, _content(value)) for name, value in vars(module).items()}
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
 
-def _content(value: Any) -> Any:
-    return value.copy() if isinstance(value, list | dict | set) else None
+def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A module's attributes, and copies of those that are plain containers (None for an empty one)."""
+    attributes = dict(vars(module))
+    contents = {n: v.copy() if v else None for n, v in attributes.items() if v.__class__ in _CONTAINERS}
+    return attributes, contents
 
 
-def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
     now = vars(module)
     for name in now.keys() - attributes.keys():
         del now[name]
-    for name, (value, content) in attributes.items():
-        now[name] = value
-        if isinstance(value, list):
+    now.update(attributes)
+    for name, content in contents.items():
+        value = attributes[name]
+        if content is None:
+            if value:
+                value.clear()
+        elif isinstance(value, list):
             value[:] = content
-        elif isinstance(value, dict | set) and not _same(value, content):
+        elif not _same(value, content):
             value.clear()
             value.update(content)
 
@@ -76,5 +83,5 @@ def _same(value: Any, content: Any) -> bool:
     if len(value) != len(content):
         return False
     if isinstance(value, dict):
-        return all(name in value and value[name] is item for name, item in content.items())
+        return all(map(operator.is_, value.values(), content.values())) and list(value) == list(content)
     return bool(value == content)

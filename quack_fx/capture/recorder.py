@@ -9,7 +9,8 @@ tensor (hybrid) or, for parameters that have no numbers, a random tensor (real);
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from quack_fx.capture.hybrid import run_mixed
+from quack_fx.capture.layers import EqualLayers
 
 Place = tuple[Any, ...]
 """A view's place: storage, offset, shape, strides, dtype."""
@@ -32,7 +34,9 @@ class Recorder(TorchDispatchMode):
     # flex_attention and other higher-order ops come to this mode as they are.
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, way: Literal["hybrid", "real"], keep_real: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, way: Literal["hybrid", "real"], keep_real: bool = True, *, layers_once: bool = False
+    ) -> None:
         super().__init__()
         self.graph = Graph()
         self.canned: list[str] = []
@@ -42,9 +46,9 @@ class Recorder(TorchDispatchMode):
         self._nodes: dict[int, Node] = {}
         self._places: dict[Place, Node] = {}
         self._twins: dict[int, torch.UntypedStorage] = {}
-        self._alive: list[Any] = []  # identities stay unique only while the tensors live
+        self.alive: list[Any] = []  # identities stay unique only while the tensors live
         self._stacks: list[dict[str, tuple[str, type]]] = [{}]
-        self._names = {id(m): n for n, m in model.named_modules()}
+        self.names = {id(m): n for n, m in model.named_modules()}
         self._own: dict[int, str] = {}
         self._own_places: dict[Place, str] = {}
         self._own_storages: dict[int, tuple[str, Tensor]] = {}
@@ -52,7 +56,9 @@ class Recorder(TorchDispatchMode):
             self._own[id(tensor)] = name
             self._own_places.setdefault(_place(tensor), name)
             self._own_storages.setdefault(_storage(tensor), (name, tensor))
+        self.names.update(self._own)
         self._parameters = {_storage(p) for p in model.parameters()}
+        self.layers = EqualLayers(model, self) if layers_once else None
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -68,6 +74,8 @@ class Recorder(TorchDispatchMode):
         ]
         self._index_lists = _IndexLists()
         self._index_lists.__enter__()
+        self._watch = self.layers.watched() if self.layers is not None else nullcontext()
+        self._watch.__enter__()
         super().__enter__()
         return self
 
@@ -75,10 +83,11 @@ class Recorder(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*exc)
+        self._watch.__exit__(*exc)
         self._index_lists.__exit__(*exc)
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
-        stack, name = self._stacks[-1], self._names.get(id(module))
+        stack, name = self._stacks[-1], self.names.get(id(module))
         self._stacks.append(stack if name is None else {**stack, name: (name, type(module))})
 
     def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
@@ -118,7 +127,7 @@ class Recorder(TorchDispatchMode):
         def collect(value: Any) -> None:
             # Outputs may be any object (a ModelOutput, a dataclass); only tensors matter here.
             if isinstance(value, Tensor):
-                leaves.append(self._node(value))
+                leaves.append(self.node(value))
             elif isinstance(value, Mapping):
                 for item in value.values():
                     collect(item)
@@ -138,8 +147,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        node_args, node_kwargs = tree_map_only(Tensor, self._node, (tuple(args), dict(kwargs)))
-        run_args, run_kwargs = tree_map_only(Tensor, self._twin, (tuple(args), dict(kwargs)))
+        node_args, node_kwargs = tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
+        run_args, run_kwargs = tree_map_only(Tensor, self.twin, (tuple(args), dict(kwargs)))
         if not isinstance(func, torch._ops.OpOverload):
             run_args, run_kwargs = tree_map(_without_modules, (run_args, run_kwargs))
             node_args, node_kwargs = tree_map(_without_modules, (node_args, node_kwargs))
@@ -161,13 +170,24 @@ class Recorder(TorchDispatchMode):
         if not isinstance(result, list | tuple):
             node.meta["val"] = result
             return result
-        node.meta["val"] = result
-        for i, item in enumerate(result):
+        self._take_apart(node, result)
+        return result
+
+    def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
+        """Write down a node of our own that gives several tensors."""
+        node = self.graph.call_function(target, tuple(inputs))
+        node.meta["nn_module_stack"] = self._stacks[-1]
+        self._take_apart(node, results)
+        return node
+
+    def _take_apart(self, node: Node, results: Sequence[Any]) -> None:
+        """One node for each tensor in the results of `node`."""
+        node.meta["val"] = results
+        for i, item in enumerate(results):
             if isinstance(item, Tensor):
                 part = self.graph.call_function(_getitem, (node, i))
                 part.meta = {"val": item, "nn_module_stack": self._stacks[-1]}
                 self._remember(item, part)
-        return result
 
     # ---- tensors and their nodes ---------------------------------------------------------------------------------
 
@@ -175,9 +195,10 @@ class Recorder(TorchDispatchMode):
         node.meta.setdefault("val", tensor)
         self._nodes[id(tensor)] = node
         self._places[_place(tensor)] = node
-        self._alive.append(tensor)
+        self.alive.append(tensor)
 
-    def _node(self, tensor: Tensor) -> Node:
+    def node(self, tensor: Tensor) -> Node:
+        """Node of a tensor: of the op that made it, or one for a tensor from outside."""
         node = self._nodes.get(id(tensor)) or self._places.get(_place(tensor))
         return node if node is not None else self._outside(tensor)
 
@@ -186,7 +207,7 @@ class Recorder(TorchDispatchMode):
         self._make_twin(tensor)
         name = self._own.get(id(tensor)) or self._own_places.get(_place(tensor))
         if name is None and (owner := self._own_storages.get(_storage(tensor))) is not None:
-            base = self._node(owner[1])
+            base = self.node(owner[1])
             place = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
             node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *place))
             node.meta["nn_module_stack"] = self._stacks[-1]
@@ -195,11 +216,11 @@ class Recorder(TorchDispatchMode):
             self._attributes.setdefault(name, tensor)
             node = self.graph.create_node("get_attr", name)
             node.meta["nn_module_stack"] = self._stacks[-1]
-        node.meta["val"] = self._twin(tensor)
+        node.meta["val"] = self.twin(tensor)
         self._remember(tensor, node)
         return node
 
-    def _twin(self, tensor: Tensor) -> Tensor:
+    def twin(self, tensor: Tensor) -> Tensor:
         """What an op gets in place of `tensor`: see the file's docstring."""
         storage = self._twins.get(_storage(tensor))
         return tensor if storage is None else _view(tensor, storage)
@@ -219,13 +240,13 @@ class Recorder(TorchDispatchMode):
         else:
             storage = original.cpu().clone()
         self._twins[key] = storage
-        self._alive.append(tensor)
+        self.alive.append(tensor)
 
     def _taint(self, tensor: Tensor) -> Tensor:
         """A real tensor receives fake values in place: from now on all of its storage is fake."""
         storage = torch.UntypedStorage(tensor.untyped_storage().nbytes(), device="meta")
         self._twins[_storage(tensor)] = storage
-        self._alive.append(tensor)
+        self.alive.append(tensor)
         return _view(tensor, storage)
 
 

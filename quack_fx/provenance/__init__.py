@@ -9,11 +9,14 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
     heads.py        label vectors -> heads
     blocks.py       heads -> blocks, chains, roles, terms: a site
     repeat.py       equal layers are understood once
+    left_out.py     sites of layers that were not even recorded
 """
 
+from quack_fx.dataflow import BehindLayer
 from quack_fx.provenance.blocks import make_site, merge_calls
 from quack_fx.provenance.heads import Refused, find_heads
+from quack_fx.provenance.left_out import LeftOut
 from quack_fx.provenance.repeat import Repeats
 from quack_fx.provenance.trace import Tracer
 
-__all__ = ["Refused", "Repeats", "Tracer", "find_heads", "make_site", "merge_calls"]
+__all__ = ["BehindLayer", "LeftOut", "Refused", "Repeats", "Tracer", "find_heads", "make_site", "merge_calls"]

@@ -9,7 +9,7 @@ projection, and so on: a chain. It is followed while its data serves this attent
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -201,23 +201,32 @@ def _is_factor(
 def _serves_alone(tracer: Tracer, node: Node, logits: Logits) -> bool:
     """Whether everything that is computed from a node ends in this attention's output."""
     df = tracer.df
-    end = df.index[logits.output]
+    ends = {logits.output, *logits.siblings}
+    end = max(df.index[output] for output in ends)
     seen: set[Node] = set()
-    todo = deque([node])
+    # In the order in which they ran: what decides stands in the same layer, mostly.
+    todo = [(0, node)]
     while todo:
-        for user in todo.popleft().users:
-            if user in seen or user is logits.output or user.op == "output":
+        for user in heapq.heappop(todo)[1].users:
+            if user in seen or user in ends or user.op == "output":
                 continue
             seen.add(user)
             tracer.looked_at.add(user)
-            if df.index[user] > end and df.op[user].kind in ("contraction", "convolution", "attention", "softmax"):
+            if df.index[user] > end and df.op[user].kind in _MAKES_MORE:
                 return False
             if len(seen) > 4000:
                 return False
-            todo.append(user)
+            heapq.heappush(todo, (df.index[user], df.open(user)))
             if df.op[user].inplace:
-                todo.extend(n for n in df.nodes[df.index[user] : end] if df.group.get(n) is df.group[user])
+                between = df.nodes[df.index[user] : end]
+                for n in between:
+                    if df.group.get(n) is df.group[user]:
+                        heapq.heappush(todo, (df.index[n], n))
     return True
+
+
+_MAKES_MORE = ("contraction", "convolution", "attention", "softmax", "layer")
+"""Ops that show that a tensor serves more than the attention before them."""
 
 
 # ---- roles -----------------------------------------------------------------------------------------------------------
@@ -330,7 +339,7 @@ def _same_sequence(tracer: Tracer, query: list[_Block], key: list[_Block]) -> bo
     while not reached[0] & reached[1] and any(fresh):
         for side, nodes in enumerate(fresh):
             tracer.looked_at.update(nodes)
-            behind = {n for node in nodes if _same_tokens(tracer, node) for n in node.all_input_nodes}
+            behind = {n for node in nodes if _same_tokens(tracer, df.open(node)) for n in node.all_input_nodes}
             fresh[side] = {n for n in behind if n in df.activation or n in df.from_input} - reached[side]
             reached[side].update(fresh[side])
     return bool(reached[0] & reached[1])

@@ -45,7 +45,7 @@ class Repeats:
             if _arrangement(self._df, known) == _arrangement(self._df, logits):
                 match = _Match(self._df, self._df.index[logits.end] - self._df.index[known.end])
                 if match.all(nodes) and match.logits(known, logits):
-                    return _renamed(site, match.names)
+                    return rename_site(site, match.names)
         return None
 
     def _with_weights(self, looked_at: set[Node]) -> list[Node]:
@@ -140,12 +140,14 @@ class _Match:
         return self.names.setdefault(ours, theirs) == theirs
 
 
-def _renamed(site: AttentionSite, names: Mapping[str, str]) -> AttentionSite:
+def rename_site(site: AttentionSite, names: Mapping[str, str]) -> AttentionSite:
+    """The site with other names of modules and parameters; those without a new name keep theirs."""
+
     def name(old: str | None) -> str | None:
-        return None if old is None else names[old]
+        return None if old is None else names.get(old, old)
 
     def block(old: WeightBlock) -> WeightBlock:
-        return replace(old, param=names[old.param], bias=name(old.bias))
+        return replace(old, param=names.get(old.param, old.param), bias=name(old.bias))
 
     return replace(
         site,

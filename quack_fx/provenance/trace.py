@@ -134,7 +134,7 @@ class Tracer:
             node = todo.popleft()
             if node in needed:
                 continue
-            needed.add(node)
+            needed.add(df.open(node))
             if node not in df.activation or self._ends_here(node):
                 continue
             if len(needed) > _LARGEST_SLICE or (outside is not None and outside(node)):

@@ -232,7 +232,7 @@ def _try(
     for candidate in candidates:
         say(f"recording the forward of {name} on {candidate.text}")
         try:
-            return candidate, capture(model, candidate.args, candidate.kwargs)
+            return candidate, capture(model, candidate.args, candidate.kwargs, layers_once=True)
         except CaptureError as error:
             first = first or error.__cause__ or error
             for failure in filter(None, (error, error.__cause__)):

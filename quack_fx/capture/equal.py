@@ -1,0 +1,156 @@
+"""Which layers of a model are equal but for the numbers in their weights.
+
+In: a model. Out: its `EqualGroup`s: siblings (the layers of a stack) whose trees have the same classes, the same
+parameters' shapes and the same attributes, with the attributes in which they do differ listed (a layer's index, a
+window). Whether a difference matters is only known when a layer runs: `layers.py` watches who reads it.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST_GROUP = 16
+"""Smaller groups are not worth the checks; the first two layers and the last one are always recorded anyway."""
+
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
+# What nn.Module keeps for itself; parameters, buffers and children are compared as such.
+_INTERNAL = frozenset(vars(nn.Module()))
+
+Place = tuple[str, str]
+"""An attribute inside a layer: name of the submodule relative to the layer, name of the attribute."""
+
+
+@dataclass(eq=False)
+class EqualGroup:
+    """Layers that are equal but for weights and the attributes at `differing`.
+
+    Attributes:
+        members: The layers, in the order of their parent's children.
+        differing: Attributes that are not the same in all members.
+        fixed: Those of them whose reads cannot be watched, because the class has an attribute of that name too.
+    """
+
+    members: list[nn.Module]
+    differing: set[Place] = field(default_factory=set)
+    fixed: set[Place] = field(default_factory=set)
+
+
+def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
+    """Groups of equal layers, each layer in one group at most, outermost first."""
+    taken: set[nn.Module] = set()
+    for parent in model.modules():
+        if parent in taken or len(parent._modules) < SMALLEST_GROUP:
+            continue
+        by_form: dict[object, list[nn.Module]] = {}
+        for child in dict.fromkeys(parent.children()):
+            if child._modules and (form := _form(child)) is not None:
+                by_form.setdefault(form, []).append(child)
+        for members in by_form.values():
+            if len(members) >= SMALLEST_GROUP:
+                taken.update(inner for member in members for inner in member.modules())
+                group = EqualGroup(members)
+                for member in members[1:]:
+                    group.differing |= _differing(members[0], member)
+                group.fixed = {place for place in group.differing if _in_class(members[0], place)}
+                yield group
+
+
+def renamed(like: nn.Module, layer: nn.Module, names: dict[int, str]) -> dict[str, str] | None:
+    """Name in the model of each tensor and module of `like` -> the name of its counterpart in `layer`.
+
+    Arguments:
+        like: A layer.
+        layer: One of the same group.
+        names: Name in the model of parameters, buffers and modules, by identity.
+
+    Returns:
+        The names, or None where tensors or modules are shared in different ways within the two layers.
+    """
+    found: dict[str, str] = {}
+    for ours, theirs in zip(_contents(like), _contents(layer), strict=True):
+        a, b = names.get(id(ours)), names.get(id(theirs))
+        if (a is None) != (b is None) or (a is not None and found.setdefault(a, b) != b):  # type: ignore[arg-type]
+            return None
+    return found if len(set(found.values())) == len(found) else None
+
+
+def _contents(layer: nn.Module) -> Iterator[Any]:
+    for module in layer.modules():
+        yield module
+        yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
+
+
+def _form(module: nn.Module) -> object | None:
+    """What two layers must have in common to be equal; None where something stands in for the module's own forward."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
+    children = tuple((name, None if c is None else _form(c)) for name, c in module._modules.items())
+    if any(form is None and module._modules[name] is not None for name, form in children):
+        return None
+    tensors = tuple((n, _tensor_form(t)) for n, t in (*module._parameters.items(), *module._buffers.items()))
+    return (type(module), module.training, tensors, children)
+
+
+def _tensor_form(tensor: Tensor | None) -> object:
+    if tensor is None:
+        return None
+    stride = tensor.stride() if tensor.layout == torch.strided else None
+    return (type(tensor), tensor.shape, tensor.dtype, tensor.device, stride, tensor.requires_grad)
+
+
+def _differing(first: nn.Module, other: nn.Module) -> set[Place]:
+    """Attributes in which two layers of one form differ; a difference between buffers stands under their name."""
+    pairs = {id(a): b for a, b in zip(first.modules(), other.modules(), strict=False)}
+    found: set[Place] = set()
+    for (path, a), b in zip(first.named_modules(), other.modules(), strict=False):
+        ours, theirs = vars(a), vars(b)
+        for name in ours.keys() | theirs.keys():
+            if name not in _INTERNAL and not (
+                name in ours and name in theirs and _same(ours[name], theirs[name], pairs)
+            ):
+                found.add((path, name))
+        for name, buffer in a._buffers.items():
+            if buffer is not None and not _same_numbers(buffer, b._buffers[name]):
+                found.add((path, name))
+    return found
+
+
+def _same_numbers(a: Tensor, b: Tensor | None) -> bool:
+    # On meta there are no numbers, so no forward can have read any.
+    return b is not None and (a is b or a.is_meta or torch.equal(a, b))
+
+
+def _same(a: Any, b: Any, pairs: dict[int, nn.Module]) -> bool:
+    """Whether two attributes' values are surely the same to any code; unknown kinds of objects only when identical."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, _PLAIN):
+        return bool(a == b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_same(x, y, pairs) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(a[key], b[key], pairs) for key in a)
+    if isinstance(a, nn.Module):
+        return pairs.get(id(a)) is b
+    if isinstance(a, types.MethodType):
+        return a.__func__ is b.__func__ and pairs.get(id(a.__self__)) is b.__self__
+    if isinstance(a, functools.partial):
+        return _same((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), pairs)
+    return False
+
+
+def _in_class(layer: nn.Module, place: Place) -> bool:
+    """Whether taking the attribute out of the instance would show the class's own, or it is no plain attribute."""
+    path, name = place
+    module = layer.get_submodule(path)
+    return name not in vars(module) or hasattr(type(module), name)
