@@ -18,10 +18,6 @@ from collections.abc import Sequence
 
 import torch
 
-from quack_fx.errors import VerifyError
-from quack_fx.layout import AttentionSite, QKLayout
-from quack_fx.verify import verify_qk_pairs
-
 from .choices import Choices, shrink
 from .judge import Verdict, judge
 
@@ -61,40 +57,8 @@ def show(number: int, small: bool) -> int:
     verdict = judge(Choices.seeded(number))
     if small and verdict.differences:
         verdict = smaller(verdict)
-    choices = verdict.model.choices
-    print(f"# decisions: {', '.join(choices.told)}\n# replay: {choices.numbers}\n")
-    print(verdict.model.source)
-    print("\n# inputs:", [tuple(x.shape) for x in verdict.model.inputs])
-    tell("true", verdict.model.layout.sites)
-    if verdict.found is not None:
-        tell("found", verdict.found.sites)
-        for skipped in verdict.found.skipped:
-            print(f"# skipped {skipped.name!r}: {skipped.code}: {skipped.reason}")
-    for name, layout in (("truth", verdict.model.layout), ("found", verdict.found)):
-        if layout is not None:
-            print(f"# verify {name}: {proof(verdict, layout)}")
-    for difference in verdict.differences:
-        print(f"# {difference.sort}: {difference.text}")
-    print("# right" if not verdict.differences else "# WRONG")
+    print("\n".join(verdict.lines()))
     return 1 if verdict.differences else 0
-
-
-def tell(what: str, sites: Sequence[AttentionSite]) -> None:
-    """Print sites, a line a block."""
-    for site in sites:
-        print(f"# {what} site {site.name!r} {site.kind} cross={site.cross} calls={site.calls} {site.head_map}")
-        for i, (side, block) in enumerate(site.blocks()):
-            print(f"#   {side} {i} {block.role} {block.param} axis {block.axis} bias {block.bias} {block.heads}")
-        print(f"#   terms {[(t.query, t.key) for t in site.terms]} norms {site.qk_norm} scale {site.logit_scale}")
-
-
-def proof(verdict: Verdict, layout: QKLayout) -> str:
-    """What the gradients say about a layout."""
-    try:
-        report = verify_qk_pairs(verdict.model.model, layout, *verdict.model.inputs)
-    except VerifyError as error:
-        return f"REFUTED: {error}"
-    return "proved" if report.complete else f"not proved: {report.not_proved[0].reason}"
 
 
 def smaller(verdict: Verdict) -> Verdict:

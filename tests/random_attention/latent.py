@@ -262,6 +262,33 @@ def _absorbed(
     return [(both_q, replace(both_k, dims=both_q.dims, value=both_k.value.renamed(both_k.dims, both_q.dims)))], v
 
 
+def refined_heads(draft: Draft, operand: Operand, name: str) -> Operand:
+    """A product with a weight of its own inside each head."""
+    h, d = operand.heads, operand.dims
+    n, width = draft.sizes[h], draft.sizes[d]
+    if draft.choices.pick("refine", ["grouped convolution", "einsum"]) == "einsum":
+        new = draft.letter(width)
+        letters = "".join(draft.choices.shuffled("weight of a head", h + d + new))
+        w = draft.parameter(f"{name}_head", *draft.shape(letters))
+        axes = operand.value.axes.replace(d, new)
+        code = f'torch.einsum("{operand.value.axes},{letters}->{axes}", {operand.value.name}, self.{w})'
+        value = draft.let(name, code, axes).renamed(new, d)
+        axis = letters.index(h)
+        rows = [[frozenset({i})] * width for i in range(n)]
+    else:
+        tokens = next(a for a in operand.value.axes if a not in "b" + h + d)
+        value, letter = draft.fold(draft.arrange(operand.value, "b" + h + d + tokens), h + d)
+        m = draft.module(f"{name}_head", f"nn.Conv1d({n * width}, {n * width}, 1, groups={n}, bias=False)")
+        value = draft.unfold(draft.let(name, f"self.{m}({value.name})", value.axes), letter, h + d)
+        w, axis = f"{m}.weight", 0
+        rows = [[frozenset({i * width + j}) for j in range(width)] for i in range(n)]
+    vectors = tuple(
+        tuple(behind([frozenset({(Link(w, axis, own),)}) for own in rows[i]], list(operand.kinds[0][i])))
+        for i in range(n)
+    )
+    return replace(operand, value=value, kinds=(vectors,))
+
+
 # ---- putting operands together ---------------------------------------------------------------------------------------
 
 
