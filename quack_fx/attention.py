@@ -247,9 +247,9 @@ def _bare_parameter(df: Dataflow, node: Node) -> Node | None:
 
 
 def _content(df: Dataflow, products: list[Product]) -> list[Product]:
-    """Products of two sides that both depend on the input; those with positions only where there are no others."""
-    content = [p for p in products if p.left in df.from_input and p.right in df.from_input]
-    return content or products
+    """Products of data with data; those with learned queries or with positions only where there are no others."""
+    sides = [(p.left in df.from_input) + (p.right in df.from_input) for p in products]
+    return [p for p, n in zip(products, sides, strict=True) if n == max(sides)]
 
 
 def _fused(df: Dataflow, node: Node, misses: list[NearMiss]) -> list[Logits]:

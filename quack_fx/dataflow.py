@@ -102,11 +102,15 @@ class Dataflow:
         """Whether a node is made of parameters alone and has not met data: a weight, also after casts and slices."""
         return node in self.from_weight and node not in self.activation
 
-    def is_constant(self, node: Node) -> bool:
-        """Whether a node depends on no parameter and on no floating-point input: a table, a mask, positions."""
+    def is_given(self, node: Node) -> bool:
+        """Whether a node is made of a floating-point input of the model alone: data that no parameter has met."""
         value = self.value(node)
         floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-        return node not in self.from_weight and not (node in self.from_input and floating)
+        return floating and node in self.from_input and node not in self.from_weight
+
+    def is_constant(self, node: Node) -> bool:
+        """Whether a node depends on no parameter and on no floating-point input: a table, a mask, positions."""
+        return node not in self.from_weight and not self.is_given(node)
 
     def constant(self, node: Node) -> Tensor | None:
         """The true numbers of a node that depends on no parameter, where the graph has them or they can be computed.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, replace
 
+from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.attention import Logits
@@ -25,7 +26,7 @@ _Rows = set[tuple[int, ...]]
 _MAX_CHAIN = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class _Block:
     """A block while it is being put together: rows of each head, and the projection behind it."""
 
@@ -145,19 +146,31 @@ def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: lis
     """Hang upstream projections behind the blocks, where they serve one side of this attention alone."""
     for block in [*query, *key]:
         link, depth = block, 0
-        while depth < _MAX_CHAIN and (behind := _behind(tracer, logits, link)) is not None:
+        while depth < _MAX_CHAIN and (behind := _behind(tracer, logits, link, _width(link, query, key))) is not None:
             link.behind, link, depth = behind, behind, depth + 1
-    seen = [{link.projection.node for block in side for link in block.chain()[1:]} for side in (query, key)]
+    seen: list[dict[Node, _Rows]] = [{}, {}]
+    for side, blocks in enumerate((query, key)):
+        for block in blocks:
+            for link in block.chain()[1:]:
+                seen[side].setdefault(link.projection.node, set()).update(*link.rows)
     for block in [*query, *key]:
         link = block
         while link.behind is not None:
-            if link.behind.projection.node in seen[0] & seen[1]:
+            node = link.behind.projection.node
+            if seen[0].get(node, set()) & seen[1].get(node, set()):
                 link.behind, link.latent_norms = None, ()
                 break
             link = link.behind
 
 
-def _behind(tracer: Tracer, logits: Logits, block: _Block) -> _Block | None:
+def _width(block: _Block, query: list[_Block], key: list[_Block]) -> int:
+    """Number of features that are made of what a block reads, by all projections of its side."""
+    side = query if any(block in b.chain() for b in query) else key
+    together = {id(b.projection): b.projection for b in [block, *side] if b.projection.x is block.projection.x}
+    return sum(map(len, together.values()))
+
+
+def _behind(tracer: Tracer, logits: Logits, block: _Block, width: int) -> _Block | None:
     """The projection whose output a block multiplies, if it is a factor of this attention alone."""
     df, projection = tracer.df, block.projection
     if projection.x not in df.activation or not _serves_alone(tracer, projection.x, logits):
@@ -173,24 +186,44 @@ def _behind(tracer: Tracer, logits: Logits, block: _Block) -> _Block | None:
     if len(sources) != 1 or len(names) != 1:
         return None
     source = next(iter(sources.values()))
-    if not _is_factor(tracer, logits, source, len(features), projection, block):
+    reads = _read_by(tracer, projection, flow.label, block)
+    apart = len(reads) > 1 and sum(map(len, reads)) == len(set().union(*reads))
+    if not _is_factor(tracer, logits, source, projection, 0 if apart else len(features), width):
         return None
-    rows = {tuple(source.rows[f - source.first].tolist()) for f in features}
-    shared = [set(rows) if own else set() for own in block.rows]
+    rows = [{tuple(source.rows[f - source.first].tolist()) for f in own} for own in reads]
     block.latent_norms = flow.norms
-    return _Block(next(iter(names)), frozenset({block.param}), shared, source)
+    return _Block(next(iter(names)), frozenset({block.param}), rows, source)
+
+
+def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: _Block) -> list[set[int]]:
+    """Upstream features that each head's rows of a projection are multiplied with.
+
+    All of them, mostly; but an up projection of its own for each head (absorbed MLA), or a grouped convolution, meets
+    the features of that head alone.
+    """
+    made = tracer.projections.of(projection.node)
+    everything = tracer.labels.features(given)
+    met: dict[int, set[int]] = {}
+    if made is not None:
+        for feature, source in tracer.projections.pairs(projection, made[1], given, tracer.labels):
+            met.setdefault(feature, set()).update(tracer.labels.members(source))
+    place = {tuple(row): projection.first + i for i, row in enumerate(projection.rows.tolist())}
+    return [
+        set().union(*(met.get(place[row], everything) if row in place else everything for row in own)) if own else set()
+        for own in block.rows
+    ]
 
 
 def _is_factor(
-    tracer: Tracer, logits: Logits, source: Projection, rank: int, projection: Projection, block: _Block
+    tracer: Tracer, logits: Logits, source: Projection, projection: Projection, rank: int, width: int
 ) -> bool:
     """Whether an upstream projection is a factor of a low-rank weight and not a layer of its own before the attention.
 
-    It must not widen (its rank is at most what it reads and what the next factor gives), its output must serve this
+    It must not widen (its rank is at most what it reads and what the next factors give), its output must serve this
     attention alone, and it must run inside the module that holds the attention, where modules are known.
     """
     df = tracer.df
-    if rank > source.width_in or rank > len(projection):
+    if rank > source.width_in or rank > width:
         return False
     home = df.common_module([logits.products[0].node, projection.node])
     if home and home not in df.modules(source.node):

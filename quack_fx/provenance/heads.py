@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product as product_of
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.fx import Node
 
 from quack_fx.attention import Logits, Product
 from quack_fx.dataflow import Dataflow
-from quack_fx.provenance.labels import UNKNOWN, compact, shrink
+from quack_fx.provenance.labels import NOTHING, UNKNOWN, compact, shrink
 from quack_fx.provenance.projections import Projection
 from quack_fx.provenance.trace import Flow, NormTag, Tracer
 
@@ -73,30 +74,33 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
     df = tracer.df
     flows = tracer.trace([n for p in logits.products for n in (p.left, p.right)])
     reader = _Vectors(tracer)
-    pairs: dict[tuple[int, int], None] = {}
+    met: list[_Meeting] = []
     norms: tuple[list[NormTag], list[NormTag]] = ([], [])
     operands: tuple[list[Node], list[Node]] = ([], [])
     scales: set[float | None] = set()
     for product in logits.products:
         left, right = _operand_planes(df, product, flows)
-        left_ids, right_ids = reader.ids(left), reader.ids(right)
-        found, scale, swapped = _met(tracer, logits, product, left_ids, right_ids)
-        pairs.update(dict.fromkeys((b, a) for a, b in found) if swapped else dict.fromkeys(found))
-        query, key = (product.right, product.left) if swapped else (product.left, product.right)
+        meeting = _met(tracer, logits, product, reader.ids(left), reader.ids(right))
+        met.append(meeting)
+        query, key = (product.right, product.left) if meeting.swapped else (product.left, product.right)
         for side, operand in enumerate((query, key)):
             operands[side].append(operand)
             norms[side].extend(n for n in flows[operand].norms if n not in norms[side])
-        scales.add(_product_scale(df, product, flows, scale))
+        scales.add(_product_scale(df, product, flows, meeting.scale))
     vectors = reader.vectors
+    pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)
     _check(vectors, pairs)
+    width = len(vectors[next(iter(pairs))[0]])
+    if len({frozenset(q for q, _ in meeting.pairs) for meeting in met}) > 1:
+        pairs, width = _summed(met, reader) or (pairs, width)
     pairs = {(q, k): None for q, k in pairs if any(vectors[q]) and any(vectors[k])}
-    query_heads, key_sets = _group(vectors, list(pairs))
+    query_heads, key_sets = _group(reader, list(pairs))
     key_heads = list(dict.fromkeys(key_sets))
     return Heads(
         query=tuple(tuple(vectors[q] for q in head) for head in query_heads),
         key=tuple(tuple(vectors[k] for k in head) for head in key_heads),
         head_map=tuple(key_heads.index(keys) for keys in key_sets),
-        head_dim=len(vectors[query_heads[0][0]]),
+        head_dim=width,
         projection=reader.projection,
         norms=(tuple(norms[0]), tuple(norms[1])),
         scale=scales.pop() if len(scales) == 1 else None,
@@ -125,9 +129,24 @@ class _Vectors:
         numbers = torch.tensor([self._number(line, width) for line in lines.tolist()], dtype=torch.int64)
         return numbers[where].view(small.shape[:-1]).expand(label.shape[:-1])
 
+    def joined(self, numbers: Sequence[int]) -> int:
+        """Number of several vectors laid side by side."""
+        return self._known(tuple(rows for n in numbers for rows in self.vectors[n]))
+
+    def data(self, number: int) -> frozenset[Node]:
+        """What the projections behind a vector read."""
+        of = self._tracer.df.group
+        return frozenset(of[self.projection[row].x] for rows in self.vectors[number] for row in rows)
+
+    def parameters(self, number: int) -> frozenset[str]:
+        """Parameters behind a vector."""
+        return frozenset(name for rows in self.vectors[number] for name, _ in rows)
+
     def _number(self, line: list[int], width: int) -> int:
         vector = tuple(self._row(x) for x in line)
-        vector = vector * width if len(vector) == 1 else vector
+        return self._known(vector * width if len(vector) == 1 else vector)
+
+    def _known(self, vector: Vector) -> int:
         if vector not in self._numbers:
             self._numbers[vector] = len(self.vectors)
             self.vectors.append(vector)
@@ -183,30 +202,91 @@ def _operand_planes(df: Dataflow, product: Product, flows: dict[Node, Flow]) -> 
 # ---- who meets whom --------------------------------------------------------------------------------------------------
 
 
-def _met(
-    tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: Tensor
-) -> tuple[list[tuple[int, int]], float | None, bool]:
-    """Pairs of (left, right) vectors that meet, as they stand in the softmax's input; its scale; if left is the key."""
+@dataclass(frozen=True)
+class _Meeting:
+    """How the vectors of one product meet in the softmax's input.
+
+    Attributes:
+        pairs: Query vector and key vector, in the order in which they first stand there.
+        plane: For each place of the softmax's input, a number for the set of pairs there; 0 for none.
+        sets: The pairs behind each number.
+        scale: Factor between the product and the softmax.
+        swapped: Whether the left operand is the keys.
+    """
+
+    pairs: list[tuple[int, int]]
+    plane: Tensor
+    sets: dict[int, list[tuple[int, int]]]
+    scale: float | None
+    swapped: bool
+
+
+def _met(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: Tensor) -> _Meeting:
+    """Pairs of vectors that meet, as they stand in the softmax's input."""
     count = int(right.max()) + 1
     codes = shrink(left * count + right)
     if logits.end is product.node and product.form.startswith("fused"):
-        return [(c // count, c % count) for c in _in_order(codes)], 1.0, False
+        sets = {code + 1: [(code // count, code % count)] for code in _in_order(codes)}
+        return _Meeting([pair for pairs in sets.values() for pair in pairs], codes + 1, sets, 1.0, False)
     # Codes travel as labels of their own, so that two that fall on one place (a shift, a fold) are both kept.
     first = tracer.labels.new_features(int(codes.max()) + 1)
     shape = tracer.df.shape(product.node)
     carried = tracer.carry(product.node, (codes + first).reshape(shape), logits.path)
     end = carried.get(logits.end)
+    lost = Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
     if end is None or end.empty:
-        raise Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
-    labels = [f - first for x in _in_order(end.label) for f in sorted(tracer.labels.members(x))]
-    if any(code < 0 for code in labels):
-        raise Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
-    met = [(c // count, c % count) for c in dict.fromkeys(labels)]
+        raise lost
     varies = [
         _varies(tracer, product.node, logits, _places(product, shape, side)) if len(shape) > 1 else side == 1
         for side in (0, 1)
     ]
-    return met, end.scale, varies[0] and not varies[1]
+    swapped = varies[0] and not varies[1]
+    sets = {}
+    for label in _in_order(end.label):
+        if label == NOTHING:
+            continue
+        found = [feature - first for feature in sorted(tracer.labels.members(label))]
+        if any(code < 0 for code in found):
+            raise lost
+        both = [(code // count, code % count) for code in found]
+        sets[label] = [(b, a) for a, b in both] if swapped else both
+    pairs = list(dict.fromkeys(pair for known in sets.values() for pair in known))
+    return _Meeting(pairs, end.label, sets, end.scale, swapped)
+
+
+def _summed(met: list[_Meeting], reader: _Vectors) -> tuple[dict[tuple[int, int], None], int] | None:
+    """Pairs of the vectors of products that are added up, laid side by side as if they were one longer vector.
+
+    Returns:
+        The pairs and the width of a head; None where no two of the products fall on one place.
+    """
+    planes = torch.broadcast_tensors(*(compact(meeting.plane) for meeting in met))
+    columns, where = torch.unique(torch.stack(planes).flatten(1), dim=1, return_inverse=True)
+    first = torch.full((columns.shape[1],), len(where)).scatter_reduce_(0, where, torch.arange(len(where)), "amin")
+    places: dict[frozenset[tuple[int, int, int]], None] = {}
+    for column in columns.t()[first.argsort()].tolist():
+        present = [[(i, q, k) for q, k in met[i].sets[label]] for i, label in enumerate(column) if label != NOTHING]
+        places.update(dict.fromkeys(frozenset(parts) for parts in product_of(*present)))
+    # Where a product is missing (the edge of a shift) the others stand for the same head as elsewhere.
+    whole = [parts for parts in places if parts and not any(parts < other for other in places)]
+    if all(len(parts) == 1 for parts in whole):
+        return None
+    pairs: dict[tuple[int, int], None] = {}
+    for parts in whole:
+        ordered = sorted(parts)
+        pairs[reader.joined([q for _, q, _ in ordered]), reader.joined([k for _, _, k in ordered])] = None
+    return pairs, max(_width(parts, reader) for parts in whole)
+
+
+def _width(parts: frozenset[tuple[int, int, int]], reader: _Vectors) -> int:
+    """Width of the products that share no vector with an earlier one."""
+    width, seen = 0, (set[int](), set[int]())
+    for _, q, k in sorted(parts):
+        if q not in seen[0] and k not in seen[1]:
+            width += len(reader.vectors[q])
+        seen[0].add(q)
+        seen[1].add(k)
+    return width
 
 
 def _places(product: Product, shape: Sequence[int], side: int) -> Tensor:
@@ -279,30 +359,24 @@ def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None]) -> None:
             )
 
 
-def _group(vectors: list[Vector], pairs: list[tuple[int, int]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def _group(reader: _Vectors, pairs: list[tuple[int, int]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Query heads, and the key vectors that each reads.
 
-    Query vectors from one set of parameters are heads of their own. Where they come from several (joint attention: text
-    and image tokens, each with projections of their own) and read the same keys of several kinds, the first vector of
-    each kind is the first head, and so on.
+    Each query vector is a head of its own, but for joint attention (text and image tokens, each with projections of
+    their own): there the first vectors of the streams are the first head, and so on. Streams are told apart by the data
+    that their projections read, or else by their parameters.
     """
     reads: dict[int, list[int]] = {}
     for q, k in pairs:
         reads.setdefault(q, []).append(k)
     keys = {q: tuple(sorted(set(ks), key=ks.index)) for q, ks in reads.items()}
-    kinds: dict[frozenset[str], list[int]] = {}
-    for q in reads:
-        kinds.setdefault(_parameters(vectors[q]), []).append(q)
-    groups = list(kinds.values())
-    joint = len(groups) > 1 and len({len(g) for g in groups}) == 1
-    if joint:
-        heads = list(zip(*groups, strict=True))
-        joint = all(len({frozenset(keys[q]) for q in head}) == 1 for head in heads)
-        joint &= all(len({_parameters(vectors[k]) for k in keys[head[0]]}) > 1 for head in heads)
-    if not joint:
-        heads = [(q,) for q in reads]
-    return heads, [tuple(sorted(keys[head[0]])) for head in heads]
-
-
-def _parameters(vector: Vector) -> frozenset[str]:
-    return frozenset(name for rows in vector for name, _ in rows)
+    for kind_of in (reader.data, reader.parameters):
+        streams: dict[object, list[int]] = {}
+        for q in reads:
+            streams.setdefault(kind_of(q), []).append(q)
+        if len(streams) > 1 and len({len(stream) for stream in streams.values()}) == 1:
+            heads = list(zip(*streams.values(), strict=True))
+            joint = all(len({frozenset(keys[q]) for q in head}) == 1 for head in heads)
+            if joint and all(len({kind_of(k) for k in keys[head[0]]}) > 1 for head in heads):
+                return heads, [tuple(sorted(keys[head[0]])) for head in heads]
+    return [(q,) for q in reads], [tuple(sorted(keys[q])) for q in reads]

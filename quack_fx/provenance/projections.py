@@ -93,11 +93,23 @@ class Projections:
         if sides is None:
             return None
         left, right, bias = sides
+        if df.is_weight(left) and df.is_weight(right) and self._spread(right) and not self._spread(left):
+            return right, left, True, bias
         if df.is_weight(right) and (left in df.activation or not df.is_weight(left) or df.op[node].name != "mv"):
             return left, right, False, bias
         if df.is_weight(left):
             return right, left, True, bias
         return None
+
+    def _spread(self, weight: Node) -> bool:
+        """Whether a parameter was given to every sample of a batch: learned queries, which are data and no weight."""
+        while weight not in self._df.weights and weight.all_input_nodes:
+            if self._df.op[weight].name in ("expand", "repeat", "expand_as"):
+                grown = self._df.shape(weight).numel() > self._df.shape(weight.all_input_nodes[0]).numel()
+                if grown:
+                    return True
+            weight = weight.all_input_nodes[0]
+        return False
 
     def _make(self, node: Node) -> tuple[Projection, Tensor] | None:
         df = self._df
@@ -128,6 +140,8 @@ class Projections:
             width = planes[0].shape[summed[0]]
         axes = []
         for axis, plane in enumerate(planes[1:]):
+            if self._is_thin(coordinates, axis):
+                continue
             if all(constant_along(plane, d) for d in summed):
                 axes.append(axis)
             elif not all(constant_along(plane, d) for d in range(plane.dim()) if d not in summed):
@@ -158,8 +172,13 @@ class Projections:
         self._firsts.append(first)
         self._in_order.append(projection)
         if bias is not None and df.is_weight(bias):
-            self.add_bias(label, bias)
+            self.add_bias(label.movedim(1, -1) if df.op[node].kind == "convolution" else label, bias)
         return projection, label
+
+    def _is_thin(self, coordinates: _Coordinates, axis: int) -> bool:
+        """Whether an axis of the parameters has one entry only, as the kernel of a 1x1 convolution has."""
+        shapes = [self._df.shape(node) for node, name in self._df.weights.items() if name in coordinates.names]
+        return len(coordinates.along) > 1 and all(shape[axis] == 1 for shape in shapes)
 
     def add_bias(self, label: Tensor, bias: Node) -> None:
         """Note a bias that was added to labelled features, where its entries are numbered like the rows."""
@@ -176,6 +195,31 @@ class Projections:
             projection, i = self.by_feature(feature)
             if projection.rows.shape[1] == 1 and int(projection.rows[i, 0]) == entry:
                 projection.biases[i] = coordinates.names[which]
+
+    def pairs(self, projection: Projection, made: Tensor, given: Tensor, labels: Labels) -> list[tuple[int, int]]:
+        """Which labels of its data go into which feature of a projection.
+
+        Arguments:
+            projection: The projection.
+            made: Labels of its result.
+            given: Labels of its data.
+            labels: Where sets of features are made.
+
+        Returns:
+            Pairs of a feature of the projection and the label of all the features that are summed into it.
+        """
+        if self._df.op[projection.node].kind == "convolution":
+            groups = _groups(projection.node)
+            read = given.unflatten(1, (groups, -1))
+            read = labels.union_along(read, list(range(2, read.dim()))).flatten(2)[:, :, :1]
+            made = made.unflatten(1, (groups, -1)).flatten(2)
+        else:
+            axis = projection.x_axis % given.dim() if given.dim() else 0
+            read = labels.union_along(given, [axis])
+            if made.dim() < read.dim():
+                made = made.unsqueeze(axis)
+        together = torch.stack(torch.broadcast_tensors(compact(made), compact(read))).flatten(1)
+        return [(int(a), int(b)) for a, b in torch.unique(together, dim=1).t().tolist()]
 
     # ---- how a weight was moved ----------------------------------------------------------------------------------
 

@@ -73,6 +73,10 @@ _NORM_INDEX = {"layer_norm": "layer", "rms_norm": "rms", "group_norm": "layer", 
 _POOLING = frozenset("sum mean amax amin adaptive_avg_pool1d _adaptive_avg_pool2d avg_pool1d avg_pool2d nansum".split())
 
 
+_ADDING = frozenset("add sub rsub cat stack where lerp addcmul add_ copy index_put".split())
+_OF_SIZE = frozenset("pow abs square exp".split())
+"""Ops whose mean is a statistic of features and not their average."""
+
 _LARGEST_SLICE = 3000
 """Nodes walked behind one attention before the rest is given up: without projections the walk would not end."""
 
@@ -98,7 +102,15 @@ class Tracer:
             Flow of every node that was run.
         """
         nodes, ends = self._slice(list(targets), outside)
-        return self._run(nodes, {end: _unknown_flow(self.df, end) for end in ends}, UNKNOWN)
+        flows = {end: _unknown_flow(self.df, end) for end in ends}
+        if outside is not None:
+            # A floating-point input of the model that is added on the way is data like any other.
+            reads = {n for node in nodes for n in node.all_input_nodes if self.df.is_given(n)}
+            flows.update((n, _unknown_flow(self.df, n)) for n in reads if self._is_added(n))
+        return self._run(nodes, flows, UNKNOWN)
+
+    def _is_added(self, node: Node) -> bool:
+        return any(self.df.op[user].name in _ADDING for user in node.users)
 
     def carry(self, source: Node, label: Tensor, path: Iterable[Node]) -> dict[Node, Flow]:
         """Follow labels of our own from one node forwards.
@@ -338,7 +350,7 @@ class _Step:
             return replace(x, label=self._full(NOTHING))
         name, shape = df.op[node].name, df.shape(node)
         dims = _reduced_dims(node, x.label.dim())
-        pooled = name in _POOLING and not (x.ops - {"relu", "gelu", "silu"})
+        pooled = name in _POOLING and not (x.ops & _OF_SIZE)
         if pooled and dims is not None and all(constant_along(x.label, d) for d in dims) and shape:
             label = x.label
             for d in sorted(dims, reverse=True):
@@ -406,6 +418,8 @@ class _Step:
         if name in ("mul", "div") and len(labelled) > 1 and any(f != features[0] for f in features):
             return self._unknown()  # one projection gates another: neither alone makes the result
         result = replace(merged, label=shrink(label))
+        if name == "mul" and self._is_outer(inputs):
+            return self._unknown()
         if statistics:
             result = self._with_statistics(name, result, statistics, frozenset().union(*features))
         if name not in LINEAR or (name in ("mul", "div") and len(inputs) > 1 and len(labelled) > 1):
@@ -413,6 +427,17 @@ class _Step:
         if name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) > 1 and isinstance(node.args[1], Node):
             result = replace(result, ops=result.ops | {"pow"})  # x * x
         return self._with_weights(name, result)
+
+    def _is_outer(self, inputs: list[Node]) -> bool:
+        """Whether one feature is spread over many by a weight: a product with a factor of rank one."""
+        df = self.tracer.df
+        shapes = [df.shape(n) for n in inputs]
+        for other in self.node.all_input_nodes:
+            if other not in inputs and df.is_weight(other):
+                for d, n in enumerate(reversed(df.shape(other))):
+                    if n > 1 and all(len(shape) <= d or shape[-1 - d] == 1 for shape in shapes):
+                        return True
+        return False
 
     def _carries(self, node: Node) -> bool:
         return node in self.tracer.df.activation or node in self.flows
