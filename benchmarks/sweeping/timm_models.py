@@ -1,0 +1,209 @@
+"""SOURCE: timm. Every architecture of `timm.list_models()`, one candidate for each distinct form, shrunk.
+
+In: nothing. Out: candidates. An entry point of timm does nothing but hand a class and its configuration to one builder
+function. We stand in for that builder, so all entry points are read in seconds and nothing is built. Two entry points
+have the same form when their configurations differ in numbers alone (or their modules hold no attention).
+
+A candidate is built from its configuration made smaller: few blocks, narrow heads, a small picture. What a class
+accepts is found by trial, the smallest first, the configuration as it stands last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from benchmarks.sweeping.candidate import Candidate
+from torch import nn
+
+PARAMETERS = 60_000_000
+"""Parameters of a model that is still worth running."""
+
+SIDES = (64, 96, 128, 192, 224, 256)
+"""Heights and widths of the picture, in the order in which they are tried."""
+
+BATCH = 2
+
+_HOLDS_ATTENTION = re.compile(r"softmax|scaled_dot_product|Attention|attn|'m[hq]a'")
+_DEPTHS = re.compile(r"^((serial_|parallel_)?depths?|depth_list|layers|stages|num_blocks)$")
+_WIDTHS = re.compile(r"^(embed_dims?|dims|base_dims|inner_dim|width_list|widths|stem_width|dim_head|head_dim|key_dim)$")
+_BLOCK_NUMBERS = re.compile(r"^global_att(n_indexes|_blocks)$")
+_NOT_THE_MODEL = ("pretrained_cfg", "pretrained_cfg_overlay", "feature_cfg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What an entry point of timm hands to its builder.
+
+    Attributes:
+        architecture: Name of the entry point.
+        family: Module of timm that holds it.
+        model_class: Class that is built, or a function that builds it.
+        config: Keyword arguments of the builder.
+    """
+
+    architecture: str
+    family: str
+    model_class: Callable[..., nn.Module]
+    config: Mapping[str, Any]
+
+
+class _Recorded(Exception):
+    """Stops an entry point where it calls its builder."""
+
+
+def candidates() -> Iterator[Candidate]:
+    """One candidate for each distinct form of timm's architectures, and its attention layers with unusual options."""
+    seen: set[object] = set()
+    for form in forms():
+        signature = _signature(form)
+        if signature not in seen:
+            seen.add(signature)
+            yield Candidate("timm", form.family, form.architecture, functools.partial(build, form))
+    for name, make in _layers().items():
+        yield Candidate("timm", "layers", name, make)
+
+
+def forms() -> Iterator[Form]:
+    """The form of every architecture, in timm's order."""
+    import timm
+
+    for architecture in timm.list_models():
+        entry_point = timm.model_entrypoint(architecture)
+        model_class, config = _recorded(entry_point)
+        yield Form(architecture, entry_point.__module__.rpartition(".")[2], model_class, config)
+
+
+def _recorded(entry_point: Callable[[], nn.Module]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """What an entry point hands to its builder."""
+
+    def builder(model_class: Callable[..., nn.Module], variant: str, *args: Any, **config: Any) -> nn.Module:
+        raise _Recorded(model_class, config)
+
+    name = "build_model_with_cfg"
+    modules = [vars(module) for path, module in sys.modules.items() if path.startswith("timm.models.")]
+    holders = {id(names): (names, names[name]) for names in modules if name in names}
+    try:
+        for names, _ in holders.values():
+            names[name] = builder
+        entry_point()
+    except _Recorded as recorded:
+        return recorded.args  # type: ignore[return-value]
+    finally:
+        for names, real in holders.values():
+            names[name] = real
+    raise RuntimeError(f"{entry_point} builds its model in a way of its own")
+
+
+def build(form: Form) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """The smallest model of a form that can be built and run, in evaluation mode, with a picture for it.
+
+    Raises:
+        ValueError: Nothing of at most `PARAMETERS` parameters could be built and run; it tells of the last trial.
+    """
+    problem: Exception | None = None
+    for config in _shrunk(form.config):
+        for side in SIDES:
+            try:
+                model = _build(form, config, side)
+                picture = torch.randn(BATCH, 3, side, side)
+                with torch.no_grad():
+                    model(picture)
+            except Exception as error:
+                problem = error
+            else:
+                return model, (picture,), {}
+    raise ValueError(f"{form.architecture}: no size of it could be built and run: {problem}") from problem
+
+
+def _build(form: Form, config: Mapping[str, Any], side: int) -> nn.Module:
+    from timm.models._builder import build_model_with_cfg
+
+    config = {**config, "num_classes": 5}
+    if "img_size" in inspect.signature(form.model_class).parameters:
+        config["img_size"] = side
+    with torch.device("meta"):
+        total = sum(p.numel() for p in _made(build_model_with_cfg, form, config).parameters())
+    if total > PARAMETERS:
+        raise ValueError(f"{total:,} parameters are more than {PARAMETERS:,}")
+    return _made(build_model_with_cfg, form, config).eval()
+
+
+def _made(builder: Callable[..., nn.Module], form: Form, config: Mapping[str, Any]) -> nn.Module:
+    return builder(form.model_class, form.architecture, False, **config)
+
+
+# ---- smaller ---------------------------------------------------------------------------------------------------------
+
+
+def _shrunk(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration made smaller in several ways, the smallest first, itself last."""
+    for deepest, narrower in ((2, 8), (2, 4), (2, 2), (2, 1), (4, 1)):
+        yield {name: _smaller(name, value, deepest, narrower) for name, value in config.items()}
+    yield dict(config)
+
+
+def _smaller(name: str, value: Any, deepest: int, narrower: int) -> Any:
+    if name in _NOT_THE_MODEL:
+        return value
+    if _DEPTHS.match(name):
+        return _each(value, lambda n: min(n, deepest))
+    if _WIDTHS.match(name):
+        return _each(value, lambda n: n // narrower if n % narrower == 0 else n)
+    if _BLOCK_NUMBERS.match(name):
+        return type(value)([deepest - 1])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **{f: _smaller(f, v, deepest, narrower) for f, v in fields.items()})
+    return value
+
+
+def _each(value: Any, change: Callable[[int], int]) -> Any:
+    """A number, or every number of a nested sequence, changed."""
+    if isinstance(value, list | tuple):
+        return type(value)(_each(one, change) for one in value)
+    return change(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+# ---- same form -------------------------------------------------------------------------------------------------------
+
+
+def _signature(form: Form) -> object:
+    """What forms have in common that differ in nothing but numbers."""
+    source = inspect.getsource(importlib.import_module(f"timm.models.{form.family}"))
+    if not _HOLDS_ATTENTION.search(source + repr(form.config.get("block_args"))):
+        return form.family
+    config = {name: value for name, value in form.config.items() if name not in _NOT_THE_MODEL}
+    return form.family, getattr(form.model_class, "__name__", ""), _without_numbers(config)
+
+
+def _without_numbers(value: Any) -> object:
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, int | float):
+        return "number"
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(_without_numbers(one) for one in value))
+    if isinstance(value, Mapping):
+        return tuple((name, _without_numbers(one)) for name, one in sorted(value.items()))
+    if isinstance(value, functools.partial):
+        return repr(value.func), _without_numbers(value.keywords)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value).__name__, _without_numbers(
+            {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        )
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def _layers() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]]:
+    return {}
