@@ -172,6 +172,7 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
     for site, softmaxes in claims.items():
         attention = graph.attention_ops(softmaxes)
         checks: dict[Softmax, int] = {}
+        wrong: dict[Softmax, VerifyError] = {}
         try:
             for softmax in softmaxes:
                 try:
@@ -180,19 +181,18 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
                     # Two attentions of one module: a site that is wrong about one may be right about the other.
                     if claimed[softmax] == 1:
                         raise
+                    wrong[softmax] = error
                     refuted.setdefault(softmax, error)
             if taken := [s.modules[-1] for s in checks if s in settled]:
                 raise VerifyError(f"site {site.name!r}: another site has the attention in module {taken[0]!r} already")
             settled |= checks.keys()
-            _check_calls(
-                graph, site, len(checks), [e for s, e in refuted.items() if s in softmaxes and s not in settled]
-            )
+            _check_calls(graph, site, len(checks), [e for s, e in wrong.items() if s not in settled])
             proved.append(SiteProof(site.name, site.query_heads, len(checks), sum(checks.values())))
         except CannotTell as reason:
             settled.update(softmaxes)
             open_sites.append(NotProved(site.name, str(reason)))
-    if wrong := [refuted[softmax] for softmax in refuted if softmax not in settled]:
-        raise wrong[0]
+    if nobodys := [error for softmax, error in refuted.items() if softmax not in settled]:
+        raise nobodys[0]
     return VerifyReport(tuple(proved), tuple(open_sites))
 
 

@@ -38,6 +38,7 @@ class Part:
         factors: The products with weights behind each operand.
         followed: Those of them, near and far, that the site claims.
         lower: For each side the slice that makes the operand, norms with constant statistics.
+        live: The same with statistics that carry gradients, where it was asked for.
     """
 
     product: Product
@@ -45,6 +46,7 @@ class Part:
     factors: dict[Side, list[Factor]]
     followed: dict[Side, list[Factor]]
     lower: dict[Side, Replay]
+    live: dict[Side, Replay]
 
 
 class Evidence:
@@ -78,7 +80,7 @@ class Evidence:
         for side in SIDES:
             self._check_chains(side)
             for part in self.parts:
-                part.lower[side] = self.slice(part, side, frozen=True)
+                part.lower[side] = self._slice(part, side, self.graph.statistics)
         self.reading = softmax.logits, torch.zeros([1] * len(softmax.shape), dtype=torch.long)
         """A tensor of logits and the head of each; of a single head until more are told apart."""
 
@@ -162,14 +164,14 @@ class Evidence:
             raise self.error("no product of queries and keys stands before the softmax that runs there")
         # Beside a product of claimed weights, one with weights that nobody claims is a relative position's.
         products = [p for p in products if p[1]] or products
-        self.upper = Upper(self.graph, self.softmax, [p for p, _ in products])
+        self.upper = Upper(self.graph, self.softmax, [p for p, _ in products], self._generator)
         parts = []
         for product, _ in products:
             operand = self.upper.operands(product)
             if operand is None:
                 raise CannotTell("it cannot be told which operand of its logits holds the keys; try longer inputs")
             factors = {side: behind[operand[side].value] for side in SIDES}
-            parts.append(Part(product, operand, factors, {}, {}))
+            parts.append(Part(product, operand, factors, {}, {}, {}))
         return parts
 
     def _check_chains(self, side: Side) -> None:
@@ -211,7 +213,13 @@ class Evidence:
                 found |= {b for b in factor.biases if self.graph.tape.params[b].shape == (rows,)}
         return frozenset(found - named)
 
-    def slice(self, part: Part, side: Side, *, frozen: bool) -> Replay:
+    def live(self, part: Part, side: Side) -> Replay:
+        """The slice that makes an operand, with statistics that carry gradients."""
+        if side not in part.live:
+            part.live[side] = self._slice(part, side, frozenset())
+        return part.live[side]
+
+    def _slice(self, part: Part, side: Side, statistics: Set[Op]) -> Replay:
         """The slice that makes an operand out of what enters the site: the inputs of its outermost claimed products."""
         followed, operand, graph = part.followed[side], part.operand[side], self.graph
 
@@ -221,7 +229,7 @@ class Evidence:
                 [(operand.value, operand.reader)],
                 cuts={v for f in followed if not any(o in followed for o in f.outer) for v in f.sources},
                 stops=graph.barriers - {f.product.op for f in followed},
-                statistics=graph.statistics if frozen else frozenset(),
+                statistics=statistics,
                 through_detach=through_detach,
             )
 

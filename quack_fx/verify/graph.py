@@ -15,7 +15,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from quack_fx.verify.opaque import is_opaque
-from quack_fx.verify.ops import Product, Softmax, is_linear, keeps_numbers, kind, product_of, softmax_of, statistics
+from quack_fx.verify.ops import (
+    Product,
+    Softmax,
+    is_linear,
+    is_numeric,
+    keeps_numbers,
+    kind,
+    product_of,
+    softmax_of,
+    statistics,
+)
 from quack_fx.verify.tape import Op, Tape, Value
 
 
@@ -25,6 +35,7 @@ class Factor:
 
     Attributes:
         product: The product.
+        result: The product with its bias.
         weights: Those of its factors that parameters alone reach.
         sources: The others.
         params: Names of the parameters behind `weights`.
@@ -36,6 +47,7 @@ class Factor:
     """
 
     product: Product
+    result: Value
     weights: tuple[Value, ...]
     sources: tuple[Value, ...]
     params: frozenset[str]
@@ -53,7 +65,7 @@ class _Back:
     products: list[Product] = field(default_factory=list)
     softmaxes: list[Op] = field(default_factory=list)
     passed: list[Op] = field(default_factory=list)
-    embedded: bool = False
+    joined: bool = False
     linear: bool = True
 
 
@@ -158,8 +170,8 @@ class Graph:
         if max(weights[0].tensor.shape) > math.sqrt(sources[0].tensor.numel()):
             return None
         back = self._back(sources[0], product.reader)
-        mixes = back.products and back.linear and not (back.softmaxes or back.embedded)
-        return sources[0] if mixes and all(map(self._of_two_sides, back.products)) else None
+        mixes = back.products and back.linear and not (back.softmaxes or back.joined)
+        return sources[0] if mixes and any(map(self._of_two_sides, back.products)) else None
 
     @cached_property
     def _weighs(self) -> dict[Softmax, list[Product]]:
@@ -203,7 +215,7 @@ class Graph:
             if not factor.weights:
                 continue
             factor.linear = nearest or back.linear
-            factor.sole = len(back.products) == 1 and not back.embedded and self._private(product.op, attention)
+            factor.sole = len(back.products) == 1 and not back.joined and self._private(product.op, attention)
             factor.norms = frozenset(op for op in back.passed if op in self.statistics)
             for source in factor.sources:
                 factor.outer += self._factors(source, product.reader, attention, nearest=False)
@@ -219,24 +231,27 @@ class Graph:
             weights = plain if len(plain) == 1 else weights
         sources = tuple(v for v in product.factors if v not in weights)
         params = frozenset(name for v in weights for name in self._params(v, product.reader))
-        return Factor(product, tuple(weights), sources, params, frozenset(self._biases(product)))
+        biases, result = self._biases(product)
+        return Factor(product, result, tuple(weights), sources, params, biases)
 
     def _is_plain(self, value: Value, reader: Op) -> bool:
         """Whether a factor is one parameter, moved around at most."""
         return not self._back(value, reader).products and len(self._params(value, reader)) == 1
 
-    def _biases(self, product: Product) -> Set[str]:
-        """Parameters added to a product, by its own op or by the next one that does more than move things."""
+    def _biases(self, product: Product) -> tuple[frozenset[str], Value]:
+        """Parameters added to a product before more than its shape is changed, and the sum."""
         found = set(self._params(product.added, product.op)) if product.added is not None else set()
+        result = product.op.out
         todo = [product.op]
         while todo:
             for reader in self._readers[todo.pop()]:
                 if kind(reader) in ("add", "sub"):
                     others = [v for v in reader.inputs if self.tape.is_weight(v, reader)]
                     found |= {name for v in others for name in self._params(v, reader)}
+                    result = reader.out if others else result
                 elif keeps_numbers(reader):
                     todo.append(reader)
-        return found
+        return frozenset(found), result
 
     def _params(self, value: Value, reader: Op) -> Set[str]:
         """Names of the parameters behind a value that parameters alone reach."""
@@ -288,12 +303,13 @@ class Graph:
                 back.softmaxes.append(op)
                 back.linear = False
                 continue
-            if op.name == "embedding":
-                back.embedded = True
+            if op in self.barriers:
+                back.joined = True
                 continue
             back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants moves features
             back.passed.append(op)
-            todo += op.reads
+            back.joined |= any(v.is_input and is_numeric(v) for v in op.inputs)
+            todo += [source for v in op.inputs if is_numeric(v) for source in self.tape.behind(v, op)]
         back.products.sort(key=lambda p: p.op.index)
         return back
 

@@ -38,9 +38,10 @@ class Upper:
         graph: The graph.
         softmax: The softmax.
         products: The products whose operands are wanted.
+        generator: Source of random numbers.
     """
 
-    def __init__(self, graph: Graph, softmax: Softmax, products: Sequence[Product]) -> None:
+    def __init__(self, graph: Graph, softmax: Softmax, products: Sequence[Product], generator: torch.Generator) -> None:
         self.softmax = softmax
         mixing = graph.mixing(softmax)
         first = min((p.op.index for p in mixing), default=None)
@@ -53,7 +54,10 @@ class Upper:
             graph.tape,
             [(softmax.logits, softmax.op), *((v, None) for v in self.cuts if v is not softmax.logits)],
             stops=graph.barriers - {p.op for p in (*products, *mixing)},
-            leaves=[v for p in products for v in p.factors],
+            # Random, for a zero or equal numbers on one side would hide what the logits read on the other.
+            leaves={
+                v: torch.randn(v.tensor.shape, generator=generator).to(v.tensor) for p in products for v in p.factors
+            },
             statistics=graph.statistics,
         )
 
@@ -63,10 +67,7 @@ class Upper:
         return [arrived[v] != 0 if v in arrived else torch.zeros_like(v.tensor, dtype=torch.bool) for v in values]
 
     def places(self, cut: Value, labels: Tensor, head: int, operands: Sequence[Operand]) -> list[Tensor]:
-        """For each operand the places that the logits of a head read, whatever the numbers there.
-
-        A feature that a zero of the other operand hides belongs to the head as well: a place counts with all features.
-        """
+        """For each operand the places that the logits of a head read, each with all its features."""
         mask = (labels.to(cut.tensor.device) == head).to(torch.float32).expand(cut.tensor.shape)
         touched = self.touched(cut, mask, [o.value for o in operands])
         return [t.any(o.axis, keepdim=True) for t, o in zip(touched, operands, strict=True)]

@@ -2,19 +2,18 @@
 
 In: the evidence about a site. Out: the number of norms confirmed; `VerifyError` for the first claim that is wrong.
 
-A norm shows in three ways, none of which asks how it is written. The logits do not depend on the size of the weights
-before it (Euler's rule: the gradient of the operand along those weights is zero). A seed on one feature reaches as many
-rows as share a statistic. And where the mean is taken away, the gradients of those rows sum to zero. Here, and here
-alone, statistics carry gradients.
+Behind a norm the logits do not depend on the size of the weights before it (Euler's rule: the gradient of the operand
+along the product is zero), and where the mean is taken away as well, the gradients of the features sum to zero. How
+many features share a statistic is how many go into one. Here, and here alone, statistics carry gradients.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from quack_fx.layout import Norm, Side
-from quack_fx.verify.evidence import Evidence, Part
-from quack_fx.verify.graph import Factor
+from quack_fx.verify.evidence import CannotTell, Evidence, Part
 from quack_fx.verify.heads import SIDES
 
 _BLIND = 1e-2
@@ -42,13 +41,11 @@ def check_norms(evidence: Evidence) -> int:
 
 
 def _check_qk_norm(evidence: Evidence, side: Side, claimed: list[Norm]) -> None:
-    found = {
-        shape
-        for part in evidence.parts
-        for factor in part.factors[side]
-        if (shape := _shape_of_norm(evidence, part, side, factor)) is not None
-    }
-    wanted = {(norm.width, norm.kind == "layer") for norm in claimed}
+    latent = [norm for norm in evidence.site.latent_norm if norm.side == side] if _absorbed(evidence, side) else []
+    wanted, tolerated = ({(norm.width, norm.kind == "layer") for norm in norms} for norms in (claimed, latent))
+    found: set[tuple[int, bool]] = set()
+    for part in evidence.parts:
+        found |= _norms(evidence, part, side, wanted | tolerated) - (tolerated - wanted)
     if found and not wanted:
         raise evidence.error(f"its {side} side passes a norm, so its logits do not depend on the size of the weights")
     if wanted and not found:
@@ -59,32 +56,52 @@ def _check_qk_norm(evidence: Evidence, side: Side, claimed: list[Norm]) -> None:
         raise evidence.error(f"its {side} side passes {_spell(found)}, the layout claims {_spell(wanted)}")
 
 
-def _shape_of_norm(evidence: Evidence, part: Part, side: Side, factor: Factor) -> tuple[int, bool] | None:
-    """Width of the norm between a product and the logits, and whether it takes the mean away; None without a norm."""
-    operand = part.operand[side]
-    live = evidence.slice(part, side, frozen=False)
-    value, out = operand.value, factor.product.op.out
-    # Near the operand itself, so that without a norm nothing cancels; not equal, for a unit vector is blind to that.
-    seed = live[value].detach() * (0.5 + evidence.noise(operand).abs())
-    arrived = live.gradients_at(value, seed, [out]).get(out)
-    if arrived is None:
-        return None
-    own = arrived * live[out].detach()
-    if own.sum().abs() > _BLIND * own.abs().sum():
-        return None
-    cut, labels = evidence.reading
-    places = evidence.upper.places(cut, labels, 0, [operand])[0].movedim(operand.axis, -1).squeeze(-1).nonzero()
-    features = range(value.tensor.shape[operand.axis])
-    for place in (places[0], places[-1], *places[1:-1]):
-        for feature in features:
-            # What shares a statistic with one feature of one position receives a gradient from it.
-            one = torch.zeros_like(seed)
-            one.movedim(operand.axis, -1)[*place, feature] = 1.0
-            reached = live.gradients_at(value, one, [out]).get(out)
-            if reached is not None and reached.any():
-                without_mean = bool(reached.sum().abs() < _BLIND * reached.abs().sum())
-                return int(reached.count_nonzero()), without_mean
-    return None
+def _absorbed(evidence: Evidence, side: Side) -> bool:
+    """Whether the keys' up projection is multiplied to the queries: what those meet is then the latent itself."""
+    return side == "key" and any(block.role == "uk" for block in evidence.blocks["query"])
+
+
+def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, bool]]) -> set[tuple[int, bool]]:
+    """Widths of the norms between the nearest products and the logits, and whether each takes the mean away."""
+    value, factors = part.operand[side].value, part.factors[side]
+    live, frozen = evidence.live(part, side), part.lower[side]
+    outs = [factor.result for factor in factors]
+    inputs = {op: op.inputs[0] for factor in factors for op in factor.norms}
+    blind = [True] * len(factors)
+    together, saturated, less_mean = True, [True] * len(factors), dict.fromkeys(inputs, True)
+    for _ in range(3):  # without a norm, one seed may happen to show none of the size
+        seed = live[value].detach() * (0.5 + evidence.noise(part.operand[side]).abs())
+        arrived, usual = (
+            live.gradients_at(value, seed, [*outs, *inputs.values()]),
+            frozen.gradients_at(value, seed, outs),
+        )
+        gains = [arrived[out] * live[out].detach() if out in arrived else torch.zeros(()) for out in outs]
+        sizes = [(usual[out] * live[out].detach()).abs().sum() if out in usual else torch.zeros(()) for out in outs]
+        whole = torch.stack([gain.sum() for gain in gains]).sum()
+        together &= bool(whole.abs() < _BLIND * torch.stack(sizes).sum())
+        for i, (gain, size) in enumerate(zip(gains, sizes, strict=True)):
+            blind[i] &= bool(gain.sum().abs() < _BLIND * size)
+            saturated[i] &= bool(gain.abs().sum() < _BLIND * size)
+        for op, source in inputs.items():
+            less_mean[op] &= source in arrived and _sums_to_zero(arrived[source])
+    found: dict[int, bool] = {}
+    for i, factor in enumerate(factors):
+        # One norm over what several products make is blind to all of them together.
+        if not (blind[i] or together):
+            continue
+        if not factor.norms:
+            raise CannotTell(
+                f"its {side} side does not depend on the size of {min(factor.params)!r}, yet passes no norm"
+            )
+        for op in sorted(factor.norms, key=lambda op: op.index):
+            width = op.inputs[0].tensor.numel() // max(1, op.outputs[-1].tensor.numel())
+            # Two features less their mean, or one, leave nothing but a sign: there is no gradient to go by.
+            found.setdefault(width, (width, True) in expected if saturated[i] else less_mean[op])
+    return set(found.items())
+
+
+def _sums_to_zero(gradient: Tensor) -> bool:
+    return bool(gradient.sum().abs() < 1e-4 * gradient.abs().sum())
 
 
 def _check_names(evidence: Evidence, side: Side, norm: Norm) -> None:
@@ -109,7 +126,7 @@ def _check_latent_norm(evidence: Evidence, side: Side) -> None:
         module
         for part in evidence.parts
         for factor in part.followed[side]
-        if factor not in part.factors[side]
+        if factor not in part.factors[side] or _absorbed(evidence, side)
         for op in factor.norms
         for module in op.modules
     }
@@ -125,5 +142,5 @@ def _check_latent_norm(evidence: Evidence, side: Side) -> None:
 
 def _spell(shapes: set[tuple[int, bool]]) -> str:
     return ", ".join(
-        f"a norm of {width} features {'with' if mean else 'without'} their mean" for width, mean in sorted(shapes)
+        f"a norm of {width} features {'less' if mean else 'with'} their mean" for width, mean in sorted(shapes)
     )

@@ -116,7 +116,12 @@ def kind(op: Op) -> str:
 
 def is_linear(op: Op) -> bool:
     """Whether an op moves features, scales them, adds to them or normalises them."""
-    return kind(op) in _LINEAR
+    return kind(op) in _LINEAR or _is_depthwise(op)
+
+
+def is_numeric(value: Value) -> bool:
+    """Whether a value holds numbers with a gradient, not places or choices."""
+    return value.tensor.is_floating_point() or value.tensor.is_complex()
 
 
 def keeps_numbers(op: Op) -> bool:
@@ -130,7 +135,7 @@ def product_of(op: Op) -> Product | None:
         left, right, added = _PRODUCTS[op.name]
         summand = op.args[added] if added is not None and added < len(op.args) else None
         one, two = op.args[left], op.args[right]
-        if not isinstance(one, Value) or not isinstance(two, Value):
+        if not isinstance(one, Value) or not isinstance(two, Value) or _is_depthwise(op):
             return None
         axes = (-1, -2) if op.name in ("mm", "bmm", "addmm", "baddbmm", "matmul") else None
         return Product(op, one, two, summand if isinstance(summand, Value) else None, op, axes)
@@ -144,6 +149,11 @@ def product_of(op: Op) -> Product | None:
     if any(len(s) < 2 or len(s) + axis < 0 or s[axis] == 1 for s in shapes):
         return None  # a factor that the sum does not run over only scales
     return Product(op, *mul.inputs, None, mul, (axis, axis))
+
+
+def _is_depthwise(op: Op) -> bool:
+    """Whether an op is a convolution of each feature by itself, which mixes none."""
+    return op.name == "convolution" and op.args[8] > 1 and op.args[8] == op.inputs[1].tensor.shape[0]
 
 
 def softmax_of(op: Op, readers: Readers) -> Softmax | None:

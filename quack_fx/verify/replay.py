@@ -35,7 +35,7 @@ class Replay:
         targets: Values to make again.
         cuts: Values at which the slice begins; they are constants.
         stops: Ops that are not run again; what they made is constant.
-        leaves: Those cuts that gradients are wanted for.
+        leaves: Further cuts, with numbers of their own, that gradients are wanted for.
         statistics: Reductions and norms whose statistics are constants.
         through_detach: Whether gradients pass `detach`.
     """
@@ -47,11 +47,11 @@ class Replay:
         *,
         cuts: Set[Value] = frozenset(),
         stops: Set[Op] = frozenset(),
-        leaves: Iterable[Value] = (),
+        leaves: Mapping[Value, Tensor] | None = None,
         statistics: Set[Op] = frozenset(),
         through_detach: bool = False,
     ) -> None:
-        self._tape, self._cuts, self._stops = tape, set(cuts), stops
+        self._tape, self._cuts, self._stops = tape, set(cuts) | set(leaves or ()), stops
         self._statistics, self._through_detach = statistics, through_detach
         self._tensors: dict[Value, Tensor] = {}
         self.params: dict[str, Tensor] = {}
@@ -59,9 +59,8 @@ class Replay:
         """Ops of unknown meaning that let no gradient pass."""
         ops = self._slice(targets)
         self._written = {v.storage for op in ops for v in op.outputs if op in tape.writes.get(v.storage, ())}
-        for leaf in leaves:
-            self._cuts.add(leaf)
-            self._tensors[leaf] = leaf.tensor.detach().clone().requires_grad_()
+        for leaf, numbers in (leaves or {}).items():
+            self._tensors[leaf] = numbers.clone().requires_grad_()
         with torch.enable_grad():
             for op in ops:
                 self._run(op)
@@ -134,6 +133,8 @@ class Replay:
             func = torch.ops.aten.alias.default
         elif op in self._statistics:
             func = _FROZEN.get(op.name, _held)(func)
+        elif op.name.rstrip("_") in _POINTWISE:
+            func = _unclipped(func)
         result = func(*args, **kwargs)
         results = (result,) if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         for value, tensor in zip(op.outputs, results, strict=True):
@@ -208,6 +209,22 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return (x if bias is None else x + bias).contiguous()  # as the op itself makes it, for a view that follows
 
+
+def _unclipped(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of each feature by itself, with the derivative 1: what it clips belongs to its head as well."""
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.no_grad():
+            change: Tensor = func(x.clone(), *args, **kwargs) - x
+        return x + change
+
+    return run
+
+
+_POINTWISE = frozenset(
+    """clamp clamp_max clamp_min elu gelu hardsigmoid hardswish hardtanh leaky_relu relu sigmoid silu softplus tanh
+    threshold""".split()
+)
 
 _FROZEN: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "native_layer_norm": _layer_norm,
