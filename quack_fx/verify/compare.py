@@ -32,19 +32,22 @@ def check_site(evidence: Evidence) -> int:
     return _check_rows(evidence) + _check_head_dim(evidence) + check_norms(evidence) + check_terms(evidence)
 
 
+Heads = list[dict[Side, dict[str, Rows]]]
+"""For each query head the rows of each parameter, by side."""
+
+
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def _check_rows(evidence: Evidence) -> int:
     """Each head's logits depend on exactly the claimed rows of each side."""
     checks = 0
-    for head, found in enumerate(_find_heads(evidence)):
+    claimed = _claimed_heads(evidence)
+    for head, found in enumerate(_find_heads(evidence, claimed)):
         for side in SIDES:
-            index = head if side == "query" else evidence.site.head_map[head]
-            claimed = _claimed_rows(evidence, side, index)
-            for name in sorted(claimed.keys() | found[side].keys()):
+            for name in sorted(claimed[head][side].keys() | found[side].keys()):
                 checks += 1
-                want, have = claimed.get(name, frozenset()), found[side].get(name, frozenset())
+                want, have = claimed[head][side].get(name, frozenset()), found[side].get(name, frozenset())
                 if want == have:
                     continue
                 if name in evidence.unnamed[side]:
@@ -54,6 +57,14 @@ def _check_rows(evidence: Evidence) -> int:
                     f"the layout claims {_spell(want)}"
                 )
     return checks
+
+
+def _claimed_heads(evidence: Evidence) -> Heads:
+    """Rows that the site claims, by query head."""
+    return [
+        {"query": _claimed_rows(evidence, "query", head), "key": _claimed_rows(evidence, "key", key_head)}
+        for head, key_head in enumerate(evidence.site.head_map)
+    ]
 
 
 def _claimed_rows(evidence: Evidence, side: Side, *heads: int) -> dict[str, Rows]:
@@ -67,22 +78,29 @@ def _claimed_rows(evidence: Evidence, side: Side, *heads: int) -> dict[str, Rows
     return claimed
 
 
-def _find_heads(evidence: Evidence) -> list[dict[Side, dict[str, Rows]]]:
-    """Rows that receive a gradient, by head and side, under the reading of the shape that tells heads apart."""
+def _find_heads(evidence: Evidence, claimed: Heads) -> Heads:
+    """Rows that receive a gradient, by head and side, under a reading of the shape that tells heads apart.
+
+    Where two readings do (key heads on one axis and their query heads on another, in either order), it is the one that
+    the claim means: under both, each head's queries and keys are those of one slice of the logits.
+    """
     heads, softmax = evidence.site.query_heads, evidence.softmax
-    best: list[dict[Side, dict[str, Rows]]] = []
+    best: Heads = []
     most, split = 0, False
     for cut in evidence.upper.cuts:
         for labels in head_labels(cut, heads, softmax.dim if cut is softmax.logits else None):
             found = [evidence.rows_of_head(cut, labels, head) for head in range(heads)]
             distinct = len({tuple(tuple(sorted(rows[side].items())) for side in SIDES) for rows in found})
-            if distinct > most:
-                split = not _is_finest(evidence, cut, labels, found[0])
-                best, most = (best, most) if split else (found, distinct)
-            if best is found:
-                evidence.reading = cut, labels
-            if most == heads:
-                return best
+            if distinct > most or (distinct == most == heads and found == claimed):
+                finest = _is_finest(evidence, cut, labels, found[0])
+                split |= not finest
+                if finest:
+                    best, most = found, distinct
+                    evidence.reading = cut, labels
+                if found == claimed and finest:
+                    return best
+        if most == heads:
+            return best
     shape = "x".join(map(str, softmax.shape))
     if split and not best:
         raise evidence.error(f"its {shape} logits fall into more than the {heads} heads claimed")

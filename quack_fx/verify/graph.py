@@ -170,7 +170,7 @@ class Graph:
         if max(weights[0].tensor.shape) > math.sqrt(sources[0].tensor.numel()):
             return None
         back = self._back(sources[0], product.reader)
-        mixes = back.products and back.linear and not (back.softmaxes or back.joined)
+        mixes = back.products and not (back.softmaxes or back.joined)
         return sources[0] if mixes and any(map(self._of_two_sides, back.products)) else None
 
     @cached_property

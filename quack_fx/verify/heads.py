@@ -7,6 +7,7 @@ which of two operands the softmax runs over.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -138,10 +139,10 @@ def head_labels(cut: Value, heads: int, without: int | None) -> Iterator[Tensor]
     for axis in free:
         if shape[axis] == heads:
             yield along(axis, torch.arange(heads))
-    for axis in range(ndim - 1):
-        outer, inner = shape[axis : axis + 2]
-        if without not in (axis, axis + 1) and outer * inner == heads and min(outer, inner) > 1:
-            yield along(axis, torch.arange(outer)) * inner + along(axis + 1, torch.arange(inner))
+    for one, two in itertools.combinations(free, 2):
+        if shape[one] * shape[two] == heads and min(shape[one], shape[two]) > 1:
+            for outer, inner in ((min(one, two), max(one, two)), (max(one, two), min(one, two))):
+                yield along(outer, torch.arange(shape[outer])) * shape[inner] + along(inner, torch.arange(shape[inner]))
     for axis in free:
         size = shape[axis]
         if size > heads and size % heads == 0:
