@@ -25,7 +25,7 @@ def shapes(made: RandomModel) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("number", SAMPLE)
 def test_the_truth_is_no_different_from_itself(number: int) -> None:
     made = random_model(Choices.seeded(number))
-    if made.expected.loops and made.expected.sites[0].name is None:
+    if any(t.loops and t.name is None for t in made.expected.sites):
         pytest.skip("sites without a name cannot be told apart where heads are looped over")
     assert differences(made.expected, made.layout, shapes(made)) == []
 
@@ -69,7 +69,8 @@ def test_mistakes_are_seen() -> None:
     seen = 0
     for number in range(1000, 1100):
         made = random_model(Choices.seeded(number))
-        if made.expected.loops or made.choices.told.count("design=_tied"):
+        truth = made.expected.sites[0]
+        if truth.loops or truth.unchecked or "design=tied" in made.choices.told:
             continue
         site = made.layout.sites[0]
         if site.query_heads != site.key_heads or site.query_heads < 2 or len(site.query) != 1 or len(site.key) != 1:

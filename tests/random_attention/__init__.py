@@ -8,8 +8,13 @@
     way.py          norms, rope and the rest between projections and logits
     logits.py       products, masks, softmax, output
     distractors.py  what looks like attention and is none
+    designs.py      self, cross, joint, tied, latent ... : what queries, keys and values are made from
+    attention.py    one attention module
     model.py        all of it put together: `random_model`
     compare.py      found against true
+    judge.py        both together: the verdict on one model
+    fuzz.py         thousands of them
+    strategy.py     the decisions as hypothesis makes them
     __main__.py     one model by its number, or thousands of them
 
 `python -m tests.random_attention 12345` shows model 12345, the truth and what was found.
@@ -17,6 +22,18 @@
 
 from .choices import Choices, shrink
 from .compare import Difference, differences
+from .judge import Verdict, judge
 from .model import RandomModel, random_model
+from .strategy import all_choices
 
-__all__ = ["Choices", "Difference", "RandomModel", "differences", "random_model", "shrink"]
+__all__ = [
+    "Choices",
+    "Difference",
+    "RandomModel",
+    "Verdict",
+    "all_choices",
+    "differences",
+    "judge",
+    "random_model",
+    "shrink",
+]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quack_fx.layout import Role, SiteKind
 
@@ -22,13 +22,12 @@ from .truth import Link, Truth, Vectors
 
 @dataclass
 class AttentionModule:
-    """A drawn attention module: its source, whether it reads a second input, whether it keeps the tokens."""
+    """A drawn attention module: source, attentions, whether it reads a second input, whether it keeps the tokens."""
 
     source: str
     sites: list[Truth]
     cross: bool
     keeps_tokens: bool
-    loops: bool
 
 
 def class_source(name: str, init: list[str], lines: list[str], arguments: str) -> str:
@@ -55,32 +54,33 @@ def attention_module(choices: Choices, sizes: dict[str, int], name: str, torch_l
         designs.tied,
         designs.learned_queries,
         designs.refined,
+        designs.fewer_queries,
     ]
     design = choices.pick("design", ways)
     sides = design(draft)
     tiled = draft.sizes["h"] != draft.sizes["k"] != 1 and choices.chance("tiled", 3)
-    sites, loops, out = [], False, None
+    sites: list[Truth] = []
+    out: Value | None = None
     for again in (False, True):
         if again:
             # A second attention with queries of its own and the same keys (cross-layer sharing).
             if design is not designs.self_attention or not choices.chance("shared keys", 6):
                 break
             assert out is not None
-            if loops or sides.back:
+            if sites[0].loops or sides.back:
                 break
             later = draft.let("x2", f"x + {out.name}", "btc")
             draft.sizes["b"], draft.sizes["t"] = sizes["b"], sizes["t"]
             q = projected(draft, later, [Want("q", "h", sides.pairs[0][0].dims, "t", "q")])[0]
             sides.pairs = [(q, sides.pairs[0][1])]
         made = attended(draft, sides.pairs, sides.v, sides.batch, tiled, may_loop=not again)
-        sites.append(_truth(draft, sides, made.scale, tiled))
-        loops |= made.loops
+        sites.append(replace(_truth(draft, sides, made.scale, tiled), loops=made.loops))
         out = _output(draft, made.value, sizes["c"], sides)
     assert out is not None
     draft.lines.append(f"return {out.name}")
     second = design in (designs.cross_attention, designs.joint)
     source = class_source(name, draft.init, draft.lines, "x, y" if second else "x")
-    return AttentionModule(source, sites, second, design is not designs.learned_queries, loops)
+    return AttentionModule(source, sites, second, design not in (designs.learned_queries, designs.fewer_queries))
 
 
 def _torch_layer(choices: Choices, sizes: dict[str, int], name: str) -> AttentionModule:
@@ -107,7 +107,7 @@ def _torch_layer(choices: Choices, sizes: dict[str, int], name: str) -> Attentio
     key = side("mha.k_proj_weight", 0, "k", False) if cross else side("mha.in_proj_weight", width, "k", True)
     truth = Truth((query,), (key,), tuple(range(h)), cross=cross, kind="mha", name="mha", scale=d**-0.5)
     source = class_source(name, init, lines, "x, y" if cross else "x")
-    return AttentionModule(source, [truth], cross, True, False)
+    return AttentionModule(source, [truth], cross, True)
 
 
 def _truth(draft: Draft, sides: Sides, scale: float | None, tiled: bool) -> Truth:
@@ -145,7 +145,7 @@ def _truth(draft: Draft, sides: Sides, scale: float | None, tiled: bool) -> Trut
         kind=kind,
         name=sides.name,
         scale=product,
-        unchecked=sides.unchecked,
+        unchecked=sides.unchecked.union(*(o.unchecked for pair in sides.pairs for o in pair)),
         may_refuse=sides.may_refuse,
     )
 

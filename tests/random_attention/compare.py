@@ -38,8 +38,9 @@ def differences(expected: Expected, found: QKLayout, shapes: dict[str, tuple[int
         shapes: Shape of every parameter: rows that are all of it are the same along any axis.
     """
     left = list(found.sites)
-    if expected.loops:
-        left = _merged(left)
+    loops = {truth.name for truth in expected.sites if truth.loops}
+    if loops:
+        left = [s for s in left if not {s.name, None} & loops] + _merged([s for s in left if {s.name, None} & loops])
     result: list[Difference] = []
     for truth in expected.sites:
         queries = {link.param for kind in truth.query for head in kind for place in head for p in place for link in p}
@@ -52,7 +53,7 @@ def differences(expected: Expected, found: QKLayout, shapes: dict[str, tuple[int
             if not here or not truth.may_refuse:
                 result.append(Difference(sort, f"{truth.name!r}: {here[0].reason if here else 'no site'}"))
             continue
-        results = [(_compare(truth, s, shapes, expected.loops), s) for s in near]
+        results = [(_compare(truth, s, shapes), s) for s in near]
         best = min(results, key=lambda r: len(r[0]))
         left.remove(best[1])
         result.extend(best[0])
@@ -100,11 +101,11 @@ def _padded(blocks: tuple[WeightBlock, ...], before: int, after: int) -> tuple[W
     return tuple(replace(b, heads=((),) * before + b.heads + ((),) * after) for b in blocks)
 
 
-def _compare(truth: Truth, found: AttentionSite, shapes: dict[str, tuple[int, ...]], loops: bool) -> list[Difference]:
+def _compare(truth: Truth, found: AttentionSite, shapes: dict[str, tuple[int, ...]]) -> list[Difference]:
     result: list[Difference] = []
     where = f"{truth.name!r}: "
     site = truth.site()
-    skip = truth.unchecked | (frozenset({"kind", "key heads", "calls"}) if loops else frozenset())
+    skip = truth.unchecked | (frozenset({"kind", "key heads", "calls"}) if truth.loops else frozenset())
     for level in ("rows", "roles", "biases"):
         if level in skip:
             continue

@@ -10,11 +10,11 @@ from typing import Any
 
 from quack_fx.layout import Role, SiteKind
 
-from .latent import latent_attention, low_rank, merged_adapter, refined_heads, with_adapter
+from .latent import latent_attention, low_rank, merged_adapter, refined_heads, with_adapter, with_branch
 from .logits import Pairs
 from .projections import Operand, Want, projected, single
 from .source import Draft, Value
-from .way import NORMS, clamped, normed, rotated, scaled, shifted_in_time, thinned, with_null
+from .way import NORMS, clamped, normed, rotated, scaled, shifted_in_time, thinned, with_head_bias, with_null
 
 
 @dataclass
@@ -61,6 +61,8 @@ def _on_the_way(draft: Draft, q: Operand, k: Operand, v: Operand) -> tuple[Opera
             q = q if one_side else normed(draft, q, "query", norm)
         elif step == "rope" and (chance("rope", 3)):
             q, k = rotated(draft, q, "t"), rotated(draft, k, "s")
+    if chance("bias of a head", 10):
+        q = with_head_bias(draft, q)
     if chance("bent", 10):
         q, k = clamped(draft, q), clamped(draft, k)
     if chance("scaled early", 8):
@@ -137,14 +139,13 @@ def adapters(draft: Draft) -> Sides:
     x = Value("x", "btc")
     rank = draft.choices.pick("rank", [2, 1, 3])
     on = draft.choices.pick("adapters", ["both", "queries", "keys"])
-    merged = draft.choices.chance("merged", 12)
+    made = draft.choices.pick("adapter", [with_adapter] * 4 + [with_branch, with_branch, merged_adapter])
     wants = _wants(draft, keys=_heads_of_keys(draft))
-    made = merged_adapter if merged else with_adapter
     q = made(draft, x, wants[0], rank) if on != "keys" else single(draft, x, wants[0])
     k = made(draft, x, wants[1], rank) if on != "queries" else single(draft, x, wants[1])
     v = single(draft, x, wants[2])
     q, k, v = _on_the_way(draft, q, k, v)
-    return Sides([(q, k)], v, may_refuse=merged)
+    return Sides([(q, k)], v, may_refuse=made is merged_adapter)
 
 
 def factored(draft: Draft) -> Sides:
@@ -227,6 +228,18 @@ def refined(draft: Draft) -> Sides:
     q, k, v = _on_the_way(draft, q, k, v)
     # What parts the two factors play has no name of its own.
     return Sides([(q, k)], v, unchecked=frozenset({"roles", "kind"}))
+
+
+def fewer_queries(draft: Draft) -> Sides:
+    """Queries of some tokens, keys of all (pooling attention)."""
+    sizes = draft.sizes
+    sizes["s"] = sizes["t"]
+    q, k, v = projected(draft, Value("x", "btc"), _wants(draft, keys=_heads_of_keys(draft)))
+    kept = draft.letter(max(2, sizes["t"] // 2))
+    q = thinned(draft, q, "t", kept)
+    q, sizes["t"] = q.at(q.value.renamed(kept, "t")), sizes[kept]
+    q, k, v = _on_the_way(draft, q, k, v)
+    return Sides([(q, k)], v)
 
 
 def tied(draft: Draft) -> Sides:

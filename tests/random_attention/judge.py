@@ -6,6 +6,7 @@ In: decisions. Out: a `Verdict`, and its text for people.
 from __future__ import annotations
 
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,9 @@ def judge(choices: Choices) -> Verdict:
     """Make a model and hold what is found in it against the truth."""
     model = random_model(choices)
     try:
-        found = find_qk_pairs(model.model, *model.inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the models' own, of torch about checkpoints mostly
+            found = find_qk_pairs(model.model, *model.inputs)
     except Exception as error:
         text = "".join(traceback.format_exception(error)[-3:])
         return Verdict(model, None, (Difference(f"crash {type(error).__name__}", text),))

@@ -80,6 +80,20 @@ def latent_norm(draft: Draft, side: Side, value: Value) -> tuple[Value, Norm]:
     return made, Norm(side, kind, width, module, f"{module}.weight")
 
 
+def with_branch(draft: Draft, x: Value, want: Want, rank: int) -> Operand:
+    """A projection beside another one of full rank: W x + V f(x)."""
+    width = draft.sizes[want.heads] * draft.sizes[want.dims]
+    base = linear(draft, str(want.name), x, width, want.role, want.bias)
+    letter = next(a for a in base.value.axes if a not in x.axes)
+    bent = draft.let("bent", draft.choices.pick("f", ["F.gelu({})", "{}.flip(-1)", "{}"]).format(x.name), x.axes)
+    other = linear(draft, f"{want.name}_too", bent, width, want.role, False)
+    added = next(a for a in other.value.axes if a not in x.axes)
+    name = draft.arrange(other.value.renamed(added, letter), base.value.axes).name
+    value = draft.let(str(want.name), f"{base.value.name} + {name}", base.value.axes)
+    features = [a | b for a, b in zip(base.features, other.features, strict=True)]
+    return to_heads(draft, Linear(value, features), want, letter)
+
+
 def merged_adapter(draft: Draft, x: Value, want: Want, rank: int) -> Operand:
     """The same with its branch added to the weight: (W + s B A) x."""
     width, n_in = draft.sizes[want.heads] * draft.sizes[want.dims], draft.sizes[x.axes[-1]]

@@ -94,9 +94,9 @@ def _sizes(choices: Choices) -> dict[str, int]:
 
 def _around(choices: Choices, attention: AttentionModule, sizes: dict[str, int]) -> tuple[str, Expected]:
     """The model around an attention: its source and what is to be found in it."""
-    source, loops, cross = attention.source, attention.loops, attention.cross
+    source, cross = attention.source, attention.cross
     if not attention.keeps_tokens or choices.pick("layers", [False, True, True]) is False:
-        return source + "\n\nModel = Attention\n", Expected(attention.sites, loops)
+        return source + "\n\nModel = Attention\n", Expected(attention.sites)
     arguments = "x, y" if cross else "x"
     distractor = choices.pick("beside", ["", *DISTRACTORS]) if choices.chance("distractor", 3) else ""
     call = choices.pick("call", list(_CALLS))
@@ -105,11 +105,11 @@ def _around(choices: Choices, attention: AttentionModule, sizes: dict[str, int])
         "layers are", ["apart"] * 8 + ["shared", "shared", "tied", "tied in part", "different", "different"]
     )
     kinds = [attention] * depth
-    if repeated == "different" and depth > 1:
+    if repeated == "different" and depth > 1 and call != "forward":
         other = attention_module(choices, _sizes(choices) | {a: sizes[a] for a in "btsc"}, "Other", torch_layer=False)
         if other.keeps_tokens and other.cross == cross:
             kinds[choices.pick("which", range(depth))] = other
-            source, loops = source + "\n\n" + other.source, loops or other.loops
+            source += "\n\n" + other.source
     source = "\n\n".join(
         (
             source,
@@ -137,7 +137,7 @@ def _around(choices: Choices, attention: AttentionModule, sizes: dict[str, int])
             # Called past its hooks, a module is not seen; one inside it is.
             name = None if call == "forward" and not site.name else made.name
             _add(sites, replace(made, name=name, calls=depth if one else 1))
-    return source, Expected(sites, loops, tuple(f"blocks.{i}.other" for i in range(depth)) if distractor else ())
+    return source, Expected(sites, tuple(f"blocks.{i}.other" for i in range(depth)) if distractor else ())
 
 
 def _block(choices: Choices, call: str, arguments: str, distractor: str, width: int) -> str:

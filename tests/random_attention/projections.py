@@ -30,6 +30,7 @@ class Operand:
         norms: QK norms passed.
         latent_norms: Norms between its factors.
         scale: Factor since the projection; None where it is not a plain number.
+        unchecked: What is a matter of taste from here on.
     """
 
     value: Value
@@ -39,6 +40,7 @@ class Operand:
     norms: tuple[Norm, ...] = ()
     latent_norms: tuple[Norm, ...] = ()
     scale: float | None = 1.0
+    unchecked: frozenset[str] = frozenset()
 
     def at(self, value: Value) -> Operand:
         """The same features in another variable."""

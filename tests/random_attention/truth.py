@@ -49,6 +49,7 @@ class Truth:
         scale: Factor on the product; None where it is not a plain number or not checked.
         unchecked: What is a matter of taste here and is not compared: "roles", "biases", "norms", "kind".
         may_refuse: Whether the finder may refuse it by design.
+        loops: Whether heads are looped over, so that each head may be a site of its own.
     """
 
     query: tuple[Vectors, ...]
@@ -63,6 +64,7 @@ class Truth:
     scale: float | None = None
     unchecked: frozenset[str] = frozenset()
     may_refuse: bool = False
+    loops: bool = False
 
     def moved(self, module: str, rename: dict[str, str] | None = None) -> Truth:
         """The same attention inside another module; `rename` gives parameters that are tied to others."""
@@ -161,12 +163,10 @@ class Expected:
 
     Attributes:
         sites: Its attentions.
-        loops: Modules in which heads are looped over, so that each head may be a site of its own.
         skips: Modules that may have entries among the skipped ones.
     """
 
     sites: list[Truth] = field(default_factory=list)
-    loops: bool = False
     skips: tuple[str, ...] = ()
 
 

@@ -163,6 +163,15 @@ def scaled(draft: Draft, operand: Operand, factor: float) -> Operand:
     return replace(operand, value=value, scale=None if operand.scale is None else operand.scale * factor)
 
 
+def with_head_bias(draft: Draft, operand: Operand) -> Operand:
+    """A learned vector added in each head (Transformer-XL): no bias of a projection, though it acts as one."""
+    value = operand.value
+    shape = [draft.sizes[a] if a in operand.heads + operand.dims else 1 for a in value.axes]
+    p = draft.parameter("u", *shape)
+    value = draft.let(value.name.rstrip("0123456789"), f"{value.name} + self.{p}", value.axes)
+    return replace(operand, value=value, unchecked=operand.unchecked | {"biases"})
+
+
 def shifted_in_time(draft: Draft, operand: Operand, tokens: str) -> Operand:
     """A short depthwise convolution over the tokens."""
     h, d = operand.heads, operand.dims
