@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, Role, WeightBlock
 
@@ -217,6 +217,128 @@ def deepseek_v3() -> Case:
     )
 
 
+def falcon() -> Case:
+    """One key head for all query heads, behind them in one matrix."""
+
+    def at(name: str) -> AttentionSite:
+        weight = f"{name}.query_key_value.weight"
+        key = WeightBlock(weight, "k", 0, heads(1, 8, 32))
+        return site(name, WeightBlock(weight, "q", 0, heads(4, 8)), key, 8)
+
+    sites = [at(f"transformer.h.{i}.self_attention") for i in range(2)]
+    return hugging_face("falcon", sites, multi_query=True, parallel_attn=True, bias=False)
+
+
+def gemma3() -> Case:
+    names = [f"model.layers.{i}.self_attn" for i in range(2)]
+    sites = [separate(n, "q_proj", "k_proj", 4, 2, 8, qk_norm=norms(n, 8)) for n in names]
+    return hugging_face("gemma3_text", sites, num_key_value_heads=2, head_dim=8, sliding_window=4)
+
+
+def whisper() -> Case:
+    """Keys without a bias; the decoder attends to itself and to the encoder."""
+
+    def at(name: str, **more: Any) -> AttentionSite:
+        plain = separate(name, "q_proj", "k_proj", 4, 4, 8, **more)
+        return replace(plain, query=(replace(plain.query[0], bias=f"{name}.q_proj.bias"),))
+
+    sites = [at(f"encoder.layers.{i}.self_attn") for i in range(2)]
+    sites += [at(f"decoder.layers.{i}.self_attn") for i in range(2)]
+    sites += [at(f"decoder.layers.{i}.encoder_attn", cross=True) for i in range(2)]
+    case = hugging_face(
+        "whisper",
+        sites,
+        auto="AutoModel",
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=9,
+        max_target_positions=16,
+        decoder_start_token_id=1,
+    )
+    frames = torch.randn(2, 8, 18, generator=torch.Generator().manual_seed(1))
+    return replace(case, inputs={"input_features": frames, "decoder_input_ids": IDS, "use_cache": False})
+
+
+def swin() -> Case:
+    """Windows folded into the batch; twice the heads in the second stage."""
+    sites = [
+        separate(f"encoder.layers.{i}.blocks.{j}.attention", "q_proj", "k_proj", 2 * (i + 1), 2 * (i + 1), 8, bias=True)
+        for i in range(2)
+        for j in range(2)
+    ]
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16}
+    model = transformers.SwinModel(transformers.SwinConfig(depths=[2, 2], num_heads=[2, 4], **sizes))
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return Case(model, {"pixel_values": pixels}, QKLayout(tuple(sites)))
+
+
+class Joint(nn.Module):
+    """Flux's double block by hand: two streams with projections and QK norms of their own, attending to both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for stream in ("image", "text"):
+            for part in ("q", "k", "v"):
+                self.add_module(f"{stream}_{part}", nn.Linear(16, 16))
+            for part in ("q", "k"):
+                self.add_module(f"{stream}_{part}_norm", nn.RMSNorm(4))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        parts: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
+        for stream, x in (("text", text), ("image", image)):
+            for part in parts:
+                y = self.get_submodule(f"{stream}_{part}")(x).unflatten(-1, (4, 4)).transpose(1, 2)
+                parts[part].append(self.get_submodule(f"{stream}_{part}_norm")(y) if part != "v" else y)
+        return nn.functional.scaled_dot_product_attention(*(torch.cat(part, 2) for part in parts.values()))
+
+
+def joint() -> Case:
+    def side(name: Any) -> tuple[WeightBlock, ...]:
+        streams = (f"{stream}_{name}" for stream in ("image", "text"))
+        return tuple(WeightBlock(f"{s}.weight", name, 0, heads(4, 4), f"{s}.bias") for s in streams)
+
+    qk_norm = tuple(
+        Norm(at, "rms", 4, f"{stream}_{part}_norm", f"{stream}_{part}_norm.weight")
+        for at, part in (("query", "q"), ("key", "k"))
+        for stream in ("image", "text")
+    )
+    terms = tuple(LogitTerm((i,), (j,)) for i in range(2) for j in range(2))
+    base = site("", side("q")[0], side("k")[0], 4)
+    one = replace(base, query=side("q"), key=side("k"), terms=terms, qk_norm=qk_norm)
+    image, text = (torch.randn(2, n, 16, generator=torch.Generator().manual_seed(n)) for n in (6, 3))
+    return Case(Joint(), {"image": image, "text": text}, QKLayout((one,)))
+
+
+class Differential(nn.Module):
+    """Differential attention by hand: the weights of one softmax less those of another, each with heads of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.share = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (part(x).unflatten(-1, (2, 2, 4)).permute(2, 0, 3, 1, 4) for part in (self.q, self.k))
+        v = self.v(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        one, two = ((a @ b.mT / 2).softmax(-1) for a, b in zip(q, k, strict=True))
+        return (one - self.share * two) @ v
+
+
+def differential() -> Case:
+    def at(start: int) -> AttentionSite:
+        query = WeightBlock("q.weight", "q", 0, heads(2, 4, start))
+        return site("", query, WeightBlock("k.weight", "k", 0, heads(2, 4, start)), 4)
+
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+    return Case(Differential(), {"x": x}, QKLayout((at(0), at(8))))
+
+
 def our_mla() -> Case:
     module = example("mla")
     names = ("q_down", "q_up", "kv_down", "kv_up", "q_norm", "kv_norm")
@@ -250,6 +372,12 @@ CASES: dict[str, Callable[[], Case]] = {
     "albert": albert,
     "t5": t5,
     "deepseek_v3": deepseek_v3,
+    "falcon": falcon,
+    "gemma3": gemma3,
+    "whisper": whisper,
+    "swin": swin,
+    "joint": joint,
+    "differential": differential,
     "our_gpt": our_gpt,
     "our_mla": our_mla,
     "torch_mha": torch_mha,
