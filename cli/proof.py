@@ -6,16 +6,20 @@ In: a finding. Out: a `VerifyReport` about the finding's own sites, and what it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .common import Finding
 
 if TYPE_CHECKING:
+    from quack_fx.targets import Target
     from quack_fx.verify import VerifyReport
 
 
 def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, str]:
     """Prove a finding by gradients.
+
+    A model that is too large to copy is proved on a small one of the same config, where it has one: there the pairs
+    are found and proved anew, and the proof holds for all attentions of the same form.
 
     Arguments:
         finding: The target and its layout.
@@ -28,8 +32,43 @@ def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, s
         VerifyError: A claim is wrong.
         CannotRun: There is nothing to prove on.
     """
-    from quack_fx.verify import verify_qk_pairs
+    from quack_fx.verify import TooLarge, carried_over, verify_qk_pairs
 
     target = finding.target
     say(f"proving {len(finding.layout.sites)} attentions on random weights")
-    return verify_qk_pairs(target.model, finding.layout, *target.args, **target.kwargs), "a copy with random weights"
+    try:
+        report = verify_qk_pairs(target.model, finding.layout, *target.args, **target.kwargs)
+        return report, "a copy with random weights"
+    except TooLarge:
+        small = _small(target, say)
+        if small is None:
+            raise
+    from quack_fx.find import find_qk_pairs
+
+    other, size = small
+    say(f"proving on a copy of {size}")
+    layout = find_qk_pairs(other.model, *other.args, **other.kwargs)
+    report = verify_qk_pairs(other.model, layout, *other.args, **other.kwargs)
+    return carried_over(finding.layout, layout, report), f"a copy of {size}"
+
+
+def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | None:
+    """A small model of a target's config and its size in words; None where the target is no config."""
+    from quack_fx.targets import _settle, hf
+    from quack_fx.targets.files import Namespace
+
+    try:
+        from quack_fx.targets.shrink import shrink  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return None
+
+    path = hf.config_path(target.source)
+    if path is None:
+        return None
+    names = hf.namespace(path, target.source).names
+    config: Any = shrink(names["config"])
+    space = Namespace(target.source, {**names, "config": config})
+    text = config.get_text_config()
+    layers, width = getattr(text, "num_hidden_layers", "few"), getattr(text, "hidden_size", None)
+    size = f"{layers} layers" + (f", width {width}" if width else "")
+    return _settle(hf.recipe(space), space, None, True, say), size

@@ -20,7 +20,7 @@ from quack_fx.cli.app import main
 from quack_fx.errors import LayoutError, VerifyError
 from quack_fx.find import find_qk_pairs
 from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
-from quack_fx.verify import verify_qk_pairs
+from quack_fx.verify import VerifyReport, carried_over, verify_qk_pairs
 
 
 @pytest.fixture(scope="session", params=CASES)
@@ -381,3 +381,38 @@ def test_inspect_says_why_there_is_no_tick(tmp_path: Path, capsys: pytest.Captur
     assert re.search(r"^- +blocks.\{0..1\}.attn", told.out, re.MULTILINE)
     assert "a proof copies at most" in told.out and "a proof copies at most" in page.read_text()
     assert "0 of 2 proved" in told.err
+
+
+# -- models too large to copy ------------------------------------------------------------------------------------------
+
+
+def large_and_small(**large: Any) -> tuple[QKLayout, QKLayout, VerifyReport]:
+    """Layouts of a Llama of 70 billion parameters and of a small one, and the proof of the small one."""
+    sizes = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 16, "intermediate_size": 28672}
+    with torch.device("meta"):
+        big = hugging_face("llama", [], **{**sizes, "num_hidden_layers": 20, **large})
+    small = hugging_face("llama", [], num_key_value_heads=2)
+    found = find_qk_pairs(small.model, **small.inputs)
+    return find_qk_pairs(big.model, **big.inputs), found, verify_qk_pairs(small.model, found, **small.inputs)
+
+
+def test_proof_on_a_small_copy_carries_over() -> None:
+    layout, small, proof = large_and_small()
+    report = carried_over(layout, small, proof)
+    assert report.complete and len(report.proved) == 20
+    assert {p.heads for p in report.proved} == {64}
+
+
+@pytest.mark.parametrize("large", [{"attention_bias": True}, {"num_key_value_heads": 1}, {"num_key_value_heads": 64}])
+def test_proof_of_another_form_does_not_carry_over(large: dict[str, Any]) -> None:
+    report = carried_over(*large_and_small(**large))
+    assert not report.proved and len(report.not_proved) == 20
+    assert "no attention of this form" in report.not_proved[0].reason
+
+
+def test_wrong_rows_do_not_carry_over() -> None:
+    layout, small, proof = large_and_small()
+    first = layout.sites[0]
+    far = replace(first.key[0], heads=tuple(((2 * a, 2 * a + b - a),) for ((a, b),) in first.key[0].heads))
+    report = carried_over(QKLayout((replace(first, key=(far,)), *layout.sites[1:])), small, proof)
+    assert [entry.name for entry in report.not_proved] == [first.name]

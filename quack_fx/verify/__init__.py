@@ -20,6 +20,8 @@ decided, because the logits are made inside a fused kernel, say, is listed as no
     compare.py    a site against the evidence: rows and heads ...
     norms.py      ... norms ...
     terms.py      ... and terms
+    report.py     what was proved
+    form.py       what a proof on a small copy says about a large model
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -40,64 +41,14 @@ from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.verify.compare import check_site
 from quack_fx.verify.copy import CannotRun, TooLarge, as_float32, first_line, random_copy
 from quack_fx.verify.evidence import CannotTell, Evidence
+from quack_fx.verify.form import carried_over
 from quack_fx.verify.graph import Graph
 from quack_fx.verify.ops import Softmax
 from quack_fx.verify.owners import check_complete, softmaxes_of
+from quack_fx.verify.report import NotProved, SiteProof, VerifyReport
 from quack_fx.verify.tape import record
 
-__all__ = ["CannotRun", "NotProved", "SiteProof", "TooLarge", "VerifyReport", "verify_qk_pairs"]
-
-
-@dataclass(frozen=True, slots=True)
-class SiteProof:
-    """A site whose claims hold.
-
-    Attributes:
-        name: Name of the site.
-        heads: Number of query heads, each checked on both sides.
-        attentions: Number of softmaxes on which the claims were checked; more than one for a shared layer.
-        checks: Number of comparisons made.
-    """
-
-    name: str
-    heads: int
-    attentions: int
-    checks: int
-
-
-@dataclass(frozen=True, slots=True)
-class NotProved:
-    """A site about which the gradients say neither yes nor no, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyReport:
-    """What was proved about a layout, and what was not.
-
-    Attributes:
-        proved: Sites whose rows, heads and terms were all confirmed.
-        not_proved: Sites that could not be decided, each with its reason.
-    """
-
-    proved: tuple[SiteProof, ...]
-    not_proved: tuple[NotProved, ...]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every site was proved."""
-        return not self.not_proved
-
-    @property
-    def checks(self) -> int:
-        """Number of comparisons that held."""
-        return sum(proof.checks for proof in self.proved)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
+__all__ = ["CannotRun", "NotProved", "SiteProof", "TooLarge", "VerifyReport", "carried_over", "verify_qk_pairs"]
 
 
 def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: Any) -> VerifyReport:
