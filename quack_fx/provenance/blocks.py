@@ -20,7 +20,7 @@ from quack_fx.layout import AttentionSite, LogitTerm, Norm, Range, Ranges, Role,
 from quack_fx.provenance.heads import Heads, Refused, Row, Vector
 from quack_fx.provenance.labels import UNKNOWN
 from quack_fx.provenance.projections import Projection
-from quack_fx.provenance.trace import NormTag, Tracer
+from quack_fx.provenance.trace import Flow, NormTag, Tracer
 
 _Rows = set[tuple[int, ...]]
 _MAX_CHAIN = 4
@@ -96,7 +96,7 @@ def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vect
             for rows, others in zip(vector, partner, strict=True):
                 names = {name for name, _ in rows}
                 parallel |= names if len(names) > 1 else set()
-                for row in rows:
+                for row in sorted(rows):  # sets have no order of their own, layouts must
                     met.setdefault(row, set()).update(name for name, _ in others)
         for (name, place), names_met in met.items():
             key = (name, frozenset(names_met))
@@ -144,10 +144,24 @@ def _equal(a: _Block, b: _Block) -> bool:
 
 def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: list[_Block]) -> None:
     """Hang upstream projections behind the blocks, where they serve one side of this attention alone."""
-    for block in [*query, *key]:
-        link, depth = block, 0
-        while depth < _MAX_CHAIN and (behind := _behind(tracer, logits, link, _width(link, query, key))) is not None:
-            link.behind, link, depth = behind, behind, depth + 1
+    for blocks in (query, key):
+        todo = list(blocks)
+        while todo:
+            block = todo.pop()
+            link, depth = block, 0
+            while depth < _MAX_CHAIN and (upstream := _upstream(tracer, logits, link)) is not None:
+                flow, reads = upstream
+                parts = _by_source(tracer, link, reads)
+                if len(parts) > 1:
+                    if link is block:  # heads with factors of their own: a block for each factor
+                        blocks[blocks.index(block) : blocks.index(block) + 1] = parts
+                        todo.extend(parts)
+                    break
+                behind = _behind(tracer, logits, link, reads)
+                if behind is None:
+                    break
+                link.latent_norms = flow.norms
+                link.behind, link, depth = behind, behind, depth + 1
     seen: list[dict[Node, _Rows]] = [{}, {}]
     for side, blocks in enumerate((query, key)):
         for block in blocks:
@@ -163,36 +177,42 @@ def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: lis
             link = link.behind
 
 
-def _width(block: _Block, query: list[_Block], key: list[_Block]) -> int:
-    """Number of features that are made of what a block reads, by all projections of its side."""
-    side = query if any(block in b.chain() for b in query) else key
-    together = {id(b.projection): b.projection for b in [block, *side] if b.projection.x is block.projection.x}
-    return sum(map(len, together.values()))
-
-
-def _behind(tracer: Tracer, logits: Logits, block: _Block, width: int) -> _Block | None:
-    """The projection whose output a block multiplies, if it is a factor of this attention alone."""
-    df, projection = tracer.df, block.projection
-    if projection.x not in df.activation or not _serves_alone(tracer, projection.x, logits):
+def _upstream(tracer: Tracer, logits: Logits, block: _Block) -> tuple[Flow, list[set[int]]] | None:
+    """What a block multiplies, if it serves this attention alone: its flow, and the features that each head reads."""
+    x = block.projection.x
+    if x not in tracer.df.activation or not _serves_alone(tracer, x, logits):
         return None
-    flow = tracer.trace([projection.x], lambda node: not _serves_alone(tracer, node, logits)).get(projection.x)
-    if flow is None:
+    flow = tracer.trace([x], lambda node: not _serves_alone(tracer, node, logits)).get(x)
+    if flow is None or flow.statistic is not None:
         return None
     features = tracer.labels.features(flow.label)
-    if not features or UNKNOWN in features or flow.statistic is not None:
+    if not features or UNKNOWN in features:
         return None
-    sources = {id(p): p for p, _ in map(tracer.projections.by_feature, features)}
-    names = {p.names[i] for p, i in map(tracer.projections.by_feature, features)}
-    if len(sources) != 1 or len(names) != 1:
+    return flow, _read_by(tracer, block.projection, flow.label, block)
+
+
+def _by_source(tracer: Tracer, block: _Block, reads: list[set[int]]) -> list[_Block]:
+    """The block, cut into one for each upstream parameter where heads have different ones."""
+    names = [{p.names[i] for p, i in map(tracer.projections.by_feature, own)} for own in reads]
+    distinct = {next(iter(own)) for own in names if len(own) == 1}
+    if len(distinct) < 2 or any(len(own) > 1 for own in names):
+        return [block]
+    return [
+        replace(block, rows=[rows if own == {name} else set() for rows, own in zip(block.rows, names, strict=True)])
+        for name in sorted(distinct)
+    ]
+
+
+def _behind(tracer: Tracer, logits: Logits, block: _Block, reads: list[set[int]]) -> _Block | None:
+    """The projection whose output a block multiplies, if it is a factor of this attention alone."""
+    found = {(id(p), p.names[i]): p for own in reads for p, i in map(tracer.projections.by_feature, own)}
+    if len(found) != 1:
         return None
-    source = next(iter(sources.values()))
-    reads = _read_by(tracer, projection, flow.label, block)
-    apart = len(reads) > 1 and sum(map(len, reads)) == len(set().union(*reads))
-    if not _is_factor(tracer, logits, source, projection, 0 if apart else len(features), width):
+    (_, name), source = next(iter(found.items()))
+    if not _is_factor(tracer, logits, source, block.projection):
         return None
     rows = [{tuple(source.rows[f - source.first].tolist()) for f in own} for own in reads]
-    block.latent_norms = flow.norms
-    return _Block(next(iter(names)), frozenset({block.param}), rows, source)
+    return _Block(name, frozenset({block.param}), rows, source)
 
 
 def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: _Block) -> list[set[int]]:
@@ -214,17 +234,13 @@ def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: _Bloc
     ]
 
 
-def _is_factor(
-    tracer: Tracer, logits: Logits, source: Projection, projection: Projection, rank: int, width: int
-) -> bool:
-    """Whether an upstream projection is a factor of a low-rank weight and not a layer of its own before the attention.
+def _is_factor(tracer: Tracer, logits: Logits, source: Projection, projection: Projection) -> bool:
+    """Whether an upstream projection is a factor of this attention's weights and not a layer of its own before it.
 
-    It must not widen (its rank is at most what it reads and what the next factors give), its output must serve this
-    attention alone, and it must run inside the module that holds the attention, where modules are known.
+    Its output must serve this attention alone, and it must run inside the module that holds the attention, where
+    modules are known.
     """
     df = tracer.df
-    if rank > source.width_in or rank > width:
-        return False
     home = df.common_module([logits.products[0].node, projection.node])
     if home and home not in df.modules(source.node):
         return False

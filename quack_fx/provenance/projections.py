@@ -35,7 +35,6 @@ class Projection:
         axes: Axes of the parameter that are not summed over: they number its output features (one axis, mostly).
         rows: Coordinates of each feature along `axes`, int64 [features, len(axes)].
         biases: Bias parameter of each feature, None where there is none or its entries are not the same rows.
-        width_in: Number of terms in the sum.
     """
 
     node: Node
@@ -45,7 +44,6 @@ class Projection:
     names: list[str]
     axes: tuple[int, ...]
     rows: Tensor
-    width_in: int
     biases: list[str | None] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -124,11 +122,11 @@ class Projections:
         planes = coordinates.planes()
         if df.op[node].kind == "convolution":
             transposed = _is_transposed(node)
-            out_axis, inner = (1, 0) if transposed else (0, 1)
+            out_axis = 1 if transposed else 0
             if transposed and _groups(node) != 1:
                 return None
             summed = [d for d in range(planes[0].dim()) if d != out_axis]
-            x_axis, width = 1, df.shape(weight)[inner]
+            x_axis = 1
         else:
             if df.op[node].name == "linear":
                 planes = tuple(p.t() if p.dim() == 2 else p.unsqueeze(-1) for p in planes)
@@ -137,17 +135,15 @@ class Projections:
             out_axis = planes[0].dim() - (2 if on_left else 1)
             summed = [planes[0].dim() - (1 if on_left else 2)]
             x_axis = (-2 if len(df.shape(x)) > 1 else -1) if on_left else -1
-            width = planes[0].shape[summed[0]]
         axes = []
         for axis, plane in enumerate(planes[1:]):
-            if self._is_thin(coordinates, axis):
-                continue
             if all(constant_along(plane, d) for d in summed):
                 axes.append(axis)
             elif not all(constant_along(plane, d) for d in range(plane.dim()) if d not in summed):
                 return None
         if not all(constant_along(planes[0], d) for d in summed):
             return None
+        axes = [axis for axis in axes if not self._is_thin(coordinates, axis)] or axes[:1]
         kept = [_first_along(planes[0], summed)] + [_first_along(planes[1 + a], summed) for a in axes]
         together = torch.stack(torch.broadcast_tensors(*(compact(p) for p in kept)))
         distinct, where = torch.unique(together.flatten(1), dim=1, return_inverse=True)
@@ -166,7 +162,6 @@ class Projections:
             names=[coordinates.names[i] for i in distinct[0].tolist()],
             axes=tuple(axes),
             rows=distinct[1:].t().contiguous(),
-            width_in=int(width),
             biases=[None] * distinct.shape[1],
         )
         self._firsts.append(first)

@@ -173,6 +173,8 @@ class Tracer:
         if df.group[node] is not node or node not in df.writes:
             return flow
         value = df.value(node)
+        if not isinstance(value, Tensor):
+            return flow
         whole = torch.empty_strided(value.shape, value.stride(), dtype=torch.int64).copy_(flow.label)
         return replace(flow, label=whole)
 
