@@ -146,7 +146,7 @@ def _truth(draft: Draft, sides: Sides, scale: float | None, tiled: bool) -> Trut
         name=sides.name,
         scale=product,
         unchecked=sides.unchecked.union(*(o.unchecked for pair in sides.pairs for o in pair)),
-        may_refuse=sides.may_refuse,
+        may_refuse=draft.may_refuse,
     )
 
 

@@ -29,7 +29,6 @@ class Sides:
     keep: int | None = None
     batch: str = "b"
     back: str = ""
-    may_refuse: bool = False
     name: str = ""
 
 
@@ -104,7 +103,7 @@ def _seen_as(draft: Draft) -> tuple[Value, str, str]:
         return draft.let("x", "x.transpose(0, 1)", "tbc"), "b", ""
     if way == "no batch":
         return draft.let("x", "x[0]", "tc"), "", f".expand({b}, {t}, {c})"
-    if "windows" not in way or t % 2:
+    if "windows" not in way or t % 2 or t < 4:
         return x, "b", ""
     moved, back = ("x.roll(1, 1)", ".roll(-1, 1)") if way.startswith("shifted") else ("x", "")
     sizes["b"], sizes["t"] = b * 2, t // 2
@@ -131,6 +130,8 @@ def learned_queries(draft: Draft) -> Sides:
     latents = draft.let("latents", f"self.{p}.expand({b}, -1, -1)", "btc")
     q = single(draft, latents, q_want)
     q, k, v = _on_the_way(draft, q, k, v)
+    # Where one sequence of latents meets a weight as `weight @ latents`, nothing tells which of the two is the weight.
+    draft.may_refuse |= draft.sizes["b"] == 1
     return Sides([(q, k)], v, cross=True)
 
 
@@ -145,7 +146,7 @@ def adapters(draft: Draft) -> Sides:
     k = made(draft, x, wants[1], rank) if on != "queries" else single(draft, x, wants[1])
     v = single(draft, x, wants[2])
     q, k, v = _on_the_way(draft, q, k, v)
-    return Sides([(q, k)], v, may_refuse=made is merged_adapter)
+    return Sides([(q, k)], v)
 
 
 def factored(draft: Draft) -> Sides:

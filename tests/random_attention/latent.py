@@ -95,7 +95,8 @@ def with_branch(draft: Draft, x: Value, want: Want, rank: int) -> Operand:
 
 
 def merged_adapter(draft: Draft, x: Value, want: Want, rank: int) -> Operand:
-    """The same with its branch added to the weight: (W + s B A) x."""
+    """The same with its branch added to the weight, so that the rows are those of several parameters: (W + s B A) x."""
+    draft.may_refuse = True
     width, n_in = draft.sizes[want.heads] * draft.sizes[want.dims], draft.sizes[x.axes[-1]]
     base, inner, outer = (
         draft.parameter(f"{want.name}_{hint}", *shape)

@@ -117,6 +117,8 @@ def linear(draft: Draft, hint: str, x: Value, width: int, role: Role, bias: bool
             add = f"torch.addmm(self.{b}, " if b else "torch.mm("
             code = f"{add}{x.name}.reshape(-1, {n_in}), self.{w}).view({draft.dims(rest)}, {width})"
         elif way == "einsum":
+            # A sum over one feature runs as an elementwise product, which need not be taken for a projection.
+            draft.may_refuse |= n_in == 1
             axes = draft.choices.pick("einsum out", [axes, *(_orders(rest, out))])
             letters = inner + out if transposed else out + inner
             first, second = f"{x.axes},{letters}", f"{x.name}, self.{w}"
@@ -226,6 +228,7 @@ def single(draft: Draft, x: Value, want: Want) -> Operand:
         code = f"torch.matmul({x.name}.unsqueeze(1), self.{w})"
         value = draft.let(want.name, code, rest[0] + want.heads + rest[1] + want.dims)
     else:
+        draft.may_refuse |= n_in == 1
         letters = "".join(draft.choices.shuffled(f"{want.name} weight axes", want.heads + inner + want.dims))
         w = draft.parameter(f"{want.name}_w", *draft.shape(letters))
         out_axes = draft.choices.pick(

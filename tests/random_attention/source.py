@@ -36,6 +36,7 @@ class Draft:
         sizes: Size of each axis by its letter.
         init: Lines of `__init__`.
         lines: Lines of `forward`.
+        may_refuse: Whether something was written whose rows the finder may refuse to tell, by design.
     """
 
     def __init__(self, choices: Choices, sizes: dict[str, int]) -> None:
@@ -43,6 +44,7 @@ class Draft:
         self.sizes = dict(sizes)
         self.init: list[str] = []
         self.lines: list[str] = []
+        self.may_refuse = False
         self._taken = {"x", "y"}
 
     # ---- names -------------------------------------------------------------------------------------------------------
