@@ -246,7 +246,8 @@ class Graph:
         while todo:
             for reader in self._readers[todo.pop()]:
                 if kind(reader) in ("add", "sub"):
-                    others = [v for v in reader.inputs if self.tape.is_weight(v, reader)]
+                    weights = [v for v in reader.inputs if self.tape.is_weight(v, reader)]
+                    others = [v for v in weights if product not in self._back(v, reader).products]
                     found |= {name for v in others for name in self._params(v, reader)}
                     result = reader.out if others else result
                 elif keeps_numbers(reader):

@@ -96,7 +96,8 @@ def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, 
         for op in sorted(factor.norms, key=lambda op: op.index):
             width = op.inputs[0].tensor.numel() // max(1, op.outputs[-1].tensor.numel())
             # Two features less their mean, or one, leave nothing but a sign: there is no gradient to go by.
-            found.setdefault(width, (width, True) in expected if saturated[i] else less_mean[op])
+            unclear = saturated[i] or width <= 2
+            found.setdefault(width, (width, True) in expected if unclear else less_mean[op])
     return set(found.items())
 
 
