@@ -10,6 +10,7 @@ accepts is found by trial, the smallest first, the configuration as it stands la
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -20,13 +21,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from benchmarks.sweeping.candidate import Candidate
 from torch import nn
+
+from benchmarks.sweeping.candidate import Candidate
 
 PARAMETERS = 60_000_000
 """Parameters of a model that is still worth running."""
 
-SIDES = (64, 96, 128, 192, 224, 256)
+SIDES = (64, 96, 128, 192, 224, 240, 256)
 """Heights and widths of the picture, in the order in which they are tried."""
 
 BATCH = 2
@@ -35,7 +37,13 @@ _HOLDS_ATTENTION = re.compile(r"softmax|scaled_dot_product|Attention|attn|'m[hq]
 _DEPTHS = re.compile(r"^((serial_|parallel_)?depths?|depth_list|layers|stages|num_blocks)$")
 _WIDTHS = re.compile(r"^(embed_dims?|dims|base_dims|inner_dim|width_list|widths|stem_width|dim_head|head_dim|key_dim)$")
 _BLOCK_NUMBERS = re.compile(r"^global_att(n_indexes|_blocks)$")
-_NOT_THE_MODEL = ("pretrained_cfg", "pretrained_cfg_overlay", "feature_cfg")
+_NOT_THE_MODEL = (
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_filter_fn",
+    "pretrained_strict",
+    "feature_cfg",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +134,7 @@ def build(form: Form) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 def _build(form: Form, config: Mapping[str, Any], side: int) -> nn.Module:
     from timm.models._builder import build_model_with_cfg
 
-    config = {**config, "num_classes": 5}
+    config = {**copy.deepcopy(dict(config)), "num_classes": 5}  # some builders take their configuration apart
     if "img_size" in inspect.signature(form.model_class).parameters:
         config["img_size"] = side
     with torch.device("meta"):
@@ -151,7 +159,7 @@ def _shrunk(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _smaller(name: str, value: Any, deepest: int, narrower: int) -> Any:
-    if name in _NOT_THE_MODEL:
+    if _NOT_THE_MODEL.match(name):
         return value
     if _DEPTHS.match(name):
         return _each(value, lambda n: min(n, deepest))
@@ -180,7 +188,7 @@ def _signature(form: Form) -> object:
     source = inspect.getsource(importlib.import_module(f"timm.models.{form.family}"))
     if not _HOLDS_ATTENTION.search(source + repr(form.config.get("block_args"))):
         return form.family
-    config = {name: value for name, value in form.config.items() if name not in _NOT_THE_MODEL}
+    config = {name: value for name, value in form.config.items() if not _NOT_THE_MODEL.match(name)}
     return form.family, getattr(form.model_class, "__name__", ""), _without_numbers(config)
 
 
@@ -196,9 +204,8 @@ def _without_numbers(value: Any) -> object:
     if isinstance(value, functools.partial):
         return repr(value.func), _without_numbers(value.keywords)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return type(value).__name__, _without_numbers(
-            {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        )
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return type(value).__name__, _without_numbers(fields)
     return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
 
 
