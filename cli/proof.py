@@ -6,7 +6,10 @@ In: a finding. Out: a `VerifyReport` about the finding's own sites, and what it 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+from quack_fx.errors import TargetError
 
 from .common import Finding
 
@@ -58,17 +61,23 @@ def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | N
     from quack_fx.targets.files import Namespace
 
     try:
-        from quack_fx.targets.shrink import shrink  # type: ignore[import-not-found, unused-ignore]
+        from quack_fx.targets.shrink import shrunk  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return None
-
     path = hf.config_path(target.source)
     if path is None:
         return None
     names = hf.namespace(path, target.source).names
-    config: Any = shrink(names["config"])
-    space = Namespace(target.source, {**names, "config": config})
+    for config in shrunk(names["config"]):
+        space = Namespace(target.source, {**names, "config": config})
+        with suppress(TargetError):  # the next one is less small
+            return _settle(hf.recipe(space), space, None, True, say), _size(config)
+    return None
+
+
+def _size(config: Any) -> str:
+    """ "2 layers, width 64": a config in words."""
     text = config.get_text_config()
-    layers, width = getattr(text, "num_hidden_layers", "few"), getattr(text, "hidden_size", None)
-    size = f"{layers} layers" + (f", width {width}" if width else "")
-    return _settle(hf.recipe(space), space, None, True, say), size
+    layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    parts = [f"{layers} layers"] * bool(layers) + [f"width {width}"] * bool(width)
+    return ", ".join(parts) or "a small config"
