@@ -28,7 +28,7 @@ from benchmarks.sweeping.candidate import Candidate
 PARAMETERS = 60_000_000
 """Parameters of a model that is still worth running."""
 
-SIDES = (64, 96, 128, 192, 224, 240, 256)
+SIDES = (64, 96, 126, 128, 192, 224, 240, 256)
 """Heights and widths of the picture, in the order in which they are tried."""
 
 BATCH = 2
@@ -37,13 +37,7 @@ _HOLDS_ATTENTION = re.compile(r"softmax|scaled_dot_product|Attention|attn|'m[hq]
 _DEPTHS = re.compile(r"^((serial_|parallel_)?depths?|depth_list|layers|stages|num_blocks)$")
 _WIDTHS = re.compile(r"^(embed_dims?|dims|base_dims|inner_dim|width_list|widths|stem_width|dim_head|head_dim|key_dim)$")
 _BLOCK_NUMBERS = re.compile(r"^global_att(n_indexes|_blocks)$")
-_NOT_THE_MODEL = (
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_filter_fn",
-    "pretrained_strict",
-    "feature_cfg",
-)
+_NOT_THE_MODEL = re.compile("^(pretrained_.*|feature_cfg)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +59,10 @@ class Form:
 
 class _Recorded(Exception):
     """Stops an entry point where it calls its builder."""
+
+
+class _TooLargeError(Exception):
+    """A model has more than `PARAMETERS` parameters."""
 
 
 def candidates() -> Iterator[Candidate]:
@@ -117,13 +115,16 @@ def build(form: Form) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         ValueError: Nothing of at most `PARAMETERS` parameters could be built and run; it tells of the last trial.
     """
     problem: Exception | None = None
-    for config in _shrunk(form.config):
+    for config in _shrunk({**_defaults(form.model_class), **form.config}):
         for side in SIDES:
             try:
                 model = _build(form, config, side)
                 picture = torch.randn(BATCH, 3, side, side)
                 with torch.no_grad():
                     model(picture)
+            except _TooLargeError as error:
+                problem = error
+                break
             except Exception as error:
                 problem = error
             else:
@@ -140,7 +141,7 @@ def _build(form: Form, config: Mapping[str, Any], side: int) -> nn.Module:
     with torch.device("meta"):
         total = sum(p.numel() for p in _made(build_model_with_cfg, form, config).parameters())
     if total > PARAMETERS:
-        raise ValueError(f"{total:,} parameters are more than {PARAMETERS:,}")
+        raise _TooLargeError(f"{total:,} parameters are more than {PARAMETERS:,}")
     return _made(build_model_with_cfg, form, config).eval()
 
 
@@ -153,9 +154,16 @@ def _made(builder: Callable[..., nn.Module], form: Form, config: Mapping[str, An
 
 def _shrunk(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A configuration made smaller in several ways, the smallest first, itself last."""
-    for deepest, narrower in ((2, 8), (2, 4), (2, 2), (2, 1), (4, 1)):
+    for deepest, narrower in ((2, 8), (3, 8), (2, 4), (2, 2), (2, 1), (4, 1)):
         yield {name: _smaller(name, value, deepest, narrower) for name, value in config.items()}
     yield dict(config)
+
+
+def _defaults(model_class: Callable[..., nn.Module]) -> dict[str, Any]:
+    """Depths and widths that a constructor has where it is given none."""
+    parameters = inspect.signature(model_class).parameters.items()
+    sizes = {name: p.default for name, p in parameters if _DEPTHS.match(name) or _WIDTHS.match(name)}
+    return {name: size for name, size in sizes.items() if isinstance(size, int | list | tuple)}
 
 
 def _smaller(name: str, value: Any, deepest: int, narrower: int) -> Any:
