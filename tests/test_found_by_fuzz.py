@@ -122,6 +122,54 @@ def test_a_grouped_convolution_behind_a_projection() -> None:
         assert terms(site, h) == {term(query={"mix.weight": rows, "q.weight": rows}, key={"k.weight": rows})}
 
 
+def test_a_second_factor_behind_a_linear_for_each_head() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q = torch.stack([one(x) for one in m.q], 1)
+        return attend(torch.einsum("bhtd,hde->bhte", q, m.mix), split(m.k(x)), split(m.v(x)))
+
+    parts = {"k": linear(13, 12), "v": linear(13, 12), "q": nn.ModuleList(linear(13, 4) for _ in range(HEADS))}
+    site = only_site(Toy(run, mix=torch.ones(HEADS, DIM, DIM), **parts), X)
+    for h in range(HEADS):
+        query = {"mix": [h, h + 1], f"q.{h}.weight": [0, 4]}
+        assert terms(site, h) == {term(query=query, key={"k.weight": [4 * h, 4 * h + 4]})}
+
+
+def test_absorbed_latent_attention_of_one_head() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        latent = m.down(x).unsqueeze(1)
+        q = torch.einsum("bhtd,hdr->bhtr", m.q(x).unsqueeze(1), m.k_up)
+        return attend(q, latent, latent)
+
+    site = only_site(Toy(run, q=linear(13, 4), down=linear(13, 3), k_up=torch.ones(1, DIM, 3)), X)
+    assert not site.cross
+    assert {b.param for b in site.query} == {"k_up", "q.weight"} and {b.param for b in site.key} == {"down.weight"}
+
+
+def test_absorbed_latent_attention_in_a_loop() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        latent = m.down(x)
+        q = torch.einsum("bhtd,hdr->bhtr", split(m.q(x)), m.k_up)
+        return torch.stack([attend(q[:, h], latent, latent) for h in range(HEADS)], 1)
+
+    model = Toy(run, q=linear(13, 12), down=linear(13, 3), k_up=torch.ones(HEADS, DIM, 3))
+    found = [terms(site, h) for site in find_qk_pairs(model, X).sites for h in range(site.query_heads)]
+    for h in range(HEADS):
+        rows = {"k_up": [h, h + 1], "q.weight": [4 * h, 4 * h + 4]}
+        assert {term(query=rows, key={"down.weight": [0, 3]})} in found
+
+
+def test_an_adapter_of_rank_one() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return attend(split(m.q(x) + m.b(m.a(x))), split(m.k(x)), split(m.v(x)))
+
+    parts = {n: linear(13, 12) for n in "qkv"} | {"a": linear(13, 1), "b": linear(1, 12)}
+    site = only_site(Toy(run, **parts), X)
+    for h in range(HEADS):
+        rows = [4 * h, 4 * h + 4]
+        plain = term(query={"q.weight": rows}, key={"k.weight": rows})
+        assert terms(site, h) == {plain, term(query={"b.weight": rows, "a.weight": [0, 1]}, key={"k.weight": rows})}
+
+
 def test_chains_in_a_loop_over_heads() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         q, k, v = split(m.up(m.down(x))), split(m.k(x)), split(m.v(x))
