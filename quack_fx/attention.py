@@ -78,9 +78,14 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
     used: set[Node] = set()
     for node, end, axis in soft:
         output = outputs[node]
-        if output is None:
+        if output is None and df.shape(end)[axis] != 1:
             continue
         products, path, learned = _behind(df, end, value_products)
+        if output is None:
+            if products:
+                text = "its softmax runs over a single key on these inputs, so nothing is weighed; give larger inputs"
+                misses.append(NearMiss(node, "one-key", text))
+            continue
         used.update(p.node for p in products)
         if products:
             found.append(Logits(tuple(_content(df, products)), tuple(path), end, axis, output))
@@ -88,7 +93,10 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
             text = "its queries or keys are a parameter itself, not the output of a projection"
             misses.append(NearMiss(learned, "learned-query", text))
         elif node in df.from_input:
-            text = "its softmax weighs values, but its logits are not a product of queries and keys"
+            text = (
+                "its softmax weighs values, but its logits are not a product of queries and keys (additive attention, "
+                "attention pooling, or linear attention with a softmax of its own for the keys)"
+            )
             misses.append(NearMiss(node, "additive-attention", text))
     for node in df.nodes:
         if df.op[node].kind == "attention" and node in df.activation:

@@ -61,7 +61,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads) -> AttentionSite:
     query_chains, key_chains = _flat(query), _flat(key)
     blocks = (tuple(_finish(tracer, b) for b in query_chains), tuple(_finish(tracer, b) for b in key_chains))
     return AttentionSite(
-        name=(df.modules(logits.products[0].node) or ("",))[-1],
+        name=(df.modules(logits.products[-1].node) or ("",))[-1],  # earlier ones may come from an earlier layer
         kind=_kind(heads, mla),
         cross=not _same_sequence(tracer, query, key),
         calls=1,

@@ -250,6 +250,8 @@ def _met(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: 
             raise lost
         both = [(code // count, code % count) for code in found]
         sets[label] = [(b, a) for a, b in both] if swapped else both
+        if len({q for q, _ in sets[label]}) > 1 and len({k for _, k in sets[label]}) > 1:
+            raise Refused("mixed-heads", "logits of several heads are added up before the softmax")
     pairs = list(dict.fromkeys(pair for known in sets.values() for pair in known))
     return _Meeting(pairs, end.label, sets, end.scale, swapped)
 
@@ -369,14 +371,20 @@ def _group(reader: _Vectors, pairs: list[tuple[int, int]]) -> tuple[list[tuple[i
     reads: dict[int, list[int]] = {}
     for q, k in pairs:
         reads.setdefault(q, []).append(k)
-    keys = {q: tuple(sorted(set(ks), key=ks.index)) for q, ks in reads.items()}
+    # Tokens of one head may be treated in different ways (no rotation for a class token): the rows are the same.
+    heads: dict[frozenset[Row], list[int]] = {}
+    for q in reads:
+        heads.setdefault(frozenset().union(*reader.vectors[q]), []).append(q)
+    alone = [tuple(head) for head in heads.values()]
+    keys = {head: tuple(dict.fromkeys(k for q in head for k in reads[q])) for head in alone}
     for kind_of in (reader.data, reader.parameters):
-        streams: dict[object, list[int]] = {}
-        for q in reads:
-            streams.setdefault(kind_of(q), []).append(q)
+        streams: dict[object, list[tuple[int, ...]]] = {}
+        for head in alone:
+            streams.setdefault(kind_of(head[0]), []).append(head)
         if len(streams) > 1 and len({len(stream) for stream in streams.values()}) == 1:
-            heads = list(zip(*streams.values(), strict=True))
-            joint = all(len({frozenset(keys[q]) for q in head}) == 1 for head in heads)
-            if joint and all(len({kind_of(k) for k in keys[head[0]]}) > 1 for head in heads):
-                return heads, [tuple(sorted(keys[head[0]])) for head in heads]
-    return [(q,) for q in reads], [tuple(sorted(keys[q])) for q in reads]
+            joint = list(zip(*streams.values(), strict=True))
+            same = all(len({frozenset(keys[head]) for head in parts}) == 1 for parts in joint)
+            if same and all(len({kind_of(k) for k in keys[parts[0]]}) > 1 for parts in joint):
+                found = [tuple(q for head in parts for q in head) for parts in joint]
+                return found, [tuple(sorted(keys[parts[0]])) for parts in joint]
+    return alone, [tuple(sorted(keys[head])) for head in alone]

@@ -67,16 +67,21 @@ def recipe(space: Namespace) -> Recipe:
     named = next(iter(getattr(config, "architectures", None) or ()), "")
     cls = getattr(transformers, named, None)
 
-    def make() -> Any:
-        _without_cache(config)
-        with _quiet(transformers):
-            try:
-                return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
-            except (ValueError, ImportError, NotImplementedError):
-                config._attn_implementation = "eager"  # what the model's own default asks for is not to be had
-                return cls(config) if cls is not None else transformers.AutoModel.from_config(config)
+    return Recipe(named if cls is not None else "", lambda: build_model(cls or transformers.AutoModel, config))
 
-    return Recipe(named if cls is not None else "", make)
+
+def build_model(cls: Any, config: Any) -> Any:
+    """Model of a config, by a class of transformers or by `AutoModel`, with an attention that is installed here."""
+    import transformers
+
+    make = cls.from_config if cls is transformers.AutoModel else cls
+    _without_cache(config)
+    with _quiet(transformers):
+        try:
+            return make(config)
+        except (ValueError, ImportError, NotImplementedError):
+            config._attn_implementation = "eager"  # what the model's own default asks for is not to be had
+            return make(config)
 
 
 def is_pretrained(model: nn.Module) -> bool:

@@ -1,0 +1,1 @@
+"""Measurements and the sweep over the models of other packages."""

@@ -1,0 +1,123 @@
+"""How many attentions run in a forward, counted without the finders.
+
+In: a model and inputs. Out: for each module, how many attentions ran directly in it: calls of
+`scaled_dot_product_attention`, and softmaxes of a product of two computed tensors whose result
+goes into another such product. The forward runs eagerly; weights and what is made of them alone do not count.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+_PRODUCTS = {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.mm, torch.addmm}
+_PRODUCTS |= {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm, Tensor.mm, Tensor.__rmatmul__}
+_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch._softmax}
+_PLAIN = {"add", "sub", "mul", "div", "where", "masked_fill", "view", "reshape", "transpose", "permute", "unsqueeze"}
+_PLAIN |= {"squeeze", "expand", "float", "to", "type_as", "dropout", "contiguous", "clone", "flatten", "unflatten"}
+_PLAIN |= {
+    "clamp",
+    "tanh",
+    "getitem",
+    "cat",
+    "slice",
+    "split",
+    "chunk",
+    "softcap",
+    "truediv",
+    "half",
+    "type",
+    "mT",
+    "T",
+}
+_PLAIN |= {
+    "bfloat16",
+    "double",
+    "view_as",
+    "swapaxes",
+    "movedim",
+    "neg",
+    "nan_to_num",
+    "baddbmm",
+    "relu",
+    "max",
+    "amax",
+}
+
+
+def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Counter[str]:
+    """Attentions that run, by the innermost module; the root is "".
+
+    Arguments:
+        model: The model, with real weights.
+        args: Arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+
+    Returns:
+        Number of attentions of each module that has any.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    stack = [""]
+    hooks = [
+        register_module_forward_pre_hook(lambda module, _: stack.append(names.get(id(module), stack[-1]))),
+        register_module_forward_hook(lambda *_: stack.pop() and None, always_call=True),
+    ]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), _Watch({id(p) for p in model.parameters()}, stack) as watch:
+            model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for hook in hooks:
+            hook.remove()
+    return watch.found
+
+
+class _Watch(TorchFunctionMode):
+    """Follows products through softmaxes into products."""
+
+    def __init__(self, weights: set[int], stack: list[str]) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self._stack = stack
+        self._weights = set(weights)
+        self._logits: set[int] = set()
+        self._shares: dict[int, str] = {}
+        self._counted: set[int] = set()
+        self._alive: list[Tensor] = []  # identities stay unique only while the tensors live
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").strip("_").removeprefix("i").removeprefix("r")
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
+        self._alive += made
+        if func is F.scaled_dot_product_attention or "flex_attention" in name:
+            self.found[self._stack[-1]] += 1
+        elif func in _PRODUCTS and all(id(x) not in self._weights for x in given):
+            for x in given:
+                if (home := self._shares.get(id(x))) is not None and id(x) not in self._counted:
+                    self.found[home] += 1
+                    self._counted |= {key for key, value in self._shares.items() if value is home}
+            self._logits.update(map(id, made))
+        elif func in _SOFTMAX:
+            if any(id(x) in self._logits for x in given):
+                home = str.__add__(self._stack[-1], "")  # a string of its own for each softmax
+                self._shares.update((id(x), home) for x in made)
+        elif name in _PLAIN:
+            if all(id(x) in self._weights for x in given) and given:
+                self._weights.update(map(id, made))
+            if any(id(x) in self._logits for x in given):
+                self._logits.update(map(id, made))
+            for x in given:
+                if id(x) in self._shares:
+                    self._shares.update((id(y), self._shares[id(x)]) for y in made)
+        return result
