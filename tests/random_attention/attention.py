@@ -59,28 +59,27 @@ def attention_module(choices: Choices, sizes: dict[str, int], name: str, torch_l
     design = choices.pick("design", ways)
     sides = design(draft)
     tiled = draft.sizes["h"] != draft.sizes["k"] != 1 and choices.chance("tiled", 3)
-    sites: list[Truth] = []
-    out: Value | None = None
-    for again in (False, True):
-        if again:
-            # A second attention with queries of its own and the same keys (cross-layer sharing).
-            if design is not designs.self_attention or not choices.chance("shared keys", 6):
-                break
-            assert out is not None
-            if sites[0].loops or sides.back:
-                break
-            later = draft.let("x2", f"x + {out.name}", "btc")
-            draft.sizes["b"], draft.sizes["t"] = sizes["b"], sizes["t"]
-            q = projected(draft, later, [Want("q", "h", sides.pairs[0][0].dims, "t", "q")])[0]
-            sides.pairs = [(q, sides.pairs[0][1])]
-        made = attended(draft, sides.pairs, sides.v, sides.batch, tiled, may_loop=not again)
-        sites.append(replace(_truth(draft, sides, made.scale, tiled), loops=made.loops))
-        out = _output(draft, made.value, sizes["c"], sides)
-    assert out is not None
+    site, out = _run(draft, sides, tiled, sizes["c"])
+    sites = [site]
+    once_more = design is designs.self_attention and choices.chance("shared keys", 6)
+    if once_more and not site.loops and not sides.back:
+        # A second attention with queries of its own and the same keys (cross-layer sharing).
+        later = draft.let("x2", f"x + {out.name}", "btc")
+        query, key = sides.pairs[0]
+        sides.pairs = [(projected(draft, later, [Want("q", "h", query.dims, "t", "q")])[0], key)]
+        site, out = _run(draft, sides, tiled, sizes["c"], may_loop=False)
+        sites.append(site)
     draft.lines.append(f"return {out.name}")
     second = design in (designs.cross_attention, designs.joint)
     source = class_source(name, draft.init, draft.lines, "x, y" if second else "x")
     return AttentionModule(source, sites, second, design not in (designs.learned_queries, designs.fewer_queries))
+
+
+def _run(draft: Draft, sides: Sides, tiled: bool, width: int, may_loop: bool = True) -> tuple[Truth, Value]:
+    """The attention of queries, keys and values that were made, and the output."""
+    made = attended(draft, sides.pairs, sides.v, sides.batch, tiled, may_loop)
+    truth = replace(_truth(draft, sides, made.scale, tiled), loops=made.loops)
+    return truth, _output(draft, made.value, width, sides)
 
 
 def _torch_layer(choices: Choices, sizes: dict[str, int], name: str) -> AttentionModule:

@@ -203,7 +203,7 @@ def joint(draft: Draft) -> Sides:
         second = draft.arrange(b.value, axes.replace(tokens, "u"))
         pair = (second, a.value) if flip else (a.value, second)
         code = f"torch.cat(({pair[0].name}, {pair[1].name}), {axes.index(tokens)})"
-        value = draft.let(a.value.name.rstrip("0123456789"), code, axes)
+        value = draft.let(a.value.hint, code, axes)
         norms = tuple(dict.fromkeys((*a.norms, *b.norms)))
         joined.append(replace(a, value=value, kinds=(*a.kinds, *b.kinds), norms=norms))
     sizes["t"] = sizes["s"] = keep + others

@@ -327,11 +327,9 @@ def concatenated(draft: Draft, operands: Sequence[Operand]) -> Operand:
     values = [draft.arrange(o.value, axes[:place] + o.dims + axes[place:]) for o in operands]
     code = f"torch.cat(({', '.join(v.name for v in values)}), {place})"
     value = draft.let("q" if "t" in axes else "k", code, axes[:place] + letter + axes[place:])
-    kinds = tuple(
-        tuple(tuple(place for o in operands for place in o.kinds[0][h]) for h in range(len(operands[0].kinds[0])))
-        for _ in range(1)
-    )
+    heads = len(operands[0].kinds[0])
+    vectors = tuple(tuple(one for o in operands for one in o.kinds[0][h]) for h in range(heads))
     scales = {o.scale for o in operands}
     latent_norms = tuple(n for o in operands for n in o.latent_norms)
     scale = scales.pop() if len(scales) == 1 else None
-    return Operand(value, operands[0].heads, letter, kinds, operands[0].norms, latent_norms, scale)
+    return Operand(value, operands[0].heads, letter, (vectors,), operands[0].norms, latent_norms, scale)

@@ -63,7 +63,6 @@ def _for_all(draft: Draft, x: Operand, tiled: bool) -> Operand:
     k = draft.sizes["k"]
     g, at, name = n // k, x.value.axis("k"), x.value.name
     axes = x.value.axes.replace("k", "h")
-    after = len(axes) - at - 1
     if tiled:
         repeat = ", ".join(str(g) if a == "h" else "1" for a in axes)
         pick = [i % k for i in range(n)]
@@ -73,9 +72,8 @@ def _for_all(draft: Draft, x: Operand, tiled: bool) -> Operand:
             f"{name}.index_select({at}, torch.tensor({pick}))",
         ]
     else:
-        wide = ", ".join(
-            [*draft.dims(x.value.axes).split(", ")[: at + 1], str(g), *draft.dims(x.value.axes).split(", ")[at + 1 :]]
-        )
+        sizes = draft.shape(x.value.axes)
+        wide = ", ".join(map(str, (*sizes[: at + 1], g, *sizes[at + 1 :])))
         pick = [i // g for i in range(n)]
         ways = [
             f"{name}.repeat_interleave({g}, {at})",
@@ -84,9 +82,8 @@ def _for_all(draft: Draft, x: Operand, tiled: bool) -> Operand:
             f"{name}[{':, ' * at}torch.tensor({pick})]",
             f"torch.stack([{name}] * {g}, {at + 1}).flatten({at}, {at + 1})",
         ]
-    del after
     code = draft.choices.pick("key heads", ways)
-    return replace(x, value=draft.let(name.rstrip("0123456789"), code, axes), heads="h")
+    return replace(x, value=draft.let(x.value.hint, code, axes), heads="h")
 
 
 # ---- written out -----------------------------------------------------------------------------------------------------
@@ -140,7 +137,7 @@ def _written(draft: Draft, pairs: Pairs, v: Operand, batch: str, tiled: bool) ->
 
 
 def _times(draft: Draft, x: Operand, factor: float) -> Operand:
-    return x.at(draft.let(x.value.name.rstrip("0123456789"), f"{x.value.name} * {factor!r}", x.value.axes))
+    return x.at(draft.let(x.value.hint, f"{x.value.name} * {factor!r}", x.value.axes))
 
 
 def _product(draft: Draft, q: Value, k: Value, qd: str, kd: str, batch: str, heads: str, may_fold: bool) -> Value:
@@ -173,14 +170,13 @@ def _product(draft: Draft, q: Value, k: Value, qd: str, kd: str, batch: str, hea
     k = draft.arrange(k, own + "s" + qd)
     if way in ("bmm", "baddbmm"):
         q, both = draft.fold(q, lead)
-        k, other = draft.fold(k, lead)
+        k, _ = draft.fold(k, lead)
         turn = pick("turn", ["transpose(1, 2)", "mT", "permute(0, 2, 1)"])
         if way == "bmm":
             logits = draft.let("logits", f"torch.bmm({q.name}, {k.name}.{turn})", both + "ts")
         else:
             added = f"torch.zeros({draft.dims(both + 'ts')})"
             logits = draft.let("logits", f"torch.baddbmm({added}, {q.name}, {k.name}.{turn})", both + "ts")
-        del other
         stays = may_fold and draft.choices.chance("stay folded", 2)
         return logits if stays else draft.unfold(logits, both, lead)
     missing = [i for i, a in enumerate(lead) if a not in own]
@@ -252,8 +248,7 @@ def _mixed_heads(draft: Draft, logits: Value, heads: str) -> Value:
     """Talking heads: logits (or weights) of all heads mixed by a learned matrix."""
     if len(heads) != 1 or heads not in logits.axes:
         return logits
-    n, name = draft.sizes[heads], logits.name
-    hint = name.rstrip("0123456789")
+    n, name, hint = draft.sizes[heads], logits.name, logits.hint
     at = logits.axis(heads)
     ways = ["einsum", "linear"] + (["conv2d"] if at == 1 and len(logits.axes) == 4 else [])
     way = draft.choices.pick("mix", ways)

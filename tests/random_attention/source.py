@@ -20,6 +20,11 @@ class Value:
     name: str
     axes: str
 
+    @property
+    def hint(self) -> str:
+        """The name without its number."""
+        return self.name.rstrip("0123456789")
+
     def axis(self, letter: str) -> int:
         """Place of an axis."""
         return self.axes.index(letter)
@@ -122,7 +127,7 @@ class Draft:
             code = f'torch.einsum("{value.axes}->{axes}", {name})'
         else:
             code = f"{name}.movedim({tuple(order)}, {tuple(range(len(order)))})"
-        return self.let(_hint(name), code, axes)
+        return self.let(value.hint, code, axes)
 
     def fold(self, value: Value, axes: str) -> tuple[Value, str]:
         """Neighbouring axes flattened into one new axis."""
@@ -137,7 +142,7 @@ class Draft:
         code = f"{value.name}.reshape({shape})"
         if way == "flatten" and len(axes) > 1:
             code = f"{value.name}.flatten({i}, {i + len(axes) - 1})"
-        return self.let(_hint(value.name), code, new), letter
+        return self.let(value.hint, code, new), letter
 
     def unfold(self, value: Value, letter: str, axes: str) -> Value:
         """One axis split into several."""
@@ -152,7 +157,7 @@ class Draft:
             left = " ".join(a if a != letter else f"({' '.join(axes)})" for a in value.axes)
             known = "".join(f", {a}={self.sizes[a]}" for a in axes[1:])
             code = f'rearrange({value.name}, "{left} -> {" ".join(new)}"{known})'
-        return self.let(_hint(value.name), code, new)
+        return self.let(value.hint, code, new)
 
     def take(self, value: Value, letter: str, start: int, stop: int, new: str) -> Value:
         """A range of an axis; `new` names the shorter axis."""
@@ -163,7 +168,7 @@ class Draft:
             from_end = len(value.axes) - i - 1
             tail = f"[..., {start}:{stop}]" if not from_end else f"[{':, ' * i}{start}:{stop}]"
             code = f"{value.name}{tail}"
-        return self.let(_hint(value.name), code, value.axes.replace(letter, new))
+        return self.let(value.hint, code, value.axes.replace(letter, new))
 
     def split(self, value: Value, letter: str, parts: Sequence[tuple[str, str]]) -> list[Value]:
         """An axis cut into parts: a hint and an axis each; all of it."""
@@ -174,7 +179,7 @@ class Draft:
         if way == "slices":
             starts = [sum(sizes[:n]) for n in range(len(sizes))]
             return [
-                self.take(replace(value), letter, start, start + size, new)
+                self.take(value, letter, start, start + size, new)
                 for (_, new), start, size in zip(parts, starts, sizes, strict=True)
             ]
         names = [self.fresh(hint) for hint, _ in parts]
@@ -183,7 +188,3 @@ class Draft:
         self.lines.append(f"{', '.join(names)} = {value.name}.{way}({arguments})")
         axes = [value.axes.replace(letter, new) for _, new in parts]
         return [Value(name, a) for name, a in zip(names, axes, strict=True)]
-
-
-def _hint(name: str) -> str:
-    return name.rstrip("0123456789")

@@ -63,7 +63,7 @@ def rotated(draft: Draft, operand: Operand, tokens: str) -> Operand:
     apart = [{j, j + half} for j in range(half)]
     known = {"halves": apart, "rotate_half": apart, "matrix": [set(range(part))]}
     together = known.get(way, [{2 * j, 2 * j + 1} for j in range(half)])
-    return _mixed(operand.at(draft.let(x.rstrip("0123456789"), code, axes)), together)
+    return _mixed(operand.at(draft.let(value.hint, code, axes)), together)
 
 
 def _mixed(operand: Operand, together: list[set[int]]) -> Operand:
@@ -83,7 +83,7 @@ def gained_norm(draft: Draft, hint: str, value: Value, width: int) -> tuple[Valu
     """An RMS or layer norm module over the last axis."""
     kind = draft.choices.pick("norm module", ["RMSNorm", "LayerNorm"])
     m = draft.module(hint, f"nn.{kind}({width})")
-    made = draft.let(value.name.rstrip("0123456789"), f"self.{m}({value.name})", value.axes)
+    made = draft.let(value.hint, f"self.{m}({value.name})", value.axes)
     return made, m, "rms" if kind == "RMSNorm" else "layer"
 
 
@@ -101,7 +101,7 @@ def normed(draft: Draft, operand: Operand, side: Side, kind: str) -> Operand:
         axes = axes.replace(d, "") + d
         value = draft.arrange(value, axes)
     at, width, x = value.axis(d), draft.sizes[d], value.name
-    hint = x.rstrip("0123456789")
+    hint = value.hint
     if kind in ("rms", "layer"):
         m = draft.module(f"{hint}_norm", f"nn.{'RMSNorm' if kind == 'rms' else 'LayerNorm'}({width})")
         code, norm = f"self.{m}({x})", Norm(side, kind, width, m, f"{m}.weight")  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def normed(draft: Draft, operand: Operand, side: Side, kind: str) -> Operand:
 def _over_all_heads(draft: Draft, operand: Operand, side: Side, kind: str) -> Operand:
     h, d = operand.heads, operand.dims
     rest = operand.value.axes.replace(h, "").replace(d, "")
-    hint = operand.value.name.rstrip("0123456789")
+    hint = operand.value.hint
     width = draft.sizes[h] * draft.sizes[d]
     if kind == "batch":
         value = draft.arrange(operand.value, "b" + h + d + rest.replace("b", ""))
@@ -153,13 +153,13 @@ def clamped(draft: Draft, operand: Operand) -> Operand:
     """Queries or keys cut off, or their negative part dropped."""
     way = draft.choices.pick("bend", ["clamp(-3.0, 3.0)", "relu()", "tanh()"])
     x = operand.value
-    return replace(operand, value=draft.let(x.name.rstrip("0123456789"), f"{x.name}.{way}", x.axes))
+    return replace(operand, value=draft.let(x.hint, f"{x.name}.{way}", x.axes))
 
 
 def scaled(draft: Draft, operand: Operand, factor: float) -> Operand:
     """Queries or keys times a number."""
     x = operand.value
-    value = draft.let(x.name.rstrip("0123456789"), f"{x.name} * {factor!r}", x.axes)
+    value = draft.let(x.hint, f"{x.name} * {factor!r}", x.axes)
     return replace(operand, value=value, scale=None if operand.scale is None else operand.scale * factor)
 
 
@@ -168,7 +168,7 @@ def with_head_bias(draft: Draft, operand: Operand) -> Operand:
     value = operand.value
     shape = [draft.sizes[a] if a in operand.heads + operand.dims else 1 for a in value.axes]
     p = draft.parameter("u", *shape)
-    value = draft.let(value.name.rstrip("0123456789"), f"{value.name} + self.{p}", value.axes)
+    value = draft.let(value.hint, f"{value.name} + self.{p}", value.axes)
     return replace(operand, value=value, unchecked=operand.unchecked | {"biases"})
 
 
@@ -180,7 +180,7 @@ def shifted_in_time(draft: Draft, operand: Operand, tokens: str) -> Operand:
     value = draft.arrange(operand.value, "b" + h + d + tokens)
     value, letter = draft.fold(value, h + d)
     width = draft.sizes[letter]
-    hint = operand.value.name.rstrip("0123456789")
+    hint = operand.value.hint
     m = draft.module(f"{hint}_conv", f"nn.Conv1d({width}, {width}, 3, padding=1, groups={width}, bias=False)")
     value = draft.let(hint, f"self.{m}({value.name})", value.axes)
     return operand.at(draft.unfold(value, letter, h + d))
@@ -193,7 +193,7 @@ def thinned(draft: Draft, operand: Operand, tokens: str, to: str) -> Operand:
     m = draft.sizes[to]
     ways = ["first", "indexed", "mean"] + (["chosen"] if len(value.axes) == 4 else [])
     way = draft.choices.pick("thin", ways)
-    hint = value.name.rstrip("0123456789")
+    hint = value.hint
     axes = value.axes.replace(tokens, to)
     if way == "first":
         code = f"{value.name}.narrow({at}, 0, {m})"
@@ -219,4 +219,4 @@ def with_null(draft: Draft, operand: Operand, tokens: str, to: str) -> Operand:
     expanded = f"self.{p}.expand({sizes})"
     pair = draft.choices.pick("null place", [f"({expanded}, {value.name})", f"({value.name}, {expanded})"])
     code = f"torch.cat({pair}, {at})"
-    return operand.at(draft.let(value.name.rstrip("0123456789"), code, value.axes.replace(tokens, to)))
+    return operand.at(draft.let(value.hint, code, value.axes.replace(tokens, to)))
