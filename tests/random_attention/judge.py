@@ -30,8 +30,12 @@ class Verdict:
 
     @property
     def sort(self) -> str:
-        """The first difference's sort; "right" where there is none."""
-        return self.differences[0].sort if self.differences else "right"
+        """The first difference's sort; where there is none, "right", or "by design" for an attention refused so."""
+        if self.differences:
+            return self.differences[0].sort
+        expected = self.model.expected
+        own = [s for s in self.found.skipped if not s.name.startswith(expected.skips)] if self.found else []
+        return "by design" if own and any(t.may_refuse for t in expected.sites) else "right"
 
     def lines(self) -> Iterator[str]:
         """The model, the truth and what was found, as text."""
