@@ -140,7 +140,8 @@ def adapters(draft: Draft) -> Sides:
     x = Value("x", "btc")
     rank = draft.choices.pick("rank", [2, 1, 3])
     on = draft.choices.pick("adapters", ["both", "queries", "keys"])
-    made = draft.choices.pick("adapter", [with_adapter] * 4 + [with_branch, with_branch, merged_adapter])
+    made = draft.choices.pick("adapter", [with_adapter, with_adapter, with_branch])
+    made = merged_adapter if draft.choices.chance("merged", 20) else made
     wants = _wants(draft, keys=_heads_of_keys(draft))
     q = made(draft, x, wants[0], rank) if on != "keys" else single(draft, x, wants[0])
     k = made(draft, x, wants[1], rank) if on != "queries" else single(draft, x, wants[1])
