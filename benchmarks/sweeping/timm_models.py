@@ -135,7 +135,7 @@ def build(form: Form) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
 def _build(form: Form, config: Mapping[str, Any], side: int) -> nn.Module:
     from timm.models._builder import build_model_with_cfg
 
-    config = {**copy.deepcopy(dict(config)), "num_classes": 5}  # some builders take their configuration apart
+    config = {**config, "num_classes": 5}
     if "img_size" in inspect.signature(form.model_class).parameters:
         config["img_size"] = side
     with torch.device("meta"):
@@ -146,7 +146,8 @@ def _build(form: Form, config: Mapping[str, Any], side: int) -> nn.Module:
 
 
 def _made(builder: Callable[..., nn.Module], form: Form, config: Mapping[str, Any]) -> nn.Module:
-    return builder(form.model_class, form.architecture, False, **config)
+    # Some classes take their configuration apart.
+    return builder(form.model_class, form.architecture, False, **copy.deepcopy(dict(config)))
 
 
 # ---- smaller ---------------------------------------------------------------------------------------------------------
