@@ -3,7 +3,12 @@
     python -m benchmarks.sweep                          all of them; rows go to .sweep/rows.jsonl
     python -m benchmarks.sweep --package timm --only swin
     python -m benchmarks.sweep --resume                 only those that have no row yet
-    python -m benchmarks.sweep --markdown docs/sweep.md write the table from the rows
+    python -m benchmarks.sweep --resume --again "timeout|not built"
+    python -m benchmarks.sweep --resume --only nothing --markdown docs/sweep.md    the table of the rows there are
+
+A row is one JSON object a line: package, family, name, status, error, sites, calls, proved, open (not proved, with
+reasons), skipped (with codes and reasons), ran (attentions that ran, counted without the finder), silent (modules with
+attentions that the layout does not speak of), seconds.
 
 Exit status 1 if a layout was refuted, an attention was missed without a word, or quack-fx crashed.
 """
@@ -18,7 +23,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 SOURCES = {
     "transformers": "benchmarks.sweeping.transformers_models",
     "timm": "benchmarks.sweeping.timm_models",
+    "diffusers": "benchmarks.sweeping.diffusers_models",
     "others": "benchmarks.sweeping.other_models",
 }
-BAD = ("refuted", "finder crashed", "verify crashed")
+BAD = ("refuted", "finder crashed", "verify crashed", "capture failed", "died")
 
 
 def main() -> int:
@@ -41,21 +46,23 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at once (default: 2)")
     parser.add_argument("--json", type=Path, default=Path(".sweep/rows.jsonl"), help="where the rows go")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--again", default="", metavar="STATUS", help="with --resume: not the rows of this status")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    rows = _read(options.json) if options.resume and options.json.exists() else []
+    rows = _kept(options) if options.resume and options.json.exists() else []
+    options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = {(row["package"], row["family"], row["name"]) for row in rows}
     todo = [c for c in _candidates(options) if (c.package, c.family, c.name) not in done]
-    rows += _run(todo, options, "a" if options.resume else "w")
+    rows += _run(todo, options)
     if options.markdown:
         from benchmarks.sweeping.table import markdown
 
         options.markdown.parent.mkdir(exist_ok=True)
         options.markdown.write_text(markdown(rows))
-    bad = [row for row in rows if row["status"] in BAD or row.get("silent")]
+    bad = [row for row in rows if row["status"] in BAD or row["silent"]]
     for row in bad:
         what = row["error"] or f"silent about {row['silent']}"
         Console().print(f"[red]{row['status']}[/] {row['package']} {row['name']}: {what}", highlight=False)
@@ -70,25 +77,25 @@ def _candidates(options: argparse.Namespace) -> Iterator[Any]:
                     yield candidate
 
 
-def _run(todo: list[Any], options: argparse.Namespace, mode: str) -> list[dict[str, Any]]:
-    from benchmarks.sweeping.worker import judge_apart
+def _run(todo: list[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    from benchmarks.sweeping.worker import judge_all
 
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description:40}"), MofNCompleteColumn(), TimeRemainingColumn())
-    # Threads only wait for their processes.
-    with options.json.open(mode) as out, Progress(*columns) as progress, ThreadPoolExecutor(options.jobs) as pool:
+    # Without a thread that redraws: a process with threads must not fork.
+    with options.json.open("a") as out, Progress(*columns, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(todo))
-        for future in as_completed([pool.submit(judge_apart, candidate) for candidate in todo]):
-            row = future.result()
+        for row in judge_all(todo, options.jobs):
             rows.append(row)
             out.write(json.dumps(row) + "\n")
             out.flush()
-            progress.update(task, advance=1, description=f"{row['name'][:26]} {row['status']}")
+            progress.update(task, advance=1, description=f"{row['name'][:26]} {row['status']}", refresh=True)
     return rows
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _kept(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in options.json.read_text().splitlines()]
+    return [row for row in rows if not (options.again and re.search(options.again, row["status"]))]
 
 
 if __name__ == "__main__":

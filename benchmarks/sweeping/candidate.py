@@ -9,6 +9,10 @@ from typing import Any
 from torch import nn
 
 
+class CannotBeRunError(Exception):
+    """A model that does not run here without quack-fx either: it needs files or a package, or is broken."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One model of a package.
@@ -18,7 +22,8 @@ class Candidate:
         family: Row of the published table: a model type of transformers, a module of timm.
         name: Its class or architecture.
         build: Builds it, small, in evaluation mode and with real weights, and gives it with the arguments and keyword
-            arguments of one forward call; raises where that cannot be done.
+            arguments of one forward call; raises where that cannot be done, `CannotBeRunError` (or `ImportError`)
+            where it is not for want of a better configuration or better inputs.
     """
 
     package: str

@@ -1,97 +1,101 @@
-"""One candidate, judged: in a forked process with limits on time and memory.
+"""One candidate, judged.
 
-In: a `Candidate`. Out: a row, plain data: what was found, what was proved, what was refused, what went wrong and whose
-fault it is.
+In: a `Candidate`. Out: its row, plain data: what was found, what was proved, what was refused, what went wrong and
+whose fault it is. The row is told again after each part of the work, so that of a candidate that is stopped there
+stays what was known of it, and which part it did not come through.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import os
-import resource
-import signal
-import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from benchmarks.sweeping.candidate import Candidate
+from benchmarks.sweeping.candidate import Candidate, CannotBeRunError
 from benchmarks.sweeping.count import attentions
+from benchmarks.sweeping.processes import Ended, Tell, run_apart
 from quack_fx.errors import CaptureError, VerifyError
 from quack_fx.find import find
+from quack_fx.layout import QKLayout
 from quack_fx.verify import CannotRun, verify_qk_pairs
 
 SECONDS = 60
-BYTES = 24 << 30
-"""Address space, most of which libraries reserve and never touch."""
+BYTES = 4 << 30
 
 Row = dict[str, Any]
 
 
-def judge_apart(candidate: Candidate) -> Row:
-    """Row of a candidate, from a process of its own."""
-    read, write = os.pipe()
-    start = time.time()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        signal.alarm(SECONDS)
-        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            row = judge(candidate)
-        with os.fdopen(write, "w") as pipe:
-            json.dump(row, pipe)
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    row = json.loads(text) if text else _row(candidate, "timeout", f"stopped after {SECONDS} s or killed")
-    return row | {"seconds": round(time.time() - start, 1)}
+def judge_all(candidates: Iterable[Candidate], jobs: int) -> Iterator[Row]:
+    """Rows of candidates, as they come; each is judged in a process of its own."""
+    for ended in run_apart(judge, candidates, jobs, SECONDS, BYTES):
+        yield _final(ended)
 
 
-def judge(candidate: Candidate) -> Row:
-    """Build, find, prove and count."""
+def judge(candidate: Candidate, tell: Tell) -> None:
+    """Build, find, prove and count; tell the row after each."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    row = _row(candidate)
+    tell(row)
     try:
         model, args, kwargs = candidate.build()
+    except (CannotBeRunError, ImportError) as error:
+        return tell(row | {"status": "does not run here", "error": _text(error)})
     except BaseException as error:
-        return _row(candidate, "not built", _text(error))
+        return tell(row | {"status": "not built", "error": _text(error)})
+    row["part"] = "find"
+    tell(row)
     try:
         layout = find(model, args, kwargs).layout
     except CaptureError as error:
-        return _row(candidate, "capture failed", _text(error))
+        return tell(row | {"status": "capture failed", "error": _text(error)})
     except BaseException as error:
-        return _row(candidate, "finder crashed", _text(error))
-    row = _row(candidate, "no attention", "")
-    row["sites"] = [site.name for site in layout.sites]
-    row["calls"] = sum(site.calls for site in layout.sites)
-    row["skipped"] = [entry.to_dict() for entry in layout.skipped]
-    row["qk_norm"] = sum(bool(site.qk_norm) for site in layout.sites)
-    if layout.skipped:
-        row["status"] = "refused"
-    if layout.sites:
-        try:
-            report = verify_qk_pairs(model, layout, *args, **kwargs)
-            row["proved"] = len(report.proved)
-            row["open"] = [[entry.name, entry.reason] for entry in report.not_proved]
-            row["status"] = "proved" if report.complete else "not proved"
-        except CannotRun as error:
-            row |= {"status": "not proved", "error": _text(error)}
-        except VerifyError as error:
-            row |= {"status": "refuted", "error": _text(error)}
-        except BaseException as error:
-            row |= {"status": "verify crashed", "error": _text(error)}
+        return tell(row | {"status": "finder crashed", "error": _text(error)})
+    row |= _found(layout) | {"part": "count"}
+    tell(row)
     try:
         ran = attentions(model, args, kwargs)
+        row |= {"ran": sum(ran.values()), "silent": silent(layout, ran)}
     except BaseException as error:
-        return row | {"error": row["error"] or f"not counted: {_text(error)}"}
-    told = {site.name for site in layout.sites} | {entry.name for entry in layout.skipped}
-    silent = [name for name in ran if name not in told and not any(_around(name, other) for other in told)]
-    return row | {"ran": sum(ran.values()), "silent": silent}
+        row["not_counted"] = _text(error)
+    row["part"] = "verify"
+    tell(row)
+    if layout.sites:
+        row |= _proof(model, layout, args, kwargs)
+    else:
+        row["status"] = "refused" if layout.skipped else "no attention"
+    tell(row | {"part": ""})
+
+
+def silent(layout: QKLayout, ran: Counter[str]) -> list[str]:
+    """Modules in which more attentions ran than the layout tells of.
+
+    The module that a site is named after need not be the one in which its softmax ran: one may be inside the other.
+
+    Arguments:
+        layout: Sites and what was skipped.
+        ran: Attentions that ran, by module.
+
+    Returns:
+        The modules, once for each attention that is missing.
+    """
+    left = Counter[str]()
+    for site in layout.sites:
+        left[site.name] += site.calls
+    refused = {entry.name for entry in layout.skipped}
+    missing = ran - left
+    left -= ran
+    result: list[str] = []
+    for name, count in missing.items():
+        for other in [other for other in left if _around(name, other)]:
+            taken = min(count, left[other])
+            left[other] -= taken
+            count -= taken
+        if count and not any(name == other or _around(name, other) for other in refused):
+            result += [name] * count
+    return result
 
 
 def _around(name: str, other: str) -> bool:
@@ -99,9 +103,42 @@ def _around(name: str, other: str) -> bool:
     return name.startswith(f"{other}.") or other.startswith(f"{name}.") or not name or not other
 
 
-def _row(candidate: Candidate, status: str, error: str) -> Row:
+def _found(layout: QKLayout) -> Row:
+    return {
+        "sites": [site.name for site in layout.sites],
+        "calls": sum(site.calls for site in layout.sites),
+        "skipped": [entry.to_dict() for entry in layout.skipped],
+        "qk_norm": sum(bool(site.qk_norm) for site in layout.sites),
+    }
+
+
+def _proof(model: torch.nn.Module, layout: QKLayout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row:
+    try:
+        report = verify_qk_pairs(model, layout, *args, **kwargs)
+    except CannotRun as error:
+        return {"status": "not proved", "error": _text(error)}
+    except VerifyError as error:
+        return {"status": "refuted", "error": _text(error)}
+    except BaseException as error:
+        return {"status": "verify crashed", "error": _text(error)}
+    return {
+        "proved": len(report.proved),
+        "open": [[entry.name, entry.reason] for entry in report.not_proved],
+        "status": "proved" if report.complete else "not proved",
+    }
+
+
+def _row(candidate: Candidate) -> Row:
     row: Row = {"package": candidate.package, "family": candidate.family, "name": candidate.name}
-    return row | {"status": status, "error": error, "sites": [], "calls": 0, "proved": 0, "open": [], "skipped": []}
+    row |= {"status": "", "error": "", "not_counted": "", "part": "build"}
+    return row | {"sites": [], "calls": 0, "proved": 0, "open": [], "skipped": [], "ran": None, "silent": []}
+
+
+def _final(ended: Ended[Candidate]) -> Row:
+    row = ended.told or _row(ended.item)
+    if not row["status"]:
+        row |= {"status": "timeout" if "stopped" in ended.reason else "died", "error": f"{row['part']}: {ended.reason}"}
+    return row | {"seconds": round(ended.seconds, 1)}
 
 
 def _text(error: BaseException) -> str:
