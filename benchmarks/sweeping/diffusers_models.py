@@ -26,6 +26,7 @@ TIME = torch.tensor([3, 5])
 TEXT_MASK = torch.ones(2, 5, dtype=torch.long)
 LATENT = (2, 4, 8, 8)
 VIDEO = (2, 4, 2, 8, 8)
+FRAMES = (2, 4, 2, 4, 4)
 PACKED = (2, 9, 4)
 
 
@@ -54,7 +55,7 @@ _BLOCKS_2D: Options = {
     "cross_attention_dim": 16,
     "attention_head_dim": 4,
 }
-_UNET_CALL: Options = {"sample": LATENT, "timestep": TIME, "encoder_hidden_states": TEXT}
+_UNET_CALL: Options = {"sample": (2, 4, 4, 4), "timestep": TIME, "encoder_hidden_states": TEXT}
 _ENCODERS: Options = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
     "up_block_types": ("UpDecoderBlock2D",) * 2,
@@ -140,7 +141,14 @@ _MODELS: dict[str, tuple[Options, Options]] = {
     ),
     "SkyReelsV2Transformer3DModel": (_WAN, _WAN_CALL),
     "ChronoEditTransformer3DModel": ({**_WAN, "rope_temporal_skip_len": 2}, _WAN_CALL),
-    "AnyFlowTransformer3DModel": (_WAN, {**_WAN_CALL, "hidden_states": (2, 2, 4, 8, 8), "r_timestep": TIME}),
+    "AnyFlowTransformer3DModel": (
+        _WAN,
+        {
+            **_WAN_CALL,
+            "hidden_states": (2, 2, 4, 8, 8),
+            **{name: TIME[:, None].expand(2, 2) for name in ("timestep", "r_timestep")},
+        },
+    ),
     "CogVideoXTransformer3DModel": (
         {
             **{"in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": 16, "num_layers": 2},
@@ -177,7 +185,7 @@ _MODELS: dict[str, tuple[Options, Options]] = {
             **{"hidden_states": VIDEO, "encoder_hidden_states": (2, 1, 5, 16), "timestep": TIME},
             **{"attention_mask": torch.ones(2, 2, 8, 8), "encoder_attention_mask": torch.ones(2, 1, 5)},
             "image_rotary_emb": (
-                tuple(torch.rand(3, 1, 32, 4) for _ in range(2)),
+                tuple((torch.rand(4, 4), torch.rand(4, 4)) for _ in range(3)),
                 tuple(torch.zeros(1, 32, dtype=torch.long) for _ in range(3)),
             ),
         },
@@ -197,7 +205,7 @@ _MODELS: dict[str, tuple[Options, Options]] = {
             **{"text_len": 5, "text_len_t5": 6, "use_style_cond_and_image_meta_size": False},
         },
         {
-            **{"hidden_states": LATENT, "timestep": TIME, "encoder_hidden_states": TEXT},
+            **{"hidden_states": LATENT, "timestep": TIME.float(), "encoder_hidden_states": TEXT},
             **{"text_embedding_mask": TEXT_MASK, "encoder_hidden_states_t5": (2, 6, 16)},
             **{"text_embedding_mask_t5": torch.ones(2, 6, dtype=torch.long)},
             "image_rotary_emb": (torch.rand(16, 8), torch.rand(16, 8)),
@@ -219,7 +227,7 @@ _MODELS: dict[str, tuple[Options, Options]] = {
             **{"text_embed_dim": 16, "rope_axes_dim": (4, 4), **HEADS},
         },
         {
-            **{"hidden_states": LATENT, "timestep": TIME, "encoder_hidden_states": TEXT},
+            **{"hidden_states": LATENT, "timestep": TIME.float(), "encoder_hidden_states": TEXT},
             "encoder_attention_mask": TEXT_MASK,
         },
     ),
@@ -356,13 +364,13 @@ _MODELS: dict[str, tuple[Options, Options]] = {
     ),
     "OmniGenTransformer2DModel": (
         {
-            **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
+            **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64},
             **{"num_layers": 2, "vocab_size": 40, "pad_token_id": 0, "pos_embed_max_size": 8, "time_step_dim": 8},
             "rope_scaling": {"long_factor": [1.0] * 4, "short_factor": [1.0] * 4},
         },
         {
             **{"hidden_states": LATENT, "timestep": TIME / 10, "input_ids": torch.ones(2, 5, dtype=torch.long)},
-            **{"input_img_latents": [], "input_image_sizes": {}, "attention_mask": torch.ones(2, 22, 22)},
+            **{"input_img_latents": [], "input_image_sizes": {}, "attention_mask": torch.ones(2, 1, 22, 22)},
             "position_ids": torch.arange(22).expand(2, -1),
         },
     ),
@@ -411,7 +419,7 @@ _MODELS: dict[str, tuple[Options, Options]] = {
         {"sample": (2, 3, 8, 8), "timestep": TIME},
     ),
     "UNet1DModel": (
-        {"sample_size": 32, "block_out_channels": (8, 8, 16), "extra_in_channels": 16, "norm_num_groups": 4},
+        {"sample_size": 32, "block_out_channels": (32, 32, 64), "extra_in_channels": 64},
         {"sample": (2, 2, 32), "timestep": TIME},
     ),
     "UNet3DConditionModel": (
@@ -420,15 +428,15 @@ _MODELS: dict[str, tuple[Options, Options]] = {
             **{"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "cross_attention_dim": 16},
             **{"up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"), "attention_head_dim": 4},
         },
-        {**_UNET_CALL, "sample": VIDEO},
+        {**_UNET_CALL, "sample": FRAMES},
     ),
     "UNetMotionModel": (
         {
-            **{"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4, "num_attention_heads": 2},
+            **{"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 4, "num_attention_heads": 4},
             **{"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "cross_attention_dim": 16},
             **{"up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "motion_num_attention_heads": 2},
         },
-        {**_UNET_CALL, "sample": VIDEO},
+        {**_UNET_CALL, "sample": FRAMES},
     ),
     "UNetSpatioTemporalConditionModel": (
         {
@@ -439,7 +447,7 @@ _MODELS: dict[str, tuple[Options, Options]] = {
             **{"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24},
         },
         {
-            **{"sample": (2, 2, 4, 8, 8), "timestep": TIME, "encoder_hidden_states": (2, 1, 16)},
+            **{"sample": (2, 2, 4, 4, 4), "timestep": TIME, "encoder_hidden_states": (2, 1, 16)},
             "added_time_ids": (2, 3),
         },
     ),
@@ -447,17 +455,17 @@ _MODELS: dict[str, tuple[Options, Options]] = {
         {
             **{"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4},
             **{"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "cross_attention_dim": 16},
-            **{"up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"), "num_attention_heads": 4},
+            **{"up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"), "attention_head_dim": 4},
         },
         {
-            **{**_UNET_CALL, "sample": VIDEO, "fps": torch.tensor([8, 8]), "image_latents": VIDEO},
+            **{**_UNET_CALL, "sample": FRAMES, "fps": torch.tensor([8, 8]), "image_latents": FRAMES},
             "image_embeddings": (2, 16),
         },
     ),
     "Kandinsky3UNet": (
         {
             **{"time_embedding_dim": 16, "groups": 4, "attention_head_dim": 8, "layers_per_block": 1},
-            **{"block_out_channels": (16, 16, 16, 16), "cross_attention_dim": 16, "encoder_hid_dim": 16},
+            **{"block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 16, "encoder_hid_dim": 16},
         },
         {**_UNET_CALL, "sample": (2, 4, 16, 16), "encoder_attention_mask": torch.ones(2, 5)},
     ),
@@ -491,7 +499,7 @@ _MODELS: dict[str, tuple[Options, Options]] = {
             **{"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 16},
             **{"attention_head_dim": 4, "conditioning_embedding_out_channels": (8, 8)},
         },
-        {**_UNET_CALL, "controlnet_cond": (2, 3, 16, 16)},
+        {**_UNET_CALL, "controlnet_cond": (2, 3, 8, 8)},
     ),
     "AutoencoderKL": (_ENCODERS, {"sample": (2, 3, 16, 16)}),
     "VQModel": (_ENCODERS, {"sample": (2, 3, 16, 16)}),
