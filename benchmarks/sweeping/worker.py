@@ -7,6 +7,8 @@ stays what was known of it, and which part it did not come through.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -29,8 +31,20 @@ Row = dict[str, Any]
 
 def judge_all(candidates: Iterable[Candidate], jobs: int) -> Iterator[Row]:
     """Rows of candidates, as they come; each is judged in a process of its own."""
+    _warm_up()
     for ended in run_apart(judge, candidates, jobs, SECONDS, BYTES):
         yield _final(ended)
+
+
+def _warm_up() -> None:
+    """Import what every process needs: what is imported late would be imported in each.
+
+    Nothing is proved here: a process that has run a backward pass must not fork another that runs one.
+    """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformers.modeling_utils")
+    x = torch.zeros(1, 2, 4)
+    find(torch.nn.MultiheadAttention(4, 2), (x, x, x))
 
 
 def judge(candidate: Candidate, tell: Tell) -> None:
