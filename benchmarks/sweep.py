@@ -52,16 +52,15 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    rows = _kept(options) if options.resume and options.json.exists() else []
+    todo, rows = _divided(list(_candidates(options)), _read(options.json), options)
     options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = {(row["package"], row["family"], row["name"]) for row in rows}
-    todo = [c for c in _candidates(options) if (c.package, c.family, c.name) not in done]
     rows += _run(todo, options)
     if options.markdown:
         from benchmarks.sweeping.table import markdown
+        from benchmarks.sweeping.worker import BYTES, SECONDS
 
         options.markdown.parent.mkdir(exist_ok=True)
-        options.markdown.write_text(markdown(rows))
+        options.markdown.write_text(markdown(rows, f"{SECONDS} s and {BYTES >> 30} GiB at most"))
     bad = [row for row in rows if row["status"] in BAD or row["silent"]]
     for row in bad:
         what = row["error"] or f"silent about {row['silent']}"
@@ -93,9 +92,25 @@ def _run(todo: list[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _kept(options: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in options.json.read_text().splitlines()]
-    return [row for row in rows if not (options.again and re.search(options.again, row["status"]))]
+def _divided(
+    candidates: list[Any], rows: list[dict[str, Any]], options: argparse.Namespace
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The candidates to judge, and the rows that stay: those of models that were not asked for, too."""
+    if not (options.resume or options.only or options.package):
+        return candidates, []
+    good = {_key(row) for row in rows if not (options.again and re.search(options.again, row["status"]))}
+    todo = {(c.package, c.family, c.name): c for c in candidates}
+    if options.resume:
+        todo = {key: candidate for key, candidate in todo.items() if key not in good}
+    return list(todo.values()), [row for row in rows if _key(row) not in todo]
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["package"], row["family"], row["name"]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

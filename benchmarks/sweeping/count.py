@@ -100,7 +100,7 @@ class _Watch(TorchFunctionMode):
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
         self._alive += made
-        if func is F.scaled_dot_product_attention or "flex_attention" in name:
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward) or "flex_attention" in name:
             self.found[self._stack[-1]] += 1
         elif func in _PRODUCTS and all(id(x) not in self._weights for x in given):
             for x in given:

@@ -34,7 +34,7 @@ _MAPPINGS = (
     "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES",
 )
 BATCH, TOKENS = 2, 5
-PARAMETERS = 150_000_000
+PARAMETERS = 60_000_000
 """Parameters of a model that is still worth running."""
 
 

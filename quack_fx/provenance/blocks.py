@@ -162,16 +162,16 @@ def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: lis
                     break
                 link.latent_norms = flow.norms
                 link.behind, link, depth = behind, behind, depth + 1
-    seen: list[dict[Node, _Rows]] = [{}, {}]
+    seen: list[dict[tuple[Node, str], _Rows]] = [{}, {}]
     for side, blocks in enumerate((query, key)):
         for block in blocks:
             for link in block.chain()[1:]:
-                seen[side].setdefault(link.projection.node, set()).update(*link.rows)
+                seen[side].setdefault((link.projection.node, link.param), set()).update(*link.rows)
     for block in [*query, *key]:
         link = block
         while link.behind is not None:
-            node = link.behind.projection.node
-            if seen[0].get(node, set()) & seen[1].get(node, set()):
+            place = (link.behind.projection.node, link.behind.param)
+            if seen[0].get(place, set()) & seen[1].get(place, set()):
                 link.behind, link.latent_norms = None, ()
                 break
             link = link.behind

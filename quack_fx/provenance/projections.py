@@ -117,7 +117,7 @@ class Projections:
             return None
         x, weight, on_left, bias = operands
         coordinates = self._coordinates(weight)
-        if coordinates is None:
+        if coordinates is None or bool((compact(coordinates.which) < 0).any()):
             return None
         planes = coordinates.planes()
         if df.op[node].kind == "convolution":
@@ -185,7 +185,7 @@ class Projections:
         except RuntimeError:
             return
         for feature, which, entry in torch.unique(torch.stack(pairs).flatten(1), dim=1).t().tolist():
-            if len(self._labels.members(feature)) != 1 or feature < 2:
+            if len(self._labels.members(feature)) != 1 or feature < 2 or which < 0:
                 continue
             projection, i = self.by_feature(feature)
             if projection.rows.shape[1] == 1 and int(projection.rows[i, 0]) == entry:
@@ -238,7 +238,7 @@ class Projections:
             )
             return _Coordinates((df.weights[node],), torch.zeros(1, dtype=torch.int64).expand(shape), along)
         if df.group[node] in df.writes:
-            return None
+            return self._blanked(node)
         inputs = [n for n in node.all_input_nodes if df.is_weight(n)]
         kind, name = df.op[node].kind, df.op[node].name
         if kind == "elementwise" and name in ("mul", "div", "neg") and len(inputs) == 1:
@@ -264,6 +264,21 @@ class Projections:
         if any(not isinstance(p, Tensor) for p in planes):
             return None
         return _Coordinates(names, planes[0], tuple(planes[1:]))
+
+    def _blanked(self, node: Node) -> _Coordinates | None:
+        """A copy of a weight in which places are set to a number (a bias without its keys' part): they are nothing."""
+        df, value = self._df, self._df.value(node)
+        writes = df.writes[df.group[node]]
+        if df.group[node] is not node or df.op[node].name != "clone" or not value.is_contiguous():
+            return None
+        source = self._coordinates(node.args[0])  # type: ignore[arg-type]
+        if source is None or any(df.op[write].name not in ("zero", "fill") for write in writes):
+            return None
+        which = source.which.clone(memory_format=torch.contiguous_format)
+        for write in writes:
+            window = df.value(write)
+            which.as_strided(window.shape, window.stride(), window.storage_offset()).fill_(-1)
+        return _Coordinates(source.names, which, source.along)
 
     def _moved(self, node: Node, names: tuple[str, ...], i: int) -> Tensor:
         def plane(n: Node) -> Tensor:

@@ -249,9 +249,7 @@ class _Step:
     def _product(self) -> Flow:
         df, node = self.tracer.df, self.node
         if is_depthwise(df, node):
-            channels = self._depthwise()
-            if channels is not None:
-                return channels
+            return self._depthwise()
         sides = factors_of(df, node)
         if sides is None:
             return self._unknown()
@@ -287,11 +285,12 @@ class _Step:
                 return replace(flow, label=reshape(flow.label, shape))
         return self._nothing()
 
-    def _depthwise(self) -> Flow | None:
+    def _depthwise(self) -> Flow:
+        """A convolution that keeps channels apart: a gain for each, where it is known what they are."""
         df, node = self.tracer.df, self.node
         x = self._input(node.args[0])  # type: ignore[arg-type]
         if UNKNOWN in self.tracer.labels.features(x.label) or x.empty:
-            return None
+            return self._unknown()
         label = self.tracer.labels.union_along(x.label, list(range(2, x.label.dim())))
         return replace(x, label=label.expand(df.shape(node)))
 
@@ -350,6 +349,8 @@ class _Step:
         x = self._input(source) if isinstance(source, Node) else self._unknown()
         if x.statistic is not None:
             return replace(x, label=self._full(NOTHING))
+        if not x.label.numel():
+            return self._unknown()
         name, shape = df.op[node].name, df.shape(node)
         dims = _reduced_dims(node, x.label.dim())
         pooled = name in _POOLING and not (x.ops & _OF_SIZE)
@@ -455,7 +456,9 @@ class _Step:
     def _with_statistics(self, name: str, flow: Flow, statistics: list[Statistic], features: frozenset[int]) -> Flow:
         for statistic in statistics:
             own = statistic.features <= features
-            if name in ("add", "sub", "rsub"):
+            if name in ("add", "sub", "rsub") and statistic.ops & {"cumsum", "cumprod"}:
+                flow = replace(flow, label=self._full(UNKNOWN))  # sums of other logits, and no maximum or mean
+            elif name in ("add", "sub", "rsub"):
                 flow = replace(flow, ops=flow.ops | {"centre"}) if own else replace(flow, label=self._full(UNKNOWN))
             elif own and name in ("mul", "div"):
                 kind = _kind(statistic.ops, flow.ops)

@@ -30,12 +30,14 @@ _HEADS = re.compile(r"^(num_|n_)?(\w*_)?(heads|head|n_head)$|^(num_|n_)\w*heads\
 _PER_HEAD = re.compile(r"(^|_)(head_dim|head_size|kv_channels|d_kv|d_head|rope_head_dim|nope_head_dim|rotary_dim)$")
 _PER_HEAD_TOO = re.compile(r"^(global_head_dim|index_head_dim|v_head_dim|qk_\w*dim|attention_head_\w*dim|key_length)$")
 _WIDTH = re.compile(
-    r"hidden|intermediate|ffn|inner|embed|d_model|d_ff|d_inner|dim$|_dim_|dims$|width|channels|lora_rank|proj|lru"
+    r"hidden|intermediate|ffn|inner|embe?d|d_model|d_ff|d_inner|dim$|_dim_|dims$|width|channels|lora_rank|proj|lru"
 )
 _NO_WIDTH = re.compile(
     r"vocab|image|patch|position|window|token|^max_|num_|kernel|layer|head|dropout|prob|type|std|act|scale|norm|ratio"
     r"|index|expand|stride|group|conv_dim|tdnn|codevector|xvector|classifier|in_channels|out_channels|input_dim|bins"
 )
+_OUTPUTS = ("out_features", "out_indices", "stage_names")
+"""Which layers a backbone gives out: the class has a default that fits its layers."""
 _EXPERTS = re.compile(r"^(num_|n_)(\w*_)?experts$")
 _PERIODS = re.compile(r"(period|interval|pattern|every|freq|frequency|_step|offset|first_k_dense\w*|moe_layer_start)")
 
@@ -104,8 +106,7 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool) -> tuple[int, in
     widths: list[int] = []
     spans: list[int] = []
     for part in _parts(fields):
-        own = [n for key, value in part.items() if _HEADS.search(key) for n in _numbers(value) if n > 0]
-        heads += own
+        heads += [n for key, value in part.items() if _is_heads(key) for n in _numbers(value) if n > 0]
         widths += [n for key, value in part.items() if _is_per_head(key) for n in _numbers(value) if n > 0]
         hidden = [
             n for key in ("hidden_size", "d_model", "n_embd", "embed_dim", "dim") for n in _numbers(part.get(key))
@@ -127,6 +128,10 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool) -> tuple[int, in
             break
         by_width *= 2
     return by_width, by_heads
+
+
+def _is_heads(key: str) -> bool:
+    return bool(_HEADS.search(key)) and not _is_per_head(key)
 
 
 def _is_per_head(key: str) -> bool:
@@ -154,13 +159,15 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
         if _is_part(value):
             rope = key.startswith("rope")
             small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, pictures, tables)
+        elif key in _OUTPUTS:
+            continue
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS) for n in value] if isinstance(value, list | tuple) else min(value, layers)
         elif isinstance(value, list) and len(value) in counts and len(value) > layers and layers > 0:
             small[key] = value[:layers]  # one entry a layer
         elif isinstance(value, list) and ("layer" in key or "index" in key) and _numbers(value) == value:
             small[key] = [n for n in value if n < layers]  # numbers of layers
-        elif _HEADS.search(key):
+        elif _is_heads(key):
             small[key] = _divided(value, fewer)
         elif _is_per_head(key) or key == "mrope_section":
             small[key] = _divided(value, narrow)
@@ -185,13 +192,9 @@ def _layers_kept(fields: dict[str, Any]) -> int:
     total = max(counts, default=LAYERS)
     needed = [LAYERS]
     for key, value in fields.items():
-        if (
-            isinstance(value, list)
-            and len(value) == total
-            and total > 1
-            and all(isinstance(v, str | int) for v in value)
-        ):
-            needed.append(max(value.index(kind) for kind in set(value)) + 1)
+        kinds = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str | int) for v in value)
+        if kinds and (len(value) == total or re.search(r"layer\w*types?|block_types?", key)):
+            needed.append(max(map(value.index, set(value))) + 1)
         elif isinstance(value, list) and value and "layer" in key and _numbers(value) == value:
             needed.append(min(value) + 2)
         elif _PERIODS.search(key) and type(value) is int and 0 < value <= MOST_LAYERS:

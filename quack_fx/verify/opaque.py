@@ -1,7 +1,8 @@
 """Ops that hide several, written out: attention that runs as one op, so that its logits can be seen.
 
 In: an op that is about to run. Out: a function of the same arguments made of plain ATen ops, or None where the op needs
-none or has none. `F.scaled_dot_product_attention` is not here: PyTorch itself writes it out when asked to.
+none or has none. `F.scaled_dot_product_attention` is not here: PyTorch itself writes it out when asked to; but a model
+may ask for its flash kernel by name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ def written_out(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     """The function to run in an op's stead."""
     if isinstance(func, torch._ops.HigherOrderOperator):
         return _flex_attention if func.name() == "flex_attention" else None
+    if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return _flash_attention
     if func.namespace in _OWN_NAMESPACES:
         # What autograd would have taken apart comes whole where it was switched off, as inside one of these functions.
         composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
@@ -53,6 +56,28 @@ def _flex_attention(
     scores = scores.masked_fill(~allowed, float("-inf"))
     weights = scores.softmax(-1).nan_to_num()
     return weights @ value, scores.logsumexp(-1), scores.amax(-1)
+
+
+def _flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The flash kernel of CPUs, with the logits that it never stores; without dropout, as in evaluation."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
 
 def _over_all(function: Callable[..., Tensor], first: tuple[int, ...], buffers: int) -> Callable[..., Tensor]:

@@ -42,12 +42,16 @@ def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite
     """Refuse a layout that is silent about an attention of the model."""
     known = {softmax for softmaxes in claims.values() for softmax in softmaxes}
     for softmax in graph.softmaxes:
-        told = any(_speaks_of(entry.name, softmax) for entry in layout.skipped)
-        if softmax not in known and not told and graph.is_attention(softmax):
+        if softmax not in known and not is_told_of(layout, softmax) and graph.is_attention(softmax):
             where = softmax.modules[-1] if softmax.modules else ""
             raise VerifyError(
                 f"an attention runs in module {where!r}, but the layout has no site for it and skips none"
             )
+
+
+def is_told_of(layout: QKLayout, softmax: Softmax) -> bool:
+    """Whether the layout says that it skips this softmax."""
+    return any(_speaks_of(entry.name, softmax) for entry in layout.skipped)
 
 
 def _speaks_of(name: str, softmax: Softmax) -> bool:
