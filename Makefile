@@ -4,6 +4,7 @@
 #   make test                 the tests, without those marked slow
 #   make slow                 the slow ones
 #   make fuzz                 10,000 random attentions with known rows, tried on the finder
+#   make sweep                every model class of other packages: found, proved, counted; writes docs/sweep.md
 #   make lint                 ruff and mypy
 #   make test TORCH=2.11.0    the same on another torch, in an environment of its own
 
@@ -14,7 +15,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-with-torch-$(TORCH)
 
-.PHONY: demo test slow fuzz lint format setup clean
+.PHONY: demo test slow fuzz sweep lint format setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -45,6 +46,25 @@ slow: $(STAMP)
 MODELS ?= 10000
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.random_attention --models $(MODELS)
+
+# The packages swept want a torch of their own, torchvision's: an environment for them alone.
+# ONLY=swin sweeps what is called so; RESUME=1 goes on where a sweep was stopped; JOBS=8 for more processes.
+SWEEP_VENV := .venv-sweep
+SWEEP_STAMP := $(SWEEP_VENV)/.made-for-sweep
+SWEEP_TORCH := torch==2.14.1 torchvision==0.29.1
+SWEEP_PACKAGES := transformers==5.23.0 timm==1.0.31 diffusers==0.42.1 x-transformers==2.31.10 vit-pytorch==1.26.11
+SWEEP_PACKAGES += open_clip_torch==3.3.0 kornia==0.9.0
+JOBS ?= 2
+ONLY ?=
+sweep: $(SWEEP_STAMP)
+	OMP_NUM_THREADS=1 $(SWEEP_VENV)/bin/python -m benchmarks.sweep --jobs $(JOBS) --only "$(ONLY)" \
+		$(if $(RESUME),--resume) $(if $(ONLY),,--markdown docs/sweep.md)
+
+$(SWEEP_STAMP): pyproject.toml
+	test -x $(SWEEP_VENV)/bin/python || $(PYTHON) -m venv $(SWEEP_VENV)
+	$(SWEEP_VENV)/bin/python -m pip install --quiet $(SWEEP_TORCH)
+	$(SWEEP_VENV)/bin/python -m pip install --quiet --editable . $(SWEEP_TORCH) $(SWEEP_PACKAGES)
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

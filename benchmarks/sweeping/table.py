@@ -19,9 +19,11 @@ _DISTRIBUTIONS = {"open-clip": "open_clip_torch"}
 _HEAD = """# Sweep over the models of other packages
 
 Written by `make sweep`. Each model is built small, with every kind of layer that its configuration has, and run on
-random inputs in a process of its own ({limits}). The attentions that run are counted by watching the forward itself,
-without the finder: calls of fused attention, and softmaxes of products of computed tensors that weigh others. Each
-site's rows are proved by gradients (`verify_qk_pairs`).
+random inputs in a process of its own ({limits}).
+The attentions that run are counted by watching the forward itself, without the finder: calls of fused attention, and
+softmaxes of products of computed tensors that weigh others. Each site's rows are proved by gradients
+(`verify_qk_pairs`). Models that could not be built or counted are in no sum of attentions; parts of a model that its
+inputs did not reach are told of with its family.
 
 A model of transformers stands for its model type: the base class, or the first task class of a type that has none. One
 of timm stands for all entry points that differ in numbers alone.
@@ -70,6 +72,11 @@ def _refused(row: Row) -> int:
     return max(0, (row["ran"] or 0) - _in_sites(row) - len(row["silent"]))
 
 
+def _idle(row: Row) -> float:
+    """Share of the model's parameters, counted by name, that its inputs did not reach."""
+    return float(row["untouched"] / row["parameters"]) if row["parameters"] else 0.0
+
+
 def _versions(rows: Sequence[Row]) -> str:
     names = ["torch", *sorted({row["package"] for row in rows} - {"torch"})]
     versions = [f"{name} {importlib.metadata.version(_DISTRIBUTIONS.get(name, name))}" for name in names]
@@ -82,12 +89,15 @@ def _totals(rows: Sequence[Row]) -> str:
         share = f"{100 * found / ran:.1f} %" if ran else ""
         silent, refuted = sum(len(row["silent"]) for row in some), sum(row["status"] == "refuted" for row in some)
         sites, proved = sum(len(row["sites"]) for row in some), sum(row["proved"] for row in some)
-        return [name, len(some), ran, found, share, sum(map(_refused, some)), silent, sites, proved, refuted]
+        counted = sum(row["ran"] is not None for row in some)
+        return [name, len(some), counted, ran, found, share, sum(map(_refused, some)), silent, sites, proved, refuted]
 
     packages = _grouped(rows, lambda row: row["package"])
     lines = [line(name, some) for name, some in packages.items()]
     lines.append([f"**{cell}**" if cell != "" else "" for cell in line("all", rows)])
-    heads = "package|models|attentions run|in sites|share|refused with a reason|missed|sites|proved|models refuted"
+    heads = (
+        "package|models|counted|attentions run|in sites|share|refused with a reason|missed|sites|proved|models refuted"
+    )
     return "## Totals\n\n" + _table(heads.split("|"), lines)
 
 
@@ -137,8 +147,10 @@ def _families(rows: Sequence[Row]) -> str:
             status if len(some) == 1 else f"{number} {status}" for status, number in outcomes.most_common()
         )
         sites, proved = sum(len(row["sites"]) for row in some), sum(row["proved"] for row in some)
-        lines.append([package, family, len(some), sum(row["ran"] or 0 for row in some), sites, proved, refused, told])
-    heads = "package|family|models|attentions run|sites|proved|refused|outcome"
+        ran, idle = sum(row["ran"] or 0 for row in some), max(map(_idle, some))
+        unreached = f"{100 * idle:.0f} %" if idle >= 0.05 else ""
+        lines.append([package, family, len(some), ran, sites, proved, refused, unreached, told])
+    heads = "package|family|models|attentions run|sites|proved|refused|parameters not reached|outcome"
     return "## Families\n\n" + _table(heads.split("|"), lines)
 
 

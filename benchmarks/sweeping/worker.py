@@ -59,7 +59,7 @@ def judge(candidate: Candidate, tell: Tell) -> None:
         return tell(row | {"status": "does not run here", "error": _text(error)})
     except BaseException as error:
         return tell(row | {"status": "not built", "error": _text(error)})
-    row["part"] = "find"
+    row |= {"part": "find", "parameters": len(dict(model.named_parameters()))}
     tell(row)
     try:
         layout = find(model, args, kwargs).layout
@@ -122,6 +122,7 @@ def _found(layout: QKLayout) -> Row:
         "sites": [site.name for site in layout.sites],
         "calls": sum(site.calls for site in layout.sites),
         "skipped": [entry.to_dict() for entry in layout.skipped],
+        "untouched": len(layout.untouched),
         "qk_norm": sum(bool(site.qk_norm) for site in layout.sites),
     }
 
@@ -145,6 +146,7 @@ def _proof(model: torch.nn.Module, layout: QKLayout, args: tuple[Any, ...], kwar
 def _row(candidate: Candidate) -> Row:
     row: Row = {"package": candidate.package, "family": candidate.family, "name": candidate.name}
     row |= {"status": "", "error": "", "not_counted": "", "part": "build"}
+    row |= {"parameters": 0, "untouched": 0}
     return row | {"sites": [], "calls": 0, "proved": 0, "open": [], "skipped": [], "ran": None, "silent": []}
 
 
