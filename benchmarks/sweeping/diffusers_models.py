@@ -430,14 +430,6 @@ _MODELS: dict[str, tuple[Options, Options]] = {
         },
         {**_UNET_CALL, "sample": FRAMES},
     ),
-    "UNetMotionModel": (
-        {
-            **{"block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 4, "num_attention_heads": 4},
-            **{"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "cross_attention_dim": 16},
-            **{"up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "motion_num_attention_heads": 2},
-        },
-        {**_UNET_CALL, "sample": FRAMES},
-    ),
     "UNetSpatioTemporalConditionModel": (
         {
             **{"block_out_channels": (32, 64), "layers_per_block": 1, "num_attention_heads": (2, 4)},

@@ -336,7 +336,7 @@ _VIT_OPTIONS: dict[str, list[Options]] = {
     "max_vit.MaxViT": [{"depth": (1, 1), "dim": 16, "dim_head": 8, "window_size": 2, "image_size": 32}],
     "max_vit_with_registers.MaxViT": [{"depth": (1, 1), "dim": 16, "dim_head": 8, "window_size": 2, "image_size": 32}],
     "mobile_vit.MobileViT": [
-        {"image_size": (128, 128), "dims": [16, 24, 32], "depths": (1, 1, 1)}
+        {"image_size": (128, 128), "dims": [16, 24, 32], "depths": (1, 1, 1), "patch_size": (2, 2)}
         | {"channels": [8, 8, 16, 16, 16, 16, 24, 24, 24, 24, 32]}
     ],
     "nest.NesT": [{"image_size": 32, "patch_size": 4, "num_hierarchies": 3, "block_repeats": (1, 1, 2), "heads": 2}],
@@ -392,7 +392,6 @@ def _vit_pytorch() -> Iterator[tuple[str, str, Callable[[], Built]]]:
                 yield info.name, name, partial(_vit, made, {})
     yield "efficient", "ViT on an x-transformers Encoder", _vit_efficient
     yield "learnable_memory_vit", "Adapter", _vit_adapter
-    yield "vat", "VAT", _vit_action
     for ndim in (1, 2, 3):
         for module_name in ("vit_nd", "vit_nd_pope", "vit_nd_rotary"):
             yield module_name, f"ViTND, {ndim} axes", partial(_vit_nd, module_name, ndim)
@@ -453,13 +452,6 @@ def _vit_efficient() -> Built:
 def _vit_adapter() -> Built:
     vit = _plain_vit("learnable_memory_vit")
     return _attribute("vit_pytorch.learnable_memory_vit.Adapter")(vit=vit), (_picture(32),), {}
-
-
-def _vit_action() -> Built:
-    model = _attribute("vit_pytorch.vat.VAT")(
-        _plain_vit("vat"), dim=WIDTH, depth=2, heads=HEADS, dim_head=8, dim_action=4, mlp_dim=64, self_attn_dim_head=8
-    )
-    return model, (_picture(32),), {}
 
 
 def _vit_nd(module: str, ndim: int) -> Built:
@@ -554,13 +546,11 @@ _OC_VISIONS: dict[str, Options] = {
     "sine positions, average": {"pos_embed_type": "sin_cos_2d", "pool_type": "avg", "no_ln_pre": True},
     "residual network": {"layers": (1, 1, 1, 1), "width": 16, "head_width": 8},
     "timm ViT": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160},
-    "timm, attention pool": {
         "timm_model_name": "test_resnet",
         "timm_pool": "abs_attn",
         "timm_proj": "",
         "image_size": 160,
     },
-    "timm, rotary attention pool": {
         "timm_model_name": "test_resnet",
         "timm_pool": "rot_attn",
         "timm_proj": "",
