@@ -134,6 +134,21 @@ def test_a_second_factor_behind_a_linear_for_each_head() -> None:
         assert terms(site, h) == {term(query=query, key={"k.weight": [4 * h, 4 * h + 4]})}
 
 
+def test_second_factors_behind_weights_that_are_concatenated() -> None:
+    """Queries and keys come out of one product, but of rows and parameters of their own."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, v, k = map(split, nn.functional.linear(x, torch.cat((m.qv, m.k))).split(12, -1))
+        q, k = (torch.einsum("bhtd,hde->bhte", one, mix) for one, mix in ((q, m.mix_q), (k, m.mix_k)))
+        return attend(q, k, v)
+
+    mixes = {n: torch.ones(HEADS, DIM, DIM) for n in ("mix_q", "mix_k")}
+    site = only_site(Toy(run, qv=torch.ones(24, 13), k=torch.ones(12, 13), **mixes), X)
+    for h in range(HEADS):
+        rows, own = [4 * h, 4 * h + 4], [h, h + 1]
+        assert terms(site, h) == {term(query={"mix_q": own, "qv": rows}, key={"mix_k": own, "k": rows})}
+
+
 def test_absorbed_latent_attention_of_one_head() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         latent = m.down(x).unsqueeze(1)
@@ -168,6 +183,19 @@ def test_an_adapter_of_rank_one() -> None:
         rows = [4 * h, 4 * h + 4]
         plain = term(query={"q.weight": rows}, key={"k.weight": rows})
         assert terms(site, h) == {plain, term(query={"b.weight": rows, "a.weight": [0, 1]}, key={"k.weight": rows})}
+
+
+def test_unknown_rows_behind_a_depthwise_convolution() -> None:
+    """The weight is computed from several parameters; the convolution behind it is no projection."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q = m.conv(nn.functional.linear(x, m.w + m.b @ m.a).mT).mT
+        return attend(split(q), split(m.k(x)), split(m.v(x)))
+
+    conv = nn.Conv1d(12, 12, 3, padding=1, groups=12, bias=False)
+    parts = {"w": torch.ones(12, 13), "b": torch.ones(12, 2), "a": torch.ones(2, 13)}
+    layout = find_qk_pairs(Toy(run, conv=conv, k=linear(13, 12), v=linear(13, 12), **parts), X)
+    assert not layout.sites and [s.code for s in layout.skipped] == ["unknown-query"]
 
 
 def test_chains_in_a_loop_over_heads() -> None:
@@ -299,6 +327,17 @@ def test_keys_that_are_bent_and_then_pooled() -> None:
     site = only_site(Toy(run, **{n: linear(13, 12) for n in "qkv"}), X)
     assert site.query == (WeightBlock("q.weight", "q", 0, heads(HEADS, DIM)),)
     assert site.key == (WeightBlock("k.weight", "k", 0, heads(HEADS, DIM)),)
+
+
+def test_a_mean_over_nothing() -> None:
+    """Keys of no token at all are no reason to fail."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        k, v = (split(p(x))[:, :, :0].unflatten(2, (2, 0)).mean(3) for p in (m.k, m.v))
+        return attend(split(m.q(x)), k, v)
+
+    layout = find_qk_pairs(Toy(run, **{n: linear(13, 12) for n in "qkv"}), X)
+    assert [b.param for site in layout.sites for b in site.query] == ["q.weight"] or layout.skipped
 
 
 # ---- biases ----------------------------------------------------------------------------------------------------------
