@@ -184,6 +184,15 @@ class Tracer:
         if before is None:
             flows[node] = flow
             return
+        if any(
+            stride == 0 and size > 1 for size, stride in zip(before.label.shape, before.label.stride(), strict=True)
+        ):
+            # Memory whose labels are not windows on one tensor: nobody can tell what stands where from now on.
+            for other in flows:
+                if self.df.group[other] is self.df.group[node]:
+                    flows[other] = _unknown_flow(self.df, other)
+            flows[node] = _unknown_flow(self.df, node)
+            return
         before.label.copy_(flow.label)
         flows[node] = replace(flow, label=before.label)
         # Whatever else looks at this memory now holds what was written, with its history.

@@ -55,7 +55,8 @@ def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:
     """Weights of a size that keeps activations near one; gains, biases and scalars between 0.5 and 1.5."""
     if parameter.ndim < 2:
         return torch.rand(parameter.shape, generator=generator) + 0.5
-    return torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
+    fan_in = parameter.shape[-1] if parameter.ndim < 4 else parameter[0].numel()
+    return torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
 
 
 def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
