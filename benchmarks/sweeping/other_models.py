@@ -546,16 +546,6 @@ _OC_VISIONS: dict[str, Options] = {
     "sine positions, average": {"pos_embed_type": "sin_cos_2d", "pool_type": "avg", "no_ln_pre": True},
     "residual network": {"layers": (1, 1, 1, 1), "width": 16, "head_width": 8},
     "timm ViT": {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 160},
-        "timm_model_name": "test_resnet",
-        "timm_pool": "abs_attn",
-        "timm_proj": "",
-        "image_size": 160,
-    },
-        "timm_model_name": "test_resnet",
-        "timm_pool": "rot_attn",
-        "timm_proj": "",
-        "image_size": 160,
-    },
 }
 
 _OC_TEXTS: dict[str, Options] = {
