@@ -141,6 +141,11 @@ class Dataflow:
         stack = node.meta.get("nn_module_stack") or {}
         return tuple(name for name in (_module_name(entry) for entry in stack.values()) if name)
 
+    def describe(self, node: Node) -> str:
+        """A node for people: what it does, to a tensor of which shape, in which module."""
+        module = (self.modules(node) or ("",))[-1]
+        return f"{self.op[node].name} {list(self.shape(node))} in {module or 'the model itself'}"
+
     def reads(self, node: Node) -> Iterator[Node]:
         """What a node reads: its arguments, and every earlier write into the memory of one of them."""
         for argument in node.all_input_nodes:

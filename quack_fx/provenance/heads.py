@@ -89,7 +89,7 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
         scales.add(_product_scale(df, product, flows, meeting.scale))
     vectors = reader.vectors
     pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)
-    _check(vectors, pairs)
+    _check(vectors, pairs, [tracer.where_unknown(flows, nodes) for nodes in operands])
     width = len(vectors[next(iter(pairs))[0]])
     if len({frozenset(q for q, _ in meeting.pairs) for meeting in met}) > 1:
         pairs, width = _summed(met, reader) or (pairs, width)
@@ -343,13 +343,14 @@ def _product_scale(df: Dataflow, product: Product, flows: dict[Node, Flow], afte
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
-def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None]) -> None:
-    """Refuse what cannot be told."""
+def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None], ends: list[str]) -> None:
+    """Refuse what cannot be told; `ends` says where on either side understanding ended."""
     for side, name in enumerate(("query", "key")):
         used = {pair[side] for pair in pairs}
         if any(("", ()) in rows for v in used for rows in vectors[v]):
             raise Refused(
-                f"unknown-{name}", f"its {name} side holds data that is not, or not only, the output of projections"
+                f"unknown-{name}",
+                f"its {name} side holds data that is not, or not only, the output of projections{ends[side]}",
             )
         if not any(rows for v in used for rows in vectors[v]):
             raise Refused(f"learned-{name}", f"its {name} side is a parameter or a constant, not a projection")

@@ -127,6 +127,20 @@ class Tracer:
         path = sorted(set(path) - {source}, key=self.df.index.__getitem__)
         return self._run(path, {source: Flow(label)}, NOTHING)
 
+    def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> str:
+        """Where on the way to some operands their features were lost: op, tensor and module, for people to read."""
+        df, todo, seen = self.df, list(operands), set[Node]()
+        found: Node | None = None
+        while todo:
+            node = todo.pop()
+            flow = flows.get(node)
+            if node in seen or flow is None or UNKNOWN not in self.labels.features(flow.label):
+                continue
+            seen.add(node)
+            found = node if found is None or df.index[node] < df.index[found] else found
+            todo.extend(df.reads(node))
+        return "" if found is None else f": they are lost at {df.describe(found)}"
+
     def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
         self.looked_at.update(nodes, flows)
         for node in nodes:

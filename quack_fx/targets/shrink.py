@@ -169,7 +169,9 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = [n for n in value if n < layers]  # numbers of layers
         elif _is_heads(key):
             small[key] = _divided(value, fewer)
-        elif _is_per_head(key) or key == "mrope_section":
+        elif key == "mrope_section":
+            small[key] = _sections(value, narrow)
+        elif _is_per_head(key):
             small[key] = _divided(value, narrow)
         elif _EXPERTS.search(key) and isinstance(value, int) and value > 0:
             small[key] = _experts(fields, value)
@@ -229,12 +231,20 @@ def _picture(value: Any, patch: Any) -> Any:
     return value if not isinstance(value, int) or value <= 4 * patch or patch < 8 else 4 * patch
 
 
+def _sections(value: Any, by: int) -> Any:
+    """Parts of a head's features that add up to the smaller head."""
+    if not isinstance(value, list | tuple) or sum(value) % by or sum(value) // by < len(value):
+        return value
+    parts = [max(1, n // by) for n in value[1:]]
+    return [sum(value) // by - sum(parts), *parts]
+
+
 def _scaled_rope(fields: dict[str, Any], narrow: int) -> dict[str, Any]:
     """RoPE's parameters; sections count pairs of features of a head."""
     return {
         key: _scaled_rope(value, narrow)
         if isinstance(value, dict)
-        else _divided(value, narrow)
+        else _sections(value, narrow)
         if key == "mrope_section"
         else [v for v in value[: len(value) // narrow]]
         if key in ("short_factor", "long_factor") and isinstance(value, list)

@@ -205,9 +205,15 @@ class Graph:
             reader: The op that reads it.
             attention: The products of this attention, from `attention_ops`.
         """
-        return self._factors(operand, reader, attention, nearest=True)
+        return self._factors(operand, reader, attention, {}, nearest=True)
 
-    def _factors(self, value: Value, reader: Op, attention: Set[Op], *, nearest: bool) -> list[Factor]:
+    def _factors(
+        self, value: Value, reader: Op, attention: Set[Op], known: dict[tuple[int, int], list[Factor]], *, nearest: bool
+    ) -> list[Factor]:
+        # A residual stream is reached over many ways: what is behind a value is looked up once.
+        key = (id(value), id(reader))
+        if not nearest and key in known:
+            return known[key]
         back = self._back(value, reader)
         found = []
         for product in back.products:
@@ -218,8 +224,10 @@ class Graph:
             factor.sole = len(back.products) == 1 and not back.joined and self._private(product.op, attention)
             factor.norms = frozenset(op for op in back.passed if op in self.statistics)
             for source in factor.sources:
-                factor.outer += self._factors(source, product.reader, attention, nearest=False)
+                factor.outer += self._factors(source, product.reader, attention, known, nearest=False)
             found.append(factor)
+        if not nearest:
+            known[key] = found
         return found
 
     def _factor(self, product: Product) -> Factor:
