@@ -237,7 +237,7 @@ def _behind(df: Dataflow, end: Node, value_products: set[Node]) -> tuple[list[Pr
             left, right = (n for n in node.args[0].all_input_nodes if n in df.activation)  # type: ignore[union-attr]
             products.append(Product(node, left, right, "bilinear"))
             path.append(node)
-        elif df.op[node].kind in _SMOOTH or df.op[node].kind == "factory":
+        elif df.op[node].kind in (*_SMOOTH, "factory") or df.op[node].name in ("cumsum", "cumprod"):
             path.append(node)
             todo.extend(df.reads(node))
         elif (x := _keeps_logits(df, node)) is not None:

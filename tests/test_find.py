@@ -504,10 +504,66 @@ def additive() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Toy(run, **qkv(), score=linear(1, of=INNER)), (X,)
 
 
+def computed_weight() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """An adapter that is merged in every forward."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q = F.linear(x, m.q.weight + m.b @ m.a)
+        return attend(split(q), split(m.k(x)), split(m.v(x)))
+
+    return Toy(run, **qkv(), a=torch.ones(2, WIDTH), b=torch.ones(INNER, 2)), (X,)
+
+
+def gated() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return attend(split(m.q(x)), split(m.k(x) * m.gate(x).sigmoid()), split(m.v(x)))
+
+    return Toy(run, **qkv(), gate=linear(INNER)), (X,)
+
+
+def single_key() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def run(m: Any, x: Tensor) -> Tensor:
+        logits = split(m.q(x)) @ split(m.k(x)).mT
+        return logits.softmax(-1) * split(m.v(x))
+
+    return Toy(run, **qkv()), (torch.ones(BATCH, 1, WIDTH),)
+
+
+def added_heads() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def run(m: Any, x: Tensor) -> Tensor:
+        logits = split(m.q(x)) @ split(m.k(x)).mT
+        return (logits + logits.flip(1)).softmax(-1) @ split(m.v(x))
+
+    return Toy(run, **qkv()), (X,)
+
+
+def selective() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """What the first head has chosen before is masked for all of them."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        logits = split(m.q(x)) @ split(m.k(x)).mT
+        return (logits - logits[:, :1].relu().cumsum(-2)).softmax(-1) @ split(m.v(x))
+
+    return Toy(run, **qkv()), (X,)
+
+
+def channels() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return (split(m.q(x)).mT @ split(m.k(x))).softmax(-1) @ split(m.v(x)).mT
+
+    return Toy(run, **qkv()), (X,)
+
+
 REFUSALS = {
     "linear attention": (linear_attention, {"no-softmax"}),
     "learned queries": (learned_queries, {"learned-query"}),
     "additive attention": (additive, {"additive-attention"}),
+    "a weight computed from several": (computed_weight, {"unknown-query"}),
+    "gated keys": (gated, {"unknown-key"}),
+    "a single key": (single_key, {"one-key"}),
+    "heads added up": (added_heads, {"mixed-heads"}),
+    "selective attention": (selective, {"lost-logits"}),
+    "channels": (channels, {"channel-attention"}),
 }
 
 
@@ -518,6 +574,39 @@ def test_refused_with_a_code_and_a_sentence(name: str) -> None:
     assert not layout.sites
     assert {s.code for s in layout.skipped} == codes
     assert all(s.reason and "\n" not in s.reason for s in layout.skipped)
+
+
+def test_a_reason_says_where_understanding_ended() -> None:
+    (entry,) = find_qk_pairs(*_flat(gated())).skipped
+    assert entry.reason.endswith(f"they are lost at mul [{BATCH}, {TOKENS}, {INNER}] in the model itself")
+
+
+def test_tokens_of_one_head_may_be_treated_in_different_ways() -> None:
+    """A class token that is not rotated has the same rows as the others."""
+
+    def rotated(x: Tensor) -> Tensor:
+        token, rest = x[:, :, :1], x[:, :, 1:]
+        a, b = rest.chunk(2, -1)
+        return torch.cat((token, torch.cat((a - b, a + b), -1)), 2)
+
+    model, inputs, expected = made(
+        lambda m, x: attend(rotated(split(m.q(x))), rotated(split(m.k(x))), split(m.v(x))), plain()
+    )
+    (found,) = find_qk_pairs(model, *inputs).sites
+    assert (found.query, found.key, found.head_map) == (expected.query, expected.key, expected.head_map)
+
+
+def test_a_bias_without_the_keys_part() -> None:
+    """Swin v2: the keys' part of a fused bias is set to zero in every forward."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        bias = m.qkv.bias.clone()
+        bias[INNER : 2 * INNER].zero_()
+        return attend(*map(split, F.linear(x, m.qkv.weight, bias).chunk(3, -1)))
+
+    (found,) = find_qk_pairs(Toy(run, qkv=linear(3 * INNER, bias=True)), X).sites
+    assert found.query == (q_block("qkv.weight", bias="qkv.bias"),)
+    assert found.key == (WeightBlock("qkv.weight", "k", 0, heads(HEADS, DIM, INNER)),)
 
 
 def _flat(pair: tuple[nn.Module, tuple[Tensor, ...]]) -> tuple[Any, ...]:

@@ -376,3 +376,17 @@ def test_queries_from_a_latent_with_the_weight_written_first() -> None:
     parts = {n: linear(13, 12) for n in "kv"}
     site = only_site(Toy(run, latents=torch.ones(1, 4, 13), q=torch.ones(12, 13), **parts), X)
     assert site.query == (WeightBlock("q", "q", 0, heads(HEADS, DIM)),)
+
+
+def test_latents_of_one_sequence_behind_a_depthwise_convolution() -> None:
+    """Both sides of the product are parameters, and no batch tells which of them is the data: right or refused."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q = m.conv(torch.einsum("btc,hcd->bhdt", m.latents, m.q).flatten(1, 2)).unflatten(1, (HEADS, DIM)).mT
+        return attend(q, split(m.k(x)), split(m.v(x)))
+
+    conv = nn.Conv1d(12, 12, 3, padding=1, groups=12, bias=False)
+    parts = {"k": linear(13, 12), "v": linear(13, 12), "conv": conv}
+    layout = find_qk_pairs(Toy(run, latents=torch.ones(1, 4, 13), q=torch.ones(HEADS, 13, DIM), **parts), X[:1])
+    if not layout.skipped:
+        assert [site.query for site in layout.sites] == [(WeightBlock("q", "q", 0, heads(HEADS, 1)),)]

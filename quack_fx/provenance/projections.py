@@ -91,8 +91,11 @@ class Projections:
         if sides is None:
             return None
         left, right, bias = sides
-        if df.is_weight(left) and df.is_weight(right) and self._spread(right) and not self._spread(left):
-            return right, left, True, bias
+        if df.is_weight(left) and df.is_weight(right):
+            if self._spread(right) and not self._spread(left):
+                return right, left, True, bias
+            if df.op[node].name == "bmm" and not self._spread(left):
+                return None  # learned queries times a weight, and nothing tells which is which
         if df.is_weight(right) and (left in df.activation or not df.is_weight(left) or df.op[node].name != "mv"):
             return left, right, False, bias
         if df.is_weight(left):
@@ -103,9 +106,7 @@ class Projections:
         """Whether a parameter was given to every sample of a batch: learned queries, which are data and no weight."""
         while weight not in self._df.weights and weight.all_input_nodes:
             if self._df.op[weight].name in ("expand", "repeat", "expand_as"):
-                grown = self._df.shape(weight).numel() > self._df.shape(weight.all_input_nodes[0]).numel()
-                if grown:
-                    return True
+                return True
             weight = weight.all_input_nodes[0]
         return False
 

@@ -21,25 +21,39 @@ VOCABULARY = 512
 LAYERS = 2
 MOST_LAYERS = 12
 EXPERTS = 8
+HEAD_WIDTH = 8
+"""The narrowest head: below this, partial and sectioned rotary embeddings have nothing left to turn."""
+CHANNELS = 32
+"""The fewest channels: group norms divide them by as much."""
 
 _LAYERS = re.compile(
     r"^(num_|n_)?(hidden_|encoder_|decoder_|text_|vision_|speech_|adapter_|feature_)?(layers?|blocks|n_layer)$"
-    r"|^(n_layers?|num_layers?|depth|num_hidden_layers|(num_)?\w*(encoder|decoder|attention|transformer)_layers)$"
+    r"|^(n_layers?|num_layers?|depths?|num_hidden_layers|(num_)?\w*(encoder|decoder|attention|transformer)_layers)$"
+    r"|^(stage_num_?b\w*|layer_depths?|blocks_per_stage|num_self_attends_per_block|num_block_repeats)$"
 )
-_HEADS = re.compile(r"^(num_|n_)?(\w*_)?(heads|head|n_head)$|^(num_|n_)\w*heads\w*$|^\w*attention_heads$|^n_heads?$")
+_HEADS = re.compile(r"^(num_|n_)?(\w*_)?(heads|head|n_head)$|^(num_|n_)\w*heads\w*$|^\w*attention_heads\w*$|^n_heads?$")
+_KEY_HEADS = re.compile(r"kv|key_value|query_groups|mamba|linear|index")
 _PER_HEAD = re.compile(r"(^|_)(head_dim|head_size|kv_channels|d_kv|d_head|rope_head_dim|nope_head_dim|rotary_dim)$")
 _PER_HEAD_TOO = re.compile(r"^(global_head_dim|index_head_dim|v_head_dim|qk_\w*dim|attention_head_\w*dim|key_length)$")
+_SPAN = re.compile(
+    r"^((\w+_)?hidden_sizes?|d_model|d_latents|n_embd|dim|(encoder_)?embed_dims?|embedding_size|hidden_dim|q_dim)$"
+)
 _WIDTH = re.compile(
-    r"hidden|intermediate|ffn|inner|embe?d|d_model|d_ff|d_inner|dim$|_dim_|dims$|width|channels|lora_rank|proj|lru"
+    r"hidden|intermediate|ffn|inner|embe?d|d_model|d_ff|d_inner|d_latents|d_ssm|dim$|_dim_|dims$|width|channels?|lora_rank"
+    r"|proj|lru|emb_size|filters"
 )
 _NO_WIDTH = re.compile(
-    r"vocab|image|patch|position|window|token|^max_|num_|kernel|layer|head|dropout|prob|type|std|act|scale|norm|ratio"
-    r"|index|expand|stride|group|conv_dim|tdnn|codevector|xvector|classifier|in_channels|out_channels|input_dim|bins"
+    r"vocab|image|patch|position|window|token|^max_|num_(?!filters)|kernel|layer|head|dropout|prob|type|std|act|scale|norm"
+    r"|ratio|index|expand|stride|group|conv_dim|tdnn|codevector|xvector|classifier|^in_channels|^(num_)?out_channels"
+    r"|^audio_channels|input_dim|bins"
 )
 _OUTPUTS = ("out_features", "out_indices", "stage_names")
 """Which layers a backbone gives out: the class has a default that fits its layers."""
 _EXPERTS = re.compile(r"^(num_|n_)(\w*_)?experts$")
 _PERIODS = re.compile(r"(period|interval|pattern|every|freq|frequency|_step|offset|first_k_dense\w*|moe_layer_start)")
+_SHARED = re.compile(r"^num_\w*shared_layers$")
+_STATE_SPACE = re.compile(r"mamba|ssm|linear|conv")
+"""Recurrences have heads of their own, which may be narrow."""
 
 
 def shrunk(config: Any) -> Iterator[Any]:
@@ -61,9 +75,10 @@ def shrunk(config: Any) -> Iterator[Any]:
     seen: list[dict[str, Any]] = []
     for narrow, fewer, pictures, tables in (
         (True, True, True, True),
-        (True, False, True, True),
         (True, True, False, True),
-        (True, False, False, False),
+        (False, True, True, True),
+        (False, True, False, True),
+        (True, False, True, True),
         (False, False, False, True),
         (False, False, False, False),
     ):
@@ -102,32 +117,46 @@ def _numbers(value: Any) -> list[int]:
 
 def _factors(fields: dict[str, Any], narrow: bool, fewer: bool) -> tuple[int, int]:
     """By what to divide the width of a head, and the number of heads."""
-    heads: list[int] = []
-    widths: list[int] = []
-    spans: list[int] = []
-    for part in _parts(fields):
-        heads += [n for key, value in part.items() if _is_heads(key) for n in _numbers(value) if n > 0]
-        widths += [n for key, value in part.items() if _is_per_head(key) for n in _numbers(value) if n > 0]
-        hidden = [
-            n for key in ("hidden_size", "d_model", "n_embd", "embed_dim", "dim") for n in _numbers(part.get(key))
-        ]
-        spans += hidden
-        queries = [
-            n for key in ("num_attention_heads", "n_head", "num_heads") for n in _numbers(part.get(key)) if n > 0
-        ]
-        widths += [h // q for h in hidden[:1] for q in queries[:1] if h % q == 0]
-    by_heads = 1
-    if fewer and heads:
-        most = [n for n in heads if n > 1]
-        common = math.gcd(*most) if most else 1
-        smallest = min(most, default=1)
-        by_heads = max((n for n in range(1, common + 1) if common % n == 0 and smallest // n >= 2), default=1)
-    by_width = 1
-    while narrow and widths and all(n % (by_width * 2) == 0 and n // (by_width * 2) >= 8 for n in widths):
-        if any(n % (by_width * 2 * by_heads) for n in spans):
+    parts = list(_parts(fields))
+    heads = {n for part in parts for key, value in part.items() if _is_heads(key) for n in _numbers(value) if n > 1}
+    fewest = min(heads, default=2)
+    by_heads = max(n for n in range(1, fewest // 2 + 1) if n == 1 or (fewer and math.gcd(*heads) % n == 0))
+    spans = {n for part in parts for key, value in part.items() if _SPAN.search(key) for n in _numbers(value)}
+    widths = {width for part in parts for width in _head_widths(part)}
+    states = {
+        n
+        for part in parts
+        for key, value in part.items()
+        if _is_per_head(key) and _STATE_SPACE.search(key)
+        for n in _numbers(value)
+    }
+    fitting = [1]
+    while narrow and widths and all(n % (2 * fitting[-1]) == 0 for n in widths | states):
+        by = 2 * fitting[-1]
+        if any(n // by < HEAD_WIDTH for n in widths) or any(n % (by * by_heads) for n in spans):
             break
-        by_width *= 2
-    return by_width, by_heads
+        fitting.append(by)
+    # As wide as there are heads, a head would hide which of the two an axis counts.
+    apart = [by for by in fitting if not {n // by for n in widths} & {n // by_heads for n in heads}]
+    return max(apart or fitting), by_heads
+
+
+def _head_widths(part: dict[str, Any]) -> Iterator[int]:
+    """Widths of the heads of one part: those it says, and those that its widths and numbers of heads give."""
+    for key, value in part.items():
+        if _is_per_head(key) and not _STATE_SPACE.search(key):
+            yield from (n for n in _numbers(value) if n > 0)
+        elif _is_heads(key) and not _KEY_HEADS.search(key):
+            for other, span in part.items():
+                if _SPAN.search(other):
+                    yield from (n // h for n, h in _by_stage(_numbers(span), _numbers(value)) if h and n % h == 0)
+
+
+def _by_stage(spans: list[int], heads: list[int]) -> list[tuple[int, int]]:
+    """Widths with the heads that share them; the width of the first stage may stand for those of all."""
+    if len(spans) == 1:
+        return [(spans[0] * heads[i] // heads[0], h) for i, h in enumerate(heads) if heads[0]]
+    return list(zip(spans, heads * len(spans) if len(heads) == 1 else heads, strict=False))
 
 
 def _is_heads(key: str) -> bool:
@@ -151,22 +180,26 @@ def _divided(value: Any, by: int) -> Any:
 
 def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, tables: bool) -> dict[str, Any]:
     narrow, fewer = factors
-    layers = _layers_kept(fields)
-    counts = {n for key, value in fields.items() if _LAYERS.search(key) for n in _numbers(value)}
+    layers, cut = _layers_kept(fields), _lengths_of_stacks(fields)
     vocabulary = min(VOCABULARY, fields.get("vocab_size") or VOCABULARY) if tables else fields.get("vocab_size")
     small: dict[str, Any] = {}
     for key, value in fields.items():
-        if _is_part(value):
+        if _is_per_layer(key, value):
+            kept = {number: part for number, part in value.items() if int(number) < layers}
+            small[key] = {number: _shrunk(part, factors, pictures, tables) for number, part in kept.items()}
+        elif _is_part(value):
             rope = key.startswith("rope")
             small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, pictures, tables)
         elif key in _OUTPUTS:
             continue
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS) for n in value] if isinstance(value, list | tuple) else min(value, layers)
-        elif isinstance(value, list) and len(value) in counts and len(value) > layers and layers > 0:
+        elif _SHARED.search(key) and isinstance(value, int):
+            small[key] = min(value, layers // 2)
+        elif isinstance(value, list) and len(value) in cut and len(value) > layers > 0:
             small[key] = value[:layers]  # one entry a layer
-        elif isinstance(value, list) and ("layer" in key or "index" in key) and _numbers(value) == value:
-            small[key] = [n for n in value if n < layers]  # numbers of layers
+        elif isinstance(value, list) and re.search("layer|index|blocks", key) and _numbers(value) == value:
+            small[key] = [n for n in value if -layers <= n < layers]  # numbers of layers
         elif _is_heads(key):
             small[key] = _divided(value, fewer)
         elif key == "mrope_section":
@@ -177,15 +210,40 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = _experts(fields, value)
         elif key == "vocab_size" and vocabulary:
             small[key] = vocabulary
+        elif tables and key.endswith("_vocab_size") and isinstance(value, int):
+            small[key] = min(value, VOCABULARY)
         elif key.endswith("token_id") or key.endswith("token_index"):
             small[key] = _within(value, vocabulary, sum(map(ord, key)))
         elif pictures and key == "image_size":
             small[key] = _picture(value, fields.get("patch_size"))
-        elif _WIDTH.search(key) and not _NO_WIDTH.search(key):
+        elif "channels" in key and not _NO_WIDTH.search(key) and isinstance(value, int):
+            small[key] = max(value // (narrow * fewer), min(value, CHANNELS))
+        elif (_WIDTH.search(key) and not _NO_WIDTH.search(key)) or _is_group_a_feature(key, value, fields):
             small[key] = _divided(value, narrow * fewer)
         else:
             small[key] = value
     return small
+
+
+def _is_per_layer(key: str, value: Any) -> bool:
+    """Whether a field holds other fields for some layers, by their numbers."""
+    return isinstance(value, dict) and "layer" in key and bool(value) and all(str(number).isdigit() for number in value)
+
+
+def _is_group_a_feature(key: str, value: Any, fields: dict[str, Any]) -> bool:
+    """Whether a field is the number of groups of a depthwise convolution over the hidden features."""
+    return key.endswith("groups") and isinstance(value, int) and value == fields.get("hidden_size")
+
+
+def _lengths_of_stacks(fields: dict[str, Any]) -> set[int]:
+    """Lengths of lists that have one entry a layer; lists with one entry a stage have other lengths, and stay."""
+    counts = {v for key, v in fields.items() if _LAYERS.search(key) and type(v) is int}
+    stages = {
+        len(value)
+        for key, value in fields.items()
+        if isinstance(value, list) and (_LAYERS.search(key) or key.startswith("stage_") or key == "hidden_sizes")
+    }
+    return counts - stages
 
 
 def _layers_kept(fields: dict[str, Any]) -> int:
@@ -201,6 +259,8 @@ def _layers_kept(fields: dict[str, Any]) -> int:
             needed.append(min(value) + 2)
         elif _PERIODS.search(key) and type(value) is int and 0 < value <= MOST_LAYERS:
             needed.append(value + 1)
+    if any(_SHARED.search(key) and value for key, value in fields.items()):
+        needed = [2 * max(needed)]  # every kind among the layers that share and among those that are shared
     return min(total, MOST_LAYERS, max(needed))
 
 
@@ -218,7 +278,7 @@ def _within(value: Any, vocabulary: int | None, seed: int) -> Any:
         return [_within(v, vocabulary, seed + i) for i, v in enumerate(value)]
     if not isinstance(value, int) or isinstance(value, bool) or not vocabulary or value < vocabulary:
         return value
-    return vocabulary - 1 - seed % (vocabulary // 4)
+    return vocabulary - 1 - seed % max(1, vocabulary // 4)
 
 
 def _picture(value: Any, patch: Any) -> Any:

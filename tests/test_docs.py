@@ -1,0 +1,21 @@
+"""The documentation keeps up with the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_code_of_a_refusal_is_documented() -> None:
+    """Codes are the first string of a Refused and the second argument of a NearMiss."""
+    found: set[str] = set()
+    for file in (ROOT / "quack_fx").rglob("*.py"):
+        source = file.read_text()
+        for code in re.findall(r"(?:Refused\(|NearMiss\(\s*[\w.\[\]]+,)\s*f?\"([a-z{}-]+)\"", source):
+            found |= {code.format(name=side) for side in ("query", "key")}
+    documented = set(re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "reasons.md").read_text(), re.MULTILINE))
+    documented = {code for cell in documented for code in re.findall(r"`([a-z-]+)`", cell)}
+    assert {"unknown-query", "no-softmax", "one-key"} <= found
+    assert found == documented
