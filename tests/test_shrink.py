@@ -17,7 +17,7 @@ from quack_fx.targets.shrink import shrunk
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = 3_000_000
+SMALL = 10_000_000
 
 
 def small_model(config: Any, cls: str) -> tuple[Any, dict[str, Any]]:
@@ -108,7 +108,11 @@ def test_config_is_left_as_it_is(name: str) -> None:
 def test_a_model_with_few_layers_has_the_sites_that_its_small_copy_has(name: str) -> None:
     make, cls, _ = LARGE[name]
     config = make()
-    config = type(config).from_dict({**config.to_dict(), "num_hidden_layers": 4, "layer_types": None})
+    fewer = {key: 16 for key in ("num_local_experts", "n_routed_experts") if hasattr(config, key)}
+    if name == "mla":
+        fewer |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    layers = 4 if getattr(config, "layer_types", None) else 2
+    config = type(config).from_dict({**config.to_dict(), **fewer, "num_hidden_layers": layers, "layer_types": None})
     with torch.device("meta"):
         large = hf.build_model(getattr(transformers, cls), config).eval()
     ids = torch.arange(1, 11).view(2, 5)

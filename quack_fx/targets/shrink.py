@@ -23,6 +23,9 @@ MOST_LAYERS = 12
 EXPERTS = 8
 HEAD_WIDTH = 8
 """The narrowest head: below this, partial and sectioned rotary embeddings have nothing left to turn."""
+QUERY_HEADS = 4
+SPAN = 16
+"""The narrowest hidden size."""
 CHANNELS = 32
 """The fewest channels: group norms divide them by as much."""
 
@@ -33,7 +36,9 @@ _LAYERS = re.compile(
 )
 _HEADS = re.compile(r"^(num_|n_)?(\w*_)?(heads|head|n_head)$|^(num_|n_)\w*heads\w*$|^\w*attention_heads\w*$|^n_heads?$")
 _KEY_HEADS = re.compile(r"kv|key_value|query_groups|mamba|linear|index")
-_PER_HEAD = re.compile(r"(^|_)(head_dim|head_size|kv_channels|d_kv|d_head|rope_head_dim|nope_head_dim|rotary_dim)$")
+_PER_HEAD = re.compile(
+    r"(^|_)(head_dim|dim_head|head_size|kv_channels|d_kv|d_head|rope_head_dim|nope_head_dim|rotary_dim)$"
+)
 _PER_HEAD_TOO = re.compile(r"^(global_head_dim|index_head_dim|v_head_dim|qk_\w*dim|attention_head_\w*dim|key_length)$")
 _SPAN = re.compile(
     r"^((\w+_)?hidden_sizes?|d_model|d_latents|n_embd|dim|(encoder_)?embed_dims?|embedding_size|hidden_dim|q_dim)$"
@@ -118,9 +123,10 @@ def _numbers(value: Any) -> list[int]:
 def _factors(fields: dict[str, Any], narrow: bool, fewer: bool) -> tuple[int, int]:
     """By what to divide the width of a head, and the number of heads."""
     parts = list(_parts(fields))
-    heads = {n for part in parts for key, value in part.items() if _is_heads(key) for n in _numbers(value) if n > 1}
-    fewest = min(heads, default=2)
-    by_heads = max(n for n in range(1, fewest // 2 + 1) if n == 1 or (fewer and math.gcd(*heads) % n == 0))
+    counts = [(key, n) for part in parts for key, value in part.items() if _is_heads(key) for n in _numbers(value)]
+    heads = {n for _, n in counts if n > 1}
+    most = min((n // (2 if _KEY_HEADS.search(key) else QUERY_HEADS) for key, n in counts if n > 1), default=1)
+    by_heads = max(n for n in range(1, max(1, most) + 1) if n == 1 or (fewer and math.gcd(*heads) % n == 0))
     spans = {n for part in parts for key, value in part.items() if _SPAN.search(key) for n in _numbers(value)}
     widths = {width for part in parts for width in _head_widths(part)}
     states = {
@@ -135,21 +141,37 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool) -> tuple[int, in
         by = 2 * fitting[-1]
         if any(n // by < HEAD_WIDTH for n in widths) or any(n % (by * by_heads) for n in spans):
             break
+        if any(n // (by * by_heads) < SPAN <= n for n in spans):
+            break
         fitting.append(by)
-    # As wide as there are heads, a head would hide which of the two an axis counts.
-    apart = [by for by in fitting if not {n // by for n in widths} & {n // by_heads for n in heads}]
+    # As wide as there are heads, a head would hide which of the two an axis counts; that is worth a factor of 4.
+    apart = [by for by in fitting[-3:] if not any(_is_square(part, by, by_heads) for part in parts)]
     return max(apart or fitting), by_heads
 
 
+def _is_square(part: dict[str, Any], by_width: int, by_heads: int) -> bool:
+    """Whether heads get as wide as there are heads."""
+    heads = {n // by_heads for key, value in part.items() if _is_heads(key) for n in _numbers(value)}
+    return any(width // by_width in heads for width in _head_widths(part))
+
+
 def _head_widths(part: dict[str, Any]) -> Iterator[int]:
-    """Widths of the heads of one part: those it says, and those that its widths and numbers of heads give."""
+    """Widths of the heads of one part: those it says, or else those that its widths and numbers of heads give."""
+    own = [
+        n
+        for key, value in part.items()
+        if _is_per_head(key) and not _STATE_SPACE.search(key)
+        for n in _numbers(value)
+        if n > 0
+    ]
+    yield from own
+    if own:
+        return
+    spans = [_numbers(value) for key, value in part.items() if _SPAN.search(key)]
     for key, value in part.items():
-        if _is_per_head(key) and not _STATE_SPACE.search(key):
-            yield from (n for n in _numbers(value) if n > 0)
-        elif _is_heads(key) and not _KEY_HEADS.search(key):
-            for other, span in part.items():
-                if _SPAN.search(other):
-                    yield from (n // h for n, h in _by_stage(_numbers(span), _numbers(value)) if h and n % h == 0)
+        if _is_heads(key) and not _KEY_HEADS.search(key):
+            for span in spans:
+                yield from (n // h for n, h in _by_stage(span, _numbers(value)) if h > 0 and n % h == 0)
 
 
 def _by_stage(spans: list[int], heads: list[int]) -> list[tuple[int, int]]:
@@ -210,7 +232,7 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = _experts(fields, value)
         elif key == "vocab_size" and vocabulary:
             small[key] = vocabulary
-        elif tables and key.endswith("_vocab_size") and isinstance(value, int):
+        elif tables and "vocab_size" in key and isinstance(value, int):
             small[key] = min(value, VOCABULARY)
         elif key.endswith("token_id") or key.endswith("token_index"):
             small[key] = _within(value, vocabulary, sum(map(ord, key)))
@@ -241,7 +263,9 @@ def _lengths_of_stacks(fields: dict[str, Any]) -> set[int]:
     stages = {
         len(value)
         for key, value in fields.items()
-        if isinstance(value, list) and (_LAYERS.search(key) or key.startswith("stage_") or key == "hidden_sizes")
+        if isinstance(value, list)
+        and value == _numbers(value)
+        and (_LAYERS.search(key) or key.startswith("stage_") or key == "hidden_sizes")
     }
     return counts - stages
 
@@ -266,7 +290,9 @@ def _layers_kept(fields: dict[str, Any]) -> int:
 
 def _experts(fields: dict[str, Any], count: int) -> int:
     """Fewer experts, as many as routing needs."""
-    chosen = [n for k, v in fields.items() if re.search(r"experts_per_tok|top_?k|moe_k", k) for n in _numbers(v)]
+    chosen = [
+        n for k, v in fields.items() if re.search(r"experts_per_tok|^(?!index).*top_?k|moe_k", k) for n in _numbers(v)
+    ]
     groups = [n for k, v in fields.items() if k == "n_group" for n in _numbers(v)]
     wanted = max([EXPERTS, *(2 * n for n in chosen), *(2 * n for n in groups)])
     return count if wanted >= count or any(wanted % n for n in groups) else wanted
