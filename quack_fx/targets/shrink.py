@@ -53,9 +53,11 @@ _NO_WIDTH = re.compile(
     r"|^audio_channels|input_dim|bins"
 )
 _OUTPUTS = ("out_features", "out_indices", "stage_names")
-"""Which layers a backbone gives out: the class has a default that fits its layers."""
+"""Which layers a backbone gives out: one says it for all."""
 _EXPERTS = re.compile(r"^(num_|n_)(\w*_)?experts$")
+_CHOSEN = re.compile(r"experts_per_tok|^(?!index).*top_?k|moe_k")
 _PERIODS = re.compile(r"(period|interval|pattern|every|freq|frequency|_step|offset|first_k_dense\w*|moe_layer_start)")
+_NUMBERED = re.compile(r"layer|index|indices|attention_blocks")
 _SHARED = re.compile(r"^num_\w*shared_layers$")
 _STATE_SPACE = re.compile(r"mamba|ssm|linear|conv")
 """Recurrences have heads of their own, which may be narrow."""
@@ -78,16 +80,17 @@ def shrunk(config: Any) -> Iterator[Any]:
     """
     fields = config.to_dict()
     seen: list[dict[str, Any]] = []
-    for narrow, fewer, pictures, tables in (
-        (True, True, True, True),
-        (True, True, False, True),
-        (False, True, True, True),
-        (False, True, False, True),
-        (True, False, True, True),
-        (False, False, False, True),
-        (False, False, False, False),
+    for narrow, fewer, apart, pictures, tables in (
+        (True, True, True, True, True),
+        (True, True, False, True, True),
+        (True, True, True, False, True),
+        (False, True, False, True, True),
+        (False, True, False, False, True),
+        (True, False, False, True, True),
+        (False, False, False, False, True),
+        (False, False, False, False, False),
     ):
-        small = _shrunk(fields, _factors(fields, narrow, fewer), pictures, tables)
+        small = _shrunk(fields, _factors(fields, narrow, fewer, apart), pictures, tables)
         if small not in seen:
             seen.append(small)
             try:
@@ -120,8 +123,12 @@ def _numbers(value: Any) -> list[int]:
 # ---- widths ----------------------------------------------------------------------------------------------------------
 
 
-def _factors(fields: dict[str, Any], narrow: bool, fewer: bool) -> tuple[int, int]:
-    """By what to divide the width of a head, and the number of heads."""
+def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> tuple[int, int]:
+    """By what to divide the width of a head, and the number of heads.
+
+    Where the two are to be kept `apart`, no head is as wide as there are heads: that would hide which of the two an
+    axis counts.
+    """
     parts = list(_parts(fields))
     counts = [(key, n) for part in parts for key, value in part.items() if _is_heads(key) for n in _numbers(value)]
     heads = {n for _, n in counts if n > 1}
@@ -144,9 +151,8 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool) -> tuple[int, in
         if any(n // (by * by_heads) < SPAN <= n for n in spans):
             break
         fitting.append(by)
-    # As wide as there are heads, a head would hide which of the two an axis counts; that is worth a factor of 4.
-    apart = [by for by in fitting[-3:] if not any(_is_square(part, by, by_heads) for part in parts)]
-    return max(apart or fitting), by_heads
+    good = [by for by in fitting[-3:] if apart and not any(_is_square(part, by, by_heads) for part in parts)]
+    return max(good or fitting), by_heads
 
 
 def _is_square(part: dict[str, Any], by_width: int, by_heads: int) -> bool:
@@ -212,15 +218,16 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
         elif _is_part(value):
             rope = key.startswith("rope")
             small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, pictures, tables)
-        elif key in _OUTPUTS:
-            continue
+        elif key in _OUTPUTS and not _stages(fields):
+            if key == "out_indices" and isinstance(value, list):
+                small[key] = list(range(layers - len(value) + 1, layers + 1))
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS) for n in value] if isinstance(value, list | tuple) else min(value, layers)
         elif _SHARED.search(key) and isinstance(value, int):
             small[key] = min(value, layers // 2)
         elif isinstance(value, list) and len(value) in cut and len(value) > layers > 0:
             small[key] = value[:layers]  # one entry a layer
-        elif isinstance(value, list) and re.search("layer|index|blocks", key) and _numbers(value) == value:
+        elif isinstance(value, list) and _NUMBERED.search(key) and _numbers(value) == sorted(set(value)):
             small[key] = [n for n in value if -layers <= n < layers]  # numbers of layers
         elif _is_heads(key):
             small[key] = _divided(value, fewer)
@@ -259,15 +266,17 @@ def _is_group_a_feature(key: str, value: Any, fields: dict[str, Any]) -> bool:
 
 def _lengths_of_stacks(fields: dict[str, Any]) -> set[int]:
     """Lengths of lists that have one entry a layer; lists with one entry a stage have other lengths, and stay."""
-    counts = {v for key, v in fields.items() if _LAYERS.search(key) and type(v) is int}
-    stages = {
+    return {v for key, v in fields.items() if _LAYERS.search(key) and type(v) is int} - _stages(fields)
+
+
+def _stages(fields: dict[str, Any]) -> set[int]:
+    """Numbers of stages, of networks that have some."""
+    return {
         len(value)
         for key, value in fields.items()
-        if isinstance(value, list)
-        and value == _numbers(value)
-        and (_LAYERS.search(key) or key.startswith("stage_") or key == "hidden_sizes")
+        if isinstance(value, list) and value and value == _numbers(value)
+        if _LAYERS.search(key) or key.startswith("stage_") or key == "hidden_sizes"
     }
-    return counts - stages
 
 
 def _layers_kept(fields: dict[str, Any]) -> int:
@@ -283,6 +292,8 @@ def _layers_kept(fields: dict[str, Any]) -> int:
             needed.append(min(value) + 2)
         elif _PERIODS.search(key) and type(value) is int and 0 < value <= MOST_LAYERS:
             needed.append(value + 1)
+    if not _stages(fields) and isinstance(outputs := fields.get("out_indices"), list):
+        needed.append(len(outputs))
     if any(_SHARED.search(key) and value for key, value in fields.items()):
         needed = [2 * max(needed)]  # every kind among the layers that share and among those that are shared
     return min(total, MOST_LAYERS, max(needed))
