@@ -218,9 +218,9 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
         elif _is_part(value):
             rope = key.startswith("rope")
             small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, pictures, tables)
-        elif key in _OUTPUTS and not _stages(fields):
+        elif key in _OUTPUTS:
             if key == "out_indices" and isinstance(value, list):
-                small[key] = list(range(layers - len(value) + 1, layers + 1))
+                small[key] = value if _stages(fields) else list(range(layers - len(value) + 1, layers + 1))
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS) for n in value] if isinstance(value, list | tuple) else min(value, layers)
         elif _SHARED.search(key) and isinstance(value, int):
