@@ -15,6 +15,7 @@ from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from benchmarks.sweeping.candidate import Candidate
+from benchmarks.sweeping.transformers_inputs import inputs
 from quack_fx.targets import hf
 from quack_fx.targets.shrink import shrunk
 
@@ -33,7 +34,6 @@ _MAPPINGS = (
     "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES",
 )
-BATCH, TOKENS = 2, 5
 PARAMETERS = 60_000_000
 """Parameters of a model that is still worth running."""
 
@@ -81,7 +81,7 @@ def _working(cls: Any, config: Any) -> tuple[nn.Module, tuple[Any, ...], dict[st
     torch.manual_seed(0)
     model = hf.build_model(cls, config).eval()
     first: Exception | None = None
-    for kwargs in hf.inputs(model, BATCH, TOKENS):
+    for kwargs in inputs(model):
         try:
             with torch.no_grad():
                 model(**kwargs)

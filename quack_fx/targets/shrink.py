@@ -47,6 +47,8 @@ _WIDTH = re.compile(
     r"hidden|intermediate|ffn|inner|embe?d|d_model|d_ff|d_inner|d_latents|d_ssm|dim$|_dim_|dims$|width|channels?|lora_rank"
     r"|proj|lru|emb_size|filters"
 )
+_INNER = re.compile(r"intermediate_(size|dim)$|ffn_(dim|hidden_size)$")
+"""Widths that no other depends on. Grouped products want the rows of experts to be multiples of 16 bytes."""
 _NO_WIDTH = re.compile(
     r"vocab|image|patch|position|window|token|^max_|num_(?!filters)|kernel|layer|head|dropout|prob|type|std|act|scale|norm"
     r"|ratio|index|expand|stride|group|conv_dim|tdnn|codevector|xvector|classifier|^in_channels|^(num_)?out_channels"
@@ -220,7 +222,8 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, pictures, tables)
         elif key in _OUTPUTS:
             if key == "out_indices" and isinstance(value, list):
-                small[key] = value if _stages(fields) else list(range(layers - len(value) + 1, layers + 1))
+                kept = list(range(layers - len(value) + 1, layers + 1))
+                small[key] = kept if _lengths_of_stacks(fields) else value
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS) for n in value] if isinstance(value, list | tuple) else min(value, layers)
         elif _SHARED.search(key) and isinstance(value, int):
@@ -247,6 +250,8 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = _picture(value, fields.get("patch_size"))
         elif "channels" in key and not _NO_WIDTH.search(key) and isinstance(value, int):
             small[key] = max(value // (narrow * fewer), min(value, CHANNELS))
+        elif _INNER.search(key) and isinstance(value, int) and value > 8:
+            small[key] = max(1, value // (narrow * fewer * 8)) * 8
         elif (_WIDTH.search(key) and not _NO_WIDTH.search(key)) or _is_group_a_feature(key, value, fields):
             small[key] = _divided(value, narrow * fewer)
         else:
@@ -292,7 +297,7 @@ def _layers_kept(fields: dict[str, Any]) -> int:
             needed.append(min(value) + 2)
         elif _PERIODS.search(key) and type(value) is int and 0 < value <= MOST_LAYERS:
             needed.append(value + 1)
-    if not _stages(fields) and isinstance(outputs := fields.get("out_indices"), list):
+    if _lengths_of_stacks(fields) and isinstance(outputs := fields.get("out_indices"), list):
         needed.append(len(outputs))
     if any(_SHARED.search(key) and value for key, value in fields.items()):
         needed = [2 * max(needed)]  # every kind among the layers that share and among those that are shared
