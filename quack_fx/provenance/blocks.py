@@ -193,7 +193,11 @@ def _upstream(tracer: Tracer, logits: Logits, block: _Block) -> tuple[Flow, list
 
 def _by_source(tracer: Tracer, block: _Block, reads: list[set[int]]) -> list[_Block]:
     """The block, cut into one for each upstream parameter where heads have different ones."""
-    names = [{p.names[i] for p, i in map(tracer.projections.by_feature, own)} for own in reads]
+    distinct_reads = {id(own): own for own in reads}  # heads of a latent share one set
+    by_set = {
+        key: {p.names[i] for p, i in map(tracer.projections.by_feature, own)} for key, own in distinct_reads.items()
+    }
+    names = [by_set[id(own)] for own in reads]
     distinct = {next(iter(own)) for own in names if len(own) == 1}
     if len(distinct) < 2 or any(len(own) > 1 for own in names):
         return [block]
@@ -205,13 +209,15 @@ def _by_source(tracer: Tracer, block: _Block, reads: list[set[int]]) -> list[_Bl
 
 def _behind(tracer: Tracer, logits: Logits, block: _Block, reads: list[set[int]]) -> _Block | None:
     """The projection whose output a block multiplies, if it is a factor of this attention alone."""
-    found = {(id(p), p.names[i]): p for own in reads for p, i in map(tracer.projections.by_feature, own)}
+    distinct = {id(own): own for own in reads}
+    found = {(id(p), p.names[i]): p for own in distinct.values() for p, i in map(tracer.projections.by_feature, own)}
     if len(found) != 1:
         return None
     (_, name), source = next(iter(found.items()))
     if not _is_factor(tracer, logits, source, block.projection):
         return None
-    rows = [{tuple(source.rows[f - source.first].tolist()) for f in own} for own in reads]
+    by_set = {key: {tuple(source.rows[f - source.first].tolist()) for f in own} for key, own in distinct.items()}
+    rows = [by_set[id(own)] for own in reads]
     return _Block(name, frozenset({block.param}), rows, source)
 
 
@@ -223,10 +229,12 @@ def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: _Bloc
     """
     made = tracer.projections.of(projection.node)
     everything = tracer.labels.features(given)
+    pairs = [] if made is None else tracer.projections.pairs(projection, made[1], given, tracer.labels)
+    if len({source for _, source in pairs}) < 2:  # a latent is read whole
+        return [everything if own else set() for own in block.rows]
     met: dict[int, set[int]] = {}
-    if made is not None:
-        for feature, source in tracer.projections.pairs(projection, made[1], given, tracer.labels):
-            met.setdefault(feature, set()).update(tracer.labels.members(source))
+    for feature, source in pairs:
+        met.setdefault(feature, set()).update(tracer.labels.members(source))
     place = {tuple(row): projection.first + i for i, row in enumerate(projection.rows.tolist())}
     return [
         set().union(*(met.get(place[row], everything) if row in place else everything for row in own)) if own else set()
