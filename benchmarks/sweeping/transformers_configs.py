@@ -1,0 +1,100 @@
+"""Configurations of model types: the default of the type, with what it leaves open filled in.
+
+In: a model type. Out: a config. Some defaults are no model: numbers are missing, or parts do not fit each other; others
+leave out what makes the type interesting, such as the layers with attention of a hybrid.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+_MULTI = {"rope_type": "default", "rope_theta": 10000.0}
+_GLM_ROPE = {"rope_parameters": _MULTI | {"partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}}
+_QWEN_ROPE = {"rope_parameters": _MULTI | {"mrope_section": [16, 24, 24]}}
+_EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+_SERIES = {"prediction_length": 4, "context_length": 8, "num_time_features": 2}
+_TIMM_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 28, "patch_size": 14}
+
+_FILLED_IN: dict[str, dict[str, Any]] = {
+    "autoformer": _SERIES,
+    "informer": _SERIES,
+    "time_series_transformer": _SERIES,
+    "aya_vision": {"vision_config": {"num_attention_heads": 12}},
+    "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
+    "blip-2": {"image_token_index": 50},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": _MULTI | {"mrope_section": [24, 20, 20]}}}
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _MULTI | {"mrope_section": [24, 20, 20]}}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 4}, "n_heads": 16},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 2}},
+    "deepseek_v2": _EXPERTS | {"topk_method": "greedy", "first_k_dense_replace": 1},
+    "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 512}},
+    "dots1": _EXPERTS | {"first_k_dense_replace": 1},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "glm46v": {"text_config": _GLM_ROPE},
+    "glm4v": {"text_config": _GLM_ROPE},
+    "glm4v_moe": {"text_config": _GLM_ROPE},
+    "glm4v_moe_text": _GLM_ROPE,
+    "glm4v_text": _GLM_ROPE,
+    "glm_image": {"text_config": _GLM_ROPE},
+    "glm_image_text": _GLM_ROPE,
+    "glmga": {"text_config": _GLM_ROPE},
+    "granite4_vision": {
+        **{"deepstack_layer_map": [[-1, 0]], "use_spatial_sampling": False, "downsample_rate": "1/2"},
+    },
+    "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8},
+    "hunyuan_vl": {"text_config": {"head_dim": 128, "num_key_value_heads": 8}},
+    "hunyuan_vl_text": {"head_dim": 128, "num_key_value_heads": 8},
+    "jetmoe": {"num_hidden_layers": 2},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "ministral": {"head_dim": 128},
+    "moonshine_streaming": {"num_key_value_heads": 8},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "pe_audio_video": {"audio_video_config": {"video_config": {"vision_config": {"model_args": _TIMM_VIT}}}},
+    "pe_audio_video_encoder": {"video_config": {"vision_config": {"model_args": _TIMM_VIT}}},
+    "pe_video": {"video_config": {"vision_config": {"model_args": _TIMM_VIT}}},
+    "pe_video_encoder": {"vision_config": {"model_args": _TIMM_VIT}},
+    "perception_lm": {"vision_config": {"model_args": _TIMM_VIT}},
+    "qwen2_5_vl": {"text_config": _QWEN_ROPE, "vision_config": {"out_hidden_size": 8192}},
+    "qwen2_5_vl_text": _QWEN_ROPE,
+    "qwen2_vl": {"text_config": _QWEN_ROPE, "vision_config": {"hidden_size": 8192}},
+    "qwen2_vl_text": _QWEN_ROPE,
+}
+
+
+def config_of(cls: Any, family: str) -> Any:
+    """The configuration of a model type.
+
+    Arguments:
+        cls: The class that is to be built.
+        family: The model type.
+
+    Returns:
+        A config of full size that the class takes.
+    """
+    make = transformers.CONFIG_MAPPING[family]
+    own = getattr(cls, "config_class", None)
+    if isinstance(own, type) and not issubclass(make, own):
+        make = own  # the type's config holds several models, the class is one of them
+    missing = _FILLED_IN.get(family)
+    if missing is None:
+        return make()
+    try:
+        fields = make().to_dict()
+    except Exception:
+        fields = {}  # not even the config itself is whole
+    return make.from_dict(_merged(fields, missing))
+
+
+def _merged(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    parts = {
+        k: _merged(fields[k], v) for k, v in others.items() if isinstance(v, dict) and isinstance(fields.get(k), dict)
+    }
+    return fields | others | parts
