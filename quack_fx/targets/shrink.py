@@ -222,7 +222,7 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, pictures, tables)
         elif key in _OUTPUTS:
             if key == "out_indices" and isinstance(value, list):
-                kept = list(range(layers - len(value) + 1, layers + 1))
+                kept = list(range(layers - len(value) + 1, layers + 1))  # type: ignore[assignment]
                 small[key] = kept if _lengths_of_stacks(fields) else value
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS) for n in value] if isinstance(value, list | tuple) else min(value, layers)
