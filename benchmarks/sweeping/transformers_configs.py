@@ -14,7 +14,19 @@ _MULTI = {"rope_type": "default", "rope_theta": 10000.0}
 _GLM_ROPE = {"rope_parameters": _MULTI | {"partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}}
 _QWEN_ROPE = {"rope_parameters": _MULTI | {"mrope_section": [16, 24, 24]}}
 _EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
-_SERIES = {"prediction_length": 4, "context_length": 8, "num_time_features": 2}
+_SERIES = {"prediction_length": 4, "context_length": 8, "num_time_features": 2, "feature_size": 11}
+_HUNYUAN = {
+    **{"head_dim": 128, "num_key_value_heads": 8},
+    "rope_parameters": _MULTI | {"mrope_section": [16, 16, 16, 16]},
+}
+_REPVIT = {
+    "architecture": "repvit_m1",
+    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+}
+_INDEXER = {
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128},
+    **{"indexer_budget": 64, "indexer_compress_ratio": 4},
+}
 _TIMM_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 28, "patch_size": 14}
 
 _FILLED_IN: dict[str, dict[str, Any]] = {
@@ -30,13 +42,16 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
         "text_config": {"rope_parameters": {"full_attention": _MULTI | {"mrope_section": [24, 20, 20]}}}
     },
     "cohere_compass_text": {"rope_parameters": {"full_attention": _MULTI | {"mrope_section": [24, 20, 20]}}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 4}, "n_heads": 16},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 4, "clip_qkv": 8.0}, "n_heads": 16},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 2}},
     "deepseek_v2": _EXPERTS | {"topk_method": "greedy", "first_k_dense_replace": 1},
     "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 512}},
     "dots1": _EXPERTS | {"first_k_dense_replace": 1},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "depth_pro": {"patch_size": 56}
+    | {f"{part}_model_config": {"image_size": 56} for part in ("image", "patch", "fov")},
+    "edgetam": {"vision_config": {"backbone_config": _REPVIT}},
+    "edgetam_vision_model": {"backbone_config": _REPVIT},
     "glm46v": {"text_config": _GLM_ROPE},
     "glm4v": {"text_config": _GLM_ROPE},
     "glm4v_moe": {"text_config": _GLM_ROPE},
@@ -50,11 +65,14 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
     "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8},
-    "hunyuan_vl": {"text_config": {"head_dim": 128, "num_key_value_heads": 8}},
-    "hunyuan_vl_text": {"head_dim": 128, "num_key_value_heads": 8},
-    "jetmoe": {"num_hidden_layers": 2},
+    "hunyuan_vl": {"text_config": _HUNYUAN},
+    "hunyuan_vl_text": _HUNYUAN,
+    "instructblip": {"image_token_index": 50},
+    "instructblipvideo": {"video_token_index": 50},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "ministral": {"head_dim": 128},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "pe_audio_video": {"audio_video_config": {"video_config": {"vision_config": {"model_args": _TIMM_VIT}}}},
@@ -62,6 +80,18 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "pe_video": {"video_config": {"vision_config": {"model_args": _TIMM_VIT}}},
     "pe_video_encoder": {"vision_config": {"model_args": _TIMM_VIT}},
     "perception_lm": {"vision_config": {"model_args": _TIMM_VIT}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 151652},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "sam2": {
+        "vision_config": {
+            "backbone_config": {"image_size": [256, 256]},
+            "backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
+        },
+        "prompt_encoder_config": {"image_size": 256},
+    },
+    "step3p7": {"text_config": {"sliding_window": 4}},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "layers_block_type": None},
     "qwen2_5_vl": {"text_config": _QWEN_ROPE, "vision_config": {"out_hidden_size": 8192}},
     "qwen2_5_vl_text": _QWEN_ROPE,
     "qwen2_vl": {"text_config": _QWEN_ROPE, "vision_config": {"hidden_size": 8192}},

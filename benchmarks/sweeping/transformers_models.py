@@ -14,7 +14,8 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from benchmarks.sweeping.candidate import Candidate
+from benchmarks.sweeping.candidate import Candidate, CannotBeRunError
+from benchmarks.sweeping.transformers_configs import config_of
 from benchmarks.sweeping.transformers_inputs import inputs
 from quack_fx.targets import hf
 from quack_fx.targets.shrink import shrunk
@@ -34,7 +35,7 @@ _MAPPINGS = (
     "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
     "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES",
 )
-PARAMETERS = 60_000_000
+PARAMETERS = 100_000_000
 """Parameters of a model that is still worth running."""
 
 
@@ -59,10 +60,12 @@ def _task_classes() -> dict[str, Any]:
 
 def _build(family: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     transformers.utils.logging.set_verbosity_error()
-    cls = getattr(transformers, name)
-    config = cls.config_class() if isinstance(getattr(cls, "config_class", None), type) else None
-    if config is None or config.model_type != family:
-        config = transformers.CONFIG_MAPPING[family]()
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CannotBeRunError(f"transformers has no {name}, which its own mapping names")
+    if cls.forward is nn.Module.forward:
+        raise CannotBeRunError(f"{name} has no forward: its parts are run one by one")
+    config = config_of(cls, family)
     first: Exception | None = None
     for small in shrunk(config):
         try:

@@ -293,7 +293,7 @@ def _layers_kept(fields: dict[str, Any]) -> int:
         kinds = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str | int) for v in value)
         if kinds and (len(value) == total or re.search(r"layer\w*types?|block_types?", key)):
             needed.append(max(map(value.index, set(value))) + 1)
-        elif isinstance(value, list) and value and "layer" in key and _numbers(value) == value:
+        elif isinstance(value, list) and value and _NUMBERED.search(key) and _numbers(value) == sorted(set(value)):
             needed.append(min(value) + 2)
         elif _PERIODS.search(key) and type(value) is int and 0 < value <= MOST_LAYERS:
             needed.append(value + 1)

@@ -1,0 +1,339 @@
+"""What a model of transformers is called with, where the command line's guesses are not enough.
+
+In: a model. Out: keyword arguments, those that reach most of it first: pictures with the places they take among the
+tokens, patches with their grid, and, for forwards that are like no other, what a table says. Sizes that could be taken
+for each other differ.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.targets import hf
+
+BATCH, TOKENS = 2, 5
+Inputs = dict[str, Any]
+
+
+def inputs(model: nn.Module) -> Iterator[Inputs]:
+    """Keyword arguments to try, in this order."""
+    config: Any = model.config
+    if special := _SPECIAL.get(config.model_type):
+        yield special(config)
+    names = inspect.signature(model.forward).parameters
+    for name in ("hidden_states", "pixel_values"):
+        if name in names and "grid_thw" in names:
+            yield _patches(config, name, "grid_thw")
+    if "pixel_values" in names and "image_grid_thw" in names and "input_ids" not in names:
+        yield _patches(config, "pixel_values", "image_grid_thw")
+    yield from _with_pictures(model, names)
+    guesses = hf.inputs(model, BATCH, TOKENS)
+    yield from (_masked(guess, names) for guess in guesses)
+    yield from guesses
+    if "input_values" in names:
+        yield {"input_values": noise(BATCH, 1, 3840)}
+
+
+def ids(config: Any, batch: int = BATCH, tokens: int = TOKENS) -> Tensor:
+    """Tokens, all different, none of them special."""
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 32
+    return torch.arange(3, 3 + batch * tokens).remainder(vocabulary).view(batch, tokens)
+
+
+def noise(*shape: int) -> Tensor:
+    """Random numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def ones(*shape: int) -> Tensor:
+    """A mask that hides nothing."""
+    return torch.ones(shape, dtype=torch.long)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _patches(config: Any, name: str, grid: str) -> Inputs:
+    """Two pictures, cut into patches that are the rows of one matrix."""
+    vision = getattr(config, "vision_config", config)
+    merge = _first(vision, "spatial_merge_size", "merge_size") or 2
+    side = merge[0] if isinstance(merge, list | tuple) else merge
+    thw = torch.tensor([[1, 2 * side, 4 * side]] * BATCH)
+    channels = _first(vision, "in_channels", "in_chans", "num_channels") or 3
+    numbers = channels * (_first(vision, "temporal_patch_size", "patch_temporal") or 1) * vision.patch_size**2
+    return {name: noise(int(thw.prod(-1).sum()), numbers), grid: thw}
+
+
+def _with_pictures(model: nn.Module, names: Any) -> Iterator[Inputs]:
+    """Text and pictures: as many tokens stand for a picture as the model makes of it."""
+    config: Any = model.config
+    token = _first(config, "image_token_id", "image_token_index")
+    features = getattr(model, "get_image_features", None)
+    if token is None or features is None or not {"input_ids", "pixel_values"} <= set(names):
+        return
+    if "image_grid_thw" in names:
+        seen = [_patches(config, "pixel_values", "image_grid_thw")]
+    else:
+        seen = [guess for guess in hf.inputs(model, BATCH, TOKENS) if "pixel_values" in guess]
+        seen = [{"pixel_values": guess["pixel_values"]} for guess in seen]
+    for pictures in seen[:2]:
+        try:
+            with torch.no_grad():
+                count = _rows(features(**pictures))
+        except Exception:
+            continue  # this model wants pictures in a form of its own
+        text = ids(config)
+        places = torch.full((BATCH, count // BATCH), token)
+        tokens = torch.cat([text[:, :2], places, text[:, 2:]], 1)
+        found = {"input_ids": tokens, **pictures, "attention_mask": torch.ones_like(tokens)}
+        types = {"mm_token_type_ids": (tokens == token).int()} if "mm_token_type_ids" in names else {}
+        yield found | types
+
+
+def _rows(features: Any) -> int:
+    """Number of vectors that stand for pictures."""
+    features = getattr(features, "pooler_output", features)
+    if isinstance(features, Tensor):
+        return features.numel() // features.shape[-1]
+    return sum(_rows(part) for part in features if part is not None)
+
+
+def _masked(guess: Inputs, names: Any) -> Inputs:
+    """With the masks of features that some forwards insist on."""
+    found = dict(guess)
+    for data in ("input_features", "audio_mel"):
+        mask = f"{data}_mask"
+        if mask in names and data in guess:
+            found[mask] = torch.ones(guess[data].shape[:2], dtype=torch.bool)
+    return found
+
+
+def _first(config: Any, *names: str) -> Any:
+    return next((v for name in names if (v := getattr(config, name, None)) is not None), None)
+
+
+def _side(config: Any) -> int:
+    size = _first(config, "image_size") or _first(getattr(config, "vision_config", config), "image_size") or 64
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def _picture(config: Any, *before: int) -> Tensor:
+    return noise(*before, 3, _side(config), _side(config))
+
+
+# ---- forwards that are like no other ---------------------------------------------------------------------------------
+
+
+def _series(c: Any) -> Inputs:
+    past = c.context_length + max(c.lags_sequence)
+    known = c.num_time_features
+    return {
+        "past_values": noise(BATCH, past),
+        "past_time_features": noise(BATCH, past, known),
+        "past_observed_mask": torch.ones(BATCH, past),
+        "future_values": noise(BATCH, c.prediction_length),
+        "future_time_features": noise(BATCH, c.prediction_length, known),
+    }
+
+
+def _decisions(c: Any) -> Inputs:
+    return {
+        **{"states": noise(BATCH, 3, c.state_dim), "actions": noise(BATCH, 3, c.act_dim)},
+        **{"rewards": noise(BATCH, 3, 1), "returns_to_go": noise(BATCH, 3, 1)},
+        **{"timesteps": torch.arange(3).expand(BATCH, 3), "attention_mask": ones(BATCH, 3)},
+    }
+
+
+def _flat_patches(c: Any) -> Inputs:
+    """NaFlex: patches of pictures of any shape, padded."""
+    vision = getattr(c, "vision_config", c)
+    found = {
+        "pixel_values": noise(BATCH, 6, 3 * vision.patch_size**2),
+        "pixel_attention_mask": ones(BATCH, 6),
+        "spatial_shapes": torch.tensor([[2, 3]] * BATCH),
+    }
+    return {"input_ids": ids(c), **found} if hasattr(c, "text_config") else found
+
+
+def _boxes(c: Any) -> Tensor:
+    corners = torch.rand(BATCH, TOKENS, 4, generator=torch.Generator().manual_seed(0))
+    return corners.sort(-1).values[..., [0, 1, 2, 3]]
+
+
+def _kosmos(c: Any) -> Inputs:
+    text = ids(c, tokens=TOKENS + c.latent_query_num)
+    places = torch.arange(text.shape[1]).expand(text.shape) < c.latent_query_num
+    return {"input_ids": text, "pixel_values": _picture(c, BATCH), "image_embeds_position_mask": places}
+
+
+def _qformer(c: Any) -> Inputs:
+    return {
+        "query_embeds": noise(BATCH, 7, c.hidden_size),
+        "encoder_hidden_states": noise(BATCH, 9, c.encoder_hidden_size),
+    }
+
+
+def _pix2struct(c: Any) -> Inputs:
+    patches = noise(BATCH, 7, c.vision_config.patch_embed_hidden_size + 2)
+    patches[..., :2] = torch.arange(1, 8)[:, None]  # row and column
+    return {"flattened_patches": patches, "attention_mask": torch.ones(BATCH, 7), "decoder_input_ids": ids(c)}
+
+
+def _pair(channels: int) -> Callable[[Any], Inputs]:
+    return lambda c: {"pixel_values": torch.rand(1, 2, channels, 64, 96, generator=torch.Generator().manual_seed(0))}
+
+
+def _sound(name: str = "input_values") -> Callable[[Any], Inputs]:
+    return lambda c: {name: noise(1, 1, 3840)}
+
+
+def _spectrogram(bins: str, frames: int = 64) -> Callable[[Any], Inputs]:
+    def make(c: Any) -> Inputs:
+        parts = [c, *(value for value in vars(c).values() if hasattr(value, "model_type"))]
+        width = next(getattr(part, bins) for part in parts if hasattr(part, bins))
+        found = {"input_features": noise(BATCH, frames, width)}
+        return found | ({"decoder_input_ids": ids(c)} if getattr(c, "is_encoder_decoder", False) else {})
+
+    return make
+
+
+def _instructions(c: Any) -> Inputs:
+    """Text that holds a place for each of the queries that look at the picture."""
+    text = ids(c)
+    places = torch.full((BATCH, c.num_query_tokens), _first(c, "image_token_index", "video_token_index"))
+    tokens = torch.cat([text[:, :2], places, text[:, 2:]], 1)
+    return {"pixel_values": _picture(c, BATCH), "qformer_input_ids": ids(c), "input_ids": tokens}
+
+
+_SPECIAL: dict[str, Callable[[Any], Inputs]] = {
+    "autoformer": _series,
+    "informer": _series,
+    "time_series_transformer": _series,
+    "patchtst": lambda c: {"past_values": noise(BATCH, c.context_length, c.num_input_channels)},
+    "patchtsmixer": lambda c: {"past_values": noise(BATCH, c.context_length, c.num_input_channels)},
+    "timesfm": lambda c: {
+        **{
+            "past_values": noise(BATCH, 3 * c.patch_length),
+            "past_values_padding": torch.zeros(BATCH, 3 * c.patch_length),
+        },
+        "freq": torch.zeros(BATCH, 1, dtype=torch.long),
+    },
+    "timesfm2_5": lambda c: {"past_values": noise(BATCH, 3 * c.patch_length)},
+    "decision_transformer": _decisions,
+    "siglip2": _flat_patches,
+    "siglip2_vision_model": _flat_patches,
+    "bros": lambda c: {"input_ids": ids(c), "bbox": _boxes(c)},
+    "udop": lambda c: {
+        **{"input_ids": ids(c), "bbox": _boxes(c), "pixel_values": _picture(c, BATCH), "decoder_input_ids": ids(c)}
+    },
+    "kosmos-2": _kosmos,
+    "blip_2_qformer": _qformer,
+    "lxmert": lambda c: {
+        **{"input_ids": ids(c), "visual_feats": noise(BATCH, 6, c.visual_feat_dim), "visual_pos": noise(BATCH, 6, 4)}
+    },
+    "perceiver": lambda c: {"inputs": noise(BATCH, 9, c.d_model)},
+    "pix2struct": _pix2struct,
+    "idefics": lambda c: {
+        **{"input_ids": ids(c), "pixel_values": _picture(c, BATCH, 1), "image_attention_mask": ones(BATCH, TOKENS, 1)}
+    },
+    "lightglue": _pair(3),
+    "efficientloftr": _pair(1),
+    "seggpt": lambda c: {
+        name: noise(BATCH, 3, c.image_size[0] // 2, c.image_size[1])
+        for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    },
+    "oneformer": lambda c: {"pixel_values": noise(BATCH, 3, 64, 96), "task_inputs": ids(c, tokens=c.task_seq_len)},
+    "tvp": lambda c: {
+        "input_ids": ids(c),
+        "pixel_values": noise(BATCH, 2, 3, 64, 64),
+        "attention_mask": ones(BATCH, 5),
+    },
+    "xmod": lambda c: {"input_ids": ids(c), "lang_ids": torch.zeros(BATCH, dtype=torch.long)},
+    "speecht5": lambda c: {
+        **{"input_values": noise(BATCH, 9, c.hidden_size), "decoder_input_values": noise(BATCH, 7, c.hidden_size)}
+    },
+    "wav2vec2-bert": lambda c: {"input_features": noise(BATCH, 9, c.feature_projection_input_dim)},
+    "granite_speech5_encoder": lambda c: {"input_features": noise(BATCH, 64, 4 * c.num_mel_bins)},
+    "granite_speech5_ctc": lambda c: {"input_features": noise(BATCH, 64, 4 * c.encoder_config.num_mel_bins)},
+    "canary": _spectrogram("num_mel_bins"),
+    "cohere_asr": _spectrogram("num_mel_bins"),
+    "nemotron3_5_transcribe_audio": _spectrogram("num_mel_bins"),
+    "nemotron3_5_transcribe_word_timestamp": lambda c: {"inputs_embeds": noise(BATCH, 9, c.hidden_size)},
+    "fun_asr_nano_encoder": lambda c: {
+        **{"input_features": noise(BATCH, 64, 560), "input_features_mask": torch.ones(BATCH, 64, dtype=torch.bool)}
+    },
+    "qwen3_asr_encoder": lambda c: {
+        "input_features": noise(BATCH, c.num_mel_bins, 200),
+        "input_features_mask": torch.ones(BATCH, 200, dtype=torch.bool),
+    },
+    "gemma3n_audio": lambda c: {
+        "audio_mel": noise(BATCH, 64, c.input_feat_size),
+        "audio_mel_mask": torch.zeros(BATCH, 64, dtype=torch.bool),  # it says what is to be left out
+    },
+    "gemma4_vision": lambda c: {
+        "pixel_values": torch.rand(BATCH, 36, 3 * c.patch_size**2, generator=torch.Generator().manual_seed(0)),
+        "pixel_position_ids": torch.cartesian_prod(torch.arange(6), torch.arange(6)).expand(BATCH, 36, 2),
+    },
+    "instructblip": _instructions,
+    "instructblipvideo": lambda c: _instructions(c) | {"pixel_values": _picture(c, BATCH, 1)},
+    "blip-2": lambda c: {name: value for name, value in _instructions(c).items() if name != "qformer_input_ids"},
+    "kyutai_speech_to_text": lambda c: {"input_ids": ids(c, tokens=5 * 33).view(BATCH, 5, 33)},
+    "kimi_k25_vision": lambda c: {
+        "pixel_values": noise(64, 3, c.patch_size, c.patch_size),
+        "grid_thw": torch.tensor([[1, 4, 8]] * BATCH),
+    },
+    "video_llama_3_vision": lambda c: {
+        **_patches(c, "pixel_values", "grid_thw"),
+        "merge_sizes": torch.tensor([2] * BATCH),
+    },
+    "sam3": lambda c: {"pixel_values": _picture(c, BATCH), "input_ids": ids(c)},
+    "sam3_lite_text": lambda c: {"pixel_values": _picture(c, BATCH), "input_ids": ids(c)},
+    "sam3_lite_text_text_model": lambda c: {"input_ids": ids(c)},
+    "muse_spark_audio": lambda c: {"input_values": noise(BATCH, 3840)},
+    "musicgen": lambda c: {"input_ids": ids(c, BATCH * c.num_codebooks)},
+    "musicgen_melody": lambda c: {"input_ids": ids(c, BATCH * c.num_codebooks)},
+    "neucodec": lambda c: {"input_values": noise(BATCH, 1, 3840), "input_features": noise(BATCH, 12, 160)},
+    "xcodec2": lambda c: {"input_values": noise(BATCH, 1, 3840), "input_features": noise(BATCH, 12, 160)},
+    "speech-encoder-decoder": lambda c: {"input_values": noise(BATCH, 4000), "decoder_input_ids": ids(c)},
+    "ernie4_5_vl_moe": lambda c: {
+        "input_ids": ids(c),
+        "moe_mm_token_type_ids": torch.zeros(BATCH, TOKENS, dtype=torch.int),
+    },
+    "vibevoice_acoustic_tokenizer_encoder": lambda c: {"hidden_states": noise(BATCH, 1, 6400)},
+    "vibevoice_acoustic_tokenizer_decoder": lambda c: {"hidden_states": noise(BATCH, c.hidden_size, 7)},
+    "depth_pro": lambda c: {"pixel_values": noise(1, 3, 4 * c.patch_size, 4 * c.patch_size)},
+    "lasr_ctc": _spectrogram("num_mel_bins"),
+    "encodec": _sound(),
+    "dac": _sound(),
+    "mimi": _sound(),
+    "mimi_encoder": _sound(),
+    "pe_audio": lambda c: {"input_ids": ids(c), "input_values": noise(BATCH, 1, 3840)},
+    "pe_audio_encoder": _sound(),
+    "xcodec": _sound(),
+    "pocket_tts_audio_tokenizer": _sound(),
+    "pocket_tts_audio_tokenizer_encoder": _sound(),
+    "mimi_decoder": lambda c: {"latents": noise(BATCH, c.hidden_size, 7)},
+    "pocket_tts_audio_tokenizer_decoder": lambda c: {"latents": noise(BATCH, c.hidden_size, 7)},
+    "clap": lambda c: {
+        **{"input_ids": ids(c), "input_features": noise(BATCH, 1, 1001, 64)},
+        "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool),
+    },
+    "clvp": lambda c: {"input_ids": ids(c), "input_features": noise(BATCH, c.decoder_config.feature_size, 64)},
+    "omdet-turbo": lambda c: {
+        **{
+            "pixel_values": noise(BATCH, 3, 64, 64),
+            "classes_input_ids": ids(c, 6),
+            "classes_attention_mask": ones(6, 5),
+        },
+        **{
+            "tasks_input_ids": ids(c),
+            "tasks_attention_mask": ones(BATCH, 5),
+            "classes_structure": torch.tensor([3, 3]),
+        },
+    },
+}
