@@ -24,7 +24,7 @@ _REPVIT = {
     "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
 }
 _INDEXER = {
-    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128},
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256},
     **{"indexer_budget": 64, "indexer_compress_ratio": 4},
 }
 _TIMM_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 28, "patch_size": 14}

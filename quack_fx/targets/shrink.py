@@ -29,6 +29,9 @@ SPAN = 16
 CHANNELS = 32
 """The fewest channels: group norms divide them by as much."""
 
+QUERIES = 12
+"""Learned queries: no more than a small picture has places to look at."""
+
 _LAYERS = re.compile(
     r"^(num_|n_)?(hidden_|encoder_|decoder_|text_|vision_|speech_|adapter_|feature_)?(layers?|blocks|n_layer)$"
     r"|^(n_layers?|num_layers?|depths?|num_hidden_layers|(num_)?\w*(encoder|decoder|attention|transformer)_layers)$"
@@ -47,6 +50,7 @@ _WIDTH = re.compile(
     r"hidden|intermediate|ffn|inner|embe?d|d_model|d_ff|d_inner|d_latents|d_ssm|dim$|_dim_|dims$|width|channels?|lora_rank"
     r"|proj|lru|emb_size|filters"
 )
+_QUERIES = re.compile(r"^num_(object_)?quer(y|ies)$|^num_query_tokens$")
 _INNER = re.compile(r"intermediate_(size|dim)$|ffn_(dim|hidden_size)$")
 """Widths that no other depends on. Grouped products want the rows of experts to be multiples of 16 bytes."""
 _NO_WIDTH = re.compile(
@@ -145,12 +149,15 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> 
         if _is_per_head(key) and _STATE_SPACE.search(key)
         for n in _numbers(value)
     }
+    sections = [sum(value) for part in parts for key, value in part.items() if key == "mrope_section" and value]
+    least = HEAD_WIDTH if widths else CHANNELS
+    measured = (widths | states) or spans  # without attention only the channels count
     fitting = [1]
-    while narrow and widths and all(n % (2 * fitting[-1]) == 0 for n in widths | states):
+    while narrow and measured and all(n % (2 * fitting[-1]) == 0 for n in measured):
         by = 2 * fitting[-1]
-        if any(n // by < HEAD_WIDTH for n in widths) or any(n % (by * by_heads) for n in spans):
+        if any(n // by < least for n in widths or spans) or any(n % (by * by_heads) for n in spans):
             break
-        if any(n // (by * by_heads) < SPAN <= n for n in spans):
+        if any(n // (by * by_heads) < SPAN <= n for n in spans) or any(n // by < 4 for n in sections):
             break
         fitting.append(by)
     good = [by for by in fitting[-3:] if apart and not any(_is_square(part, by, by_heads) for part in parts)]
@@ -225,7 +232,7 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
                 kept = list(range(layers - len(value) + 1, layers + 1))  # type: ignore[assignment]
                 small[key] = kept if _lengths_of_stacks(fields) else value
         elif _LAYERS.search(key) and _numbers(value):
-            small[key] = [min(n, LAYERS) for n in value] if isinstance(value, list | tuple) else min(value, layers)
+            small[key] = [min(n, LAYERS + 1) for n in value] if isinstance(value, list | tuple) else min(value, layers)
         elif _SHARED.search(key) and isinstance(value, int):
             small[key] = min(value, layers // 2)
         elif isinstance(value, list) and len(value) in cut and len(value) > layers > 0:
@@ -242,8 +249,10 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = _experts(fields, value)
         elif key == "vocab_size" and vocabulary:
             small[key] = vocabulary
-        elif tables and "vocab_size" in key and isinstance(value, int):
+        elif tables and "vocab" in key and _numbers(value) == [value]:
             small[key] = min(value, VOCABULARY)
+        elif pictures and _QUERIES.search(key) and _numbers(value) == [value]:
+            small[key] = min(value, QUERIES)
         elif key.endswith("token_id") or key.endswith("token_index"):
             small[key] = _within(value, vocabulary, sum(map(ord, key)))
         elif pictures and key == "image_size":
@@ -295,6 +304,8 @@ def _layers_kept(fields: dict[str, Any]) -> int:
             needed.append(max(map(value.index, set(value))) + 1)
         elif isinstance(value, list) and value and _NUMBERED.search(key) and _numbers(value) == sorted(set(value)):
             needed.append(min(value) + 2)
+        elif _is_per_layer(key, value):
+            needed.append(min(map(int, value)) + 1)
         elif _PERIODS.search(key) and type(value) is int and 0 < value <= MOST_LAYERS:
             needed.append(value + 1)
     if _lengths_of_stacks(fields) and isinstance(outputs := fields.get("out_indices"), list):
