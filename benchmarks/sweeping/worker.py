@@ -103,7 +103,9 @@ def silent(layout: QKLayout, ran: Counter[str]) -> list[str]:
     left -= ran
     result: list[str] = []
     for name, count in missing.items():
-        for other in [other for other in left if _around(name, other)]:
+        # The product and the softmax may each be a module of its own, with the attention around both.
+        near = [other for other in left if _around(name, other) or _parent(name) == _parent(other)]
+        for other in near:
             taken = min(count, left[other])
             left[other] -= taken
             count -= taken
@@ -115,6 +117,10 @@ def silent(layout: QKLayout, ran: Counter[str]) -> list[str]:
 def _around(name: str, other: str) -> bool:
     """Whether one of two modules is inside the other."""
     return name.startswith(f"{other}.") or other.startswith(f"{name}.") or not name or not other
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _found(layout: QKLayout) -> Row:
