@@ -67,7 +67,8 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     stack = [""]
     hooks = [
         register_module_forward_pre_hook(lambda module, _: stack.append(names.get(id(module), stack[-1]))),
-        register_module_forward_hook(lambda *_: stack.pop() and None, always_call=True),
+        # What a hook returns takes the place of the module's output, unless it is None.
+        register_module_forward_hook(lambda *_: (stack.pop(), None)[1], always_call=True),
     ]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -92,14 +93,13 @@ class _Watch(TorchFunctionMode):
         self._logits: set[int] = set()
         self._shares: dict[int, str] = {}
         self._counted: set[int] = set()
-        self._alive: list[Tensor] = []  # identities stay unique only while the tensors live
+        self._alive: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").strip("_").removeprefix("i").removeprefix("r")
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
-        self._alive += made
         if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward) or "flex_attention" in name:
             self.found[self._stack[-1]] += 1
         elif func in _PRODUCTS and all(id(x) not in self._weights for x in given):
@@ -107,17 +107,22 @@ class _Watch(TorchFunctionMode):
                 if (home := self._shares.get(id(x))) is not None and id(x) not in self._counted:
                     self.found[home] += 1
                     self._counted |= {key for key, value in self._shares.items() if value is home}
-            self._logits.update(map(id, made))
+            self._logits.update(self._kept(made))
         elif func in _SOFTMAX:
             if any(id(x) in self._logits for x in given):
                 home = str.__add__(self._stack[-1], "")  # a string of its own for each softmax
-                self._shares.update((id(x), home) for x in made)
+                self._shares.update((x, home) for x in self._kept(made))
         elif name in _PLAIN:
             if all(id(x) in self._weights for x in given) and given:
-                self._weights.update(map(id, made))
+                self._weights.update(self._kept(made))
             if any(id(x) in self._logits for x in given):
-                self._logits.update(map(id, made))
+                self._logits.update(self._kept(made))
             for x in given:
                 if id(x) in self._shares:
-                    self._shares.update((id(y), self._shares[id(x)]) for y in made)
+                    self._shares.update((y, self._shares[id(x)]) for y in self._kept(made))
         return result
+
+    def _kept(self, tensors: list[Tensor]) -> list[int]:
+        """Identities of tensors, which stay theirs alone because the tensors are kept alive."""
+        self._alive += tensors
+        return [id(x) for x in tensors]
