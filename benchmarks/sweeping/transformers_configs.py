@@ -27,12 +27,15 @@ _INDEXER = {
     **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256},
     **{"indexer_budget": 64, "indexer_compress_ratio": 4},
 }
+_EFFICIENTNET = {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}
 _TIMM_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 28, "patch_size": 14}
 
 _FILLED_IN: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
+    "align": {"vision_config": _EFFICIENTNET},
+    "efficientnet": _EFFICIENTNET,
     "aya_vision": {"vision_config": {"num_attention_heads": 12}},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "blip-2": {"image_token_index": 50},

@@ -33,6 +33,9 @@ def inputs(model: nn.Module) -> Iterator[Inputs]:
         yield _patches(config, "pixel_values", "image_grid_thw")
     yield from _with_pictures(model, names)
     guesses = hf.inputs(model, BATCH, TOKENS)
+    parts = [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]
+    if all(_first(part, "image_size") is None for part in parts):  # any picture will do: a small one
+        yield from (guess | {"pixel_values": noise(BATCH, 3, 64, 96)} for guess in guesses if "pixel_values" in guess)
     yield from (_masked(guess, names) for guess in guesses)
     yield from guesses
     if "input_values" in names:
