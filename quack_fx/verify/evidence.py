@@ -239,10 +239,16 @@ class Evidence:
         return usual if usual[operand.value].requires_grad else replay(through_detach=True)
 
 
-def _all(factors: Sequence[Factor]) -> Iterator[Factor]:
-    for factor in factors:
-        yield factor
-        yield from _all(factor.outer)
+def _all(factors: Sequence[Factor]) -> list[Factor]:
+    """These factors and all farther out, each once: many ways through a deep model lead to the same one."""
+    seen: dict[int, Factor] = {}
+    waiting = list(factors)
+    while waiting:
+        factor = waiting.pop()
+        if id(factor) not in seen:
+            seen[id(factor)] = factor
+            waiting += factor.outer
+    return list(seen.values())
 
 
 def indices(ranges: Ranges) -> Rows:
