@@ -32,6 +32,7 @@ class Dataflow:
         index: Place of each node in that order.
         op: What kind of operation each node is.
         weights: Fully qualified name of each node that is a parameter.
+        weight_shapes: Shape of each of these parameters, by name.
         from_weight: Nodes that depend on a parameter.
         from_input: Nodes that depend on an input of the model.
         activation: Nodes behind a product of something with a weight (or a table look-up): data, not weights.
@@ -44,6 +45,7 @@ class Dataflow:
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.op: dict[Node, Op] = {node: op_of(node) for node in self.nodes}
         self.weights = dict(weights)
+        self.weight_shapes = {name: self.shape(node) for node, name in weights.items()}
         self.from_weight: set[Node] = set(weights)
         self.from_input: set[Node] = set()
         self.activation: set[Node] = set()

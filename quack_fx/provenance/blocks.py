@@ -10,7 +10,9 @@ projection, and so on: a chain. It is followed while its data serves this attent
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor
 from torch.fx import Node
@@ -24,6 +26,7 @@ from quack_fx.provenance.trace import Flow, NormTag, Tracer
 
 _Rows = set[tuple[int, ...]]
 _MAX_CHAIN = 4
+_T = TypeVar("_T")
 
 
 @dataclass(eq=False)
@@ -193,11 +196,7 @@ def _upstream(tracer: Tracer, logits: Logits, block: _Block) -> tuple[Flow, list
 
 def _by_source(tracer: Tracer, block: _Block, reads: list[set[int]]) -> list[_Block]:
     """The block, cut into one for each upstream parameter where heads have different ones."""
-    distinct_reads = {id(own): own for own in reads}  # heads of a latent share one set
-    by_set = {
-        key: {p.names[i] for p, i in map(tracer.projections.by_feature, own)} for key, own in distinct_reads.items()
-    }
-    names = [by_set[id(own)] for own in reads]
+    names = _of_each(reads, lambda own: {p.names[i] for p, i in map(tracer.projections.by_feature, own)})
     distinct = {next(iter(own)) for own in names if len(own) == 1}
     if len(distinct) < 2 or any(len(own) > 1 for own in names):
         return [block]
@@ -209,16 +208,22 @@ def _by_source(tracer: Tracer, block: _Block, reads: list[set[int]]) -> list[_Bl
 
 def _behind(tracer: Tracer, logits: Logits, block: _Block, reads: list[set[int]]) -> _Block | None:
     """The projection whose output a block multiplies, if it is a factor of this attention alone."""
-    distinct = {id(own): own for own in reads}
-    found = {(id(p), p.names[i]): p for own in distinct.values() for p, i in map(tracer.projections.by_feature, own)}
+    by_feature = tracer.projections.by_feature
+    found = set().union(*_of_each(reads, lambda own: {(p.first, p.names[i]) for p, i in map(by_feature, own)}))
     if len(found) != 1:
         return None
-    (_, name), source = next(iter(found.items()))
+    first, name = found.pop()
+    source, _ = by_feature(first)
     if not _is_factor(tracer, logits, source, block.projection):
         return None
-    by_set = {key: {tuple(source.rows[f - source.first].tolist()) for f in own} for key, own in distinct.items()}
-    rows = [by_set[id(own)] for own in reads]
+    rows = _of_each(reads, lambda own: {tuple(source.rows[f - first].tolist()) for f in own})
     return _Block(name, frozenset({block.param}), rows, source)
+
+
+def _of_each(reads: list[set[int]], of: Callable[[set[int]], set[_T]]) -> list[set[_T]]:
+    """What `of` makes of each head's features; heads of a latent share one set, which is looked at once."""
+    made = {key: of(own) for key, own in {id(own): own for own in reads}.items()}
+    return [made[id(own)] for own in reads]
 
 
 def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: _Block) -> list[set[int]]:
@@ -229,7 +234,7 @@ def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: _Bloc
     """
     made = tracer.projections.of(projection.node)
     everything = tracer.labels.features(given)
-    pairs = [] if made is None else tracer.projections.pairs(projection, made[1], given, tracer.labels)
+    pairs = [] if made is None else tracer.projections.pairs(projection, made[1], given)
     if len({source for _, source in pairs}) < 2:  # a latent is read whole
         return [everything if own else set() for own in block.rows]
     met: dict[int, set[int]] = {}
@@ -332,7 +337,7 @@ def _kind(heads: Heads, mla: bool) -> SiteKind:
 
 def _finish(tracer: Tracer, block: _Block) -> WeightBlock:
     """The block with its rows as ranges along one axis."""
-    axes, shape = block.projection.axes, _shape(tracer, block.param)
+    axes, shape = block.projection.axes, tracer.df.weight_shapes[block.param]
     for i, axis in enumerate(axes):
         if all(_covers(rows, i, axes, shape) for rows in block.rows):
             heads = tuple(_ranges({row[i] for row in rows}) for rows in block.rows)
@@ -348,11 +353,6 @@ def _covers(rows: _Rows, i: int, axes: tuple[int, ...], shape: tuple[int, ...]) 
     for j, axis in enumerate(axes):
         others *= shape[axis] if j != i else 1
     return len(rows) == len({row[i] for row in rows}) * others
-
-
-def _shape(tracer: Tracer, param: str) -> tuple[int, ...]:
-    node = next(n for n, name in tracer.df.weights.items() if name == param)
-    return tuple(tracer.df.shape(node))
 
 
 def _ranges(rows: set[int]) -> Ranges:

@@ -11,7 +11,7 @@ the softmax's input: the numbers of the two vectors are carried there through th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product as product_of
 
@@ -89,7 +89,7 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
         scales.add(_product_scale(df, product, flows, meeting.scale))
     vectors = reader.vectors
     pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)
-    _check(vectors, pairs, [tracer.where_unknown(flows, nodes) for nodes in operands])
+    _check(vectors, pairs, lambda side: tracer.where_unknown(flows, operands[side]))
     width = len(vectors[next(iter(pairs))[0]])
     if len({frozenset(q for q, _ in meeting.pairs) for meeting in met}) > 1:
         pairs, width = _summed(met, reader) or (pairs, width)
@@ -264,9 +264,8 @@ def _summed(met: list[_Meeting], reader: _Vectors) -> tuple[dict[tuple[int, int]
     """
     planes = torch.broadcast_tensors(*(compact(meeting.plane) for meeting in met))
     columns, where = torch.unique(torch.stack(planes).flatten(1), dim=1, return_inverse=True)
-    first = torch.full((columns.shape[1],), len(where)).scatter_reduce_(0, where, torch.arange(len(where)), "amin")
     places: dict[frozenset[tuple[int, int, int]], None] = {}
-    for column in columns.t()[first.argsort()].tolist():
+    for column in columns.t()[_in_order(where)].tolist():
         present = [[(i, q, k) for q, k in met[i].sets[label]] for i, label in enumerate(column) if label != NOTHING]
         places.update(dict.fromkeys(frozenset(parts) for parts in product_of(*present)))
     # Where a product is missing (the edge of a shift) the others stand for the same head as elsewhere.
@@ -317,7 +316,7 @@ def _varies(tracer: Tracer, node: Node, logits: Logits, plane: Tensor) -> bool:
 
 
 def _in_order(plane: Tensor) -> list[int]:
-    """Distinct values in the order in which they first stand in the tensor; 0 and negative ones are padding."""
+    """Distinct values in the order in which they first stand in the tensor."""
     flat = compact(plane).flatten()
     values, where = torch.unique(flat, return_inverse=True)
     places = torch.full((len(values),), len(flat)).scatter_reduce_(0, where, torch.arange(len(flat)), "amin")
@@ -343,14 +342,14 @@ def _product_scale(df: Dataflow, product: Product, flows: dict[Node, Flow], afte
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
-def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None], ends: list[str]) -> None:
-    """Refuse what cannot be told; `ends` says where on either side understanding ended."""
+def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None], end: Callable[[int], str]) -> None:
+    """Refuse what cannot be told; `end` says where on a side understanding ended."""
     for side, name in enumerate(("query", "key")):
         used = {pair[side] for pair in pairs}
         if any(("", ()) in rows for v in used for rows in vectors[v]):
             raise Refused(
                 f"unknown-{name}",
-                f"its {name} side holds data that is not, or not only, the output of projections{ends[side]}",
+                f"its {name} side holds data that is not, or not only, the output of projections{end(side)}",
             )
         if not any(rows for v in used for rows in vectors[v]):
             raise Refused(f"learned-{name}", f"its {name} side is a parameter or a constant, not a projection")

@@ -173,8 +173,8 @@ class Projections:
 
     def _is_thin(self, coordinates: _Coordinates, axis: int) -> bool:
         """Whether an axis of the parameters has one entry only, as the kernel of a 1x1 convolution has."""
-        shapes = [self._df.shape(node) for node, name in self._df.weights.items() if name in coordinates.names]
-        return len(coordinates.along) > 1 and all(shape[axis] == 1 for shape in shapes)
+        shapes = self._df.weight_shapes
+        return len(coordinates.along) > 1 and all(shapes[name][axis] == 1 for name in coordinates.names)
 
     def add_bias(self, label: Tensor, bias: Node) -> None:
         """Note a bias that was added to labelled features, where its entries are numbered like the rows."""
@@ -192,14 +192,13 @@ class Projections:
             if projection.rows.shape[1] == 1 and int(projection.rows[i, 0]) == entry:
                 projection.biases[i] = coordinates.names[which]
 
-    def pairs(self, projection: Projection, made: Tensor, given: Tensor, labels: Labels) -> list[tuple[int, int]]:
+    def pairs(self, projection: Projection, made: Tensor, given: Tensor) -> list[tuple[int, int]]:
         """Which labels of its data go into which feature of a projection.
 
         Arguments:
             projection: The projection.
             made: Labels of its result.
             given: Labels of its data.
-            labels: Where sets of features are made.
 
         Returns:
             Pairs of a feature of the projection and the label of all the features that are summed into it.
@@ -207,11 +206,11 @@ class Projections:
         if self._df.op[projection.node].kind == "convolution":
             groups = _groups(projection.node)
             read = given.unflatten(1, (groups, -1))
-            read = labels.union_along(read, list(range(2, read.dim()))).flatten(2)[:, :, :1]
+            read = self._labels.union_along(read, list(range(2, read.dim()))).flatten(2)[:, :, :1]
             made = made.unflatten(1, (groups, -1)).flatten(2)
         else:
             axis = projection.x_axis % given.dim() if given.dim() else 0
-            read = labels.union_along(given, [axis])
+            read = self._labels.union_along(given, [axis])
             if made.dim() < read.dim():
                 made = made.unsqueeze(axis)
         together = torch.stack(torch.broadcast_tensors(compact(made), compact(read))).flatten(1)

@@ -73,7 +73,7 @@ _NORM_INDEX = {"layer_norm": "layer", "rms_norm": "rms", "group_norm": "layer", 
 _POOLING = frozenset("sum mean amax amin adaptive_avg_pool1d _adaptive_avg_pool2d avg_pool1d avg_pool2d nansum".split())
 
 
-_ADDING = frozenset("add sub rsub cat stack where lerp addcmul add_ copy index_put".split())
+_ADDING = frozenset("add sub rsub cat stack where lerp addcmul copy index_put".split())
 _OF_SIZE = frozenset("pow abs square exp".split())
 """Ops whose mean is a statistic of features and not their average."""
 
