@@ -12,6 +12,7 @@ control flow and index tensors are true. Where that fails and the model is small
     hybrid.py     how one op runs when some of its inputs are fake
     equal.py      which layers are equal but for the numbers in their weights
     layers.py     equal layers are recorded once, where that is safe
+    memory.py     where a tensor's numbers lie
     isolate.py    the model, its hooks, its RNG and the global switches stay as they were
 """
 
@@ -19,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from quack_fx.capture.equal import equal_groups
 from quack_fx.capture.isolate import isolated
 from quack_fx.capture.layers import RepeatedLayer
 from quack_fx.capture.recorder import Recorder
@@ -83,16 +86,13 @@ def capture(
     """
     kwargs = kwargs or {}
     reason = ""
-    for keep_real in (True, False):
-        # A forward that fails because layers were left out is run again with all of them.
-        for once in (True, False) if layers_once else (False,):
-            recorder = Recorder(model, "hybrid", keep_real, layers_once=once)
-            try:
-                return _run(model, args, kwargs, recorder)
-            except Exception as error:
-                reason = reason or _first_line(error)
-            if recorder.layers is not None and not recorder.layers.any:
-                break
+    groups = list(equal_groups(model)) if layers_once else []
+    # A forward that fails because layers were left out is run again with all of them.
+    for keep_real, equal in product((True, False), ([groups, []] if groups else [[]])):
+        try:
+            return _run(model, args, kwargs, Recorder(model, "hybrid", keep_real, equal))
+        except Exception as error:
+            reason = reason or _first_line(error)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if size > REAL_LIMIT_BYTES:
         raise CaptureError(
@@ -118,7 +118,7 @@ def _run(
         args, kwargs = recorder.inputs(args, kwargs)
         with torch.no_grad(), recorder:
             output = model(*args, **kwargs)
-    repeated = recorder.layers.done() if recorder.layers is not None else ()
+    repeated = recorder.layers.done()
     return Capture(recorder.finish(output), recorder.way, tuple(recorder.canned), fallback_reason, repeated)
 
 

@@ -7,9 +7,9 @@ submodules that it had before, and the random generators of torch and Python and
 
 from __future__ import annotations
 
+import functools
 import operator
 import random
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +22,7 @@ from torch import nn
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
     """Context in which `model`'s forward may run without leaving a trace."""
-    before = [(module, _snapshot(module)) for module in model.modules()]
+    before = [(module, Snapshot(module)) for module in model.modules()]
     python_rng = random.getstate()
     # nn.MultiheadAttention and TransformerEncoder would otherwise run as one opaque op.
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -35,7 +35,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         random.setstate(python_rng)
         for module, snapshot in before:
-            _restore(module, *snapshot)
+            snapshot.restore(module)
 
 
 @contextmanager
@@ -52,36 +52,55 @@ def _autocast_knows_meta() -> Iterator[None]:
         yield
 
 
-_CONTAINERS = frozenset({dict, OrderedDict, list, set})
+class Snapshot:
+    """A module's attributes, with what its containers hold."""
 
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = dict(vars(module))
+        # Most containers of a module are empty, and a large model has millions: nothing is copied for those.
+        self._contents = {
+            n: (kind(v) if v else None)
+            for n, v in self._attributes.items()
+            if (kind := _kind_of(v.__class__)) is not None
+        }
 
-def _snapshot(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A module's attributes, and copies of those that are plain containers (None for an empty one)."""
-    attributes = dict(vars(module))
-    contents = {n: v.copy() if v else None for n, v in attributes.items() if v.__class__ in _CONTAINERS}
-    return attributes, contents
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module still has the very same attributes, and its containers hold the very same things."""
+        now = vars(module)
+        return (
+            len(now) == len(self._attributes)
+            and all(name in now and now[name] is value for name, value in self._attributes.items())
+            and all(_same(self._attributes[name], content) for name, content in self._contents.items())
+        )
 
-
-def _restore(module: nn.Module, attributes: dict[str, Any], contents: dict[str, Any]) -> None:
-    now = vars(module)
-    for name in now.keys() - attributes.keys():
-        del now[name]
-    now.update(attributes)
-    for name, content in contents.items():
-        value = attributes[name]
-        if content is None:
-            if value:
+    def restore(self, module: nn.Module) -> None:
+        """Give the module back what it had."""
+        now = vars(module)
+        for name in now.keys() - self._attributes.keys():
+            del now[name]
+        now.update(self._attributes)
+        for name, content in self._contents.items():
+            value = self._attributes[name]
+            if not _same(value, content):
                 value.clear()
-        elif isinstance(value, list):
-            value[:] = content
-        elif not _same(value, content):
-            value.clear()
-            value.update(content)
+                if content is not None:
+                    (value.extend if isinstance(value, list) else value.update)(content)
+
+
+@functools.cache
+def _kind_of(kind: type) -> type | None:
+    """The plain container that a class is one of."""
+    return next((plain for plain in (dict, list, set) if issubclass(kind, plain)), None)
 
 
 def _same(value: Any, content: Any) -> bool:
+    """Whether a container holds the very same things, in the same order; None is an empty one."""
+    if content is None:
+        return not value
     if len(value) != len(content):
         return False
     if isinstance(value, dict):
-        return all(map(operator.is_, value.values(), content.values())) and list(value) == list(content)
-    return bool(value == content)
+        return all(map(operator.is_, value.values(), content.values())) and all(map(operator.is_, value, content))
+    if isinstance(value, set):
+        return set(map(id, value)) == set(map(id, content))
+    return all(map(operator.is_, value, content))

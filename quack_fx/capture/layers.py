@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from quack_fx.capture.equal import EqualGroup, Place, equal_groups, renamed
+from quack_fx.capture.equal import EqualGroup, Place, renamed
+from quack_fx.capture.isolate import Snapshot
+from quack_fx.capture.memory import storage_of
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
 _CONSTANT = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -99,20 +101,15 @@ class _Call:
 class EqualLayers:
     """The equal layers of one model while its forward is recorded."""
 
-    def __init__(self, model: nn.Module, tape: Tape) -> None:
+    def __init__(self, groups: Sequence[EqualGroup], tape: Tape) -> None:
         self._repeated: list[RepeatedLayer] = []
         self._tape = tape
-        self._groups = list(equal_groups(model))
+        self._groups = list(groups)
         self._calls: dict[int, list[_Call]] = {}
         self._contradicted = False
         self._running = False
         self._read: set[tuple[int, str]] = set()
         self._held: dict[int, dict[str, Any]] = {}
-
-    @property
-    def any(self) -> bool:
-        """Whether the model has equal layers."""
-        return bool(self._groups)
 
     def done(self) -> tuple[RepeatedLayer, ...]:
         """The layers that were left out.
@@ -127,6 +124,9 @@ class EqualLayers:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Context in which calls of the layers come here first; for use where the model's attributes are restored."""
+        if not self._groups:
+            yield
+            return
         for group in self._groups:
             for layer in group.members:
                 self._hold(layer, group)
@@ -187,7 +187,7 @@ class EqualLayers:
                 if isinstance(x, Tensor):
                     given_nodes.setdefault(tape.node(x), i)
             last = next(iter(reversed(tape.graph.nodes)), None)
-            before = [(module, _attributes(module)) for module in layer.modules()]
+            before = [(module, Snapshot(module)) for module in layer.modules()]
         self._read.clear()
         self._running = True
         try:
@@ -203,7 +203,7 @@ class EqualLayers:
                 self._contradicted |= not any(self._alike(known, call) for known in calls if known.confirmed)
             elif (
                 read is not None
-                and all(_unchanged(module, attributes) for module, attributes in before)
+                and all(snapshot.holds(module) for module, snapshot in before)
                 and _results_are_new(call)
                 and _only_given(call)
             ):
@@ -289,40 +289,16 @@ def _since(graph: Graph, last: Node | None) -> list[Node]:
     return found[::-1]
 
 
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Each attribute with its content where it is a plain container."""
-    return {name: (value, _content(value)) for name, value in vars(module).items()}
-
-
-def _content(value: Any) -> Any:
-    if isinstance(value, dict):
-        return tuple(value.items())
-    return tuple(value) if isinstance(value, list | set) else None
-
-
-def _unchanged(module: nn.Module, before: dict[str, tuple[Any, Any]]) -> bool:
-    """Whether the module has the very attributes that it had."""
-    now = _attributes(module)
-    return now.keys() == before.keys() and all(
-        value is before[name][0] and _identities(content) == _identities(before[name][1])
-        for name, (value, content) in now.items()
-    )
-
-
-def _identities(content: Any) -> Any:
-    return None if content is None else [tuple(map(id, x)) if isinstance(x, tuple) else id(x) for x in content]
-
-
 def _results_are_new(call: _Call) -> bool:
     """Whether the outputs are inputs handed through, plain values, and fake tensors with memory of their own."""
-    storages: list[int] = [_storage(x) for x in call.given if isinstance(x, Tensor)]
+    storages: list[int] = [storage_of(x) for x in call.given if isinstance(x, Tensor)]
     for value in call.result:
         if isinstance(value, Tensor):
             if any(value is x for x in call.given):
                 continue
-            if not value.is_meta or _storage(value) in storages:
+            if not value.is_meta or storage_of(value) in storages:
                 return False
-            storages.append(_storage(value))
+            storages.append(storage_of(value))
         elif not isinstance(value, _PLAIN):
             return False
     return any(isinstance(v, Tensor) and all(v is not x for x in call.given) for v in call.result)
@@ -334,8 +310,8 @@ def _only_given(call: _Call) -> bool:
     outside = {a for node in call.nodes for a in node.all_input_nodes if a not in inside}
     if any(node.op == "call_function" and node not in call.given_nodes for node in outside):
         return False
-    before = {_storage(t) for n in {*outside, *call.given_nodes, *_constants(call.nodes)} for t in _tensors(n)}
-    return not any(_storage(t) in before for node in call.nodes for t in _written(node))
+    before = {storage_of(t) for n in {*outside, *call.given_nodes, *_constants(call.nodes)} for t in _tensors(n)}
+    return not any(storage_of(t) in before for node in call.nodes for t in _written(node))
 
 
 def _written(node: Node) -> list[Tensor]:
@@ -355,10 +331,6 @@ def _constants(nodes: list[Node]) -> list[Node]:
 def _tensors(node: Node) -> list[Tensor]:
     value = node.meta.get("val")
     return [t for t in (value if isinstance(value, list | tuple) else (value,)) if isinstance(t, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _escaped(calls: list[_Call], alive: list[Any]) -> bool:

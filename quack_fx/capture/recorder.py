@@ -10,7 +10,6 @@ tensor (hybrid) or, for parameters that have no numbers, a random tensor (real);
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,11 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from quack_fx.capture.equal import EqualGroup
 from quack_fx.capture.hybrid import run_mixed
 from quack_fx.capture.layers import EqualLayers
-
-Place = tuple[Any, ...]
-"""A view's place: storage, offset, shape, strides, dtype."""
+from quack_fx.capture.memory import Place, place_of, storage_of, window_on
 
 
 class Recorder(TorchDispatchMode):
@@ -35,7 +33,11 @@ class Recorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(
-        self, model: nn.Module, way: Literal["hybrid", "real"], keep_real: bool = True, *, layers_once: bool = False
+        self,
+        model: nn.Module,
+        way: Literal["hybrid", "real"],
+        keep_real: bool = True,
+        equal: Sequence[EqualGroup] = (),
     ) -> None:
         super().__init__()
         self.graph = Graph()
@@ -54,11 +56,11 @@ class Recorder(TorchDispatchMode):
         self._own_storages: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self._own[id(tensor)] = name
-            self._own_places.setdefault(_place(tensor), name)
-            self._own_storages.setdefault(_storage(tensor), (name, tensor))
+            self._own_places.setdefault(place_of(tensor), name)
+            self._own_storages.setdefault(storage_of(tensor), (name, tensor))
         self.names.update(self._own)
-        self._parameters = {_storage(p) for p in model.parameters()}
-        self.layers = EqualLayers(model, self) if layers_once else None
+        self._parameters = {storage_of(p) for p in model.parameters()}
+        self.layers = EqualLayers(equal, self)
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -74,7 +76,7 @@ class Recorder(TorchDispatchMode):
         ]
         self._index_lists = _IndexLists()
         self._index_lists.__enter__()
-        self._watch = self.layers.watched() if self.layers is not None else nullcontext()
+        self._watch = self.layers.watched()
         self._watch.__enter__()
         super().__enter__()
         return self
@@ -194,19 +196,19 @@ class Recorder(TorchDispatchMode):
     def _remember(self, tensor: Tensor, node: Node) -> None:
         node.meta.setdefault("val", tensor)
         self._nodes[id(tensor)] = node
-        self._places[_place(tensor)] = node
+        self._places[place_of(tensor)] = node
         self.alive.append(tensor)
 
     def node(self, tensor: Tensor) -> Node:
         """Node of a tensor: of the op that made it, or one for a tensor from outside."""
-        node = self._nodes.get(id(tensor)) or self._places.get(_place(tensor))
+        node = self._nodes.get(id(tensor)) or self._places.get(place_of(tensor))
         return node if node is not None else self._outside(tensor)
 
     def _outside(self, tensor: Tensor) -> Node:
         """Node of a tensor that no recorded op made: a parameter, a buffer, a view of one, or a constant."""
         self._make_twin(tensor)
-        name = self._own.get(id(tensor)) or self._own_places.get(_place(tensor))
-        if name is None and (owner := self._own_storages.get(_storage(tensor))) is not None:
+        name = self._own.get(id(tensor)) or self._own_places.get(place_of(tensor))
+        if name is None and (owner := self._own_storages.get(storage_of(tensor))) is not None:
             base = self.node(owner[1])
             place = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
             node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *place))
@@ -222,12 +224,12 @@ class Recorder(TorchDispatchMode):
 
     def twin(self, tensor: Tensor) -> Tensor:
         """What an op gets in place of `tensor`: see the file's docstring."""
-        storage = self._twins.get(_storage(tensor))
-        return tensor if storage is None else _view(tensor, storage)
+        storage = self._twins.get(storage_of(tensor))
+        return tensor if storage is None else window_on(storage, tensor)
 
     def _make_twin(self, tensor: Tensor) -> None:
         """Twin storage of a tensor from outside the recording; see the file's docstring."""
-        key, original = _storage(tensor), tensor.untyped_storage()
+        key, original = storage_of(tensor), tensor.untyped_storage()
         if key in self._twins or tensor.layout != torch.strided:
             return
         if key not in self._parameters:
@@ -245,9 +247,9 @@ class Recorder(TorchDispatchMode):
     def _taint(self, tensor: Tensor) -> Tensor:
         """A real tensor receives fake values in place: from now on all of its storage is fake."""
         storage = torch.UntypedStorage(tensor.untyped_storage().nbytes(), device="meta")
-        self._twins[_storage(tensor)] = storage
+        self._twins[storage_of(tensor)] = storage
         self.alive.append(tensor)
-        return _view(tensor, storage)
+        return window_on(storage, tensor)
 
 
 class _IndexLists(TorchFunctionMode):
@@ -280,19 +282,3 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _without_modules(value: Any) -> Any:
     """Sub-graphs of higher-order ops are left out of the graph: their tensors come as arguments of their own."""
     return None if callable(value) and not isinstance(value, Node | Tensor) else value
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _place(tensor: Tensor) -> Place:
-    if tensor.layout != torch.strided:
-        return (id(tensor),)
-    return (_storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-
-
-def _view(tensor: Tensor, storage: torch.UntypedStorage) -> Tensor:
-    """The same window on another storage."""
-    window = torch.empty(0, dtype=tensor.dtype, device=storage.device)
-    return window.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
