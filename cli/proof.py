@@ -57,13 +57,10 @@ def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, s
 
 def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | None:
     """A small model of a target's config and its size in words; None where the target is no config."""
-    from quack_fx.targets import _settle, hf
+    from quack_fx.targets import hf, settle
     from quack_fx.targets.files import Namespace
+    from quack_fx.targets.shrink import shrunk
 
-    try:
-        from quack_fx.targets.shrink import shrunk  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return None
     path = hf.config_path(target.source)
     if path is None:
         return None
@@ -71,7 +68,7 @@ def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | N
     for config in shrunk(names["config"]):
         space = Namespace(target.source, {**names, "config": config})
         with suppress(TargetError):  # the next one is less small
-            return _settle(hf.recipe(space), space, None, True, say), _size(config)
+            return settle(hf.recipe(space), space, None, True, say), _size(config)
     return None
 
 

@@ -108,7 +108,7 @@ def resolve(
         if build and name:
             raise TargetError(f"{target!r} names {name!r} and --build {build!r} is given too; give one of them")
         recipe = _given(build, namespace) if build else pick(namespace, name)
-    return _settle(recipe, namespace, inputs, real, say)
+    return settle(recipe, namespace, inputs, real, say)
 
 
 def _given(expression: str, namespace: Namespace) -> Recipe:
@@ -128,7 +128,7 @@ def _kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
-def _settle(recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool, say: Callable[[str], None]) -> Target:
+def settle(recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool, say: Callable[[str], None]) -> Target:
     """Build the model, on meta if that works, and find inputs for which its forward runs."""
     refusal: TargetError | None = None
     for device, model in _builds(recipe, namespace, real, say):

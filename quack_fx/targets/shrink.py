@@ -222,15 +222,15 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
     small: dict[str, Any] = {}
     for key, value in fields.items():
         if _is_per_layer(key, value):
-            kept = {number: part for number, part in value.items() if int(number) < layers}
-            small[key] = {number: _shrunk(part, factors, pictures, tables) for number, part in kept.items()}
+            parts = {number: part for number, part in value.items() if int(number) < layers}
+            small[key] = {number: _shrunk(part, factors, pictures, tables) for number, part in parts.items()}
         elif _is_part(value):
             rope = key.startswith("rope")
             small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, pictures, tables)
         elif key in _OUTPUTS:
             if key == "out_indices" and isinstance(value, list):
-                kept = list(range(layers - len(value) + 1, layers + 1))  # type: ignore[assignment]
-                small[key] = kept if _lengths_of_stacks(fields) else value
+                last = list(range(layers - len(value) + 1, layers + 1))
+                small[key] = last if _lengths_of_stacks(fields) else value
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS + 1) for n in value] if isinstance(value, list | tuple) else min(value, layers)
         elif _SHARED.search(key) and isinstance(value, int):
