@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_models import example, heads, site
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from toy import Toy
 
 from quack_fx.find import find, find_in_graph, find_qk_pairs
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, WeightBlock
@@ -23,19 +24,6 @@ BATCH, TOKENS, OTHERS, WIDTH, HEADS, DIM = 2, 5, 7, 24, 3, 4
 INNER = HEADS * DIM
 X, Y = torch.ones(BATCH, TOKENS, WIDTH), torch.ones(BATCH, OTHERS, WIDTH)
 SCALE = DIM**-0.5
-
-
-class Toy(nn.Module):
-    """Weights by name and a function that uses them."""
-
-    def __init__(self, run: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.run(self, *inputs)
 
 
 Made = tuple[nn.Module, tuple[Tensor, ...], AttentionSite]

@@ -5,12 +5,12 @@ What must be found is written down beside each: the rows of a head, factor by fa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from tiny_models import heads
 from torch import Tensor, nn
+from toy import Toy
 
 from quack_fx.find import find_qk_pairs
 from quack_fx.layout import AttentionSite, WeightBlock
@@ -18,19 +18,6 @@ from quack_fx.layout import AttentionSite, WeightBlock
 X, Y = torch.ones(2, 5, 13), torch.ones(2, 7, 15)
 HEADS, DIM = 3, 4
 INNER = HEADS * DIM
-
-
-class Toy(nn.Module):
-    """Weights by name and a function that uses them."""
-
-    def __init__(self, run: Callable[..., Tensor], **parts: nn.Module | Tensor) -> None:
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.run(self, *inputs)
 
 
 def linear(of: int, to: int, bias: bool = False) -> nn.Linear:
