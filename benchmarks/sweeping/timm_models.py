@@ -66,15 +66,13 @@ class _TooLargeError(Exception):
 
 
 def candidates() -> Iterator[Candidate]:
-    """One candidate for each distinct form of timm's architectures, and its attention layers with unusual options."""
+    """One candidate for each distinct form of timm's architectures."""
     seen: set[object] = set()
     for form in forms():
         signature = _signature(form)
         if signature not in seen:
             seen.add(signature)
             yield Candidate("timm", form.family, form.architecture, functools.partial(build, form))
-    for name, make in _layers().items():
-        yield Candidate("timm", "layers", name, make)
 
 
 def forms() -> Iterator[Form]:
@@ -216,10 +214,3 @@ def _without_numbers(value: Any) -> object:
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return type(value).__name__, _without_numbers(fields)
     return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
-
-
-# ---- layers ----------------------------------------------------------------------------------------------------------
-
-
-def _layers() -> dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]]:
-    return {}
