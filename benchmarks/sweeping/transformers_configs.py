@@ -27,6 +27,34 @@ _INDEXER = {
     **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256},
     **{"indexer_budget": 64, "indexer_compress_ratio": 4},
 }
+_VIDEO = {
+    "image_size": 256,
+    "memory_attention_rope_feat_sizes": [16, 16],
+    "prompt_encoder_config": {"image_size": 256},
+    "vision_config": {
+        "backbone_config": {"image_size": [256, 256]},
+        "backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
+    },
+}
+_EDGE = {"backbone_config": _REPVIT, "backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]}
+_SQUARE = {7: "long", 5: "mid", 3: "short"}
+_INTRACLASS = {
+    **{"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]},
+    **{f"vertical_long_to_small_conv_{s}ratio": [[k, 1], [1, 1], [k // 2, 0]] for k, s in _SQUARE.items()},
+    **{f"horizontal_small_to_long_conv_{s}ratio": [[1, k], [1, 1], [0, k // 2]] for k, s in _SQUARE.items()},
+    **{f"symmetric_conv_long_{s}ratio": [[k, k], [1, 1], [k // 2, k // 2]] for k, s in _SQUARE.items()},
+}
+_STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
+_LCNET = _STAGES | {  # the default halves the height alone, as for lines of text
+    "block_configs": [
+        *([[3, 96, 96, 1, True]], [[3, 96, 96, 2, False], [3, 96, 96, 1, False]]),
+        *([[3, 96, 192, 2, False], [3, 192, 192, 1, True]], [[3, 192, 384, 2, False], [3, 384, 384, 1, True]]),
+    ]
+}
+_PYRAMID = {
+    **{"kernel_list": [3, 2, 2], "scale_factor_list": [1, 2, 4, 8], "intraclass_block_config": _INTRACLASS},
+    "backbone_config": _STAGES,
+}
 _EFFICIENTNET = {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim": 640}
 _TIMM_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 28, "patch_size": 14}
 
@@ -34,13 +62,14 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
-    "align": {"vision_config": _EFFICIENTNET},
+    "align": {"vision_config": _EFFICIENTNET, "projection_dim": 160},
     "efficientnet": _EFFICIENTNET,
     "aya_vision": {"vision_config": {"num_attention_heads": 12}},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "blip-2": {"image_token_index": 50},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
+    "clvp": {"speech_config": {"vocab_size": 8194}},
     "cohere_compass": {
         "text_config": {"rope_parameters": {"full_attention": _MULTI | {"mrope_section": [24, 20, 20]}}}
     },
@@ -53,8 +82,18 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "depth_pro": {"patch_size": 56}
     | {f"{part}_model_config": {"image_size": 56} for part in ("image", "patch", "fov")},
-    "edgetam": {"vision_config": {"backbone_config": _REPVIT}},
+    "edgetam": {"vision_config": _EDGE, "prompt_encoder_config": {"image_size": 256}},
+    "edgetam_video": {**_VIDEO, "vision_config": _EDGE},
     "edgetam_vision_model": {"backbone_config": _REPVIT},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _MULTI | {"mrope_section": [22, 22, 20]}}},
+    "fast_vlm": {
+        "vision_config": {
+            "model_args": {"inference_mode": True, "layers": [1] * 5, "embed_dims": [32, 64, 128, 256, 512]},
+            "hidden_size": 1024,
+        }
+    },
+    "gemma3n": {"vision_config": {"model_args": {"channel_multiplier": 0.25}}},
+    "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 15}},
     "glm46v": {"text_config": _GLM_ROPE},
     "glm4v": {"text_config": _GLM_ROPE},
     "glm4v_moe": {"text_config": {"head_dim": 128, **_GLM_ROPE}},
@@ -73,16 +112,25 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "instructblip": {"image_token_index": 50},
     "instructblipvideo": {"video_token_index": 50},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "lw_detr": {"projector_scale_factors": [1.0], "num_feature_levels": 1},
     "ministral": {"head_dim": 128},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "omdet-turbo": {"backbone_config": {"img_size": 64}},
     "pe_audio_video": {"audio_video_config": {"video_config": {"vision_config": {"model_args": _TIMM_VIT}}}},
     "pe_audio_video_encoder": {"video_config": {"vision_config": {"model_args": _TIMM_VIT}}},
     "pe_video": {"video_config": {"vision_config": {"model_args": _TIMM_VIT}}},
     "pe_video_encoder": {"vision_config": {"model_args": _TIMM_VIT}},
     "perception_lm": {"vision_config": {"architecture": "vit_tiny_patch16_224", "model_args": _TIMM_VIT}},
+    "pp_doclayout_v2": {
+        **{"class_thresholds": [0.5, 0.5], "class_order": [0, 1], "id2label": {0: "text", 1: "title"}},
+        "anchor_image_size": None,
+    },
+    "pp_ocrv5_server_det": _PYRAMID,
+    "pp_ocrv6_medium_det": _PYRAMID | {"backbone_config": _LCNET},
+    "pp_ocrv6_small_det": {"backbone_config": _LCNET, "layer_list_out_channels": [96, 96, 192, 384]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 151652, "text_config": _QWEN_ROPE},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
@@ -93,8 +141,19 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
         },
         "prompt_encoder_config": {"image_size": 256},
     },
+    "sam2_video": _VIDEO,
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "step3p7": {"text_config": {"sliding_window": 4}},
-    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 1, "attn_layer_offset": 0, "layers_block_type": None},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "timm_backbone": {"backbone": "resnet10t"},
+    "tvp": {"max_img_size": 96, "visual_prompt_size": 16, "num_frames": 2},
+    "uvdoc": {
+        "backbone_config": {
+            "out_features": [f"stage{number}" for number in range(1, 7)],
+            "out_indices": [1, 2, 3, 4, 5, 6],
+        }
+    },
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["hybrid", "hybrid", "linear_attention"]},
     "qwen2_5_vl": {"text_config": _QWEN_ROPE, "vision_config": {"out_hidden_size": 8192}},
     "qwen2_5_vl_text": _QWEN_ROPE,
     "qwen2_vl": {"text_config": _QWEN_ROPE, "vision_config": {"hidden_size": 8192}},

@@ -252,9 +252,9 @@ _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     },
     "oneformer": lambda c: {"pixel_values": noise(BATCH, 3, 64, 96), "task_inputs": ids(c, tokens=c.task_seq_len)},
     "tvp": lambda c: {
-        "input_ids": ids(c),
-        "pixel_values": noise(BATCH, 2, 3, 448, 448),
-        "attention_mask": ones(BATCH, 5),
+        "input_ids": ids(c, 1),
+        "pixel_values": noise(1, c.num_frames, 3, c.max_img_size, c.max_img_size),
+        "attention_mask": ones(1, TOKENS),
     },
     "xmod": lambda c: {"input_ids": ids(c), "lang_ids": torch.zeros(BATCH, dtype=torch.long)},
     "speecht5": lambda c: {

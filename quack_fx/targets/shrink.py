@@ -32,6 +32,11 @@ CHANNELS = 32
 QUERIES = 12
 """Learned queries: no more than a small picture has places to look at."""
 
+PATCHES = 4
+"""Height and width of a picture, in patches."""
+PLACES = 4
+"""Tokens that stand for a picture: two rows of two."""
+
 _LAYERS = re.compile(
     r"^(num_|n_)?(hidden_|encoder_|decoder_|text_|vision_|speech_|adapter_|feature_)?(layers?|blocks|n_layer)$"
     r"|^(n_layers?|num_layers?|depths?|num_hidden_layers|(num_)?\w*(encoder|decoder|attention|transformer)_layers)$"
@@ -48,7 +53,7 @@ _SPAN = re.compile(
 )
 _WIDTH = re.compile(
     r"hidden|intermediate|ffn|inner|embe?d|d_model|d_ff|d_inner|d_latents|d_ssm|dim$|_dim_|dims$|width|channels?|lora_rank"
-    r"|proj|lru|emb_size|filters"
+    r"|proj|lru|emb_size|filters|adapter_input"
 )
 _QUERIES = re.compile(r"^num_(object_)?quer(y|ies)$|^num_query_tokens$")
 _INNER = re.compile(r"intermediate_(size|dim)$|ffn_(dim|hidden_size)$")
@@ -60,11 +65,13 @@ _NO_WIDTH = re.compile(
 )
 _OUTPUTS = ("out_features", "out_indices", "stage_names")
 """Which layers a backbone gives out: one says it for all."""
-_EXPERTS = re.compile(r"^(num_|n_)(\w*_)?experts$")
+_EXPERTS = re.compile(r"^(moe_)?(num_|n_)(\w*_)?experts$")
 _CHOSEN = re.compile(r"experts_per_tok|^(?!index).*top_?k|moe_k")
 _PERIODS = re.compile(r"(period|interval|pattern|every|freq|frequency|_step|offset|first_k_dense\w*|moe_layer_start)")
-_NUMBERED = re.compile(r"layer|index|indices|attention_blocks")
+_NUMBERED = re.compile(r"^(?!.*(channels|sizes|dims)).*(layer|index|indices|attention_blocks)")
 _SHARED = re.compile(r"^num_\w*shared_layers$")
+_NAME_OF_A_MODEL = ("architecture", "backbone")
+"""A part with such a field is built by the name that stands there, and is as large as that model is."""
 _STATE_SPACE = re.compile(r"mamba|ssm|linear|conv")
 """Recurrences have heads of their own, which may be narrow."""
 
@@ -93,6 +100,7 @@ def shrunk(config: Any) -> Iterator[Any]:
         (False, True, False, True, True),
         (False, True, False, False, True),
         (True, False, False, True, True),
+        (False, False, False, True, True),
         (False, False, False, False, True),
         (False, False, False, False, False),
     ):
@@ -117,13 +125,20 @@ def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_part(value: Any) -> bool:
-    """Whether a field holds fields itself, and no table of labels."""
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    """Whether a field holds fields itself: no table of labels, and no model that another package knows by its name."""
+    if not isinstance(value, dict) or any(isinstance(value.get(key), str) for key in _NAME_OF_A_MODEL):
+        return False
+    return all(isinstance(key, str) for key in value)
 
 
 def _numbers(value: Any) -> list[int]:
     values = value if isinstance(value, list | tuple) else [value]
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+
+
+def _is_ascending(value: Any) -> bool:
+    """Whether a field lists numbers of layers, or the like: whole numbers, each larger than the one before."""
+    return isinstance(value, list) and value == sorted(set(_numbers(value)))
 
 
 # ---- widths ----------------------------------------------------------------------------------------------------------
@@ -212,6 +227,13 @@ def _divided(value: Any, by: int) -> Any:
     return value // by if value % by == 0 else max(8, value // by // 8 * 8)
 
 
+def _inner(value: Any, by: int) -> Any:
+    """A width that no other depends on, or one a layer."""
+    if isinstance(value, list | tuple):
+        return [_inner(v, by) for v in value]
+    return max(1, value // (by * 8)) * 8 if type(value) is int and value > 8 else value
+
+
 # ---- one config ------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +243,8 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
     vocabulary = min(VOCABULARY, fields.get("vocab_size") or VOCABULARY) if tables else fields.get("vocab_size")
     small: dict[str, Any] = {}
     for key, value in fields.items():
+        if key not in _OUTPUTS and isinstance(value, list) and len(value) in cut and len(value) > layers > 0:
+            value = value[:layers]  # one entry a layer
         if _is_per_layer(key, value):
             parts = {number: part for number, part in value.items() if int(number) < layers}
             small[key] = {number: _shrunk(part, factors, pictures, tables) for number, part in parts.items()}
@@ -234,10 +258,9 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS + 1) for n in value] if isinstance(value, list | tuple) else min(value, layers)
         elif _SHARED.search(key) and isinstance(value, int):
-            small[key] = min(value, layers // 2)
-        elif isinstance(value, list) and len(value) in cut and len(value) > layers > 0:
-            small[key] = value[:layers]  # one entry a layer
-        elif isinstance(value, list) and _NUMBERED.search(key) and _numbers(value) == sorted(set(value)):
+            total = max(_lengths_of_stacks(fields), default=0)
+            small[key] = layers if value >= total else min(value, layers // 2)
+        elif _NUMBERED.search(key) and _is_ascending(value):
             small[key] = [n for n in value if -layers <= n < layers]  # numbers of layers
         elif _is_heads(key):
             small[key] = _divided(value, fewer)
@@ -255,12 +278,14 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = min(value, QUERIES)
         elif key.endswith("token_id") or key.endswith("token_index"):
             small[key] = _within(value, vocabulary, sum(map(ord, key)))
+        elif pictures and key == "mm_tokens_per_image" and isinstance(value, int):
+            small[key] = min(value, PLACES)
         elif pictures and key == "image_size":
             small[key] = _picture(value, fields.get("patch_size"))
         elif "channels" in key and not _NO_WIDTH.search(key) and isinstance(value, int):
             small[key] = max(value // (narrow * fewer), min(value, CHANNELS))
-        elif _INNER.search(key) and isinstance(value, int) and value > 8:
-            small[key] = max(1, value // (narrow * fewer * 8)) * 8
+        elif _INNER.search(key):
+            small[key] = _inner(value, narrow * fewer)
         elif (_WIDTH.search(key) and not _NO_WIDTH.search(key)) or _is_group_a_feature(key, value, fields):
             small[key] = _divided(value, narrow * fewer)
         else:
@@ -302,7 +327,7 @@ def _layers_kept(fields: dict[str, Any]) -> int:
         kinds = isinstance(value, list) and len(value) > 1 and all(isinstance(v, str | int) for v in value)
         if kinds and (len(value) == total or re.search(r"layer\w*types?|block_types?", key)):
             needed.append(max(map(value.index, set(value))) + 1)
-        elif isinstance(value, list) and value and _NUMBERED.search(key) and _numbers(value) == sorted(set(value)):
+        elif value and _NUMBERED.search(key) and _is_ascending(value):
             needed.append(min(value) + 2)
         elif _is_per_layer(key, value):
             needed.append(min(map(int, value)) + 1)
@@ -310,16 +335,14 @@ def _layers_kept(fields: dict[str, Any]) -> int:
             needed.append(value + 1)
     if _lengths_of_stacks(fields) and isinstance(outputs := fields.get("out_indices"), list):
         needed.append(len(outputs))
-    if any(_SHARED.search(key) and value for key, value in fields.items()):
+    if any(_SHARED.search(key) and value and value < total for key, value in fields.items()):
         needed = [2 * max(needed)]  # every kind among the layers that share and among those that are shared
     return min(total, MOST_LAYERS, max(needed))
 
 
 def _experts(fields: dict[str, Any], count: int) -> int:
     """Fewer experts, as many as routing needs."""
-    chosen = [
-        n for k, v in fields.items() if re.search(r"experts_per_tok|^(?!index).*top_?k|moe_k", k) for n in _numbers(v)
-    ]
+    chosen = [n for k, v in fields.items() if _CHOSEN.search(k) for n in _numbers(v)]
     groups = [n for k, v in fields.items() if k == "n_group" for n in _numbers(v)]
     wanted = max([EXPERTS, *(2 * n for n in chosen), *(2 * n for n in groups)])
     return count if wanted >= count or any(wanted % n for n in groups) else wanted
@@ -341,15 +364,20 @@ def _picture(value: Any, patch: Any) -> Any:
         return [_picture(v, p) for v, p in zip(value, patches, strict=False)]
     if not isinstance(patch, int):
         return min(value, 64) if isinstance(value, int) else value
-    return value if not isinstance(value, int) or value <= 4 * patch or patch < 8 else 4 * patch
+    return value if not isinstance(value, int) or value <= PATCHES * patch or patch < 8 else PATCHES * patch
 
 
 def _sections(value: Any, by: int) -> Any:
-    """Parts of a head's features that add up to the smaller head."""
+    """Parts of a head's features that add up to the smaller head; those that are equal stay so."""
     if not isinstance(value, list | tuple) or sum(value) % by or sum(value) // by < len(value):
         return value
-    parts = [max(1, n // by) for n in value[1:]]
-    return [sum(value) // by - sum(parts), *parts]
+    parts = [max(1, n // by) for n in value]
+    left = sum(value) // by - sum(parts)
+    for n in dict.fromkeys(value):
+        share, rest = divmod(left, value.count(n))
+        if not rest and max(1, n // by) + share > 0:
+            return [part + share * (of == n) for part, of in zip(parts, value, strict=True)]
+    return value
 
 
 def _scaled_rope(fields: dict[str, Any], narrow: int) -> dict[str, Any]:
