@@ -83,7 +83,7 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "depth_pro": {"patch_size": 56}
     | {f"{part}_model_config": {"image_size": 56} for part in ("image", "patch", "fov")},
     "edgetam": {"vision_config": _EDGE, "prompt_encoder_config": {"image_size": 256}},
-    "edgetam_video": {**_VIDEO, "vision_config": _EDGE},
+    "edgetam_video": _VIDEO | {"memory_attention_rope_k_sizes": [16, 16]},
     "edgetam_vision_model": {"backbone_config": _REPVIT},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": _MULTI | {"mrope_section": [22, 22, 20]}}},
     "fast_vlm": {
@@ -142,6 +142,18 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
         "prompt_encoder_config": {"image_size": 256},
     },
     "sam2_video": _VIDEO,
+    "sam3_tracker_video": {
+        **{"image_size": 252, "prompt_encoder_config": {"image_size": 252}},
+        "memory_attention_rope_feat_sizes": [18, 18],
+        "vision_config": {
+            "backbone_feature_sizes": [[72, 72], [36, 36], [18, 18]],
+            "backbone_config": {
+                **{"image_size": 252, "pretrain_image_size": 84, "window_size": 6},
+                **{"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4},
+                **{"num_hidden_layers": 2, "global_attn_indexes": [1]},
+            },
+        },
+    },
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "step3p7": {"text_config": {"sliding_window": 4}},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},

@@ -76,26 +76,31 @@ def _with_pictures(model: nn.Module, names: Any) -> Iterator[Inputs]:
     """Text and pictures: as many tokens stand for a picture as the model makes of it."""
     config: Any = model.config
     token = _first(config, "image_token_id", "image_token_index")
-    features = getattr(model, "get_image_features", None)
+    parts: list[Any] = [model, *model.children()]
+    features = next((part.get_image_features for part in parts if hasattr(part, "get_image_features")), None)
     if token is None or features is None or not {"input_ids", "pixel_values"} <= set(names):
         return
     if "image_grid_thw" in names:
         seen = [_patches(config, "pixel_values", "image_grid_thw")]
     else:
         seen = [guess for guess in hf.inputs(model, BATCH, TOKENS) if "pixel_values" in guess]
-        seen = [{"pixel_values": guess["pixel_values"]} for guess in seen]
-    for pictures in seen[:2]:
+        seen = [{"pixel_values": guess["pixel_values"]} for guess in seen][:2]
+        seen += [{"pixel_values": _picture(config, BATCH, 1)}]  # each picture a list of tiles
+    for pictures in seen:
         try:
             with torch.no_grad():
                 count = _rows(features(**pictures))
         except Exception:
             continue  # this model wants pictures in a form of its own
-        text = ids(config)
-        places = torch.full((BATCH, count // BATCH), token)
-        tokens = torch.cat([text[:, :2], places, text[:, 2:]], 1)
+        tokens = _around(ids(config), token, count // BATCH)
         found = {"input_ids": tokens, **pictures, "attention_mask": torch.ones_like(tokens)}
         types = {"mm_token_type_ids": (tokens == token).int()} if "mm_token_type_ids" in names else {}
         yield found | types
+
+
+def _around(text: Tensor, token: int, count: int) -> Tensor:
+    """Text with places for a picture in it."""
+    return torch.cat([text[:, :2], torch.full((len(text), count), token), text[:, 2:]], 1)
 
 
 def _rows(features: Any) -> int:
@@ -121,7 +126,9 @@ def _first(config: Any, *names: str) -> Any:
 
 
 def _side(config: Any) -> int:
-    size = _first(config, "image_size") or _first(getattr(config, "vision_config", config), "image_size") or 64
+    vision = getattr(config, "vision_config", config)
+    named = getattr(vision, "model_args", None) or {}
+    size = _first(config, "image_size") or _first(vision, "image_size") or named.get("img_size") or 64
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
@@ -207,10 +214,39 @@ def _spectrogram(bins: str, frames: int = 64) -> Callable[[Any], Inputs]:
 
 def _instructions(c: Any) -> Inputs:
     """Text that holds a place for each of the queries that look at the picture."""
-    text = ids(c)
-    places = torch.full((BATCH, c.num_query_tokens), _first(c, "image_token_index", "video_token_index"))
-    tokens = torch.cat([text[:, :2], places, text[:, 2:]], 1)
+    tokens = _around(ids(c), _first(c, "image_token_index", "video_token_index"), c.num_query_tokens)
     return {"pixel_values": _picture(c, BATCH), "qformer_input_ids": ids(c), "input_ids": tokens}
+
+
+def _actions(c: Any) -> Inputs:
+    """Two cameras, text, and the actions that answer them."""
+    vlm, cameras = c.vlm_config, 2
+    vision = vlm.vision_config
+    places = (vision.image_size // vision.patch_size) ** 2 * cameras
+    tokens = _around(ids(vlm), vlm.image_token_id, places)
+    return {
+        **{"action_embeds": noise(BATCH, 6, c.dit_config.hidden_size), "input_ids": tokens},
+        **{"attention_mask": torch.ones_like(tokens), "pixel_attention_mask": ones(BATCH, cameras)},
+        "pixel_values": noise(BATCH, cameras, 3, vision.image_size, vision.image_size),
+    }
+
+
+def _packed(c: Any) -> Inputs:
+    """Patches of two pictures in one row."""
+    sizes = torch.tensor([[4, 8]] * BATCH)
+    return {
+        "pixel_values": noise(1, 3, c.patch_size, c.patch_size * int(sizes.prod(-1).sum())),
+        "target_sizes": sizes,
+    }
+
+
+def _drafts(c: Any) -> Inputs:
+    """What a draft model is given: states of the model it drafts for, and that model's keys and values."""
+    text, seen = c.get_text_config(), {}
+    for number, kind in enumerate(text.layer_types):
+        layer = text.per_layer_config[number]
+        seen[kind] = tuple(noise(BATCH, layer.num_key_value_heads, 7, layer.head_dim) for _ in "kv")
+    return {"inputs_embeds": noise(BATCH, TOKENS, 2 * c.backbone_hidden_size), "shared_kv_states": seen}
 
 
 _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
@@ -307,6 +343,24 @@ _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     "sam3": lambda c: {"pixel_values": _picture(c, BATCH), "input_ids": ids(c)},
     "sam3_lite_text": lambda c: {"pixel_values": _picture(c, BATCH), "input_ids": ids(c)},
     "sam3_lite_text_text_model": lambda c: {"input_ids": ids(c)},
+    "inkling2_vision": lambda c: {
+        "pixel_values": noise(12, c.spatial_merge_size * c.patch_size, c.spatial_merge_size * c.patch_size, 3),
+        "image_grid_thw": torch.tensor([[1, 2, 3]] * BATCH),
+    },
+    "gemma4_unified_assistant": _drafts,
+    "minicpm_ocr_vision": _packed,
+    "minicpmv4_6_vision": _packed,
+    "minicpmv4_7_vision": _packed,
+    "muse_glimmer_assistant": lambda c: {
+        "noise_embeds": noise(BATCH, TOKENS, c.hidden_size),
+        "context_hidden_states": noise(BATCH, 7, c.hidden_size * len(c.target_layer_ids)),
+    },
+    "pi0": _actions,
+    "voxtral_realtime": lambda c: {
+        "input_ids": ids(c, tokens=8),
+        "input_features": noise(BATCH, c.audio_config.num_mel_bins, 8 * c.audio_length_per_tok),
+    },
+    "edgetam": lambda c: {"pixel_values": noise(1, 3, 256, 256)},
     "muse_spark_audio": lambda c: {"input_values": noise(BATCH, 3840)},
     "musicgen_decoder": lambda c: {"input_ids": ids(c, BATCH * c.num_codebooks)},
     "musicgen_melody_decoder": lambda c: {"input_ids": ids(c, BATCH * c.num_codebooks)},

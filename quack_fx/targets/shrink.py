@@ -262,6 +262,8 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = layers if value >= total else min(value, layers // 2)
         elif _NUMBERED.search(key) and _is_ascending(value):
             small[key] = [n for n in value if -layers <= n < layers]  # numbers of layers
+        elif key.endswith("layer_id") and type(value) is int:
+            small[key] = min(value, layers - 1)
         elif _is_heads(key):
             small[key] = _divided(value, fewer)
         elif key == "mrope_section":
