@@ -63,7 +63,7 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Returns:
         Number of attentions of each module that has any.
     """
-    names = {id(module): name for name, module in model.named_modules()}
+    names = _names(model)
     stack = [""]
     hooks = [
         register_module_forward_pre_hook(lambda module, _: stack.append(names.get(id(module), stack[-1]))),
@@ -80,6 +80,16 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         for hook in hooks:
             hook.remove()
     return watch.found
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    """Names of modules by their identities; those of one class whose weights are the same are one, by its first name."""
+    first: dict[tuple[Any, ...], str] = {}
+    names = {}
+    for name, module in model.named_modules():
+        weights = [id(p) for p in module.parameters()]
+        names[id(module)] = first.setdefault((type(module), *weights), name) if weights else name
+    return names
 
 
 class _Watch(TorchFunctionMode):

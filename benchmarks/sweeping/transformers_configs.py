@@ -59,7 +59,7 @@ _EFFICIENTNET = {"width_coefficient": 0.5, "depth_coefficient": 0.5, "hidden_dim
 _TIMM_VIT = {"depth": 2, "embed_dim": 64, "num_heads": 4, "img_size": 28, "patch_size": 14}
 
 _FILLED_IN: dict[str, dict[str, Any]] = {
-    "autoformer": _SERIES,
+    "autoformer": _SERIES | {"label_length": 4},
     "informer": _SERIES,
     "time_series_transformer": _SERIES,
     "align": {"vision_config": _EFFICIENTNET, "projection_dim": 160},

@@ -360,6 +360,7 @@ _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
         "input_ids": ids(c, tokens=8),
         "input_features": noise(BATCH, c.audio_config.num_mel_bins, 8 * c.audio_length_per_tok),
     },
+    "lw_detr": lambda c: {"pixel_values": noise(BATCH, 3, 128, 192)},
     "edgetam": lambda c: {"pixel_values": noise(1, 3, 256, 256)},
     "muse_spark_audio": lambda c: {"input_values": noise(BATCH, 3840)},
     "musicgen_decoder": lambda c: {"input_ids": ids(c, BATCH * c.num_codebooks)},
