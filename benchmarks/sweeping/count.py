@@ -83,7 +83,7 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    """Names of modules by their identities; those of one class whose weights are the same are one, by its first name."""
+    """Names of modules by their identities; those of one class with the same weights are one, by its first name."""
     first: dict[tuple[Any, ...], str] = {}
     names = {}
     for name, module in model.named_modules():

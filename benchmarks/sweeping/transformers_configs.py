@@ -37,6 +37,18 @@ _VIDEO = {
     },
 }
 _EDGE = {"backbone_config": _REPVIT, "backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]}
+_SAM3_TRACKER: dict[str, Any] = {
+    **{"image_size": 252, "prompt_encoder_config": {"image_size": 252}},
+    "memory_attention_rope_feat_sizes": [18, 18],
+    "vision_config": {
+        "backbone_feature_sizes": [[72, 72], [36, 36], [18, 18]],
+        "backbone_config": {
+            **{"image_size": 252, "pretrain_image_size": 84, "window_size": 6},
+            **{"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4},
+            **{"num_hidden_layers": 2, "global_attn_indexes": [1]},
+        },
+    },
+}
 _SQUARE = {7: "long", 5: "mid", 3: "short"}
 _INTRACLASS = {
     **{"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]},
@@ -142,16 +154,14 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
         "prompt_encoder_config": {"image_size": 256},
     },
     "sam2_video": _VIDEO,
-    "sam3_tracker_video": {
-        **{"image_size": 252, "prompt_encoder_config": {"image_size": 252}},
-        "memory_attention_rope_feat_sizes": [18, 18],
-        "vision_config": {
-            "backbone_feature_sizes": [[72, 72], [36, 36], [18, 18]],
-            "backbone_config": {
-                **{"image_size": 252, "pretrain_image_size": 84, "window_size": 6},
-                **{"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4},
-                **{"num_hidden_layers": 2, "global_attn_indexes": [1]},
-            },
+    "sam3_tracker_video": _SAM3_TRACKER,
+    "sam3_video": {  # whatever it looks for, it finds
+        **{"score_threshold_detection": -1.0, "new_det_thresh": -1.0, "det_nms_thresh": 0.0, "fill_hole_area": 0},
+        **{"assoc_iou_thresh": -1.0, "trk_assoc_iou_thresh": -1.0},
+        **{"low_res_mask_size": 72, "tracker_config": _SAM3_TRACKER},
+        "detector_config": {
+            "vision_config": _SAM3_TRACKER["vision_config"],
+            "detr_decoder_config": {"num_queries": 2},
         },
     },
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},

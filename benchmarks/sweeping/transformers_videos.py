@@ -7,6 +7,7 @@ before it have left in memory. Its inputs are tensors, and no call leaves anythi
 from __future__ import annotations
 
 import inspect
+import types
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ _SESSIONS = {
     "edgetam_video": "EdgeTamVideoInferenceSession",
     "sam2_video": "Sam2VideoInferenceSession",
     "sam3_tracker_video": "Sam3TrackerVideoInferenceSession",
+    "sam3_video": "Sam3VideoInferenceSession",
 }
 PICTURES = 2
 
@@ -28,17 +30,18 @@ def follows_objects(config: Any) -> bool:
 
 
 def video(config: Any) -> Inputs:
-    """Pictures, and an object that two points show on the first of them."""
-    side = config.image_size
-    return {
-        "pictures": noise(PICTURES, 3, side, side),
-        "points": torch.tensor([[[[0.25, 0.25], [0.5, 0.75]]]]) * side,
-        "labels": torch.ones(1, 1, 2, dtype=torch.int32),
-    }
+    """Pictures, and an object that a word names or two points show."""
+    named = hasattr(config, "detector_config")
+    side = (config.tracker_config if named else config).image_size
+    pictures = {"pictures": noise(PICTURES, 3, side, side)}
+    if named:
+        return pictures | {"tokens": torch.arange(1, 8)[None]}
+    points = torch.tensor([[[[0.25, 0.25], [0.5, 0.75]]]]) * side
+    return pictures | {"points": points, "labels": torch.ones(1, 1, 2, dtype=torch.int32)}
 
 
 class Tracking(nn.Module):
-    """A model that follows one object through a video.
+    """A model that follows objects through a video.
 
     Arguments:
         model: A model whose forward takes an `inference_session` and the number of a picture.
@@ -48,14 +51,29 @@ class Tracking(nn.Module):
         super().__init__()
         self.model = model
         self.config: Any = model.config
+        for part in model.modules():
+            if "inference_session" in inspect.signature(part.forward).parameters:
+                # Out of inference mode, which keeps no gradients: they are the proof.
+                part.forward = types.MethodType(inspect.unwrap(type(part).forward), part)
 
-    def forward(self, pictures: Tensor, points: Tensor, labels: Tensor) -> Tensor:
-        """Where the object is on each picture."""
+    def forward(self, pictures: Tensor, **shown: Tensor) -> list[Any]:
+        """What the model tells of each picture."""
         make = getattr(inspect.getmodule(type(self.model)), _SESSIONS[self.config.model_type])
         places = {f"{what}_device": pictures.device for what in ("inference", "inference_state", "video_storage")}
         height, width = pictures.shape[-2:]
         session = make(pictures, video_height=height, video_width=width, dtype=pictures.dtype, **places)
+        _show(session, **shown)
+        return [self.model(session, frame_idx=number) for number in range(len(pictures))]
+
+
+def _show(
+    session: Any, points: Tensor | None = None, labels: Tensor | None = None, tokens: Tensor | None = None
+) -> None:
+    """Tell a session what to follow, as the processors of these models do."""
+    if tokens is not None:
+        prompt = session.add_prompt("object")
+        session.prompt_input_ids[prompt] = tokens
+        session.prompt_attention_masks[prompt] = torch.ones_like(tokens)
+    else:
         session.add_point_inputs(session.obj_id_to_idx(1), 0, {"point_coords": points, "point_labels": labels})
         session.obj_with_new_inputs = [1]
-        follow = inspect.unwrap(type(self.model).forward)  # out of inference mode: gradients are the proof
-        return torch.cat([follow(self.model, session, frame_idx=i).pred_masks for i in range(len(pictures))])
