@@ -63,7 +63,7 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Returns:
         Number of attentions of each module that has any.
     """
-    names = _names(model)
+    names = {id(module): name for name, module in model.named_modules()}
     stack = [""]
     hooks = [
         register_module_forward_pre_hook(lambda module, _: stack.append(names.get(id(module), stack[-1]))),
@@ -82,13 +82,13 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return watch.found
 
 
-def _names(model: nn.Module) -> dict[int, str]:
-    """Names of modules by their identities; those of one class with the same weights are one, by its first name."""
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Name of each module -> the name of the first of its class with the same weights, its own if it has none."""
     first: dict[tuple[Any, ...], str] = {}
     names = {}
     for name, module in model.named_modules():
         weights = [id(p) for p in module.parameters()]
-        names[id(module)] = first.setdefault((type(module), *weights), name) if weights else name
+        names[name] = first.setdefault((type(module), *weights), name) if weights else name
     return names
 
 

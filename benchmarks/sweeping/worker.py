@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.sweeping.candidate import Candidate, CannotBeRunError
-from benchmarks.sweeping.count import attentions
+from benchmarks.sweeping.count import attentions, first_names
 from benchmarks.sweeping.processes import Ended, Tell, run_apart
 from quack_fx.errors import CaptureError, VerifyError
 from quack_fx.find import find
@@ -71,7 +71,7 @@ def judge(candidate: Candidate, tell: Tell) -> None:
     tell(row)
     try:
         ran = attentions(model, args, kwargs)
-        row |= {"ran": sum(ran.values()), "silent": silent(layout, ran)}
+        row |= {"ran": sum(ran.values()), "silent": silent(layout, ran, first_names(model))}
     except BaseException as error:
         row["not_counted"] = _text(error)
     row["part"] = "verify"
@@ -83,24 +83,28 @@ def judge(candidate: Candidate, tell: Tell) -> None:
     tell(row | {"part": ""})
 
 
-def silent(layout: QKLayout, ran: Counter[str]) -> list[str]:
+def silent(layout: QKLayout, ran: Counter[str], names: dict[str, str]) -> list[str]:
     """Modules in which more attentions ran than the layout tells of.
 
-    The module that a site is named after need not be the one in which its softmax ran: one may be inside the other.
+    The module that a site is named after need not be the one in which its softmax ran: one may be inside the other,
+    or another module with the same weights.
 
     Arguments:
         layout: Sites and what was skipped.
         ran: Attentions that ran, by module.
+        names: One name for all modules that have the same weights.
 
     Returns:
         The modules, once for each attention that is missing.
     """
-    left = Counter[str]()
+    left, executed = Counter[str](), Counter[str]()
     for site in layout.sites:
-        left[site.name] += site.calls
-    refused = {entry.name for entry in layout.skipped}
-    missing = ran - left
-    left -= ran
+        left[names.get(site.name, site.name)] += site.calls
+    for name, count in ran.items():
+        executed[names[name]] += count
+    refused = {names.get(entry.name, entry.name) for entry in layout.skipped}
+    missing = executed - left
+    left -= executed
     result: list[str] = []
     for name, count in missing.items():
         # The product and the softmax may each be a module of its own, with the attention around both.
