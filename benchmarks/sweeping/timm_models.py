@@ -25,7 +25,7 @@ from torch import nn
 
 from benchmarks.sweeping.candidate import Candidate
 
-PARAMETERS = 60_000_000
+PARAMETERS = 150_000_000
 """Parameters of a model that is still worth running."""
 
 SIDES = (96, 64, 126, 128, 192, 224, 240, 256)
@@ -37,6 +37,9 @@ _HOLDS_ATTENTION = re.compile(r"softmax|scaled_dot_product|Attention|attn|'m[hq]
 _DEPTHS = re.compile(r"^((serial_|parallel_)?depths?|depth_list|layers|stages|num_blocks)$")
 _WIDTHS = re.compile(r"^(embed_dims?|dims|base_dims|inner_dim|width_list|widths|stem_width|dim_head|head_dim|key_dim)$")
 _BLOCK_NUMBERS = re.compile(r"^global_att(n_indexes|_blocks)$")
+_HEADS = re.compile(r"^num_(kv_)?heads$")
+_GROUPS = re.compile(r"^attn_groups$")
+"""Groups of attentions, of three blocks each."""
 _NOT_THE_MODEL = re.compile("^(pretrained_.*|feature_cfg)$")
 
 
@@ -81,14 +84,20 @@ def forms() -> Iterator[Form]:
 
     for architecture in timm.list_models():
         entry_point = timm.model_entrypoint(architecture)
-        model_class, config = _recorded(entry_point)
+        model_class, config = _recorded(architecture, entry_point)
         yield Form(architecture, entry_point.__module__.rpartition(".")[2], model_class, config)
 
 
-def _recorded(entry_point: Callable[[], nn.Module]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+def _recorded(
+    architecture: str, entry_point: Callable[[], nn.Module]
+) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
     """What an entry point hands to its builder."""
+    from timm import is_model, model_entrypoint
+    from timm.models._builder import build_model_with_cfg
 
     def builder(model_class: Callable[..., nn.Module], variant: str, *args: Any, **config: Any) -> nn.Module:
+        if is_model(variant) and model_entrypoint(variant).__module__ != entry_point.__module__:
+            return build_model_with_cfg(model_class, variant, *args, **config)  # a model inside the model
         raise _Recorded(model_class, config)
 
     name = "build_model_with_cfg"
@@ -136,11 +145,22 @@ def _build(form: Form, config: Mapping[str, Any], side: int) -> nn.Module:
     config = {**config, "num_classes": 5}
     if "img_size" in inspect.signature(form.model_class).parameters:
         config["img_size"] = side
-    with torch.device("meta"):
-        total = sum(p.numel() for p in _made(build_model_with_cfg, form, config).parameters())
-    if total > PARAMETERS:
-        raise _TooLargeError(f"{total:,} parameters are more than {PARAMETERS:,}")
+    if not any(isinstance(part, nn.Module) for part in _parts(config)):  # such a part is real, and fits nothing on meta
+        with torch.device("meta"):
+            total = sum(p.numel() for p in _made(build_model_with_cfg, form, config).parameters())
+        if total > PARAMETERS:
+            raise _TooLargeError(f"{total:,} parameters are more than {PARAMETERS:,}")
     return _made(build_model_with_cfg, form, config).eval()
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A configuration's values, those inside of others too."""
+    yield value
+    if isinstance(value, Mapping):
+        for one in value.values():
+            yield from _parts(one)
+    if isinstance(value, functools.partial):
+        yield from _parts(value.keywords)
 
 
 def _made(builder: Callable[..., nn.Module], form: Form, config: Mapping[str, Any]) -> nn.Module:
@@ -153,9 +173,25 @@ def _made(builder: Callable[..., nn.Module], form: Form, config: Mapping[str, An
 
 def _shrunk(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A configuration made smaller in several ways, the smallest first, itself last."""
-    for deepest, narrower in ((2, 8), (3, 8), (2, 4), (2, 2), (2, 1), (4, 1)):
-        yield {name: _smaller(name, value, deepest, narrower) for name, value in config.items()}
+    for deepest, narrower, fewer in ((2, 8, 1), (3, 8, 1), (2, 4, 1), (2, 2, 1), (2, 4, 4), (2, 1, 1), (4, 1, 1)):
+        small = {name: _smaller(name, value, deepest, narrower, fewer) for name, value in config.items()}
+        total = config.get("depth")
+        yield {
+            name: _of_each_kind(value, deepest) if _is_per_block(value, total) else value
+            for name, value in small.items()
+        }
     yield dict(config)
+
+
+def _is_per_block(value: Any, blocks: Any) -> bool:
+    return isinstance(blocks, int) and isinstance(value, list | tuple) and len(value) == blocks
+
+
+def _of_each_kind(values: Any, count: int) -> Any:
+    """So many of the values of single blocks, in their order, and one of each kind among them if there is room."""
+    firsts = [i for i, value in enumerate(values) if value not in values[:i]][:count]
+    others = [i for i in range(len(values)) if i not in firsts]
+    return type(values)(values[i] for i in sorted(firsts + others[: count - len(firsts)]))
 
 
 def _defaults(model_class: Callable[..., nn.Module]) -> dict[str, Any]:
@@ -165,19 +201,34 @@ def _defaults(model_class: Callable[..., nn.Module]) -> dict[str, Any]:
     return {name: size for name, size in sizes.items() if isinstance(size, int | list | tuple)}
 
 
-def _smaller(name: str, value: Any, deepest: int, narrower: int) -> Any:
+def _smaller(name: str, value: Any, deepest: int, narrower: int, fewer: int) -> Any:
+    """A value of a configuration: so many blocks at most, widths and numbers of heads divided."""
     if _NOT_THE_MODEL.match(name):
         return value
     if _DEPTHS.match(name):
         return _each(value, lambda n: min(n, deepest))
     if _WIDTHS.match(name):
         return _each(value, lambda n: n // narrower if n % narrower == 0 else n)
+    if _HEADS.match(name):
+        return _each(value, lambda n: n // fewer if n % fewer == 0 else n)
+    if _GROUPS.match(name):
+        return _each(value, lambda n: min(n, max(1, deepest // 3)))
+    if name == "block_args":
+        return [_fewer(stage, deepest) for stage in value]
+    if isinstance(value, functools.partial) and "multiplier" in value.keywords:
+        return functools.partial(value, multiplier=value.keywords["multiplier"] / narrower)
     if _BLOCK_NUMBERS.match(name):
         return type(value)([deepest - 1])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **{f: _smaller(f, v, deepest, narrower) for f, v in fields.items()})
+        return dataclasses.replace(value, **{f: _smaller(f, v, deepest, narrower, fewer) for f, v in fields.items()})
     return value
+
+
+def _fewer(blocks: list[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """The first few blocks of each type in a stage, and its last."""
+    types = [block["block_type"] for block in blocks]
+    return [block for i, block in enumerate(blocks) if types[:i].count(types[i]) < most or block is blocks[-1]]
 
 
 def _each(value: Any, change: Callable[[int], int]) -> Any:
