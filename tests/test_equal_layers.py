@@ -237,3 +237,17 @@ def test_real_models(name: str) -> None:
     assert len(recorded.repeated) >= 10
     full = find(model, (), inputs, recording=capture(model, (), inputs)).layout
     assert find_qk_pairs(model, **inputs) == full
+
+
+class Rounds(Stack):
+    """A stack that runs several times, on more tokens each time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = torch.cat([super().forward(x), x[:, :1]], 1)
+        return x
+
+
+def test_every_call_of_a_stack_counts_once() -> None:
+    assert {site.calls for site in find_qk_pairs(Rounds(), X).sites} == {3}
+    assert_same_as_in_full(Rounds(), X)

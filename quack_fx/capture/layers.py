@@ -41,6 +41,7 @@ class RepeatedLayer:
 
     Attributes:
         node: Stands for the layer in the graph; its results are data of which nothing else is known.
+        nodes: The recorded call that it repeats; the recorded layer may have been called more often.
         name: The layer.
         like: The recorded layer.
         given: Tensors that the recorded layer was called with, and whether this one was called with the very same.
@@ -48,6 +49,7 @@ class RepeatedLayer:
     """
 
     node: Node
+    nodes: frozenset[Node]
     name: str
     like: str
     given: Mapping[Node, bool]
@@ -272,7 +274,7 @@ class EqualLayers:
         node = self._tape.append(equal_layer, inputs, made)
         name, like = self._tape.names[id(layer)], self._tape.names[id(call.layer)]
         same = {n: call.given[i] is given[i] for n, i in call.given_nodes.items()}
-        self._repeated.append(RepeatedLayer(node, name, like, same, names))
+        self._repeated.append(RepeatedLayer(node, frozenset(call.nodes), name, like, same, names))
         return tree_unflatten(result, call.result_form)
 
 

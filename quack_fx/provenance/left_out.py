@@ -55,7 +55,7 @@ class LeftOut:
         placed = [(self._df.index[node], i, site) for i, (node, site) in enumerate(sites)]
         for layer in self._repeated:
             for i, (node, site) in enumerate(sites):
-                if layer.like in self._df.modules(node):
+                if node in layer.nodes:
                     placed.append((self._df.index[layer.node], i, rename_site(site, layer.names)))
         return [site for _, _, site in sorted(placed, key=lambda entry: entry[:2])]
 
@@ -64,7 +64,7 @@ class LeftOut:
         found = [entry for _, entry in skipped]
         for layer in self._repeated:
             for node, entry in skipped:
-                if layer.like in self._df.modules(node):
+                if node in layer.nodes:
                     reason = entry.reason.replace(f"{layer.like}.", f"{layer.name}.")
                     found.append(replace(entry, name=layer.names.get(entry.name, entry.name), reason=reason))
         return found
