@@ -456,7 +456,7 @@ _MODELS: dict[str, tuple[Options, Options]] = {
     ),
     "Kandinsky3UNet": (
         {
-            **{"time_embedding_dim": 16, "groups": 4, "attention_head_dim": 8, "layers_per_block": 1},
+            **{"time_embedding_dim": 16, "groups": 4, "attention_head_dim": 8, "layers_per_block": 2},
             **{"block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 16, "encoder_hid_dim": 16},
         },
         {**_UNET_CALL, "sample": (2, 4, 16, 16), "encoder_attention_mask": torch.ones(2, 5)},
