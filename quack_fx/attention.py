@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.dataflow import Dataflow, factors_of
@@ -224,7 +225,7 @@ def _behind(df: Dataflow, end: Node, value_products: set[Node]) -> tuple[list[Pr
     todo = [end]
     while todo:
         node = todo.pop()
-        if node in seen or (node not in df.activation and df.group[node] not in df.writes):
+        if node in seen or not _may_be_logits(df, node):
             continue
         seen.add(df.open(node))
         if _is_product(df, node):
@@ -247,6 +248,13 @@ def _behind(df: Dataflow, end: Node, value_products: set[Node]) -> tuple[list[Pr
             learned = _bare_parameter(df, node) or learned
     products.sort(key=lambda p: df.index[p.node])
     return products, path, learned
+
+
+def _may_be_logits(df: Dataflow, node: Node) -> bool:
+    """Whether a node can hold logits: a comparison cannot, so that a mask made of products of its own ends here."""
+    value = df.value(node)
+    floating = not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
+    return floating and (node in df.activation or df.group[node] in df.writes)
 
 
 def _bare_parameter(df: Dataflow, node: Node) -> Node | None:

@@ -177,7 +177,7 @@ def find_in_graph(
         try:
             site = make_site(tracer, one, find_heads(tracer, one))
         except Refused as refusal:
-            misses.append(NearMiss(one.products[0].node, refusal.code, refusal.reason))
+            misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
         else:
             sites.append((one.output, site))
             repeats.remember(one, site, tracer.looked_at)

@@ -766,3 +766,25 @@ def test_find_tells_how_it_was_done() -> None:
     found = find(model, inputs, progress=steps.append)
     assert found.way == "hybrid" and found.fallback_reason is None
     assert found.nodes > 0 and set(found.seconds) == {"capture", "find"} and steps
+
+
+def test_a_residual_stream_is_no_projection() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + self.second(x.relu())
+        return attend(split(x), split(self.k(x)), split(x))
+
+    layout = find_qk_pairs(Toy(run, first=linear(INNER), second=linear(INNER, of=INNER), k=linear(INNER, of=INNER)), X)
+    assert not layout.sites
+    assert [entry.code for entry in layout.skipped] == ["residual-query"]
+
+
+def test_a_mask_made_of_products_is_no_part_of_the_logits() -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        mask = self.mask(x) @ self.mask(x).transpose(-1, -2) < 0
+        logits = (split(self.q(x)) @ split(self.k(x)).mT).masked_fill(mask[:, None], -1e9)
+        return logits.softmax(-1) @ split(self.v(x))
+
+    parts = {name: linear(INNER) for name in ("q", "k", "v", "mask")}
+    (found,) = find_qk_pairs(Toy(run, **parts), X).sites
+    assert [block.param for block in (*found.query, *found.key)] == ["q.weight", "k.weight"]

@@ -106,7 +106,7 @@ def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if name in ("is_nonzero", "equal"):
         return (False,)
     if name in ("nonzero", "nonzero_numpy", "argwhere"):
-        return (torch.zeros(1, x.dim(), dtype=torch.long),)
+        return (torch.tensor([[n // 2 for n in x.shape]]).view(1, x.dim()),)  # the middle: borders are often cut off
     if name == "masked_select":
         return (x.new_empty((1,)),)
     if name == "bincount":

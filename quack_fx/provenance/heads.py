@@ -90,6 +90,7 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
     vectors = reader.vectors
     pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)
     _check(vectors, pairs, lambda side: tracer.where_unknown(flows, operands[side]))
+    _check_streams(tracer, reader, pairs)
     width = len(vectors[next(iter(pairs))[0]])
     if len({frozenset(q for q, _ in meeting.pairs) for meeting in met}) > 1:
         pairs, width = _summed(met, reader) or (pairs, width)
@@ -359,6 +360,40 @@ def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None], end: Calla
                 "channel-attention",
                 "its logits compare channels over all tokens: no head reads a set of rows of its own",
             )
+
+
+def _check_streams(tracer: Tracer, reader: _Vectors, pairs: dict[tuple[int, int], None]) -> None:
+    """Refuse a side that is the residual stream itself: what layers add up is no projection of this attention."""
+    for side, name in enumerate(("query", "key")):
+        used = {pair[side] for pair in pairs}
+        sums = {rows for number in used for rows in reader.vectors[number] if len(rows) > 1}
+        added = {frozenset(id(reader.projection[row]) for row in rows): rows for rows in sums}
+        for rows in added.values():
+            if _read_each_other(tracer, [reader.projection[row] for row in rows]):
+                raise Refused(
+                    f"residual-{name}",
+                    f"its {name} side is, for some tokens at least, the sum of layers that read each other (a residual "
+                    "stream), not the output of a projection of its own",
+                )
+
+
+def _read_each_other(tracer: Tracer, projections: Sequence[Projection]) -> bool:
+    """Whether one projection is made of another one's output."""
+    df = tracer.df
+    products = {p.node for p in projections}
+    first = min(df.index[node] for node in products)
+    seen: set[Node] = set()
+    todo = [p.x for p in projections] if len(products) > 1 else []
+    while todo:
+        node = todo.pop()
+        if node in seen or df.index[node] < first:
+            continue
+        if node in products:
+            return True
+        seen.add(node)
+        todo.extend(df.reads(node))
+    tracer.looked_at |= seen
+    return False
 
 
 def _group(reader: _Vectors, pairs: list[tuple[int, int]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
