@@ -788,3 +788,15 @@ def test_a_mask_made_of_products_is_no_part_of_the_logits() -> None:
     parts = {name: linear(INNER) for name in ("q", "k", "v", "mask")}
     (found,) = find_qk_pairs(Toy(run, **parts), X).sites
     assert [block.param for block in (*found.query, *found.key)] == ["q.weight", "k.weight"]
+
+
+@pytest.mark.parametrize(
+    ("bend", "params"), [(nn.GELU(), ["k.weight"]), (nn.RMSNorm(INNER), ["down.weight", "k.weight"])]
+)
+def test_a_chain_ends_where_a_nonlinear_function_stands(bend: nn.Module, params: list[str]) -> None:
+    def run(self: Any, x: Tensor) -> Tensor:
+        return attend(split(self.q(x)), split(self.k(self.bend(self.down(x)))), split(self.v(x)))
+
+    parts = {"q": linear(INNER), "v": linear(INNER), "down": linear(INNER), "k": linear(INNER, of=INNER)}
+    (found,) = find_qk_pairs(Toy(run, bend=bend, **parts), X).sites
+    assert [block.param for block in found.key] == params

@@ -186,7 +186,7 @@ def _upstream(tracer: Tracer, logits: Logits, block: _Block) -> tuple[Flow, list
     if x not in tracer.df.activation or not _serves_alone(tracer, x, logits):
         return None
     flow = tracer.trace([x], lambda node: not _serves_alone(tracer, node, logits)).get(x)
-    if flow is None or flow.statistic is not None:
+    if flow is None or flow.statistic is not None or flow.ops:  # what bends between two maps makes them two layers
         return None
     features = tracer.labels.features(flow.label)
     if not features or UNKNOWN in features:
