@@ -53,7 +53,7 @@ SWEEP_VENV := .venv-sweep
 SWEEP_STAMP := $(SWEEP_VENV)/.made-for-sweep
 SWEEP_TORCH := torch==2.14.1 torchvision==0.29.1
 SWEEP_PACKAGES := transformers==5.23.0 timm==1.0.31 diffusers==0.42.1 x-transformers==2.31.10 vit-pytorch==1.26.11
-SWEEP_PACKAGES += open_clip_torch==3.3.0 kornia==0.9.0
+SWEEP_PACKAGES += open_clip_torch==3.3.0 kornia==0.9.0 scipy==1.17.1 torchaudio==2.11.0
 JOBS ?= 2
 ONLY ?=
 sweep: $(SWEEP_STAMP)

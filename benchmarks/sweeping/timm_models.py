@@ -213,7 +213,7 @@ def _smaller(name: str, value: Any, deepest: int, narrower: int, fewer: int) -> 
         return _each(value, lambda n: n // fewer if n % fewer == 0 else n)
     if _GROUPS.match(name):
         return _each(value, lambda n: min(n, max(1, deepest // 3)))
-    if name == "block_args":
+    if name == "block_args" and isinstance(value, list):
         return [_fewer(stage, deepest) for stage in value]
     if isinstance(value, functools.partial) and "multiplier" in value.keywords:
         return functools.partial(value, multiplier=value.keywords["multiplier"] / narrower)

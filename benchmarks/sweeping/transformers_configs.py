@@ -117,6 +117,9 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "granite4_vision": {
         **{"deepstack_layer_map": [[-1, 0]], "use_spatial_sampling": False, "downsample_rate": "1/2"},
     },
+    "higgs_audio_v2_tokenizer": {  # as many sounds a second as its other half hears
+        "acoustic_model_config": {f"{way}sampling_ratios": [8, 5, 4, 2, 3] for way in ("down", "up")}
+    },
     "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
     "hunyuan_v1_moe": {"head_dim": 128, "num_key_value_heads": 8},
     "hunyuan_vl": {"text_config": _HUNYUAN},
@@ -143,7 +146,14 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "pp_ocrv5_server_det": _PYRAMID,
     "pp_ocrv6_medium_det": _PYRAMID | {"backbone_config": _LCNET},
     "pp_ocrv6_small_det": {"backbone_config": _LCNET, "layer_list_out_channels": [96, 96, 192, 384]},
+    "qwen2_5_omni": {
+        "thinker_config": {"vision_start_token_id": 151652, "text_config": _QWEN_ROPE},
+        "talker_config": _QWEN_ROPE,
+    },
     "qwen2_5_omni_thinker": {"vision_start_token_id": 151652, "text_config": _QWEN_ROPE},
+    "qwen3_omni_moe": {
+        "talker_config": {"text_config": {"shared_expert_intermediate_size": 384}, "spatial_merge_size": 2}
+    },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "sam2": {

@@ -6,6 +6,7 @@ In: nothing. Out: candidates. Configs are the types' defaults, shrunk; inputs ar
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from benchmarks.sweeping.candidate import Candidate, CannotBeRunError
 from benchmarks.sweeping.transformers_configs import config_of
-from benchmarks.sweeping.transformers_inputs import inputs
+from benchmarks.sweeping.transformers_inputs import Inputs, inputs
 from benchmarks.sweeping.transformers_videos import Tracking, follows_objects, video
 from quack_fx.targets import hf
 from quack_fx.targets.shrink import shrunk
@@ -64,13 +65,11 @@ def _task_classes() -> dict[str, Any]:
 
 def _build(family: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     transformers.utils.logging.set_verbosity_error()
-    cls = getattr(transformers, name, None)
+    cls = _class(family, name)
     if cls is None:
         raise CannotBeRunError(f"transformers has no {name}, which its own mapping names")
     if family in _CANNOT_RUN:
         raise CannotBeRunError(f"{name} cannot be built: {_CANNOT_RUN[family]}")
-    if cls.forward is nn.Module.forward:
-        raise CannotBeRunError(f"{name} has no forward: its parts are run one by one")
     config = config_of(cls, family)
     first: Exception | None = None
     for small in shrunk(config):
@@ -81,6 +80,12 @@ def _build(family: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str
     raise first if first is not None else ValueError(f"no smaller config of {family}")
 
 
+def _class(family: str, name: str) -> Any:
+    """A class of transformers; some that the mappings name are in their module alone."""
+    home = transformers.CONFIG_MAPPING[family].__module__.replace(".configuration_", ".modeling_")
+    return getattr(transformers, name, None) or getattr(importlib.import_module(home), name, None)
+
+
 def _working(cls: Any, config: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """The model with the first inputs for which its forward runs."""
     with torch.device("meta"):
@@ -89,15 +94,46 @@ def _working(cls: Any, config: Any) -> tuple[nn.Module, tuple[Any, ...], dict[st
         raise ValueError(f"{size:,} parameters in the smallest form found")
     torch.manual_seed(0)
     model: nn.Module = hf.build_model(cls, config).eval()
-    trials = inputs(model)
+    if cls.forward is nn.Module.forward:
+        whole = InParts(model)
+        if not whole.parts:
+            raise CannotBeRunError(f"{cls.__name__} has no forward, and no parts that have one")
+        return whole, (), {name: _first_that_runs(part, inputs(part)) for name, part in whole.parts.items()}
     if follows_objects(config):
-        model, trials = Tracking(model), iter([video(config)])
+        model = Tracking(model)
+        return model, (), _first_that_runs(model, iter([video(config)]))
+    return model, (), _first_that_runs(model, inputs(model))
+
+
+def _first_that_runs(model: nn.Module, trials: Iterator[Inputs]) -> Inputs:
+    """The first inputs that the forward takes."""
     first: Exception | None = None
     for kwargs in trials:
         try:
             with torch.no_grad():
                 model(**kwargs)
-            return model, (), kwargs
+            return kwargs
         except Exception as error:
             first = first or error
     raise first if first is not None else ValueError("no inputs")
+
+
+class InParts(nn.Module):
+    """A model that has no forward of its own; its parts, which have, one after the other.
+
+    Arguments:
+        model: The whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Models inside the model, by their names."""
+        return {n: part for n, part in self.model.named_children() if isinstance(part, transformers.PreTrainedModel)}
+
+    def forward(self, **inputs: Inputs) -> list[Any]:
+        """What each part makes of its own inputs."""
+        return [getattr(self.model, name)(**kwargs) for name, kwargs in inputs.items()]
