@@ -185,6 +185,49 @@ def test_configs_inside_a_config_are_made_small() -> None:
     assert sum(sections) == text.hidden_size // text.num_attention_heads // 2
 
 
+def test_sections_of_rotary_embeddings_that_are_equal_stay_so() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [22, 22, 20]}
+    small = next(iter(shrunk(transformers.Qwen2VLTextConfig(rope_parameters=rope))))
+    height, width, time = small.rope_parameters["mrope_section"]
+    assert height == width > 0 < time
+    assert height + width + time == small.hidden_size // small.num_attention_heads // 2 < 64
+
+
+def test_a_part_that_is_built_by_the_name_of_a_model_is_as_large_as_that() -> None:
+    config = transformers.Gemma3nConfig()
+    small = next(iter(shrunk(config)))
+    assert small.vision_config.to_dict() == config.vision_config.to_dict()
+    assert small.text_config.hidden_size < config.text_config.hidden_size
+
+
+def test_widths_of_single_layers_are_made_small() -> None:
+    config = transformers.Gemma3nTextConfig()
+    small = next(iter(shrunk(config)))
+    assert len(small.intermediate_size) == small.num_hidden_layers
+    assert max(small.intermediate_size) < min(config.intermediate_size)
+
+
+def test_fields_that_list_no_layers_are_not_taken_for_such() -> None:
+    config = transformers.TextNetConfig()
+    small = next(iter(shrunk(config)))
+    assert small.conv_layer_kernel_sizes == config.conv_layer_kernel_sizes
+    channels = transformers.PPOCRV5MobileDetConfig().layer_list_out_channels
+    small = next(iter(shrunk(transformers.PPOCRV5MobileDetConfig())))
+    assert len(small.layer_list_out_channels) == len(channels)
+
+
+def test_what_comes_after_a_layer_comes_after_one_that_is_left() -> None:
+    small = next(iter(shrunk(transformers.MiniCPMV4_6VisionConfig(insert_layer_id=6))))
+    assert 0 <= small.insert_layer_id < small.num_hidden_layers < 6
+
+
+def test_pictures_are_made_small_where_widths_cannot_be() -> None:
+    config = transformers.ViTConfig()
+    forms = [(form.hidden_size, form.image_size) for form in shrunk(config)]
+    assert (config.hidden_size, 4 * config.patch_size) in forms
+    assert forms.index((config.hidden_size, 4 * config.patch_size)) < forms.index((config.hidden_size, 224))
+
+
 def test_stages_keep_their_number_and_their_growth() -> None:
     config = transformers.SwinConfig(depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], embed_dim=128)
     small = next(iter(shrunk(config)))
