@@ -34,11 +34,13 @@ class EqualGroup:
 
     Attributes:
         members: The layers, in the order of their parent's children.
+        trees: All modules of each of them, corresponding ones at the same place.
         differing: Attributes that are not the same in all members.
         fixed: Those of them whose reads cannot be watched, because the class has an attribute of that name too.
     """
 
     members: list[nn.Module]
+    trees: dict[nn.Module, list[nn.Module]]
     differing: set[Place] = field(default_factory=set)
     fixed: set[Place] = field(default_factory=set)
 
@@ -55,20 +57,22 @@ def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
                 by_form.setdefault(form, []).append(child)
         for members in by_form.values():
             if len(members) >= SMALLEST_GROUP:
-                taken.update(inner for member in members for inner in member.modules())
-                group = EqualGroup(members)
+                trees = {member: list(member.modules()) for member in members}
+                taken.update(*trees.values())
+                paths = [path for path, _ in members[0].named_modules()]
+                group = EqualGroup(members, trees)
                 for member in members[1:]:
-                    group.differing |= _differing(members[0], member)
+                    group.differing |= _differing(paths, trees[members[0]], trees[member])
                 group.fixed = {place for place in group.differing if _in_class(members[0], place)}
                 yield group
 
 
-def renamed(like: nn.Module, layer: nn.Module, names: dict[int, str]) -> dict[str, str] | None:
+def renamed(like: list[nn.Module], layer: list[nn.Module], names: dict[int, str]) -> dict[str, str] | None:
     """Name in the model of each tensor and module of `like` -> the name of its counterpart in `layer`.
 
     Arguments:
-        like: A layer.
-        layer: One of the same group.
+        like: All modules of a layer.
+        layer: Those of one of the same group.
         names: Name in the model of parameters, buffers and modules, by identity.
 
     Returns:
@@ -82,8 +86,8 @@ def renamed(like: nn.Module, layer: nn.Module, names: dict[int, str]) -> dict[st
     return found if len(set(found.values())) == len(found) else None
 
 
-def _contents(layer: nn.Module) -> Iterator[Any]:
-    for module in layer.modules():
+def _contents(modules: list[nn.Module]) -> Iterator[Any]:
+    for module in modules:
         yield module
         yield from (t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None)
 
@@ -106,11 +110,11 @@ def _tensor_form(tensor: Tensor | None) -> object:
     return (type(tensor), tensor.shape, tensor.dtype, tensor.device, stride, tensor.requires_grad)
 
 
-def _differing(first: nn.Module, other: nn.Module) -> set[Place]:
+def _differing(paths: list[str], first: list[nn.Module], other: list[nn.Module]) -> set[Place]:
     """Attributes in which two layers of one form differ; a difference between buffers stands under their name."""
-    pairs = {id(a): b for a, b in zip(first.modules(), other.modules(), strict=False)}
+    pairs = {id(a): b for a, b in zip(first, other, strict=False)}
     found: set[Place] = set()
-    for (path, a), b in zip(first.named_modules(), other.modules(), strict=False):
+    for path, a, b in zip(paths, first, other, strict=False):
         ours, theirs = vars(a), vars(b)
         for name in ours.keys() | theirs.keys():
             if name not in _INTERNAL and not (

@@ -166,7 +166,7 @@ class EqualLayers:
             with unrecorded():
                 for call in calls:
                     if call.confirmed and self._same_call(call, group, layer, given, form):
-                        names = renamed(call.layer, layer, self._tape.names)
+                        names = renamed(group.trees[call.layer], group.trees[layer], self._tape.names)
                         if names is not None:
                             return self._stand_in(call, layer, given, names)
         return self._record(calls, group, layer, own, args, kwargs, given, form)
@@ -202,7 +202,7 @@ class EqualLayers:
             nodes = _since(tape.graph, last)
             call = _Call(layer, given, form, result, result_form, read or {}, given_nodes, nodes)
             if any(known.confirmed and self._same_call(known, group, layer, given, form) for known in calls):
-                self._contradicted |= not any(self._alike(known, call) for known in calls if known.confirmed)
+                self._contradicted |= not any(self._alike(known, call, group) for known in calls if known.confirmed)
             elif (
                 read is not None
                 and all(snapshot.holds(module) for module, snapshot in before)
@@ -225,15 +225,15 @@ class EqualLayers:
         """Keep a call; mark an earlier one, of another layer, that ran the same ops."""
         for known in calls:
             same = known.layer is not call.layer and self._same_call(known, group, call.layer, call.given, call.form)
-            if same and self._alike(known, call):
+            if same and self._alike(known, call, group):
                 known.confirmed = not _escaped([known, call], self._tape.alive)
                 if not known.confirmed:
                     self._groups.remove(group)
                 return
         calls.append(call)
 
-    def _alike(self, known: _Call, call: _Call) -> bool:
-        names = renamed(known.layer, call.layer, self._tape.names)
+    def _alike(self, known: _Call, call: _Call, group: EqualGroup) -> bool:
+        names = renamed(group.trees[known.layer], group.trees[call.layer], self._tape.names)
         return names is not None and _same_nodes(known, call, names)
 
     def _same_call(self, known: _Call, group: EqualGroup, layer: nn.Module, given: list[Any], form: TreeSpec) -> bool:

@@ -50,16 +50,19 @@ class Recorder(TorchDispatchMode):
         self._twins: dict[int, torch.UntypedStorage] = {}
         self.alive: list[Any] = []  # identities stay unique only while the tensors live
         self._stacks: list[dict[str, tuple[str, type]]] = [{}]
-        self.names = {id(m): n for n, m in model.named_modules()}
+        modules = list(model.named_modules())
+        parameters = [(_within(path, n), t) for path, m in modules for n, t in m._parameters.items() if t is not None]
+        buffers = [(_within(path, n), t) for path, m in modules for n, t in m._buffers.items() if t is not None]
+        self.names = {id(m): n for n, m in modules}
         self._own: dict[int, str] = {}
         self._own_places: dict[Place, str] = {}
         self._own_storages: dict[int, tuple[str, Tensor]] = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            self._own[id(tensor)] = name
+        for name, tensor in [*parameters, *buffers]:
+            self._own.setdefault(id(tensor), name)
             self._own_places.setdefault(place_of(tensor), name)
             self._own_storages.setdefault(storage_of(tensor), (name, tensor))
         self.names.update(self._own)
-        self._parameters = {storage_of(p) for p in model.parameters()}
+        self._parameters = {storage_of(p) for _, p in parameters}
         self.layers = EqualLayers(equal, self)
 
     @classmethod
@@ -271,6 +274,10 @@ def _as_index(item: Any) -> Any:
 def _getitem(sequence: Sequence[Any], index: int) -> Any:
     """Element of an op's tuple of results (a function of its own so that generated code can name it)."""
     return sequence[index]
+
+
+def _within(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _tensors(tree: Any) -> list[Tensor]:
