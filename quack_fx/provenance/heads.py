@@ -224,8 +224,9 @@ class _Meeting:
 
 def _met(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: Tensor) -> _Meeting:
     """Pairs of vectors that meet, as they stand in the softmax's input."""
-    count = int(right.max()) + 1
-    codes = shrink(left * count + right)
+    count = int(compact(right).max()) + 1
+    # Most axes (samples, tokens) are one and the same throughout: on large pictures only a fraction is worth a number.
+    codes = shrink((compact(left) * count + compact(right)).expand(torch.broadcast_shapes(left.shape, right.shape)))
     if logits.end is product.node and product.form.startswith("fused"):
         sets = {code + 1: [(code // count, code % count)] for code in _in_order(codes)}
         return _Meeting([pair for pairs in sets.values() for pair in pairs], codes + 1, sets, 1.0, False)
