@@ -27,16 +27,13 @@ _INDEXER = {
     **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256},
     **{"indexer_budget": 64, "indexer_compress_ratio": 4},
 }
-_VIDEO = {
-    "image_size": 256,
-    "memory_attention_rope_feat_sizes": [16, 16],
+_FEATURES = {"backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]}
+_SAM2 = {
+    "vision_config": {"backbone_config": {"image_size": [256, 256]}} | _FEATURES,
     "prompt_encoder_config": {"image_size": 256},
-    "vision_config": {
-        "backbone_config": {"image_size": [256, 256]},
-        "backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
-    },
 }
-_EDGE = {"backbone_config": _REPVIT, "backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]}
+_VIDEO = _SAM2 | {"image_size": 256, "memory_attention_rope_feat_sizes": [16, 16]}
+_EDGE = {"backbone_config": _REPVIT} | _FEATURES
 _SAM3_TRACKER: dict[str, Any] = {
     **{"image_size": 252, "prompt_encoder_config": {"image_size": 252}},
     "memory_attention_rope_feat_sizes": [18, 18],
@@ -156,13 +153,7 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
-    "sam2": {
-        "vision_config": {
-            "backbone_config": {"image_size": [256, 256]},
-            "backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]],
-        },
-        "prompt_encoder_config": {"image_size": 256},
-    },
+    "sam2": _SAM2,
     "sam2_video": _VIDEO,
     "sam3_tracker_video": _SAM3_TRACKER,
     "sam3_video": {  # whatever it looks for, it finds

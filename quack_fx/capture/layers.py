@@ -189,7 +189,7 @@ class EqualLayers:
                 if isinstance(x, Tensor):
                     given_nodes.setdefault(tape.node(x), i)
             last = next(iter(reversed(tape.graph.nodes)), None)
-            before = [(module, Snapshot(module)) for module in layer.modules()]
+            before = [(module, Snapshot(module)) for module in group.trees[layer]]
         self._read.clear()
         self._running = True
         try:

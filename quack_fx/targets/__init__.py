@@ -37,7 +37,7 @@ from quack_fx.targets.files import Namespace, evaluate, load, one_line
 from quack_fx.targets.inputs import Inputs, infer
 from quack_fx.targets.pick import Recipe, pick
 
-__all__ = ["Target", "resolve"]
+__all__ = ["Target", "resolve", "settle"]
 
 RETRY_LIMIT_BYTES = 1 << 30
 """Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
@@ -129,7 +129,21 @@ def _kind(value: Any) -> str:
 
 
 def settle(recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool, say: Callable[[str], None]) -> Target:
-    """Build the model, on meta if that works, and find inputs for which its forward runs."""
+    """Build the model, on meta if that works, and find inputs for which its forward runs.
+
+    Arguments:
+        recipe: How the model is made.
+        namespace: What the recipe and the expression for the inputs may name.
+        inputs: Expression that gives the inputs; None to infer them.
+        real: Whether to build on real numbers only.
+        say: Called with a few words before what takes time.
+
+    Returns:
+        The target.
+
+    Raises:
+        TargetError: The model cannot be built, or no inputs fit.
+    """
     refusal: TargetError | None = None
     for device, model in _builds(recipe, namespace, real, say):
         where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"

@@ -254,12 +254,11 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
         elif key in _OUTPUTS:
             if key == "out_indices" and isinstance(value, list):
                 last = list(range(layers - len(value) + 1, layers + 1))
-                small[key] = last if _lengths_of_stacks(fields) else value
+                small[key] = last if cut else value
         elif _LAYERS.search(key) and _numbers(value):
             small[key] = [min(n, LAYERS + 1) for n in value] if isinstance(value, list | tuple) else min(value, layers)
         elif _SHARED.search(key) and isinstance(value, int):
-            total = max(_lengths_of_stacks(fields), default=0)
-            small[key] = layers if value >= total else min(value, layers // 2)
+            small[key] = layers if value >= max(cut, default=0) else min(value, layers // 2)
         elif _NUMBERED.search(key) and _is_ascending(value):
             small[key] = [n for n in value if -layers <= n < layers]  # numbers of layers
         elif key.endswith("layer_id") and type(value) is int:
