@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import faulthandler
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -258,7 +261,12 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
 
 
 def run_cases(rank: int, world: int, folder: str) -> None:
-    """One process: all cases in turn, the traceback of each that fails in a file."""
+    """One process: all cases in turn, the traceback of each that fails in a file; a crash prints its stack.
+
+    The process ends without the teardown of gloo and of the interpreter: gloo's threads may still hold works with
+    Python objects in them then, and letting go of those in a dying interpreter crashes once in a great while.
+    """
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     for name, case in CASES[world].items():
@@ -267,7 +275,9 @@ def run_cases(rank: int, world: int, folder: str) -> None:
         except Exception:
             Path(folder, f"{name} on rank {rank}").write_text(traceback.format_exc())
         dist.barrier()
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
