@@ -79,7 +79,7 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
     used: set[Node] = set()
     for node, end, axis in soft:
         output = outputs[node]
-        if output is None and df.shape(end)[axis] != 1:
+        if output is None and (df.shape(end)[axis] != 1 or not _is_read(df, node)):
             continue
         products, path, learned = _behind(df, end, value_products)
         if output is None:
@@ -139,6 +139,11 @@ def _softmax_input(df: Dataflow, node: Node) -> tuple[Node, int] | None:
         if df.op[inner].name == "logsumexp" and (axis := _axis(df, inner, source)) is not None:
             return source, axis
     return None
+
+
+def _is_read(df: Dataflow, node: Node) -> bool:
+    """Whether anything is computed from a node, or it is a result, however it is moved before."""
+    return any(df.op[user].kind not in ("movement", "getitem") or _is_read(df, user) for user in node.users)
 
 
 def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:

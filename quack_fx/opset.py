@@ -7,6 +7,7 @@ not listed here is taken for elementwise; whoever follows labels through it chec
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from typing import Any, Literal
 from torch.fx import Node
 
 Kind = Literal[
-    "input", "getitem", "movement", "contraction", "convolution", "lookup", "attention", "softmax", "reduction", "norm",
-    "factory", "elementwise", "layer",
+    "input", "getitem", "movement", "contraction", "convolution", "lookup", "attention", "softmax", "reduction",
+    "pooling", "norm", "factory", "elementwise", "layer",
 ]  # fmt: skip
 
 
@@ -44,7 +45,7 @@ MOVEMENT = frozenset(
     "flatten unflatten repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90 tile hstack vstack concat "
     "view_as_complex view_as_real _conj conj resolve_conj resolve_neg real imag copy_ index_put index_put_ "
     "_index_put_impl_ scatter masked_scatter reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d "
-    "im2col upsample_nearest1d upsample_nearest2d pad".split()
+    "im2col pad".split()
 )
 CONTRACTION = frozenset("mm bmm addmm baddbmm matmul linear mv addmv dot einsum _grouped_mm grouped_mm addbmm".split())
 CONVOLUTION = frozenset(
@@ -55,9 +56,10 @@ LOOKUP = frozenset("embedding embedding_bag _embedding_bag".split())
 SOFTMAX = frozenset("_softmax softmax _safe_softmax".split())
 REDUCTION = frozenset(
     "sum mean amax amin max min var var_mean std std_mean norm linalg_vector_norm logsumexp prod argmax argmin topk "
-    "sort any all cumsum cumprod median mode kthvalue count_nonzero adaptive_avg_pool1d _adaptive_avg_pool2d "
-    "avg_pool1d avg_pool2d max_pool2d_with_indices nansum".split()
+    "sort any all cumsum cumprod median mode kthvalue count_nonzero nansum".split()
 )
+# Each result is made of a window on the last axes of the data, whose number the name tells.
+_POOLING = re.compile(r"_?(?:(?:adaptive_|fractional_)?(?:avg|max)_pool|upsample_\w+?|grid_sampler_)([123])d")
 NORM = frozenset(
     "native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm group_norm native_batch_norm batch_norm "
     "cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
@@ -83,6 +85,8 @@ def _of_target(target: Any) -> Op:
     kind: Kind = "elementwise"
     if any(mark in name for mark in _ATTENTION_MARKS):
         kind = "attention"
+    elif _POOLING.match(name):
+        kind = "pooling"
     else:
         for names, its_kind in _TABLE:
             if bare in names or name in names:
@@ -101,6 +105,13 @@ _TABLE: tuple[tuple[frozenset[str], Kind], ...] = (
     (REDUCTION, "reduction"),
     (NORM, "norm"),
 )
+
+
+def pooled_axes(op: Op) -> int:
+    """Over how many axes, the last ones of its data, an op of kind "pooling" runs."""
+    found = _POOLING.match(op.name)
+    assert found is not None
+    return int(found[1])
 
 
 def op_of(node: Node) -> Op:

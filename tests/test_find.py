@@ -297,8 +297,25 @@ def rotated_as_complex(x: Tensor) -> Tensor:
     return torch.view_as_real(turned).flatten(-2)
 
 
+def rotated_by_matrices(x: Tensor) -> Tensor:
+    """A matrix of 2 x 2 for each pair of features, multiplied and summed by hand."""
+    angle = torch.arange(x.shape[-2]).unsqueeze(-1) / 10 ** torch.arange(x.shape[-1] // 2)
+    turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), -1).unflatten(-1, (2, 2))
+    return (turn * x.unflatten(-1, (-1, 1, 2))).sum(-1).flatten(-2)
+
+
 def rotary(rotate: Callable[[Tensor], Tensor]) -> Made:
     return made(lambda m, x: attend(rotate(split(m.q(x))), rotate(split(m.k(x))), split(m.v(x))), plain())
+
+
+def pooled_queries(pool: Callable[[Tensor], Tensor]) -> Made:
+    """Fewer or more queries than keys, each made of several tokens'."""
+    return made(lambda m, x: attend(pool(split(m.q(x))), split(m.k(x)), split(m.v(x))), plain())
+
+
+def as_signals(pool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """[batch, heads, tokens, dim] through a pool of signals, the features as channels."""
+    return lambda x: pool(x.flatten(0, 1).mT).mT.unflatten(0, (-1, HEADS))
 
 
 def normed(kind: Any, norm: Callable[[], nn.Module], full: bool = False) -> Made:
@@ -416,6 +433,11 @@ CASES: dict[str, Callable[[], Made]] = {
     "rope_pairs": lambda: rotary(rotated_in_pairs),
     "rope_halves": lambda: rotary(rotated_in_halves),
     "rope_complex": lambda: rotary(rotated_as_complex),
+    "rope_matrices": lambda: rotary(rotated_by_matrices),
+    "queries_max": lambda: pooled_queries(lambda x: x[..., :4, :].unflatten(-2, (2, 2)).max(-2).values),
+    "queries_mean": lambda: pooled_queries(lambda x: x[..., :4, :].unflatten(-2, (2, 2)).mean(-2)),
+    "queries_max_pool": lambda: pooled_queries(as_signals(lambda x: F.max_pool1d(x, 2))),
+    "queries_interpolated": lambda: pooled_queries(as_signals(lambda x: F.interpolate(x, 8, mode="linear"))),
     "rms_norm": lambda: normed("rms", lambda: nn.RMSNorm(DIM)),
     "rms_norm_written": lambda: normed("rms", lambda: WrittenRMSNorm(DIM)),
     "rms_norm_full": lambda: normed("rms", lambda: nn.RMSNorm(INNER), full=True),

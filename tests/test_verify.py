@@ -265,6 +265,18 @@ def test_two_attentions_of_one_module() -> None:
             verify_qk_pairs(model, QKLayout(false), x)
 
 
+def test_logits_that_nothing_reads_are_none() -> None:
+    class Leftover(Attention):
+        """Some model files compute weights that they never use."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k = (y.unflatten(-1, (2, 4)) for y in (self.q(x), self.k(x)))
+            (q @ k.mT).softmax(-1).view(-1)
+            return super().forward(x)
+
+    assert verify_qk_pairs(Leftover(plain), QKLayout((hidden_site(),)), torch.randn(2, 5, 8)).complete
+
+
 # -- what cannot be told, and bad input --------------------------------------------------------------------------------
 
 

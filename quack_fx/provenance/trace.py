@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from quack_fx.dataflow import Dataflow, factors_of, is_depthwise
 from quack_fx.layout import NormKind
+from quack_fx.opset import pooled_axes
 from quack_fx.provenance.labels import NOTHING, UNKNOWN, Labels, compact, constant_along, reshape, shrink
 from quack_fx.provenance.movement import move
 from quack_fx.provenance.projections import Projections
@@ -51,7 +52,8 @@ class Flow:
         scale: Product of the plain numbers it was multiplied with since the projection; None where not a plain number.
         norms: Norms since the projection.
         ops: Functions that bend (not linear) since the projection.
-        statistic: Set where the tensor is a statistic of features instead of features.
+        statistic: Set where the tensor may be used as a statistic of features. Its label is UNKNOWN then, but for sums,
+            which are features, too.
     """
 
     label: Tensor
@@ -70,8 +72,9 @@ LINEAR = frozenset(
     "add sub neg mul div rsub where masked_fill dropout native_dropout lerp addcmul addcdiv positive clone".split()
 )
 _NORM_INDEX = {"layer_norm": "layer", "rms_norm": "rms", "group_norm": "layer", "batch_norm": "batch"}
-_POOLING = frozenset("sum mean amax amin adaptive_avg_pool1d _adaptive_avg_pool2d avg_pool1d avg_pool2d nansum".split())
-
+_SUMS = frozenset("sum mean nansum".split())
+_PICKS = frozenset("amax amin max min".split())
+"""Reductions whose result, the first if there are several, is made of elements as they are."""
 
 _ADDING = frozenset("add sub rsub cat stack where lerp addcmul copy index_put".split())
 _OF_SIZE = frozenset("pow abs square exp".split())
@@ -244,7 +247,9 @@ class _Step:
         if kind == "movement":
             return self._movement()
         if kind == "reduction":
-            return self._reduction()
+            return self._reduction(node, df.value(node))
+        if kind == "pooling":
+            return self._pooled(node)
         if kind == "norm":
             return self._native_norm()
         return self._elementwise()
@@ -360,35 +365,55 @@ class _Step:
         if df.op[whole].name in ("native_dropout", "_fused_dropout") and i == 0:
             return self._input(whole)
         if df.op[whole].kind == "reduction" and whole in self.flows:
-            statistic = self._input(whole).statistic
-            return Flow(self._full(NOTHING if statistic else UNKNOWN), statistic=statistic)
+            return self._reduction(whole, df.value(node), i)
+        if df.op[whole].kind == "pooling" and i == 0:
+            return self._pooled(whole)
         return self._unknown() if whole in self.flows else Flow(self._full(self.outside))
 
     # ---- statistics and norms ------------------------------------------------------------------------------------
 
-    def _reduction(self) -> Flow:
-        df, node = self.tracer.df, self.node
+    def _reduction(self, node: Node, value: object, part: int = 0) -> Flow:
+        """A reduction, or one part of its results."""
+        df = self.tracer.df
         source = node.args[0]
         x = self._input(source) if isinstance(source, Node) else self._unknown()
+        if not isinstance(value, Tensor):
+            return x  # its parts are made by _part
+        if not value.is_floating_point():
+            return self._nothing()  # where something stands, not what
+        unknown = torch.tensor(UNKNOWN).expand(value.shape)
         if x.statistic is not None:
-            return replace(x, label=self._full(NOTHING))
-        if not x.label.numel():
-            return self._unknown()
-        name, shape = df.op[node].name, df.shape(node)
-        dims = _reduced_dims(node, x.label.dim())
-        pooled = name in _POOLING and not (x.ops & _OF_SIZE)
-        if pooled and dims is not None and all(constant_along(x.label, d) for d in dims) and shape:
-            label = x.label
-            for d in sorted(dims, reverse=True):
-                label = label.narrow(d, 0, 1) if label.dim() == len(shape) else label.select(d, 0)
-            if label.shape == shape:
-                return replace(x, label=label)
+            return replace(x, label=unknown)
         features = self.tracer.labels.features(x.label)
-        if UNKNOWN in features or not features:
-            return self._unknown() if features else self._nothing()
-        width = x.label.numel() // max(1, shape.numel()) if shape else x.label.numel()
+        if UNKNOWN in features or not features or not x.label.numel():
+            return Flow(unknown if features else torch.tensor(NOTHING).expand(value.shape))
+        name = df.op[node].name
+        dims = _reduced_dims(node, x.label.dim())
+        label = None
+        if dims is not None and not (x.ops & _OF_SIZE) and (name in _SUMS or (name in _PICKS and part == 0)):
+            if all(constant_along(x.label, d) for d in dims):
+                label = _without(x.label, dims, value.shape)
+                if label is not None:
+                    return replace(x, label=label)
+            elif name in _SUMS:
+                # The mean that a norm takes away, or what a rotation by small matrices makes: use will tell.
+                label = _without(self.tracer.labels.union_along(x.label, dims), dims, value.shape)
+        width = x.label.numel() // max(1, value.numel())
         statistic = Statistic(frozenset(features), x.ops | {name}, width)
-        return Flow(self._full(NOTHING), statistic=statistic)
+        return replace(x, label=unknown if label is None else label, statistic=statistic)
+
+    def _pooled(self, node: Node) -> Flow:
+        """Windows on the last axes: what is the same all over them is so afterwards."""
+        df = self.tracer.df
+        x = self._input(node.args[0])  # type: ignore[arg-type]
+        axes = range(x.label.dim() - pooled_axes(df.op[node]), x.label.dim())
+        if isinstance(df.value(self.node), list | tuple):
+            return x  # its parts are made by _part
+        if x.statistic is not None or not all(constant_along(x.label, d) for d in axes):
+            return self._unknown()
+        for d in axes:
+            x = replace(x, label=x.label.narrow(d, 0, 1))
+        return replace(x, label=x.label.expand(df.shape(self.node)))
 
     def _native_norm(self) -> Flow:
         df, node = self.tracer.df, self.node
@@ -434,7 +459,7 @@ class _Step:
         labelled = [f for f in flows if f.statistic is None]
         statistics = [f.statistic for f in flows if f.statistic is not None]
         if not labelled:
-            return self._of_statistics(name, statistics) if statistics else self._nothing()
+            return self._of_statistics(name, flows) if statistics else self._nothing()
         try:
             label = labels.union([f.label for f in labelled], value.shape)
         except RuntimeError:
@@ -468,13 +493,20 @@ class _Step:
     def _carries(self, node: Node) -> bool:
         return node in self.tracer.df.activation or node in self.flows
 
-    def _of_statistics(self, name: str, statistics: list[Statistic]) -> Flow:
+    def _of_statistics(self, name: str, flows: list[Flow]) -> Flow:
+        """Statistics computed with each other; sums stay features as well as long as what is done to them is linear."""
+        shape = self.tracer.df.shape(self.node)
+        statistics = [f.statistic for f in flows if f.statistic is not None]
         joined = Statistic(
             frozenset().union(*(s.features for s in statistics)),
             frozenset({name}).union(*(s.ops for s in statistics)),
             max(s.width for s in statistics),
         )
-        return Flow(self._full(NOTHING), statistic=joined)
+        linear = name in LINEAR and (len(flows) == 1 or name in _ADDING)
+        label = self.tracer.labels.union([f.label for f in flows], shape) if linear else self._full(UNKNOWN)
+        if UNKNOWN in self.tracer.labels.features(label):
+            return Flow(self._full(UNKNOWN), statistic=joined)
+        return self._with_weights(name, replace(_merged(flows), label=shrink(label), statistic=joined))
 
     def _with_statistics(self, name: str, flow: Flow, statistics: list[Statistic], features: frozenset[int]) -> Flow:
         for statistic in statistics:
@@ -571,13 +603,17 @@ def _kind(statistic: frozenset[str], ops: frozenset[str]) -> NormKind:
     return "l2" if "sum" in statistic else "other"
 
 
+def _without(label: Tensor, dims: list[int], shape: torch.Size) -> Tensor | None:
+    """Labels that vary along none of `dims`, in the shape of a reduction over them; None where it has another."""
+    for d in sorted(dims, reverse=True):
+        label = label.narrow(d, 0, 1)
+        label = label if label.dim() == len(shape) else label.select(d, 0)
+    return label.expand(shape) if label.dim() == len(shape) else None
+
+
 def _reduced_dims(node: Node, rank: int) -> list[int] | None:
     """Axes that a reduction runs over; None where the op does not say so in its second argument."""
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if "pool2d" in str(node.target):
-        return [rank - 2, rank - 1]
-    if "pool1d" in str(node.target):
-        return [rank - 1]
     if isinstance(dims, int):
         dims = [dims]
     if dims is None or (isinstance(dims, list | tuple) and not dims):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from quack_fx.errors import VerifyError
 
@@ -44,18 +45,19 @@ def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
         for buffer in copy.buffers():
             buffer.copy_(_plausible(buffer, generator))
     copy = copy.to(torch.float32)
+    kernels = {id(m.weight) for m in copy.modules() if isinstance(m, _ConvNd)}
     with torch.no_grad():
         for parameter in copy.parameters():
             if parameter.is_floating_point():
-                parameter.copy_(_random(parameter, generator))
+                parameter.copy_(_random(parameter, id(parameter) in kernels, generator))
     return copy
 
 
-def _random(parameter: Tensor, generator: torch.Generator) -> Tensor:
+def _random(parameter: Tensor, kernel: bool, generator: torch.Generator) -> Tensor:
     """Weights of a size that keeps activations near one; gains, biases and scalars between 0.5 and 1.5."""
     if parameter.ndim < 2:
         return torch.rand(parameter.shape, generator=generator) + 0.5
-    fan_in = parameter.shape[-1] if parameter.ndim < 4 else parameter[0].numel()
+    fan_in = parameter[0].numel() if kernel or parameter.ndim > 3 else parameter.shape[-1]
     return torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
 
 

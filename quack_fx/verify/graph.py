@@ -82,7 +82,9 @@ class Graph:
         for op in tape.ops:
             for source in op.reads:
                 self._readers[source].append(op)
-        self.softmaxes = [s for op in tape.ops if (s := softmax_of(op, self._readers)) is not None]
+        self.softmaxes = [
+            s for op in tape.ops if (s := softmax_of(op, self._readers)) is not None and self._is_read(op)
+        ]
         self._softmax_ops = {s.op for s in self.softmaxes}
         self._products = {p.op: p for op in tape.ops if (p := product_of(op)) is not None and self._multiplies(p)}
         self._walks: dict[tuple[Value, Op], _Back] = {}
@@ -160,6 +162,12 @@ class Graph:
             return all(data)
         other = product.factors[data.index(False)]
         return bool(self._back(other, product.reader).products)
+
+    def _is_read(self, op: Op) -> bool:
+        """Whether anything is computed from an op's results, or they are results of the model: dead code is not."""
+        if any(v in self.tape.results for v in op.outputs):
+            return True
+        return any(not keeps_numbers(reader) or self._is_read(reader) for reader in self._readers[op])
 
     def _mixed(self, product: Product) -> Value | None:
         """The logits that a product with a weight mixes head by head, or None if it does nothing of the kind."""
