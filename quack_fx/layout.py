@@ -149,12 +149,12 @@ class AttentionSite:
 
     Attributes:
         name: Module whose forward makes the logits; "" for the root.
-        kind: "mha", "gqa", "mqa", "mla", or "other".
+        kind: "mha", "gqa", "mqa", "mla", or "other": its logits compare channels over all tokens (XCiT).
         cross: Whether queries and keys come from different sequences.
         calls: How often the site runs in one forward pass (a shared layer runs more than once).
         query_heads: Number of query heads.
         key_heads: Number of key heads.
-        head_dim: Width of one head in the logit product.
+        head_dim: Width of one head in the logit product; the number of channels where those are compared.
         head_map: For each query head, the key head that it reads.
         query: Blocks of the query side, each with one entry of `heads` per query head.
         key: Blocks of the key side, each with one entry of `heads` per key head.

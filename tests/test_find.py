@@ -354,6 +354,18 @@ def unit_length() -> Made:
     return made(run, expected, **qkv(), temperature=torch.ones(HEADS, 1, 1))
 
 
+def over_channels() -> Made:
+    """Cross-covariance attention (XCiT): normed over tokens, a head is the channels that a softmax compares."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k = (F.normalize(split(part(x)).mT, dim=-1) for part in (m.q, m.k))
+        return (q @ k.mT * m.temperature).softmax(-1) @ split(m.v(x)).mT
+
+    norms = (Norm("query", "l2", TOKENS), Norm("key", "l2", TOKENS))
+    expected = plain(kind="other", qk_norm=norms, logit_scale=None)
+    return made(run, expected, **qkv(), temperature=torch.ones(HEADS, 1, 1))
+
+
 # ---- how the product and the softmax are written ---------------------------------------------------------------------
 
 
@@ -443,6 +455,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "rms_norm_full": lambda: normed("rms", lambda: nn.RMSNorm(INNER), full=True),
     "layer_norm": lambda: normed("layer", lambda: nn.LayerNorm(DIM)),
     "l2_norm": unit_length,
+    "channels": over_channels,
     "softmax_by_hand": softmax_by_hand,
     "masked": masked,
     "product_then_sum": product_then_sum,
@@ -557,14 +570,17 @@ def selective() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Toy(run, **qkv()), (X,)
 
 
-def channels() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    def run(m: Any, x: Tensor) -> Tensor:
-        return (split(m.q(x)).mT @ split(m.k(x))).softmax(-1) @ split(m.v(x)).mT
+def channels_of_one_side() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Each channel over tokens meets weights over tokens that are computed for it."""
 
-    return Toy(run, **qkv()), (X,)
+    def run(m: Any, x: Tensor) -> Tensor:
+        return (m.q(x).mT @ m.over(x).mT).softmax(-1) @ m.v(x)
+
+    return Toy(run, over=linear(TOKENS), **qkv()), (X,)
 
 
 REFUSALS = {
+    "channels of one side": (channels_of_one_side, {"channel-attention"}),
     "linear attention": (linear_attention, {"no-softmax"}),
     "learned queries": (learned_queries, {"learned-query"}),
     "additive attention": (additive, {"additive-attention"}),
@@ -573,7 +589,6 @@ REFUSALS = {
     "a single key": (single_key, {"one-key"}),
     "heads added up": (added_heads, {"mixed-heads"}),
     "selective attention": (selective, {"lost-logits"}),
-    "channels": (channels, {"channel-attention"}),
 }
 
 

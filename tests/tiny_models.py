@@ -42,6 +42,7 @@ def site(name: str, query: WeightBlock, key: WeightBlock, width: int, **more: An
     n, m = len(query.heads), len(key.heads)
     kind = "mha" if n == m else "mqa" if m == 1 else "gqa"
     fields: dict[str, Any] = {
+        "kind": kind,
         "cross": False,
         "calls": 1,
         "query_heads": n,
@@ -52,7 +53,7 @@ def site(name: str, query: WeightBlock, key: WeightBlock, width: int, **more: An
         "key": (key,),
         "terms": (LogitTerm((0,), (0,)),),
     }
-    return AttentionSite(name, kind, **{**fields, **more})
+    return AttentionSite(name, **{**fields, **more})
 
 
 def separate(name: str, q: str, k: str, n: int, m: int, width: int, bias: bool = False, **more: Any) -> AttentionSite:
@@ -339,6 +340,28 @@ def differential() -> Case:
     return Case(Differential(), {"x": x}, QKLayout((at(0), at(8))))
 
 
+class CrossCovariance(nn.Module):
+    """XCiT's attention by hand: the channels of a head attend to each other, normed over all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48, bias=False)
+        self.temperature = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 4, 1)
+        q, k = (nn.functional.normalize(part, dim=-1) for part in (q, k))
+        return ((q @ k.mT * self.temperature).softmax(-1) @ v).flatten(1, 2).mT
+
+
+def cross_covariance() -> Case:
+    norms = (Norm("query", "l2", 7), Norm("key", "l2", 7))
+    query, key = (WeightBlock("qkv.weight", s, 0, heads(4, 4, start)) for s, start in (("q", 0), ("k", 16)))  # type: ignore[arg-type]
+    one = site("", query, key, 4, kind="other", qk_norm=norms)
+    x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
+    return Case(CrossCovariance(), {"x": x}, QKLayout((one,)))
+
+
 def our_mla() -> Case:
     module = example("mla")
     names = ("q_down", "q_up", "kv_down", "kv_up", "q_norm", "kv_norm")
@@ -362,6 +385,7 @@ def torch_mha() -> Case:
 
 CASES: dict[str, Callable[[], Case]] = {
     "llama": llama,
+    "cross_covariance": cross_covariance,
     "llama_eager": lambda: llama("eager"),
     "qwen3": qwen3,
     "olmo2": olmo2,

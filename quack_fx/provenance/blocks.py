@@ -327,6 +327,8 @@ def _give_roles(query: list[_Block], key: list[_Block]) -> bool:
 def _kind(heads: Heads, mla: bool) -> SiteKind:
     if mla:
         return "mla"
+    if heads.channels:
+        return "other"
     if len(heads.key) == len(heads.query):
         return "mha"
     return "mqa" if len(heads.key) == 1 else "gqa"

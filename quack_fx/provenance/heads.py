@@ -53,6 +53,7 @@ class Heads:
         norms: Norms on the query side and on the key side.
         scale: Factor on the product, None where it is not a plain number.
         operands: Query operands and key operands of the products.
+        channels: Whether the logits compare channels over tokens: a head is all channels that a softmax compares.
     """
 
     query: tuple[tuple[Vector, ...], ...]
@@ -63,6 +64,7 @@ class Heads:
     norms: tuple[tuple[NormTag, ...], tuple[NormTag, ...]]
     scale: float | None
     operands: tuple[tuple[Node, ...], tuple[Node, ...]]
+    channels: bool = False
 
 
 def find_heads(tracer: Tracer, logits: Logits) -> Heads:
@@ -91,6 +93,9 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
     pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)
     _check(vectors, pairs, lambda side: tracer.where_unknown(flows, operands[side]))
     _check_streams(tracer, reader, pairs)
+    channels = _compares_channels(vectors, pairs)
+    if channels:
+        pairs = _of_channels(reader, list(pairs))
     width = len(vectors[next(iter(pairs))[0]])
     if len({frozenset(q for q, _ in meeting.pairs) for meeting in met}) > 1:
         pairs, width = _summed(met, reader) or (pairs, width)
@@ -106,6 +111,7 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
         norms=(tuple(norms[0]), tuple(norms[1])),
         scale=scales.pop() if len(scales) == 1 else None,
         operands=(tuple(operands[0]), tuple(operands[1])),
+        channels=channels,
     )
 
 
@@ -133,6 +139,10 @@ class _Vectors:
     def joined(self, numbers: Sequence[int]) -> int:
         """Number of several vectors laid side by side."""
         return self._known(tuple(rows for n in numbers for rows in self.vectors[n]))
+
+    def channels(self, numbers: Sequence[int]) -> int:
+        """Number of several vectors, each one feature throughout, as one vector of those features."""
+        return self._known(tuple(self.vectors[n][0] for n in numbers))
 
     def data(self, number: int) -> frozenset[Node]:
         """What the projections behind a vector read."""
@@ -258,6 +268,40 @@ def _met(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: 
     return _Meeting(pairs, end.label, sets, end.scale, swapped)
 
 
+def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None]) -> bool:
+    """Whether the vectors are one feature each, over tokens: the logits compare channels.
+
+    Raises:
+        Refused: Those of one side are, those of the other are not.
+    """
+    channels = [
+        {v for v in side if len(vectors[v]) > 1 and len(set(vectors[v])) == 1 and len(vectors[v][0]) == 1}
+        for side in map(set, zip(*pairs, strict=True))
+    ]
+    if all(len(side) <= 1 for side in channels):
+        return False
+    if len(set().union(*channels)) == len({v for pair in pairs for v in pair}):
+        return True
+    raise Refused("channel-attention", "its logits compare channels of one side with something else of the other")
+
+
+def _of_channels(reader: _Vectors, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], None]:
+    """The channels that meet each other laid side by side, as the vectors of heads (attention over channels).
+
+    Raises:
+        Refused: Channels meet some but not all others of their head.
+    """
+    keys: dict[int, list[int]] = {}
+    queries: dict[tuple[int, ...], list[int]] = {}
+    for q, k in pairs:
+        keys.setdefault(q, []).append(k)
+    for q, met in keys.items():
+        queries.setdefault(tuple(sorted(met)), []).append(q)
+    if sum(map(len, queries)) != len({k for _, k in pairs}):
+        raise Refused("channel-attention", "its logits compare channels over tokens, and no set of channels is a head")
+    return {(reader.channels(head), reader.channels(met)): None for met, head in queries.items()}
+
+
 def _summed(met: list[_Meeting], reader: _Vectors) -> tuple[dict[tuple[int, int], None], int] | None:
     """Pairs of the vectors of products that are added up, laid side by side as if they were one longer vector.
 
@@ -355,12 +399,6 @@ def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None], end: Calla
             )
         if not any(rows for v in used for rows in vectors[v]):
             raise Refused(f"learned-{name}", f"its {name} side is a parameter or a constant, not a projection")
-        flat = [v for v in used if len(vectors[v]) > 1 and len(set(vectors[v])) == 1 and len(vectors[v][0]) == 1]
-        if len(flat) > 1 and len({vectors[v][0] for v in flat}) > 1:
-            raise Refused(
-                "channel-attention",
-                "its logits compare channels over all tokens: no head reads a set of rows of its own",
-            )
 
 
 def _check_streams(tracer: Tracer, reader: _Vectors, pairs: dict[tuple[int, int], None]) -> None:

@@ -105,11 +105,12 @@ def _find_heads(evidence: Evidence, claimed: Heads) -> Heads:
             found = [evidence.rows_of_head(cut, labels, head) for head in range(heads)]
             distinct = len({tuple(tuple(sorted(rows[side].items())) for side in SIDES) for rows in found})
             if distinct > most or (distinct == most == heads and found == claimed):
-                finest = _is_finest(evidence, cut, labels, found[0])
+                finest, channels = _is_finest(evidence, cut, labels, found[0])
                 split |= not finest
                 if finest:
                     best, most = found, distinct
                     evidence.reading = cut, labels
+                    evidence.channels = channels
                 if found == claimed and finest:
                     return best
         if most == heads:
@@ -139,19 +140,49 @@ def _check_together(evidence: Evidence) -> None:
                 )
 
 
-def _is_finest(evidence: Evidence, cut: Value, labels: Tensor, first: Mapping[Side, Mapping[str, Rows]]) -> bool:
-    """Whether no further axis splits the rows of head 0, as it would if two heads were taken for one."""
-    shape = cut.tensor.shape
-    for axis in range(len(shape)):
-        if (cut is evidence.softmax.logits and axis == evidence.softmax.dim) or shape[axis] == 1:
+def _is_finest(
+    evidence: Evidence, cut: Value, labels: Tensor, first: Mapping[Side, Mapping[str, Rows]]
+) -> tuple[bool, bool]:
+    """Whether no further axis splits the rows of head 0, as it would if two heads were taken for one.
+
+    Returns:
+        That, and whether an axis splits them into channels, which are no heads.
+    """
+    channels = False
+    for axis in range(len(cut.tensor.shape)):
+        if cut is evidence.softmax.logits and axis == evidence.softmax.dim:
             continue
-        outside = torch.ones(shape[axis], dtype=torch.bool)
-        outside[0] = False
-        one = labels.masked_fill(outside.view([-1 if a == axis else 1 for a in range(len(shape))]), -1)
-        for side, rows in evidence.rows_of_head(cut, one, 0).items():
-            if any(first[side].get(name) != part for name, part in rows.items()):
-                return False
-    return True
+        part = _first_along(evidence, cut, labels, axis)
+        for side, rows in part.items():
+            if any(first[side].get(name) != one for name, one in rows.items()):
+                if not _is_channel(evidence, part, first, side):
+                    return False, False
+                channels = True
+    return True, channels
+
+
+def _first_along(evidence: Evidence, cut: Value, labels: Tensor, axis: int) -> dict[Side, dict[str, Rows]]:
+    """Rows that the logits of head 0 at the first index of an axis read."""
+    shape = cut.tensor.shape
+    outside = torch.ones(shape[axis], dtype=torch.bool)
+    outside[0] = False
+    one = labels.masked_fill(outside.view([-1 if a == axis else 1 for a in range(len(shape))]), -1)
+    return evidence.rows_of_head(cut, one, 0)
+
+
+def _is_channel(
+    evidence: Evidence,
+    part: Mapping[Side, Mapping[str, Rows]],
+    whole: Mapping[Side, Mapping[str, Rows]],
+    side: Side,
+) -> bool:
+    """Whether a part of a head's logits reads one row on a side, over many places, and all of the other side's.
+
+    Such logits compare channels over tokens: a head of them is all channels that its softmax compares.
+    """
+    other: Side = "key" if side == "query" else "query"
+    wide = all(p.operand[side].value.tensor.shape[p.operand[side].axis] > 1 for p in evidence.parts)
+    return wide and all(len(rows) == 1 for rows in part[side].values()) and part[other] == whole[other]
 
 
 # ---- width of a head -------------------------------------------------------------------------------------------------
@@ -160,11 +191,27 @@ def _is_finest(evidence: Evidence, cut: Value, labels: Tensor, first: Mapping[Si
 def _check_head_dim(evidence: Evidence) -> int:
     """Queries and keys of a head meet in as many features as the site says."""
     claimed = evidence.site.head_dim
+    if evidence.channels:
+        return _check_channels(evidence)
     widths = [part.operand["query"].value.tensor.shape[part.operand["query"].axis] for part in evidence.parts]
     if claimed != sum(widths) and set(widths) != {claimed}:
         live = [_live_features(evidence, i) for i in range(len(widths))]  # features of a head may be padded with zeros
         if claimed != sum(live) and set(live) != {claimed}:
             raise evidence.error(f"its queries and keys meet in {sum(live)} features, the layout claims {claimed}")
+    return 1
+
+
+def _check_channels(evidence: Evidence) -> int:
+    """A head that compares channels has as many as rows, and each key is one of them as each query is."""
+    cut, labels = evidence.reading
+    whole = evidence.rows_of_head(cut, labels, 0)
+    for side in SIDES:
+        count = max(map(len, whole[side].values()))
+        if count != evidence.site.head_dim:
+            raise evidence.error(f"its heads compare {count} channels, the layout claims {evidence.site.head_dim}")
+    key = _first_along(evidence, cut, labels, evidence.softmax.dim) if cut is evidence.softmax.logits else whole
+    if not _is_channel(evidence, key, whole, "key"):
+        raise CannotTell("its queries are channels, its keys are not")
     return 1
 
 

@@ -83,6 +83,8 @@ class Evidence:
                 part.lower[side] = self._slice(part, side, self.graph.statistics)
         self.reading = softmax.logits, torch.zeros([1] * len(softmax.shape), dtype=torch.long)
         """A tensor of logits and the head of each; of a single head until more are told apart."""
+        self.channels = False
+        """Whether the logits compare channels over tokens: found out when heads are told apart."""
 
     def error(self, what: str) -> VerifyError:
         """A refutation."""
