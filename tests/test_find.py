@@ -366,6 +366,17 @@ def over_channels() -> Made:
     return made(run, expected, **qkv(), temperature=torch.ones(HEADS, 1, 1))
 
 
+def clipped() -> Made:
+    """Vectors longer than one are cut down to one; shorter ones stay, so this is no norm."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q = split(m.q(x))
+        q = q * (1.0 / (q.norm(dim=-1, keepdim=True) + 1e-6)).clamp(max=1.0)
+        return attend(q, split(m.k(x)), split(m.v(x)))
+
+    return made(run, plain(logit_scale=None))
+
+
 # ---- how the product and the softmax are written ---------------------------------------------------------------------
 
 
@@ -455,6 +466,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "rms_norm_full": lambda: normed("rms", lambda: nn.RMSNorm(INNER), full=True),
     "layer_norm": lambda: normed("layer", lambda: nn.LayerNorm(DIM)),
     "l2_norm": unit_length,
+    "clipped": clipped,
     "channels": over_channels,
     "softmax_by_hand": softmax_by_hand,
     "masked": masked,

@@ -111,7 +111,8 @@ class _Watch(TorchFunctionMode):
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
         if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward) or "flex_attention" in name:
-            self.found[self._stack[-1]] += 1
+            # Queries that are a parameter themselves are as little a product of two computed tensors here as below.
+            self.found[self._stack[-1]] += all(id(x) not in self._weights for x in given[:2])
         elif func in _PRODUCTS and all(id(x) not in self._weights for x in given):
             for x in given:
                 if (home := self._shares.get(id(x))) is not None and id(x) not in self._counted:

@@ -77,6 +77,7 @@ _PICKS = frozenset("amax amin max min".split())
 """Reductions whose result, the first if there are several, is made of elements as they are."""
 
 _ADDING = frozenset("add sub rsub cat stack where lerp addcmul copy index_put".split())
+_BOUNDS = frozenset("clamp clamp_min clamp_max minimum maximum".split())
 _OF_SIZE = frozenset("pow abs square exp".split())
 """Ops whose mean is a statistic of features and not their average."""
 
@@ -499,7 +500,7 @@ class _Step:
         statistics = [f.statistic for f in flows if f.statistic is not None]
         joined = Statistic(
             frozenset().union(*(s.features for s in statistics)),
-            frozenset({name}).union(*(s.ops for s in statistics)),
+            frozenset({"clip" if self._clips(name) else name}).union(*(s.ops for s in statistics)),
             max(s.width for s in statistics),
         )
         linear = name in LINEAR and (len(flows) == 1 or name in _ADDING)
@@ -508,6 +509,15 @@ class _Step:
             return Flow(self._full(UNKNOWN), statistic=joined)
         return self._with_weights(name, replace(_merged(flows), label=shrink(label), statistic=joined))
 
+    def _clips(self, name: str) -> bool:
+        """Whether a statistic is bounded by more than an epsilon: what is short is left as it is then."""
+        if name not in _BOUNDS:
+            return False
+        given = [*self.node.args[1:], *self.node.kwargs.values()]
+        known = [self.tracer.df.constant(b) if isinstance(b, Node) else b for b in given]
+        bounds = [float(b) for b in known if isinstance(b, int | float) or (isinstance(b, Tensor) and b.numel() == 1)]
+        return any(1e-2 < abs(bound) < 1e2 for bound in bounds)
+
     def _with_statistics(self, name: str, flow: Flow, statistics: list[Statistic], features: frozenset[int]) -> Flow:
         for statistic in statistics:
             own = statistic.features <= features
@@ -515,6 +525,8 @@ class _Step:
                 flow = replace(flow, label=self._full(UNKNOWN))  # sums of other logits, and no maximum or mean
             elif name in ("add", "sub", "rsub"):
                 flow = replace(flow, ops=flow.ops | {"centre"}) if own else replace(flow, label=self._full(UNKNOWN))
+            elif own and name in ("mul", "div") and "clip" in statistic.ops:
+                flow = replace(flow, scale=None, ops=flow.ops | {"clip"})
             elif own and name in ("mul", "div"):
                 kind = _kind(statistic.ops, flow.ops)
                 tag = NormTag(kind, statistic.width, self._norm_module(flow))
