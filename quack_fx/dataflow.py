@@ -212,7 +212,10 @@ def _aliases(node: Node) -> tuple[Node | None, bool]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         first = node.args[0] if node.args else None
-        return (first, False) if isinstance(first, Node) and op_of(node).name == "getitem" else (None, False)
+        if not isinstance(first, Node) or op_of(node).name != "getitem":
+            return None, False
+        # A piece of a split is a window; each of several results (a norm and its statistics) has memory of its own.
+        return (first if op_of(first).kind in ("movement", "layer") else None), False
     base: Node | None = None
     for i, spec in enumerate(schema.arguments):
         given = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)

@@ -308,6 +308,44 @@ def rotary(rotate: Callable[[Tensor], Tensor]) -> Made:
     return made(lambda m, x: attend(rotate(split(m.q(x))), rotate(split(m.k(x))), split(m.v(x))), plain())
 
 
+def rotated_by_a_table() -> Made:
+    """RoFormer: the angles' sines and cosines are looked up by position in a parameter."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        cos, sin = m.angles(torch.arange(x.shape[1])).chunk(2, -1)
+
+        def rotate(x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+        return attend(rotate(split(m.q(x))), rotate(split(m.k(x))), split(m.v(x)))
+
+    return made(run, plain(), angles=nn.Embedding(16, DIM), **qkv())
+
+
+def rotated_in_place() -> Made:
+    """CogView 4: the tokens of the picture are rotated where they stand, in what a norm gave back."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k = (F.layer_norm(split(part(x)), (DIM,)) for part in (m.q, m.k))
+        for part in (q, k):
+            part[:, :, 2:] = rotated_in_halves(part[:, :, 2:])
+        return attend(q, k, split(m.v(x)))
+
+    return made(run, plain(qk_norm=(Norm("query", "layer", DIM), Norm("key", "layer", DIM))), **qkv())
+
+
+def chosen_queries() -> Made:
+    """Informer: each head's queries are those of the tokens that its data choose; heads and samples are one axis."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (split(part(x)).flatten(0, 1) for part in (m.q, m.k, m.v))
+        best = (q @ k.mT).amax(-1).topk(3, dim=-1).indices
+        return attend(q[torch.arange(BATCH * HEADS)[:, None], best], k, v)
+
+    return made(run, plain(), **qkv())
+
+
 def pooled_queries(pool: Callable[[Tensor], Tensor]) -> Made:
     """Fewer or more queries than keys, each made of several tokens'."""
     return made(lambda m, x: attend(pool(split(m.q(x))), split(m.k(x)), split(m.v(x))), plain())
@@ -457,6 +495,9 @@ CASES: dict[str, Callable[[], Made]] = {
     "rope_halves": lambda: rotary(rotated_in_halves),
     "rope_complex": lambda: rotary(rotated_as_complex),
     "rope_matrices": lambda: rotary(rotated_by_matrices),
+    "rope_table": rotated_by_a_table,
+    "rope_in_place": rotated_in_place,
+    "queries_chosen": chosen_queries,
     "queries_max": lambda: pooled_queries(lambda x: x[..., :4, :].unflatten(-2, (2, 2)).max(-2).values),
     "queries_mean": lambda: pooled_queries(lambda x: x[..., :4, :].unflatten(-2, (2, 2)).mean(-2)),
     "queries_max_pool": lambda: pooled_queries(as_signals(lambda x: F.max_pool1d(x, 2))),

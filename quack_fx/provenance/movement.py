@@ -96,7 +96,7 @@ def _gather(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Tensor:
     label = plane(source)
     if df.op[node].name == "index":
         index: Any = node.args[1]
-        axes = [d for d, i in enumerate(index) if i is not None]
+        axes = [d for d, i in enumerate(index) if i is not None and df.constant(i) is None]
     else:
         axes = [int(node.args[1])] if len(node.args) > 1 and isinstance(node.args[1], int) else []
     if not axes or not all(constant_along(label, d) for d in axes):
@@ -105,7 +105,8 @@ def _gather(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Tensor:
     def zeros(argument: Node) -> Any:
         if argument is source:
             return label
-        return torch.zeros(df.shape(argument), dtype=torch.int64)
+        known = df.constant(argument) if df.op[node].name == "index" else None
+        return torch.zeros(df.shape(argument), dtype=torch.int64) if known is None else known
 
     args, kwargs = map_arg((node.args, dict(node.kwargs)), zeros)
     result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]

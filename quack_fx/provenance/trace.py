@@ -239,10 +239,10 @@ class _Step:
             return self._nothing()
         if kind in ("contraction", "convolution"):
             return self._product() if self.outside == UNKNOWN else self._mixed_heads()
-        if kind in ("lookup", "attention", "input"):
+        if kind in ("factory", "lookup") and node not in df.from_input:
+            return self._nothing()  # a table of positions is a parameter, whether it is sliced or looked up
+        if kind in ("factory", "lookup", "attention", "input"):
             return self._unknown()
-        if kind == "factory":
-            return self._nothing()
         if kind == "getitem":
             return self._part()
         if kind == "movement":
