@@ -239,9 +239,9 @@ class _Step:
             return self._nothing()
         if kind in ("contraction", "convolution"):
             return self._product() if self.outside == UNKNOWN else self._mixed_heads()
-        if kind in ("factory", "lookup") and node not in df.from_input:
+        if kind == "factory" or (kind == "lookup" and node not in df.from_input):
             return self._nothing()  # a table of positions is a parameter, whether it is sliced or looked up
-        if kind in ("factory", "lookup", "attention", "input"):
+        if kind in ("lookup", "attention", "input"):
             return self._unknown()
         if kind == "getitem":
             return self._part()
