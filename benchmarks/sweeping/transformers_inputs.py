@@ -95,7 +95,8 @@ def _with_pictures(model: nn.Module, names: Any) -> Iterator[Inputs]:
         tokens = _around(ids(config), token, count // BATCH)
         found = {"input_ids": tokens, **pictures, "attention_mask": torch.ones_like(tokens)}
         types = {"mm_token_type_ids": (tokens == token).int()} if "mm_token_type_ids" in names else {}
-        yield found | types
+        answer = {"decoder_input_ids": ids(config)} if "decoder_input_ids" in names else {}
+        yield found | types | answer
 
 
 def _around(text: Tensor, token: int, count: int) -> Tensor:
@@ -266,6 +267,11 @@ _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     "decision_transformer": _decisions,
     "siglip2": _flat_patches,
     "siglip2_vision_model": _flat_patches,
+    "canine": lambda c: {"input_ids": ids(c, tokens=6 * c.downsampling_rate)},
+    "dia": lambda c: {
+        "input_ids": ids(c),
+        "decoder_input_ids": ids(c.decoder_config, tokens=7 * c.decoder_config.num_channels).view(BATCH, 7, -1),
+    },
     "bros": lambda c: {"input_ids": ids(c), "bbox": _boxes(c)},
     "udop": lambda c: {
         **{"input_ids": ids(c), "bbox": _boxes(c), "pixel_values": _picture(c, BATCH), "decoder_input_ids": ids(c)}

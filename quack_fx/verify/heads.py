@@ -102,9 +102,11 @@ class Upper:
             return [float(t.any(o.axis).float().mean()) for t, o in zip(touched, operands, strict=True)]
 
         last = shape[dim] - 1
-        for one, other in [(0, last), *((i, i + 1) for i in range(min(last, 8)))] if last else []:
-            # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
-            shares = share((dim, one, 1.0), (dim, other, -1.0))
+        # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
+        seeds = [((dim, i, 1.0), (dim, j, -1.0)) for i, j in [(0, last), *((i, i + 1) for i in range(min(last, 8)))]]
+        few: list[tuple[tuple[int, int, float], ...]] = [((dim, i, 1.0),) for i in range(min(last + 1, 3))]
+        for seed in [*seeds, *few] if last else []:
+            shares = share(*seed)
             if 0 < 2 * min(shares) <= max(shares):
                 return shares.index(min(shares))
         for axis in range(1, len(shape)):
