@@ -125,9 +125,13 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
         checks: dict[Softmax, int] = {}
         wrong: dict[Softmax, VerifyError] = {}
         try:
-            for softmax in softmaxes:
+            for softmax in sorted(softmaxes, key=_has_one_key):
                 try:
                     checks[softmax] = check_site(Evidence(graph, site, softmax, attention, generator))
+                except CannotTell:
+                    if not (checks and _has_one_key(softmax)):
+                        raise
+                    checks[softmax] = 0  # nothing is weighed in this call; the others have shown whose rows are whose
                 except VerifyError as error:
                     # Two attentions of one module: a site that is wrong about one may be right about the other.
                     if claimed[softmax] == 1 and not (len(softmaxes) > site.calls and is_told_of(layout, softmax)):
@@ -147,6 +151,10 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
     if nobodys := [error for softmax, error in refuted.items() if softmax not in settled]:
         raise nobodys[0]
     return VerifyReport(tuple(proved), tuple(open_sites))
+
+
+def _has_one_key(softmax: Softmax) -> bool:
+    return softmax.shape[softmax.dim] == 1
 
 
 def _check_calls(graph: Graph, site: AttentionSite, calls: int, errors: Sequence[VerifyError]) -> None:

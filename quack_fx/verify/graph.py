@@ -326,7 +326,7 @@ class Graph:
             back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants moves features
             back.passed.append(op)
             back.joined |= any(v.is_input and is_numeric(v) for v in op.inputs)
-            todo += [source for v in op.inputs if is_numeric(v) for source in self.tape.behind(v, op)]
+            todo += [s for v in op.inputs if is_numeric(v) and v.tensor.numel() for s in self.tape.behind(v, op)]
         back.products.sort(key=lambda p: p.op.index)
         return back
 
