@@ -332,8 +332,8 @@ _VIT_OPTIONS: dict[str, list[Options]] = {
         | {f"{part}_dim_head": 8 for part in ("sm_enc", "lg_enc", "cross_attn")}
     ],
     "crossformer.CrossFormer": [
-        {"dim": (32, 32, 64, 64), "depth": (1, 1, 1, 1), "local_window_size": 2, "global_window_size": (4, 2, 2, 1)}
-        | {"image_size": 64}
+        {"dim": (32, 32, 64, 64), "depth": (1, 1, 1, 1), "local_window_size": 2, "global_window_size": (4, 2, 2, 2)}
+        | {"image_size": 128}
     ],
     "cvt.CvT": [_VIT_STAGES | {"image_size": 64}],
     "jet_vit.JetViT": [{"window_size": 2, "attn_layers": ["LA", "WA", "FA"], "depth": 3}],
@@ -357,7 +357,7 @@ _VIT_OPTIONS: dict[str, list[Options]] = {
     "nest.NesT": [{"image_size": 32, "patch_size": 4, "num_hierarchies": 3, "block_repeats": (1, 1, 2), "heads": 2}],
     "pit.PiT": [{"depth": (1, 1), "heads": 2, "image_size": 32}],
     "regionvit.RegionViT": [
-        {"dim": (16, 16, 32, 32), "depth": (1, 1, 1, 1), "window_size": 7, "use_peg": peg, "image_size": 224}
+        {"dim": (16, 16, 32, 32), "depth": (1, 1, 1, 1), "window_size": 3, "use_peg": peg, "image_size": 192}
         for peg in (False, True)
     ],
     "rvt.RvT": [{"use_rotary": rotary, "use_ds_conv": conv} for rotary, conv in ((True, True), (False, False))],

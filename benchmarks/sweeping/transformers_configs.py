@@ -124,6 +124,7 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "instructblip": {"image_token_index": 50},
     "instructblipvideo": {"video_token_index": 50},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "levit": {"image_size": 128},
     "lw_detr": {"projector_scale_factors": [1.0], "num_feature_levels": 1},
     "ministral": {"head_dim": 128},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
