@@ -205,6 +205,17 @@ def multi_latent(query_latent: bool) -> Made:
     return made(run, expected, **parts)
 
 
+def forgetting() -> Made:
+    """Data-dependent ALiBi: how much is forgotten between two tokens is summed up from gates of their own."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        kept = F.logsigmoid(m.gate(x)).cumsum(1).mT
+        logits = split(m.q(x)) @ split(m.k(x)).mT * SCALE + kept.unsqueeze(-1) - kept.unsqueeze(-2)
+        return logits.softmax(-1) @ split(m.v(x))
+
+    return made(run, plain(), gate=linear(HEADS), **qkv())
+
+
 def talking_heads() -> Made:
     """Logits of all heads are mixed before the softmax and its weights behind it."""
 
@@ -486,6 +497,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "mqa": multi_query,
     "mla": lambda: multi_latent(query_latent=True),
     "mla_plain_query": lambda: multi_latent(query_latent=False),
+    "forgetting": forgetting,
     "talking_heads": talking_heads,
     "joint": joint,
     "cross": cross,
@@ -641,7 +653,7 @@ REFUSALS = {
     "gated keys": (gated, {"unknown-key"}),
     "a single key": (single_key, {"one-key"}),
     "heads added up": (added_heads, {"mixed-heads"}),
-    "selective attention": (selective, {"lost-logits"}),
+    "selective attention": (selective, {"mixed-heads"}),
 }
 
 

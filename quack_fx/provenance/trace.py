@@ -73,8 +73,8 @@ LINEAR = frozenset(
 )
 _NORM_INDEX = {"layer_norm": "layer", "rms_norm": "rms", "group_norm": "layer", "batch_norm": "batch"}
 _SUMS = frozenset("sum mean nansum".split())
-_PICKS = frozenset("amax amin max min".split())
-"""Reductions whose result, the first if there are several, is made of elements as they are."""
+_PICKS = frozenset("amax amin max min cumsum cumprod".split())
+"""Reductions whose result, the first if there are several, is made of some of the elements alone."""
 
 _ADDING = frozenset("add sub rsub cat stack where lerp addcmul copy index_put".split())
 _BOUNDS = frozenset("clamp clamp_min clamp_max minimum maximum".split())
@@ -369,6 +369,11 @@ class _Step:
             return self._reduction(whole, df.value(node), i)
         if df.op[whole].kind == "pooling" and i == 0:
             return self._pooled(whole)
+        if df.op[whole].kind == "elementwise" and whole in self.flows:
+            if self._input(whole).empty:
+                return self._nothing()
+            if i == 0 and self._input(whole).label.shape == df.shape(node):
+                return self._input(whole)
         return self._unknown() if whole in self.flows else Flow(self._full(self.outside))
 
     # ---- statistics and norms ------------------------------------------------------------------------------------
