@@ -12,6 +12,7 @@ from tiny_models import Case, heads, llama, olmo2, our_gpt, qwen3, site
 from torch import Tensor, nn
 
 from quack_fx.errors import StripError
+from quack_fx.find import find_qk_pairs
 from quack_fx.layout import Norm, QKLayout, WeightBlock
 from quack_fx.strip import strip_qk_norm
 from quack_fx.verify import verify_qk_pairs
@@ -45,6 +46,23 @@ def test_stripped_model_is_bitwise_the_one_with_identities(normed: Case) -> None
     assert list(model.state_dict()) == list(by_hand.state_dict())
     assert len(report.removed) == 4
     assert not report.left
+
+
+def test_norms_of_tied_stacks_go_together() -> None:
+    """Two stacks with the same weights are one site with two calls; the norm modules of both are found and removed."""
+    case = qwen3()
+    model = case.model.model
+    one, two = (model.layers[i].self_attn for i in range(2))
+    for part in ("q_proj", "k_proj", "q_norm", "k_norm"):
+        two.get_submodule(part).weight = one.get_submodule(part).weight
+    layout = find_qk_pairs(model, **case.inputs)
+    assert [(site.name, site.calls) for site in layout.sites] == [("layers.0.self_attn", 2)]
+    modules = {f"layers.{i}.self_attn.{part}_norm" for i in range(2) for part in "qk"}
+    assert {norm.module for norm in layout.sites[0].qk_norm} == modules
+    assert verify_qk_pairs(model, layout, **case.inputs).complete
+    report = strip_qk_norm(model, layout)
+    assert {norm.module for norm in report.removed} == modules
+    assert verify_qk_pairs(model, report.layout, **case.inputs).complete
 
 
 def test_report_and_layout_tell_what_is_gone(normed: Case) -> None:

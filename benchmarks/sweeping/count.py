@@ -83,12 +83,12 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Name of each module -> the name of the first of its class with the same weights, its own if it has none."""
-    first: dict[tuple[Any, ...], str] = {}
+    """Name of each module -> the name of the first one with the same weights, its own if it has none."""
+    first: dict[tuple[int, ...], str] = {}
     names = {}
     for name, module in model.named_modules():
-        weights = [id(p) for p in module.parameters()]
-        names[name] = first.setdefault((type(module), *weights), name) if weights else name
+        weights = tuple(id(p) for p in module.parameters())
+        names[name] = first.setdefault(weights, name) if weights else name
     return names
 
 

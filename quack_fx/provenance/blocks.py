@@ -415,5 +415,19 @@ def merge_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
     for site in sites:
         key = (site.query, site.key, site.terms)
         known = merged.get(key)
-        merged[key] = site if known is None else replace(known, calls=known.calls + 1)
+        merged[key] = site if known is None else _called_again(known, site)
     return list(merged.values())
+
+
+def _called_again(site: AttentionSite, call: AttentionSite) -> AttentionSite:
+    """A site with one more call, which may be of another module with norms of its own (tied stacks)."""
+
+    def both(one: tuple[Norm, ...], other: tuple[Norm, ...]) -> tuple[Norm, ...]:
+        return tuple(dict.fromkeys((*one, *other)))
+
+    return replace(
+        site,
+        calls=site.calls + 1,
+        qk_norm=both(site.qk_norm, call.qk_norm),
+        latent_norm=both(site.latent_norm, call.latent_norm),
+    )

@@ -221,7 +221,15 @@ class Evidence:
             part.live[side] = self._slice(part, side, frozenset())
         return part.live[side]
 
-    def _slice(self, part: Part, side: Side, statistics: Set[Op]) -> Replay:
+    def shrunk(self, part: Part, side: Side, by: float) -> tuple[Replay, Replay]:
+        """The slice with smaller results of the nearest products, once with live and once with fixed statistics."""
+        results = {f.result: by * part.lower[side][f.result].detach() for f in part.factors[side]}
+        live, fixed = (self._slice(part, side, s, results) for s in (frozenset[Op](), self.graph.statistics))
+        return live, fixed
+
+    def _slice(
+        self, part: Part, side: Side, statistics: Set[Op], leaves: Mapping[Value, Tensor] | None = None
+    ) -> Replay:
         """The slice that makes an operand out of what enters the site: the inputs of its outermost claimed products."""
         followed, operand, graph = part.followed[side], part.operand[side], self.graph
 
@@ -231,6 +239,7 @@ class Evidence:
                 [(operand.value, operand.reader)],
                 cuts={v for f in followed if not any(o in followed for o in f.outer) for v in f.sources},
                 stops=graph.barriers - {f.product.op for f in followed},
+                leaves=leaves,
                 statistics=statistics,
                 through_detach=through_detach,
             )

@@ -15,9 +15,13 @@ from torch import Tensor
 from quack_fx.layout import Norm, Side
 from quack_fx.verify.evidence import CannotTell, Evidence, Part
 from quack_fx.verify.heads import SIDES
+from quack_fx.verify.replay import Replay
 
 _BLIND = 1e-2
 """Below this part of the whole, what an operand owes to the size of its weights is a norm's epsilon."""
+
+_SHORT, _BLIND_WHEN_SHORT = 0.1, 0.3
+"""The length to which vectors are cut, to tell a norm from a clip; a norm's epsilon counts for more there."""
 
 
 def check_norms(evidence: Evidence) -> int:
@@ -35,7 +39,7 @@ def check_norms(evidence: Evidence) -> int:
         if all(norm.kind in ("rms", "l2", "layer") for norm in claimed):
             _check_qk_norm(evidence, side, claimed)
         for norm in claimed:
-            _check_names(evidence, side, norm)
+            _check_names(evidence, side, norm, claimed)
         _check_latent_norm(evidence, side)
     return 2 * len(SIDES)
 
@@ -45,7 +49,10 @@ def _check_qk_norm(evidence: Evidence, side: Side, claimed: list[Norm]) -> None:
     wanted, tolerated = ({(norm.width, norm.kind == "layer") for norm in norms} for norms in (claimed, latent))
     found: set[tuple[int, bool]] = set()
     for part in evidence.parts:
-        found |= _norms(evidence, part, side, wanted | tolerated) - (tolerated - wanted)
+        norms = _norms(evidence, part, side, (evidence.live(part, side), part.lower[side]), wanted | tolerated, _BLIND)
+        if norms:  # what cuts long vectors down is a norm of those alone
+            norms &= _norms(evidence, part, side, evidence.shrunk(part, side, _SHORT), norms, _BLIND_WHEN_SHORT)
+        found |= norms - (tolerated - wanted)
     if found and not wanted:
         raise evidence.error(f"its {side} side passes a norm, so its logits do not depend on the size of the weights")
     if wanted and not found:
@@ -61,10 +68,26 @@ def _absorbed(evidence: Evidence, side: Side) -> bool:
     return side == "key" and any(block.role == "uk" for block in evidence.blocks["query"])
 
 
-def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, bool]]) -> set[tuple[int, bool]]:
-    """Widths of the norms between the nearest products and the logits, and whether each takes the mean away."""
+def _norms(
+    evidence: Evidence,
+    part: Part,
+    side: Side,
+    replays: tuple[Replay, Replay],
+    expected: set[tuple[int, bool]],
+    limit: float,
+) -> set[tuple[int, bool]]:
+    """Widths of the norms between the nearest products and the logits, and whether each takes the mean away.
+
+    Arguments:
+        evidence: The evidence.
+        part: The logit product.
+        side: The side.
+        replays: The slice that makes the operand, with statistics that carry gradients, and with constant ones.
+        expected: Norms taken for granted where no gradient tells.
+        limit: Part of the whole below which what an operand owes to the size of its weights is nothing.
+    """
     value, factors = part.operand[side].value, part.factors[side]
-    live, frozen = evidence.live(part, side), part.lower[side]
+    live, frozen = replays
     outs = [factor.result for factor in factors]
     inputs = {op: op.inputs[0] for factor in factors for op in factor.norms}
     blind = [True] * len(factors)
@@ -78,10 +101,10 @@ def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, 
         gains = [arrived[out] * live[out].detach() if out in arrived else torch.zeros(()) for out in outs]
         sizes = [(usual[out] * live[out].detach()).abs().sum() if out in usual else torch.zeros(()) for out in outs]
         whole = torch.stack([gain.sum() for gain in gains]).sum()
-        together &= bool(whole.abs() < _BLIND * torch.stack(sizes).sum())
+        together &= bool(whole.abs() < limit * torch.stack(sizes).sum())
         for i, (gain, size) in enumerate(zip(gains, sizes, strict=True)):
-            blind[i] &= bool(gain.sum().abs() < _BLIND * size)
-            saturated[i] &= bool(gain.abs().sum() < _BLIND * size)
+            blind[i] &= bool(gain.sum().abs() < limit * size)
+            saturated[i] &= bool(gain.abs().sum() < limit * size)
         for op, source in inputs.items():
             less_mean[op] &= source in arrived and _sums_to_zero(arrived[source])
     found: dict[int, bool] = {}
@@ -105,7 +128,7 @@ def _sums_to_zero(gradient: Tensor) -> bool:
     return bool(gradient.sum().abs() < 1e-4 * gradient.abs().sum())
 
 
-def _check_names(evidence: Evidence, side: Side, norm: Norm) -> None:
+def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]) -> None:
     """The module that is said to compute a norm computes one on this side, and its gain is on the way."""
     if norm.weight is not None:
         reached: set[str] = set()
@@ -116,7 +139,9 @@ def _check_names(evidence: Evidence, side: Side, norm: Norm) -> None:
             raise evidence.error(f"{norm.weight!r} is said to scale its {side} side, which it does not reach")
     if norm.module is not None:
         ran = {module for part in evidence.parts for f in part.factors[side] for op in f.norms for module in op.modules}
-        if norm.module not in ran:
+        # Tied stacks are one site with several calls, each with norm modules of its own.
+        elsewhere = evidence.site.calls > 1 and norm.module in evidence.graph.tape.ran
+        if norm.module not in ran and not (elsewhere and any(other.module in ran for other in claimed)):
             raise evidence.error(f"{norm.module!r} is said to normalise its {side} side, but no norm runs there")
 
 
@@ -137,7 +162,8 @@ def _check_latent_norm(evidence: Evidence, side: Side) -> None:
             f"{side} side: {'a' if found else 'no'} norm stands between its factors, the layout {says}"
         )
     for norm in claimed:
-        if norm.module is not None and norm.module not in found:
+        elsewhere = evidence.site.calls > 1 and norm.module in evidence.graph.tape.ran
+        if norm.module is not None and norm.module not in found and not (elsewhere and found):
             raise evidence.error(f"{norm.module!r} is said to normalise its latent {side} side, but no norm runs there")
 
 
