@@ -138,6 +138,17 @@ class Dataflow:
         result = node.target(*args, **{k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")})  # type: ignore[operator]
         return result if isinstance(result, Tensor) else None
 
+    def is_zero(self, node: Node) -> bool:
+        """Whether a node is known to be zero everywhere, its numbers or not: queries that begin with nothing."""
+        if self.group[node] in self.writes:
+            return False
+        if self.op[node].name in ("zeros", "zeros_like", "new_zeros"):
+            return True
+        if self.op[node].kind == "movement" and node.all_input_nodes:
+            return all(map(self.is_zero, node.all_input_nodes))
+        numbers = self.constant(node)
+        return numbers is not None and not numbers.any()
+
     def modules(self, node: Node) -> tuple[str, ...]:
         """Names of the modules whose forward was running, outermost first; the root, "", is left out."""
         stack = node.meta.get("nn_module_stack") or {}

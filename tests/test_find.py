@@ -19,6 +19,7 @@ from toy import Toy
 
 from quack_fx.find import find, find_in_graph, find_qk_pairs
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, WeightBlock
+from quack_fx.verify import verify_qk_pairs
 
 BATCH, TOKENS, OTHERS, WIDTH, HEADS, DIM = 2, 5, 7, 24, 3, 4
 INNER = HEADS * DIM
@@ -684,6 +685,24 @@ def test_tokens_of_one_head_may_be_treated_in_different_ways() -> None:
     )
     (found,) = find_qk_pairs(model, *inputs).sites
     assert (found.query, found.key, found.head_map) == (expected.query, expected.key, expected.head_map)
+
+
+def test_projected_positions_are_a_projection() -> None:
+    """Conditional DETR: half of each head compares positions; content that is zero throughout makes nothing."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        places = torch.linspace(0, 1, TOKENS * WIDTH).view(TOKENS, WIDTH).expand_as(x)
+        q = torch.cat((split(m.q(x)), split(m.q_place(m.places.expand_as(x)))), -1)
+        k = torch.cat((split(m.k(x)), split(m.k_place(places)) + split(m.k_empty(torch.zeros_like(x)))), -1)
+        return attend(q, k, split(m.v(x)))
+
+    parts = {name: linear(INNER) for name in ("q", "k", "v", "q_place", "k_place", "k_empty")}
+    model = Toy(run, places=torch.ones(TOKENS, WIDTH), **parts)
+    (found,) = find_qk_pairs(model, X).sites
+    assert [b.param for b in found.query] == ["q.weight", "q_place.weight"]
+    assert [b.param for b in found.key] == ["k.weight", "k_place.weight"]
+    assert found.terms == (LogitTerm((0,), (0,)), LogitTerm((1,), (1,)))
+    assert verify_qk_pairs(model, QKLayout((found,)), torch.randn_like(X)).complete
 
 
 def test_a_bias_without_the_keys_part() -> None:

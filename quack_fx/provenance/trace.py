@@ -283,7 +283,11 @@ class _Step:
         if sides is None:
             return self._unknown()
         left, right, bias = sides
-        if not any(df.is_constant(n) for n in (left, right)):
+        constants = [n for n in (left, right) if df.is_constant(n)]
+        if any(map(df.is_zero, constants)):
+            return self._nothing()
+        if not constants or any(map(df.is_weight, (left, right))):
+            # Positions projected by a weight are a projection like any other.
             made = self.tracer.projections.of(node)
             return self._unknown() if made is None else Flow(made[1])
         if bias is not None and bias in df.activation:

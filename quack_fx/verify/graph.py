@@ -263,12 +263,24 @@ class Graph:
             for reader in self._readers[todo.pop()]:
                 if kind(reader) in ("add", "sub"):
                     weights = [v for v in reader.inputs if self.tape.is_weight(v, reader)]
-                    others = [v for v in weights if product not in self._back(v, reader).products]
+                    others = [v for v in weights if not self._multiplied(v, reader)]
                     found |= {name for v in others for name in self._params(v, reader)}
                     result = reader.out if others else result
                 elif keeps_numbers(reader):
                     todo.append(reader)
         return frozenset(found), result
+
+    def _multiplied(self, value: Value, reader: Op) -> bool:
+        """Whether a product with anything, constants too, lies behind a value that parameters alone reach."""
+        todo, seen = list(self.tape.behind(value, reader)), set[Op]()
+        while todo:
+            op = todo.pop()
+            if product_of(op) is not None:
+                return True
+            if op not in seen and op.weight:
+                seen.add(op)
+                todo += op.reads
+        return False
 
     def _params(self, value: Value, reader: Op) -> Set[str]:
         """Names of the parameters behind a value that parameters alone reach."""
@@ -331,7 +343,15 @@ class Graph:
         return back
 
     def _multiplies(self, product: Product) -> bool:
-        """Whether both factors depend on inputs or parameters; a product with constants is a change of shape."""
-        return all(
+        """Whether both factors depend on inputs or parameters, or one is a weight that projects a table of constants.
+
+        Any other product with constants is a change of shape.
+        """
+        known = [
             self.tape.is_data(v, product.reader) or self.tape.is_weight(v, product.reader) for v in product.factors
-        )
+        ]
+        if all(known) or not any(known):
+            return all(known)
+        weight, table = (product.factors[known.index(k)] for k in (True, False))
+        plain = self.tape.is_weight(weight, product.reader) and len(self._params(weight, product.reader)) == 1
+        return plain and product.axes is not None and bool(table.tensor.any())
