@@ -362,6 +362,35 @@ def cross_covariance() -> Case:
     return Case(CrossCovariance(), {"x": x}, QKLayout((one,)))
 
 
+class Fusion(nn.Module):
+    """Grounding DINO's fusion by hand: one product, less its largest number, read in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for stream in ("image", "text"):
+            self.add_module(stream, nn.Linear(16, 16))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = (
+            self.get_submodule(n)(x).unflatten(-1, (4, 4)).transpose(1, 2)
+            for n, x in (("image", image), ("text", text))
+        )
+        logits = one @ other.mT / 2
+        logits = logits - logits.max()
+        return logits.softmax(-1) @ other, logits.mT.softmax(-1) @ one
+
+
+def fusion() -> Case:
+    def side(name: Any, stream: str) -> WeightBlock:
+        return WeightBlock(f"{stream}.weight", name, 0, heads(4, 4), f"{stream}.bias")
+
+    there, back = (
+        site("", side("q", a), side("k", b), 4, cross=True) for a, b in (("image", "text"), ("text", "image"))
+    )
+    image, text = (torch.randn(2, n, 16, generator=torch.Generator().manual_seed(n)) for n in (7, 5))
+    return Case(Fusion(), {"image": image, "text": text}, QKLayout((there, back)))
+
+
 def our_mla() -> Case:
     module = example("mla")
     names = ("q_down", "q_up", "kv_down", "kv_up", "q_norm", "kv_norm")
@@ -386,6 +415,7 @@ def torch_mha() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "llama": llama,
     "cross_covariance": cross_covariance,
+    "fusion": fusion,
     "llama_eager": lambda: llama("eager"),
     "qwen3": qwen3,
     "olmo2": olmo2,

@@ -70,8 +70,21 @@ class Upper:
     def places(self, cut: Value, labels: Tensor, head: int, operands: Sequence[Operand]) -> list[Tensor]:
         """For each operand the places that the logits of a head read, each with all its features."""
         mask = (labels.to(cut.tensor.device) == head).to(torch.float32).expand(cut.tensor.shape)
+        if cut is self.softmax.logits:
+            mask = mask * self._weights_of_no_shift().to(mask.device)
         touched = self.touched(cut, mask, [o.value for o in operands])
         return [t.any(o.axis, keepdim=True) for t, o in zip(touched, operands, strict=True)]
+
+    def _weights_of_no_shift(self) -> Tensor:
+        """Small whole numbers along the softmax's axis whose sum is zero.
+
+        What is taken from all logits alike, such as the largest one of all heads, then adds up to nothing at all.
+        """
+        size, dim = self.softmax.shape[self.softmax.dim], self.softmax.dim
+        weights = 1.0 - 2.0 * (torch.arange(size) % 2)
+        if size > 1 and size % 2:
+            weights[-1], weights[-2] = 1.0, -2.0
+        return weights.view([-1 if axis == dim else 1 for axis in range(len(self.softmax.shape))])
 
     def operands(self, product: Product) -> dict[Side, Operand] | None:
         """Query and key operand of a product; None when that cannot be told.
@@ -93,13 +106,21 @@ class Upper:
         """Which of two operands the keys are in."""
         shape, dim = self.softmax.shape, self.softmax.dim
 
+        def read(seed: Tensor) -> list[Tensor]:
+            """Places of each operand that a gradient on the logits touches."""
+            seed = seed.to(self.softmax.logits.tensor.device)
+            touched = self.touched(self.softmax.logits, seed, [o.value for o in operands])
+            return [t.any(o.axis) for t, o in zip(touched, operands, strict=True)]
+
+        # Not all places are read: a table of relative positions has more of them than there are tokens.
+        ever = [float(t.sum()) for t in read(torch.rand(shape, generator=torch.Generator().manual_seed(0)))]
+
         def share(*slices: tuple[int, int, float]) -> list[float]:
             """Part of each operand's places that a gradient on slices (axis, index, value) of the logits touches."""
-            seed = torch.zeros(shape, device=self.softmax.logits.tensor.device)
+            seed = torch.zeros(shape)
             for axis, index, value in slices:
                 seed.select(axis, index).fill_(value)
-            touched = self.touched(self.softmax.logits, seed, [o.value for o in operands])
-            return [float(t.any(o.axis).float().mean()) for t, o in zip(touched, operands, strict=True)]
+            return [float(t.sum()) / max(1.0, e) for t, e in zip(read(seed), ever, strict=True)]
 
         last = shape[dim] - 1
         # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
