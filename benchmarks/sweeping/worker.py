@@ -108,7 +108,8 @@ def silent(layout: QKLayout, ran: Counter[str], names: dict[str, str]) -> list[s
     result: list[str] = []
     for name, count in missing.items():
         # The product and the softmax may each be a module of its own, with the attention around both.
-        near = [other for other in left if _around(name, other) or _parent(name) == _parent(other)]
+        # Or logits are handed on to a neighbour, which makes weights of its own of them.
+        near = [other for other in left if _around(name, other) or f"{name}.".startswith(f"{_parent(other)}.")]
         for other in near:
             taken = min(count, left[other])
             left[other] -= taken

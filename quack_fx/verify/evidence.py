@@ -181,10 +181,29 @@ class Evidence:
         if not any(part.factors[side] for part in self.parts):
             raise CannotTell(f"its {side} side comes out of no product with a weight")
         for part in self.parts:
+            part.factors[side] = [
+                f for f in part.factors[side] if self._is_claimed(f, side) or self._reaches(part, side, f)
+            ]
             part.followed[side] = list(self._met(part.factors[side], side))
         met = {name for part in self.parts for factor in part.followed[side] for name in factor.params}
         if missing := sorted(self.claimed[side] - met):
             raise self.error(f"{missing[0]!r} is claimed on the {side} side, but no logit of this attention reads it")
+
+    def _is_claimed(self, factor: Factor, side: Side) -> bool:
+        return bool(factor.params & self.claimed[side])
+
+    def _reaches(self, part: Part, side: Side, factor: Factor) -> bool:
+        """Whether an operand reads a product at all: other tokens than its own may stand on the same way."""
+        operand = part.operand[side]
+        slice_ = Replay(
+            self.graph.tape,
+            [(operand.value, operand.reader)],
+            stops=self.graph.barriers,
+            leaves={factor.result: factor.result.tensor.detach()},
+            through_detach=True,
+        )
+        arrived = slice_.gradients_at(operand.value, self.noise(operand), [factor.result])
+        return any(bool(gradient.any()) for gradient in arrived.values())
 
     def _met(self, factors: Sequence[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
         """Claimed factors of a tree, from the logits outwards, as far as the claim goes.
@@ -193,7 +212,7 @@ class Evidence:
         nonlinear function follows it or it runs outside the site's module. If it is one, the claim has forgotten it.
         """
         for factor in factors:
-            if factor.params & self.claimed[side]:
+            if self._is_claimed(factor, side):
                 if not factor.linear:
                     raise CannotTell(f"a nonlinear function follows {min(factor.params & self.claimed[side])!r}")
                 yield factor
