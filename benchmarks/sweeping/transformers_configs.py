@@ -27,6 +27,10 @@ _INDEXER = {
     **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256},
     **{"indexer_budget": 64, "indexer_compress_ratio": 4},
 }
+_SAM = {
+    "vision_config": {"image_size": 256},
+    "prompt_encoder_config": {"image_size": 256, "image_embedding_size": 16},
+}
 _FEATURES = {"backbone_feature_sizes": [[64, 64], [32, 32], [16, 16]]}
 _SAM2 = {
     "vision_config": {"backbone_config": {"image_size": [256, 256]}} | _FEATURES,
@@ -154,8 +158,12 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
+    "sam": _SAM,
+    "sam_hq": _SAM,
     "sam2": _SAM2,
     "sam2_video": _VIDEO,
+    "sam3_tracker": {key: _SAM3_TRACKER[key] for key in ("prompt_encoder_config", "vision_config")},
     "sam3_tracker_video": _SAM3_TRACKER,
     "sam3_video": {  # whatever it looks for, it finds
         **{"score_threshold_detection": -1.0, "new_det_thresh": -1.0, "det_nms_thresh": 0.0, "fill_hole_area": 0},

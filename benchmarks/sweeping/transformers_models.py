@@ -40,7 +40,7 @@ _MAPPINGS = (
 _CANNOT_RUN = {
     "gemma4_assistant": "its config wants layers that all share their keys, its layers want some that do not",
 }
-PARAMETERS = 100_000_000
+PARAMETERS = 200_000_000
 """Parameters of a model that is still worth running."""
 
 

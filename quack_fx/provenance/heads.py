@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from quack_fx.attention import Logits, Product
 from quack_fx.dataflow import Dataflow
-from quack_fx.provenance.labels import NOTHING, UNKNOWN, compact, shrink
+from quack_fx.provenance.labels import NOTHING, UNKNOWN, compact, reshape, shrink
 from quack_fx.provenance.projections import Projection
 from quack_fx.provenance.trace import Flow, NormTag, Tracer
 
@@ -243,7 +243,7 @@ def _met(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: 
     # Codes travel as labels of their own, so that two that fall on one place (a shift, a fold) are both kept.
     first = tracer.labels.new_features(int(codes.max()) + 1)
     shape = tracer.df.shape(product.node)
-    carried = tracer.carry(product.node, (codes + first).reshape(shape), logits.path)
+    carried = tracer.carry(product.node, reshape((compact(codes) + first).expand(codes.shape), shape), logits.path)
     end = carried.get(logits.end)
     lost = Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
     if end is None or end.empty:
@@ -351,7 +351,7 @@ def _places(product: Product, shape: Sequence[int], side: int) -> Tensor:
 def _varies(tracer: Tracer, node: Node, logits: Logits, plane: Tensor) -> bool:
     """Whether the vectors of one operand change along the softmax's axis."""
     first = tracer.labels.new_features(int(plane.max()) + 1)
-    end = tracer.carry(node, plane + first, logits.path)[logits.end].label
+    end = tracer.carry(node, (compact(plane) + first).expand(plane.shape), logits.path)[logits.end].label
     if end.stride(logits.axis) == 0 or end.shape[logits.axis] == 1:
         return False
     lines = compact(end).movedim(logits.axis, -1).reshape(-1, end.shape[logits.axis])
