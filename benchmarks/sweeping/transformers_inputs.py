@@ -23,7 +23,7 @@ Inputs = dict[str, Any]
 def inputs(model: nn.Module) -> Iterator[Inputs]:
     """Keyword arguments to try, in this order."""
     config: Any = model.config
-    if special := _SPECIAL.get(config.model_type):
+    if special := _SPECIAL.get(config.model_type or type(config).__name__):
         yield special(config)
     names = inspect.signature(model.forward).parameters
     for name in ("hidden_states", "pixel_values"):
@@ -376,6 +376,8 @@ _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
         **{"code": ids(c, 1), "conditioning": noise(1, c.dit_config.enc_emb_dim), "num_steps": 2},
         "reference_mel": noise(1, 12, c.dit_config.mel_dim),
     },
+    "Qwen3OmniMoeTalkerConfig": lambda c: {"inputs_embeds": noise(BATCH, TOKENS, c.text_config.hidden_size)},
+    "Qwen3OmniMoeCode2WavConfig": lambda c: {"codes": ids(c, tokens=c.num_quantizers * TOKENS).view(BATCH, -1, TOKENS)},
     "lw_detr": lambda c: {"pixel_values": noise(BATCH, 3, 128, 192)},
     "edgetam": lambda c: {"pixel_values": noise(1, 3, 256, 256)},
     "muse_spark_audio": lambda c: {"input_values": noise(BATCH, 3840)},
