@@ -129,7 +129,7 @@ class Tracer:
             Flows of the nodes on the path.
         """
         path = sorted(set(path) - {source}, key=self.df.index.__getitem__)
-        return self._run(path, {source: Flow(label)}, NOTHING)
+        return self._run(path, {source: self._window(source, Flow(label))}, NOTHING)
 
     def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> str:
         """Where on the way to some operands their features were lost: op, tensor and module, for people to read."""
@@ -392,9 +392,9 @@ class _Step:
         if not value.is_floating_point():
             return self._nothing()  # where something stands, not what
         unknown = torch.tensor(UNKNOWN).expand(value.shape)
-        if x.statistic is not None:
-            return replace(x, label=unknown)
         features = self.tracer.labels.features(x.label)
+        if x.statistic is not None and UNKNOWN in features:
+            return replace(x, label=unknown)
         if UNKNOWN in features or not features or not x.label.numel():
             return Flow(unknown if features else torch.tensor(NOTHING).expand(value.shape))
         name = df.op[node].name
@@ -437,7 +437,7 @@ class _Step:
             width = shape[1:].numel() if len(shape) > 1 else 1
         gain = next((n for n in node.args[1:] if isinstance(n, Node) and df.is_weight(n)), None)
         tag = NormTag(kind, int(width), self._norm_module(x), self._weight_name(gain))
-        return replace(x, norms=(*x.norms, tag), scale=x.scale)
+        return replace(x, norms=(*x.norms, tag), statistic=None)
 
     def _norm_module(self, x: Flow) -> str | None:
         """Module that computes the norm and does not hold the projection: the deepest one that is only here."""
@@ -466,6 +466,7 @@ class _Step:
         name = df.op[node].name
         inputs = [n for n in node.all_input_nodes if self._carries(n)]
         flows = [f for f in map(self._input, inputs) if not f.empty]
+        flows = self._told_apart(flows)
         labelled = [f for f in flows if f.statistic is None]
         statistics = [f.statistic for f in flows if f.statistic is not None]
         if not labelled:
@@ -503,8 +504,16 @@ class _Step:
     def _carries(self, node: Node) -> bool:
         return node in self.tracer.df.activation or node in self.flows
 
+    def _told_apart(self, flows: list[Flow]) -> list[Flow]:
+        """Sums that meet a statistic are features: nobody norms a statistic."""
+        if all(f.statistic is not None for f in flows):
+            known = [UNKNOWN not in self.tracer.labels.features(f.label) for f in flows]
+            if any(known) and not all(known):
+                return [replace(f, statistic=None) if k else f for f, k in zip(flows, known, strict=True)]
+        return flows
+
     def _of_statistics(self, name: str, flows: list[Flow]) -> Flow:
-        """Statistics computed with each other; sums stay features as well as long as what is done to them is linear."""
+        """Statistics computed with each other; sums stay features as well."""
         shape = self.tracer.df.shape(self.node)
         statistics = [f.statistic for f in flows if f.statistic is not None]
         joined = Statistic(
@@ -512,11 +521,12 @@ class _Step:
             frozenset({"clip" if self._clips(name) else name}).union(*(s.ops for s in statistics)),
             max(s.width for s in statistics),
         )
-        linear = name in LINEAR and (len(flows) == 1 or name in _ADDING)
-        label = self.tracer.labels.union([f.label for f in flows], shape) if linear else self._full(UNKNOWN)
+        apart = len(flows) == 1 or name in _ADDING
+        label = self.tracer.labels.union([f.label for f in flows], shape) if apart else self._full(UNKNOWN)
         if UNKNOWN in self.tracer.labels.features(label):
             return Flow(self._full(UNKNOWN), statistic=joined)
-        return self._with_weights(name, replace(_merged(flows), label=shrink(label), statistic=joined))
+        result = replace(_merged(flows), label=shrink(label), statistic=joined)
+        return self._with_weights(name, result if name in LINEAR else replace(result, ops=result.ops | {name}))
 
     def _clips(self, name: str) -> bool:
         """Whether a statistic is bounded by more than an epsilon: what is short is left as it is then."""

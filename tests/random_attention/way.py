@@ -50,18 +50,22 @@ def rotated(draft: Draft, operand: Operand, tokens: str) -> Operand:
     part = width
     if width >= 4 and draft.choices.chance("partial rope", 4):
         part = 2
-    way = draft.choices.pick("rope", ["halves", "pairs", "rotate_half", "turned", "matrix"])
-    angle = draft.buffer("angle", f"torch.outer(torch.arange({n}.0), torch.arange(1.0, {part // 2 + 1}))")
+    way = draft.choices.pick("rope", ["halves", "pairs", "rotate_half", "turned", "matrix", "summed matrix"])
+    if draft.choices.chance("angles looked up", 4):
+        angle = f"{draft.module('angles', f'nn.Embedding({n}, {part // 2})')}(torch.arange({n}))"
+    else:
+        angle = draft.buffer("angle", f"torch.outer(torch.arange({n}.0), torch.arange(1.0, {part // 2 + 1}))")
     head, tail = (x, None) if part == width else (f"{x}[..., :{part}]", f"{x}[..., {part}:]")
     code = f"{way}({head}, self.{angle})"
-    if way == "matrix":
+    if "matrix" in way:
         turn = draft.buffer("turn", f"torch.linalg.qr(torch.randn({n}, {part}, {part}))[0]")
-        code = f"({head}.unsqueeze(-2) @ self.{turn}).squeeze(-2)"
+        product = f"({head}.unsqueeze(-2) @ self.{turn}).squeeze(-2)"
+        code = product if way == "matrix" else f"({head}.unsqueeze(-2) * self.{turn}).sum(-1)"
     if tail is not None:
         code = f"torch.cat(({code}, {tail}), -1)"
     half = part // 2
     apart = [{j, j + half} for j in range(half)]
-    known = {"halves": apart, "rotate_half": apart, "matrix": [set(range(part))]}
+    known = {"halves": apart, "rotate_half": apart, "matrix": [set(range(part))], "summed matrix": [set(range(part))]}
     together = known.get(way, [{2 * j, 2 * j + 1} for j in range(half)])
     return _mixed(operand.at(draft.let(value.hint, code, axes)), together)
 
@@ -150,9 +154,13 @@ NORMS = ["rms", "l2", "layer", "rms bare", "layer bare", "l2 by hand", "l2 gain"
 
 
 def clamped(draft: Draft, operand: Operand) -> Operand:
-    """Queries or keys cut off, or their negative part dropped."""
-    way = draft.choices.pick("bend", ["clamp(-3.0, 3.0)", "relu()", "tanh()"])
+    """Queries or keys cut off, or their negative part dropped, or the long ones shortened."""
+    way = draft.choices.pick("bend", ["clamp(-3.0, 3.0)", "relu()", "tanh()", "clipped"])
     x = operand.value
+    if way == "clipped":
+        length = f"{x.name}.norm(dim={x.axis(operand.dims)}, keepdim=True)"
+        code = f"{x.name} * (1.0 / ({length} + 1e-6)).clamp(max=1.0)"
+        return replace(operand, value=draft.let(x.hint, code, x.axes), scale=None)
     return replace(operand, value=draft.let(x.hint, f"{x.name}.{way}", x.axes))
 
 
@@ -187,11 +195,11 @@ def shifted_in_time(draft: Draft, operand: Operand, tokens: str) -> Operand:
 
 
 def thinned(draft: Draft, operand: Operand, tokens: str, to: str) -> Operand:
-    """Fewer tokens: every second one, means of two, some by number, or those with the largest features."""
+    """Fewer tokens: every second one, means or maxima of two, some by number, or those with the largest features."""
     value, n = operand.value, draft.sizes[tokens]
     at = value.axis(tokens)
     m = draft.sizes[to]
-    ways = ["first", "indexed", "mean"] + (["chosen"] if len(value.axes) == 4 else [])
+    ways = ["first", "indexed", "mean", "max"] + (["chosen"] if len(value.axes) == 4 else [])
     way = draft.choices.pick("thin", ways)
     hint = value.hint
     axes = value.axes.replace(tokens, to)
@@ -200,9 +208,10 @@ def thinned(draft: Draft, operand: Operand, tokens: str, to: str) -> Operand:
     elif way == "indexed":
         index = draft.buffer("kept", f"torch.arange({n - 1}, {n - 1 - m}, -1)")
         code = f"{value.name}.index_select({at}, self.{index})"
-    elif way == "mean":
+    elif way in ("mean", "max"):
         step = n // m
-        code = f"{value.name}.narrow({at}, 0, {m * step}).unflatten({at}, ({m}, {step})).mean({at + 1})"
+        pool = f"mean({at + 1})" if way == "mean" else f"max({at + 1}).values"
+        code = f"{value.name}.narrow({at}, 0, {m * step}).unflatten({at}, ({m}, {step})).{pool}"
     else:
         code = f"{value.name}.index_select({at}, x.reshape(-1)[:{n}].topk({m}).indices)"
     return operand.at(draft.let(hint, code, axes))
