@@ -81,7 +81,7 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
         output = outputs[node]
         if output is None and (df.shape(end)[axis] != 1 or not _is_read(df, node)):
             continue
-        products, path, learned = _behind(df, end, value_products)
+        products, path, learned = _behind(df, node, value_products)
         if output is None:
             if products:
                 text = "its softmax runs over a single key on these inputs, so nothing is weighed; give larger inputs"
@@ -221,13 +221,13 @@ def _keeps_logits(df: Dataflow, node: Node) -> Node | None:
     return x if same and len({n for n in df.shape(weight) if n > 1}) <= 1 else None
 
 
-def _behind(df: Dataflow, end: Node, value_products: set[Node]) -> tuple[list[Product], list[Node], Node | None]:
+def _behind(df: Dataflow, softmax: Node, value_products: set[Node]) -> tuple[list[Product], list[Node], Node | None]:
     """Products that a softmax's input is made of, the nodes on the way, and a product with a bare parameter if seen."""
     products: list[Product] = []
     path: list[Node] = []
     learned: Node | None = None
     seen: set[Node] = set()
-    todo = [end]
+    todo = list(df.reads(softmax))
     while todo:
         node = todo.pop()
         if node in seen or not _may_be_logits(df, node):

@@ -160,8 +160,11 @@ class Dataflow:
         return f"{self.op[node].name} {list(self.shape(node))} in {module or 'the model itself'}"
 
     def reads(self, node: Node) -> Iterator[Node]:
-        """What a node reads: its arguments, and every earlier write into the memory of one of them."""
-        for argument in node.all_input_nodes:
+        """What a node reads: its arguments, and every earlier write into the memory of one of them.
+
+        A new tensor (`new_full`, `zeros_like`) takes no more than its shape from its argument.
+        """
+        for argument in node.all_input_nodes if self.op[node].kind != "factory" else ():
             yield argument
             for write in self.writes.get(self.group[argument], ()):
                 if self.index[argument] < self.index[write] < self.index[node]:

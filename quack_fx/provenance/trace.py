@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from quack_fx.dataflow import Dataflow, factors_of, is_depthwise
 from quack_fx.layout import NormKind
-from quack_fx.opset import pooled_axes
+from quack_fx.opset import SOFTMAX, pooled_axes
 from quack_fx.provenance.labels import NOTHING, UNKNOWN, Labels, compact, constant_along, reshape, shrink
 from quack_fx.provenance.movement import move
 from quack_fx.provenance.projections import Projections
@@ -78,6 +78,8 @@ _PICKS = frozenset("amax amin max min cumsum cumprod".split())
 
 _ADDING = frozenset("add sub rsub cat stack where lerp addcmul copy index_put".split())
 _BOUNDS = frozenset("clamp clamp_min clamp_max minimum maximum".split())
+_BOUNDED = SOFTMAX | frozenset("sin cos polar".split())
+"""Ops that make shares, or rotations, of whatever they are given."""
 _OF_SIZE = frozenset("pow abs square exp".split())
 """Ops whose mean is a statistic of features and not their average."""
 
@@ -466,7 +468,7 @@ class _Step:
         name = df.op[node].name
         inputs = [n for n in node.all_input_nodes if self._carries(n)]
         flows = [f for f in map(self._input, inputs) if not f.empty]
-        flows = self._told_apart(flows)
+        flows = self._told_apart(self._weighed(name, flows))
         labelled = [f for f in flows if f.statistic is None]
         statistics = [f.statistic for f in flows if f.statistic is not None]
         if not labelled:
@@ -503,6 +505,11 @@ class _Step:
 
     def _carries(self, node: Node) -> bool:
         return node in self.tracer.df.activation or node in self.flows
+
+    def _weighed(self, name: str, flows: list[Flow]) -> list[Flow]:
+        """Rotations turn the features that they are multiplied with, and shares pool them: both are no features."""
+        others = [f for f in flows if not f.ops & _BOUNDED]
+        return others if name == "mul" and others else flows
 
     def _told_apart(self, flows: list[Flow]) -> list[Flow]:
         """Sums that meet a statistic are features: nobody norms a statistic."""

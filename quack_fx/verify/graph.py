@@ -19,12 +19,12 @@ from quack_fx.verify.ops import (
     Product,
     Softmax,
     is_linear,
-    is_numeric,
     keeps_numbers,
     kind,
     product_of,
     softmax_of,
     statistics,
+    turns,
 )
 from quack_fx.verify.tape import Op, Tape, Value
 
@@ -88,12 +88,16 @@ class Graph:
         self._softmax_ops = {s.op for s in self.softmaxes}
         self._products = {p.op: p for op in tape.ops if (p := product_of(op)) is not None and self._multiplies(p)}
         self._walks: dict[tuple[Value, Op], _Back] = {}
+        self.barriers: frozenset[Op] = frozenset()
+        """Ops at which a way back ends unless one asks for more."""
+        for op in [op for op, product in self._products.items() if self._pools(product)]:
+            del self._products[op]
+        self._walks.clear()
         self.barriers = frozenset(
             op
             for op in tape.ops
             if op.data and (op in self._products or op in self._softmax_ops or op.name == "embedding")
         )
-        """Ops at which a way back ends unless one asks for more."""
 
     @cached_property
     def statistics(self) -> frozenset[Op]:
@@ -162,6 +166,17 @@ class Graph:
             return all(data)
         other = product.factors[data.index(False)]
         return bool(self._back(other, product.reader).products)
+
+    def _pools(self, product: Product) -> bool:
+        """Whether a sum takes shares of features that no queries and keys have made: it pools them, token by token."""
+        if product.op is product.reader:
+            return False
+        for value in product.factors:
+            back = self._back(value, product.reader)
+            if back.softmaxes and not back.products:
+                shares = [s for s in self.softmaxes if s.op in back.softmaxes]
+                return not any(self._of_two_sides(p) for s in shares for p in self.logit_products(s))
+        return False
 
     def _is_read(self, op: Op) -> bool:
         """Whether anything is computed from an op's results, or they are results of the model: dead code is not."""
@@ -335,10 +350,12 @@ class Graph:
             if op in self.barriers:
                 back.joined = True
                 continue
+            if turns(op):
+                continue  # by learned angles, or by those of positions that were given
             back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants moves features
             back.passed.append(op)
-            back.joined |= any(v.is_input and is_numeric(v) for v in op.inputs)
-            todo += [s for v in op.inputs if is_numeric(v) and v.tensor.numel() for s in self.tape.behind(v, op)]
+            back.joined |= any(v.is_input and v.is_numeric for v in op.inputs)
+            todo += [s for v in op.inputs if v.is_numeric and v.tensor.numel() for s in self.tape.behind(v, op)]
         back.products.sort(key=lambda p: p.op.index)
         return back
 

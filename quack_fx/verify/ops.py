@@ -119,9 +119,9 @@ def is_linear(op: Op) -> bool:
     return kind(op) in _LINEAR or _is_depthwise(op)
 
 
-def is_numeric(value: Value) -> bool:
-    """Whether a value holds numbers with a gradient, not places or choices."""
-    return value.tensor.is_floating_point() or value.tensor.is_complex()
+def turns(op: Op) -> bool:
+    """Whether an op makes rotations out of angles: they change the direction of features, and are none themselves."""
+    return kind(op) in ("sin", "cos", "polar")
 
 
 def keeps_numbers(op: Op) -> bool:

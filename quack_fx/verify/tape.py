@@ -43,6 +43,11 @@ class Value:
     is_input: bool
     storage: int
 
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it holds numbers with a gradient, not places or choices."""
+        return self.tensor.is_floating_point() or self.tensor.is_complex()
+
 
 @dataclass(eq=False, slots=True, repr=False)
 class Op:
@@ -58,8 +63,10 @@ class Op:
         outputs: All values among the results; an argument that is written in place is one of them.
         reads: The earlier ops whose results it depends on: those that made its inputs, and those that wrote to them.
         modules: Names of the modules that were running, outermost first.
-        data: Whether the model's inputs reach its results.
+        given: Whether the model's inputs reach its results.
         weight: Whether parameters do.
+        data: Whether its results are numbers made of inputs: what whole numbers alone make (masks, positions, tables
+            looked up by them) is constant.
     """
 
     index: int
@@ -71,8 +78,9 @@ class Op:
     outputs: tuple[Value, ...]
     reads: tuple[Op, ...]
     modules: tuple[str, ...]
-    data: bool
+    given: bool
     weight: bool
+    data: bool
 
     def __repr__(self) -> str:
         return f"<{self.index}: {self.func}>"
@@ -217,10 +225,12 @@ class _Watch(TorchDispatchMode):
         name = str(getattr(func, "overloadpacket", func).__name__)
         reads = tuple(dict.fromkeys(op for v in inputs for op in tape.behind(v)))
         shape_only = name.startswith("new_") or name.endswith("_like")
-        data = not shape_only and (any(v.is_input for v in inputs) or any(op.data for op in reads))
+        given = not shape_only and (any(v.is_input for v in inputs) or any(op.given for op in reads))
         weight = not shape_only and (any(v.param for v in inputs) or any(op.weight for op in reads))
+        numbers = any(v.is_input and v.is_numeric for v in inputs) or any(op.data for op in reads)
+        data = given and (weight or numbers)
         modules = tuple(self.modules)
-        op = Op(len(tape.ops), func, name, own_args, own_kwargs, tuple(inputs), (), reads, modules, data, weight)
+        op = Op(len(tape.ops), func, name, own_args, own_kwargs, tuple(inputs), (), reads, modules, given, weight, data)
         results = (result,) if isinstance(result, Tensor) else tree_leaves(result)
         op.outputs = tuple(self.value(t, op) for t in results if isinstance(t, Tensor))
         for written in _written(func, own_args, own_kwargs):

@@ -47,7 +47,8 @@ class Truth:
         calls: How often it runs.
         name: Module whose forward makes the logits, or None where hooks cannot tell.
         scale: Factor on the product; None where it is not a plain number or not checked.
-        unchecked: What is a matter of taste here and is not compared: "roles", "biases", "norms", "kind".
+        unchecked: What is a matter of taste here and is not compared: "roles", "biases", "norms", "kind";
+            "pooling": a softmax that pools tokens, which is an additive attention in itself.
         may_refuse: Whether the finder may refuse it by design.
         loops: Whether heads are looped over, so that each head may be a site of its own.
     """

@@ -51,8 +51,11 @@ def rotated(draft: Draft, operand: Operand, tokens: str) -> Operand:
     if width >= 4 and draft.choices.chance("partial rope", 4):
         part = 2
     way = draft.choices.pick("rope", ["halves", "pairs", "rotate_half", "turned", "matrix", "summed matrix"])
-    if draft.choices.chance("angles looked up", 4):
+    learned = draft.choices.pick("angles", ["", "", "", "looked up", "projected"])
+    if learned == "looked up":
         angle = f"{draft.module('angles', f'nn.Embedding({n}, {part // 2})')}(torch.arange({n}))"
+    elif learned == "projected":
+        angle = f"{draft.module('angles', f'nn.Linear(1, {part // 2})')}(torch.arange({n}.0)[:, None])"
     else:
         angle = draft.buffer("angle", f"torch.outer(torch.arange({n}.0), torch.arange(1.0, {part // 2 + 1}))")
     head, tail = (x, None) if part == width else (f"{x}[..., :{part}]", f"{x}[..., {part}:]")
@@ -195,11 +198,11 @@ def shifted_in_time(draft: Draft, operand: Operand, tokens: str) -> Operand:
 
 
 def thinned(draft: Draft, operand: Operand, tokens: str, to: str) -> Operand:
-    """Fewer tokens: every second one, means or maxima of two, some by number, or those with the largest features."""
+    """Fewer tokens: every second one, means, maxima or shares of two, some by number, those with the largest features."""
     value, n = operand.value, draft.sizes[tokens]
     at = value.axis(tokens)
     m = draft.sizes[to]
-    ways = ["first", "indexed", "mean", "max"] + (["chosen"] if len(value.axes) == 4 else [])
+    ways = ["first", "indexed", "mean", "max", "shares"] + (["chosen"] if len(value.axes) == 4 else [])
     way = draft.choices.pick("thin", ways)
     hint = value.hint
     axes = value.axes.replace(tokens, to)
@@ -208,10 +211,16 @@ def thinned(draft: Draft, operand: Operand, tokens: str, to: str) -> Operand:
     elif way == "indexed":
         index = draft.buffer("kept", f"torch.arange({n - 1}, {n - 1 - m}, -1)")
         code = f"{value.name}.index_select({at}, self.{index})"
-    elif way in ("mean", "max"):
+    elif way in ("mean", "max", "shares"):
         step = n // m
-        pool = f"mean({at + 1})" if way == "mean" else f"max({at + 1}).values"
-        code = f"{value.name}.narrow({at}, 0, {m * step}).unflatten({at}, ({m}, {step})).{pool}"
+        code = f"{value.name}.narrow({at}, 0, {m * step}).unflatten({at}, ({m}, {step}))"
+        if way == "shares":
+            gate = draft.module("gate", f"nn.Linear({step}, {step})")
+            after = "[:" + ", None" * (len(axes) - 1 - at) + "]"
+            operand = replace(operand, unchecked=operand.unchecked | {"pooling"})
+            code = f"({code} * self.{gate}(x.reshape(-1)[:{step}]).softmax(0){after}).sum({at + 1})"
+        else:
+            code += f".mean({at + 1})" if way == "mean" else f".max({at + 1}).values"
     else:
         code = f"{value.name}.index_select({at}, x.reshape(-1)[:{n}].topk({m}).indices)"
     return operand.at(draft.let(hint, code, axes))
