@@ -49,7 +49,9 @@ class Logits:
         end: The softmax's input; the product itself for fused ops.
         axis: Axis of `end` that the softmax runs over: the keys.
         output: Product of the weights and the values; the fused op itself.
-        siblings: Outputs of attentions of the same form in the same module call: the other heads of a Python loop.
+        siblings: Outputs of attentions of the same form in the same module call.
+        parts: The turns of a Python loop over heads, each with logits and a softmax of its own, whose outputs are put
+            side by side. Products and paths of all of them are here as well.
     """
 
     products: tuple[Product, ...]
@@ -58,6 +60,7 @@ class Logits:
     axis: int
     output: Node
     siblings: tuple[Node, ...] = ()
+    parts: tuple[Logits, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,15 +111,46 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
 
 
 def _with_siblings(df: Dataflow, found: list[Logits]) -> list[Logits]:
-    families: dict[object, list[Node]] = {}
-    # Our recordings make one stack of modules for each call.
-    keys = [(id(one.end.meta.get("nn_module_stack")), df.shape(one.end), len(one.products)) for one in found]
-    for key, one in zip(keys, found, strict=True):
-        families.setdefault(key, []).append(one.output)
-    return [
-        replace(one, siblings=tuple(n for n in families[key] if n is not one.output))
-        for key, one in zip(keys, found, strict=True)
-    ]
+    """The attentions, each with those of its form in the same call of a module; turns of a loop made one."""
+    families: dict[object, list[Logits]] = {}
+    for one in found:
+        # Our recordings make one stack of modules for each call.
+        key = id(one.end.meta.get("nn_module_stack")), df.shape(one.end), len(one.products)
+        families.setdefault(key, []).append(one)
+    result: list[Logits] = []
+    for family in families.values():
+        outputs = [one.output for one in family]
+        family = [replace(one, siblings=tuple(n for n in outputs if n is not one.output)) for one in family]
+        turns: dict[Node | None, list[Logits]] = {}
+        for one in family:
+            turns.setdefault(_put_into(df, one.output), []).append(one)
+        for place, parts in turns.items():
+            result.extend(parts if place is None or len(parts) == 1 else [_loop(parts)])
+    return sorted(result, key=lambda one: df.index[one.output])
+
+
+def _loop(parts: list[Logits]) -> Logits:
+    """Turns of a loop as one attention."""
+    return replace(
+        parts[-1],
+        products=tuple(product for one in parts for product in one.products),
+        path=tuple(dict.fromkeys(node for one in parts for node in one.path)),
+        parts=tuple(parts),
+    )
+
+
+def _put_into(df: Dataflow, output: Node) -> Node | None:
+    """The tensor that an attention's output is put into beside others, on the way to which it is only moved."""
+    node = output
+    while True:
+        if df.op[node].name in ("cat", "stack"):
+            return node
+        if df.group[node] in df.writes and node is not output:
+            return df.group[node]
+        users = [user for user in node.users if user.op == "call_function"]
+        if len(users) != 1 or df.op[users[0]].kind not in ("movement", "getitem"):
+            return None
+        node = users[0]
 
 
 # ---- softmax ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,17 @@ from quack_fx.attention import NearMiss, find_logits
 from quack_fx.capture import Capture, RepeatedLayer, capture
 from quack_fx.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, QKLayout, Skipped
-from quack_fx.provenance import BehindLayer, LeftOut, Refused, Repeats, Tracer, find_heads, make_site, merge_calls
+from quack_fx.provenance import (
+    BehindLayer,
+    LeftOut,
+    NotOneAttention,
+    Refused,
+    Repeats,
+    Tracer,
+    find_heads,
+    make_site,
+    merge_calls,
+)
 
 
 @dataclass(frozen=True)
@@ -166,9 +176,11 @@ def find_in_graph(
     logits, misses = find_logits(df)
     sites: list[tuple[Node, AttentionSite]] = []
     layers = LeftOut(df, repeated)
-    for i, one in enumerate(logits):
-        if progress is not None and i % 10 == 0:
-            progress(f"following the weight rows of attention {i + 1} of {len(logits)}")
+    todo = logits[::-1]
+    while todo:
+        one = todo.pop()
+        if progress is not None and len(sites) % 10 == 0:
+            progress(f"following the weight rows of attention {len(sites) + 1} of {len(sites) + len(todo) + 1}")
         known = repeats.find(one)
         if known is not None:
             sites.append((one.output, known))
@@ -176,6 +188,9 @@ def find_in_graph(
         tracer.looked_at.clear()
         try:
             site = make_site(tracer, one, find_heads(tracer, one))
+        except NotOneAttention:
+            todo += one.parts[::-1]
+            continue
         except Refused as refusal:
             misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
         else:

@@ -426,6 +426,7 @@ class Attention(nn.Module):
         super().__init__()
         self.q = nn.Linear(8, 12)
         self.k = nn.Linear(8, 12, bias=False)
+        self.scale = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.q(x) @ self.k(x).mT
@@ -487,7 +488,7 @@ UNFIT = {
     "rows past the end": (replaced(heads=heads(3, 5)), r"rows \[10, 15\] along axis 0 of 'attn.q.weight'"),
     "rows along the other axis": (replaced(axis=1, bias=None), r"rows \[8, 12\] along axis 1 of 'attn.q.weight'"),
     "empty range": (replaced(heads=(((4, 4),), *heads(2, 4))), r"rows \[4, 4\]"),
-    "bias of another size": (replaced(axis=1, heads=shared(3, (0, 8))), r"bias 'attn.q.bias' of shape \(12,\); need 8"),
+    "bias of too few rows": (replaced(bias="attn.scale"), r"bias 'attn.scale' of shape \(3,\); need 12"),
 }
 
 

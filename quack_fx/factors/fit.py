@@ -109,12 +109,12 @@ def _check_block(block: WeightBlock, params: Mapping[str, nn.Parameter], site: s
                 f"whose shape is {shape}; {again}"
             )
     # A bias may belong to the first rows alone (BEiT has one for the queries of a fused weight), or to several weights
-    # of one size (MultiheadAttention's for three), but its entries must go as far as the block's rows.
+    # side by side (MultiheadAttention's for three), but its entries must go as far as the block's rows.
     if block.bias is None:
         return
     entries = max((stop for ranges in block.heads for _, stop in ranges), default=0)
     length = next(iter(params[block.bias].shape), 0)
-    if length < entries or (length > shape[block.axis] and length % shape[block.axis]):
+    if length < entries:
         raise LayoutError(
             f"{where} pairs {block.param!r} with the bias {block.bias!r} of shape {tuple(params[block.bias].shape)}; "
             f"need {entries} entries; {again}"

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.attention import Logits
+from quack_fx.dataflow import factors_of
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, Range, Ranges, Role, Side, SiteKind, WeightBlock
 from quack_fx.provenance.heads import Heads, Refused, Row, Vector
+from quack_fx.provenance.join import join_blocks
 from quack_fx.provenance.labels import UNKNOWN
 from quack_fx.provenance.projections import Projection
 from quack_fx.provenance.trace import Flow, NormTag, Tracer
@@ -60,10 +62,12 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads) -> AttentionSite:
         readers[k].extend(heads.query[h])
     key = _side(heads, heads.key, [_joined(tuple(vectors)) for vectors in readers])
     _follow_chains(tracer, logits, query, key)
-    mla = _give_roles(query, key)
+    absorbed = _absorbed(tracer, logits, heads, query, key)
+    mla = _give_roles_absorbed(query, key, absorbed) if absorbed else _give_roles(query, key)
+    key_norms = heads.norms[1]
     query_chains, key_chains = _flat(query), _flat(key)
     blocks = (tuple(_finish(tracer, b) for b in query_chains), tuple(_finish(tracer, b) for b in key_chains))
-    return AttentionSite(
+    site = AttentionSite(
         name=(df.modules(logits.products[-1].node) or ("",))[-1],  # earlier ones may come from an earlier layer
         kind=_kind(heads, mla),
         cross=not _same_sequence(tracer, query, key),
@@ -75,10 +79,12 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads) -> AttentionSite:
         query=blocks[0],
         key=blocks[1],
         terms=_terms(query, key, query_chains, key_chains),
-        qk_norm=_norms("query", heads.norms[0]) + _norms("key", heads.norms[1]),
-        latent_norm=_latent_norms("query", query_chains) + _latent_norms("key", key_chains),
+        qk_norm=_norms("query", heads.norms[0]) + (() if absorbed else _norms("key", key_norms)),
+        latent_norm=_latent_norms("query", query_chains)
+        + (_norms("key", key_norms) if absorbed else _latent_norms("key", key_chains)),
         logit_scale=heads.scale,
     )
+    return join_blocks(site)
 
 
 # ---- direct blocks ---------------------------------------------------------------------------------------------------
@@ -322,6 +328,72 @@ def _give_roles(query: list[_Block], key: list[_Block]) -> bool:
             if block.partners & rotary and not block.partners & uk:
                 block.role = "qr"
     return mla
+
+
+def _absorbed(
+    tracer: Tracer, logits: Logits, heads: Heads, query: list[_Block], key: list[_Block]
+) -> tuple[list[_Block], list[_Block]] | None:
+    """Absorbed MLA: the keys' up projection is multiplied to the queries, and meets the latent that the values are.
+
+    Returns:
+        The up projections of the keys on the query side, and the latents that they meet; None where it is not absorbed.
+    """
+    if len(heads.key) > 1 or len(heads.query) == 1:
+        return None
+    values = _value_rows(tracer, logits)
+    latents = [b for b in key if b.behind is None and b.rows[0] and {(b.param, row) for row in b.rows[0]} <= values]
+    ups = [q for q in query if any(k.param in q.partners and q.param in k.partners for k in latents)]
+    return (ups, latents) if _are_of_each_head(ups) else None
+
+
+def _value_rows(tracer: Tracer, logits: Logits) -> set[Row]:
+    """Rows of the projections that the values are made of, as far as they are known."""
+    values = [value for part in logits.parts or (logits,) for value in _values(tracer, part)]
+    flows = tracer.trace(values)
+    features = set().union(*(tracer.labels.features(flows[n].label) for n in values if n in flows)) - {UNKNOWN}
+    found = map(tracer.projections.by_feature, features)
+    return {(projection.names[i], tuple(projection.rows[i].tolist())) for projection, i in found}
+
+
+def _values(tracer: Tracer, logits: Logits) -> list[Node]:
+    """What a softmax weighs: the factor of its output that it does not lie behind."""
+    df, output = tracer.df, logits.output
+    if df.op[output].kind == "attention":
+        return [n for n in output.args[2:3] if isinstance(n, Node)]
+    factors = (factors_of(df, output) or tuple(output.args[0].all_input_nodes))[:2]  # type: ignore[union-attr]
+    return [n for n in factors if n is not None and not _is_behind(tracer, logits.end, n)]
+
+
+def _is_behind(tracer: Tracer, start: Node, node: Node) -> bool:
+    """Whether a node is made from another one."""
+    index, todo, seen = tracer.df.index, [node], set[Node]()
+    while todo:
+        one = todo.pop()
+        if one is start:
+            return True
+        if one not in seen and index[one] > index[start]:
+            seen.add(one)
+            todo.extend(tracer.df.reads(one))
+    return False
+
+
+def _are_of_each_head(blocks: list[_Block]) -> bool:
+    """Whether blocks map the output of each head's own rows: no latent that heads share lies behind them."""
+    behind = [{(b.behind.param, row) for row in rows} for b in blocks if b.behind is not None for rows in b.behind.rows]
+    behind = [rows for rows in behind if rows]
+    return len(behind) > 1 and sum(map(len, behind)) == len(set().union(*behind))
+
+
+def _give_roles_absorbed(query: list[_Block], key: list[_Block], absorbed: tuple[list[_Block], list[_Block]]) -> bool:
+    """Name the parts of absorbed MLA; always true: it is MLA."""
+    ups, latents = absorbed
+    for block in query:
+        roles: tuple[Role, ...] = ("uk", "uq", "dq") if block in ups else ("qr", "dq")
+        for link, role in zip(block.chain(), (*roles, *["other"] * _MAX_CHAIN), strict=False):
+            link.role = role  # type: ignore[assignment]
+    for block in key:
+        block.role = "dkv" if block in latents else "kr"
+    return True
 
 
 def _kind(heads: Heads, mla: bool) -> SiteKind:

@@ -67,12 +67,19 @@ class Heads:
     channels: bool = False
 
 
+class NotOneAttention(Exception):
+    """The turns of a loop are no heads of one attention: some are alike (a loop over pieces of the sequence)."""
+
+
 def find_heads(tracer: Tracer, logits: Logits) -> Heads:
     """Heads of one attention.
 
     Raises:
         Refused: A side holds data whose weight rows are not known, or no weight at all.
+        NotOneAttention: What was taken for a loop over heads is none.
     """
+    if logits.parts:
+        return _side_by_side([find_heads(tracer, part) for part in logits.parts])
     df = tracer.df
     flows = tracer.trace([n for p in logits.products for n in (p.left, p.right)])
     reader = _Vectors(tracer)
@@ -113,6 +120,32 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
         operands=(tuple(operands[0]), tuple(operands[1])),
         channels=channels,
     )
+
+
+def _side_by_side(turns: list[Heads]) -> Heads:
+    """Heads of the turns of a loop as those of one attention."""
+    query = tuple(head for turn in turns for head in turn.query)
+    if len(set(query)) != len(query) or len({turn.head_dim for turn in turns}) > 1 or any(t.channels for t in turns):
+        raise NotOneAttention
+    key = tuple(dict.fromkeys(head for turn in turns for head in turn.key))
+    scales = {turn.scale for turn in turns}
+    return Heads(
+        query=query,
+        key=key,
+        head_map=tuple(key.index(turn.key[k]) for turn in turns for k in turn.head_map),
+        head_dim=turns[0].head_dim,
+        projection={row: projection for turn in turns for row, projection in turn.projection.items()},
+        norms=(_all_norms(turns, 0), _all_norms(turns, 1)),
+        scale=scales.pop() if len(scales) == 1 else None,
+        operands=(
+            tuple(node for turn in turns for node in turn.operands[0]),
+            tuple(node for turn in turns for node in turn.operands[1]),
+        ),
+    )
+
+
+def _all_norms(turns: list[Heads], side: int) -> tuple[NormTag, ...]:
+    return tuple(dict.fromkeys(norm for turn in turns for norm in turn.norms[side]))
 
 
 # ---- vectors ---------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from quack_fx.verify.ops import Softmax
 from quack_fx.verify.owners import check_complete, is_told_of, softmaxes_of
 from quack_fx.verify.report import NotProved, SiteProof, VerifyReport
 from quack_fx.verify.tape import record
+from quack_fx.verify.turns import heads_behind, with_heads
 
 __all__ = ["CannotRun", "NotProved", "SiteProof", "TooLarge", "VerifyReport", "carried_over", "verify_qk_pairs"]
 
@@ -122,12 +123,16 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
     claimed = Counter(softmax for softmaxes in claims.values() for softmax in softmaxes)
     for site, softmaxes in claims.items():
         attention = graph.attention_ops(softmaxes)
+        looped = len(softmaxes) > site.calls and site.query_heads > 1
+        runs: Counter[int] = Counter()
         checks: dict[Softmax, int] = {}
         wrong: dict[Softmax, VerifyError] = {}
         try:
             for softmax in sorted(softmaxes, key=_has_one_key):
+                heads = heads_behind(graph, site, softmax, attention, generator) if looped else ()
                 try:
-                    checks[softmax] = check_site(Evidence(graph, site, softmax, attention, generator))
+                    shown = with_heads(site, heads) if heads else site
+                    checks[softmax] = check_site(Evidence(graph, shown, softmax, attention, generator))
                 except CannotTell:
                     if not (checks and _has_one_key(softmax)):
                         raise
@@ -140,10 +145,12 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
                         continue  # what the layout skips in this module; the number of calls is checked below
                     wrong[softmax] = error
                     refuted.setdefault(softmax, error)
+                if softmax in checks:
+                    runs.update(heads or range(site.query_heads))
             if taken := [s.modules[-1] for s in checks if s in settled]:
                 raise VerifyError(f"site {site.name!r}: another site has the attention in module {taken[0]!r} already")
             settled |= checks.keys()
-            _check_calls(graph, site, len(checks), [e for s, e in wrong.items() if s not in settled])
+            _check_calls(graph, site, runs, [e for s, e in wrong.items() if s not in settled])
             proved.append(SiteProof(site.name, site.query_heads, len(checks), sum(checks.values())))
         except CannotTell as reason:
             settled.update(softmaxes)
@@ -157,20 +164,24 @@ def _has_one_key(softmax: Softmax) -> bool:
     return softmax.shape[softmax.dim] == 1
 
 
-def _check_calls(graph: Graph, site: AttentionSite, calls: int, errors: Sequence[VerifyError]) -> None:
-    """A site runs as often as it says, at least once."""
-    if calls == site.calls:
+def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], errors: Sequence[VerifyError]) -> None:
+    """Every head of a site runs as often as it says, at least once."""
+    if all(runs.get(head, 0) == site.calls for head in range(site.query_heads)):
         return
-    if not calls and errors:
+    if not runs and errors:
         raise errors[0]
-    if not calls:
+    if not runs:
         params = {block.param for _, block in site.blocks()}
         if opaque := graph.opaque_ops(params):
             raise CannotTell(f"its logits are made inside the op {opaque[0].func}, which cannot be written out")
         raise VerifyError(
             f"site {site.name!r}: no softmax runs there whose logits come out of {min(params, default='')!r}"
         )
-    raise VerifyError(f"site {site.name!r}: it runs {calls} times in a forward pass, the layout claims {site.calls}")
+    head = next(head for head in range(site.query_heads) if runs.get(head, 0) != site.calls)
+    which = "it" if len(set(runs.values())) == 1 and len(runs) == site.query_heads else f"its head {head}"
+    raise VerifyError(
+        f"site {site.name!r}: {which} runs {runs.get(head, 0)} times in a forward pass, the layout claims {site.calls}"
+    )
 
 
 def _bare(model: nn.Module, layout: QKLayout) -> nn.Module:

@@ -48,7 +48,7 @@ def _check_rows(evidence: Evidence) -> int:
             for name in sorted(claimed[head][side].keys() | found[side].keys()):
                 checks += 1
                 want, have = claimed[head][side].get(name, frozenset()), found[side].get(name, frozenset())
-                if want == have or (not want and _is_foreign_bias(evidence, side, name)):
+                if want == have or (not want and _is_foreign_bias(evidence, side, name, head, have)):
                     continue
                 if name in evidence.unnamed[side]:
                     raise evidence.error(f"{side} side: {name!r} is added to a claimed product, but no block names it")
@@ -59,16 +59,19 @@ def _check_rows(evidence: Evidence) -> int:
     return checks
 
 
-def _is_foreign_bias(evidence: Evidence, side: Side, name: str) -> bool:
-    """Whether a parameter is a bias of the other side, added here at entries that are not numbered like the rows.
+def _is_foreign_bias(evidence: Evidence, side: Side, name: str, head: int, rows: Rows) -> bool:
+    """Whether a parameter is a bias of other blocks, added here at entries that are not numbered like the rows.
 
-    A block cannot name those (MultiheadAttention with widths of their own for keys: entries 16.. for rows 0..).
+    A block cannot name those (MultiheadAttention with widths of their own for keys: entries 16.. for rows 0..; weights
+    laid side by side, with one bias for all).
     """
+    index = head if side == "query" else evidence.site.head_map[head]
+    forgotten = [b for b in evidence.blocks[side] if b.bias is None and name in evidence.added[side][b.param]]
     return (
         name not in evidence.unnamed[side]
-        and all(name != block.param for block in evidence.blocks[side])
+        and name not in evidence.claimed[side]
         and any(name == block.bias for _, block in evidence.site.blocks())
-        and all(name != block.bias for block in evidence.blocks[side])
+        and not any(b.heads[index] and indices(b.heads[index]) <= rows for b in forgotten)
     )
 
 

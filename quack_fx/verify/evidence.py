@@ -7,6 +7,7 @@ stands behind the logits is not what the site claims, `CannotTell` where that ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
@@ -35,18 +36,18 @@ class Part:
     Attributes:
         product: The product.
         operand: Its operand on each side.
-        factors: The products with weights behind each operand.
+        around: The products with weights behind each operand, those of other heads too, whose features share a norm.
+        factors: Those whose features the operand reads.
         followed: Those of them, near and far, that the site claims.
         lower: For each side the slice that makes the operand, norms with constant statistics.
-        live: The same with statistics that carry gradients, where it was asked for.
     """
 
     product: Product
     operand: dict[Side, Operand]
+    around: dict[Side, list[Factor]]
     factors: dict[Side, list[Factor]]
     followed: dict[Side, list[Factor]]
     lower: dict[Side, Replay]
-    live: dict[Side, Replay]
 
 
 class Evidence:
@@ -68,19 +69,21 @@ class Evidence:
         self, graph: Graph, site: AttentionSite, softmax: Softmax, attention: Set[Op], generator: torch.Generator
     ) -> None:
         self.graph, self.site, self.softmax = graph, site, softmax
-        self._attention, self._generator = attention, generator
+        self._attention, self.generator = attention, generator
         self.blocks: dict[Side, tuple[WeightBlock, ...]] = {"query": site.query, "key": site.key}
         self.claimed: dict[Side, frozenset[str]] = {
             side: frozenset(b.param for b in blocks) for side, blocks in self.blocks.items()
         }
         self._axes = self._checked_axes()
         self.parts = self._find_parts()
+        self.added: dict[Side, dict[str, frozenset[str]]] = {side: self._added_biases(side) for side in SIDES}
+        """For each claimed parameter the parameters that are added to its product."""
         self.unnamed: dict[Side, frozenset[str]] = {side: self._unnamed_biases(side) for side in SIDES}
         """Biases of the claimed products that no block names."""
         for side in SIDES:
             self._check_chains(side)
             for part in self.parts:
-                part.lower[side] = self._slice(part, side, self.graph.statistics)
+                part.lower[side] = self._slice(part, side)
         self.reading = softmax.logits, torch.zeros([1] * len(softmax.shape), dtype=torch.long)
         """A tensor of logits and the head of each; of a single head until more are told apart."""
         self.channels = False
@@ -95,7 +98,7 @@ class Evidence:
     def noise(self, operand: Operand) -> Tensor:
         """Random numbers in an operand's shape, so that no rows cancel."""
         value = operand.value.tensor
-        return torch.randn(value.shape, generator=self._generator).to(value)
+        return torch.randn(value.shape, generator=self.generator).to(value)
 
     def rows_of_head(self, cut: Value, labels: Tensor, head: int) -> dict[Side, dict[str, Rows]]:
         """Rows that make a head's queries and keys.
@@ -166,7 +169,7 @@ class Evidence:
             raise self.error("no product of queries and keys stands before the softmax that runs there")
         # Beside a product of claimed weights, one with weights that nobody claims is a relative position's.
         products = [p for p in products if p[1]] or products
-        self.upper = Upper(self.graph, self.softmax, [p for p, _ in products], self._generator)
+        self.upper = Upper(self.graph, self.softmax, [p for p, _ in products], self.generator)
         parts = []
         for product, _ in products:
             operand = self.upper.operands(product)
@@ -178,11 +181,11 @@ class Evidence:
 
     def _check_chains(self, side: Side) -> None:
         """Every product with a weight on the way is claimed, and every claimed weight is met."""
-        if not any(part.factors[side] for part in self.parts):
+        if not any(part.around[side] for part in self.parts):
             raise CannotTell(f"its {side} side comes out of no product with a weight")
         for part in self.parts:
             part.factors[side] = [
-                f for f in part.factors[side] if self._is_claimed(f, side) or self._reaches(part, side, f)
+                f for f in part.around[side] if self._is_claimed(f, side) or self._reaches(part, side, f)
             ]
             part.followed[side] = list(self._met(part.factors[side], side))
         met = {name for part in self.parts for factor in part.followed[side] for name in factor.params}
@@ -200,6 +203,7 @@ class Evidence:
             [(operand.value, operand.reader)],
             stops=self.graph.barriers,
             leaves={factor.result: factor.result.tensor.detach()},
+            statistics=self.graph.statistics,  # through those of a norm over all heads, every head's weights reach it
             through_detach=True,
         )
         arrived = slice_.gradients_at(operand.value, self.noise(operand), [factor.result])
@@ -224,30 +228,38 @@ class Evidence:
                 what = f"claimed on the {other} side" if crossed else "which no block claims"
                 raise self.error(f"its {side} side comes out of {names}, {what}")
 
+    def _added_biases(self, side: Side) -> dict[str, frozenset[str]]:
+        added = dict.fromkeys(self.claimed[side], frozenset[str]())
+        for factor in (f for part in self.parts for f in all_factors(part.around[side])):
+            for name in factor.params & added.keys():
+                added[name] |= factor.biases
+        return added
+
     def _unnamed_biases(self, side: Side) -> frozenset[str]:
         """Parameters added to a claimed product, one entry for each row, that no block names as its bias."""
-        named = {b.bias for b in self.blocks[side]}
-        found = set()
-        for factor in (f for part in self.parts for f in _all(part.factors[side])):
-            for block in (b for b in self.blocks[side] if b.param in factor.params):
-                rows = self.graph.tape.params[block.param].shape[block.axis]
-                found |= {b for b in factor.biases if self.graph.tape.params[b].shape == (rows,)}
-        return frozenset(found - named)
+        params, found = self.graph.tape.params, set()
+        for block in self.blocks[side]:
+            rows = params[block.param].shape[block.axis]
+            found |= {b for b in self.added[side][block.param] if params[b].shape == (rows,)}
+        return frozenset(found - {b.bias for b in self.blocks[side]})
 
-    def live(self, part: Part, side: Side) -> Replay:
-        """The slice that makes an operand, with statistics that carry gradients."""
-        if side not in part.live:
-            part.live[side] = self._slice(part, side, frozenset())
-        return part.live[side]
+    def from_results(self, part: Part, side: Side, length: float) -> tuple[Replay, Replay]:
+        """The slice from the results of the nearest products on, with live statistics and with fixed ones.
 
-    def shrunk(self, part: Part, side: Side, by: float) -> tuple[Replay, Replay]:
-        """The slice with smaller results of the nearest products, once with live and once with fixed statistics."""
-        results = {f.result: by * part.lower[side][f.result].detach() for f in part.factors[side]}
-        live, fixed = (self._slice(part, side, s, results) for s in (frozenset[Op](), self.graph.statistics))
-        return live, fixed
+        Arguments:
+            part: The logit product.
+            side: Its side.
+            length: Results are random numbers that make the vectors of a head about as long.
+        """
+        # An epsilon is small beside a hundredth, whatever the width of a norm.
+        size = max(length / math.sqrt(self.site.head_dim), 0.02)
+        tensors = {f.result: f.result.tensor for f in part.around[side]}
+        noise = {v: size * torch.randn(t.shape, generator=self.generator) for v, t in tensors.items()}
+        results = {v: torch.empty_like(t).copy_(noise[v]) for v, t in tensors.items()}  # laid out as they were
+        return self._slice(part, side, results, live=True), self._slice(part, side, results)
 
     def _slice(
-        self, part: Part, side: Side, statistics: Set[Op], leaves: Mapping[Value, Tensor] | None = None
+        self, part: Part, side: Side, leaves: Mapping[Value, Tensor] | None = None, *, live: bool = False
     ) -> Replay:
         """The slice that makes an operand out of what enters the site: the inputs of its outermost claimed products."""
         followed, operand, graph = part.followed[side], part.operand[side], self.graph
@@ -259,7 +271,8 @@ class Evidence:
                 cuts={v for f in followed if not any(o in followed for o in f.outer) for v in f.sources},
                 stops=graph.barriers - {f.product.op for f in followed},
                 leaves=leaves,
-                statistics=statistics,
+                statistics=graph.statistics,
+                live=live,
                 through_detach=through_detach,
             )
 
@@ -269,7 +282,7 @@ class Evidence:
         return usual if usual[operand.value].requires_grad else replay(through_detach=True)
 
 
-def _all(factors: Sequence[Factor]) -> list[Factor]:
+def all_factors(factors: Sequence[Factor]) -> list[Factor]:
     """These factors and all farther out, each once: many ways through a deep model lead to the same one."""
     seen: dict[int, Factor] = {}
     waiting = list(factors)

@@ -69,6 +69,12 @@ class _Back:
     linear: bool = True
 
 
+def _may_have(product: Product, heads: int) -> bool:
+    """Whether a product of queries and keys can be one of so many heads."""
+    shape = product.op.out.tensor.shape
+    return heads in shape or heads <= max(shape[0], math.sqrt(shape.numel()))
+
+
 class Graph:
     """A tape with its products, softmaxes and statistics.
 
@@ -190,11 +196,12 @@ class Graph:
         weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
         if len(sources) != 1 or len(weights) != 1 or sources[0].tensor.numel() != product.op.out.tensor.numel():
             return None
-        if max(weights[0].tensor.shape) > math.sqrt(sources[0].tensor.numel()):
-            return None
         back = self._back(sources[0], product.reader)
-        mixes = back.products and not (back.softmaxes or back.joined)
-        return sources[0] if mixes and any(map(self._of_two_sides, back.products)) else None
+        if back.softmaxes or back.joined:
+            return None
+        heads = max(weights[0].tensor.shape)
+        mixed = [p for p in back.products if _may_have(p, heads)]
+        return sources[0] if any(map(self._of_two_sides, mixed)) else None
 
     @cached_property
     def _weighs(self) -> dict[Softmax, list[Product]]:
@@ -257,17 +264,14 @@ class Graph:
         """A product as a factor that stands alone."""
         weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
         if len(weights) == 2:
-            # The input is made of parameters as well (learned queries): the weight is the plainer of the two.
-            plain = [v for v in weights if self._is_plain(v, product.reader)]
+            # The input is made of parameters as well (learned queries): the weight is the one made by no product. Where
+            # that is both, either may be it: the claim has to say.
+            plain = [v for v in weights if not self._back(v, product.reader).products]
             weights = plain if len(plain) == 1 else weights
         sources = tuple(v for v in product.factors if v not in weights)
         params = frozenset(name for v in weights for name in self._params(v, product.reader))
         biases, result = self._biases(product)
         return Factor(product, result, tuple(weights), sources, params, biases)
-
-    def _is_plain(self, value: Value, reader: Op) -> bool:
-        """Whether a factor is one parameter, moved around at most."""
-        return not self._back(value, reader).products and len(self._params(value, reader)) == 1
 
     def _biases(self, product: Product) -> tuple[frozenset[str], Value]:
         """Parameters added to a product before more than its shape is changed, and the sum."""

@@ -9,18 +9,26 @@ many features share a statistic is how many go into one. Here, and here alone, s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from quack_fx.layout import Norm, Side
 from quack_fx.verify.evidence import CannotTell, Evidence, Part
-from quack_fx.verify.heads import SIDES
+from quack_fx.verify.graph import Factor
+from quack_fx.verify.heads import SIDES, Operand
 from quack_fx.verify.replay import Replay
+from quack_fx.verify.tape import Op
 
 _BLIND = 1e-2
 """Below this part of the whole, what an operand owes to the size of its weights is a norm's epsilon."""
 
-_SHORT, _BLIND_WHEN_SHORT = 0.1, 0.3
+_LONG = 30.0
+"""The length to which vectors are drawn out: an epsilon is nothing beside it, even where features cancel."""
+
+_SHORT, _BLIND_WHEN_SHORT = 0.2, 0.3
 """The length to which vectors are cut, to tell a norm from a clip; a norm's epsilon counts for more there."""
 
 
@@ -49,9 +57,9 @@ def _check_qk_norm(evidence: Evidence, side: Side, claimed: list[Norm]) -> None:
     wanted, tolerated = ({(norm.width, norm.kind == "layer") for norm in norms} for norms in (claimed, latent))
     found: set[tuple[int, bool]] = set()
     for part in evidence.parts:
-        norms = _norms(evidence, part, side, (evidence.live(part, side), part.lower[side]), wanted | tolerated, _BLIND)
+        norms = _norms(evidence, part, side, evidence.from_results(part, side, _LONG), wanted | tolerated, _BLIND)
         if norms:  # what cuts long vectors down is a norm of those alone
-            norms &= _norms(evidence, part, side, evidence.shrunk(part, side, _SHORT), norms, _BLIND_WHEN_SHORT)
+            norms &= _norms(evidence, part, side, evidence.from_results(part, side, _SHORT), norms, _BLIND_WHEN_SHORT)
         found |= norms - (tolerated - wanted)
     if found and not wanted:
         raise evidence.error(f"its {side} side passes a norm, so its logits do not depend on the size of the weights")
@@ -86,42 +94,70 @@ def _norms(
         expected: Norms taken for granted where no gradient tells.
         limit: Part of the whole below which what an operand owes to the size of its weights is nothing.
     """
-    value, factors = part.operand[side].value, part.factors[side]
-    live, frozen = replays
-    outs = [factor.result for factor in factors]
-    inputs = {op: op.inputs[0] for factor in factors for op in factor.norms}
-    blind = [True] * len(factors)
-    together, saturated, less_mean = True, [True] * len(factors), dict.fromkeys(inputs, True)
-    for _ in range(3):  # without a norm, one seed may happen to show none of the size
-        seed = live[value].detach() * (0.5 + evidence.noise(part.operand[side]).abs())
-        arrived, usual = (
-            live.gradients_at(value, seed, [*outs, *inputs.values()]),
-            frozen.gradients_at(value, seed, outs),
-        )
-        gains = [arrived[out] * live[out].detach() if out in arrived else torch.zeros(()) for out in outs]
-        sizes = [(usual[out] * live[out].detach()).abs().sum() if out in usual else torch.zeros(()) for out in outs]
-        whole = torch.stack([gain.sum() for gain in gains]).sum()
-        together &= bool(whole.abs() < limit * torch.stack(sizes).sum())
-        for i, (gain, size) in enumerate(zip(gains, sizes, strict=True)):
-            blind[i] &= bool(gain.sum().abs() < limit * size)
-            saturated[i] &= bool(gain.abs().sum() < limit * size)
-        for op, source in inputs.items():
-            less_mean[op] &= source in arrived and _sums_to_zero(arrived[source])
+    operand, factors = part.operand[side], part.around[side]
+    ops = sorted({op for factor in factors for op in factor.norms}, key=lambda op: op.index)
+    normed = torch.zeros_like(operand.value.tensor, dtype=torch.bool)
     found: dict[int, bool] = {}
-    for i, factor in enumerate(factors):
-        # One norm over what several products make is blind to all of them together.
-        if not (blind[i] or together):
+    for op in ops:
+        # A norm may be over some of the features alone, or over those of some of the tokens.
+        noise = torch.randn(op.out.tensor.shape, generator=evidence.generator).to(op.out.tensor)
+        places = replays[0].changes(operand.value, {op.out: noise}) != 0
+        normed |= places
+        if not bool(places.any()):
             continue
-        if not factor.norms:
-            raise CannotTell(
-                f"its {side} side does not depend on the size of {min(factor.params)!r}, yet passes no norm"
-            )
-        for op in sorted(factor.norms, key=lambda op: op.index):
-            width = op.inputs[0].tensor.numel() // max(1, op.outputs[-1].tensor.numel())
-            # Two features less their mean, or one, leave nothing but a sign: there is no gradient to go by.
-            unclear = saturated[i] or width <= 2
-            found.setdefault(width, (width, True) in expected if unclear else less_mean[op])
+        seen = _seen(evidence, operand, replays, factors, places, op, limit)
+        if not seen.blind:
+            continue
+        width = op.inputs[0].tensor.numel() // max(1, op.outputs[-1].tensor.numel())
+        # Two features less their mean, or one, leave nothing but a sign: there is no gradient to go by.
+        unclear = seen.saturated or width <= 2
+        found.setdefault(width, (width, True) in expected if unclear else seen.less_mean)
+    if not bool(normed.all()) and _seen(evidence, operand, replays, factors, ~normed, None, limit).blind:
+        names = {name for factor in factors for name in factor.params}
+        raise CannotTell(f"its {side} side does not depend on the size of {min(names)!r}, yet passes no norm")
     return set(found.items())
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What seeds on some places of an operand show.
+
+    Attributes:
+        blind: The places do not depend on the size of what the products with weights make.
+        saturated: Nor on anything else of it.
+        less_mean: The gradients of the features that go into a norm sum to zero.
+    """
+
+    blind: bool
+    saturated: bool
+    less_mean: bool
+
+
+def _seen(
+    evidence: Evidence,
+    operand: Operand,
+    replays: tuple[Replay, Replay],
+    factors: Sequence[Factor],
+    places: Tensor,
+    norm: Op | None,
+    limit: float,
+) -> _Seen:
+    """Seed some places of an operand and look at what arrives at the nearest products, and before a norm."""
+    live, frozen = replays
+    value, outs = operand.value, [factor.result for factor in factors]
+    inputs = [] if norm is None else [norm.inputs[0]]
+    blind, saturated, less_mean = True, True, True
+    # What larger results would make of the operand without a norm: a seed along it sees every change of size.
+    growth = frozen.changes(value, {out: frozen[out].detach() for out in outs}) * places
+    for _ in range(3):  # without a norm, one seed may happen to show none of the size
+        seed = growth * (0.5 + evidence.noise(operand).abs())
+        arrived, usual = live.gradients_at(value, seed, [*outs, *inputs]), frozen.gradients_at(value, seed, outs)
+        gains = [arrived[out] * live[out].detach() for out in outs if out in arrived]
+        size = sum(float((usual[out] * live[out].detach()).abs().sum()) for out in outs if out in usual)
+        blind &= abs(sum(float(gain.sum()) for gain in gains)) < limit * size
+        saturated &= sum(float(gain.abs().sum()) for gain in gains) < limit * size
+        less_mean &= all(source in arrived and _sums_to_zero(arrived[source]) for source in inputs)
+    return _Seen(blind, saturated, less_mean)
 
 
 def _sums_to_zero(gradient: Tensor) -> bool:

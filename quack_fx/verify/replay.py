@@ -37,6 +37,7 @@ class Replay:
         stops: Ops that are not run again; what they made is constant.
         leaves: Further cuts, with numbers of their own, that gradients are wanted for.
         statistics: Reductions and norms whose statistics are constants.
+        live: Whether those statistics carry gradients instead.
         through_detach: Whether gradients pass `detach`.
     """
 
@@ -49,10 +50,12 @@ class Replay:
         stops: Set[Op] = frozenset(),
         leaves: Mapping[Value, Tensor] | None = None,
         statistics: Set[Op] = frozenset(),
+        live: bool = False,
         through_detach: bool = False,
     ) -> None:
         self._tape, self._cuts, self._stops = tape, set(cuts) | set(leaves or ()), stops
-        self._statistics, self._through_detach = statistics, through_detach
+        self._statistics, self._live, self._through_detach = statistics, live, through_detach
+        self._of_statistics: set[Value] = set()
         self._tensors: dict[Value, Tensor] = {}
         self.params: dict[str, Tensor] = {}
         self.opaque: list[Op] = []
@@ -79,6 +82,22 @@ class Replay:
         """Gradient of those values, leaves or not, that a seed on a value reaches."""
         inside = {place: self[place] for place in places}
         return dict(self._gradients(value, seed, {p: t for p, t in inside.items() if t.requires_grad}))
+
+    def changes(self, value: Value, directions: Mapping[Value, Tensor]) -> Tensor:
+        """How a value changes where other ones do: its Jacobian times what is added to them."""
+        root = self[value]
+        sources = {on: self[on] for on in directions if self[on].requires_grad}
+        if not root.requires_grad or not sources:
+            return torch.zeros_like(root)
+        # The gradient is linear in the seed: its own gradient is the Jacobian the other way round.
+        seed = torch.zeros_like(root, requires_grad=True)
+        arrived = torch.autograd.grad([root], list(sources.values()), [seed], create_graph=True, allow_unused=True)
+        linear = [(g, directions[on]) for on, g in zip(sources, arrived, strict=True) if g is not None]
+        linear = [(g, d) for g, d in linear if g.requires_grad]
+        if not linear:
+            return torch.zeros_like(root)
+        (change,) = torch.autograd.grad([g for g, _ in linear], [seed], [d for _, d in linear], allow_unused=True)
+        return torch.zeros_like(root) if change is None else change
 
     def _gradients(self, value: Value, seed: Tensor, leaves: Mapping[Any, Tensor]) -> Iterable[tuple[Any, Tensor]]:
         root = self[value]
@@ -131,17 +150,26 @@ class Replay:
         func: Callable[..., Any] = op.func
         if op.name == "detach" and self._through_detach:
             func = torch.ops.aten.alias.default
-        elif op in self._statistics:
+        elif op in self._statistics and not self._live:
             func = _FROZEN.get(op.name, _held)(func)
-        elif op.name.rstrip("_") in _POINTWISE:
+        elif op.name.rstrip("_") in _POINTWISE and not self._is_of_statistics(op):
             func = _unclipped(func)
         result = func(*args, **kwargs)
         results = (result,) if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         for value, tensor in zip(op.outputs, results, strict=True):
             if value not in self._cuts:
                 self._tensors[value] = tensor
+        if self._is_of_statistics(op):
+            self._of_statistics.update(op.outputs)
         if is_opaque(op.func) and not any(t.requires_grad for t in results):
             self.opaque.append(op)
+
+    def _is_of_statistics(self, op: Op) -> bool:
+        """Whether an op makes statistics that carry gradients, or computes with them alone."""
+        if op in self._statistics:
+            return self._live and op.name not in NORM_OPS
+        rest = [v for v in op.inputs if v not in self._of_statistics]
+        return len(rest) < len(op.inputs) and all(v.tensor.numel() == 1 for v in rest)
 
     def _given(self, x: Any) -> Any:
         if isinstance(x, Value):

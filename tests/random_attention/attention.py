@@ -144,7 +144,9 @@ def _truth(draft: Draft, sides: Sides, scale: float | None, tiled: bool) -> Trut
         kind=kind,
         name=sides.name,
         scale=product,
-        unchecked=sides.unchecked.union(sides.v.unchecked & {"pooling"}, *(o.unchecked for p in sides.pairs for o in p)),
+        unchecked=sides.unchecked.union(
+            sides.v.unchecked & {"pooling"}, *(o.unchecked for p in sides.pairs for o in p)
+        ),
         may_refuse=draft.may_refuse,
     )
 

@@ -175,11 +175,12 @@ def multi_latent(draft: Draft) -> Sides:
 
 
 def absorbed(draft: Draft) -> Sides:
-    # Which side the keys' up projection plays on, and so the roles and the number of key heads, is a matter of taste.
     draft.sizes["s"] = draft.sizes["t"]
     draft.sizes["k"] = 1
     pairs, v = latent_attention(draft, Value("x", "btc"), Value("x", "btc"), absorbed=True)
-    # A norm of the keys' latent stands right before the logits here, and between two factors in the other reading.
+    if draft.sizes["h"] > 1:
+        return Sides(pairs, v, kind="mla")
+    # A single head may as well be one of low rank, with a norm of its keys.
     return Sides(pairs, v, unchecked=frozenset({"roles", "kind", "norms", "latent norms"}))
 
 

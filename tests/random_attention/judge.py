@@ -73,7 +73,20 @@ def judge(choices: Choices) -> Verdict:
         text = "".join(traceback.format_exception(error)[-3:])
         return Verdict(model, None, (Difference(f"crash {type(error).__name__}", text),))
     shapes = {name: tuple(p.shape) for name, p in model.model.named_parameters()}
-    return Verdict(model, found, tuple(differences(model.expected, found, shapes)))
+    wrong = tuple(differences(model.expected, found, shapes))
+    return Verdict(model, found, wrong or tuple(_unproved(model, found)))
+
+
+def _unproved(model: RandomModel, right: QKLayout) -> Iterator[Difference]:
+    """What a proof has against a layout that is right."""
+    try:
+        report = verify_qk_pairs(model.model, right, *model.inputs)
+    except VerifyError as error:
+        yield Difference("refuted", str(error))
+    except QuackError as error:
+        yield Difference(f"crash {type(error).__name__}", str(error))
+    else:
+        yield from (Difference("not proved", f"{site.name!r}: {site.reason}") for site in report.not_proved)
 
 
 def _site_lines(what: str, site: AttentionSite) -> Iterator[str]:

@@ -230,7 +230,7 @@ def _masked(draft: Draft, logits: Value, heads: str) -> Value:
     flip = logits.axes.index("s") < logits.axes.index("t")
     turned = ".T" if flip else ""
     sizes = ", ".join(str(draft.sizes[a]) if a in "ts" else "1" for a in logits.axes)
-    allowed = f"torch.ones({t}, {s}, dtype=torch.bool).tril(){turned}.reshape({sizes})"
+    allowed = f"torch.ones({t}, {s}, dtype=torch.bool).tril({max(0, s - t)}){turned}.reshape({sizes})"
     way = draft.choices.pick("mask", ["masked_fill", "where", "additive", "in place"])
     if way == "masked_fill":
         code = f"{logits.name}.masked_fill(~{allowed}, float('-inf'))"
@@ -366,7 +366,8 @@ def _fused(draft: Draft, pairs: Pairs, v: Operand, batch: str, tiled: bool) -> A
     k_value = draft.arrange(k.value, lead[1] + "s" + k.dims)
     v_value = draft.arrange(v.value, lead[1] + "s" + v.dims)
     t, s = draft.sizes["t"], draft.sizes["s"]
-    more = ["", ", is_causal=True", f", attn_mask=torch.ones({t}, {s}, dtype=torch.bool).tril()"]
+    more = ["", f", attn_mask=torch.ones({t}, {s}, dtype=torch.bool).tril({max(0, s - t)})"]
+    more += [", is_causal=True"] * (t >= s)
     more += (
         [f", attn_mask=self.{draft.parameter('bias', draft.sizes['h'], t, s)}"]
         if draft.choices.chance("learned bias", 8)
@@ -386,7 +387,8 @@ def _flexible(draft: Draft, pairs: Pairs, v: Operand, batch: str, tiled: bool) -
     q, k = pairs[0]
     k, v = _for_all(draft, k, tiled), _for_all(draft, v, tiled)
     values = [draft.arrange(x.value, f"bh{a}{x.dims}") for x, a in ((q, "t"), (k, "s"), (v, "s"))]
-    score = draft.choices.pick("score_mod", ["", ", score_mod=relative", ", score_mod=causal"])
+    ways = ["", ", score_mod=relative"] + [", score_mod=causal"] * (draft.sizes["t"] >= draft.sizes["s"])
+    score = draft.choices.pick("score_mod", ways)
     out = draft.fresh("out")
     draft.lines.append("with torch.no_grad():  # without a compiler there is no backward on CPU")
     draft.lines.append(f"    {out} = flex_attention({', '.join(x.name for x in values)}{score})")

@@ -158,7 +158,8 @@ NORMS = ["rms", "l2", "layer", "rms bare", "layer bare", "l2 by hand", "l2 gain"
 
 def clamped(draft: Draft, operand: Operand) -> Operand:
     """Queries or keys cut off, or their negative part dropped, or the long ones shortened."""
-    way = draft.choices.pick("bend", ["clamp(-3.0, 3.0)", "relu()", "tanh()", "clipped"])
+    # What a norm has made long is always shortened: nobody can tell that from another norm.
+    way = draft.choices.pick("bend", ["clamp(-3.0, 3.0)", "relu()", "tanh()"] + ["clipped"] * (not operand.norms))
     x = operand.value
     if way == "clipped":
         length = f"{x.name}.norm(dim={x.axis(operand.dims)}, keepdim=True)"
@@ -198,7 +199,7 @@ def shifted_in_time(draft: Draft, operand: Operand, tokens: str) -> Operand:
 
 
 def thinned(draft: Draft, operand: Operand, tokens: str, to: str) -> Operand:
-    """Fewer tokens: every second one, means, maxima or shares of two, some by number, those with the largest features."""
+    """Fewer tokens: every second one, means, maxima or shares of two, some by number or by size."""
     value, n = operand.value, draft.sizes[tokens]
     at = value.axis(tokens)
     m = draft.sizes[to]
