@@ -22,34 +22,8 @@ _PRODUCTS |= {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.baddbmm, Tens
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax, torch._softmax}
 _PLAIN = {"add", "sub", "mul", "div", "where", "masked_fill", "view", "reshape", "transpose", "permute", "unsqueeze"}
 _PLAIN |= {"squeeze", "expand", "float", "to", "type_as", "dropout", "contiguous", "clone", "flatten", "unflatten"}
-_PLAIN |= {
-    "clamp",
-    "tanh",
-    "getitem",
-    "cat",
-    "slice",
-    "split",
-    "chunk",
-    "softcap",
-    "truediv",
-    "half",
-    "type",
-    "mT",
-    "T",
-}
-_PLAIN |= {
-    "bfloat16",
-    "double",
-    "view_as",
-    "swapaxes",
-    "movedim",
-    "neg",
-    "nan_to_num",
-    "baddbmm",
-    "relu",
-    "max",
-    "amax",
-}
+_PLAIN |= set("clamp tanh getitem cat slice split chunk softcap truediv half type mT T bfloat16 double view_as".split())
+_PLAIN |= set("swapaxes movedim neg nan_to_num baddbmm relu max amax".split())
 
 
 def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Counter[str]:
@@ -80,6 +54,30 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         for hook in hooks:
             hook.remove()
     return watch.found
+
+
+def chooses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether every softmax of a forward runs over several numbers; over one alone, nothing is weighed."""
+    with torch.no_grad(), _Sizes() as watch:
+        model(*args, **kwargs)
+    return watch.smallest > 1
+
+
+class _Sizes(TorchFunctionMode):
+    """Watches how many numbers softmaxes run over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.smallest = 1 << 30
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and len(args) > 1:
+            self.smallest = min(self.smallest, args[1].shape[-2])
+        elif func in _SOFTMAX and args:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+            self.smallest = min(self.smallest, args[0].shape[-1 if dim is None else dim])
+        return func(*args, **kwargs)
 
 
 def first_names(model: nn.Module) -> dict[str, str]:

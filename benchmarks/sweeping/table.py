@@ -25,8 +25,8 @@ softmaxes of products of computed tensors that weigh others. Each site's rows ar
 (`verify_qk_pairs`). Models that could not be built or counted are in no sum of attentions; parts of a model that its
 inputs did not reach are told of with its family.
 
-A model of transformers stands for its model type: the base class, or the first task class of a type that has none. One
-of timm stands for all entry points that differ in numbers alone.
+Models of transformers are all classes that its AutoModel mappings name. One of timm stands for all entry points that
+differ in numbers alone.
 """
 
 _STATUSES = {

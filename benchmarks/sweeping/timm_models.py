@@ -24,12 +24,13 @@ import torch
 from torch import nn
 
 from benchmarks.sweeping.candidate import Candidate
+from benchmarks.sweeping.count import chooses
 
 PARAMETERS = 150_000_000
 """Parameters of a model that is still worth running."""
 
 SIDES = (96, 64, 126, 128, 192, 224, 240, 256)
-"""Heights and widths of the picture, in the order in which they are tried; 96 leaves several tokens in a last stage."""
+"""Heights and widths of the picture, in the order in which they are tried, until every softmax has several tokens."""
 
 BATCH = 2
 
@@ -122,20 +123,24 @@ def build(form: Form) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         ValueError: Nothing of at most `PARAMETERS` parameters could be built and run; it tells of the last trial.
     """
     problem: Exception | None = None
+    built = None
     for config in _shrunk({**_defaults(form.model_class), **form.config}):
         for side in SIDES:
             try:
                 model = _build(form, config, side)
-                picture = torch.randn(BATCH, 3, side, side)
-                with torch.no_grad():
-                    model(picture)
+                made = model, (torch.randn(BATCH, 3, side, side),), dict[str, Any]()
+                enough = chooses(*made)
             except _TooLargeError as error:
                 problem = error
                 break
             except Exception as error:
                 problem = error
             else:
-                return model, (picture,), {}
+                built = built or made
+                if enough:
+                    return made
+        if built is not None:
+            return built
     raise ValueError(f"{form.architecture}: no size of it could be built and run: {problem}") from problem
 
 

@@ -105,6 +105,7 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
             "hidden_size": 1024,
         }
     },
+    "fastspeech2_conformer_with_hifigan": {"model_config": {"speaking_speed": 8.0}},  # several frames for each token
     "gemma3n": {"vision_config": {"model_args": {"channel_multiplier": 0.25}}},
     "gemma4_unified_assistant": {"text_config": {"num_kv_shared_layers": 15}},
     "glm46v": {"text_config": _GLM_ROPE},

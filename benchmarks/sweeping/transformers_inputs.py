@@ -410,6 +410,7 @@ _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
         **{"input_ids": ids(c), "input_features": noise(BATCH, 1, 1001, 64)},
         "is_longer": torch.zeros(BATCH, 1, dtype=torch.bool),
     },
+    "fastspeech2_conformer_with_hifigan": lambda c: {"input_ids": ids(c.model_config, tokens=12)},
     "clvp": lambda c: {"input_ids": ids(c), "input_features": noise(BATCH, c.decoder_config.feature_size, 64)},
     "omdet-turbo": lambda c: {
         **{

@@ -1,4 +1,4 @@
-"""SOURCE: transformers. The base model of every model type of the AutoModel mappings, or a task class if it has none.
+"""SOURCE: transformers. Every class of every model type that the AutoModel mappings name.
 
 In: nothing. Out: candidates. Configs are the types' defaults, shrunk; inputs are inferred as the command line does.
 """
@@ -16,27 +16,13 @@ from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from benchmarks.sweeping.candidate import Candidate, CannotBeRunError
+from benchmarks.sweeping.count import chooses
 from benchmarks.sweeping.transformers_configs import config_of
 from benchmarks.sweeping.transformers_inputs import Inputs, inputs
 from benchmarks.sweeping.transformers_videos import Tracking, follows_objects, video
 from quack_fx.targets import hf
 from quack_fx.targets.shrink import shrunk
 
-_MAPPINGS = (
-    "MODEL_MAPPING_NAMES",
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
-    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_CTC_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES",
-)
 _CANNOT_RUN = {
     "gemma4_assistant": "its config wants layers that all share their keys, its layers want some that do not",
 }
@@ -45,21 +31,21 @@ PARAMETERS = 200_000_000
 
 
 def candidates() -> Iterator[Candidate]:
-    """The base class of each model type, or its first task class where it has none."""
-    for family in sorted(auto.MODEL_MAPPING_NAMES | _task_classes()):
-        named = []
-        for mapping in _MAPPINGS:
-            names = getattr(auto, mapping, {}).get(family, ())
-            named += [names] if isinstance(names, str) else list(names)
-        distinct = list(dict.fromkeys(named))
-        for name in distinct[:1]:
+    """Every class that an AutoModel mapping names, once for each model type."""
+    for family, names in sorted(_named().items()):
+        for name in names:
             yield Candidate("transformers", family, name, functools.partial(_build, family, name))
 
 
-def _task_classes() -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for mapping in _MAPPINGS:
-        found.update(getattr(auto, mapping, {}))
+def _named() -> dict[str, list[str]]:
+    """Classes of each model type, the base class first."""
+    mappings = [auto.MODEL_MAPPING_NAMES]
+    mappings += [v for k, v in sorted(vars(auto).items()) if k.startswith("MODEL_FOR_") and k.endswith("MAPPING_NAMES")]
+    found: dict[str, list[str]] = {}
+    for mapping in mappings:
+        for family, names in mapping.items():
+            known = found.setdefault(family, [])
+            known += [n for n in ([names] if isinstance(names, str) else names) if n not in known]
     return found
 
 
@@ -72,11 +58,18 @@ def _build(family: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str
         raise CannotBeRunError(f"{name} cannot be built: {_CANNOT_RUN[family]}")
     config = config_of(cls, family)
     first: Exception | None = None
+    built = None
     for small in shrunk(config):
         try:
-            return _working(cls, small)
+            made = _working(cls, small)
         except Exception as error:
             first = first or error
+            continue
+        built = built or made
+        if chooses(*made):
+            return made
+    if built is not None:
+        return built
     raise first if first is not None else ValueError(f"no smaller config of {family}")
 
 

@@ -24,6 +24,7 @@ from quack_fx.capture.equal import EqualGroup
 from quack_fx.capture.hybrid import run_mixed
 from quack_fx.capture.layers import EqualLayers
 from quack_fx.capture.memory import Place, place_of, storage_of, window_on
+from quack_fx.jagged import JaggedWrittenOut, takes_itself_apart
 
 
 class Recorder(TorchDispatchMode):
@@ -77,8 +78,9 @@ class Recorder(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        self._index_lists = _IndexLists()
-        self._index_lists.__enter__()
+        self._functions = [JaggedWrittenOut(), _IndexLists()]
+        for mode in self._functions:
+            mode.__enter__()
         self._watch = self.layers.watched()
         self._watch.__enter__()
         super().__enter__()
@@ -89,7 +91,8 @@ class Recorder(TorchDispatchMode):
             hook.remove()
         super().__exit__(*exc)
         self._watch.__exit__(*exc)
-        self._index_lists.__exit__(*exc)
+        for mode in reversed(self._functions):
+            mode.__exit__(*exc)
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
         stack, name = self._stacks[-1], self.names.get(id(module))
@@ -151,6 +154,8 @@ class Recorder(TorchDispatchMode):
     # ---- one op --------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if takes_itself_apart(types):
+            return NotImplemented
         kwargs = kwargs or {}
         node_args, node_kwargs = tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
         run_args, run_kwargs = tree_map_only(Tensor, self.twin, (tuple(args), dict(kwargs)))

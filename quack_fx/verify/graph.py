@@ -197,7 +197,8 @@ class Graph:
         if len(sources) != 1 or len(weights) != 1 or sources[0].tensor.numel() != product.op.out.tensor.numel():
             return None
         back = self._back(sources[0], product.reader)
-        if back.softmaxes or back.joined:
+        normed = any(op in self.statistics and op.name != "amax" for op in back.passed)
+        if back.softmaxes or back.joined or normed:  # a layer of its own, and not logits
             return None
         heads = max(weights[0].tensor.shape)
         mixed = [p for p in back.products if _may_have(p, heads)]

@@ -148,12 +148,12 @@ def _seen(
     inputs = [] if norm is None else [norm.inputs[0]]
     blind, saturated, less_mean = True, True, True
     # What larger results would make of the operand without a norm: a seed along it sees every change of size.
-    growth = frozen.changes(value, {out: frozen[out].detach() for out in outs}) * places
+    growth = frozen.changes(value, {out: frozen.start(out).detach() for out in outs}) * places
     for _ in range(3):  # without a norm, one seed may happen to show none of the size
         seed = growth * (0.5 + evidence.noise(operand).abs())
         arrived, usual = live.gradients_at(value, seed, [*outs, *inputs]), frozen.gradients_at(value, seed, outs)
-        gains = [arrived[out] * live[out].detach() for out in outs if out in arrived]
-        size = sum(float((usual[out] * live[out].detach()).abs().sum()) for out in outs if out in usual)
+        gains = [arrived[out] * live.start(out).detach() for out in outs if out in arrived]
+        size = sum(float((usual[out] * live.start(out).detach()).abs().sum()) for out in outs if out in usual)
         blind &= abs(sum(float(gain.sum()) for gain in gains)) < limit * size
         saturated &= sum(float(gain.abs().sum()) for gain in gains) < limit * size
         less_mean &= all(source in arrived and _sums_to_zero(arrived[source]) for source in inputs)

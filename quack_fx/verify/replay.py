@@ -62,9 +62,10 @@ class Replay:
         """Ops of unknown meaning that let no gradient pass."""
         ops = self._slice(targets)
         self._written = {v.storage for op in ops for v in op.outputs if op in tape.writes.get(v.storage, ())}
-        for leaf, numbers in (leaves or {}).items():
-            self._tensors[leaf] = numbers.clone().requires_grad_()
+        self._leaves = {leaf: numbers.clone().requires_grad_() for leaf, numbers in (leaves or {}).items()}
         with torch.enable_grad():
+            for leaf, numbers in self._leaves.items():
+                self._tensors[leaf] = numbers.clone() if leaf.storage in self._written else numbers
             for op in ops:
                 self._run(op)
 
@@ -74,19 +75,23 @@ class Replay:
             self._tensors[value] = self._constant(value)
         return self._tensors[value]
 
+    def start(self, value: Value) -> Tensor:
+        """A value as it was before anything was written into it, if it is a leaf."""
+        return self._leaves.get(value, self[value])
+
     def gradients(self, value: Value, seed: Tensor) -> dict[str, Tensor]:
         """Gradient of every parameter of the slice that a seed on a value reaches."""
         return dict(self._gradients(value, seed, self.params))
 
     def gradients_at(self, value: Value, seed: Tensor, places: Iterable[Value]) -> dict[Value, Tensor]:
         """Gradient of those values, leaves or not, that a seed on a value reaches."""
-        inside = {place: self[place] for place in places}
+        inside = {place: self.start(place) for place in places}
         return dict(self._gradients(value, seed, {p: t for p, t in inside.items() if t.requires_grad}))
 
     def changes(self, value: Value, directions: Mapping[Value, Tensor]) -> Tensor:
         """How a value changes where other ones do: its Jacobian times what is added to them."""
         root = self[value]
-        sources = {on: self[on] for on in directions if self[on].requires_grad}
+        sources = {on: self.start(on) for on in directions if self[on].requires_grad}
         if not root.requires_grad or not sources:
             return torch.zeros_like(root)
         # The gradient is linear in the seed: its own gradient is the Jacobian the other way round.

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
 from torch.utils._pytree import tree_leaves
 
+from quack_fx.jagged import JaggedWrittenOut, takes_itself_apart
 from quack_fx.verify.opaque import written_out
 
 
@@ -159,6 +160,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_fast_path())
+        stack.enter_context(JaggedWrittenOut())
         stack.enter_context(_module_stack(model, watch))
         for tensor in tree_leaves((args, dict(kwargs))):
             if isinstance(tensor, Tensor):
@@ -207,6 +209,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if takes_itself_apart(types):
+            return NotImplemented
         kwargs = kwargs or {}
         if (plain := written_out(func, args)) is not None:
             with self:

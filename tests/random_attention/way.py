@@ -158,8 +158,9 @@ NORMS = ["rms", "l2", "layer", "rms bare", "layer bare", "l2 by hand", "l2 gain"
 
 def clamped(draft: Draft, operand: Operand) -> Operand:
     """Queries or keys cut off, or their negative part dropped, or the long ones shortened."""
-    # What a norm has made long is always shortened: nobody can tell that from another norm.
-    way = draft.choices.pick("bend", ["clamp(-3.0, 3.0)", "relu()", "tanh()"] + ["clipped"] * (not operand.norms))
+    # What a norm or a bias has made long is always shortened: nobody can tell that from another norm.
+    ways = ["clamp(-3.0, 3.0)", "relu()", "tanh()"]
+    way = draft.choices.pick("bend", ways + ["clipped"] * (not operand.norms and "biases" not in operand.unchecked))
     x = operand.value
     if way == "clipped":
         length = f"{x.name}.norm(dim={x.axis(operand.dims)}, keepdim=True)"
