@@ -21,6 +21,7 @@ from quack_fx.capture import Capture, RepeatedLayer, capture
 from quack_fx.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, QKLayout, Skipped
 from quack_fx.provenance import (
+    Basis,
     BehindLayer,
     LeftOut,
     NotOneAttention,
@@ -185,7 +186,7 @@ def find_in_graph(
         if known is not None:
             sites.append((one.output, known))
             continue
-        tracer.looked_at.clear()
+        tracer.basis = Basis()
         try:
             site = make_site(tracer, one, find_heads(tracer, one))
         except NotOneAttention:
@@ -195,8 +196,8 @@ def find_in_graph(
             misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
         else:
             sites.append((one.output, site))
-            repeats.remember(one, site, tracer.looked_at)
-        layers.check(one, tracer.looked_at)
+            repeats.remember(one, site, tracer.basis)
+        layers.check(one, tracer.basis.all_nodes())
     skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
     reached = layers.all_names({name for node, name in weights.items() if node.users})
     return QKLayout(

@@ -194,6 +194,25 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
 }
 
 
+_FOUR = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+_SAPIENS = {"upsample_out_channels": [16], "conv_out_channels": [16]}
+
+_FILLED_IN_FOR: dict[str, dict[str, Any]] = {
+    "BeitForSemanticSegmentation": _FOUR,
+    "DPTForDepthEstimation": {"backbone_out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
+    "DPTForSemanticSegmentation": {"backbone_out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "PerceiverForImageClassificationFourier": {"d_model": 261, "num_cross_attention_heads": 1},
+    "PerceiverForImageClassificationConvProcessing": {"d_model": 322, "num_cross_attention_heads": 1},
+    "T5GemmaEncoderModel": {"is_encoder_decoder": False},
+    **{
+        f"Sapiens2For{task}": {"head_config": _SAPIENS | {"scale_conv_out_channels": [16], "scale_final_dim": 16}}
+        for task in ("ImageMatting", "NormalEstimation", "PointmapEstimation", "PoseEstimation", "SemanticSegmentation")
+    },
+}
+"""What single classes want beside that."""
+
+
 def config_of(cls: Any, family: str) -> Any:
     """The configuration of a model type.
 
@@ -207,9 +226,11 @@ def config_of(cls: Any, family: str) -> Any:
     make = transformers.CONFIG_MAPPING[family]
     own = getattr(cls, "config_class", None)
     if isinstance(own, type) and not issubclass(make, own):
-        make = own  # the type's config holds several models, the class is one of them
-    missing = _FILLED_IN.get(family)
-    if missing is None:
+        # The type's config holds several models, the class is one of them; or the class belongs to another type.
+        family = own.model_type if own.model_type in _FILLED_IN else family
+        make = own
+    missing = _FILLED_IN.get(family, {}) | _FILLED_IN_FOR.get(cls.__name__, {})
+    if not missing:
         return make()
     try:
         fields = make().to_dict()

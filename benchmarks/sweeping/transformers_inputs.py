@@ -23,8 +23,9 @@ Inputs = dict[str, Any]
 def inputs(model: nn.Module) -> Iterator[Inputs]:
     """Keyword arguments to try, in this order."""
     config: Any = model.config
-    if special := _SPECIAL.get(config.model_type or type(config).__name__):
-        yield special(config)
+    for special in (_OF_CLASSES.get(type(model).__name__), _SPECIAL.get(config.model_type or type(config).__name__)):
+        if special is not None:
+            yield special(config)
     names = inspect.signature(model.forward).parameters
     for name in ("hidden_states", "pixel_values"):
         if name in names and "grid_thw" in names:
@@ -40,6 +41,7 @@ def inputs(model: nn.Module) -> Iterator[Inputs]:
     yield from guesses
     if "input_values" in names:
         yield {"input_values": noise(BATCH, 1, 3840)}
+    yield from (other for guess in guesses for other in _of_tasks(config, guess, names))
 
 
 def ids(config: Any, batch: int = BATCH, tokens: int = TOKENS) -> Tensor:
@@ -120,6 +122,24 @@ def _masked(guess: Inputs, names: Any) -> Inputs:
         if mask in names and data in guess:
             found[mask] = torch.ones(guess[data].shape[:2], dtype=torch.bool)
     return found
+
+
+def _of_tasks(config: Any, guess: Inputs, names: Any) -> Iterator[Inputs]:
+    """As single tasks want them: texts that end, several answers, a text to answer in, one sample, longer sounds."""
+    if "decoder_input_ids" in names and "decoder_input_ids" not in guess:
+        yield guess | {"decoder_input_ids": ids(config)}
+    tokens = guess.get("input_ids")
+    if tokens is not None and (end := _first(config.get_text_config(), "eos_token_id", "eos_id")) is not None:
+        yield guess | {
+            "input_ids": torch.cat([tokens[:, :-1].clamp_min(end + 1), torch.full((len(tokens), 1), end)], 1)
+        }
+    if tokens is not None:
+        yield guess | {"input_ids": torch.stack((tokens, tokens.flip(1)), 1)}
+    yield {name: value[:1] for name, value in guess.items()}
+    if "input_values" in guess:
+        yield guess | {"input_values": noise(BATCH, 16000)}
+    if "input_features" in guess:
+        yield guess | {"input_features": noise(BATCH, 256, guess["input_features"].shape[-1])}
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -249,6 +269,72 @@ def _drafts(c: Any) -> Inputs:
         seen[kind] = tuple(noise(BATCH, layer.num_key_value_heads, 7, layer.head_dim) for _ in "kv")
     return {"inputs_embeds": noise(BATCH, TOKENS, 2 * c.backbone_hidden_size), "shared_kv_states": seen}
 
+
+def _codes(c: Any) -> Inputs:
+    codes = ids(c.decoder, BATCH * c.decoder.num_codebooks)
+    return {"input_ids": ids(c.text_encoder), "decoder_input_ids": codes}
+
+
+def _with_one_of(c: Any, token: int, count: int) -> Inputs:
+    """A text that holds a special token so many times."""
+    text = ids(c, tokens=2 * count + 4)
+    text[:, 1 : 2 * count : 2] = token
+    return {"input_ids": text}
+
+
+def _tiles(c: Any) -> Inputs:
+    """Two tiles of a picture, and what shape they have together."""
+    mask = torch.ones(BATCH, 1, c.max_num_tiles, dtype=torch.long)
+    picture = noise(BATCH, 1, c.max_num_tiles, 3, c.image_size, c.image_size)
+    return {
+        "pixel_values": picture,
+        "aspect_ratio_ids": torch.ones(BATCH, 1, dtype=torch.long),
+        "aspect_ratio_mask": mask,
+    }
+
+
+_OF_CLASSES: dict[str, Callable[[Any], Inputs]] = {
+    "JevForDecision": lambda c: {
+        **{"input_ids": ids(c, 1), "marks": torch.tensor([[1, 3]]), "num_options": torch.tensor([[2, 2]])},
+        "question_type_ids": torch.tensor([[0, 0]]),
+    },
+    "MllamaVisionModel": _tiles,
+    "MusicgenForConditionalGeneration": _codes,
+    "MusicgenMelodyForConditionalGeneration": _codes,
+    "PerceiverForImageClassificationFourier": lambda c: {"inputs": noise(1, 3, 224, 224)},
+    "PerceiverForImageClassificationConvProcessing": lambda c: {"inputs": noise(1, 3, 224, 224)},
+    "PerceiverForImageClassificationLearned": lambda c: {"inputs": noise(1, 3, 224, 224)},
+    "PI0ForConditionalGeneration": lambda c: _actions(c) | {"state": noise(BATCH, c.max_state_dim)},
+    "SuperGlueForKeypointMatching": _pair(3),
+    "VideoMAEForPreTraining": lambda c: {
+        "pixel_values": noise(1, c.num_frames, 3, c.image_size, c.image_size),
+        "bool_masked_pos": torch.arange(c.num_frames // c.tubelet_size * (c.image_size // c.patch_size) ** 2)[None] % 2
+        == 0,
+    },
+    "SpeechT5ForTextToSpeech": lambda c: {
+        **{"input_ids": ids(c), "decoder_input_values": noise(BATCH, 7, c.num_mel_bins)},
+        "speaker_embeddings": noise(BATCH, c.speaker_embedding_dim),
+    },
+    "SplinterForPreTraining": lambda c: _with_one_of(c, c.question_token_id, 1),
+    "LongformerForQuestionAnswering": lambda c: _with_one_of(c, c.sep_token_id, 3),
+    "SeamlessM4TForSpeechToText": lambda c: {
+        **{"input_features": noise(BATCH, 64, c.feature_projection_input_dim), "decoder_input_ids": ids(c)}
+    },
+    "SeamlessM4Tv2ForSpeechToText": lambda c: {
+        **{"input_features": noise(BATCH, 64, c.feature_projection_input_dim), "decoder_input_ids": ids(c)}
+    },
+    "VitMatteForImageMatting": lambda c: {"pixel_values": noise(1, 4, 128, 128)},
+    "BlipForConditionalGeneration": lambda c: {
+        "pixel_values": noise(BATCH, 3, c.vision_config.image_size, c.vision_config.image_size),
+        "input_ids": ids(c),
+    },
+    "Blip2ForImageTextRetrieval": lambda c: {
+        "pixel_values": noise(BATCH, 3, c.vision_config.image_size, c.vision_config.image_size),
+        "input_ids": ids(c),
+        "attention_mask": ones(BATCH, TOKENS),
+    },
+}
+"""What single classes are called with."""
 
 _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     "autoformer": _series,

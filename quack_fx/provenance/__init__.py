@@ -8,17 +8,29 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
     trace.py        from an operand back to the projections
     heads.py        label vectors -> heads
     blocks.py       heads -> blocks, chains, roles, terms: a site
+    basis.py        what a finding rests on
     join.py         parts of one block are one block
     repeat.py       equal layers are understood once
     left_out.py     sites of layers that were not even recorded
 """
 
 from quack_fx.dataflow import BehindLayer
+from quack_fx.provenance.basis import Basis
 from quack_fx.provenance.blocks import make_site, merge_calls
 from quack_fx.provenance.heads import NotOneAttention, Refused, find_heads
 from quack_fx.provenance.left_out import LeftOut
 from quack_fx.provenance.repeat import Repeats
 from quack_fx.provenance.trace import Tracer
 
-__all__ = ["BehindLayer", "LeftOut", "NotOneAttention", "Refused", "Repeats", "Tracer", "find_heads"]
-__all__ += ["make_site", "merge_calls"]
+__all__ = [
+    "Basis",
+    "BehindLayer",
+    "LeftOut",
+    "NotOneAttention",
+    "Refused",
+    "Repeats",
+    "Tracer",
+    "find_heads",
+    "make_site",
+    "merge_calls",
+]

@@ -9,7 +9,6 @@ projection, and so on: a chain. It is followed while its data serves this attent
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -189,9 +188,9 @@ def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: lis
 def _upstream(tracer: Tracer, logits: Logits, block: _Block) -> tuple[Flow, list[set[int]]] | None:
     """What a block multiplies, if it serves this attention alone: its flow, and the features that each head reads."""
     x = block.projection.x
-    if x not in tracer.df.activation or not _serves_alone(tracer, x, logits):
+    if x not in tracer.df.activation or not tracer.basis.serves_alone(tracer.df, x, logits):
         return None
-    flow = tracer.trace([x], lambda node: not _serves_alone(tracer, node, logits)).get(x)
+    flow = tracer.trace([x], lambda node: not tracer.basis.serves_alone(tracer.df, node, logits)).get(x)
     if flow is None or flow.statistic is not None or flow.ops:  # what bends between two maps makes them two layers
         return None
     features = tracer.labels.features(flow.label)
@@ -263,38 +262,7 @@ def _is_factor(tracer: Tracer, logits: Logits, source: Projection, projection: P
     home = df.common_module([logits.products[0].node, projection.node])
     if home and home not in df.modules(source.node):
         return False
-    return _serves_alone(tracer, source.node, logits)
-
-
-def _serves_alone(tracer: Tracer, node: Node, logits: Logits) -> bool:
-    """Whether everything that is computed from a node ends in this attention's output."""
-    df = tracer.df
-    ends = {logits.output, *logits.siblings}
-    end = max(df.index[output] for output in ends)
-    seen: set[Node] = set()
-    # In the order in which they ran: what decides stands in the same layer, mostly.
-    todo = [(0, node)]
-    while todo:
-        for user in heapq.heappop(todo)[1].users:
-            if user in seen or user in ends or user.op == "output":
-                continue
-            seen.add(user)
-            tracer.looked_at.add(user)
-            if df.index[user] > end and df.op[user].kind in _MAKES_MORE:
-                return False
-            if len(seen) > 4000:
-                return False
-            heapq.heappush(todo, (df.index[user], df.open(user)))
-            if df.op[user].inplace:
-                between = df.nodes[df.index[user] : end]
-                for n in between:
-                    if df.group.get(n) is df.group[user]:
-                        heapq.heappush(todo, (df.index[n], n))
-    return True
-
-
-_MAKES_MORE = ("contraction", "convolution", "attention", "softmax", "layer")
-"""Ops that show that a tensor serves more than the attention before them."""
+    return tracer.basis.serves_alone(df, source.node, logits)
 
 
 # ---- roles -----------------------------------------------------------------------------------------------------------
@@ -469,7 +437,7 @@ def _same_sequence(tracer: Tracer, query: list[_Block], key: list[_Block]) -> bo
     # Both sides walk back together and stop where they meet, so that self-attention never walks far.
     while not reached[0] & reached[1] and any(fresh):
         for side, nodes in enumerate(fresh):
-            tracer.looked_at.update(nodes)
+            tracer.basis.inside.update(nodes)
             behind = {n for node in nodes if _same_tokens(tracer, df.open(node)) for n in node.all_input_nodes}
             fresh[side] = {n for n in behind if n in df.activation or n in df.from_input} - reached[side]
             reached[side].update(fresh[side])

@@ -464,7 +464,7 @@ def _read_each_other(tracer: Tracer, projections: Sequence[Projection]) -> bool:
             return True
         seen.add(node)
         todo.extend(df.reads(node))
-    tracer.looked_at |= seen
+    tracer.basis.inside |= seen
     return False
 
 

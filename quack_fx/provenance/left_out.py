@@ -32,7 +32,7 @@ class LeftOut:
             given = self._given.setdefault(layer.like, dict(layer.given))
             given.update({n: same and given[n] for n, same in layer.given.items()})
 
-    def check(self, logits: Logits, looked_at: Iterable[Node]) -> None:
+    def check(self, logits: Logits, seen: Iterable[Node]) -> None:
         """Make sure that what was found of an attention in a layer with copies rests on that layer alone.
 
         Raises:
@@ -44,7 +44,7 @@ class LeftOut:
         df, given = self._df, self._given[home]
         # Of what is added to the products (masks, position biases) only this matters: that all layers add the same.
         added = {*logits.path, logits.end} - {p.node for p in logits.products}
-        for node in {*looked_at, *added, logits.output, *(p.node for p in logits.products)}:
+        for node in {*seen, *added, logits.output, *(p.node for p in logits.products)}:
             if node in added and node in given and not given[node]:
                 raise BehindLayer(node)
             if node in df.activation and home not in df.modules(node) and node not in given and node not in added:

@@ -1,8 +1,8 @@
 """Equal layers are understood once.
 
-In: the site of one attention, all nodes that were looked at to find it, and another attention of the same graph. Out:
-the other's site, by renaming, where its nodes are the same ops on the same shapes in the same arrangement; None where
-anything differs, and the attention is then worked out by itself.
+In: the site of one attention, what its finding rests on, another attention of the same graph. Out: the other's site, by
+renaming, where its nodes are the same ops on the same shapes in the same arrangement; None where anything differs, and
+the attention is then worked out by itself.
 
 The other attention's nodes are those at the same distance from its softmax. Their arguments must correspond one by one:
 to each other, to parameters of equal shape, or to the very same (or equal) constants; their users likewise, because a
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from quack_fx.attention import Logits
 from quack_fx.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, Norm, WeightBlock
+from quack_fx.provenance.basis import Basis, serves_alone
 
 _LARGEST = 6000
 """Most nodes for which the comparison is made; an attention that needed more is worked out anew."""
@@ -31,20 +32,20 @@ class Repeats:
 
     def __init__(self, df: Dataflow) -> None:
         self._df = df
-        self._known: list[tuple[Logits, AttentionSite, list[Node]]] = []
+        self._known: list[tuple[Logits, AttentionSite, list[Node], dict[Node, bool]]] = []
 
-    def remember(self, logits: Logits, site: AttentionSite, looked_at: set[Node]) -> None:
-        """Keep a site with the nodes that it was found from."""
-        nodes = self._with_weights(looked_at)
+    def remember(self, logits: Logits, site: AttentionSite, basis: Basis) -> None:
+        """Keep a site with what it was found from."""
+        nodes = self._with_weights(basis.inside)
         if len(nodes) <= _LARGEST:
-            self._known.append((logits, site, nodes))
+            self._known.append((logits, site, nodes, basis.alone))
 
     def find(self, logits: Logits) -> AttentionSite | None:
         """Site of an attention that is like a known one, or None."""
-        for known, site, nodes in reversed(self._known):
+        for known, site, nodes, alone in reversed(self._known):
             if _arrangement(self._df, known) == _arrangement(self._df, logits):
                 match = _Match(self._df, self._df.index[logits.end] - self._df.index[known.end])
-                if match.all(nodes) and match.logits(known, logits):
+                if match.all(nodes) and match.logits(known, logits) and match.alone(alone, logits):
                     return rename_site(site, match.names)
         return None
 
@@ -72,6 +73,7 @@ class _Match:
         self._df = df
         self._distance = distance
         self._inside: set[Node] = set()
+        self._outside: dict[Node, Node] = {}
         self.names: dict[str, str] = {}
 
     def all(self, nodes: list[Node]) -> bool:
@@ -82,6 +84,14 @@ class _Match:
     def logits(self, known: Logits, other: Logits) -> bool:
         """Whether the nodes between products and softmax correspond."""
         return {self._image(n) for n in known.path} == set(other.path)
+
+    def alone(self, answers: Mapping[Node, bool], other: Logits) -> bool:
+        """Whether what serves one attention alone corresponds to what serves the other alone."""
+        images = {n: self._image(n) if n in self._inside else self._outside.get(n) for n in answers}
+        return all(
+            image is not None and serves_alone(self._df, image, other, set()) == answers[n]
+            for n, image in images.items()
+        )
 
     def _image(self, node: Node) -> Node | None:
         place = self._df.index[node] + self._distance
@@ -119,6 +129,8 @@ class _Match:
         if a in df.weights or b in df.weights:
             return a in df.weights and b in df.weights and self._pair(df.weights[a], df.weights[b])
         if a in df.activation or b in df.activation:
+            if self._outside.setdefault(a, b) is not b:
+                return False
             return a in df.activation and b in df.activation and (a in df.from_input) == (b in df.from_input)
         if a is b:
             return True

@@ -19,6 +19,7 @@ from torch.fx import Node
 from quack_fx.dataflow import Dataflow, factors_of, is_depthwise
 from quack_fx.layout import NormKind
 from quack_fx.opset import SOFTMAX, pooled_axes
+from quack_fx.provenance.basis import Basis
 from quack_fx.provenance.labels import NOTHING, UNKNOWN, Labels, compact, constant_along, reshape, shrink
 from quack_fx.provenance.movement import move
 from quack_fx.provenance.projections import Projections
@@ -94,8 +95,8 @@ class Tracer:
         self.df = df
         self.labels = Labels()
         self.projections = Projections(df, self.labels)
-        self.looked_at: set[Node] = set()
-        """Nodes consulted so far; whoever wants to know what a result rests on empties it first."""
+        self.basis = Basis()
+        """What the work so far rests on; a new one for each attention."""
 
     def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:
         """Flows of `targets` and of all nodes between them and the projections behind them.
@@ -113,6 +114,7 @@ class Tracer:
             # A floating-point input of the model that is added on the way is data like any other.
             reads = {n for node in nodes for n in node.all_input_nodes if self.df.is_given(n)}
             flows.update((n, _unknown_flow(self.df, n)) for n in reads if self._is_added(n))
+        self.basis.ends.update(flows)
         return self._run(nodes, flows, UNKNOWN)
 
     def _is_added(self, node: Node) -> bool:
@@ -131,6 +133,7 @@ class Tracer:
             Flows of the nodes on the path.
         """
         path = sorted(set(path) - {source}, key=self.df.index.__getitem__)
+        self.basis.inside.add(source)
         return self._run(path, {source: self._window(source, Flow(label))}, NOTHING)
 
     def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> str:
@@ -148,7 +151,7 @@ class Tracer:
         return "" if found is None else f": they are lost at {df.describe(found)}"
 
     def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
-        self.looked_at.update(nodes, flows)
+        self.basis.inside.update(nodes)
         for node in nodes:
             flow = _Step(self, node, flows, outside).run()
             if node in self.df.writes.get(self.df.group[node], ()):

@@ -138,8 +138,9 @@ class Graph:
             todo += [(s, p.reader) for p in back.products if (s := self._mixed(p)) is not None]
 
     def is_attention(self, softmax: Softmax) -> bool:
-        """Whether a product of two projections feeds a softmax that weighs data."""
-        return softmax in self._weighs and any(map(self._of_two_sides, self.logit_products(softmax)))
+        """Whether a product of two projections feeds a softmax that weighs values: data, or projected parameters."""
+        weighs = any(map(self._has_values, self._weighs.get(softmax, ())))
+        return weighs and any(map(self._of_two_sides, self.logit_products(softmax)))
 
     def attention_ops(self, softmaxes: Iterable[Softmax]) -> frozenset[Op]:
         """The logit products and the value products of some softmaxes."""
@@ -215,6 +216,13 @@ class Graph:
                     for op in self._behind_weights(value, product.reader):
                         weighs[by_op[op]].append(product)
         return dict(weighs)
+
+    def _has_values(self, product: Product) -> bool:
+        """Whether no factor of a product is a bare weight, as that of a layer which reads attention maps is."""
+        return all(
+            self.tape.is_data(v, product.reader) or bool(self._back(v, product.reader).products)
+            for v in product.factors
+        )
 
     def _behind_weights(self, value: Value, reader: Op) -> Set[Op]:
         """Softmaxes behind a factor; where their heads are mixed afterwards, behind the mixing product."""
