@@ -194,13 +194,15 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
 }
 
 
-_FOUR = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]}
+_TWO = {"backbone_out_indices": [0, 1], "neck_hidden_sizes": [96, 192], "reassemble_factors": [2, 1]}
 _SAPIENS = {"upsample_out_channels": [16], "conv_out_channels": [16]}
 
 _FILLED_IN_FOR: dict[str, dict[str, Any]] = {
-    "BeitForSemanticSegmentation": _FOUR,
-    "DPTForDepthEstimation": {"backbone_out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
-    "DPTForSemanticSegmentation": {"backbone_out_indices": [1, 2, 3, 4], "num_hidden_layers": 4},
+    "BeitForSemanticSegmentation": _STAGES,
+    "DPTForDepthEstimation": _TWO,
+    "DPTForSemanticSegmentation": _TWO,
+    "HieraForPreTraining": {"decoder_hidden_size": 64, "decoder_depth": 2, "decoder_num_heads": 4},
+    "Llama4VisionModel": {"hidden_size": 1408, "num_attention_heads": 16},
     "ReformerModelWithLMHead": {"is_decoder": True},
     "PerceiverForImageClassificationFourier": {"d_model": 261, "num_cross_attention_heads": 1},
     "PerceiverForImageClassificationConvProcessing": {"d_model": 322, "num_cross_attention_heads": 1},

@@ -23,9 +23,9 @@ Inputs = dict[str, Any]
 def inputs(model: nn.Module) -> Iterator[Inputs]:
     """Keyword arguments to try, in this order."""
     config: Any = model.config
-    for special in (_OF_CLASSES.get(type(model).__name__), _SPECIAL.get(config.model_type or type(config).__name__)):
-        if special is not None:
-            yield special(config)
+    kinds = (_OF_CLASSES.get(type(model).__name__), _SPECIAL.get(config.model_type or type(config).__name__))
+    special = [make(config) for make in kinds if make is not None]
+    yield from special
     names = inspect.signature(model.forward).parameters
     for name in ("hidden_states", "pixel_values"):
         if name in names and "grid_thw" in names:
@@ -41,7 +41,7 @@ def inputs(model: nn.Module) -> Iterator[Inputs]:
     yield from guesses
     if "input_values" in names:
         yield {"input_values": noise(BATCH, 1, 3840)}
-    yield from (other for guess in guesses for other in _of_tasks(config, guess, names))
+    yield from (other for guess in [*special, *guesses] for other in _of_tasks(config, guess, names))
 
 
 def ids(config: Any, batch: int = BATCH, tokens: int = TOKENS) -> Tensor:
@@ -135,11 +135,13 @@ def _of_tasks(config: Any, guess: Inputs, names: Any) -> Iterator[Inputs]:
         }
     if tokens is not None:
         yield guess | {"input_ids": torch.stack((tokens, tokens.flip(1)), 1)}
+        # Answers of one sample, for what has a row for each text.
+        yield {name: value[:1] for name, value in guess.items()} | {"input_ids": tokens[None, :1]}
     yield {name: value[:1] for name, value in guess.items()}
     if "input_values" in guess:
         yield guess | {"input_values": noise(BATCH, 16000)}
     if "input_features" in guess:
-        yield guess | {"input_features": noise(BATCH, 256, guess["input_features"].shape[-1])}
+        yield guess | {"input_features": noise(BATCH, 512, guess["input_features"].shape[-1])}
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -323,7 +325,6 @@ _OF_CLASSES: dict[str, Callable[[Any], Inputs]] = {
     "SeamlessM4Tv2ForSpeechToText": lambda c: {
         **{"input_features": noise(BATCH, 64, c.feature_projection_input_dim), "decoder_input_ids": ids(c)}
     },
-    "VitMatteForImageMatting": lambda c: {"pixel_values": noise(1, 4, 128, 128)},
     "BlipForConditionalGeneration": lambda c: {
         "pixel_values": noise(BATCH, 3, c.vision_config.image_size, c.vision_config.image_size),
         "input_ids": ids(c),
