@@ -107,26 +107,30 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
             found.extend(_fused(df, node, misses))
     misses.extend(_without_softmax(df, used | value_products))
     found.sort(key=lambda logits: df.index[logits.output])
-    return _with_siblings(df, found), misses
+    return sorted(_with_siblings(df, found), key=lambda one: df.index[one.output]), misses
 
 
 def _with_siblings(df: Dataflow, found: list[Logits]) -> list[Logits]:
     """The attentions, each with those of its form in the same call of a module; turns of a loop made one."""
-    families: dict[object, list[Logits]] = {}
+    calls: dict[object, list[Node]] = {}
+    loops: dict[object, list[Logits]] = {}
     for one in found:
-        # Our recordings make one stack of modules for each call.
-        key = id(one.end.meta.get("nn_module_stack")), df.shape(one.end), len(one.products)
-        families.setdefault(key, []).append(one)
-    result: list[Logits] = []
-    for family in families.values():
-        outputs = [one.output for one in family]
-        family = [replace(one, siblings=tuple(n for n in outputs if n is not one.output)) for one in family]
-        turns: dict[Node | None, list[Logits]] = {}
-        for one in family:
-            turns.setdefault(_put_into(df, one.output), []).append(one)
-        for place, parts in turns.items():
-            result.extend(parts if place is None or len(parts) == 1 else [_loop(parts)])
-    return sorted(result, key=lambda one: df.index[one.output])
+        calls.setdefault(_call(df, one), []).append(one.output)
+    for one in found:
+        one = replace(one, siblings=tuple(n for n in calls[_call(df, one)] if n is not one.output))
+        place = _put_into(df, one.output)
+        key = (df.modules(one.end), *_form(df, one), place) if place is not None else one.end
+        loops.setdefault(key, []).append(one)
+    return [parts[0] if len(parts) == 1 else _loop(parts) for parts in loops.values()]
+
+
+def _call(df: Dataflow, one: Logits) -> tuple[object, ...]:
+    # Our recordings make one stack of modules for each call.
+    return (id(one.end.meta.get("nn_module_stack")), *_form(df, one))
+
+
+def _form(df: Dataflow, one: Logits) -> tuple[object, ...]:
+    return df.shape(one.end), len(one.products)
 
 
 def _loop(parts: list[Logits]) -> Logits:
@@ -224,12 +228,17 @@ def _summed(df: Dataflow, mul: Node) -> bool:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
+def _is_data(df: Dataflow, node: Node) -> bool:
+    """Whether a node is an activation, or made of the model's floating-point inputs alone."""
+    return node in df.activation or df.is_given(node)
+
+
 def _is_product(df: Dataflow, node: Node) -> bool:
-    """Whether a node multiplies two activations."""
+    """Whether a node multiplies data with data."""
     if df.op[node].kind != "contraction":
         return False
     sides = factors_of(df, node)
-    return sides is not None and all(n in df.activation for n in sides[:2])
+    return sides is not None and all(_is_data(df, n) for n in sides[:2])
 
 
 def _is_bilinear(df: Dataflow, node: Node) -> bool:

@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -136,6 +136,9 @@ def _find(
         tell("recording the forward pass with every layer")
         recorded = capture(model, args, kwargs)
         layout = _in_recording(model, recorded, tell)
+    if recorded.made_up:
+        other = _in_recording(model, capture(model, args, kwargs, number=0.75), tell)
+        layout = replace(layout, sites=tuple(_with_scales_of_both(layout.sites, other.sites)))
     seconds = {"capture": captured - start, "find": time.perf_counter() - captured}
     nodes = len(recorded.graph_module.graph.nodes)
     return Found(layout, recorded.way, nodes, seconds, recorded.canned, recorded.fallback_reason)
@@ -148,6 +151,15 @@ def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], Non
     weights = {n: str(n.target) for n in nodes if n.op == "get_attr" and str(n.target) in known}
     tell(f"looking for attention in {len(nodes):,} ops")
     return find_in_graph(recorded.graph_module, weights, all_names=names, repeated=recorded.repeated, progress=tell)
+
+
+def _with_scales_of_both(sites: Sequence[AttentionSite], others: Sequence[AttentionSite]) -> Iterator[AttentionSite]:
+    """Sites whose scales are told where another number in place of the one that was made up gives the same."""
+    scales: dict[str, set[float | None]] = {}
+    for site in others:
+        scales.setdefault(site.name, set()).add(site.logit_scale)
+    for site in sites:
+        yield site if scales.get(site.name) == {site.logit_scale} else replace(site, logit_scale=None)
 
 
 def find_in_graph(

@@ -45,7 +45,7 @@ MOVEMENT = frozenset(
     "flatten unflatten repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90 tile hstack vstack concat "
     "view_as_complex view_as_real _conj conj resolve_conj resolve_neg real imag copy_ index_put index_put_ "
     "_index_put_impl_ scatter masked_scatter reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d "
-    "im2col pad".split()
+    "im2col pad index_copy".split()
 )
 CONTRACTION = frozenset("mm bmm addmm baddbmm matmul linear mv addmv dot einsum _grouped_mm grouped_mm addbmm".split())
 CONVOLUTION = frozenset(

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from quack_fx.capture.equal import equal_groups
+from quack_fx.capture.hybrid import NUMBER
 from quack_fx.capture.isolate import isolated
 from quack_fx.capture.layers import RepeatedLayer
 from quack_fx.capture.recorder import Recorder
@@ -57,6 +58,11 @@ class Capture:
     fallback_reason: str | None = None
     repeated: tuple[RepeatedLayer, ...] = ()
 
+    @property
+    def made_up(self) -> bool:
+        """Whether the forward was given a made-up number, which may have become a factor of anything."""
+        return NUMBER in self.canned
+
 
 def capture(
     model: nn.Module,
@@ -64,6 +70,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     layers_once: bool = False,
+    number: float = 0.5,
 ) -> Capture:
     """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
 
@@ -72,6 +79,7 @@ def capture(
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments of the forward call.
         layers_once: Record only a few of many equal layers, where that is provably safe; see `layers.py`.
+        number: What a fake tensor answers that is asked for its one number (`float(x)`); `made_up` tells if one was.
 
     Returns:
         The recorded pass.
@@ -90,7 +98,7 @@ def capture(
     # A forward that fails because layers were left out is run again with all of them.
     for keep_real, equal in product((True, False), ([groups, []] if groups else [[]])):
         try:
-            return _run(model, args, kwargs, Recorder(model, "hybrid", keep_real, equal))
+            return _run(model, args, kwargs, Recorder(model, "hybrid", keep_real, equal, number))
         except Exception as error:
             reason = reason or _first_line(error)
     size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -25,6 +25,9 @@ REAL_LIMIT = 1 << 24
 # Uninitialised ones are not among them: they are always about to be filled, mostly with fake values.
 _LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"})
 _NEW = frozenset({"new_zeros", "new_ones", "new_full"})
+_NUMBERS = frozenset({"_local_scalar_dense", "item"})
+NUMBER = "a number out of a tensor"
+"""Stands among the canned answers for a number that was made up, and may have become a factor."""
 _UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
 
 
@@ -36,6 +39,7 @@ def run_mixed(
     keep_real: bool,
     taint: Callable[[Tensor], Tensor],
     canned: list[str],
+    number: float,
 ) -> Any:
     """Run `func` by the rules above.
 
@@ -48,6 +52,7 @@ def run_mixed(
             fake values and looks at its device will find the CPU.
         taint: Called with a real tensor that is about to receive fake values in place; gives back its fake twin.
         canned: Names of ops that got a canned answer are appended here.
+        number: What a fake tensor of floating point answers when it is asked for its one number.
 
     Returns:
         The op's result; an in-place op returns the very tensor it was given (its twin after `taint`).
@@ -61,6 +66,9 @@ def run_mixed(
         return _real(func, args, kwargs, keep_real)
     if keep_real and (name in _LIKE or name in _NEW):
         return _value_free(func, name, args, kwargs)
+    if name in _NUMBERS and args[0].is_floating_point():
+        canned.append(NUMBER)
+        return number
     answer = _canned_answer(name, args, kwargs)
     if answer is not None:
         canned.append(name)
@@ -101,8 +109,8 @@ def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not args or not isinstance(args[0], Tensor):
         return None
     x = args[0]
-    if name == "_local_scalar_dense" or name == "item":
-        return (False if x.dtype == torch.bool else 0.5 if x.is_floating_point() else 1,)
+    if name in _NUMBERS:
+        return (False if x.dtype == torch.bool else 1,)
     if name in ("is_nonzero", "equal"):
         return (False,)
     if name in ("nonzero", "nonzero_numpy", "argwhere"):

@@ -15,8 +15,8 @@ Place = tuple[Any, ...]
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Identity of the memory that a tensor and all its views share."""
-    return int(tensor.untyped_storage()._cdata)
+    """Identity of the memory that a tensor and all its views share; its own where it has no such memory (sparse)."""
+    return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else -id(tensor)
 
 
 def place_of(tensor: Tensor) -> Place:

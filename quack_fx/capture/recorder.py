@@ -39,12 +39,13 @@ class Recorder(TorchDispatchMode):
         way: Literal["hybrid", "real"],
         keep_real: bool = True,
         equal: Sequence[EqualGroup] = (),
+        number: float = 0.5,
     ) -> None:
         super().__init__()
         self.graph = Graph()
         self.canned: list[str] = []
         self.way = way
-        self._keep_real = keep_real
+        self._keep_real, self._number = keep_real, number
         self._attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
         self._places: dict[Place, Node] = {}
@@ -78,7 +79,7 @@ class Recorder(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        self._functions = [JaggedWrittenOut(), _IndexLists()]
+        self._functions = [JaggedWrittenOut(), _NumbersStay()]
         for mode in self._functions:
             mode.__enter__()
         self._watch = self.layers.watched()
@@ -157,12 +158,19 @@ class Recorder(TorchDispatchMode):
         if takes_itself_apart(types):
             return NotImplemented
         kwargs = kwargs or {}
-        node_args, node_kwargs = tree_map_only(Tensor, self.node, (tuple(args), dict(kwargs)))
+        node_args, node_kwargs = tree_map(self._as_written, (tuple(args), dict(kwargs)))
         run_args, run_kwargs = tree_map_only(Tensor, self.twin, (tuple(args), dict(kwargs)))
         if not isinstance(func, torch._ops.OpOverload):
             run_args, run_kwargs = tree_map(_without_modules, (run_args, run_kwargs))
-            node_args, node_kwargs = tree_map(_without_modules, (node_args, node_kwargs))
-        result = run_mixed(func, run_args, run_kwargs, keep_real=self._keep_real, taint=self._taint, canned=self.canned)
+        result = run_mixed(
+            func,
+            run_args,
+            run_kwargs,
+            keep_real=self._keep_real,
+            taint=self._taint,
+            canned=self.canned,
+            number=self._number,
+        )
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
@@ -198,6 +206,16 @@ class Recorder(TorchDispatchMode):
                 part = self.graph.call_function(_getitem, (node, i))
                 part.meta = {"val": item, "nn_module_stack": self._stacks[-1]}
                 self._remember(item, part)
+
+    def _as_written(self, value: Any) -> Any:
+        """An argument as it stands in the graph.
+
+        Sub-graphs of higher-order ops are left out, their tensors come as arguments of their own; so are generators of
+        random numbers, which cannot be written down.
+        """
+        if isinstance(value, Tensor):
+            return self.node(value)
+        return None if isinstance(value, torch.Generator) or _is_code(value) else value
 
     # ---- tensors and their nodes ---------------------------------------------------------------------------------
 
@@ -237,9 +255,10 @@ class Recorder(TorchDispatchMode):
 
     def _make_twin(self, tensor: Tensor) -> None:
         """Twin storage of a tensor from outside the recording; see the file's docstring."""
-        key, original = storage_of(tensor), tensor.untyped_storage()
+        key = storage_of(tensor)
         if key in self._twins or tensor.layout != torch.strided:
             return
+        original = tensor.untyped_storage()
         if key not in self._parameters:
             storage = original if tensor.is_meta else original.cpu().clone()
         elif self.way == "hybrid":
@@ -260,15 +279,22 @@ class Recorder(TorchDispatchMode):
         return window_on(storage, tensor)
 
 
-class _IndexLists(TorchFunctionMode):
-    """Lists in `x[..., [0, 2]]` become tensors here: torch would make them on x's device, where numbers may be fake."""
+class _NumbersStay(TorchFunctionMode):
+    """Numbers that Python hands over become tensors on the CPU: on the device of a fake tensor they would be lost.
+
+    Lists in `x[..., [0, 2]]`, and `torch.tensor(3.0, device=x.device)`.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == "meta":
+            kwargs = {**kwargs, "device": "cpu"}
         if func in (Tensor.__getitem__, Tensor.__setitem__) and len(args) > 1:
             index = args[1]
             index = tuple(map(_as_index, index)) if isinstance(index, tuple) else _as_index(index)
             args = (args[0], index, *args[2:])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _as_index(item: Any) -> Any:
@@ -292,5 +318,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _without_modules(value: Any) -> Any:
-    """Sub-graphs of higher-order ops are left out of the graph: their tensors come as arguments of their own."""
-    return None if callable(value) and not isinstance(value, Node | Tensor) else value
+    """What a higher-order op is run with: it is stood in for, and its sub-graphs are not needed."""
+    return None if _is_code(value) else value
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a value is a module or a function, and no op's name."""
+    return callable(value) and not isinstance(value, Node | Tensor | torch._ops.OpOverload | type)

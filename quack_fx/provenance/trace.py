@@ -241,7 +241,7 @@ class _Step:
         df, node = self.tracer.df, self.node
         kind = df.op[node].kind
         if node not in df.activation and df.group[node] not in df.writes:
-            return self._nothing()
+            return self._unknown() if df.is_given(node) and self.outside == UNKNOWN else self._nothing()
         if kind in ("contraction", "convolution"):
             return self._product() if self.outside == UNKNOWN else self._mixed_heads()
         if kind == "factory" or (kind == "lookup" and node not in df.from_input):

@@ -236,11 +236,12 @@ class Evidence:
         return added
 
     def _unnamed_biases(self, side: Side) -> frozenset[str]:
-        """Parameters added to a claimed product, one entry for each row, that no block names as its bias."""
+        """Parameters added to a claimed product, one entry for each row, where its block names none of them."""
         params, found = self.graph.tape.params, set()
         for block in self.blocks[side]:
-            rows = params[block.param].shape[block.axis]
-            found |= {b for b in self.added[side][block.param] if params[b].shape == (rows,)}
+            added, rows = self.added[side][block.param], params[block.param].shape[block.axis]
+            if block.bias not in added:  # a block names one bias: there may be more
+                found |= {b for b in added if params[b].shape == (rows,)}
         return frozenset(found - {b.bias for b in self.blocks[side]})
 
     def from_results(self, part: Part, side: Side, length: float) -> tuple[Replay, Replay]:
@@ -249,17 +250,24 @@ class Evidence:
         Arguments:
             part: The logit product.
             side: Its side.
-            length: Results are random numbers that make the vectors of a head about as long.
+            length: Results are random numbers that make the vectors of a head about as long; biases are as small.
         """
         # An epsilon is small beside a hundredth, whatever the width of a norm.
         size = max(length / math.sqrt(self.site.head_dim), 0.02)
         tensors = {f.result: f.result.tensor for f in part.around[side]}
         noise = {v: size * torch.randn(t.shape, generator=self.generator) for v, t in tensors.items()}
         results = {v: torch.empty_like(t).copy_(noise[v]) for v, t in tensors.items()}  # laid out as they were
-        return self._slice(part, side, results, live=True), self._slice(part, side, results)
+        live, fixed = (self._slice(part, side, results, live=on, biases=min(1.0, size)) for on in (True, False))
+        return live, fixed
 
     def _slice(
-        self, part: Part, side: Side, leaves: Mapping[Value, Tensor] | None = None, *, live: bool = False
+        self,
+        part: Part,
+        side: Side,
+        leaves: Mapping[Value, Tensor] | None = None,
+        *,
+        live: bool = False,
+        biases: float = 1.0,
     ) -> Replay:
         """The slice that makes an operand out of what enters the site: the inputs of its outermost claimed products."""
         followed, operand, graph = part.followed[side], part.operand[side], self.graph
@@ -273,6 +281,7 @@ class Evidence:
                 leaves=leaves,
                 statistics=graph.statistics,
                 live=live,
+                biases=biases,
                 through_detach=through_detach,
             )
 

@@ -9,16 +9,15 @@ many features share a statistic is how many go into one. Here, and here alone, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from quack_fx.layout import Norm, Side
 from quack_fx.verify.evidence import CannotTell, Evidence, Part
-from quack_fx.verify.graph import Factor
-from quack_fx.verify.heads import SIDES, Operand
+from quack_fx.verify.heads import SIDES
 from quack_fx.verify.replay import Replay
 from quack_fx.verify.tape import Op
 
@@ -57,10 +56,7 @@ def _check_qk_norm(evidence: Evidence, side: Side, claimed: list[Norm]) -> None:
     wanted, tolerated = ({(norm.width, norm.kind == "layer") for norm in norms} for norms in (claimed, latent))
     found: set[tuple[int, bool]] = set()
     for part in evidence.parts:
-        norms = _norms(evidence, part, side, evidence.from_results(part, side, _LONG), wanted | tolerated, _BLIND)
-        if norms:  # what cuts long vectors down is a norm of those alone
-            norms &= _norms(evidence, part, side, evidence.from_results(part, side, _SHORT), norms, _BLIND_WHEN_SHORT)
-        found |= norms - (tolerated - wanted)
+        found |= _norms(evidence, part, side, wanted | tolerated) - (tolerated - wanted)
     if found and not wanted:
         raise evidence.error(f"its {side} side passes a norm, so its logits do not depend on the size of the weights")
     if wanted and not found:
@@ -76,88 +72,95 @@ def _absorbed(evidence: Evidence, side: Side) -> bool:
     return side == "key" and any(block.role == "uk" for block in evidence.blocks["query"])
 
 
-def _norms(
-    evidence: Evidence,
-    part: Part,
-    side: Side,
-    replays: tuple[Replay, Replay],
-    expected: set[tuple[int, bool]],
-    limit: float,
-) -> set[tuple[int, bool]]:
+def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, bool]]) -> set[tuple[int, bool]]:
     """Widths of the norms between the nearest products and the logits, and whether each takes the mean away.
 
     Arguments:
         evidence: The evidence.
         part: The logit product.
         side: The side.
-        replays: The slice that makes the operand, with statistics that carry gradients, and with constant ones.
         expected: Norms taken for granted where no gradient tells.
-        limit: Part of the whole below which what an operand owes to the size of its weights is nothing.
     """
-    operand, factors = part.operand[side], part.around[side]
-    ops = sorted({op for factor in factors for op in factor.norms}, key=lambda op: op.index)
-    normed = torch.zeros_like(operand.value.tensor, dtype=torch.bool)
+    ops = sorted({op for factor in part.around[side] for op in factor.norms}, key=lambda op: op.index)
+    long, short = _Probe(evidence, part, side, _LONG), _Probe(evidence, part, side, _SHORT)
+    normed = torch.zeros_like(part.operand[side].value.tensor, dtype=torch.bool)
     found: dict[int, bool] = {}
     for op in ops:
         # A norm may be over some of the features alone, or over those of some of the tokens.
-        noise = torch.randn(op.out.tensor.shape, generator=evidence.generator).to(op.out.tensor)
-        places = replays[0].changes(operand.value, {op.out: noise}) != 0
+        places = long.places(op)
         normed |= places
-        if not bool(places.any()):
-            continue
-        seen = _seen(evidence, operand, replays, factors, places, op, limit)
-        if not seen.blind:
+        # What cuts long vectors down is a norm of those alone.
+        if not long.is_blind(places, _BLIND) or not short.is_blind(places, _BLIND_WHEN_SHORT):
             continue
         width = op.inputs[0].tensor.numel() // max(1, op.outputs[-1].tensor.numel())
         # Two features less their mean, or one, leave nothing but a sign: there is no gradient to go by.
-        unclear = seen.saturated or width <= 2
-        found.setdefault(width, (width, True) in expected if unclear else seen.less_mean)
-    if not bool(normed.all()) and _seen(evidence, operand, replays, factors, ~normed, None, limit).blind:
-        names = {name for factor in factors for name in factor.params}
+        unclear = width <= 2 or long.is_saturated(places)
+        found.setdefault(width, (width, True) in expected if unclear else long.takes_the_mean(places, op))
+    if long.is_blind(~normed, _BLIND):
+        names = {name for factor in part.around[side] for name in factor.params}
         raise CannotTell(f"its {side} side does not depend on the size of {min(names)!r}, yet passes no norm")
     return set(found.items())
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What seeds on some places of an operand show.
+class _Probe:
+    """Seeds on an operand that is made from results of one length, and what of them arrives at those.
 
-    Attributes:
-        blind: The places do not depend on the size of what the products with weights make.
-        saturated: Nor on anything else of it.
-        less_mean: The gradients of the features that go into a norm sum to zero.
+    Arguments:
+        evidence: The evidence.
+        part: The logit product.
+        side: The side.
+        length: Length of the vectors that the results make.
     """
 
-    blind: bool
-    saturated: bool
-    less_mean: bool
+    def __init__(self, evidence: Evidence, part: Part, side: Side, length: float) -> None:
+        self._evidence, self._operand = evidence, part.operand[side]
+        self._outs = [factor.result for factor in part.around[side]]
+        self._length, self._part, self._side = length, part, side
 
+    @cached_property
+    def _replays(self) -> tuple[Replay, Replay]:
+        return self._evidence.from_results(self._part, self._side, self._length)
 
-def _seen(
-    evidence: Evidence,
-    operand: Operand,
-    replays: tuple[Replay, Replay],
-    factors: Sequence[Factor],
-    places: Tensor,
-    norm: Op | None,
-    limit: float,
-) -> _Seen:
-    """Seed some places of an operand and look at what arrives at the nearest products, and before a norm."""
-    live, frozen = replays
-    value, outs = operand.value, [factor.result for factor in factors]
-    inputs = [] if norm is None else [norm.inputs[0]]
-    blind, saturated, less_mean = True, True, True
-    # What larger results would make of the operand without a norm: a seed along it sees every change of size.
-    growth = frozen.changes(value, {out: frozen.start(out).detach() for out in outs}) * places
-    for _ in range(3):  # without a norm, one seed may happen to show none of the size
-        seed = growth * (0.5 + evidence.noise(operand).abs())
-        arrived, usual = live.gradients_at(value, seed, [*outs, *inputs]), frozen.gradients_at(value, seed, outs)
-        gains = [arrived[out] * live.start(out).detach() for out in outs if out in arrived]
-        size = sum(float((usual[out] * live.start(out).detach()).abs().sum()) for out in outs if out in usual)
-        blind &= abs(sum(float(gain.sum()) for gain in gains)) < limit * size
-        saturated &= sum(float(gain.abs().sum()) for gain in gains) < limit * size
-        less_mean &= all(source in arrived and _sums_to_zero(arrived[source]) for source in inputs)
-    return _Seen(blind, saturated, less_mean)
+    @cached_property
+    def _growth(self) -> Tensor:
+        """What larger results would make of the operand without a norm: a seed along it sees every change of size."""
+        fixed = self._replays[1]
+        return fixed.changes(self._operand.value, {out: fixed.start(out).detach() for out in self._outs})
+
+    def places(self, norm: Op) -> Tensor:
+        """Places of the operand that a statistic reaches."""
+        noise = torch.randn(norm.out.tensor.shape, generator=self._evidence.generator).to(norm.out.tensor)
+        return self._replays[0].changes(self._operand.value, {norm.out: noise}) != 0
+
+    def is_blind(self, places: Tensor, limit: float) -> bool:
+        """Whether some places do not depend on the size of what the products with weights make."""
+        return bool(places.any()) and all(
+            abs(sum(float(gain.sum()) for gain in self._gains(seed))) < limit * float((seed * self._growth).sum())
+            for seed in self._seeds(places)
+        )
+
+    def is_saturated(self, places: Tensor) -> bool:
+        """Whether some places do not depend on anything else of it, either."""
+        return all(
+            sum(float(gain.abs().sum()) for gain in self._gains(seed)) < _BLIND * float((seed * self._growth).sum())
+            for seed in self._seeds(places)
+        )
+
+    def takes_the_mean(self, places: Tensor, norm: Op) -> bool:
+        """Whether the gradients of the features that go into a norm sum to zero."""
+        live, source = self._replays[0], norm.inputs[0]
+        found = [live.gradients_at(self._operand.value, seed, [source]) for seed in self._seeds(places)]
+        return all(source in arrived and _sums_to_zero(arrived[source]) for arrived in found)
+
+    def _seeds(self, places: Tensor) -> Iterator[Tensor]:
+        for _ in range(3):  # without a norm, one seed may happen to show none of the size
+            yield self._growth * (0.5 + self._evidence.noise(self._operand).abs()) * places
+
+    def _gains(self, seed: Tensor) -> list[Tensor]:
+        """What arrives of a seed at each number of the results, times that number."""
+        live = self._replays[0]
+        arrived = live.gradients_at(self._operand.value, seed, self._outs)
+        return [arrived[out] * live.start(out).detach() for out in self._outs if out in arrived]
 
 
 def _sums_to_zero(gradient: Tensor) -> bool:

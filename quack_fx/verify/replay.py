@@ -38,6 +38,7 @@ class Replay:
         leaves: Further cuts, with numbers of their own, that gradients are wanted for.
         statistics: Reductions and norms whose statistics are constants.
         live: Whether those statistics carry gradients instead.
+        biases: Factor on parameters of one axis: biases, and gains, which change no proportions.
         through_detach: Whether gradients pass `detach`.
     """
 
@@ -51,11 +52,13 @@ class Replay:
         leaves: Mapping[Value, Tensor] | None = None,
         statistics: Set[Op] = frozenset(),
         live: bool = False,
+        biases: float = 1.0,
         through_detach: bool = False,
     ) -> None:
         self._tape, self._cuts, self._stops = tape, set(cuts) | set(leaves or ()), stops
         self._statistics, self._live, self._through_detach = statistics, live, through_detach
         self._of_statistics: set[Value] = set()
+        self._biases = biases
         self._tensors: dict[Value, Tensor] = {}
         self.params: dict[str, Tensor] = {}
         self.opaque: list[Op] = []
@@ -145,6 +148,8 @@ class Replay:
         """A value at which the slice begins."""
         if value.param is not None and value not in self._cuts:
             tensor = value.tensor.detach()
+            if self._biases != 1.0 and tensor.ndim == 1:
+                tensor = tensor * self._biases
             self.params[value.param] = tensor.requires_grad_() if tensor.is_floating_point() else tensor
             return self.params[value.param]
         tensor = value.tensor.detach()
