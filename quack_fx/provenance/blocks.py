@@ -151,7 +151,7 @@ def _equal(a: _Block, b: _Block) -> bool:
 
 
 def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: list[_Block]) -> None:
-    """Hang upstream projections behind the blocks, where they serve one side of this attention alone."""
+    """Hang upstream projections behind the blocks, where they serve this attention alone, on one side or on both."""
     for blocks in (query, key):
         todo = list(blocks)
         while todo:
@@ -170,19 +170,6 @@ def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: lis
                     break
                 link.latent_norms = flow.norms
                 link.behind, link, depth = behind, behind, depth + 1
-    seen: list[dict[tuple[Node, str], _Rows]] = [{}, {}]
-    for side, blocks in enumerate((query, key)):
-        for block in blocks:
-            for link in block.chain()[1:]:
-                seen[side].setdefault((link.projection.node, link.param), set()).update(*link.rows)
-    for block in [*query, *key]:
-        link = block
-        while link.behind is not None:
-            place = (link.behind.projection.node, link.behind.param)
-            if seen[0].get(place, set()) & seen[1].get(place, set()):
-                link.behind, link.latent_norms = None, ()
-                break
-            link = link.behind
 
 
 def _upstream(tracer: Tracer, logits: Logits, block: _Block) -> tuple[Flow, list[set[int]]] | None:

@@ -11,6 +11,7 @@ coordinates that vary along the contracted axis are summed over; the others name
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -185,8 +186,10 @@ class Projections:
             pairs = torch.broadcast_tensors(*(compact(p) for p in (label, coordinates.which, coordinates.along[0])))
         except RuntimeError:
             return
-        for feature, which, entry in torch.unique(torch.stack(pairs).flatten(1), dim=1).t().tolist():
-            if len(self._labels.members(feature)) != 1 or feature < 2 or which < 0:
+        added = torch.unique(torch.stack(pairs).flatten(1), dim=1).t().tolist()
+        entries = Counter(feature for feature, _, _ in added)  # one for each token is no bias of a feature
+        for feature, which, entry in added:
+            if len(self._labels.members(feature)) != 1 or feature < 2 or which < 0 or entries[feature] > 1:
                 continue
             projection, i = self.by_feature(feature)
             if projection.rows.shape[1] == 1 and int(projection.rows[i, 0]) == entry:

@@ -97,6 +97,7 @@ class Tracer:
         self.projections = Projections(df, self.labels)
         self.basis = Basis()
         """What the work so far rests on; a new one for each attention."""
+        self._token_mixing: dict[Node, bool] = {}
 
     def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:
         """Flows of `targets` and of all nodes between them and the projections behind them.
@@ -187,8 +188,43 @@ class Tracer:
             return not is_depthwise(self.df, node)
         if kind == "contraction":
             sides = factors_of(self.df, node)
-            return sides is None or not any(self.df.is_constant(n) for n in sides[:2])
+            constant = sides is not None and any(self.df.is_constant(n) for n in sides[:2])
+            return not constant and not self.mixes_tokens(node)
         return False
+
+    def mixes_tokens(self, node: Node) -> bool:
+        """Whether a product with a weight sums features of a projection over tokens, each by itself (Linformer).
+
+        It makes no features of its own then: keys of fewer tokens are made of the same rows.
+        """
+        if node not in self._token_mixing:
+            self._token_mixing[node] = self._finds_token_mixing(node)
+        return self._token_mixing[node]
+
+    def _finds_token_mixing(self, node: Node) -> bool:
+        df = self.df
+        operands = self.projections.operands(node) if df.op[node].kind == "contraction" else None
+        if operands is None or operands[0] not in df.activation:
+            return False
+        x, _, on_left, _ = operands
+        axis = -2 if on_left and len(df.shape(x)) > 1 else -1
+        if df.shape(x)[axis] == 1 or not self._is_moved_projection(x):
+            return False
+        label = self.trace([x])[x].label
+        others = [d for d in range(label.dim()) if d != axis % label.dim()]
+        known = UNKNOWN not in self.labels.features(label)
+        return known and constant_along(label, axis) and not all(constant_along(label, d) for d in others)
+
+    def _is_moved_projection(self, node: Node) -> bool:
+        """Whether a tensor is the result of a projection, biased and moved at most."""
+        df = self.df
+        while df.op[node].kind != "contraction":
+            data = [n for n in node.all_input_nodes if n in df.activation]
+            moved = df.op[node].kind in ("movement", "getitem") or df.op[node].name == "add"
+            if len(data) != 1 or not moved or node in df.writes:
+                return False
+            node = data[0]
+        return self.projections.operands(node) is not None
 
     def _window(self, node: Node, flow: Flow) -> Flow:
         """Labels of memory that something writes into later must be real windows on one tensor of labels."""
@@ -291,16 +327,18 @@ class _Step:
         constants = [n for n in (left, right) if df.is_constant(n)]
         if any(map(df.is_zero, constants)):
             return self._nothing()
+        if self.tracer.mixes_tokens(node):
+            return self._by_matrix(left, right)
         if not constants or any(map(df.is_weight, (left, right))):
             # Positions projected by a weight are a projection like any other.
             made = self.tracer.projections.of(node)
             return self._unknown() if made is None else Flow(made[1])
         if bias is not None and bias in df.activation:
             return self._unknown()
-        return self._by_constant(left, right)
+        return self._by_matrix(left, right)
 
-    def _by_constant(self, left: Node, right: Node) -> Flow:
-        """Data times numbers: a rotation written as a matrix, pooling, interpolation."""
+    def _by_matrix(self, left: Node, right: Node) -> Flow:
+        """Data times a matrix that makes no features: numbers (rotation, pooling), or a weight that mixes tokens."""
         df, node = self.tracer.df, self.node
         data_left = left in df.activation
         flow = self._input(left if data_left else right)

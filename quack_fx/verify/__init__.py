@@ -40,7 +40,7 @@ from quack_fx.factors import check_layout
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.verify.compare import check_site
 from quack_fx.verify.copy import CannotRun, TooLarge, as_float32, first_line, random_copy
-from quack_fx.verify.evidence import CannotTell, Evidence
+from quack_fx.verify.evidence import CannotTell, Evidence, NothingWeighed
 from quack_fx.verify.form import carried_over
 from quack_fx.verify.graph import Graph
 from quack_fx.verify.ops import Softmax
@@ -127,16 +127,17 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
         runs: Counter[int] = Counter()
         checks: dict[Softmax, int] = {}
         wrong: dict[Softmax, VerifyError] = {}
+        idle: dict[Softmax, CannotTell] = {}
         try:
-            for softmax in sorted(softmaxes, key=_has_one_key):
+            for softmax in softmaxes:
                 heads = heads_behind(graph, site, softmax, attention, generator) if looped else ()
                 try:
                     shown = with_heads(site, heads) if heads else site
                     checks[softmax] = check_site(Evidence(graph, shown, softmax, attention, generator))
-                except CannotTell:
-                    if not (checks and _has_one_key(softmax)):
+                except CannotTell as reason:
+                    if not isinstance(reason, NothingWeighed) and softmax.shape[softmax.dim] > 1:
                         raise
-                    checks[softmax] = 0  # nothing is weighed in this call; the others have shown whose rows are whose
+                    idle[softmax], checks[softmax] = reason, 0
                 except VerifyError as error:
                     # Two attentions of one module: a site that is wrong about one may be right about the other.
                     if claimed[softmax] == 1 and not (len(softmaxes) > site.calls and is_told_of(layout, softmax)):
@@ -147,6 +148,8 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
                     refuted.setdefault(softmax, error)
                 if softmax in checks:
                     runs.update(heads or range(site.query_heads))
+            if idle and len(idle) == len(checks):
+                raise next(iter(idle.values()))  # otherwise the other calls have shown whose rows are whose
             if taken := [s.modules[-1] for s in checks if s in settled]:
                 raise VerifyError(f"site {site.name!r}: another site has the attention in module {taken[0]!r} already")
             settled |= checks.keys()
@@ -158,10 +161,6 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
     if nobodys := [error for softmax, error in refuted.items() if softmax not in settled]:
         raise nobodys[0]
     return VerifyReport(tuple(proved), tuple(open_sites))
-
-
-def _has_one_key(softmax: Softmax) -> bool:
-    return softmax.shape[softmax.dim] == 1
 
 
 def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], errors: Sequence[VerifyError]) -> None:

@@ -24,9 +24,16 @@ from quack_fx.verify.tape import Op, Value
 
 Rows = frozenset[int]
 
+_ELEMENTS_TRIED = 4
+"""Elements of a product that are looked at to tell what it sums over."""
+
 
 class CannotTell(Exception):
     """The gradients neither prove nor refute the claim; the message says why."""
+
+
+class NothingWeighed(CannotTell):
+    """No logit of this call makes a difference."""
 
 
 @dataclass(eq=False, repr=False)
@@ -173,10 +180,13 @@ class Evidence:
         parts = []
         for product, _ in products:
             operand = self.upper.operands(product)
-            if operand is None:
+            if operand is None and not self.upper.shifts_only(product):
                 raise CannotTell("it cannot be told which operand of its logits holds the keys; try longer inputs")
-            factors = {side: behind[operand[side].value] for side in SIDES}
-            parts.append(Part(product, operand, factors, {}, {}, {}))
+            if operand is not None:
+                factors = {side: behind[operand[side].value] for side in SIDES}
+                parts.append(Part(product, operand, factors, {}, {}, {}))
+        if not parts:
+            raise NothingWeighed("all keys of a query have the same logits there, as those of a whole masked tile have")
         return parts
 
     def _check_chains(self, side: Side) -> None:
@@ -221,12 +231,36 @@ class Evidence:
                     raise CannotTell(f"a nonlinear function follows {min(factor.params & self.claimed[side])!r}")
                 yield factor
                 yield from self._met(factor.outer, side, nearest=False)
+            elif self._keeps_features(factor, side):
+                yield factor
+                yield from self._met(factor.outer, side, nearest=nearest)
             elif nearest or (factor.linear and factor.sole and self.site.name in factor.product.op.modules):
                 other: Side = "key" if side == "query" else "query"
                 crossed = factor.params & self.claimed[other]
                 names = ", ".join(map(repr, sorted(crossed or factor.params)))
                 what = f"claimed on the {other} side" if crossed else "which no block claims"
                 raise self.error(f"its {side} side comes out of {names}, {what}")
+
+    def _keeps_features(self, factor: Factor, side: Side) -> bool:
+        """Whether a product with a weight sums claimed features over tokens: each of its elements is of one feature."""
+        if not factor.outer or not all(self._is_claimed(f, side) and f.linear for f in factor.outer):
+            return False
+        slice_ = Replay(
+            self.graph.tape,
+            [(factor.result, None)],
+            cuts={v for f in factor.outer for v in f.sources},
+            stops=self.graph.barriers - {f.product.op for f in (factor, *factor.outer)},
+            statistics=self.graph.statistics,
+            through_detach=True,
+        )
+        claimed = self.claimed[side] & {name for f in factor.outer for name in f.params}
+        size = factor.result.tensor.numel()
+        for place in torch.randint(size, (_ELEMENTS_TRIED,), generator=self.generator).tolist():
+            seed = torch.zeros(size).index_fill(0, torch.tensor([place]), 1.0).view(factor.result.tensor.shape)
+            arrived = slice_.gradients(factor.result, seed.to(factor.result.tensor))
+            if sum(int((self.by_row(n, g) > 0).sum()) for n, g in arrived.items() if n in claimed) != 1:
+                return False
+        return True
 
     def _added_biases(self, side: Side) -> dict[str, frozenset[str]]:
         added = dict.fromkeys(self.claimed[side], frozenset[str]())

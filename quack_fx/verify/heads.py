@@ -75,6 +75,11 @@ class Upper:
         touched = self.touched(cut, mask, [o.value for o in operands])
         return [t.any(o.axis, keepdim=True) for t, o in zip(touched, operands, strict=True)]
 
+    def shifts_only(self, product: Product) -> bool:
+        """Whether a product moves all logits of a query alike, as the largest logit of the keys before these does."""
+        seed = self._weights_of_no_shift().expand(self.softmax.shape).to(self.softmax.logits.tensor.device)
+        return not any(t.any() for t in self.touched(self.softmax.logits, seed, product.factors))
+
     def _weights_of_no_shift(self) -> Tensor:
         """Small whole numbers along the softmax's axis whose sum is zero.
 
