@@ -98,10 +98,13 @@ def silent(layout: QKLayout, ran: Counter[str], names: dict[str, str]) -> list[s
         The modules, once for each attention that is missing.
     """
     left, executed = Counter[str](), Counter[str]()
-    for site in layout.sites:
-        left[names.get(site.name, site.name)] += site.calls
     for name, count in ran.items():
         executed[names[name]] += count
+    for site in layout.sites:
+        name = names.get(site.name, site.name)
+        turns = executed[name] // site.calls if executed[name] % site.calls == 0 else 1
+        # A loop over heads is one site, with a softmax for each head or each group of heads.
+        left[name] += site.calls * (turns if turns > 1 and site.query_heads % turns == 0 else 1)
     refused = {names.get(entry.name, entry.name) for entry in layout.skipped}
     missing = executed - left
     left -= executed

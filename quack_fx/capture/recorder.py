@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,7 +80,7 @@ class Recorder(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        self._functions = [JaggedWrittenOut(), _NumbersStay()]
+        self._functions = [JaggedWrittenOut(), _Devices()]
         for mode in self._functions:
             mode.__enter__()
         self._watch = self.layers.watched()
@@ -120,7 +121,7 @@ class Recorder(TorchDispatchMode):
             value = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.cpu()
             if not value.is_floating_point() and tensor.is_meta and value.dtype != torch.bool:
                 value.zero_()
-            value = value.clone() if value is tensor or value.data_ptr() == tensor.data_ptr() else value
+            value = value.clone() if value.layout != torch.strided or storage_of(value) == storage_of(tensor) else value
             node = self.graph.placeholder(f"input_{len(self._nodes)}")
             self._remember(value, node)
             return value
@@ -250,7 +251,9 @@ class Recorder(TorchDispatchMode):
 
     def twin(self, tensor: Tensor) -> Tensor:
         """What an op gets in place of `tensor`: see the file's docstring."""
-        storage = self._twins.get(storage_of(tensor))
+        key, storage = storage_of(tensor), None
+        while (twin := self._twins.get(key)) is not None and twin is not storage:
+            storage, key = twin, int(twin._cdata)  # the real twin of a buffer may have become fake
         return tensor if storage is None else window_on(storage, tensor)
 
     def _make_twin(self, tensor: Tensor) -> None:
@@ -279,10 +282,12 @@ class Recorder(TorchDispatchMode):
         return window_on(storage, tensor)
 
 
-class _NumbersStay(TorchFunctionMode):
-    """Numbers that Python hands over become tensors on the CPU: on the device of a fake tensor they would be lost.
+class _Devices(TorchFunctionMode):
+    """Keeps apart what is fake and what is real where PyTorch looks at the devices of tensors before any op runs.
 
-    Lists in `x[..., [0, 2]]`, and `torch.tensor(3.0, device=x.device)`.
+    Numbers that Python hands over become tensors on the CPU: on the device of a fake tensor they would be lost. Lists
+    in `x[..., [0, 2]]`, and `torch.tensor(3.0, device=x.device)`. Attention on a buffer that fake keys were written into
+    is given a view of it, which is fake as its contents are.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -290,6 +295,8 @@ class _NumbersStay(TorchFunctionMode):
         device = kwargs.get("device")
         if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == "meta":
             kwargs = {**kwargs, "device": "cpu"}
+        if func is scaled_dot_product_attention and len({t.device for t in args[:3] if isinstance(t, Tensor)}) > 1:
+            args = (*(t.view(t.shape) for t in args[:3]), *args[3:])
         if func in (Tensor.__getitem__, Tensor.__setitem__) and len(args) > 1:
             index = args[1]
             index = tuple(map(_as_index, index)) if isinstance(index, tuple) else _as_index(index)

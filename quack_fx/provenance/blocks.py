@@ -433,7 +433,9 @@ def _same_sequence(tracer: Tracer, query: list[_Block], key: list[_Block]) -> bo
 
 def _same_tokens(tracer: Tracer, node: Node) -> bool:
     """Whether what a node reads is another form of the same tokens, and not the data of a product."""
-    return tracer.df.op[node].kind not in ("contraction", "convolution", "attention", "softmax")
+    if tracer.df.op[node].kind == "contraction":  # a computed rotation of each token (OFT), and no projection
+        return tracer.projections.operands(node) is not None and tracer.projections.of(node) is None
+    return tracer.df.op[node].kind not in ("convolution", "attention", "softmax")
 
 
 def merge_calls(sites: list[AttentionSite]) -> list[AttentionSite]:

@@ -245,12 +245,10 @@ class Projections:
         inputs = [n for n in node.all_input_nodes if df.is_weight(n)]
         kind, name = df.op[node].kind, df.op[node].name
         if kind == "elementwise" and name in ("mul", "div", "neg") and len(inputs) == 1:
-            # A weight times a plain number (equalised learning rates) keeps its rows.
+            # A weight times numbers (equalised learning rates, a pruning mask) keeps its rows.
             only = self._coordinates(inputs[0])
-            others = [n for n in node.all_input_nodes if n is not inputs[0]]
-            if df.shape(inputs[0]) == df.shape(node) and all(df.shape(n).numel() == 1 for n in others):
-                return only
-            return None
+            numbers = all(df.is_constant(n) for n in node.all_input_nodes if n is not inputs[0])
+            return only if numbers and df.shape(inputs[0]) == df.shape(node) else None
         if kind not in ("movement", "getitem") or not inputs:
             return None
         if kind == "getitem":

@@ -282,6 +282,8 @@ class _Step:
             return self._product() if self.outside == UNKNOWN else self._mixed_heads()
         if kind == "factory" or (kind == "lookup" and node not in df.from_input):
             return self._nothing()  # a table of positions is a parameter, whether it is sliced or looked up
+        if node.op == "get_attr" and node not in df.weights:
+            return self._nothing()  # a buffer before anything is written into it: a cache of keys
         if kind in ("lookup", "attention", "input"):
             return self._unknown()
         if kind == "getitem":

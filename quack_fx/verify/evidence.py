@@ -222,8 +222,8 @@ class Evidence:
     def _met(self, factors: Sequence[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
         """Claimed factors of a tree, from the logits outwards, as far as the claim goes.
 
-        A factor that is not claimed ends the way if it is not a link of the chain: if other sources are added to it, a
-        nonlinear function follows it or it runs outside the site's module. If it is one, the claim has forgotten it.
+        A factor that is not claimed ends the way if it is not a link of the chain. If it is one, the claim has forgotten
+        it.
         """
         for factor in factors:
             if self._is_claimed(factor, side):
@@ -234,12 +234,21 @@ class Evidence:
             elif self._keeps_features(factor, side):
                 yield factor
                 yield from self._met(factor.outer, side, nearest=nearest)
-            elif nearest or (factor.linear and factor.sole and self.site.name in factor.product.op.modules):
+            elif nearest or self._is_link(factor):
                 other: Side = "key" if side == "query" else "query"
                 crossed = factor.params & self.claimed[other]
                 names = ", ".join(map(repr, sorted(crossed or factor.params)))
                 what = f"claimed on the {other} side" if crossed else "which no block claims"
                 raise self.error(f"its {side} side comes out of {names}, {what}")
+
+    def _is_link(self, factor: Factor) -> bool:
+        """Whether a factor behind another one belongs to the chain.
+
+        It does not if other sources are added to it, a nonlinear function follows it, it runs outside the site's module
+        or its weight is computed (a rotation made of parameters), so that none of its features is made by a row.
+        """
+        inside = self.site.name in factor.product.op.modules
+        return factor.linear and factor.sole and inside and not self.graph.is_computed(factor)
 
     def _keeps_features(self, factor: Factor, side: Side) -> bool:
         """Whether a product with a weight sums claimed features over tokens: each of its elements is of one feature."""

@@ -282,6 +282,24 @@ class Graph:
         biases, result = self._biases(product)
         return Factor(product, result, tuple(weights), sources, params, biases)
 
+    def is_computed(self, factor: Factor) -> bool:
+        """Whether no weight of a factor is a parameter, or a part of one, whose numbers are used as they are."""
+        return all(map(self._is_made, [(v, factor.product.reader) for v in factor.weights]))
+
+    def _is_made(self, place: tuple[Value, Op]) -> bool:
+        """Whether a value that parameters alone reach is more than a parameter of another shape or scale."""
+        todo, seen = [op for op in self.tape.behind(*place) if op.weight], set[Op]()
+        while todo:
+            op = todo.pop()
+            if op in seen:
+                continue
+            seen.add(op)
+            scaled = kind(op) in ("mul", "div") and sum(self.tape.is_weight(v, op) for v in op.inputs) == 1
+            if not keeps_numbers(op) and not scaled:
+                return True
+            todo += [source for source in op.reads if source.weight]
+        return False
+
     def _biases(self, product: Product) -> tuple[frozenset[str], Value]:
         """Parameters added to a product before more than its shape is changed, and the sum."""
         found = set(self._params(product.added, product.op)) if product.added is not None else set()

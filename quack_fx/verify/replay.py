@@ -160,7 +160,7 @@ class Replay:
         func: Callable[..., Any] = op.func
         if op.name == "detach" and self._through_detach:
             func = torch.ops.aten.alias.default
-        elif op in self._statistics and not self._live:
+        elif (op in self._statistics or _measures_weights(op)) and not self._live:
             func = _FROZEN.get(op.name, _held)(func)
         elif op.name.rstrip("_") in _POINTWISE and not self._is_of_statistics(op):
             func = _unclipped(func)
@@ -185,6 +185,11 @@ class Replay:
         if isinstance(x, Value):
             return self[x]
         return type(x)(map(self._given, x)) if type(x) in (list, tuple) else x
+
+
+def _measures_weights(op: Op) -> bool:
+    """Whether an op takes the size of parameters, which scales something and is made of no single row."""
+    return op.weight and not op.data and op.name in _SIZES
 
 
 # ---- norms with constant statistics ----------------------------------------------------------------------------------
@@ -258,6 +263,8 @@ def _unclipped(func: Callable[..., Any]) -> Callable[..., Any]:
 
     return run
 
+
+_SIZES = frozenset("linalg_vector_norm norm var std var_mean std_mean".split())
 
 _POINTWISE = frozenset(
     """clamp clamp_max clamp_min elu gelu hardsigmoid hardswish hardtanh leaky_relu relu sigmoid silu softplus tanh
