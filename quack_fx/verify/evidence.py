@@ -293,14 +293,14 @@ class Evidence:
         Arguments:
             part: The logit product.
             side: Its side.
-            length: Results are random numbers that make the vectors of a head about as long; biases are as small.
+            length: Results are random numbers that make the vectors of a head about as long; biases are smaller.
         """
         # An epsilon is small beside a hundredth, whatever the width of a norm.
         size = max(length / math.sqrt(self.site.head_dim), 0.02)
         tensors = {f.result: f.result.tensor for f in part.around[side]}
         noise = {v: size * torch.randn(t.shape, generator=self.generator) for v, t in tensors.items()}
         results = {v: torch.empty_like(t).copy_(noise[v]) for v, t in tensors.items()}  # laid out as they were
-        live, fixed = (self._slice(part, side, results, live=on, biases=min(1.0, size)) for on in (True, False))
+        live, fixed = (self._slice(part, side, results, live=on, biases=min(1.0, 0.1 * size)) for on in (True, False))
         return live, fixed
 
     def _slice(

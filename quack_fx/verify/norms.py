@@ -24,8 +24,8 @@ from quack_fx.verify.tape import Op
 _BLIND = 1e-2
 """Below this part of the whole, what an operand owes to the size of its weights is a norm's epsilon."""
 
-_LONG = 30.0
-"""The length to which vectors are drawn out: an epsilon is nothing beside it, even where features cancel."""
+_LONG = 3000.0
+"""The length to which vectors are drawn out: an epsilon or a bias is nothing beside it, even where features cancel."""
 
 _SHORT, _BLIND_WHEN_SHORT = 0.2, 0.3
 """The length to which vectors are cut, to tell a norm from a clip; a norm's epsilon counts for more there."""
