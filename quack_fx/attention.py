@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.dataflow import Dataflow, factors_of
+from quack_fx.grouped import Groups, groups_of, scattered, scatters
 
 _SMOOTH = ("movement", "elementwise", "getitem", "norm")
 
@@ -48,6 +49,7 @@ class Logits:
         path: Nodes between the products and the softmax's input.
         end: The softmax's input; the product itself for fused ops.
         axis: Axis of `end` that the softmax runs over: the keys.
+        groups: Set where it runs over groups of entries of that axis, each for itself.
         output: Product of the weights and the values; the fused op itself.
         siblings: Outputs of attentions of the same form in the same module call.
         parts: The turns of a Python loop over heads, each with logits and a softmax of its own, whose outputs are put
@@ -61,6 +63,7 @@ class Logits:
     output: Node
     siblings: tuple[Node, ...] = ()
     parts: tuple[Logits, ...] = ()
+    groups: Groups | None = None
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,16 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
     """All attention logits of a graph, in the order in which they run, and the near misses."""
     found: list[Logits] = []
     misses: list[NearMiss] = []
-    soft = [(node, *_softmax_input(df, node)) for node in df.nodes if _softmax_input(df, node) is not None]  # type: ignore[misc]
-    outputs = {node: _weighted_values(df, node) for node, _, _ in soft}
+    soft = [softmax for node in df.nodes if (softmax := _softmax(df, node)) is not None]
+    outputs = {softmax.node: _weighted_values(df, softmax) for softmax in soft}
     value_products = {output for output in outputs.values() if output is not None}
     used: set[Node] = set()
-    for node, end, axis in soft:
+    for softmax in soft:
+        node, end, axis = softmax.node, softmax.source, softmax.axis
         output = outputs[node]
         if output is None and (df.shape(end)[axis] != 1 or not _is_read(df, node)):
             continue
-        products, path, learned = _behind(df, node, value_products)
+        products, path, learned = _behind(df, softmax, value_products)
         if output is None:
             if products:
                 text = "its softmax runs over a single key on these inputs, so nothing is weighed; give larger inputs"
@@ -92,7 +96,8 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
             continue
         used.update(p.node for p in products)
         if products:
-            found.append(Logits(tuple(_content(df, products)), tuple(path), end, axis, output))
+            content = tuple(_content(df, products))
+            found.append(Logits(content, tuple(path), end, axis, output, groups=softmax.groups))
         elif learned is not None:
             text = "its queries or keys are a parameter itself, not the output of a projection"
             misses.append(NearMiss(learned, "learned-query", text))
@@ -160,23 +165,35 @@ def _put_into(df: Dataflow, output: Node) -> Node | None:
 # ---- softmax ---------------------------------------------------------------------------------------------------------
 
 
-def _softmax_input(df: Dataflow, node: Node) -> tuple[Node, int] | None:
-    """Input and axis of a softmax, written as an op or as exp(x) / sum(exp(x))."""
+@dataclass(frozen=True)
+class _Softmax:
+    """A softmax: its node (the exponential of one written by hand), its input, the axis, and groups along the axis."""
+
+    node: Node
+    source: Node
+    axis: int
+    groups: Groups | None = None
+
+
+def _softmax(df: Dataflow, node: Node) -> _Softmax | None:
+    """A softmax, written as an op, as exp(x) / sum(exp(x)), or with sums over groups."""
     if node not in df.activation:
         return None
     if df.op[node].kind == "softmax":
         source, axis = node.args[0], node.args[1]
-        return (source, axis % len(df.shape(source))) if isinstance(source, Node) and isinstance(axis, int) else None
+        known = isinstance(source, Node) and isinstance(axis, int)
+        return _Softmax(node, source, axis % len(df.shape(source))) if known else None  # type: ignore[arg-type, operator]
     if df.op[node].name != "exp" or not isinstance(node.args[0], Node):
         return None
     source = node.args[0]
     for user in node.users:
         if df.op[user].name == "sum" and (axis := _axis(df, user, source)) is not None:
-            return source, axis
+            return _Softmax(node, source, axis)
     for inner in source.all_input_nodes:
         if df.op[inner].name == "logsumexp" and (axis := _axis(df, inner, source)) is not None:
-            return source, axis
-    return None
+            return _Softmax(node, source, axis)
+    groups = groups_of(df, node)
+    return None if groups is None else _Softmax(node, source, groups.axis, groups)
 
 
 def _is_read(df: Dataflow, node: Node) -> bool:
@@ -191,8 +208,32 @@ def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
     return int(dims[0]) % len(df.shape(source)) if one else None  # type: ignore[index, arg-type]
 
 
-def _weighted_values(df: Dataflow, softmax: Node) -> Node | None:
+def _weighted_values(df: Dataflow, softmax: _Softmax) -> Node | None:
     """The product of a softmax's weights with data, or None."""
+    if softmax.groups is not None:
+        return _weighted_in_groups(df, softmax.node)
+    return _multiplied_with_data(df, softmax.node)
+
+
+def _weighted_in_groups(df: Dataflow, exponential: Node) -> Node | None:
+    """The elementwise product of weights with data whose entries are added up by groups, or None."""
+    seen: set[Node] = set()
+    todo = [exponential]
+    while todo:
+        for user in todo.pop(0).users:
+            if user in seen or user not in df.activation or df.op[user].kind not in _SMOOTH:
+                continue
+            seen.add(df.open(user))
+            both = len([n for n in user.all_input_nodes if n in df.activation]) == 2
+            if df.op[user].name == "mul" and both and scattered(df, user) is not None:
+                return user
+            todo.append(user)
+            todo.extend(df.writes.get(df.group[user], ()) if df.op[user].inplace else ())
+    return None
+
+
+def _multiplied_with_data(df: Dataflow, softmax: Node) -> Node | None:
+    """The product of a node with data, however it is moved and scaled before."""
     seen: set[Node] = set()
     mixed: set[Node] = set()  # weights that were combined with other data: a router's, mostly
     todo = [softmax]
@@ -264,16 +305,18 @@ def _keeps_logits(df: Dataflow, node: Node) -> Node | None:
     return x if same and len({n for n in df.shape(weight) if n > 1}) <= 1 else None
 
 
-def _behind(df: Dataflow, softmax: Node, value_products: set[Node]) -> tuple[list[Product], list[Node], Node | None]:
+def _behind(
+    df: Dataflow, softmax: _Softmax, value_products: set[Node]
+) -> tuple[list[Product], list[Node], Node | None]:
     """Products that a softmax's input is made of, the nodes on the way, and a product with a bare parameter if seen."""
     products: list[Product] = []
     path: list[Node] = []
     learned: Node | None = None
     seen: set[Node] = set()
-    todo = list(df.reads(softmax))
+    todo = list(df.reads(softmax.node))
     while todo:
         node = todo.pop()
-        if node in seen or not _may_be_logits(df, node):
+        if node in seen or not _may_be_logits(df, node) or (softmax.groups is not None and scatters(df, node)):
             continue
         seen.add(df.open(node))
         if _is_product(df, node):
@@ -334,7 +377,7 @@ def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:
     for node in df.nodes:
         if node in used or not _is_product(df, node):
             continue
-        other = _weighted_values(df, node)
+        other = _multiplied_with_data(df, node)
         if other is not None and other not in used:
             module = (df.modules(node) or ("",))[-1]
             misses.setdefault(module, NearMiss(node, "no-softmax", text))

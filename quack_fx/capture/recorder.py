@@ -286,8 +286,8 @@ class _Devices(TorchFunctionMode):
     """Keeps apart what is fake and what is real where PyTorch looks at the devices of tensors before any op runs.
 
     Numbers that Python hands over become tensors on the CPU: on the device of a fake tensor they would be lost. Lists
-    in `x[..., [0, 2]]`, and `torch.tensor(3.0, device=x.device)`. Attention on a buffer that fake keys were written into
-    is given a view of it, which is fake as its contents are.
+    in `x[..., [0, 2]]`, and `torch.tensor(3.0, device=x.device)`. Attention on a buffer that fake keys were written
+    into is given a view of it, which is fake as its contents are.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -96,7 +96,7 @@ def _joined(vectors: tuple[Vector, ...]) -> Vector:
 
 def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vector]) -> list[_Block]:
     """Blocks that meet directly in the logits."""
-    blocks: dict[tuple[str, frozenset[str]], _Block] = {}
+    blocks: dict[tuple[str, frozenset[str], Node], _Block] = {}
     for h, (vectors, partner) in enumerate(zip(own, partners, strict=True)):
         met: dict[Row, set[str]] = {}
         parallel: set[str] = set()
@@ -107,10 +107,11 @@ def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vect
                 for row in sorted(rows):  # sets have no order of their own, layouts must
                     met.setdefault(row, set()).update(name for name, _ in others)
         for (name, place), names_met in met.items():
-            key = (name, frozenset(names_met))
+            projection = heads.projection[name, place]
+            key = (name, frozenset(names_met), projection.node)
             block = blocks.get(key)
             if block is None:
-                block = _Block(name, key[1], [set() for _ in own], heads.projection[name, place])
+                block = _Block(name, key[1], [set() for _ in own], projection)
                 blocks[key] = block
             block.rows[h].add(place)
             block.parallel |= name in parallel
@@ -315,7 +316,8 @@ def _values(tracer: Tracer, logits: Logits) -> list[Node]:
     df, output = tracer.df, logits.output
     if df.op[output].kind == "attention":
         return [n for n in output.args[2:3] if isinstance(n, Node)]
-    factors = (factors_of(df, output) or tuple(output.args[0].all_input_nodes))[:2]  # type: ignore[union-attr]
+    summed = output if df.op[output].name == "mul" else output.args[0]
+    factors = (factors_of(df, output) or tuple(summed.all_input_nodes))[:2]  # type: ignore[union-attr]
     return [n for n in factors if n is not None and not _is_behind(tracer, logits.end, n)]
 
 

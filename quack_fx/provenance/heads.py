@@ -21,6 +21,7 @@ from torch.fx import Node
 
 from quack_fx.attention import Logits, Product
 from quack_fx.dataflow import Dataflow
+from quack_fx.grouped import Groups, is_gathered_by
 from quack_fx.provenance.labels import NOTHING, UNKNOWN, compact, reshape, shrink
 from quack_fx.provenance.projections import Projection
 from quack_fx.provenance.trace import Flow, NormTag, Tracer
@@ -281,11 +282,10 @@ def _met(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: 
     lost = Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
     if end is None or end.empty:
         raise lost
-    varies = [
-        _varies(tracer, product.node, logits, _places(product, shape, side)) if len(shape) > 1 else side == 1
-        for side in (0, 1)
-    ]
-    swapped = varies[0] and not varies[1]
+    if logits.groups is not None:
+        swapped = _is_gathered_swapped(tracer.df, logits.groups, product)
+    else:
+        swapped = _is_swapped(tracer, logits, product, shape)
     sets = {}
     for label in _in_order(end.label):
         if label == NOTHING:
@@ -299,6 +299,29 @@ def _met(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: 
             raise Refused("mixed-heads", "logits of several heads are added up before the softmax")
     pairs = list(dict.fromkeys(pair for known in sets.values() for pair in known))
     return _Meeting(pairs, end.label, sets, end.scale, swapped)
+
+
+def _is_swapped(tracer: Tracer, logits: Logits, product: Product, shape: Sequence[int]) -> bool:
+    """Whether the left operand of a product holds the keys: whether it alone changes along the softmax's axis."""
+    varies = [
+        _varies(tracer, product.node, logits, _places(product, shape, side)) if len(shape) > 1 else side == 1
+        for side in (0, 1)
+    ]
+    return varies[0] and not varies[1]
+
+
+def _is_gathered_swapped(df: Dataflow, groups: Groups, product: Product) -> bool:
+    """Whether the right operand of a product holds the queries: whether it alone is gathered as the groups are.
+
+    Raises:
+        Refused: Both are, or neither.
+    """
+    left, right = (is_gathered_by(df, operand, groups) for operand in (product.left, product.right))
+    if left == right:
+        raise Refused(
+            "lost-logits", "its softmax runs over groups, and it cannot be told which side belongs to a group"
+        )
+    return right
 
 
 def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None]) -> bool:

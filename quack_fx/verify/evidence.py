@@ -222,8 +222,7 @@ class Evidence:
     def _met(self, factors: Sequence[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
         """Claimed factors of a tree, from the logits outwards, as far as the claim goes.
 
-        A factor that is not claimed ends the way if it is not a link of the chain. If it is one, the claim has forgotten
-        it.
+        A factor that is not claimed ends the way if it is no link of the chain; if it is one, the claim forgot it.
         """
         for factor in factors:
             if self._is_claimed(factor, side):

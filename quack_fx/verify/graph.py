@@ -25,6 +25,7 @@ from quack_fx.verify.ops import (
     softmax_of,
     statistics,
     turns,
+    weighs_by_groups,
 )
 from quack_fx.verify.tape import Op, Tape, Value
 
@@ -215,6 +216,9 @@ class Graph:
                 for value in product.factors:
                     for op in self._behind_weights(value, product.reader):
                         weighs[by_op[op]].append(product)
+        for softmax in self.softmaxes:
+            if softmax.groups is not None:
+                weighs[softmax] += weighs_by_groups(softmax, self._readers)
         return dict(weighs)
 
     def _has_values(self, product: Product) -> bool:

@@ -101,11 +101,25 @@ class Upper:
         if product.axes is None:
             return None
         left, right = (Operand(v, product.reader, a) for v, a in zip(product.factors, product.axes, strict=True))
-        few = self._touched_least([left, right])
+        groups = self.softmax.groups
+        few = self._touched_least([left, right]) if groups is None else self._changes_within(groups, [left, right])
         if few is None:
             return None
         key = (left, right)[few]
         return {"query": right if key is left else left, "key": key}
+
+    def _changes_within(self, groups: Tensor, operands: Sequence[Operand]) -> int | None:
+        """Which of two operands alone has different vectors for the entries of a group: keys, at the ends of edges."""
+        changes = []
+        for operand in operands:
+            vectors = operand.value.tensor.movedim(self.softmax.dim, 0)
+            if len(vectors) % len(groups):
+                return None
+            vectors = vectors.reshape(len(groups), -1)  # heads may be folded into the axis of the entries
+            first = {int(group): i for i, group in reversed(list(enumerate(groups.tolist())))}
+            like = vectors[torch.tensor([first[group] for group in groups.tolist()], device=vectors.device)]
+            changes.append(not torch.equal(vectors, like))
+        return changes.index(True) if sum(changes) == 1 else None
 
     def _touched_least(self, operands: Sequence[Operand]) -> int | None:
         """Which of two operands the keys are in."""

@@ -6,8 +6,10 @@ names are the only ones here; a model's are asked for nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from quack_fx.verify.replay import NORM_OPS
 from quack_fx.verify.tape import Op, Tape, Value
@@ -60,6 +62,8 @@ _LINEAR = (
     )
 )
 
+_SCATTERS = frozenset("scatter_add scatter_reduce index_add index_reduce".split())
+
 _NEAR = 12
 """Ops between a statistic and the features it is taken of, or comes back to; eight in the longest norm known."""
 
@@ -92,11 +96,19 @@ class Product:
 
 @dataclass(eq=False, repr=False)
 class Softmax:
-    """A softmax: its op (the exponential of one written by hand), its input, and the axis it runs over."""
+    """A softmax.
+
+    Attributes:
+        op: The op; the exponential of one written by hand.
+        logits: Its input.
+        dim: The axis it runs over.
+        groups: Set where it runs over groups of entries of that axis, each for itself: the group of each, int64.
+    """
 
     op: Op
     logits: Value
     dim: int
+    groups: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -172,7 +184,36 @@ def softmax_of(op: Op, readers: Readers) -> Softmax | None:
         source for minus in op.reads if kind(minus) == "sub" for source in minus.reads if source.name == "logsumexp"
     ]
     over_one = [dims[0] for reduction in sums if len(dims := _dims(reduction)) == 1]
-    return Softmax(op, logits, over_one[0]) if over_one else None
+    return Softmax(op, logits, over_one[0]) if over_one else _softmax_over_groups(op, logits, readers)
+
+
+def _softmax_over_groups(op: Op, logits: Value, readers: Readers) -> Softmax | None:
+    """An exponential that sums over groups of its entries divide."""
+    if not any(kind(reader) in ("div", "mul") for reader in readers[op]):
+        return None
+    for reader in readers[op]:
+        if kind(reader) in _SCATTERS and reader.args[3] is op.out:
+            dim, index = reader.args[1] % logits.tensor.ndim, reader.args[2].tensor
+            return Softmax(op, logits, dim, index if index.ndim == 1 else index.movedim(dim, 0).flatten(1)[:, 0])
+    return None
+
+
+def weighs_by_groups(softmax: Softmax, readers: Readers) -> Iterator[Product]:
+    """Elementwise products of a softmax's weights with data, whose entries are then added up by groups."""
+    todo, seen = [softmax.op], set[Op]()
+    while todo:
+        for reader in readers[todo.pop()]:
+            if reader in seen or kind(reader) not in _ELEMENTWISE | _SAME_NUMBERS:
+                continue
+            seen.add(reader)
+            if kind(reader) == "mul" and len(reader.inputs) == 2 and _is_scattered(reader, readers):
+                yield Product(reader, *reader.inputs, None, reader, None)
+            else:
+                todo.append(reader)
+
+
+def _is_scattered(op: Op, readers: Readers) -> bool:
+    return any(kind(r) in _SCATTERS or (keeps_numbers(r) and _is_scattered(r, readers)) for r in readers[op])
 
 
 def statistics(tape: Tape, readers: Readers) -> frozenset[Op]:
