@@ -53,7 +53,7 @@ def meaning(layout: QKLayout, model: nn.Module) -> Any:
     """What a layout says, whatever the order of blocks, terms and ranges: equal for layouts that are the same.
 
     Logits of a head are a sum of products of rows; so each head is the multiset of its terms, and a term the multisets
-    of weight elements on its two sides. Rows that are the whole of a parameter are the whole of it along either axis.
+    of weight elements on its two sides. Rows that a block names for a head count even where no term has them. Rows that are the whole of a parameter are the whole of it along either axis.
     rms and l2 differ by a constant.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -75,7 +75,9 @@ def meaning(layout: QKLayout, model: nn.Module) -> Any:
                 other = [(site.key[i], site.key[i].heads[site.head_map[head]]) for i in term.key]
                 if all(ranges for _, ranges in own + other):
                     terms.append(tuple(multiset(rows(*block) for block in side) for side in (own, other)))
-            heads.append(multiset(terms))
+            reads = [(b, b.heads[head]) for b in site.query], [(b, b.heads[site.head_map[head]]) for b in site.key]
+            named = tuple(frozenset(rows(b, ranges) for b, ranges in side if ranges) for side in reads)
+            heads.append((multiset(terms), named))
         norms = {
             (name, n.side, "rms" if n.kind == "l2" else n.kind, n.width, n.module, n.weight)
             for name in ("qk_norm", "latent_norm")

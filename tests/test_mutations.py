@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import by_hand as hand_written
 import pytest
-import test_find
 import tiny_models
 import torch
 from mutations import meaning, mutations
@@ -24,15 +24,15 @@ def tiny(name: str) -> Right:
 
 
 def by_hand(name: str) -> Right:
-    model, inputs, site = test_find.CASES[name]()
+    model, inputs, site = hand_written.CASES[name]()
     random: dict[int, Tensor] = {}  # a tensor that is given twice stays one
     for x in inputs:
-        random.setdefault(id(x), torch.randn(x.shape))
+        random.setdefault(id(x), torch.randn(x.shape) if x.is_floating_point() else x)
     return model, QKLayout((site,)), tuple(random[id(x)] for x in inputs), {}
 
 
 ZOO = {f"tiny-{name}": (tiny, name) for name in tiny_models.CASES}
-ZOO |= {f"hand-{name}": (by_hand, name) for name in test_find.CASES}
+ZOO |= {f"hand-{name}": (by_hand, name) for name in hand_written.CASES}
 
 
 ALIKE = {"tiny-llama_eager", "tiny-bloom", "tiny-bert", "tiny-our_gpt", "tiny-our_mla", "tiny-gemma3", "tiny-whisper"}

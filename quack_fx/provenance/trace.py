@@ -622,6 +622,8 @@ class _Step:
 
     def _times_node(self, name: str, flow: Flow, other: Node) -> Flow:
         df = self.tracer.df
+        if self._turns(other):
+            return flow
         if df.is_weight(other):
             names = self._gain_names(other)
             if flow.norms and flow.norms[-1].weight is None and len(names) == 1:
@@ -632,6 +634,13 @@ class _Step:
             number = df.constant(other)
             return replace(flow, scale=None if number is None else _times(flow.scale, float(number), name))
         return flow
+
+    def _turns(self, node: Node) -> bool:
+        """Whether a node is the sine or cosine of angles, learned ones too: a rotation changes no size."""
+        df = self.tracer.df
+        while df.op[node].kind == "movement" and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        return df.op[node].name in ("sin", "cos", "polar")
 
     def _gain_names(self, node: Node) -> set[str]:
         """Parameters behind a gain, through (1 + gain) and casts."""

@@ -53,6 +53,8 @@ def check_norms(evidence: Evidence) -> int:
 
 def _check_qk_norm(evidence: Evidence, side: Side, claimed: list[Norm]) -> None:
     latent = [norm for norm in evidence.site.latent_norm if norm.side == side] if _absorbed(evidence, side) else []
+    if latent and claimed:
+        raise evidence.error(f"its {side} side is the latent itself: a norm of it is a latent norm, and no QK norm")
     wanted, tolerated = ({(norm.width, norm.kind == "layer") for norm in norms} for norms in (claimed, latent))
     found: set[tuple[int, bool]] = set()
     for part in evidence.parts:
