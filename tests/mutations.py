@@ -53,7 +53,8 @@ def meaning(layout: QKLayout, model: nn.Module) -> Any:
     """What a layout says, whatever the order of blocks, terms and ranges: equal for layouts that are the same.
 
     Logits of a head are a sum of products of rows; so each head is the multiset of its terms, and a term the multisets
-    of weight elements on its two sides. Rows that a block names for a head count even where no term has them. Rows that are the whole of a parameter are the whole of it along either axis.
+    of weight elements on its two sides. Rows that a block names for a head count even where no term has them.
+    Rows that are the whole of a parameter are the whole of it along either axis.
     rms and l2 differ by a constant.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -143,6 +143,10 @@ class Graph:
         weighs = any(map(self._has_values, self._weighs.get(softmax, ())))
         return weighs and any(map(self._of_two_sides, self.logit_products(softmax)))
 
+    def weighs(self, softmax: Softmax) -> bool:
+        """Whether a softmax weighs anything."""
+        return bool(self._weighs.get(softmax))
+
     def attention_ops(self, softmaxes: Iterable[Softmax]) -> frozenset[Op]:
         """The logit products and the value products of some softmaxes."""
         return frozenset(p.op for s in softmaxes for p in (*self.logit_products(s), *self._weighs.get(s, ())))
@@ -219,7 +223,17 @@ class Graph:
         for softmax in self.softmaxes:
             if softmax.groups is not None:
                 weighs[softmax] += weighs_by_groups(softmax, self._readers)
-        return dict(weighs)
+        gated = {s: [p for p in products if self._is_gated(p, s, weighs)] for s, products in weighs.items()}
+        return {s: [p for p in products if p not in gated[s]] for s, products in weighs.items()}
+
+    def _is_gated(self, product: Product, softmax: Softmax, weighs: Mapping[Softmax, Sequence[Product]]) -> bool:
+        """Whether a softmax gates features (of keys that it chose), which another attention then reads."""
+        shares = [v for v in product.factors if softmax.op in self._back(v, product.reader).softmaxes]
+        if not shares or any(v.tensor.numel() <= math.prod(softmax.shape) for v in shares):
+            return False
+        weighed = any(product in products for s, products in weighs.items() if s is not softmax)
+        later = (s for s in self.softmaxes if s.op.index > product.op.index)
+        return weighed or any(product in self.logit_products(s) for s in later)
 
     def _has_values(self, product: Product) -> bool:
         """Whether no factor of a product is a bare weight, as that of a layer which reads attention maps is."""
@@ -385,8 +399,8 @@ class Graph:
             if op in self.barriers:
                 back.joined = True
                 continue
-            if turns(op):
-                continue  # by learned angles, or by those of positions that were given
+            if turns(op) or op.name == "logsumexp":
+                continue  # angles, learned or given, and the size of whole rows of logits, are no features
             back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants moves features
             back.passed.append(op)
             back.joined |= any(v.is_input and v.is_numeric for v in op.inputs)

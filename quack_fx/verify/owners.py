@@ -35,7 +35,8 @@ def softmaxes_of(layout: QKLayout, graph: Graph) -> dict[AttentionSite, list[Sof
                     found[site].append(softmax)
             elif claims and (inside is None or site.name not in graph.tape.ran):
                 found[site].append(softmax)
-    return found
+    # Beside an attention, a softmax of the same logits that weighs nothing chooses tokens.
+    return {site: [s for s in of_site if graph.weighs(s)] or of_site for site, of_site in found.items()}
 
 
 def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite, Sequence[Softmax]]) -> None:
