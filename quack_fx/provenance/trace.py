@@ -144,12 +144,20 @@ class Tracer:
         while todo:
             node = todo.pop()
             flow = flows.get(node)
-            if node in seen or flow is None or UNKNOWN not in self.labels.features(flow.label):
+            if node in seen or flow is None:
                 continue
             seen.add(node)
-            found = node if found is None or df.index[node] < df.index[found] else found
-            todo.extend(df.reads(node))
-        return "" if found is None else f": they are lost at {df.describe(found)}"
+            if isinstance(df.value(node), list | tuple):
+                todo.extend(df.reads(node))
+            elif UNKNOWN in self.labels.features(flow.label):
+                found = node if found is None or df.index[node] < df.index[found] else found
+                todo.extend(df.reads(node))
+        if found is None:
+            return ""
+        what = df.describe(found)
+        if df.op[found].kind in ("contraction", "convolution") and any(map(df.is_weight, found.all_input_nodes)):
+            return f": the weight of {what} is computed from parameters, and none of its rows is one of theirs"
+        return f": they are lost at {what}"
 
     def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
         self.basis.inside.update(nodes)
