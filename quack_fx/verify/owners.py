@@ -5,7 +5,7 @@ In: a layout and the graph of a run. Out: for each site its softmaxes; `VerifyEr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from quack_fx.errors import VerifyError
 from quack_fx.layout import AttentionSite, QKLayout
@@ -18,7 +18,7 @@ def softmaxes_of(layout: QKLayout, graph: Graph) -> dict[AttentionSite, list[Sof
 
     An attention belongs to the site that names the innermost running module. Where several sites share a name, none
     names a running module (tied layers) or a site's module never ran through hooks, it belongs to the sites that claim
-    a parameter behind its logits.
+    a parameter behind its logits; among several of one name, to those with both sides of a term there.
     """
     names = {site.name for site in layout.sites}
     found: dict[AttentionSite, list[Softmax]] = {site: [] for site in layout.sites}
@@ -31,12 +31,17 @@ def softmaxes_of(layout: QKLayout, graph: Graph) -> dict[AttentionSite, list[Sof
             claims = {block.param for _, block in site.blocks()} & behind
             if site.name == inside:
                 alone = sum(s.name == site.name for s in layout.sites) == 1
-                if claims or (alone and graph.is_attention(softmax)):
+                if (claims or graph.is_attention(softmax)) if alone else _has_a_term_of(site, behind):
                     found[site].append(softmax)
             elif claims and (inside is None or site.name not in graph.tape.ran):
                 found[site].append(softmax)
     # Beside an attention, a softmax of the same logits that weighs nothing chooses tokens.
     return {site: [s for s in of_site if graph.weighs(s)] or of_site for site, of_site in found.items()}
+
+
+def _has_a_term_of(site: AttentionSite, params: Set[str]) -> bool:
+    """Whether both sides of a term come out of some parameters, as far as those are nearest to the logits."""
+    return any(site.query[t.query[0]].param in params and site.key[t.key[0]].param in params for t in site.terms)
 
 
 def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite, Sequence[Softmax]]) -> None:
