@@ -16,6 +16,7 @@ decided, because the logits are made inside a fused kernel, say, is listed as no
     owners.py     which softmax a site speaks about
     replay.py     a slice of the tape again, with gradients
     heads.py      heads in a tensor of logits; queries and keys
+    turns.py      heads that are looped over, each with a softmax of its own
     evidence.py   seeds, and the rows they reach
     compare.py    a site against the evidence: rows and heads ...
     norms.py      ... norms ...
