@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from itertools import product as product_of
 
 import torch
@@ -128,6 +129,8 @@ def _side_by_side(turns: list[Heads]) -> Heads:
     query = tuple(head for turn in turns for head in turn.query)
     if len(set(query)) != len(query) or len({turn.head_dim for turn in turns}) > 1 or any(t.channels for t in turns):
         raise NotOneAttention
+    if any(_rows(one.query) & _rows(other.key) for one, other in permutations(turns, 2)):
+        raise NotOneAttention  # what asks in one turn is asked in another: two attentions, there and back
     key = tuple(dict.fromkeys(head for turn in turns for head in turn.key))
     scales = {turn.scale for turn in turns}
     return Heads(
@@ -143,6 +146,11 @@ def _side_by_side(turns: list[Heads]) -> Heads:
             tuple(node for turn in turns for node in turn.operands[1]),
         ),
     )
+
+
+def _rows(heads: tuple[tuple[Vector, ...], ...]) -> frozenset[Row]:
+    """All rows of some heads."""
+    return frozenset(row for vectors in heads for vector in vectors for rows in vector for row in rows)
 
 
 def _all_norms(turns: list[Heads], side: int) -> tuple[NormTag, ...]:

@@ -35,8 +35,11 @@ def softmaxes_of(layout: QKLayout, graph: Graph) -> dict[AttentionSite, list[Sof
                     found[site].append(softmax)
             elif claims and (inside is None or site.name not in graph.tape.ran):
                 found[site].append(softmax)
-    # Beside an attention, a softmax of the same logits that weighs nothing chooses tokens.
-    return {site: [s for s in of_site if graph.weighs(s)] or of_site for site, of_site in found.items()}
+    # Beside an attention, a softmax of the same logits that weighs nothing chooses tokens. One that no input reaches
+    # (of learned tokens alone) weighs what no input reaches.
+    return {
+        site: [s for s in of_site if graph.weighs(s) or not s.op.data] or of_site for site, of_site in found.items()
+    }
 
 
 def _has_a_term_of(site: AttentionSite, params: Set[str]) -> bool:
