@@ -678,7 +678,7 @@ def loop_over_heads() -> Made:
     return made(run, expected, **parts, out=linear(WIDTH, of=INNER))
 
 
-def on_edges(*, edges_have_features: bool = False, by_axis: bool = False) -> Made:
+def on_edges(*, edges_have_features: bool = False, by_index: bool = False) -> Made:
     """Attention over the edges of a graph: a softmax over the edges that end in one node (graph transformers)."""
     nodes = 6
     ends = torch.tensor([(i, j) for i in range(nodes) for j in range(nodes) if (i + 2 * j) % 3]).mT.contiguous()
@@ -691,7 +691,7 @@ def on_edges(*, edges_have_features: bool = False, by_axis: bool = False) -> Mad
             k = k + m.e(features).unflatten(-1, (HEADS, DIM))
         logits = (q[target] * k).sum(-1) * SCALE
         to = target.unsqueeze(-1).expand_as(logits)
-        if by_axis:
+        if by_index:
             weights = logits.exp()
             total = weights.new_zeros(nodes, HEADS).index_add(0, target, weights)
         else:
@@ -795,7 +795,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "loop_over_heads": loop_over_heads,
     "edges": on_edges,
     "edges_with_features": lambda: on_edges(edges_have_features=True),
-    "edges_by_index_add": lambda: on_edges(by_axis=True),
+    "edges_by_index_add": lambda: on_edges(by_index=True),
     "tiles": lambda: in_tiles(causal=False),
     "tiles_causal": lambda: in_tiles(causal=True),
 }

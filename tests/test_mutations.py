@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import by_hand as hand_written
+import by_hand
 import pytest
 import tiny_models
 import torch
@@ -23,8 +23,8 @@ def tiny(name: str) -> Right:
     return case.model, case.layout, (), case.inputs
 
 
-def by_hand(name: str) -> Right:
-    model, inputs, site = hand_written.CASES[name]()
+def hand(name: str) -> Right:
+    model, inputs, site = by_hand.CASES[name]()
     random: dict[int, Tensor] = {}  # a tensor that is given twice stays one
     for x in inputs:
         random.setdefault(id(x), torch.randn(x.shape) if x.is_floating_point() else x)
@@ -32,7 +32,7 @@ def by_hand(name: str) -> Right:
 
 
 ZOO = {f"tiny-{name}": (tiny, name) for name in tiny_models.CASES}
-ZOO |= {f"hand-{name}": (by_hand, name) for name in hand_written.CASES}
+ZOO |= {f"hand-{name}": (hand, name) for name in by_hand.CASES}
 
 
 ALIKE = {"tiny-llama_eager", "tiny-bloom", "tiny-bert", "tiny-our_gpt", "tiny-our_mla", "tiny-gemma3", "tiny-whisper"}

@@ -295,6 +295,19 @@ def _tiles(c: Any) -> Inputs:
     }
 
 
+def _picture_and_text(c: Any) -> Inputs:
+    side = c.vision_config.image_size
+    return {"pixel_values": noise(BATCH, 3, side, side), "input_ids": ids(c)}
+
+
+def _sound_and_text(c: Any) -> Inputs:
+    return {"input_features": noise(BATCH, 64, c.feature_projection_input_dim), "decoder_input_ids": ids(c)}
+
+
+def _large_picture(_: Any) -> Inputs:
+    return {"inputs": noise(1, 3, 224, 224)}
+
+
 _OF_CLASSES: dict[str, Callable[[Any], Inputs]] = {
     "JevForDecision": lambda c: {
         **{"input_ids": ids(c, 1), "marks": torch.tensor([[1, 3]]), "num_options": torch.tensor([[2, 2]])},
@@ -303,9 +316,9 @@ _OF_CLASSES: dict[str, Callable[[Any], Inputs]] = {
     "MllamaVisionModel": _tiles,
     "MusicgenForConditionalGeneration": _codes,
     "MusicgenMelodyForConditionalGeneration": _codes,
-    "PerceiverForImageClassificationFourier": lambda c: {"inputs": noise(1, 3, 224, 224)},
-    "PerceiverForImageClassificationConvProcessing": lambda c: {"inputs": noise(1, 3, 224, 224)},
-    "PerceiverForImageClassificationLearned": lambda c: {"inputs": noise(1, 3, 224, 224)},
+    "PerceiverForImageClassificationFourier": _large_picture,
+    "PerceiverForImageClassificationConvProcessing": _large_picture,
+    "PerceiverForImageClassificationLearned": _large_picture,
     "PI0ForConditionalGeneration": lambda c: _actions(c) | {"state": noise(BATCH, c.max_state_dim)},
     "SuperGlueForKeypointMatching": _pair(3),
     "VideoMAEForPreTraining": lambda c: {
@@ -319,21 +332,10 @@ _OF_CLASSES: dict[str, Callable[[Any], Inputs]] = {
     },
     "SplinterForPreTraining": lambda c: _with_one_of(c, c.question_token_id, 1),
     "LongformerForQuestionAnswering": lambda c: _with_one_of(c, c.sep_token_id, 3),
-    "SeamlessM4TForSpeechToText": lambda c: {
-        **{"input_features": noise(BATCH, 64, c.feature_projection_input_dim), "decoder_input_ids": ids(c)}
-    },
-    "SeamlessM4Tv2ForSpeechToText": lambda c: {
-        **{"input_features": noise(BATCH, 64, c.feature_projection_input_dim), "decoder_input_ids": ids(c)}
-    },
-    "BlipForConditionalGeneration": lambda c: {
-        "pixel_values": noise(BATCH, 3, c.vision_config.image_size, c.vision_config.image_size),
-        "input_ids": ids(c),
-    },
-    "Blip2ForImageTextRetrieval": lambda c: {
-        "pixel_values": noise(BATCH, 3, c.vision_config.image_size, c.vision_config.image_size),
-        "input_ids": ids(c),
-        "attention_mask": ones(BATCH, TOKENS),
-    },
+    "SeamlessM4TForSpeechToText": _sound_and_text,
+    "SeamlessM4Tv2ForSpeechToText": _sound_and_text,
+    "BlipForConditionalGeneration": _picture_and_text,
+    "Blip2ForImageTextRetrieval": lambda c: _picture_and_text(c) | {"attention_mask": ones(BATCH, TOKENS)},
 }
 """What single classes are called with."""
 

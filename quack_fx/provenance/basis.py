@@ -36,8 +36,9 @@ class Basis:
         return self.inside | self.ends | self.walked
 
     def serves_alone(self, df: Dataflow, node: Node, logits: Logits) -> bool:
-        """Whether everything that is computed from a node ends in this attention's output; the answer is kept."""
-        self.alone[node] = serves_alone(df, node, logits, self.walked)
+        """Whether everything that is computed from a node ends in this attention's output; asked once for each node."""
+        if node not in self.alone:
+            self.alone[node] = serves_alone(df, node, logits, self.walked)
         return self.alone[node]
 
 

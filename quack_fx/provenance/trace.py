@@ -140,22 +140,22 @@ class Tracer:
     def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> str:
         """Where on the way to some operands their features were lost: op, tensor and module, for people to read."""
         df, todo, seen = self.df, list(operands), set[Node]()
-        found: Node | None = None
+        lost: list[Node] = []
         while todo:
             node = todo.pop()
             flow = flows.get(node)
             if node in seen or flow is None:
                 continue
             seen.add(node)
-            if isinstance(df.value(node), list | tuple):
+            several = isinstance(df.value(node), list | tuple)  # its parts are labelled, it is not
+            if several or UNKNOWN in self.labels.features(flow.label):
+                lost += [] if several else [node]
                 todo.extend(df.reads(node))
-            elif UNKNOWN in self.labels.features(flow.label):
-                found = node if found is None or df.index[node] < df.index[found] else found
-                todo.extend(df.reads(node))
-        if found is None:
+        if not lost:
             return ""
-        what = df.describe(found)
-        if df.op[found].kind in ("contraction", "convolution") and any(map(df.is_weight, found.all_input_nodes)):
+        first = min(lost, key=df.index.__getitem__)
+        what = df.describe(first)
+        if df.op[first].kind in ("contraction", "convolution") and any(map(df.is_weight, first.all_input_nodes)):
             return f": the weight of {what} is computed from parameters, and none of its rows is one of theirs"
         return f": they are lost at {what}"
 
