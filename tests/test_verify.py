@@ -337,6 +337,35 @@ def test_layers_with_tied_weights_are_one_site() -> None:
         verify_qk_pairs(case.model, QKLayout((false,)), **case.inputs)
 
 
+class Normed(nn.Module):
+    """Two layers with one weight, each with gains of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24, bias=False)
+        self.layers = nn.ModuleList(nn.ModuleList(nn.RMSNorm(8) for _ in "qk") for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for q_norm, k_norm in self.layers:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            x = x + (q_norm(q) @ k_norm(k).mT).softmax(-1) @ v
+        return x
+
+
+def test_norms_of_layers_with_tied_weights() -> None:
+    """Found by random model 1006625: a call need not read the gains of the others."""
+    model, x = Normed(), torch.randn(2, 5, 8)
+    layout = find_qk_pairs(model, x)
+    (found,) = layout.sites
+    assert found.calls == 2 and {n.module for n in found.qk_norm} == {f"layers.{i}.{j}" for i in "01" for j in "01"}
+    assert verify_qk_pairs(model, layout, x).complete
+    own, other = (n for n in found.qk_norm if n.side == "query")
+    for wrong in (replace(own, side="key"), replace(own, weight=other.weight)):
+        norms = tuple(wrong if n == own else n for n in found.qk_norm)
+        with pytest.raises(VerifyError):
+            verify_qk_pairs(model, QKLayout((replace(found, qk_norm=norms),)), x)
+
+
 def giant() -> Case:
     with torch.device("meta"):
         return hugging_face("llama", [], hidden_size=16384, num_hidden_layers=4, intermediate_size=4096)

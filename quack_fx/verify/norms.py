@@ -171,19 +171,24 @@ def _sums_to_zero(gradient: Tensor) -> bool:
 
 def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]) -> None:
     """The module that is said to compute a norm computes one on this side, and its gain is on the way."""
-    if norm.weight is not None:
+    ran = {module for part in evidence.parts for f in part.factors[side] for op in f.norms for module in op.modules}
+    # Tied stacks are one site with several calls, each with norm modules of its own.
+    elsewhere = evidence.site.calls > 1 and norm.module in evidence.graph.tape.ran and norm.module not in ran
+    if norm.weight is not None and not (elsewhere and _reads(evidence, norm.module, norm.weight)):
         reached: set[str] = set()
         for part in evidence.parts:
             operand = part.operand[side]
             reached |= part.lower[side].gradients(operand.value, evidence.noise(operand)).keys()
         if norm.weight not in reached:
             raise evidence.error(f"{norm.weight!r} is said to scale its {side} side, which it does not reach")
-    if norm.module is not None:
-        ran = {module for part in evidence.parts for f in part.factors[side] for op in f.norms for module in op.modules}
-        # Tied stacks are one site with several calls, each with norm modules of its own.
-        elsewhere = evidence.site.calls > 1 and norm.module in evidence.graph.tape.ran
-        if norm.module not in ran and not (elsewhere and any(other.module in ran for other in claimed)):
-            raise evidence.error(f"{norm.module!r} is said to normalise its {side} side, but no norm runs there")
+    excused = elsewhere and any(other.module in ran for other in claimed)
+    if norm.module is not None and norm.module not in ran and not excused:
+        raise evidence.error(f"{norm.module!r} is said to normalise its {side} side, but no norm runs there")
+
+
+def _reads(evidence: Evidence, module: str | None, param: str) -> bool:
+    """Whether an op that ran in a module reads a parameter."""
+    return any(module in op.modules and any(v.param == param for v in op.inputs) for op in evidence.graph.tape.ops)
 
 
 def _check_latent_norm(evidence: Evidence, side: Side) -> None:
