@@ -28,6 +28,7 @@ from quack_fx.provenance import (
     Refused,
     Repeats,
     Tracer,
+    Uses,
     find_heads,
     make_site,
     merge_calls,
@@ -187,6 +188,7 @@ def find_in_graph(
     df = Dataflow(graph_module, weights)
     tracer, repeats = Tracer(df), Repeats(df)
     logits, misses = find_logits(df)
+    uses = Uses(df, logits)
     sites: list[tuple[Node, AttentionSite]] = []
     layers = LeftOut(df, repeated)
     todo = logits[::-1]
@@ -200,7 +202,7 @@ def find_in_graph(
             continue
         tracer.basis = Basis()
         try:
-            site = make_site(tracer, one, find_heads(tracer, one))
+            site = make_site(tracer, one, find_heads(tracer, one), uses)
         except NotOneAttention:
             todo += one.parts[::-1]
             continue

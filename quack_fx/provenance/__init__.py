@@ -8,6 +8,7 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
     trace.py        from an operand back to the projections
     heads.py        label vectors -> heads
     blocks.py       heads -> blocks, chains, roles, terms: a site
+    uses.py         whether a norm serves logits alone
     basis.py        what a finding rests on
     join.py         parts of one block are one block
     repeat.py       equal layers are understood once
@@ -21,6 +22,7 @@ from quack_fx.provenance.heads import NotOneAttention, Refused, find_heads
 from quack_fx.provenance.left_out import LeftOut
 from quack_fx.provenance.repeat import Repeats
 from quack_fx.provenance.trace import Tracer
+from quack_fx.provenance.uses import Uses
 
 __all__ = [
     "Basis",
@@ -30,6 +32,7 @@ __all__ = [
     "Refused",
     "Repeats",
     "Tracer",
+    "Uses",
     "find_heads",
     "make_site",
     "merge_calls",

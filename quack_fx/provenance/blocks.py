@@ -24,6 +24,7 @@ from quack_fx.provenance.join import join_blocks
 from quack_fx.provenance.labels import UNKNOWN
 from quack_fx.provenance.projections import Projection
 from quack_fx.provenance.trace import Flow, NormTag, Tracer
+from quack_fx.provenance.uses import Uses
 
 _Rows = set[tuple[int, ...]]
 _MAX_CHAIN = 4
@@ -48,8 +49,14 @@ class _Block:
         return [self, *(self.behind.chain() if self.behind is not None else [])]
 
 
-def make_site(tracer: Tracer, logits: Logits, heads: Heads) -> AttentionSite:
+def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> AttentionSite:
     """The site of one attention.
+
+    Arguments:
+        tracer: The one that followed its operands.
+        logits: The attention.
+        heads: Its heads.
+        uses: Tells which norm modules serve logits alone.
 
     Raises:
         Refused: Rows that are no ranges along one axis of their parameter.
@@ -63,7 +70,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads) -> AttentionSite:
     _follow_chains(tracer, logits, query, key)
     absorbed = _absorbed(tracer, logits, heads, query, key)
     mla = _give_roles_absorbed(query, key, absorbed) if absorbed else _give_roles(query, key)
-    key_norms = heads.norms[1]
+    query_norms, key_norms = (_of_logits_alone(tracer, uses, norms) for norms in heads.norms)
     query_chains, key_chains = _flat(query), _flat(key)
     blocks = (tuple(_finish(tracer, b) for b in query_chains), tuple(_finish(tracer, b) for b in key_chains))
     site = AttentionSite(
@@ -78,7 +85,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads) -> AttentionSite:
         query=blocks[0],
         key=blocks[1],
         terms=_terms(query, key, query_chains, key_chains),
-        qk_norm=_norms("query", heads.norms[0]) + (() if absorbed else _norms("key", key_norms)),
+        qk_norm=_norms("query", query_norms) + (() if absorbed else _norms("key", key_norms)),
         latent_norm=_latent_norms("query", query_chains)
         + (_norms("key", key_norms) if absorbed else _latent_norms("key", key_chains)),
         logit_scale=heads.scale,
@@ -407,8 +414,15 @@ def _bias(block: _Block) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _of_logits_alone(tracer: Tracer, uses: Uses, tags: tuple[NormTag, ...]) -> tuple[NormTag, ...]:
+    """Norms without the modules whose results are used as values, too, or outside attention."""
+    looked_at = tracer.basis.inside
+    shared = {t.module for t in tags if t.module and not uses.module_norms_logits_alone(t.module, looked_at)}
+    return tuple(replace(tag, module=None) if tag.module in shared else tag for tag in tags)
+
+
 def _norms(side: Side, tags: tuple[NormTag, ...]) -> tuple[Norm, ...]:
-    return tuple(Norm(side, t.kind, t.width, t.module, t.weight) for t in tags)
+    return tuple(dict.fromkeys(Norm(side, t.kind, t.width, t.module, t.weight) for t in tags))
 
 
 def _latent_norms(side: Side, chains: list[_Block]) -> tuple[Norm, ...]:

@@ -26,13 +26,35 @@ from quack_fx.provenance.projections import Projections
 
 
 @dataclass(frozen=True)
+class NormOp:
+    """A node that a norm consists of, and the node whose features it normalises: what would stand there without it.
+
+    `x` is None where the features come from more than one node.
+    """
+
+    node: Node
+    x: Node | None
+
+
+@dataclass(frozen=True)
 class NormTag:
-    """A norm seen on the way: its kind, the number of features that share a statistic, its module and its gain."""
+    """A norm seen on the way.
+
+    Attributes:
+        kind: Which one.
+        width: Number of features that share a statistic.
+        module: Module that computes it and nothing else.
+        weight: Its gain.
+        ops: Nodes by which the features pass it, without its gain and its bias.
+        gains: Nodes that apply its gain and its bias.
+    """
 
     kind: NormKind
     width: int
     module: str | None
     weight: str | None = None
+    ops: tuple[NormOp, ...] = ()
+    gains: tuple[NormOp, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,7 @@ class Flow:
         ops: Functions that bend (not linear) since the projection.
         statistic: Set where the tensor may be used as a statistic of features. Its label is UNKNOWN then, but for sums,
             which are features, too.
+        centring: Where a mean of them was taken away, for the norm that is to follow.
     """
 
     label: Tensor
@@ -62,6 +85,7 @@ class Flow:
     norms: tuple[NormTag, ...] = ()
     ops: frozenset[str] = frozenset()
     statistic: Statistic | None = None
+    centring: tuple[NormOp, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -489,8 +513,9 @@ class _Step:
         else:
             width = shape[1:].numel() if len(shape) > 1 else 1
         gain = next((n for n in node.args[1:] if isinstance(n, Node) and df.is_weight(n)), None)
-        tag = NormTag(kind, int(width), self._norm_module(x), self._weight_name(gain))
-        return replace(x, norms=(*x.norms, tag), statistic=None)
+        here = (*x.centring, NormOp(node, node.args[0]))  # type: ignore[arg-type]
+        tag = NormTag(kind, int(width), self._norm_module(x), self._weight_name(gain), here)
+        return replace(x, norms=(*x.norms, tag), statistic=None, centring=())
 
     def _norm_module(self, x: Flow) -> str | None:
         """Module that computes the norm and does not hold the projection: the deepest one that is only here."""
@@ -535,13 +560,22 @@ class _Step:
         result = replace(merged, label=shrink(label))
         if name == "mul" and self._is_outer(inputs):
             return self._unknown()
+        x = self._only_data(inputs)
         if statistics:
-            result = self._with_statistics(name, result, statistics, frozenset().union(*features))
+            result = self._with_statistics(name, result, statistics, frozenset().union(*features), x)
         if name not in LINEAR or (name in ("mul", "div") and len(inputs) > 1 and len(labelled) > 1):
             result = replace(result, ops=result.ops | {name})
         if name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) > 1 and isinstance(node.args[1], Node):
             result = replace(result, ops=result.ops | {"pow"})  # x * x
-        return self._with_weights(name, result)
+        return self._with_weights(name, result, x)
+
+    def _only_data(self, inputs: list[Node]) -> Node | None:
+        """The one argument whose features are the result's; None where there are several."""
+        holds = {n: flow for n in inputs if not (flow := self._input(n)).empty}
+        data = [n for n, flow in holds.items() if flow.statistic is None]
+        if not data:
+            data = [n for n, flow in holds.items() if UNKNOWN not in self.tracer.labels.features(flow.label)]
+        return data[0] if len(data) == 1 else None
 
     def _is_outer(self, inputs: list[Node]) -> bool:
         """Whether one feature is spread over many by a weight: a product with a factor of rank one."""
@@ -584,7 +618,7 @@ class _Step:
         if UNKNOWN in self.tracer.labels.features(label):
             return Flow(self._full(UNKNOWN), statistic=joined)
         result = replace(_merged(flows), label=shrink(label), statistic=joined)
-        return self._with_weights(name, result if name in LINEAR else replace(result, ops=result.ops | {name}))
+        return self._with_weights(name, result if name in LINEAR else replace(result, ops=result.ops | {name}), None)
 
     def _clips(self, name: str) -> bool:
         """Whether a statistic is bounded by more than an epsilon: what is short is left as it is then."""
@@ -595,25 +629,31 @@ class _Step:
         bounds = [float(b) for b in known if isinstance(b, int | float) or (isinstance(b, Tensor) and b.numel() == 1)]
         return any(1e-2 < abs(bound) < 1e2 for bound in bounds)
 
-    def _with_statistics(self, name: str, flow: Flow, statistics: list[Statistic], features: frozenset[int]) -> Flow:
+    def _with_statistics(
+        self, name: str, flow: Flow, statistics: list[Statistic], features: frozenset[int], x: Node | None
+    ) -> Flow:
+        here = NormOp(self.node, x)
         for statistic in statistics:
             own = statistic.features <= features
             if name in ("add", "sub", "rsub") and statistic.ops & {"cumsum", "cumprod"}:
                 flow = replace(flow, label=self._full(UNKNOWN))  # sums of other logits, and no maximum or mean
             elif name in ("add", "sub", "rsub"):
-                flow = replace(flow, ops=flow.ops | {"centre"}) if own else replace(flow, label=self._full(UNKNOWN))
+                if own:
+                    flow = replace(flow, ops=flow.ops | {"centre"}, centring=(*flow.centring, here))
+                else:
+                    flow = replace(flow, label=self._full(UNKNOWN))
             elif own and name in ("mul", "div") and "clip" in statistic.ops:
                 flow = replace(flow, scale=None, ops=flow.ops | {"clip"})
             elif own and name in ("mul", "div"):
                 kind = _kind(statistic.ops, flow.ops)
-                tag = NormTag(kind, statistic.width, self._norm_module(flow))
-                flow = replace(flow, norms=(*flow.norms, tag), ops=flow.ops - {"centre"})
+                tag = NormTag(kind, statistic.width, self._norm_module(flow), ops=(*flow.centring, here))
+                flow = replace(flow, norms=(*flow.norms, tag), ops=flow.ops - {"centre"}, centring=())
             else:
                 flow = replace(flow, scale=None)
         return flow
 
-    def _with_weights(self, name: str, flow: Flow) -> Flow:
-        """Plain factors, gains of norms and added biases."""
+    def _with_weights(self, name: str, flow: Flow, x: Node | None) -> Flow:
+        """Plain factors, gains of norms and added biases; `x` holds the features."""
         df, node = self.tracer.df, self.node
         others = [a for a in node.args if not (isinstance(a, Node) and self._carries(a))]
         if name in ("mul", "div"):
@@ -621,22 +661,33 @@ class _Step:
                 if isinstance(other, bool | int | float):
                     flow = replace(flow, scale=_times(flow.scale, other, name))
                 elif isinstance(other, Node):
-                    flow = self._times_node(name, flow, other)
+                    flow = self._times_node(name, flow, other, x)
         elif name == "add":
             for other in others:
-                if isinstance(other, Node) and df.is_weight(other) and not flow.norms and self.outside == UNKNOWN:
+                if not isinstance(other, Node) or not df.is_weight(other):
+                    continue
+                if flow.norms and self._is_bias_of(flow.norms[-1], other, x):
+                    flow = _with_gain(flow, flow.norms[-1].weight, NormOp(node, x))
+                elif not flow.norms and self.outside == UNKNOWN:
                     self.tracer.projections.add_bias(flow.label, other)
         return flow
 
-    def _times_node(self, name: str, flow: Flow, other: Node) -> Flow:
+    def _is_bias_of(self, norm: NormTag, bias: Node, x: Node | None) -> bool:
+        """Whether a weight that is added to a norm's result is the norm's bias: in its module, or right after a gain."""
+        df = self.tracer.df
+        if norm.module is not None:
+            return norm.module in df.modules(self.node)
+        last = norm.gains[-1].node if norm.gains else None
+        return last is not None and last is x and any(df.shape(n) == df.shape(bias) for n in last.all_input_nodes)
+
+    def _times_node(self, name: str, flow: Flow, other: Node, x: Node | None) -> Flow:
         df = self.tracer.df
         if self._turns(other):
             return flow
         if df.is_weight(other):
             names = self._gain_names(other)
             if flow.norms and flow.norms[-1].weight is None and len(names) == 1:
-                tag = replace(flow.norms[-1], weight=next(iter(names)))
-                return replace(flow, norms=(*flow.norms[:-1], tag))
+                return _with_gain(flow, next(iter(names)), NormOp(self.node, x))
             return replace(flow, scale=None) if not flow.norms else flow
         if df.shape(other).numel() == 1:
             number = df.constant(other)
@@ -661,6 +712,12 @@ class _Step:
         return found
 
 
+def _with_gain(flow: Flow, weight: str | None, op: NormOp) -> Flow:
+    """A flow whose last norm has a gain, or a bias, that one more node applies."""
+    last = flow.norms[-1]
+    return replace(flow, norms=(*flow.norms[:-1], replace(last, weight=weight, gains=(*last.gains, op))))
+
+
 def _unknown_flow(df: Dataflow, node: Node) -> Flow:
     return Flow(torch.tensor(UNKNOWN).expand(df.shape(node)))
 
@@ -680,6 +737,7 @@ def _merged(flows: list[Flow]) -> Flow:
         scale=scales.pop() if len(scales) == 1 else None,
         norms=tuple(norms),
         ops=frozenset().union(*(f.ops for f in flows)),
+        centring=tuple(dict.fromkeys(op for f in flows for op in f.centring)),
         statistic=statistics[0] if statistics and all(s is not None for s in statistics) else None,
     )
 

@@ -1,0 +1,82 @@
+"""What becomes of the result of a norm: whether all of it ends in attention logits, as a query or as a key.
+
+In: the dataflow of a graph and all logits found in it. Out: `Uses`, which answers for a node, or for all calls of a
+module. A norm whose result also is a value, or goes on into the next layer, is more than a QK norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+from torch.fx import Node
+
+from quack_fx.attention import Logits
+from quack_fx.dataflow import Dataflow, factors_of
+from quack_fx.opset import SOFTMAX
+
+
+class Uses:
+    """Answers for one graph."""
+
+    def __init__(self, df: Dataflow, logits: Iterable[Logits]) -> None:
+        self._df = df
+        self._operands = {p.node: (p.left, p.right) for one in logits for p in one.products}
+        """Queries and keys of each product that makes logits."""
+
+    def only_logits(self, node: Node, seen: set[Node]) -> bool:
+        """Whether whatever is computed from a node ends in logits, or is handed out as it is (a cache of keys).
+
+        Arguments:
+            node: The node.
+            seen: Receives the nodes that were looked at.
+        """
+        df, todo = self._df, [node]
+        while todo:
+            source = todo.pop()
+            for user in source.users:
+                if user in self._operands:
+                    places = [a for a in (*user.args, *user.kwargs.values()) if a is source]
+                    if len(places) > sum(operand is source for operand in self._operands[user]):
+                        return False  # a value of a fused op, too
+                elif user in seen or user.op == "output":
+                    continue
+                elif self._makes_more(user):
+                    return False
+                else:
+                    todo.append(user)
+                    if df.op[user].inplace:
+                        # Whatever reads this memory later reads what was written.
+                        todo += [n for n in df.nodes[df.index[user] :] if df.group.get(n) is df.group[user]]
+                seen.add(user)
+        return True
+
+    def module_norms_logits_alone(self, module: str, seen: set[Node]) -> bool:
+        """Whether all that a module computes, in every call, ends in logits.
+
+        Arguments:
+            module: Its name.
+            seen: Receives the nodes that were looked at.
+        """
+        nodes = self._nodes_of.get(module, [])
+        seen.update(nodes)
+        inside = set(nodes)
+        given_out = [n for n in nodes if any(user not in inside for user in n.users)]
+        return all(self.only_logits(node, seen) for node in given_out)
+
+    @cached_property
+    def _nodes_of(self) -> dict[str, list[Node]]:
+        """Nodes that ran in each module."""
+        found: dict[str, list[Node]] = {}
+        for node in self._df.nodes:
+            for module in self._df.modules(node):
+                found.setdefault(module, []).append(node)
+        return found
+
+    def _makes_more(self, node: Node) -> bool:
+        """Whether a node makes something new of its data: no movement, no rotation, no function of each element."""
+        df = self._df
+        op = df.op[node]
+        if op.kind == "contraction":  # with a table of numbers it is a rotation, or pools tokens
+            return not any(df.is_constant(n) for n in (factors_of(df, node) or (node, node))[:2] if n is not None)
+        return op.kind in ("convolution", "attention", "layer") or op.name in SOFTMAX
