@@ -1,7 +1,7 @@
 """FINDER: a model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
 
 `find_qk_pairs` is the public call; `find` also tells how it was done; `find_in_graph` takes an ATen graph that somebody
-else made (torch.export, make_fx).
+else made (torch.export, make_fx), and `find_norms` tells by which of its nodes the QK norms are computed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quack_fx.attention import NearMiss, find_logits
+from quack_fx.attention import Logits, NearMiss, find_logits
 from quack_fx.capture import Capture, RepeatedLayer, capture
 from quack_fx.dataflow import Dataflow
-from quack_fx.layout import AttentionSite, QKLayout, Skipped
+from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, Skipped
 from quack_fx.provenance import (
     Basis,
     BehindLayer,
+    Heads,
     LeftOut,
+    NormOp,
     NotOneAttention,
     Refused,
     Repeats,
@@ -183,35 +185,30 @@ def find_in_graph(
     Returns:
         The layout.
     """
-    if weights is None:
-        weights = _own_parameters(graph_module)
+    weights = _own_parameters(graph_module) if weights is None else weights
     df = Dataflow(graph_module, weights)
-    tracer, repeats = Tracer(df), Repeats(df)
     logits, misses = find_logits(df)
-    uses = Uses(df, logits)
+    attentions = _Attentions(df, logits)
     sites: list[tuple[Node, AttentionSite]] = []
-    layers = LeftOut(df, repeated)
-    todo = logits[::-1]
-    while todo:
-        one = todo.pop()
+    layers, repeats = LeftOut(df, repeated), Repeats(df)
+    for one in attentions:
         if progress is not None and len(sites) % 10 == 0:
-            progress(f"following the weight rows of attention {len(sites) + 1} of {len(sites) + len(todo) + 1}")
+            count = len(sites) + attentions.left + 1
+            progress(f"following the weight rows of attention {len(sites) + 1} of {count}")
         known = repeats.find(one)
         if known is not None:
             sites.append((one.output, known))
             continue
-        tracer.basis = Basis()
         try:
-            site = make_site(tracer, one, find_heads(tracer, one), uses)
+            site, _ = attentions.look_at(one)
         except NotOneAttention:
-            todo += one.parts[::-1]
             continue
         except Refused as refusal:
             misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
         else:
             sites.append((one.output, site))
-            repeats.remember(one, site, tracer.basis)
-        layers.check(one, tracer.basis.all_nodes())
+            repeats.remember(one, site, attentions.tracer.basis)
+        layers.check(one, attentions.tracer.basis.all_nodes())
     skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
     reached = layers.all_names({name for node, name in weights.items() if node.users})
     return QKLayout(
@@ -219,6 +216,89 @@ def find_in_graph(
         skipped=tuple(dict.fromkeys(layers.all_skipped(skipped))),
         untouched=tuple(name for name in all_names if name not in reached),
     )
+
+
+class _Attentions:
+    """The attentions of a graph one by one; the turns of a loop that is no loop over heads follow as attentions."""
+
+    def __init__(self, df: Dataflow, logits: Sequence[Logits]) -> None:
+        self.tracer, self._uses = Tracer(df), Uses(df, logits)
+        self._todo = [*reversed(logits)]
+
+    def __iter__(self) -> Iterator[Logits]:
+        while self._todo:
+            yield self._todo.pop()
+
+    @property
+    def left(self) -> int:
+        """How many are still to come."""
+        return len(self._todo)
+
+    def look_at(self, one: Logits) -> tuple[AttentionSite, Heads]:
+        """Site and heads of one; `tracer.basis` then is what they rest on.
+
+        Raises:
+            NotOneAttention: Its parts come next.
+            Refused: It is not understood.
+        """
+        self.tracer.basis = Basis()
+        try:
+            heads = find_heads(self.tracer, one)
+        except NotOneAttention:
+            self._todo += one.parts[::-1]
+            raise
+        return make_site(self.tracer, one, heads, self._uses), heads
+
+    def norms(self, name: str, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
+        """QK norms of a site that has a name, with their nodes."""
+        sides: tuple[Side, Side] = ("query", "key")
+        for side, tags in zip(sides, heads.norms, strict=True):
+            named = [n for n in site.qk_norm if n.side == side]
+            for tag in tags if named else ():  # without one, they are the norms of a latent
+                norm = next(n for n in named if (n.kind, n.width, n.weight) == (tag.kind, tag.width, tag.weight))
+                last = (*tag.ops, *tag.gains)[-1].node
+                yield GraphNorm(name, norm, tag.ops, tag.gains, self._uses.only_logits(last, set()))
+
+
+@dataclass(frozen=True)
+class GraphNorm:
+    """A QK norm as it stands in a graph.
+
+    Attributes:
+        site: Name of the attention in the layout.
+        norm: The norm in the layout.
+        ops: Nodes by which features pass it, each with the node that its features come from.
+        gains: The nodes after those that apply its gain and its bias.
+        alone: Whether all that is computed from it ends in attention logits.
+    """
+
+    site: str
+    norm: Norm
+    ops: tuple[NormOp, ...]
+    gains: tuple[NormOp, ...]
+    alone: bool
+
+
+def find_norms(graph_module: GraphModule) -> tuple[QKLayout, tuple[GraphNorm, ...]]:
+    """Layout of an ATen-level graph, and the nodes that compute its QK norms.
+
+    Arguments:
+        graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
+
+    Returns:
+        The layout, as `find_in_graph` gives it, and the norms of each call of each site.
+    """
+    df = Dataflow(graph_module, _own_parameters(graph_module))
+    layout = find_in_graph(graph_module, all_names=[name for name, _ in graph_module.named_parameters()])
+    names = {(site.query, site.key, site.terms): site.name for site in layout.sites}
+    attentions, found = _Attentions(df, find_logits(df)[0]), list[GraphNorm]()
+    for one in attentions:
+        try:
+            site, heads = attentions.look_at(one)
+        except (NotOneAttention, Refused):
+            continue
+        found += attentions.norms(names[site.query, site.key, site.terms], site, heads)
+    return layout, tuple(found)
 
 
 def _own_parameters(graph_module: GraphModule) -> dict[Node, str]:

@@ -140,7 +140,11 @@ def test_site_with_an_inline_norm_keeps_both() -> None:
     layout = QKLayout((normed_site("first", "first.norm", None), normed_site("second", "second.a", "second.b")))
     report = strip_qk_norm(model, layout)
     assert [(left.site, left.reason) for left in report.left] == [
-        ("first", "its key norm is written inline, not as a module of its own")
+        (
+            "first",
+            "its key norm is no module of its own (it is written inline, or its module serves more than the logits); "
+            "take it out of a graph of the model",
+        )
     ]
     assert [r.module for r in report.removed] == ["second.a", "second.b"]
     assert isinstance(model.first.norm, nn.RMSNorm)
@@ -164,18 +168,34 @@ def test_norm_registered_elsewhere_stays() -> None:
     assert report.left[0].reason == "its query norm 'first.norm' is also registered as 'second.final'"
 
 
-def test_norm_of_two_tensors_stays() -> None:
-    model = Pair(Attention(norm=Both()), Attention())
-    report = strip_qk_norm(model, QKLayout((normed_site("first", "first.norm", "first.norm"),)))
-    assert report.left[0].reason == "its query norm 'first.norm' takes more than one tensor (q, k)"
+class Crossed(Both):
+    """The same, but queries come back last."""
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(k, q)
 
 
-def test_logit_scale_that_relied_on_the_norm_is_told() -> None:
-    model = Pair(Attention(norm=nn.RMSNorm(4)), Attention())
+def test_norm_of_two_tensors_goes_where_it_gives_both_back() -> None:
+    model = Pair(Attention(norm=Both()), Attention(norm=Crossed()))
+    sites = tuple(normed_site(name, f"{name}.norm", f"{name}.norm") for name in ("first", "second"))
+    report = strip_qk_norm(model, QKLayout(sites))
+    q, k = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    assert all(map(torch.equal, model.first.norm(q, k), (q, k)))
+    (left,) = report.left
+    assert left.site == "second" and "'second.norm' takes more than one tensor (q, k)" in left.reason
+
+
+def test_logit_scale_that_relied_on_the_norm_comes_back() -> None:
     unscaled = replace(normed_site("first", "first.norm", "first.norm"), logit_scale=1.0)
-    report = strip_qk_norm(model, QKLayout((unscaled,)))
-    assert report.notes == ("'first': logits are scaled by 1; without the norm 0.5 is usual",)
-    assert [(r.module, r.sites) for r in report.removed] == [("first.norm", ("first",))]
+    q = torch.randn(2, 4)
+    for scale, factor in (("keep", 1.0), ("restore", 0.5**0.5)):  # one module for both sides: each gets the root
+        model = Pair(Attention(norm=nn.RMSNorm(4)), Attention())
+        report = strip_qk_norm(model, QKLayout((unscaled,)), scale=scale)  # type: ignore[arg-type]
+        assert torch.equal(model.first.norm(q), q * factor)
+        assert report.layout.sites[0].logit_scale == pytest.approx(factor**2)
+        assert [(r.module, r.sites) for r in report.removed] == [("first.norm", ("first",))]
+        assert len(report.notes) == (scale == "restore")
+    assert "logits were scaled by 1, which relied on the norm" in report.notes[0]
 
 
 def test_bad_input_leaves_the_model_alone() -> None:
@@ -184,7 +204,11 @@ def test_bad_input_leaves_the_model_alone() -> None:
     broken = replace(last, qk_norm=(Norm("query", "rms", 8, "model.q_norm"),))
     with pytest.raises(StripError, match=r"names the norm 'model.q_norm', which Qwen3ForCausalLM does not have; find"):
         strip_qk_norm(case.model, replace(case.layout, sites=(case.layout.sites[0], broken)))
-    with pytest.raises(StripError, match=r"gain='keep' is not known; use gain='drop'"):
-        strip_qk_norm(case.model, case.layout, gain="keep")  # type: ignore[arg-type]
+    with pytest.raises(StripError, match=r"gain='fold' is not known; use gain='drop' or gain='keep'"):
+        strip_qk_norm(case.model, case.layout, gain="fold")  # type: ignore[arg-type]
+    with pytest.raises(StripError, match=r"scale='fix' is not known; use scale='restore' or scale='keep'"):
+        strip_qk_norm(case.model, case.layout, scale="fix")  # type: ignore[arg-type]
+    with pytest.raises(StripError, match=r"give the layout of the model, quack_fx.find_qk_pairs"):
+        strip_qk_norm(case.model)
     assert sum(name.endswith("_norm") for name, _ in case.model.named_modules()) == 4
     assert strip_qk_norm(case.model, case.layout).removed

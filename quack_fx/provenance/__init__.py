@@ -18,16 +18,18 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
 from quack_fx.dataflow import BehindLayer
 from quack_fx.provenance.basis import Basis
 from quack_fx.provenance.blocks import make_site, merge_calls
-from quack_fx.provenance.heads import NotOneAttention, Refused, find_heads
+from quack_fx.provenance.heads import Heads, NotOneAttention, Refused, find_heads
 from quack_fx.provenance.left_out import LeftOut
 from quack_fx.provenance.repeat import Repeats
-from quack_fx.provenance.trace import Tracer
+from quack_fx.provenance.trace import NormOp, Tracer
 from quack_fx.provenance.uses import Uses
 
 __all__ = [
     "Basis",
     "BehindLayer",
+    "Heads",
     "LeftOut",
+    "NormOp",
     "NotOneAttention",
     "Refused",
     "Repeats",

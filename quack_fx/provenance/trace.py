@@ -409,7 +409,8 @@ class _Step:
     def _movement(self) -> Flow:
         df, node, labels = self.tracer.df, self.node, self.tracer.labels
         name = df.op[node].name
-        sources = [self._input(n) for n in node.all_input_nodes if self._moves(n)]
+        given = node.all_input_nodes[:1] if name.endswith("_as") else node.all_input_nodes  # the other gives a shape
+        sources = [self._input(n) for n in given if self._moves(n)]
         if name == "view_as_complex":
             label = self._input(node.args[0]).label  # type: ignore[arg-type]
             return replace(sources[0], label=labels.union_along(label, [-1]).squeeze(-1))
@@ -673,7 +674,7 @@ class _Step:
         return flow
 
     def _is_bias_of(self, norm: NormTag, bias: Node, x: Node | None) -> bool:
-        """Whether a weight that is added to a norm's result is the norm's bias: in its module, or right after a gain."""
+        """Whether a weight that is added to a norm's result is its bias: in its module, or right after a gain."""
         df = self.tracer.df
         if norm.module is not None:
             return norm.module in df.modules(self.node)

@@ -24,13 +24,19 @@ class Uses:
         self._operands = {p.node: (p.left, p.right) for one in logits for p in one.products}
         """Queries and keys of each product that makes logits."""
 
-    def only_logits(self, node: Node, seen: set[Node]) -> bool:
+    def only_logits(self, node: Node, walked: set[Node]) -> bool:
         """Whether whatever is computed from a node ends in logits, or is handed out as it is (a cache of keys).
 
         Arguments:
             node: The node.
-            seen: Receives the nodes that were looked at.
+            walked: Receives the nodes that were looked at.
         """
+        seen = set[Node]()
+        alone = self._ends_in_logits(node, seen)
+        walked.update(seen)
+        return alone
+
+    def _ends_in_logits(self, node: Node, seen: set[Node]) -> bool:
         df, todo = self._df, [node]
         while todo:
             source = todo.pop()
@@ -51,18 +57,18 @@ class Uses:
                 seen.add(user)
         return True
 
-    def module_norms_logits_alone(self, module: str, seen: set[Node]) -> bool:
+    def module_norms_logits_alone(self, module: str, walked: set[Node]) -> bool:
         """Whether all that a module computes, in every call, ends in logits.
 
         Arguments:
             module: Its name.
-            seen: Receives the nodes that were looked at.
+            walked: Receives the nodes that were looked at.
         """
         nodes = self._nodes_of.get(module, [])
-        seen.update(nodes)
+        walked.update(nodes)
         inside = set(nodes)
         given_out = [n for n in nodes if any(user not in inside for user in n.users)]
-        return all(self.only_logits(node, seen) for node in given_out)
+        return all(self.only_logits(node, walked) for node in given_out)
 
     @cached_property
     def _nodes_of(self) -> dict[str, list[Node]]:

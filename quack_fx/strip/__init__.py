@@ -1,0 +1,72 @@
+"""USER: QK norms out of a model: out of its module tree, in place, or out of an ATen graph of it.
+
+In: a model and its layout, or a graph. Out: a `StripReport`: what is gone, what stays and why, what to see to now, the
+layout of what is left, and `restore`.
+
+    modules.py   norm modules replaced by modules that hand their input on
+    graph.py     norms taken out of a copy of a graph, inline ones too
+    scale.py     what a logit scale has to be once the norm is gone
+    report.py    the account that both ways give
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+from torch.fx import GraphModule
+
+from quack_fx.errors import StripError
+from quack_fx.layout import QKLayout
+from quack_fx.strip.graph import strip_graph
+from quack_fx.strip.modules import PassThrough, strip_modules
+from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport
+
+__all__ = ["LeftSite", "PassThrough", "RemovedNorm", "StripReport", "strip_qk_norm"]
+
+
+def strip_qk_norm(
+    model: nn.Module,
+    layout: QKLayout | None = None,
+    *,
+    gain: Literal["drop", "keep"] = "drop",
+    scale: Literal["restore", "keep"] = "restore",
+) -> StripReport:
+    """Take the QK norms out of a model: of its modules in place, or of a copy of its graph.
+
+    Do it before the optimizer is built: the gains of the norms are no longer parameters of the model.
+
+    Arguments:
+        model: The model that the layout was found on; or an ATen-level `GraphModule` (of torch.export, of make_fx, of
+            `quack_fx.capture(..., executable=True)`), whose norms may be written inline. A graph is not changed: the
+            report's `model` is the stripped one, and its parameters are those of the original.
+        layout: Layout of the model; `qk_norm` of each site says which norms there are. A graph needs none.
+        gain: What becomes of the gain (and the bias) of a norm. "drop": it goes with the norm. "keep": only the
+            statistic goes, features are still multiplied with it.
+        scale: "restore": where logits would grow because the model left the norm to bound them (a logit scale above
+            1/sqrt(head_dim), an L2 norm in place of an RMS norm), features are multiplied with a number that brings
+            them back to what training expects. "keep": nothing is multiplied. `notes` tells each such decision.
+
+    Returns:
+        What was removed and what was left; its `layout` describes the model as it is now. A model without QK norm
+        comes back untouched.
+
+    Raises:
+        StripError: The layout names a module that the model does not have, a model comes without a layout, or an
+            option is not known. The model is then unchanged.
+
+    Example:
+        >>> from quack_fx.layout import QKLayout
+        >>> report = strip_qk_norm(nn.Linear(2, 2), QKLayout())
+        >>> report.removed, report.left
+        ((), ())
+    """
+    if gain not in ("drop", "keep"):
+        raise StripError(f"gain={gain!r} is not known; use gain='drop' or gain='keep'")
+    if scale not in ("restore", "keep"):
+        raise StripError(f"scale={scale!r} is not known; use scale='restore' or scale='keep'")
+    if isinstance(model, GraphModule):
+        return strip_graph(model, keep_gain=gain == "keep", restore_scale=scale == "restore")
+    if layout is None:
+        raise StripError("give the layout of the model, quack_fx.find_qk_pairs(model, *example_args)")
+    return strip_modules(model, layout, keep_gain=gain == "keep", restore_scale=scale == "restore")

@@ -1,0 +1,198 @@
+"""QK norms out of an ATen graph, those written inline too.
+
+In: a `GraphModule` of ATen ops. Out: a `StripReport` whose `model` is a copy of the graph in which features go past
+their norms; it shares its parameters with the original, which is not changed.
+
+Rules in the order of a rewriter: `find_norms` matches, `_reason_to_stay` checks, `_Rewriting` rewrites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from quack_fx.find import GraphNorm, find_norms
+from quack_fx.layout import AttentionSite
+from quack_fx.opset import op_of
+from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, without_norms
+from quack_fx.strip.scale import Scales, scale_back
+
+
+def strip_graph(graph_module: GraphModule, *, keep_gain: bool, restore_scale: bool) -> StripReport:
+    """Take the QK norms out of a copy of a graph.
+
+    Arguments:
+        graph_module: The graph; its nodes carry `meta["val"]`.
+        keep_gain: Whether gains and biases stay.
+        restore_scale: Whether features are multiplied with what `scale_back` says.
+
+    Returns:
+        The account, with the new graph as its `model`. A graph without QK norm is given back itself.
+    """
+    layout, norms = find_norms(graph_module)
+    reasons = _reasons_to_stay(norms)
+    going = [norm for norm in norms if norm.site not in reasons]
+    left = tuple(LeftSite(name, reason) for name, reason in reasons.items())
+    if not going:
+        return StripReport((), left, (), layout, graph_module, _nothing_to_restore)
+    sites = {site.name: site for site in layout.sites if site.name in {norm.site for norm in going}}
+    rewriting = _Rewriting(graph_module)
+    scales = {name: scale_back(site) if restore_scale else Scales() for name, site in sites.items()}
+    for norm in going:
+        rewriting.take_out(norm, keep_gain, scales[norm.site].of(norm.norm.side))
+    stripped = rewriting.done()
+    gone = graph_module.state_dict().keys() - stripped.state_dict().keys()
+    removed = tuple(_removals(sites.values(), [key for key in graph_module.state_dict() if key in gone]))
+    return StripReport(
+        removed=removed,
+        left=left,
+        notes=tuple(note for one in scales.values() for note in one.notes),
+        layout=without_norms(layout, {name: one.query * one.key for name, one in scales.items()}, gone),
+        model=stripped,
+        _restore=_nothing_to_restore,
+    )
+
+
+def _nothing_to_restore() -> None:
+    """The original was not changed."""
+
+
+def _reasons_to_stay(norms: Iterable[GraphNorm]) -> dict[str, str]:
+    """Why a site's norms cannot be taken out, for those where they cannot."""
+    reasons: dict[str, str] = {}
+    norms = tuple(norms)
+    for norm in norms:
+        if reason := _reason_to_stay(norm):
+            reasons.setdefault(norm.site, reason)
+    # Nodes of a norm that stays serve other sites, too: those have to keep theirs.
+    spreading = True
+    while spreading:
+        staying = {op.node: norm.site for norm in norms if norm.site in reasons for op in norm.ops}
+        spreading = False
+        for norm in norms:
+            shared = next((staying[op.node] for op in norm.ops if op.node in staying), None)
+            if shared is not None and norm.site not in reasons:
+                reasons[norm.site] = f"its {norm.norm.side} norm also serves {shared!r}, which keeps its norms"
+                spreading = True
+    return reasons
+
+
+def _reason_to_stay(norm: GraphNorm) -> str | None:
+    """Why one norm cannot be taken out, or None when it can."""
+    if any(op.x is None for op in (*norm.ops, *norm.gains)):
+        return f"its {norm.norm.side} norm mixes several tensors in one op"
+    if not norm.alone:
+        return f"what its {norm.norm.side} norm makes is used outside the logits, too (as values, for example)"
+    return None
+
+
+def _removals(sites: Iterable[AttentionSite], gone: list[str]) -> Iterator[RemovedNorm]:
+    """The norms of some sites, each module once, inline ones one by one."""
+    by_module: dict[Any, RemovedNorm] = {}
+    for site in sites:
+        for i, norm in enumerate(site.qk_norm):
+            known = by_module.get(norm.module)
+            key = norm.module if norm.module is not None else (site.name, i)
+            inside = tuple(k for k in gone if k == norm.weight or (norm.module and k.startswith(f"{norm.module}.")))
+            names = (site.name,) if known is None else tuple(dict.fromkeys((*known.sites, site.name)))
+            by_module[key] = RemovedNorm(norm.module, norm.kind, norm.width, names, inside)
+    yield from by_module.values()
+
+
+class _Rewriting:
+    """A copy of a graph from which norms are taken out."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self._original = graph_module
+        self._graph = Graph()
+        self._copy: dict[Node, Node] = {}
+        for node in graph_module.graph.nodes:
+            self._copy[node] = self._graph.node_copy(node, self._copy.__getitem__)
+        # How arguments and results are packed (torch.export) has no public name to read it by.
+        self._graph.set_codegen(graph_module.graph._codegen)
+        self._instead: dict[Node, Node] = {}
+
+    def take_out(self, norm: GraphNorm, keep_gain: bool, factor: float) -> None:
+        """Let features go past a norm; an op that several norms share is passed once."""
+        ops = [op for op in (*norm.ops, *(() if keep_gain else norm.gains)) if op.node not in self._instead]
+        for op in ops:
+            assert op.x is not None  # checked by _reason_to_stay
+            here = factor if op is ops[-1] else 1.0
+            self._instead[op.node] = self._put_instead(op.node, self._now(op.x), keep_gain, here)
+
+    def done(self) -> GraphModule:
+        """The new graph, without what nobody reads any more."""
+        for node in self._instead:
+            self._erase(self._copy[node], also_writes=True)
+        self._graph.lint()
+        return GraphModule(self._original, self._graph).train(self._original.training)
+
+    def _now(self, node: Node) -> Node:
+        """What stands for a node of the original now."""
+        return self._instead.get(node) or self._copy[node]
+
+    def _put_instead(self, original: Node, x: Node, keep_gain: bool, factor: float) -> Node:
+        """Let everybody who reads a norm's result read its input, in the same type and times a number."""
+        node = self._copy[original]
+        several = isinstance(original.meta.get("val"), list | tuple)
+        results = [u for u in node.users if several and u.args[1] == 0] if several else [node]
+        value = original.meta["val"][0] if several else original.meta["val"]
+        with self._graph.inserting_before(node):
+            instead = self._with_native_gain(node, x) if keep_gain and op_of(original).kind == "norm" else x
+            if factor != 1:
+                instead = self._made(torch.ops.aten.mul.Tensor, (instead, factor), instead.meta)
+            if _dtype(instead) != value.dtype:
+                copied = torch.ops.aten._to_copy.default
+                instead = self._graph.call_function(copied, (instead,), {"dtype": value.dtype})
+                instead.meta = {**node.meta, "val": value}
+        for result in results:
+            result.replace_all_uses_with(instead)
+        return instead
+
+    def _with_native_gain(self, node: Node, x: Node) -> Node:
+        """Features times the gain that a norm op applies by itself, plus its bias."""
+        channels_first = "batch" in op_of(node).name or "group" in op_of(node).name
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        for name, op in (("weight", torch.ops.aten.mul.Tensor), ("bias", torch.ops.aten.add.Tensor)):
+            operand = weight = given.get(name)
+            if not isinstance(weight, Node):
+                continue
+            if channels_first:
+                shape = [-1] + [1] * (x.meta["val"].dim() - 2)
+                operand = self._made(torch.ops.aten.view.default, (weight, shape), weight.meta)
+            x = self._made(op, (x, operand), x.meta)
+        return x
+
+    def _made(self, target: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Node:
+        node = self._graph.call_function(target, args)
+        node.meta = dict(meta)
+        return node
+
+    def _erase(self, node: Node, also_writes: bool = False) -> None:
+        """Remove a node that nobody reads, and what was computed for it alone."""
+        results = [u for u in node.users if not u.users and op_of(u).name == "getitem"]
+        for result in results:
+            self._graph.erase_node(result)
+        if node.users or node.op in ("placeholder", "output") or node.graph is not self._graph:
+            return
+        if node.is_impure() and not also_writes:
+            return
+        inputs = node.all_input_nodes
+        self._graph.erase_node(node)
+        for argument in inputs:
+            if argument in self._alive():
+                self._erase(argument)
+
+    def _alive(self) -> set[Node]:
+        return set(self._graph.nodes)
+
+
+def _dtype(node: Node) -> torch.dtype:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.dtype

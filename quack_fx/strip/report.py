@@ -1,0 +1,100 @@
+"""The account of a removal: what is gone, what stays and why, what to see to now.
+
+In: what a way of removal did. Out: `StripReport`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from quack_fx.layout import AttentionSite, QKLayout
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedNorm:
+    """A norm that was taken out.
+
+    Attributes:
+        module: Name of its module; None for one that was written inline.
+        kind: What it computed, as in the layout.
+        width: Number of features that shared one statistic.
+        sites: Names of the attentions that it was for.
+        keys: Entries of the model's `state_dict` that went with it.
+    """
+
+    module: str | None
+    kind: str
+    width: int
+    sites: tuple[str, ...]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftSite:
+    """An attention whose QK norms stay, and why."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StripReport:
+    """What was taken out, what was left and why.
+
+    Attributes:
+        removed: The norms that are gone.
+        left: The sites whose norms stay.
+        notes: What was decided about logit scales, and what to see to now.
+        layout: The layout of the model as it is now; its stripped sites have no QK norm and take part in QuacK.
+        model: The stripped model: the one that was given, or a new graph that shares its parameters.
+    """
+
+    removed: tuple[RemovedNorm, ...]
+    left: tuple[LeftSite, ...]
+    notes: tuple[str, ...]
+    layout: QKLayout
+    model: nn.Module = field(repr=False, compare=False)
+    _restore: Callable[[], None] = field(repr=False, compare=False)
+
+    @property
+    def vanished(self) -> tuple[str, ...]:
+        """Entries of the model's `state_dict` that are gone."""
+        return tuple(dict.fromkeys(key for norm in self.removed for key in norm.keys))
+
+    def restore(self) -> None:
+        """Put the norms back; the model computes bitwise what it did before. A graph was not changed to begin with."""
+        self._restore()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, without the layout."""
+        return {
+            "removed": [asdict(norm) for norm in self.removed],
+            "left": [asdict(site) for site in self.left],
+            "notes": list(self.notes),
+            "vanished": list(self.vanished),
+        }
+
+
+def without_norms(layout: QKLayout, stripped: Mapping[str, float], vanished: Iterable[str]) -> QKLayout:
+    """The layout of the stripped model.
+
+    Arguments:
+        layout: The one with norms.
+        stripped: Names of the sites that have none any more, each with what its logits were multiplied with instead.
+        vanished: Parameters that are gone.
+    """
+    gone = set(vanished)
+    return replace(
+        layout,
+        sites=tuple(_bare(s, stripped[s.name]) if s.name in stripped else s for s in layout.sites),
+        untouched=tuple(name for name in layout.untouched if name not in gone),
+    )
+
+
+def _bare(site: AttentionSite, factor: float) -> AttentionSite:
+    scale = None if site.logit_scale is None else site.logit_scale * factor
+    return replace(site, qk_norm=(), logit_scale=scale)
