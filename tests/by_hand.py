@@ -662,6 +662,17 @@ def partly_normed() -> Made:
     return made(run, plain(qk_norm=norms), **qkv(), qn=nn.RMSNorm(DIM - 1), kn=nn.RMSNorm(DIM - 1))
 
 
+def normed_like_values(*, keys_are_values: bool = False) -> Made:
+    """A module norms queries, keys and values: without it, the values would change, too."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k = m.n(split(m.q(x))), m.n(split(m.k(x)))
+        return attend(q, k, k if keys_are_values else m.n(split(m.v(x))))
+
+    norms = (Norm("query", "rms", DIM, None, "n.weight"), Norm("key", "rms", DIM, None, "n.weight"))
+    return made(run, plain(qk_norm=norms), **qkv(), n=nn.RMSNorm(DIM))
+
+
 def loop_over_heads() -> Made:
     """A module for each head, each with a softmax of its own: one attention all the same."""
 
@@ -792,6 +803,8 @@ CASES: dict[str, Callable[[], Made]] = {
     "fewer_keys_left": lambda: fewer_keys(lambda m, y: m.over @ y, over=torch.ones(3, TOKENS)),
     "learned_angles": learned_angles,
     "partly_normed": partly_normed,
+    "normed_like_values": normed_like_values,
+    "normed_keys_are_values": lambda: normed_like_values(keys_are_values=True),
     "loop_over_heads": loop_over_heads,
     "edges": on_edges,
     "edges_with_features": lambda: on_edges(edges_have_features=True),
