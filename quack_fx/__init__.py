@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "QKLayout": "layout",
+    "capture": "recording",
     "find_qk_pairs": "find",
     "verify_qk_pairs": "verify",
     "strip_qk_norm": "strip",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from quack_fx.find import find_qk_pairs
     from quack_fx.layout import QKLayout
     from quack_fx.optim import QuacK
+    from quack_fx.recording import capture
     from quack_fx.step import compile_train_step
     from quack_fx.strip import strip_qk_norm
     from quack_fx.verify import verify_qk_pairs

@@ -17,7 +17,6 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quack_fx.attention import Logits, NearMiss, find_logits
-from quack_fx.capture import Capture, RepeatedLayer, capture
 from quack_fx.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, Skipped
 from quack_fx.provenance import (
@@ -35,6 +34,7 @@ from quack_fx.provenance import (
     make_site,
     merge_calls,
 )
+from quack_fx.recording import Capture, RepeatedLayer, capture
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch.nn.modules.module as module_hooks
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from quack_fx.capture import REAL_LIMIT_BYTES, Capture, capture
-from quack_fx.capture.recorder import Recorder
 from quack_fx.errors import CaptureError
+from quack_fx.recording import REAL_LIMIT_BYTES, Capture, capture
+from quack_fx.recording.recorder import Recorder
 
 aten = torch.ops.aten
 

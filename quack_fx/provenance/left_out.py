@@ -1,6 +1,7 @@
 """Sites of layers that were not recorded.
 
-In: the sites of a graph in which one node stands for each layer that is equal to a recorded one (`capture/layers.py`).
+In: the sites of a graph in which one node stands for each layer that is equal to a recorded one
+(`recording/layers.py`).
 Out: the sites of all layers, by renaming, in the order in which they run.
 
 That is right only where a recorded layer's sites were found from ops inside that layer alone. Where the search looked
@@ -15,10 +16,10 @@ from dataclasses import replace
 from torch.fx import Node
 
 from quack_fx.attention import Logits
-from quack_fx.capture import RepeatedLayer
 from quack_fx.dataflow import BehindLayer, Dataflow
 from quack_fx.layout import AttentionSite, Skipped
 from quack_fx.provenance.repeat import rename_site
+from quack_fx.recording import RepeatedLayer
 
 
 class LeftOut:

@@ -30,8 +30,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from quack_fx.capture import Capture, capture
 from quack_fx.errors import CaptureError, TargetError
+from quack_fx.recording import Capture, capture
 from quack_fx.targets import hf
 from quack_fx.targets.files import Namespace, evaluate, load, one_line
 from quack_fx.targets.inputs import Inputs, infer

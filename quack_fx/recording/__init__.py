@@ -10,6 +10,7 @@ control flow and index tensors are true. Where that fails and the model is small
 
     recorder.py   the dispatch mode that writes the graph
     hybrid.py     how one op runs when some of its inputs are fake
+    executable.py a graph that runs, checked against the model
     equal.py      which layers are equal but for the numbers in their weights
     layers.py     equal layers are recorded once, where that is safe
     memory.py     where a tensor's numbers lie
@@ -26,12 +27,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from quack_fx.capture.equal import equal_groups
-from quack_fx.capture.hybrid import NUMBER
-from quack_fx.capture.isolate import isolated
-from quack_fx.capture.layers import RepeatedLayer
-from quack_fx.capture.recorder import Recorder
 from quack_fx.errors import CaptureError
+from quack_fx.recording.equal import equal_groups
+from quack_fx.recording.executable import runnable
+from quack_fx.recording.hybrid import NUMBER
+from quack_fx.recording.isolate import isolated
+from quack_fx.recording.layers import RepeatedLayer
+from quack_fx.recording.recorder import Recorder
 
 __all__ = ["Capture", "RepeatedLayer", "capture"]
 
@@ -71,6 +73,7 @@ def capture(
     *,
     layers_once: bool = False,
     number: float = 0.5,
+    executable: bool = False,
 ) -> Capture:
     """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
 
@@ -79,13 +82,16 @@ def capture(
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments of the forward call.
         layers_once: Record only a few of many equal layers, where that is provably safe; see `layers.py`.
+        executable: Make a graph that runs: it is called as the model is, returns what the model returns, has its
+            gradients (both are checked on these arguments) and shares its parameters. The model must have numbers, and
+            what is no tensor among the arguments is written down as it was given.
         number: What a fake tensor answers that is asked for its one number (`float(x)`); `made_up` tells if one was.
 
     Returns:
         The recorded pass.
 
     Raises:
-        CaptureError: The forward raised, in one line with the forward's own message.
+        CaptureError: The forward raised, in one line with the forward's own message; or no graph does what it does.
 
     Example:
         >>> lin = nn.Linear(3, 5, device="meta")
@@ -93,6 +99,8 @@ def capture(
         ['weight', 'bias']
     """
     kwargs = kwargs or {}
+    if executable:
+        return Capture(runnable(model, args, kwargs), "real", ())
     reason = ""
     groups = list(equal_groups(model)) if layers_once else []
     # A forward that fails because layers were left out is run again with all of them.

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from quack_fx.capture.equal import EqualGroup, Place, renamed
-from quack_fx.capture.isolate import Snapshot
-from quack_fx.capture.memory import storage_of
+from quack_fx.recording.equal import EqualGroup, Place, renamed
+from quack_fx.recording.isolate import Snapshot
+from quack_fx.recording.memory import storage_of
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
 _CONSTANT = (types.FunctionType, types.BuiltinFunctionType, type)

@@ -21,11 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
-from quack_fx.capture.equal import EqualGroup
-from quack_fx.capture.hybrid import run_mixed
-from quack_fx.capture.layers import EqualLayers
-from quack_fx.capture.memory import Place, place_of, storage_of, window_on
 from quack_fx.jagged import JaggedWrittenOut, takes_itself_apart
+from quack_fx.recording.equal import EqualGroup
+from quack_fx.recording.hybrid import run_mixed
+from quack_fx.recording.layers import EqualLayers
+from quack_fx.recording.memory import Place, place_of, storage_of, window_on
 
 
 class Recorder(TorchDispatchMode):
@@ -47,7 +47,7 @@ class Recorder(TorchDispatchMode):
         self.canned: list[str] = []
         self.way = way
         self._keep_real, self._number = keep_real, number
-        self._attributes: dict[str, Tensor] = {}
+        self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
         self._places: dict[Place, Node] = {}
         self._twins: dict[int, torch.UntypedStorage] = {}
@@ -151,7 +151,7 @@ class Recorder(TorchDispatchMode):
 
         collect(output)
         self.graph.output(tuple(leaves))
-        return GraphModule(self._attributes, self.graph, class_name="Recorded")
+        return GraphModule(self.attributes, self.graph, class_name="Recorded")
 
     # ---- one op --------------------------------------------------------------------------------------------------
 
@@ -241,8 +241,8 @@ class Recorder(TorchDispatchMode):
             node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *place))
             node.meta["nn_module_stack"] = self._stacks[-1]
         else:
-            name = name if name is not None else f"_constant_{len(self._attributes)}"
-            self._attributes.setdefault(name, tensor)
+            name = name if name is not None else f"_constant_{len(self.attributes)}"
+            self.attributes.setdefault(name, tensor)
             node = self.graph.create_node("get_attr", name)
             node.meta["nn_module_stack"] = self._stacks[-1]
         node.meta["val"] = self.twin(tensor)
