@@ -222,7 +222,8 @@ class _Attentions:
     """The attentions of a graph one by one; the turns of a loop that is no loop over heads follow as attentions."""
 
     def __init__(self, df: Dataflow, logits: Sequence[Logits]) -> None:
-        self.tracer, self._uses = Tracer(df), Uses(df, logits)
+        self.tracer = Tracer(df)
+        self._uses = Uses(self.tracer, logits)
         self._todo = [*reversed(logits)]
 
     def __iter__(self) -> Iterator[Logits]:

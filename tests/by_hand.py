@@ -673,6 +673,18 @@ def normed_like_values(*, keys_are_values: bool = False) -> Made:
     return made(run, plain(qk_norm=norms), **qkv(), n=nn.RMSNorm(DIM))
 
 
+def normed_in_one_tensor() -> Made:
+    """Queries and keys are normed each by its own norm, and then lie in one tensor with the values."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (HEADS, DIM)) for p in (m.q, m.k, m.v))
+        q, k, v = torch.stack((m.qn(q), m.kn(k), v)).transpose(-2, -3)
+        return attend(q, k, v)
+
+    norms = tuple(Norm(side, "rms", DIM, n, f"{n}.weight") for side, n in (("query", "qn"), ("key", "kn")))
+    return made(run, plain(qk_norm=norms), **qkv(), qn=nn.RMSNorm(DIM), kn=nn.RMSNorm(DIM))
+
+
 def loop_over_heads() -> Made:
     """A module for each head, each with a softmax of its own: one attention all the same."""
 
@@ -803,6 +815,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "fewer_keys_left": lambda: fewer_keys(lambda m, y: m.over @ y, over=torch.ones(3, TOKENS)),
     "learned_angles": learned_angles,
     "partly_normed": partly_normed,
+    "normed_in_one_tensor": normed_in_one_tensor,
     "normed_like_values": normed_like_values,
     "normed_keys_are_values": lambda: normed_like_values(keys_are_values=True),
     "loop_over_heads": loop_over_heads,

@@ -87,7 +87,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
         terms=_terms(query, key, query_chains, key_chains),
         qk_norm=_norms("query", query_norms) + (() if absorbed else _norms("key", key_norms)),
         latent_norm=_latent_norms("query", query_chains)
-        + (_norms("key", key_norms) if absorbed else _latent_norms("key", key_chains)),
+        + (_norms("key", heads.norms[1]) if absorbed else _latent_norms("key", key_chains)),
         logit_scale=heads.scale,
     )
     return join_blocks(site)

@@ -96,7 +96,8 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
         query, key = (product.right, product.left) if meeting.swapped else (product.left, product.right)
         for side, operand in enumerate((query, key)):
             operands[side].append(operand)
-            norms[side].extend(n for n in flows[operand].norms if n not in norms[side])
+            features = tracer.labels.features(flows[operand].label)  # norms of others passed the same tensor, perhaps
+            norms[side].extend(n for n in flows[operand].norms if n.features & features and n not in norms[side])
         scales.add(_product_scale(df, product, flows, meeting.scale))
     vectors = reader.vectors
     pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)

@@ -45,6 +45,7 @@ class NormTag:
         width: Number of features that share a statistic.
         module: Module that computes it and nothing else.
         weight: Its gain.
+        features: What it normalises.
         ops: Nodes by which the features pass it, without its gain and its bias.
         gains: Nodes that apply its gain and its bias.
     """
@@ -53,6 +54,7 @@ class NormTag:
     width: int
     module: str | None
     weight: str | None = None
+    features: frozenset[int] = frozenset()
     ops: tuple[NormOp, ...] = ()
     gains: tuple[NormOp, ...] = ()
 
@@ -515,7 +517,8 @@ class _Step:
             width = shape[1:].numel() if len(shape) > 1 else 1
         gain = next((n for n in node.args[1:] if isinstance(n, Node) and df.is_weight(n)), None)
         here = (*x.centring, NormOp(node, node.args[0]))  # type: ignore[arg-type]
-        tag = NormTag(kind, int(width), self._norm_module(x), self._weight_name(gain), here)
+        features = frozenset(self.tracer.labels.features(x.label))
+        tag = NormTag(kind, int(width), self._norm_module(x), self._weight_name(gain), features, here)
         return replace(x, norms=(*x.norms, tag), statistic=None, centring=())
 
     def _norm_module(self, x: Flow) -> str | None:
@@ -647,7 +650,8 @@ class _Step:
                 flow = replace(flow, scale=None, ops=flow.ops | {"clip"})
             elif own and name in ("mul", "div"):
                 kind = _kind(statistic.ops, flow.ops)
-                tag = NormTag(kind, statistic.width, self._norm_module(flow), ops=(*flow.centring, here))
+                ops = (*flow.centring, here)
+                tag = NormTag(kind, statistic.width, self._norm_module(flow), features=statistic.features, ops=ops)
                 flow = replace(flow, norms=(*flow.norms, tag), ops=flow.ops - {"centre"}, centring=())
             else:
                 flow = replace(flow, scale=None)

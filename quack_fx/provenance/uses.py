@@ -1,6 +1,6 @@
 """What becomes of the result of a norm: whether all of it ends in attention logits, as a query or as a key.
 
-In: the dataflow of a graph and all logits found in it. Out: `Uses`, which answers for a node, or for all calls of a
+In: the tracer of a graph and all logits found in it. Out: `Uses`, which answers for a node, or for all calls of a
 module. A norm whose result also is a value, or goes on into the next layer, is more than a QK norm.
 """
 
@@ -9,18 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
+import torch
 from torch.fx import Node
 
 from quack_fx.attention import Logits
-from quack_fx.dataflow import Dataflow, factors_of
+from quack_fx.dataflow import factors_of
 from quack_fx.opset import SOFTMAX
+from quack_fx.provenance.trace import Tracer
 
 
 class Uses:
     """Answers for one graph."""
 
-    def __init__(self, df: Dataflow, logits: Iterable[Logits]) -> None:
-        self._df = df
+    def __init__(self, tracer: Tracer, logits: Iterable[Logits]) -> None:
+        self._tracer, self._df = tracer, tracer.df
         self._operands = {p.node: (p.left, p.right) for one in logits for p in one.products}
         """Queries and keys of each product that makes logits."""
 
@@ -31,31 +33,34 @@ class Uses:
             node: The node.
             walked: Receives the nodes that were looked at.
         """
-        seen = set[Node]()
-        alone = self._ends_in_logits(node, seen)
-        walked.update(seen)
-        return alone
-
-    def _ends_in_logits(self, node: Node, seen: set[Node]) -> bool:
-        df, todo = self._df, [node]
+        df, todo, seen = self._df, [node], {node}
+        others: list[Node] = []  # what is read for something else than logits
         while todo:
             source = todo.pop()
             for user in source.users:
                 if user in self._operands:
                     places = [a for a in (*user.args, *user.kwargs.values()) if a is source]
                     if len(places) > sum(operand is source for operand in self._operands[user]):
-                        return False  # a value of a fused op, too
+                        others.append(source)  # a value of a fused op, too
                 elif user in seen or user.op == "output":
                     continue
                 elif self._makes_more(user):
-                    return False
+                    others.append(source)
                 else:
                     todo.append(user)
+                    seen.add(user)
                     if df.op[user].inplace:
                         # Whatever reads this memory later reads what was written.
                         todo += [n for n in df.nodes[df.index[user] :] if df.group.get(n) is df.group[user]]
-                seen.add(user)
-        return True
+        walked.update(seen)
+        return not others or (node not in others and not self._reaches(node, seen, others))
+
+    def _reaches(self, node: Node, path: set[Node], others: list[Node]) -> bool:
+        """Whether elements of a node are among those of others: queries and values may lie in one tensor."""
+        mark = self._tracer.labels.new_features(1)
+        flows = self._tracer.carry(node, torch.tensor(mark).expand(self._df.shape(node)), path)
+        labels = self._tracer.labels
+        return any(other not in flows or labels.features(flows[other].label) for other in others)
 
     def module_norms_logits_alone(self, module: str, walked: set[Node]) -> bool:
         """Whether all that a module computes, in every call, ends in logits.

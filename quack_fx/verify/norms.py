@@ -171,14 +171,22 @@ def _sums_to_zero(gradient: Tensor) -> bool:
 
 def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]) -> None:
     """The module that is said to compute a norm computes one on this side, and its gain is on the way."""
-    ran = {module for part in evidence.parts for f in part.factors[side] for op in f.norms for module in op.modules}
+    both_sides = norm.module in {other.module for other in evidence.site.qk_norm if other.side != side}
+    ran = {
+        module
+        for part in evidence.parts
+        for op in {op for factor in part.factors[side] for op in factor.norms}
+        if not both_sides or _Probe(evidence, part, side, _LONG).places(op).any()  # queries and keys may share a tensor
+        for module in op.modules
+    }
     # Tied stacks are one site with several calls, each with norm modules of its own.
     elsewhere = evidence.site.calls > 1 and norm.module in evidence.graph.tape.ran and norm.module not in ran
     if norm.weight is not None and not (elsewhere and _reads(evidence, norm.module, norm.weight)):
         reached: set[str] = set()
         for part in evidence.parts:
             operand = part.operand[side]
-            reached |= part.lower[side].gradients(operand.value, evidence.noise(operand)).keys()
+            arrived = part.lower[side].gradients(operand.value, evidence.noise(operand))
+            reached |= {name for name, gradient in arrived.items() if gradient.any()}
         if norm.weight not in reached:
             raise evidence.error(f"{norm.weight!r} is said to scale its {side} side, which it does not reach")
     excused = elsewhere and any(other.module in ran for other in claimed)
