@@ -6,9 +6,13 @@ In: a target. Out: the file, which needs torch alone, or its text on stdout. Exi
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +29,9 @@ from .common import (
     write_whole,
 )
 
+if TYPE_CHECKING:
+    from quack_fx.strip.modules import Plan
+
 
 def _positive(text: str | float) -> float:
     """A positive, finite number."""
@@ -32,6 +39,27 @@ def _positive(text: str | float) -> float:
         if math.isfinite(number := float(text)) and number > 0:
             return number
     raise typer.BadParameter(f"{text} is not a positive number")
+
+
+class QKNorm(StrEnum):
+    """What becomes of QK norms."""
+
+    STRIP = "strip"
+    KEEP = "keep"
+
+
+def _about(plan: Plan) -> Iterator[str]:
+    """What a person should know of the norms that go, and of those that stay."""
+    if plan.stand_ins:
+        sites = {site for _, sites in plan.norms.values() for site in sites}
+        yield (
+            f"the file takes the QK norms out of {len(sites)} attentions ({len(plan.stand_ins)} modules); "
+            "--qk-norm keep leaves them"
+        )
+    for text, count in Counter(re.sub(r"^'.*?': ", "", told) for told in plan.notes).items():
+        yield f"{text} ({count} attentions)" if count > 1 else text
+    for reason, count in Counter(re.sub(r"'.*?'", "...", left.reason) for left in plan.left).items():
+        yield f"{count} attentions keep their QK norms, without QuacK: {reason}"
 
 
 def convert(
@@ -51,6 +79,14 @@ def convert(
             help="Learning rate of query/key rows relative to the rest, at the start.",
         ),
     ] = 1.0,
+    qk_norm: Annotated[
+        QKNorm,
+        typer.Option(
+            "--qk-norm",
+            help="strip: the file takes QK norms out of the model, and QuacK takes their place. "
+            "keep: attentions with a QK norm are left alone.",
+        ),
+    ] = QKNorm.STRIP,
     layout: LayoutOption = None,
     build: BuildOption = None,
     inputs: InputsOption = None,
@@ -64,11 +100,18 @@ def convert(
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to convert")
         return 1
-    from quack_fx.emit import emit
+    from quack_fx.emit import emit, without_norms
 
     # A given layout may call a tied parameter by any of its names.
     shapes = {name: tuple(p.shape) for name, p in finding.target.model.named_parameters(remove_duplicate=False)}
-    source = emit(finding.layout, shapes, title=finding.facts.title, tau=tau)
+    title = finding.facts.title
+    if qk_norm is QKNorm.STRIP:
+        pairs, stand_ins, plan = without_norms(finding.target.model, finding.layout)
+        for text in _about(plan):
+            note(text)
+        source = emit(pairs, shapes, title=title, tau=tau, stand_ins=stand_ins)
+    else:
+        source = emit(finding.layout, shapes, title=title, tau=tau)
     if output is None:
         typer.echo(source, nl=False)
     else:

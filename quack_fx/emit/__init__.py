@@ -4,6 +4,7 @@ In: a layout, or a model or target to find it in. Out: source text; nothing is w
 
     table.py      the layout as a generator of products of weight rows: one entry for every kind of site
     entry.py      one entry: loops over layers, the weights, loops over heads
+    norms.py      the QK norms that are taken out, as a generator of names
     layers.py     numbers in names as loops over layers
     heads.py      rows of heads as expressions in the number of the head
     template.py   what is the same for every model: the rule, the optimizer, the compiled step
@@ -16,8 +17,9 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from quack_fx.emit.norms import StandIn, norm_features, write_norms
 from quack_fx.emit.source import WIDTH
 from quack_fx.emit.table import Table, write_table
 from quack_fx.emit.template import IMPORTS, RUNTIME, render
@@ -26,6 +28,8 @@ from quack_fx.layout import QKLayout
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from quack_fx.strip.modules import Plan
 
 __all__ = ["convert", "emit"]
 
@@ -38,6 +42,7 @@ def convert(
     *args: Any,
     layout: QKLayout | None = None,
     tau: float = 1.0,
+    qk_norm: Literal["strip", "keep"] = "strip",
     title: str | None = None,
     build: str | None = None,
     inputs: str | None = None,
@@ -51,6 +56,9 @@ def convert(
         args: Example inputs of the model's forward; the model may be on the meta device.
         layout: The pairs, if they are known; the model is then not run.
         tau: Default of the emitted optimizer's `tau`.
+        qk_norm: What becomes of QK norms that are modules of their own. "strip": the file takes them out of the model
+            (its `strip_qk_norm`), and QuacK works on those attentions; "keep": those attentions stay as they are,
+            without QuacK. The model itself is not changed here.
         title: Name of the model in the emitted docstring; its class if left out.
         build: For a target that is text, an expression that builds the model.
         inputs: For a target that is text, an expression for the example inputs.
@@ -89,10 +97,39 @@ def convert(
         layout = find_qk_pairs(model, *args, **kwargs)
     # The names that a layout may use: tied parameters under each of theirs.
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    return emit(layout, shapes, title=title or type(model).__name__, tau=tau)
+    stand_ins: Mapping[str, StandIn] = {}
+    if qk_norm == "strip":
+        layout, stand_ins, _ = without_norms(model, layout)
+    elif qk_norm != "keep":
+        raise EmitError(f"qk_norm={qk_norm!r} is not known; use qk_norm='strip' or qk_norm='keep'")
+    return emit(layout, shapes, title=title or type(model).__name__, tau=tau, stand_ins=stand_ins)
 
 
-def emit(layout: QKLayout, shapes: Mapping[str, Sequence[int]], *, title: str, tau: float = 1.0) -> str:
+def without_norms(model: nn.Module, layout: QKLayout) -> tuple[QKLayout, Mapping[str, StandIn], Plan]:
+    """The layout that a model has once its QK norms are out, and what the emitted file puts in their place.
+
+    Arguments:
+        model: The model, which is not changed.
+        layout: Its layout.
+
+    Returns:
+        That layout, what stands in for each norm module, and the whole plan.
+    """
+    from quack_fx.strip.modules import plan_strip
+
+    plan = plan_strip(model, layout)
+    stand_ins = {name: StandIn(getattr(module, "tensors", 1), module.factor) for name, module in plan.stand_ins.items()}
+    return plan.layout(layout, ()), stand_ins, plan
+
+
+def emit(
+    layout: QKLayout,
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    title: str,
+    tau: float = 1.0,
+    stand_ins: Mapping[str, StandIn] | None = None,
+) -> str:
     """Source of a training step with QuacK for a layout; a pure function that does not import torch.
 
     Arguments:
@@ -100,6 +137,7 @@ def emit(layout: QKLayout, shapes: Mapping[str, Sequence[int]], *, title: str, t
         shapes: Shape of every parameter that the layout names.
         title: Name of the model.
         tau: Default of the emitted optimizer's `tau`.
+        stand_ins: For each QK norm module that the file takes out of the model what it puts there.
 
     Returns:
         The source.
@@ -111,8 +149,11 @@ def emit(layout: QKLayout, shapes: Mapping[str, Sequence[int]], *, title: str, t
     if not 0 < tau < float("inf"):
         raise EmitError(f"tau is {tau!r}; need a positive number, 1.0 to start at the optimizer's own learning rate")
     table = write_table(layout, shapes)
-    runtime = render(RUNTIME, table.features).replace("__TAU__", repr(float(tau)))
-    return "\n".join((_docstring(layout, table, title), IMPORTS, "", _generator(table), "", runtime))
+    features = table.features | norm_features(stand_ins or {})
+    runtime = render(RUNTIME, features).replace("__TAU__", repr(float(tau)))
+    norms = ["\n".join((*write_norms(stand_ins), "")), ""] if stand_ins else []
+    parts = (_docstring(layout, table, title, bool(stand_ins)), IMPORTS, "", _generator(table), "", *norms, runtime)
+    return "\n".join(parts)
 
 
 def _generator(table: Table) -> str:
@@ -121,7 +162,7 @@ def _generator(table: Table) -> str:
     return "\n".join(("def logit_products() -> Iterator[tuple[Block, ...]]:", f'    """{summary}"""', *table.lines, ""))
 
 
-def _docstring(layout: QKLayout, table: Table, title: str) -> str:
+def _docstring(layout: QKLayout, table: Table, title: str, strips: bool) -> str:
     """What the file is, for whom, how to use it, and what it leaves out."""
     name = " ".join(title.split()).replace("\\", "/").replace('"', "'")
     algorithm = "Algorithms 1 and 2" if table.plain and table.latent else f"Algorithm {2 if table.latent else 1}"
@@ -136,6 +177,7 @@ def _docstring(layout: QKLayout, table: Table, title: str) -> str:
             "quack-fx wrote it from the model's graph."
         ),
         "",
+        *(["    strip_qk_norm(model)  # QuacK takes the place of its QK norms"] if strips else []),
         "    optimizer = QuacKAdamW(model, lr=3e-4, weight_decay=0.1)",
         "    train_step = compile_train_step(model, optimizer)",
         "    for batch in batches:",

@@ -97,15 +97,18 @@ def _weight_lines(depth: int, site: Plan, names: list[str], fields: list[str]) -
     prefix = _common_prefix(everything)
     lines = []
     if len(everything) > 1 and (len(prefix) > 12 or "{" in prefix):
-        lines.append(f"{INDENT * depth}at = {_string(prefix)}")
+        lines.append(f"{INDENT * depth}at = {name_literal(prefix)}")
     else:
         prefix = ""
     for variable, weight, (name, bias) in zip(names, site.weights, texts, strict=True):
-        arguments = [_string(name, prefix), f"({', '.join(map(str, weight.shape))}{',' * (len(weight.shape) == 1)})"]
+        arguments = [
+            name_literal(name, prefix),
+            f"({', '.join(map(str, weight.shape))}{',' * (len(weight.shape) == 1)})",
+        ]
         if weight.axis:
             arguments.append(f"axis={weight.axis}")
         if bias:
-            arguments.append(f"bias={_string(bias, prefix)}")
+            arguments.append(f"bias={name_literal(bias, prefix)}")
         lines += bracketed(depth, f"{variable} = Weight(", arguments, ")")
     return lines
 
@@ -121,7 +124,7 @@ def _common_prefix(names: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def _string(text: str, prefix: str = "") -> str:
+def name_literal(text: str, prefix: str = "") -> str:
     """A name as a string literal, by way of `at` where it starts with the prefix."""
     if prefix:
         return quoted("{at}" + text.removeprefix(prefix), fields=True)

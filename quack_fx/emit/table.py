@@ -74,7 +74,9 @@ def write_table(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> Table:
             rows.update(filter(None, block.heads))
         numbers: list[int] = []
         nameless = tuple(
-            weight._replace(name=_template(weight.name, numbers), bias=weight.bias and _template(weight.bias, numbers))
+            weight._replace(
+                name=name_template(weight.name, numbers), bias=weight.bias and name_template(weight.bias, numbers)
+            )
             for weight in weights
         )
         plan = Plan(_title(site), nameless, tuple(blocks), terms, site.head_map)
@@ -94,7 +96,7 @@ def _why_empty(layout: QKLayout) -> str:
     if layout.sites:
         return (
             f"all {len(layout.sites)} attentions keep their QK norm, so their logits do not depend on the norms of the "
-            "weights; remove it with strip_qk_norm first"
+            "weights; take it out first (--qk-norm strip, or quack_fx.strip_qk_norm)"
         )
     reasons = "; ".join(f"{skipped.name!r}: {skipped.reason}" for skipped in layout.skipped[:3])
     return f"no query/key pairs to write a training step for{f' ({reasons})' if reasons else ''}"
@@ -199,7 +201,7 @@ def _features(used: Mapping[str, tuple[PlanWeight, set[Ranges]]], lengths: set[i
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
 
 
-def _template(name: str, numbers: list[int]) -> str:
+def name_template(name: str, numbers: list[int]) -> str:
     """A name for `str.format` in which every number is a field; the numbers are appended to `numbers`."""
 
     def take(match: re.Match[str]) -> str:

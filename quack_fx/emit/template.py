@@ -7,6 +7,9 @@ The features:
     axis    a weight whose outputs are not counted by its first axis (GPT-2's Conv1D)
     bias    a projection with a bias
     pieces  a block whose rows are not one contiguous run
+    norms   QK norm modules that are taken out of the model
+    factor  some of them leave a number behind that features are multiplied with
+    tensors some of them norm queries and keys in one call
     gaps    rows that belong to no block (the values of a fused projection), or products of different lengths
 """
 
@@ -77,6 +80,44 @@ class Block(NamedTuple):
 #?
 
 
+#? norms
+class PassThrough(nn.Module):
+#? norms !factor !tensors
+    """Stands where a QK norm stood, and hands on what it is given."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+#? norms factor !tensors
+    """Stands where a QK norm stood, and hands on what it is given, times a number."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x if self.factor == 1 else x * self.factor
+#? norms tensors
+    """Stands where a QK norm stood, and hands on its first arguments, times a number."""
+
+    def __init__(self, tensors: int = 1, factor: float = 1.0) -> None:
+        super().__init__()
+        self.tensors, self.factor = tensors, factor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())[: self.tensors]
+        kept = given if self.factor == 1 else tuple(x * self.factor for x in given)
+        return kept[0] if self.tensors == 1 else kept
+#? norms
+
+
+def strip_qk_norm(model: nn.Module) -> nn.Module:
+    """Take the QK norms out of the model, in place; call it before the optimizer is made, and after each new build."""
+    for name, stand_in in qk_norms():
+        model.set_submodule(name, stand_in)
+    return model
+
+
+#?
 class HeadScales:
     """The rule of QuacK for all heads at once: from the weights to the scale of every row's learning rate.
 
@@ -96,6 +137,13 @@ class HeadScales:
         number = {block: n for n, block in enumerate(dict.fromkeys(b for product in products for b in product))}
         named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
         self.tau, self.blocks = tau, len(number)
+#? norms
+        stripped = {name for name, module in model.named_modules() if isinstance(module, PassThrough)}
+        stripped = {name.replace("_orig_mod.", "").removeprefix("module.") for name in stripped}
+        for name, _ in qk_norms():
+            if name not in stripped:
+                raise ValueError(f"the model still has the QK norm {name}: call strip_qk_norm(model) first")
+#?
         self.weights: list[nn.Parameter] = []
 #? axis
         self.axes: list[int] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,59 @@ class Gain(nn.Module):
         return (y + bias[0] if bias else y).to(x.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a removal would do; nothing has been done yet.
+
+    Attributes:
+        stand_ins: For the name of each norm module that is to go, what is to stand there.
+        norms: For each of them its norm in the layout, and the names of the attentions that it is for.
+        left: The sites whose norms stay, and why.
+        notes: What was decided about logit scales.
+        scales: What the logits of each site without norms are multiplied with.
+    """
+
+    stand_ins: dict[str, PassThrough | Gain]
+    norms: dict[str, tuple[Norm, tuple[str, ...]]]
+    left: tuple[LeftSite, ...]
+    notes: tuple[str, ...]
+    scales: dict[str, float]
+
+    def layout(self, layout: QKLayout, vanished: Iterable[str]) -> QKLayout:
+        """The layout of the stripped model, in which some parameters are gone."""
+        return without_norms(layout, self.scales, vanished)
+
+
+def plan_strip(model: nn.Module, layout: QKLayout, *, keep_gain: bool = False, restore_scale: bool = True) -> Plan:
+    """Decide which norm modules of a model can go, and what is to stand in their place.
+
+    Arguments:
+        model: Model the layout was found on.
+        layout: Its layout.
+        keep_gain: Whether gains and biases stay.
+        restore_scale: Whether features are multiplied with what `scale_back` says.
+
+    Raises:
+        StripError: The layout names a module that the model does not have.
+    """
+    normed = [site for site in layout.sites if site.qk_norm]
+    made: dict[str, PassThrough | Gain] = {}
+    reasons = _reasons_to_stay(model, normed, keep_gain, made)
+    going = [site for site in normed if site.name not in reasons]
+    norms = _callers(going)
+    scales = {site.name: scale_back(site) if restore_scale else Scales() for site in going}
+    factors, unclear = _factors(going, norms, scales)
+    for name, factor in factors.items():
+        made[name].factor *= factor
+    return Plan(
+        stand_ins={name: made[name] for name in norms},
+        norms=norms,
+        left=tuple(LeftSite(name, reason) for name, reason in reasons.items()),
+        notes=(*(note for one in scales.values() for note in one.notes), *unclear),
+        scales={name: one.query * one.key for name, one in scales.items()},
+    )
+
+
 def strip_modules(model: nn.Module, layout: QKLayout, *, keep_gain: bool, restore_scale: bool) -> StripReport:
     """Take the QK norms out of a model, in place.
 
@@ -84,35 +137,29 @@ def strip_modules(model: nn.Module, layout: QKLayout, *, keep_gain: bool, restor
     Raises:
         StripError: The layout names a module that the model does not have.
     """
-    normed = [site for site in layout.sites if site.qk_norm]
-    stand_ins: dict[str, PassThrough | Gain] = {}
-    reasons = _reasons_to_stay(model, normed, keep_gain, stand_ins)
-    going = [site for site in normed if site.name not in reasons]
-    callers = _callers(going)
-    scales = {site.name: scale_back(site) if restore_scale else Scales() for site in going}
-    factors, unclear = _factors(going, callers, scales)
-    for name, factor in factors.items():
-        stand_ins[name].factor *= factor
-    originals = {name: model.get_submodule(name) for name in callers}
+    plan = plan_strip(model, layout, keep_gain=keep_gain, restore_scale=restore_scale)
+    originals = {name: model.get_submodule(name) for name in plan.stand_ins}
+    # A module may have several names in its parent.
+    names = {n: name for name, module in originals.items() for n, m in _all_names(model) if m is module}
     before = list(model.state_dict(keep_vars=True))
-    for name, module in originals.items():
-        model.set_submodule(name, stand_ins[name].train(module.training))
+    for name, first in names.items():
+        model.set_submodule(name, plan.stand_ins[first].train(originals[first].training))
     after = model.state_dict(keep_vars=True).keys()
     gone = [key for key in before if key not in after]
 
     def restore() -> None:
-        for name, module in originals.items():
-            module.train(model.get_submodule(name).training)
-            model.set_submodule(name, module)
+        for name, first in names.items():
+            originals[first].train(model.get_submodule(name).training)
+            model.set_submodule(name, originals[first])
 
     return StripReport(
         removed=tuple(
             RemovedNorm(name, norm.kind, norm.width, sites, tuple(key for key in gone if key.startswith(f"{name}.")))
-            for name, (norm, sites) in callers.items()
+            for name, (norm, sites) in plan.norms.items()
         ),
-        left=tuple(LeftSite(name, reason) for name, reason in reasons.items()),
-        notes=(*(note for one in scales.values() for note in one.notes), *unclear),
-        layout=without_norms(layout, {name: one.query * one.key for name, one in scales.items()}, gone),
+        left=plan.left,
+        notes=plan.notes,
+        layout=plan.layout(layout, gone),
         model=model,
         _restore=restore,
     )
