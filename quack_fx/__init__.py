@@ -14,6 +14,7 @@ _HOME = {
     "QKLayout": "layout",
     "capture": "recording",
     "find_qk_pairs": "find",
+    "insert_qk_norm": "insert",
     "verify_qk_pairs": "verify",
     "strip_qk_norm": "strip",
     "QuacK": "optim",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from quack_fx.emit import convert
     from quack_fx.errors import QuackError
     from quack_fx.find import find_qk_pairs
+    from quack_fx.insert import insert_qk_norm
     from quack_fx.layout import QKLayout
     from quack_fx.optim import QuacK
     from quack_fx.recording import capture

@@ -250,15 +250,15 @@ class _Attentions:
             raise
         return make_site(self.tracer, one, heads, self._uses), heads
 
-    def norms(self, name: str, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
-        """QK norms of a site that has a name, with their nodes."""
+    def norms(self, place: int, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
+        """QK norms of a site that has a place in a layout, with their nodes."""
         sides: tuple[Side, Side] = ("query", "key")
         for side, tags in zip(sides, heads.norms, strict=True):
             named = [n for n in site.qk_norm if n.side == side]
             for tag in tags if named else ():  # without one, they are the norms of a latent
                 norm = next(n for n in named if (n.kind, n.width, n.weight) == (tag.kind, tag.width, tag.weight))
                 last = (*tag.ops, *tag.gains)[-1].node
-                yield GraphNorm(name, norm, tag.ops, tag.gains, self._uses.only_logits(last, set()))
+                yield GraphNorm(place, norm, tag.ops, tag.gains, self._uses.only_logits(last, set()))
 
 
 @dataclass(frozen=True)
@@ -266,39 +266,43 @@ class GraphNorm:
     """A QK norm as it stands in a graph.
 
     Attributes:
-        site: Name of the attention in the layout.
+        site: Place of its attention among the sites of the layout.
         norm: The norm in the layout.
         ops: Nodes by which features pass it, each with the node that its features come from.
         gains: The nodes after those that apply its gain and its bias.
         alone: Whether all that is computed from it ends in attention logits.
     """
 
-    site: str
+    site: int
     norm: Norm
     ops: tuple[NormOp, ...]
     gains: tuple[NormOp, ...]
     alone: bool
 
 
-def find_norms(graph_module: GraphModule) -> tuple[QKLayout, tuple[GraphNorm, ...]]:
+def find_norms(
+    graph_module: GraphModule, weights: Mapping[Node, str] | None = None
+) -> tuple[QKLayout, tuple[GraphNorm, ...]]:
     """Layout of an ATen-level graph, and the nodes that compute its QK norms.
 
     Arguments:
         graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
+        weights: As for `find_in_graph`.
 
     Returns:
         The layout, as `find_in_graph` gives it, and the norms of each call of each site.
     """
-    df = Dataflow(graph_module, _own_parameters(graph_module))
-    layout = find_in_graph(graph_module, all_names=[name for name, _ in graph_module.named_parameters()])
-    names = {(site.query, site.key, site.terms): site.name for site in layout.sites}
+    weights = _own_parameters(graph_module) if weights is None else weights
+    df = Dataflow(graph_module, weights)
+    layout = find_in_graph(graph_module, weights, all_names=[name for name, _ in graph_module.named_parameters()])
+    places = {(site.query, site.key, site.terms): place for place, site in enumerate(layout.sites)}
     attentions, found = _Attentions(df, find_logits(df)[0]), list[GraphNorm]()
     for one in attentions:
         try:
             site, heads = attentions.look_at(one)
         except (NotOneAttention, Refused):
             continue
-        found += attentions.norms(names[site.query, site.key, site.terms], site, heads)
+        found += attentions.norms(places[site.query, site.key, site.terms], site, heads)
     return layout, tuple(found)
 
 

@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from quack_fx.errors import StripError
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
+from quack_fx.strip.report import LeftSite
 
 __all__ = ["InsertReport", "insert_qk_norm"]
 
@@ -30,12 +31,12 @@ class InsertReport:
 
     Attributes:
         inserted: Names of the norm modules.
-        left: For each site without new norms its name and the reason.
+        left: The sites without new norms, and why.
         layout: The layout of the model as it is now.
     """
 
     inserted: tuple[str, ...]
-    left: dict[str, str]
+    left: tuple[LeftSite, ...]
     layout: QKLayout
     _restore: Callable[[], None] = field(repr=False, compare=False)
 
@@ -95,16 +96,16 @@ def insert_qk_norm(model: nn.Module, layout: QKLayout, *, eps: float = 1e-6) -> 
         >>> insert_qk_norm(model, find_qk_pairs(model, torch.zeros(1, 3, 8))).inserted
         ('qkv.q_norm', 'qkv.k_norm')
     """
-    left: dict[str, str] = {}
-    norms: dict[str, tuple[Norm, ...]] = {}
+    left: list[LeftSite] = []
+    norms: dict[int, tuple[Norm, ...]] = {}
     hooks: dict[str, NormHeads] = {}
-    for site in layout.sites:
+    for place, site in enumerate(layout.sites):
         planned = _planned(model, site, hooks)
         if isinstance(planned, str):
-            left[site.name] = planned
+            left.append(LeftSite(site.name, planned))
             continue
         hooks.update(planned.values())
-        norms[site.name] = tuple(
+        norms[place] = tuple(
             Norm(side, "rms", site.head_dim, name, f"{name}.weight") for side, (name, _) in planned.items()
         )
     handles = [_put_in(model, name, hook, eps) for name, hook in hooks.items()]
@@ -113,8 +114,8 @@ def insert_qk_norm(model: nn.Module, layout: QKLayout, *, eps: float = 1e-6) -> 
         for take_out in handles:
             take_out()
 
-    sites = tuple(replace(s, qk_norm=norms[s.name]) if s.name in norms else s for s in layout.sites)
-    return InsertReport(tuple(hooks), left, replace(layout, sites=sites), restore)
+    sites = tuple(replace(s, qk_norm=norms[i]) if i in norms else s for i, s in enumerate(layout.sites))
+    return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), restore)
 
 
 _SIDES: tuple[Side, Side] = ("query", "key")

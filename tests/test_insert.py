@@ -83,9 +83,9 @@ def test_what_is_left_says_why() -> None:
         state, layout = list(case.model.state_dict()), case.layout
         report = insert_qk_norm(case.model, layout)
         assert not report.inserted and report.layout == layout
-        assert {s.name for s in layout.sites} == set(report.left)
-        for told in report.left.values():
-            assert any(told.startswith(one) for one in reason.split("|")), (name, told)
+        assert [s.name for s in layout.sites] == [left.site for left in report.left]
+        for left in report.left:
+            assert any(left.reason.startswith(one) for one in reason.split("|")), (name, left)
         assert list(case.model.state_dict()) == state
 
 
@@ -94,7 +94,9 @@ def test_tied_projections_are_left() -> None:
     one, two = (case.model.model.layers[i].self_attn for i in range(2))
     two.q_proj.weight = one.q_proj.weight
     report = insert_qk_norm(case.model, find_qk_pairs(case.model, **case.inputs))
-    assert any("is also 'model.layers.1.self_attn.q_proj.weight'" in told for told in report.left.values())
+    assert any(
+        "is also 'model.layers.1.self_attn.q_proj.weight'" in told for told in (left.reason for left in report.left)
+    )
 
 
 def test_layout_of_another_model_changes_nothing() -> None:

@@ -8,7 +8,7 @@ Rules in the order of a rewriter: `find_norms` matches, `_reason_to_stay` checks
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,32 +16,35 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from quack_fx.find import GraphNorm, find_norms
-from quack_fx.layout import AttentionSite
+from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.opset import op_of
 from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, without_norms
 from quack_fx.strip.scale import Scales, scale_back
 
 
-def strip_graph(graph_module: GraphModule, *, keep_gain: bool, restore_scale: bool) -> StripReport:
+def strip_graph(
+    graph_module: GraphModule, *, weights: Mapping[Node, str] | None = None, keep_gain: bool, restore_scale: bool
+) -> StripReport:
     """Take the QK norms out of a copy of a graph.
 
     Arguments:
         graph_module: The graph; its nodes carry `meta["val"]`.
+        weights: Names of the nodes that are parameters; those of the graph module by default.
         keep_gain: Whether gains and biases stay.
         restore_scale: Whether features are multiplied with what `scale_back` says.
 
     Returns:
         The account, with the new graph as its `model`. A graph without QK norm is given back itself.
     """
-    layout, norms = find_norms(graph_module)
-    reasons = _reasons_to_stay(norms)
+    layout, norms = find_norms(graph_module, weights)
+    reasons = _reasons_to_stay(layout, norms)
     going = [norm for norm in norms if norm.site not in reasons]
-    left = tuple(LeftSite(name, reason) for name, reason in reasons.items())
+    left = tuple(LeftSite(layout.sites[place].name, reason) for place, reason in reasons.items())
     if not going:
         return StripReport((), left, (), layout, graph_module, _nothing_to_restore)
-    sites = {site.name: site for site in layout.sites if site.name in {norm.site for norm in going}}
+    sites = {place: layout.sites[place] for place in dict.fromkeys(norm.site for norm in going)}
     rewriting = _Rewriting(graph_module)
-    scales = {name: scale_back(site) if restore_scale else Scales() for name, site in sites.items()}
+    scales = {place: scale_back(site) if restore_scale else Scales() for place, site in sites.items()}
     for norm in going:
         rewriting.take_out(norm, keep_gain, scales[norm.site].of(norm.norm.side))
     stripped = rewriting.done()
@@ -51,7 +54,7 @@ def strip_graph(graph_module: GraphModule, *, keep_gain: bool, restore_scale: bo
         removed=removed,
         left=left,
         notes=tuple(note for one in scales.values() for note in one.notes),
-        layout=without_norms(layout, {name: one.query * one.key for name, one in scales.items()}, gone),
+        layout=without_norms(layout, {place: one.query * one.key for place, one in scales.items()}, gone),
         model=stripped,
         _restore=_nothing_to_restore,
     )
@@ -61,10 +64,9 @@ def _nothing_to_restore() -> None:
     """The original was not changed."""
 
 
-def _reasons_to_stay(norms: Iterable[GraphNorm]) -> dict[str, str]:
-    """Why a site's norms cannot be taken out, for those where they cannot."""
-    reasons: dict[str, str] = {}
-    norms = tuple(norms)
+def _reasons_to_stay(layout: QKLayout, norms: Sequence[GraphNorm]) -> dict[int, str]:
+    """Why a site's norms cannot be taken out, for the places of those where they cannot."""
+    reasons: dict[int, str] = {}
     for norm in norms:
         if reason := _reason_to_stay(norm):
             reasons.setdefault(norm.site, reason)
@@ -76,7 +78,8 @@ def _reasons_to_stay(norms: Iterable[GraphNorm]) -> dict[str, str]:
         for norm in norms:
             shared = next((staying[op.node] for op in norm.ops if op.node in staying), None)
             if shared is not None and norm.site not in reasons:
-                reasons[norm.site] = f"its {norm.norm.side} norm also serves {shared!r}, which keeps its norms"
+                other = layout.sites[shared].name
+                reasons[norm.site] = f"its {norm.norm.side} norm also serves {other!r}, which keeps its norms"
                 spreading = True
     return reasons
 
@@ -93,10 +96,10 @@ def _reason_to_stay(norm: GraphNorm) -> str | None:
 def _removals(sites: Iterable[AttentionSite], gone: list[str]) -> Iterator[RemovedNorm]:
     """The norms of some sites, each module once, inline ones one by one."""
     by_module: dict[Any, RemovedNorm] = {}
-    for site in sites:
+    for place, site in enumerate(sites):
         for i, norm in enumerate(site.qk_norm):
-            known = by_module.get(norm.module)
-            key = norm.module if norm.module is not None else (site.name, i)
+            key = norm.module if norm.module is not None else (place, i)
+            known = by_module.get(key)
             inside = tuple(k for k in gone if k == norm.weight or (norm.module and k.startswith(f"{norm.module}.")))
             names = (site.name,) if known is None else tuple(dict.fromkeys((*known.sites, site.name)))
             by_module[key] = RemovedNorm(norm.module, norm.kind, norm.width, names, inside)

@@ -78,14 +78,14 @@ class Plan:
         norms: For each of them its norm in the layout, and the names of the attentions that it is for.
         left: The sites whose norms stay, and why.
         notes: What was decided about logit scales.
-        scales: What the logits of each site without norms are multiplied with.
+        scales: What the logits are multiplied with, for the place of each site that will have no norms.
     """
 
     stand_ins: dict[str, PassThrough | Gain]
     norms: dict[str, tuple[Norm, tuple[str, ...]]]
     left: tuple[LeftSite, ...]
     notes: tuple[str, ...]
-    scales: dict[str, float]
+    scales: dict[int, float]
 
     def layout(self, layout: QKLayout, vanished: Iterable[str]) -> QKLayout:
         """The layout of the stripped model, in which some parameters are gone."""
@@ -104,21 +104,21 @@ def plan_strip(model: nn.Module, layout: QKLayout, *, keep_gain: bool = False, r
     Raises:
         StripError: The layout names a module that the model does not have.
     """
-    normed = [site for site in layout.sites if site.qk_norm]
+    normed = {place: site for place, site in enumerate(layout.sites) if site.qk_norm}
     made: dict[str, PassThrough | Gain] = {}
     reasons = _reasons_to_stay(model, normed, keep_gain, made)
-    going = [site for site in normed if site.name not in reasons]
-    norms = _callers(going)
-    scales = {site.name: scale_back(site) if restore_scale else Scales() for site in going}
+    going = {place: site for place, site in normed.items() if place not in reasons}
+    norms = _callers(going.values())
+    scales = {place: scale_back(site) if restore_scale else Scales() for place, site in going.items()}
     factors, unclear = _factors(going, norms, scales)
     for name, factor in factors.items():
         made[name].factor *= factor
     return Plan(
         stand_ins={name: made[name] for name in norms},
         norms=norms,
-        left=tuple(LeftSite(name, reason) for name, reason in reasons.items()),
+        left=tuple(LeftSite(layout.sites[place].name, reason) for place, reason in reasons.items()),
         notes=(*(note for one in scales.values() for note in one.notes), *unclear),
-        scales={name: one.query * one.key for name, one in scales.items()},
+        scales={place: one.query * one.key for place, one in scales.items()},
     )
 
 
@@ -169,26 +169,26 @@ def strip_modules(model: nn.Module, layout: QKLayout, *, keep_gain: bool, restor
 
 
 def _reasons_to_stay(
-    model: nn.Module, sites: list[AttentionSite], keep_gain: bool, stand_ins: dict[str, PassThrough | Gain]
-) -> dict[str, str]:
+    model: nn.Module, sites: dict[int, AttentionSite], keep_gain: bool, stand_ins: dict[str, PassThrough | Gain]
+) -> dict[int, str]:
     """Why a site's norms cannot be taken out, where they cannot; fills in what is put in place of the others."""
-    reasons: dict[str, str] = {}
-    for site in sites:
+    reasons: dict[int, str] = {}
+    for place, site in sites.items():
         for norm in site.qk_norm:
             made = _stand_in(model, site, norm, keep_gain)
             if isinstance(made, str):
-                reasons.setdefault(site.name, made)
+                reasons.setdefault(place, made)
             else:
                 stand_ins.setdefault(str(norm.module), made)
     # A norm that a staying site also calls has to stay, and with it every other site that calls it.
     spreading = True
     while spreading:
-        staying = {n.module: s.name for s in sites if s.name in reasons for n in s.qk_norm if n.module is not None}
+        staying = {n.module: sites[p].name for p in reasons for n in sites[p].qk_norm if n.module is not None}
         spreading = False
-        for site in sites:
+        for place, site in sites.items():
             shared = next((n.module for n in site.qk_norm if n.module in staying), None)
-            if shared is not None and site.name not in reasons:
-                reasons[site.name] = f"its norm {shared!r} also serves {staying[shared]!r}, which keeps its norms"
+            if shared is not None and place not in reasons:
+                reasons[place] = f"its norm {shared!r} also serves {staying[shared]!r}, which keeps its norms"
                 spreading = True
     return reasons
 
@@ -303,7 +303,7 @@ def _form(module: nn.Module, norm: Norm) -> _Form | None:
 # ---- what is put in their place --------------------------------------------------------------------------------------
 
 
-def _callers(sites: list[AttentionSite]) -> dict[str, tuple[Norm, tuple[str, ...]]]:
+def _callers(sites: Iterable[AttentionSite]) -> dict[str, tuple[Norm, tuple[str, ...]]]:
     """The norm modules of some sites, each once, in the order of the layout, with the names of those sites."""
     found: dict[str, tuple[Norm, tuple[str, ...]]] = {}
     for site in sites:
@@ -315,14 +315,14 @@ def _callers(sites: list[AttentionSite]) -> dict[str, tuple[Norm, tuple[str, ...
 
 
 def _factors(
-    sites: list[AttentionSite], callers: dict[str, tuple[Norm, tuple[str, ...]]], scales: dict[str, Scales]
+    sites: dict[int, AttentionSite], callers: dict[str, tuple[Norm, tuple[str, ...]]], scales: dict[int, Scales]
 ) -> tuple[dict[str, float], list[str]]:
     """Factor of each stand-in; and a note for those whose attentions want different ones, which get none."""
     wanted: dict[str, set[float]] = {name: set() for name in callers}
-    for site in sites:
+    for place, site in sites.items():
         for norm in site.qk_norm:
             assert norm.module is not None
-            one, both = scales[site.name], {n.side for n in site.qk_norm if n.module == norm.module}
+            one, both = scales[place], {n.side for n in site.qk_norm if n.module == norm.module}
             # One module for both sides: each gets the root of the product.
             wanted[norm.module].add(math.sqrt(one.query * one.key) if len(both) == 2 else one.of(norm.side))
     unclear = [

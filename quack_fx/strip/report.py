@@ -79,18 +79,18 @@ class StripReport:
         }
 
 
-def without_norms(layout: QKLayout, stripped: Mapping[str, float], vanished: Iterable[str]) -> QKLayout:
+def without_norms(layout: QKLayout, stripped: Mapping[int, float], vanished: Iterable[str]) -> QKLayout:
     """The layout of the stripped model.
 
     Arguments:
         layout: The one with norms.
-        stripped: Names of the sites that have none any more, each with what its logits were multiplied with instead.
+        stripped: Places of the sites that have none any more, each with what its logits were multiplied with instead.
         vanished: Parameters that are gone.
     """
     gone = set(vanished)
     return replace(
         layout,
-        sites=tuple(_bare(s, stripped[s.name]) if s.name in stripped else s for s in layout.sites),
+        sites=tuple(_bare(s, stripped[i]) if i in stripped else s for i, s in enumerate(layout.sites)),
         untouched=tuple(name for name in layout.untouched if name not in gone),
     )
 
