@@ -188,7 +188,7 @@ def find_in_graph(
     weights = _own_parameters(graph_module) if weights is None else weights
     df = Dataflow(graph_module, weights)
     logits, misses = find_logits(df)
-    attentions = _Attentions(df, logits)
+    attentions = Attentions(df, logits)
     sites: list[tuple[Node, AttentionSite]] = []
     layers, repeats = LeftOut(df, repeated), Repeats(df)
     for one in attentions:
@@ -218,12 +218,12 @@ def find_in_graph(
     )
 
 
-class _Attentions:
+class Attentions:
     """The attentions of a graph one by one; the turns of a loop that is no loop over heads follow as attentions."""
 
     def __init__(self, df: Dataflow, logits: Sequence[Logits]) -> None:
         self.tracer = Tracer(df)
-        self._uses = Uses(self.tracer, logits)
+        self.uses = Uses(self.tracer, logits)
         self._todo = [*reversed(logits)]
 
     def __iter__(self) -> Iterator[Logits]:
@@ -248,7 +248,7 @@ class _Attentions:
         except NotOneAttention:
             self._todo += one.parts[::-1]
             raise
-        return make_site(self.tracer, one, heads, self._uses), heads
+        return make_site(self.tracer, one, heads, self.uses), heads
 
     def norms(self, place: int, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
         """QK norms of a site that has a place in a layout, with their nodes."""
@@ -258,7 +258,7 @@ class _Attentions:
             for tag in tags if named else ():  # without one, they are the norms of a latent
                 norm = next(n for n in named if (n.kind, n.width, n.weight) == (tag.kind, tag.width, tag.weight))
                 last = (*tag.ops, *tag.gains)[-1].node
-                yield GraphNorm(place, norm, tag.ops, tag.gains, self._uses.only_logits(last, set()))
+                yield GraphNorm(place, norm, tag.ops, tag.gains, self.uses.only_logits(last, set()))
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def find_norms(
     df = Dataflow(graph_module, weights)
     layout = find_in_graph(graph_module, weights, all_names=[name for name, _ in graph_module.named_parameters()])
     places = {(site.query, site.key, site.terms): place for place, site in enumerate(layout.sites)}
-    attentions, found = _Attentions(df, find_logits(df)[0]), list[GraphNorm]()
+    attentions, found = Attentions(df, find_logits(df)[0]), list[GraphNorm]()
     for one in attentions:
         try:
             site, heads = attentions.look_at(one)

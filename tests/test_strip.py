@@ -204,8 +204,8 @@ def test_bad_input_leaves_the_model_alone() -> None:
     broken = replace(last, qk_norm=(Norm("query", "rms", 8, "model.q_norm"),))
     with pytest.raises(StripError, match=r"names the norm 'model.q_norm', which Qwen3ForCausalLM does not have; find"):
         strip_qk_norm(case.model, replace(case.layout, sites=(case.layout.sites[0], broken)))
-    with pytest.raises(StripError, match=r"gain='fold' is not known; use gain='drop' or gain='keep'"):
-        strip_qk_norm(case.model, case.layout, gain="fold")  # type: ignore[arg-type]
+    with pytest.raises(StripError, match=r"gain='hold' is not known; use gain='drop', gain='keep' or"):
+        strip_qk_norm(case.model, case.layout, gain="hold")  # type: ignore[arg-type]
     with pytest.raises(StripError, match=r"scale='fix' is not known; use scale='restore' or scale='keep'"):
         strip_qk_norm(case.model, case.layout, scale="fix")  # type: ignore[arg-type]
     with pytest.raises(StripError, match=r"give the layout of the model, quack_fx.find_qk_pairs"):

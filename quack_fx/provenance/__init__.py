@@ -20,8 +20,9 @@ from quack_fx.provenance.basis import Basis
 from quack_fx.provenance.blocks import make_site, merge_calls
 from quack_fx.provenance.heads import Heads, NotOneAttention, Refused, find_heads
 from quack_fx.provenance.left_out import LeftOut
+from quack_fx.provenance.projections import Projection
 from quack_fx.provenance.repeat import Repeats
-from quack_fx.provenance.trace import NormOp, Tracer
+from quack_fx.provenance.trace import NormOp, NormTag, Tracer
 from quack_fx.provenance.uses import Uses
 
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "Heads",
     "LeftOut",
     "NormOp",
+    "NormTag",
     "NotOneAttention",
+    "Projection",
     "Refused",
     "Repeats",
     "Tracer",

@@ -6,15 +6,17 @@ module. A norm whose result also is a value, or goes on into the next layer, is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from functools import cached_property
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.attention import Logits
 from quack_fx.dataflow import factors_of
 from quack_fx.opset import SOFTMAX
+from quack_fx.provenance.projections import Projection
 from quack_fx.provenance.trace import Tracer
 
 
@@ -57,10 +59,37 @@ class Uses:
 
     def _reaches(self, node: Node, path: set[Node], others: list[Node]) -> bool:
         """Whether elements of a node are among those of others: queries and values may lie in one tensor."""
+        return self._arrives(node, torch.ones(()).expand(self._df.shape(node)), path, others)
+
+    def _arrives(self, node: Node, marked: Tensor, path: set[Node], others: list[Node]) -> bool:
+        """Whether marked elements of a node (not 0) are among those of others."""
         mark = self._tracer.labels.new_features(1)
-        flows = self._tracer.carry(node, torch.tensor(mark).expand(self._df.shape(node)), path)
+        flows = self._tracer.carry(node, (marked != 0) * mark, path)
         labels = self._tracer.labels
         return any(other not in flows or labels.features(flows[other].label) for other in others)
+
+    def pass_all(self, projection: Projection, features: frozenset[int], gates: Set[Node]) -> bool:
+        """Whether features of a projection go nowhere but through some nodes.
+
+        Arguments:
+            projection: The projection.
+            features: Some of its features.
+            gates: The nodes.
+        """
+        node, seen = projection.node, {projection.node}
+        made = self._tracer.projections.of(node)
+        others, todo = [], [node]
+        while todo:
+            source = todo.pop()
+            for user in source.users:
+                if user.op == "output" or user in self._operands or (self._makes_more(user) and user not in gates):
+                    others.append(source)
+                elif user not in seen and user not in gates:
+                    seen.add(user)
+                    todo.append(user)
+        if made is None or not others:
+            return not others
+        return not self._arrives(node, torch.isin(made[1], torch.tensor(sorted(features))), seen, others)
 
     def module_norms_logits_alone(self, module: str, walked: set[Node]) -> bool:
         """Whether all that a module computes, in every call, ends in logits.

@@ -3,6 +3,7 @@
 In: a model and its layout, or a graph. Out: a `StripReport`: what is gone, what stays and why, what to see to now, the
 layout of what is left, and `restore`.
 
+    fold.py      gains folded into the projections
     modules.py   norm modules replaced by modules that hand their input on
     graph.py     norms taken out of a copy of a graph, inline ones too
     scale.py     what a logit scale has to be once the norm is gone
@@ -18,6 +19,7 @@ from torch.fx import GraphModule
 
 from quack_fx.errors import StripError
 from quack_fx.layout import QKLayout
+from quack_fx.strip.fold import Inputs
 from quack_fx.strip.graph import strip_graph
 from quack_fx.strip.modules import PassThrough, strip_modules
 from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport
@@ -29,8 +31,9 @@ def strip_qk_norm(
     model: nn.Module,
     layout: QKLayout | None = None,
     *,
-    gain: Literal["drop", "keep"] = "drop",
+    gain: Literal["drop", "keep", "fold"] = "drop",
     scale: Literal["restore", "keep"] = "restore",
+    inputs: Inputs | None = None,
 ) -> StripReport:
     """Take the QK norms out of a model: of its modules in place, or of a copy of its graph.
 
@@ -42,18 +45,20 @@ def strip_qk_norm(
             report's `model` is the stripped one, and its parameters are those of the original.
         layout: Layout of the model; `qk_norm` of each site says which norms there are. A graph needs none.
         gain: What becomes of the gain (and the bias) of a norm. "drop": it goes with the norm. "keep": only the
-            statistic goes, features are still multiplied with it.
+            statistic goes, features are still multiplied with it. "fold": the same, but the rows of the projection are
+            multiplied with it, once and in place (its bias, too); what comes out is compared with "keep". For modules.
         scale: "restore": where logits would grow because the model left the norm to bound them (a logit scale above
             1/sqrt(head_dim), an L2 norm in place of an RMS norm), features are multiplied with a number that brings
             them back to what training expects. "keep": nothing is multiplied. `notes` tells each such decision.
+        inputs: Example inputs of the forward, a tuple or a dict of named ones; only `gain="fold"` needs them.
 
     Returns:
         What was removed and what was left; its `layout` describes the model as it is now. A model without QK norm
         comes back untouched.
 
     Raises:
-        StripError: The layout names a module that the model does not have, a model comes without a layout, or an
-            option is not known. The model is then unchanged.
+        StripError: The layout names a module that the model does not have, a model comes without a layout, an option
+            is not known, or a folding changes what the model computes. The model is then unchanged.
 
     Example:
         >>> from quack_fx.layout import QKLayout
@@ -61,12 +66,22 @@ def strip_qk_norm(
         >>> report.removed, report.left
         ((), ())
     """
-    if gain not in ("drop", "keep"):
-        raise StripError(f"gain={gain!r} is not known; use gain='drop' or gain='keep'")
+    if gain not in ("drop", "keep", "fold"):
+        raise StripError(f"gain={gain!r} is not known; use gain='drop', gain='keep' or gain='fold'")
     if scale not in ("restore", "keep"):
         raise StripError(f"scale={scale!r} is not known; use scale='restore' or scale='keep'")
     if isinstance(model, GraphModule):
+        if gain == "fold":
+            raise StripError("a graph shares its weights with the original: use gain='keep' or gain='drop' for it")
         return strip_graph(model, keep_gain=gain == "keep", restore_scale=scale == "restore")
     if layout is None:
         raise StripError("give the layout of the model, quack_fx.find_qk_pairs(model, *example_args)")
-    return strip_modules(model, layout, keep_gain=gain == "keep", restore_scale=scale == "restore")
+    if gain == "fold" and inputs is None:
+        raise StripError("gain='fold' follows the gains to their rows: give example inputs, inputs=(...)")
+    return strip_modules(
+        model,
+        layout,
+        keep_gain=gain != "drop",
+        restore_scale=scale == "restore",
+        fold_with=inputs if gain == "fold" else None,
+    )

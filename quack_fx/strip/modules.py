@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.errors import StripError
+from quack_fx.gains import Place, RowGain, gain_rows
 from quack_fx.layout import AttentionSite, Norm, QKLayout
+from quack_fx.strip.fold import FoldedRows, Inputs, call_of, check, outputs, reasons_against
 from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, without_norms
 from quack_fx.strip.scale import Scales, scale_back
 
@@ -58,7 +60,7 @@ class Gain(nn.Module):
 
     def __init__(self, parameters: dict[str, nn.Parameter], offset: float, factor: float = 1.0) -> None:
         super().__init__()
-        self.names, self.offset, self.factor = tuple(parameters), offset, factor
+        self.names, self.offset, self.factor, self.tensors = tuple(parameters), offset, factor, 1
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
@@ -92,7 +94,14 @@ class Plan:
         return without_norms(layout, self.scales, vanished)
 
 
-def plan_strip(model: nn.Module, layout: QKLayout, *, keep_gain: bool = False, restore_scale: bool = True) -> Plan:
+def plan_strip(
+    model: nn.Module,
+    layout: QKLayout,
+    *,
+    keep_gain: bool = False,
+    restore_scale: bool = True,
+    against: Mapping[str, str] | None = None,
+) -> Plan:
     """Decide which norm modules of a model can go, and what is to stand in their place.
 
     Arguments:
@@ -100,13 +109,14 @@ def plan_strip(model: nn.Module, layout: QKLayout, *, keep_gain: bool = False, r
         layout: Its layout.
         keep_gain: Whether gains and biases stay.
         restore_scale: Whether features are multiplied with what `scale_back` says.
+        against: Reasons to leave some norm modules where they are.
 
     Raises:
         StripError: The layout names a module that the model does not have.
     """
     normed = {place: site for place, site in enumerate(layout.sites) if site.qk_norm}
     made: dict[str, PassThrough | Gain] = {}
-    reasons = _reasons_to_stay(model, normed, keep_gain, made)
+    reasons = _reasons_to_stay(model, normed, keep_gain, made, against or {})
     going = {place: site for place, site in normed.items() if place not in reasons}
     norms = _callers(going.values())
     scales = {place: scale_back(site) if restore_scale else Scales() for place, site in going.items()}
@@ -122,7 +132,9 @@ def plan_strip(model: nn.Module, layout: QKLayout, *, keep_gain: bool = False, r
     )
 
 
-def strip_modules(model: nn.Module, layout: QKLayout, *, keep_gain: bool, restore_scale: bool) -> StripReport:
+def strip_modules(
+    model: nn.Module, layout: QKLayout, *, keep_gain: bool, restore_scale: bool, fold_with: Inputs | None = None
+) -> StripReport:
     """Take the QK norms out of a model, in place.
 
     Arguments:
@@ -130,27 +142,46 @@ def strip_modules(model: nn.Module, layout: QKLayout, *, keep_gain: bool, restor
         layout: Its layout.
         keep_gain: Whether gains and biases stay.
         restore_scale: Whether features are multiplied with what `scale_back` says.
+        fold_with: Example inputs; given, the gains that stay are folded into the projections.
 
     Returns:
         The account.
 
     Raises:
-        StripError: The layout names a module that the model does not have.
+        StripError: The layout names a module that the model does not have, or folding would change the model.
     """
-    plan = plan_strip(model, layout, keep_gain=keep_gain, restore_scale=restore_scale)
+    against: dict[str, str] = {}
+    rows: dict[str, dict[Place, RowGain] | str] = {}
+    if fold_with is not None:
+        args, kwargs = call_of(fold_with)
+        rows = gain_rows(model, args, kwargs)
+        against = reasons_against(rows, {str(n.module): None for s in layout.sites for n in s.qk_norm if n.module})
+    plan = plan_strip(model, layout, keep_gain=keep_gain, restore_scale=restore_scale, against=against)
     originals = {name: model.get_submodule(name) for name in plan.stand_ins}
     # A module may have several names in its parent.
     names = {n: name for name, module in originals.items() for n, m in _all_names(model) if m is module}
-    before = list(model.state_dict(keep_vars=True))
+    before, folded = list(model.state_dict(keep_vars=True)), FoldedRows()
     for name, first in names.items():
         model.set_submodule(name, plan.stand_ins[first].train(originals[first].training))
-    after = model.state_dict(keep_vars=True).keys()
-    gone = [key for key in before if key not in after]
 
     def restore() -> None:
+        folded.undo()
         for name, first in names.items():
             originals[first].train(model.get_submodule(name).training)
             model.set_submodule(name, originals[first])
+
+    if fold_with is not None:
+        expected = outputs(model, fold_with)
+        for name, first in names.items():
+            gain = plan.stand_ins[first]
+            model.set_submodule(name, PassThrough(gain.tensors, gain.factor).train(originals[first].training))
+        for first in originals:
+            gains = rows[first]
+            assert not isinstance(gains, str)  # a reason, and the norm stayed
+            folded.multiply(model, gains, plan.stand_ins[first].factor)
+        check(expected, outputs(model, fold_with), restore)
+    after = model.state_dict(keep_vars=True).keys()
+    gone = [key for key in before if key not in after]
 
     return StripReport(
         removed=tuple(
@@ -169,13 +200,17 @@ def strip_modules(model: nn.Module, layout: QKLayout, *, keep_gain: bool, restor
 
 
 def _reasons_to_stay(
-    model: nn.Module, sites: dict[int, AttentionSite], keep_gain: bool, stand_ins: dict[str, PassThrough | Gain]
+    model: nn.Module,
+    sites: dict[int, AttentionSite],
+    keep_gain: bool,
+    stand_ins: dict[str, PassThrough | Gain],
+    against: Mapping[str, str],
 ) -> dict[int, str]:
     """Why a site's norms cannot be taken out, where they cannot; fills in what is put in place of the others."""
     reasons: dict[int, str] = {}
     for place, site in sites.items():
         for norm in site.qk_norm:
-            made = _stand_in(model, site, norm, keep_gain)
+            made = against.get(str(norm.module)) or _stand_in(model, site, norm, keep_gain)
             if isinstance(made, str):
                 reasons.setdefault(place, made)
             else:
