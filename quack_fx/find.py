@@ -25,6 +25,7 @@ from quack_fx.provenance import (
     Heads,
     LeftOut,
     NormOp,
+    NormTag,
     NotOneAttention,
     Refused,
     Repeats,
@@ -33,6 +34,7 @@ from quack_fx.provenance import (
     find_heads,
     make_site,
     merge_calls,
+    values_of,
 )
 from quack_fx.recording import Capture, RepeatedLayer, capture
 
@@ -249,6 +251,12 @@ class Attentions:
             self._todo += one.parts[::-1]
             raise
         return make_site(self.tracer, one, heads, self.uses), heads
+
+    def value_norms(self, one: Logits) -> list[NormTag]:
+        """Norms that the values of an attention pass."""
+        values = [value for part in one.parts or (one,) for value in values_of(self.tracer, part)]
+        flows = self.tracer.trace(values)
+        return [tag for value in values if value in flows for tag in flows[value].norms]
 
     def norms(self, place: int, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
         """QK norms of a site that has a place in a layout, with their nodes."""

@@ -212,3 +212,40 @@ def test_bad_input_leaves_the_model_alone() -> None:
         strip_qk_norm(case.model)
     assert sum(name.endswith("_norm") for name, _ in case.model.named_modules()) == 4
     assert strip_qk_norm(case.model, case.layout).removed
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Causal attention whose queries, keys and values are normed; fused or written out."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in "qkv")
+        self.q_norm, self.k_norm, self.v_norm = (nn.RMSNorm(8) for _ in "qkv")
+
+    def heads(self, x: Tensor, normed: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (m(x).unflatten(-1, (2, 8)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        return (self.q_norm(q), self.k_norm(k), self.v_norm(v)) if normed else (q, k, v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.heads(x)
+        if self.fused:
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mask = torch.full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
+        return (q @ k.mT * 8**-0.5 + mask).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_report_tells_how_far_logits_spread(fused: bool) -> None:
+    model, x = Masked(fused), 3 * torch.randn(2, 6, 16)
+    logits = [q @ k.mT * 8**-0.5 for q, k, _ in (model.heads(x), model.heads(x, normed=False))]
+    seen = torch.ones(6, 6, dtype=torch.bool) if fused else torch.ones(6, 6, dtype=torch.bool).tril()
+    report = strip_qk_norm(model, find_qk_pairs(model, x), inputs=(x,))
+    (change,) = report.logits
+    assert [change.before, change.after] == pytest.approx([one[..., seen].std().item() for one in logits], rel=1e-4)
+    assert report.notes == ("'': its values pass a norm, too (rms norm 'v_norm'), which stays",)
+    assert isinstance(model.v_norm, nn.RMSNorm)
+    assert report.to_dict()["logits"] == [{"site": "", "before": change.before, "after": change.after}]

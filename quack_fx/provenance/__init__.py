@@ -17,7 +17,7 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
 
 from quack_fx.dataflow import BehindLayer
 from quack_fx.provenance.basis import Basis
-from quack_fx.provenance.blocks import make_site, merge_calls
+from quack_fx.provenance.blocks import make_site, merge_calls, values_of
 from quack_fx.provenance.heads import Heads, NotOneAttention, Refused, find_heads
 from quack_fx.provenance.left_out import LeftOut
 from quack_fx.provenance.projections import Projection
@@ -41,4 +41,5 @@ __all__ = [
     "find_heads",
     "make_site",
     "merge_calls",
+    "values_of",
 ]

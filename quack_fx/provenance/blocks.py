@@ -311,14 +311,14 @@ def _absorbed(
 
 def _value_rows(tracer: Tracer, logits: Logits) -> set[Row]:
     """Rows of the projections that the values are made of, as far as they are known."""
-    values = [value for part in logits.parts or (logits,) for value in _values(tracer, part)]
+    values = [value for part in logits.parts or (logits,) for value in values_of(tracer, part)]
     flows = tracer.trace(values)
     features = set().union(*(tracer.labels.features(flows[n].label) for n in values if n in flows)) - {UNKNOWN}
     found = map(tracer.projections.by_feature, features)
     return {(projection.names[i], tuple(projection.rows[i].tolist())) for projection, i in found}
 
 
-def _values(tracer: Tracer, logits: Logits) -> list[Node]:
+def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
     """What a softmax weighs: the factor of its output that it does not lie behind."""
     df, output = tracer.df, logits.output
     if df.op[output].kind == "attention":

@@ -73,6 +73,7 @@ def capture(
     *,
     layers_once: bool = False,
     number: float = 0.5,
+    real: bool = False,
     executable: bool = False,
 ) -> Capture:
     """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
@@ -82,6 +83,7 @@ def capture(
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments of the forward call.
         layers_once: Record only a few of many equal layers, where that is provably safe; see `layers.py`.
+        real: Run on real numbers at once; every node then has them.
         executable: Make a graph that runs: it is called as the model is, returns what the model returns, has its
             gradients (both are checked on these arguments) and shares its parameters. The model must have numbers, and
             what is no tensor among the arguments is written down as it was given.
@@ -101,6 +103,8 @@ def capture(
     kwargs = kwargs or {}
     if executable:
         return Capture(runnable(model, args, kwargs), "real", ())
+    if real:
+        return _run(model, args, kwargs, Recorder(model, "real"))
     reason = ""
     groups = list(equal_groups(model)) if layers_once else []
     # A forward that fails because layers were left out is run again with all of them.

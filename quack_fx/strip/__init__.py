@@ -12,6 +12,7 @@ layout of what is left, and `restore`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import nn
@@ -19,12 +20,13 @@ from torch.fx import GraphModule
 
 from quack_fx.errors import StripError
 from quack_fx.layout import QKLayout
-from quack_fx.strip.fold import Inputs
+from quack_fx.spread import Pairs, Spread, logit_spread, pairs_of
+from quack_fx.strip.fold import Inputs, call_of
 from quack_fx.strip.graph import strip_graph
 from quack_fx.strip.modules import PassThrough, strip_modules
-from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport
+from quack_fx.strip.report import LeftSite, LogitChange, RemovedNorm, StripReport
 
-__all__ = ["LeftSite", "PassThrough", "RemovedNorm", "StripReport", "strip_qk_norm"]
+__all__ = ["LeftSite", "LogitChange", "PassThrough", "RemovedNorm", "StripReport", "strip_qk_norm"]
 
 
 def strip_qk_norm(
@@ -50,7 +52,8 @@ def strip_qk_norm(
         scale: "restore": where logits would grow because the model left the norm to bound them (a logit scale above
             1/sqrt(head_dim), an L2 norm in place of an RMS norm), features are multiplied with a number that brings
             them back to what training expects. "keep": nothing is multiplied. `notes` tells each such decision.
-        inputs: Example inputs of the forward, a tuple or a dict of named ones; only `gain="fold"` needs them.
+        inputs: Example inputs of the forward, a tuple or a dict of named ones. `gain="fold"` needs them; with them, the
+            report tells how far logits spread before and after, and which norms act on values (those stay).
 
     Returns:
         What was removed and what was left; its `layout` describes the model as it is now. A model without QK norm
@@ -70,18 +73,43 @@ def strip_qk_norm(
         raise StripError(f"gain={gain!r} is not known; use gain='drop', gain='keep' or gain='fold'")
     if scale not in ("restore", "keep"):
         raise StripError(f"scale={scale!r} is not known; use scale='restore' or scale='keep'")
-    if isinstance(model, GraphModule):
-        if gain == "fold":
-            raise StripError("a graph shares its weights with the original: use gain='keep' or gain='drop' for it")
-        return strip_graph(model, keep_gain=gain == "keep", restore_scale=scale == "restore")
-    if layout is None:
-        raise StripError("give the layout of the model, quack_fx.find_qk_pairs(model, *example_args)")
+    if gain == "fold" and isinstance(model, GraphModule):
+        raise StripError("a graph shares its weights with the original: use gain='keep' or gain='drop' for it")
     if gain == "fold" and inputs is None:
         raise StripError("gain='fold' follows the gains to their rows: give example inputs, inputs=(...)")
-    return strip_modules(
-        model,
-        layout,
-        keep_gain=gain != "drop",
-        restore_scale=scale == "restore",
-        fold_with=inputs if gain == "fold" else None,
-    )
+    if layout is None and not isinstance(model, GraphModule):
+        raise StripError("give the layout of the model, quack_fx.find_qk_pairs(model, *example_args)")
+    before = _spread(model, inputs)
+    if isinstance(model, GraphModule):
+        report = strip_graph(model, keep_gain=gain == "keep", restore_scale=scale == "restore")
+    else:
+        assert layout is not None
+        report = strip_modules(
+            model,
+            layout,
+            keep_gain=gain != "drop",
+            restore_scale=scale == "restore",
+            fold_with=inputs if gain == "fold" else None,
+        )
+    return _with_numbers(report, before, _spread(report.model, inputs) if report.removed else {})
+
+
+def _spread(model: nn.Module, inputs: Inputs | None) -> dict[Pairs, Spread]:
+    if inputs is None or any(p.is_meta for p in model.parameters()):
+        return {}
+    args, kwargs = call_of(inputs)
+    return logit_spread(model, args, kwargs)
+
+
+def _with_numbers(report: StripReport, before: dict[Pairs, Spread], after: dict[Pairs, Spread]) -> StripReport:
+    """The report with what was measured, and with the norms on values, which are none of ours."""
+    stripped = {name for norm in report.removed for name in norm.sites}
+    changes, notes = [], list(report.notes)
+    for site in report.layout.sites:
+        old, new = before.get(pairs_of(site)), after.get(pairs_of(site))
+        if old is not None and new is not None and site.name in stripped:
+            changes.append(LogitChange(site.name, old.std, new.std))
+        if old is not None and site.name in stripped:
+            names = " and ".join(f"{kind} norm{f' {module!r}' if module else ''}" for kind, module in old.value_norms)
+            notes += [f"{site.name!r}: its values pass a norm, too ({names}), which stays"] if names else []
+    return replace(report, logits=tuple(changes), notes=tuple(notes))

@@ -42,6 +42,21 @@ class LeftSite:
 
 
 @dataclass(frozen=True, slots=True)
+class LogitChange:
+    """What the removal did to the logits of an attention, on the example inputs.
+
+    Attributes:
+        site: Its name.
+        before: Their standard deviation with the norms.
+        after: Their standard deviation without.
+    """
+
+    site: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True)
 class StripReport:
     """What was taken out, what was left and why.
 
@@ -50,6 +65,7 @@ class StripReport:
         left: The sites whose norms stay.
         notes: What was decided about logit scales, and what to see to now.
         layout: The layout of the model as it is now; its stripped sites have no QK norm and take part in QuacK.
+        logits: How far the logits of stripped sites spread, before and after; empty without example inputs.
         model: The stripped model: the one that was given, or a new graph that shares its parameters.
     """
 
@@ -59,6 +75,7 @@ class StripReport:
     layout: QKLayout
     model: nn.Module = field(repr=False, compare=False)
     _restore: Callable[[], None] = field(repr=False, compare=False)
+    logits: tuple[LogitChange, ...] = ()
 
     @property
     def vanished(self) -> tuple[str, ...]:
@@ -75,6 +92,7 @@ class StripReport:
             "removed": [asdict(norm) for norm in self.removed],
             "left": [asdict(site) for site in self.left],
             "notes": list(self.notes),
+            "logits": [asdict(change) for change in self.logits],
             "vanished": list(self.vanished),
         }
 
