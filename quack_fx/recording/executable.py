@@ -167,6 +167,8 @@ def _check(model: nn.Module, graph_module: GraphModule, args: Sequence[Any], kwa
         )
         results.append(([t.detach() for t in made], list(gradients)))
         for buffer, before in buffers.items():
+            if not buffer.is_leaf:
+                buffer.detach_()  # what was written into it has a history
             with torch.no_grad():
                 buffer.copy_(before)
     (outputs, theirs), (own_outputs, ours) = results
