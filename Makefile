@@ -5,6 +5,7 @@
 #   make slow                 the slow ones
 #   make fuzz                 10,000 random attentions with known rows, tried on the finder
 #   make sweep                every model class of other packages: found, proved, counted; writes docs/sweep.md
+#   make strip                those with QK norm, stripped both ways; after a sweep; writes docs/qk_norm.md
 #   make lint                 ruff and mypy
 #   make test TORCH=2.11.0    the same on another torch, in an environment of its own
 
@@ -15,7 +16,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-with-torch-$(TORCH)
 
-.PHONY: demo test slow fuzz sweep lint format setup clean
+.PHONY: demo test slow fuzz sweep strip lint format setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -59,6 +60,10 @@ ONLY ?=
 sweep: $(SWEEP_STAMP)
 	OMP_NUM_THREADS=1 $(SWEEP_VENV)/bin/python -m benchmarks.sweep --jobs $(JOBS) --only "$(ONLY)" \
 		$(if $(RESUME),--resume) $(if $(ONLY),,--markdown docs/sweep.md)
+
+strip: $(SWEEP_STAMP)
+	OMP_NUM_THREADS=1 $(SWEEP_VENV)/bin/python -m benchmarks.strip --jobs $(JOBS) --only "$(ONLY)" \
+		$(if $(ONLY),,--markdown docs/qk_norm.md)
 
 $(SWEEP_STAMP): pyproject.toml
 	test -x $(SWEEP_VENV)/bin/python || $(PYTHON) -m venv $(SWEEP_VENV)
