@@ -338,27 +338,39 @@ def test_layers_with_tied_weights_are_one_site() -> None:
 
 
 class Normed(nn.Module):
-    """Two layers with one weight, each with gains of its own."""
+    """Two layers with one weight, each with gains of its own: in modules, or inline; logits summed by hand, or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, inline: bool = False, by_hand: bool = False) -> None:
         super().__init__()
+        self.inline, self.by_hand = inline, by_hand
         self.qkv = nn.Linear(8, 24, bias=False)
         self.layers = nn.ModuleList(nn.ModuleList(nn.RMSNorm(8) for _ in "qk") for _ in range(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for q_norm, k_norm in self.layers:
+        for norms in self.layers:
             q, k, v = self.qkv(x).chunk(3, -1)
-            x = x + (q_norm(q) @ k_norm(k).mT).softmax(-1) @ v
+            pairs = zip(norms, (q, k), strict=True)
+            q, k = (nn.functional.rms_norm(y, (8,), n.weight) if self.inline else n(y) for n, y in pairs)
+            logits = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) if self.by_hand else q @ k.mT
+            x = x + logits.softmax(-1) @ v
         return x
 
 
-def test_norms_of_layers_with_tied_weights() -> None:
-    """Found by random model 1006625: a call need not read the gains of the others."""
-    model, x = Normed(), torch.randn(2, 5, 8)
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("inline", [False, True])
+def test_norms_of_layers_with_tied_weights(inline: bool, by_hand: bool) -> None:
+    """Found by random models 1006625 and 515770957: a call need not read the gains of the others."""
+    model, x = Normed(inline, by_hand), torch.randn(2, 5, 8)
     layout = find_qk_pairs(model, x)
     (found,) = layout.sites
-    assert found.calls == 2 and {n.module for n in found.qk_norm} == {f"layers.{i}.{j}" for i in "01" for j in "01"}
-    assert verify_qk_pairs(model, layout, x).complete
+    modules = {None} if inline else {f"layers.{i}.{j}" for i in "01" for j in "01"}
+    assert found.calls == 2 and {n.module for n in found.qk_norm} == modules and len(found.qk_norm) == 4
+    report = verify_qk_pairs(model, layout, x)
+    if inline:  # no module tells which call a gain belongs to
+        (left,) = report.not_proved
+        assert "is said to scale its query side, which it does not in each of its calls" in left.reason
+        return
+    assert report.complete
     own, other = (n for n in found.qk_norm if n.side == "query")
     for wrong in (replace(own, side="key"), replace(own, weight=other.weight)):
         norms = tuple(wrong if n == own else n for n in found.qk_norm)

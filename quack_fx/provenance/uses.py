@@ -25,8 +25,10 @@ class Uses:
 
     def __init__(self, tracer: Tracer, logits: Iterable[Logits]) -> None:
         self._tracer, self._df = tracer, tracer.df
-        self._operands = {p.node: (p.left, p.right) for one in logits for p in one.products}
-        """Queries and keys of each product that makes logits."""
+        products = [p for one in logits for p in one.products]
+        self._products = {p.node for p in products}
+        self._fused = {p.node: (p.left, p.right) for p in products if p.form.startswith("fused")}
+        """Queries and keys of fused attention, whose values enter the same op."""
 
     def only_logits(self, node: Node, walked: set[Node]) -> bool:
         """Whether whatever is computed from a node ends in logits, or is handed out as it is (a cache of keys).
@@ -40,10 +42,10 @@ class Uses:
         while todo:
             source = todo.pop()
             for user in source.users:
-                if user in self._operands:
+                if user in self._products:
                     places = [a for a in (*user.args, *user.kwargs.values()) if a is source]
-                    if len(places) > sum(operand is source for operand in self._operands[user]):
-                        others.append(source)  # a value of a fused op, too
+                    if user in self._fused and len(places) > sum(x is source for x in self._fused[user]):
+                        others.append(source)  # a value, too
                 elif user in seen or user.op == "output":
                     continue
                 elif self._makes_more(user):
@@ -82,7 +84,7 @@ class Uses:
         while todo:
             source = todo.pop()
             for user in source.users:
-                if user.op == "output" or user in self._operands or (self._makes_more(user) and user not in gates):
+                if user.op == "output" or user in self._products or (self._makes_more(user) and user not in gates):
                     others.append(source)
                 elif user not in seen and user not in gates:
                     seen.add(user)

@@ -188,6 +188,10 @@ def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]
             operand = part.operand[side]
             arrived = part.lower[side].gradients(operand.value, evidence.noise(operand))
             reached |= {name for name, gradient in arrived.items() if gradient.any()}
+        if norm.weight not in reached and evidence.site.calls > 1 and norm.module is None:
+            raise CannotTell(
+                f"{norm.weight!r} is said to scale its {side} side, which it does not in each of its calls"
+            )
         if norm.weight not in reached:
             raise evidence.error(f"{norm.weight!r} is said to scale its {side} side, which it does not reach")
     excused = elsewhere and any(other.module in ran for other in claimed)
