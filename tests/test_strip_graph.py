@@ -58,6 +58,11 @@ def layer_by_hand(m: Attention, x: Tensor) -> Tensor:
     return y * m.gain + m.bias
 
 
+def layer_then_gain(m: Attention, x: Tensor) -> Tensor:
+    y = x if m.bare else torch.native_layer_norm(x, (DIM,), None, None, 1e-5)[0]
+    return y * m.gain + m.bias
+
+
 def layer_op(m: Attention, x: Tensor) -> Tensor:
     return x * m.gain + m.bias if m.bare else F.layer_norm(x, (DIM,), m.gain, m.bias)
 
@@ -78,7 +83,7 @@ def batch(m: Attention, x: Tensor) -> Tensor:
     return x if m.bare else m.batch(x.transpose(1, -1)).transpose(1, -1)
 
 
-WAYS = [rms_by_hand, rms_in_double, rms_op, layer_by_hand, layer_op, unit_length, in_place, batch]
+WAYS = [rms_by_hand, rms_in_double, rms_op, layer_by_hand, layer_then_gain, layer_op, unit_length, in_place, batch]
 
 
 def exported(model: nn.Module, x: Tensor) -> GraphModule:

@@ -118,6 +118,7 @@ class _Rewriting:
         # How arguments and results are packed (torch.export) has no public name to read it by.
         self._graph.set_codegen(graph_module.graph._codegen)
         self._instead: dict[Node, Node] = {}
+        self._gone: set[Node] = set()
 
     def take_out(self, norm: GraphNorm, keep_gain: bool, factor: float) -> None:
         """Let features go past a norm; an op that several norms share is passed once."""
@@ -125,7 +126,8 @@ class _Rewriting:
         for op in ops:
             assert op.x is not None  # checked by _reason_to_stay
             here = factor if op is ops[-1] else 1.0
-            self._instead[op.node] = self._put_instead(op.node, self._now(op.x), keep_gain, here)
+            instead = self._put_instead(op.node, self._now(op.x), keep_gain, here)
+            self._instead.update(dict.fromkeys((op.node, *_results(op.node)), instead))
 
     def done(self) -> GraphModule:
         """The new graph, without what nobody reads any more."""
@@ -141,9 +143,8 @@ class _Rewriting:
     def _put_instead(self, original: Node, x: Node, keep_gain: bool, factor: float) -> Node:
         """Let everybody who reads a norm's result read its input, in the same type and times a number."""
         node = self._copy[original]
-        several = isinstance(original.meta.get("val"), list | tuple)
-        results = [u for u in node.users if several and u.args[1] == 0] if several else [node]
-        value = original.meta["val"][0] if several else original.meta["val"]
+        value = original.meta["val"]
+        value = value if isinstance(value, Tensor) else value[0]
         with self._graph.inserting_before(node):
             instead = self._with_native_gain(node, x) if keep_gain and op_of(original).kind == "norm" else x
             if factor != 1:
@@ -152,7 +153,7 @@ class _Rewriting:
                 copied = torch.ops.aten._to_copy.default
                 instead = self._graph.call_function(copied, (instead,), {"dtype": value.dtype})
                 instead.meta = {**node.meta, "val": value}
-        for result in results:
+        for result in map(self._copy.__getitem__, _results(original)):
             result.replace_all_uses_with(instead)
         return instead
 
@@ -178,21 +179,24 @@ class _Rewriting:
 
     def _erase(self, node: Node, also_writes: bool = False) -> None:
         """Remove a node that nobody reads, and what was computed for it alone."""
-        results = [u for u in node.users if not u.users and op_of(u).name == "getitem"]
-        for result in results:
-            self._graph.erase_node(result)
-        if node.users or node.op in ("placeholder", "output") or node.graph is not self._graph:
-            return
-        if node.is_impure() and not also_writes:
+        for part in [user for user in node.users if not user.users and op_of(user).name == "getitem"]:
+            self._remove(part)  # of several results
+        kept = node.users or node.op in ("placeholder", "output") or (node.is_impure() and not also_writes)
+        if node in self._gone or kept:
             return
         inputs = node.all_input_nodes
-        self._graph.erase_node(node)
+        self._remove(node)
         for argument in inputs:
-            if argument in self._alive():
-                self._erase(argument)
+            self._erase(argument)
 
-    def _alive(self) -> set[Node]:
-        return set(self._graph.nodes)
+    def _remove(self, node: Node) -> None:
+        self._graph.erase_node(node)
+        self._gone.add(node)
+
+
+def _results(node: Node) -> list[Node]:
+    """The nodes that are a norm's result: itself, or the first of several that it gives."""
+    return [node] if isinstance(node.meta["val"], Tensor) else [user for user in node.users if user.args[1] == 0]
 
 
 def _dtype(node: Node) -> torch.dtype:
