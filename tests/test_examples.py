@@ -184,7 +184,7 @@ def test_trainer_tells_what_is_wrong(args: list[str], message: str) -> None:
 @pytest.mark.slow
 def test_readme_code_runs() -> None:
     text = (EXAMPLES.parent / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
     names: dict[str, Any] = {"build_model": lambda: build("gpt", layers=2)}
     exec(compile(code, "README.md", "exec"), names)
     assert torch.isfinite(names["loss"])

@@ -513,6 +513,7 @@ def test_fsdp1_is_refused() -> None:
         check_layout(MODEL_LAYOUT, flattened)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # of torch 2.11
 def test_thousands_of_heads_cost_little_python() -> None:
     """Norms and factors of 16,000 units take as many tensor operations as there are parameters, not heads."""
     n_layers, n_heads = 20, 400
