@@ -135,6 +135,10 @@ class Straight(torch.autograd.Function):
 
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "own backward": (lambda m, x: Straight.apply(m.a(x)), "backward of its own"),
+    "broken": (
+        lambda m, x: m.a(x) @ torch.zeros(7),
+        "the forward of Toy, or its backward, fails on the example inputs",
+    ),
     "decision": (lambda m, x: m.a(x) if m.a(x).sum() > 0 else x, "looks at computed numbers"),
     "own generator": (
         lambda m, x: m.a(x) + torch.randn(4, generator=torch.Generator().manual_seed(0)),

@@ -102,7 +102,14 @@ def capture(
     """
     kwargs = kwargs or {}
     if executable:
-        return Capture(runnable(model, args, kwargs), "real", ())
+        try:
+            return Capture(runnable(model, args, kwargs), "real", ())
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"the forward of {type(model).__name__}, or its backward, fails on the example inputs: {_first_line(error)}"
+            ) from error
     if real:
         return _run(model, args, kwargs, Recorder(model, "real"))
     reason = ""
