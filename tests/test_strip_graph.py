@@ -190,3 +190,23 @@ def test_norm_whose_result_is_a_value_stays() -> None:
     (left,) = report.left
     assert left.reason == "what its key norm makes is used outside the logits, too (as values, for example)"
     assert report.model is graph and report.layout.sites[0].qk_norm
+
+
+class Fused(nn.Module):
+    """One norm over queries, keys and values before they are told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.norm = nn.Conv1d(6, 18, 1), nn.BatchNorm1d(18)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.norm(self.qkv(x)).split(6, 1)
+        return F.softmax(q.mT @ k, -1) @ v.mT
+
+
+def test_norm_that_values_pass_as_well_stays() -> None:
+    model, x = Fused(), torch.randn(2, 6, 5)
+    (site,) = find_in_graph(exported(model, x)).sites
+    assert {n.module for n in site.qk_norm} == {None}
+    (left,) = strip_qk_norm(exported(model, x)).left
+    assert "is used outside the logits, too" in left.reason

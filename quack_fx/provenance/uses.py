@@ -37,7 +37,10 @@ class Uses:
             node: The node.
             walked: Receives the nodes that were looked at.
         """
-        df, todo, seen = self._df, [node], {node}
+        df = self._df
+        if isinstance(df.value(node), list | tuple):  # a norm that gives its statistics, too
+            return all(self.only_logits(user, walked) for user in node.users if user.args[1] == 0)
+        todo, seen = [node], {node}
         others: list[Node] = []  # what is read for something else than logits
         while todo:
             source = todo.pop()

@@ -108,7 +108,8 @@ def capture(
             raise
         except Exception as error:
             raise CaptureError(
-                f"the forward of {type(model).__name__}, or its backward, fails on the example inputs: {_first_line(error)}"
+                f"the forward of {type(model).__name__}, or its backward, fails on the example inputs: "
+                f"{_first_line(error)}"
             ) from error
     if real:
         return _run(model, args, kwargs, Recorder(model, "real"))
