@@ -120,7 +120,10 @@ def judge(candidate: Candidate, tell: Tell) -> None:
     row["wrong"] += _differences("graph", graph_layout, find_in_graph(stripped.model), by_graph)  # type: ignore[arg-type]
     row["left"] += [f"in the graph: {left.reason}" for left in stripped.left]
     if len(by_graph) == len(by_module) == len(normed):
-        ours = outputs(stripped.model, args, kwargs)
+        # With the scales brought back: numbers that the module of an L2 norm multiplies with stay in a graph.
+        twin = copy.deepcopy(model)
+        strip_qk_norm(twin, layout)
+        ours = outputs(strip_qk_norm(graph).model, args, kwargs)
         if not all(map(_close, ours, outputs(twin, args, kwargs))):
             row["wrong"].append("the two ways compute different things")
     return tell(row)

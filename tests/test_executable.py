@@ -121,6 +121,12 @@ def test_what_gets_no_gradient_gets_none() -> None:
     assert model.a.weight.grad is None and model.b.weight.grad is not None  # type: ignore[union-attr]
 
 
+def test_inputs_that_are_not_contiguous() -> None:
+    model = Toy(lambda m, x: m.a(x.reshape(-1, 4)), a=nn.Linear(4, 4))
+    x = torch.randn(4, 2, 1).expand(4, 2, 2)
+    assert torch.equal(graph_of(model, x)(x), model(x)) and not x.is_contiguous()
+
+
 class Straight(torch.autograd.Function):
     """Rounds, and lets gradients through."""
 

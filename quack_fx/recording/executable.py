@@ -115,18 +115,24 @@ def runnable(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     names = [*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs]
     if len(names) < len(args) + len(kwargs):
         names = [*(f"arg_{i}" for i in range(len(args))), *kwargs]  # of *args
-    graph_module = _packed(recorder, names, (given, given_by_name), output)
+    strided = [isinstance(x, Tensor) and not x.is_contiguous() for x in tree_flatten((tuple(args), dict(kwargs)))[0]]
+    graph_module = _packed(recorder, names, (given, given_by_name), output, strided)
     graph_module.train(model.training)
     _check(model, graph_module, args, kwargs)
     return graph_module
 
 
-def _packed(recorder: Recorder, names: list[str], given: Any, output: Any) -> GraphModule:
-    """The recorded graph, called as the model is and returning what it returns."""
+def _packed(recorder: Recorder, names: list[str], given: Any, output: Any, strided: Sequence[bool]) -> GraphModule:
+    """The recorded graph, called as the model is and returning what it returns.
+
+    The recording saw contiguous copies of its inputs; those that were not so are made so.
+    """
     graph = recorder.graph
     leaves, in_spec = tree_flatten(given)
     recorded = {id(leaf): recorder.node(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
     old = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs: dict[Node, Node] = {}
+    to_copy: list[tuple[Node, Node]] = []
     with graph.inserting_before(next(iter(graph.nodes))):
         for i, leaf in enumerate(leaves):  # each has a place of its own, numbers and None too
             made = graph.placeholder(f"leaf_{i}")
@@ -134,8 +140,17 @@ def _packed(recorder: Recorder, names: list[str], given: Any, output: Any) -> Gr
             node = recorded.pop(id(leaf), None)
             if node is not None and node.op == "placeholder":
                 made.meta = dict(node.meta)
-                node.replace_all_uses_with(made)
+                inputs[node] = made
+                if strided[i]:
+                    to_copy.append((node, made))
+        for node, made in to_copy:
+            inputs[node] = graph.call_function(
+                torch.ops.aten.clone.default, (made,), {"memory_format": torch.contiguous_format}
+            )
+            inputs[node].meta = dict(made.meta)
     for node in old:
+        if node in inputs:
+            node.replace_all_uses_with(inputs[node])
         graph.erase_node(node)
     results, out_spec = tree_flatten(output)
     for result in results:

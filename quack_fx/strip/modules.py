@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quack_fx.errors import StripError
 from quack_fx.gains import Place, RowGain, gain_rows
-from quack_fx.layout import AttentionSite, Norm, QKLayout
+from quack_fx.layout import AttentionSite, Norm, QKLayout, Side
 from quack_fx.strip.fold import FoldedRows, Inputs, call_of, check, outputs, reasons_against
 from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, without_norms
 from quack_fx.strip.scale import Scales, scale_back
@@ -119,7 +119,10 @@ def plan_strip(
     reasons = _reasons_to_stay(model, normed, keep_gain, made, against or {})
     going = {place: site for place, site in normed.items() if place not in reasons}
     norms = _callers(going.values())
-    scales = {place: scale_back(site) if restore_scale else Scales() for place, site in going.items()}
+    if restore_scale:
+        scales = {place: scale_back(site) for place, site in going.items()}
+    else:  # with the modules of L2 norms go the numbers that they multiply with
+        scales = {place: Scales() if keep_gain else _without_numbers(site, made) for place, site in going.items()}
     factors, unclear = _factors(going, norms, scales)
     for name, factor in factors.items():
         made[name].factor *= factor
@@ -347,6 +350,14 @@ def _callers(sites: Iterable[AttentionSite]) -> dict[str, tuple[Norm, tuple[str,
             first, names = found.get(norm.module, (norm, ()))
             found[norm.module] = first, tuple(dict.fromkeys((*names, site.name)))
     return found
+
+
+def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | Gain]) -> Scales:
+    """What undoes the numbers that stand-ins multiply with, so that they hand on what they are given."""
+    sides: dict[Side, float] = {"query": 1.0, "key": 1.0}
+    for norm in site.qk_norm:
+        sides[norm.side] = 1 / stand_ins[str(norm.module)].factor
+    return Scales(sides["query"], sides["key"])
 
 
 def _factors(
