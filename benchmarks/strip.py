@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import json
 import logging
 import re
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from benchmarks.sweep import SOURCES
+from benchmarks.sweep import candidates, key_of
 from benchmarks.sweeping.candidate import Candidate
 from benchmarks.sweeping.processes import Tell, run_apart
 from quack_fx.errors import CaptureError
@@ -54,32 +53,20 @@ def main() -> int:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    normed = {_key(row) for row in map(json.loads, options.rows.read_text().splitlines()) if row.get("qk_norm")}
-    candidates = [
-        candidate
-        for module in SOURCES.values()
-        for candidate in importlib.import_module(module).candidates()
-        if (candidate.package, candidate.family, candidate.name) in normed
-        and re.search(options.only, f"{candidate.family}/{candidate.name}")
-    ]
+    normed = {key_of(row) for row in map(json.loads, options.rows.read_text().splitlines()) if row.get("qk_norm")}
+    todo = [one for one in candidates(options.only) if (one.package, one.family, one.name) in normed]
     rows: list[Row] = []
     with options.json.open("w") as out:
-        for ended in run_apart(judge, candidates, options.jobs, SECONDS, BYTES):
+        for ended in run_apart(judge, todo, options.jobs, SECONDS, BYTES):
             row = ended.told or {"wrong": []}
             row |= {"wrong": [*row["wrong"], ended.reason]} if ended.reason else {}
             rows.append(row | {k: getattr(ended.item, k) for k in ("package", "family", "name")})
             out.write(json.dumps(rows[-1]) + "\n")
             out.flush()
-            print(
-                f"{len(rows)}/{len(candidates)} {ended.item.name} {'; '.join(row['wrong']) or 'right'}", file=sys.stderr
-            )
+            print(f"{len(rows)}/{len(todo)} {ended.item.name} {'; '.join(row['wrong']) or 'right'}", file=sys.stderr)
     if options.markdown:
         options.markdown.write_text(markdown(rows))
     return 1 if any(row["wrong"] for row in rows) else 0
-
-
-def _key(row: Row) -> tuple[str, str, str]:
-    return row["package"], row["family"], row["name"]
 
 
 # ---- one model -------------------------------------------------------------------------------------------------------

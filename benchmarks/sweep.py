@@ -52,7 +52,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    todo, rows = _divided(list(_candidates(options)), _read(options.json), options)
+    todo, rows = _divided(list(candidates(options.only, options.package)), _read(options.json), options)
     options.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows += _run(todo, options)
     if options.markdown:
@@ -68,11 +68,12 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def _candidates(options: argparse.Namespace) -> Iterator[Any]:
+def candidates(only: str, package: str | None = None) -> Iterator[Any]:
+    """The models of one source, or of all, whose family/name holds a regular expression."""
     for name, module in SOURCES.items():
-        if options.package in (None, name):
+        if package in (None, name):
             for candidate in importlib.import_module(module).candidates():
-                if re.search(options.only, f"{candidate.family}/{candidate.name}"):
+                if re.search(only, f"{candidate.family}/{candidate.name}"):
                     yield candidate
 
 
@@ -93,19 +94,20 @@ def _run(todo: list[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _divided(
-    candidates: list[Any], rows: list[dict[str, Any]], options: argparse.Namespace
+    asked_for: list[Any], rows: list[dict[str, Any]], options: argparse.Namespace
 ) -> tuple[list[Any], list[dict[str, Any]]]:
     """The candidates to judge, and the rows that stay: those of models that were not asked for, too."""
     if not (options.resume or options.only or options.package):
-        return candidates, []
-    good = {_key(row) for row in rows if not (options.again and re.search(options.again, row["status"]))}
-    todo = {(c.package, c.family, c.name): c for c in candidates}
+        return asked_for, []
+    good = {key_of(row) for row in rows if not (options.again and re.search(options.again, row["status"]))}
+    todo = {(c.package, c.family, c.name): c for c in asked_for}
     if options.resume:
         todo = {key: candidate for key, candidate in todo.items() if key not in good}
-    return list(todo.values()), [row for row in rows if _key(row) not in todo]
+    return list(todo.values()), [row for row in rows if key_of(row) not in todo]
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What tells a row from others."""
     return row["package"], row["family"], row["name"]
 
 

@@ -100,13 +100,13 @@ def convert(
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to convert")
         return 1
-    from quack_fx.emit import emit, without_norms
+    from quack_fx.emit import emit, surgery
 
     # A given layout may call a tied parameter by any of its names.
     shapes = {name: tuple(p.shape) for name, p in finding.target.model.named_parameters(remove_duplicate=False)}
     title = finding.facts.title
     if qk_norm is QKNorm.STRIP:
-        pairs, stand_ins, plan = without_norms(finding.target.model, finding.layout)
+        pairs, stand_ins, plan = surgery(finding.target.model, finding.layout)
         for text in _about(plan):
             note(text)
         source = emit(pairs, shapes, title=title, tau=tau, stand_ins=stand_ins)

@@ -20,7 +20,8 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from quack_fx.errors import StripError
+from quack_fx.errors import StripError, first_line
+from quack_fx.find import own_parameters
 from quack_fx.strip.graph import strip_graph
 from quack_fx.strip.report import StripReport
 
@@ -74,16 +75,14 @@ def _strip(graph_module: GraphModule, example_inputs: Sequence[Any], chosen: Map
         ]
         aten = make_fx(graph_module, tracing_mode="fake", pre_dispatch=True)(*fakes)
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise StripError(
-            f"a graph of the model cannot be written in ATen ops: {type(error).__name__}: {first}"
-        ) from error
+        raise StripError(f"a graph of the model cannot be written in ATen ops: {first_line(error)}") from error
     given = zip(_placeholders(aten), example_inputs, strict=True)
     weights = {node: node.name for node, x in given if isinstance(x, nn.Parameter)}
-    attributes = dict(aten.named_parameters())
-    weights |= {n: str(n.target) for n in aten.graph.nodes if n.op == "get_attr" and str(n.target) in attributes}
     return strip_graph(
-        aten, weights=weights, keep_gain=chosen["gain"] == "keep", restore_scale=chosen["scale"] == "restore"
+        aten,
+        weights=weights | own_parameters(aten),
+        keep_gain=chosen["gain"] == "keep",
+        restore_scale=chosen["scale"] == "restore",
     )
 
 

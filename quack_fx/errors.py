@@ -45,3 +45,9 @@ class EmitError(QuackError):
 
 class StepError(QuackError, ValueError):
     """A training step that cannot be taken, for example because the model returns no scalar loss."""
+
+
+def first_line(error: BaseException) -> str:
+    """Type of an error and the first line of its text, cut where it is long."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

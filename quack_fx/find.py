@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from quack_fx.attention import Logits, NearMiss, find_logits
 from quack_fx.dataflow import Dataflow
-from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, Skipped
+from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout, Skipped
 from quack_fx.provenance import (
     Basis,
     BehindLayer,
@@ -151,10 +151,8 @@ def _find(
 
 def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], None]) -> QKLayout:
     names = tuple(dict.fromkeys(name for name, _ in model.named_parameters()))
-    nodes = recorded.graph_module.graph.nodes
-    known = set(names)
-    weights = {n: str(n.target) for n in nodes if n.op == "get_attr" and str(n.target) in known}
-    tell(f"looking for attention in {len(nodes):,} ops")
+    weights = parameters_in(recorded.graph_module, model)
+    tell(f"looking for attention in {len(recorded.graph_module.graph.nodes):,} ops")
     return find_in_graph(recorded.graph_module, weights, all_names=names, repeated=recorded.repeated, progress=tell)
 
 
@@ -187,37 +185,62 @@ def find_in_graph(
     Returns:
         The layout.
     """
-    weights = _own_parameters(graph_module) if weights is None else weights
-    df = Dataflow(graph_module, weights)
-    logits, misses = find_logits(df)
-    attentions = Attentions(df, logits)
-    sites: list[tuple[Node, AttentionSite]] = []
-    layers, repeats = LeftOut(df, repeated), Repeats(df)
-    for one in attentions:
-        if progress is not None and len(sites) % 10 == 0:
-            count = len(sites) + attentions.left + 1
-            progress(f"following the weight rows of attention {len(sites) + 1} of {count}")
-        known = repeats.find(one)
-        if known is not None:
-            sites.append((one.output, known))
-            continue
-        try:
-            site, _ = attentions.look_at(one)
-        except NotOneAttention:
-            continue
-        except Refused as refusal:
-            misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
-        else:
-            sites.append((one.output, site))
-            repeats.remember(one, site, attentions.tracer.basis)
-        layers.check(one, attentions.tracer.basis.all_nodes())
-    skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
-    reached = layers.all_names({name for node, name in weights.items() if node.users})
-    return QKLayout(
-        sites=tuple(merge_calls(layers.all_sites(sites))),
-        skipped=tuple(dict.fromkeys(layers.all_skipped(skipped))),
-        untouched=tuple(name for name in all_names if name not in reached),
-    )
+    weights = own_parameters(graph_module) if weights is None else weights
+    return _Finding(Dataflow(graph_module, weights)).layout(weights, all_names, repeated, progress)
+
+
+class _Finding:
+    """The search through one graph.
+
+    Arguments:
+        df: The graph.
+        each: Whether each attention is understood by itself, even one that is equal to another: `understood` then holds
+            the site and the heads of all.
+    """
+
+    def __init__(self, df: Dataflow, *, each: bool = False) -> None:
+        self._df, self._each = df, each
+        logits, self._misses = find_logits(df)
+        self.attentions = Attentions(df, logits)
+        self.understood: list[tuple[AttentionSite, Heads]] = []
+
+    def layout(
+        self,
+        weights: Mapping[Node, str],
+        all_names: Sequence[str] = (),
+        repeated: Sequence[RepeatedLayer] = (),
+        progress: Callable[[str], None] | None = None,
+    ) -> QKLayout:
+        """The layout; the arguments are those of `find_in_graph`."""
+        df, attentions, misses = self._df, self.attentions, self._misses
+        sites: list[tuple[Node, AttentionSite]] = []
+        layers, repeats = LeftOut(df, repeated), Repeats(df)
+        for one in attentions:
+            if progress is not None and len(sites) % 10 == 0:
+                count = len(sites) + attentions.left + 1
+                progress(f"following the weight rows of attention {len(sites) + 1} of {count}")
+            known = None if self._each else repeats.find(one)
+            if known is not None:
+                sites.append((one.output, known))
+                continue
+            try:
+                site, heads = attentions.look_at(one)
+            except NotOneAttention:
+                continue
+            except Refused as refusal:
+                misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
+            else:
+                sites.append((one.output, site))
+                self.understood.append((site, heads))
+                repeats.remember(one, site, attentions.tracer.basis)
+            layers.check(one, attentions.tracer.basis.all_nodes())
+        skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
+        reached = layers.all_names({name for node, name in weights.items() if node.users})
+        return QKLayout(
+            sites=tuple(merge_calls(layers.all_sites(sites))),
+            skipped=tuple(dict.fromkeys(layers.all_skipped(skipped))),
+            untouched=tuple(name for name in all_names if name not in reached),
+        )
 
 
 class Attentions:
@@ -252,6 +275,15 @@ class Attentions:
             raise
         return make_site(self.tracer, one, heads, self.uses), heads
 
+    def understood(self) -> Iterator[tuple[Logits, AttentionSite, Heads]]:
+        """Those that are understood, each with its site and heads."""
+        for one in self:
+            try:
+                site, heads = self.look_at(one)
+            except (NotOneAttention, Refused):
+                continue
+            yield one, site, heads
+
     def value_norms(self, one: Logits) -> list[NormTag]:
         """Norms that the values of an attention pass."""
         values = [value for part in one.parts or (one,) for value in values_of(self.tracer, part)]
@@ -260,8 +292,7 @@ class Attentions:
 
     def norms(self, place: int, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
         """QK norms of a site that has a place in a layout, with their nodes."""
-        sides: tuple[Side, Side] = ("query", "key")
-        for side, tags in zip(sides, heads.norms, strict=True):
+        for side, tags in zip(SIDES, heads.norms, strict=True):
             named = [n for n in site.qk_norm if n.side == side]
             for tag in tags if named else ():  # without one, they are the norms of a latent
                 norm = next(n for n in named if (n.kind, n.width, n.weight) == (tag.kind, tag.width, tag.weight))
@@ -300,21 +331,25 @@ def find_norms(
     Returns:
         The layout, as `find_in_graph` gives it, and the norms of each call of each site.
     """
-    weights = _own_parameters(graph_module) if weights is None else weights
-    df = Dataflow(graph_module, weights)
-    layout = find_in_graph(graph_module, weights, all_names=[name for name, _ in graph_module.named_parameters()])
+    weights = own_parameters(graph_module) if weights is None else weights
+    finding = _Finding(Dataflow(graph_module, weights), each=True)
+    layout = finding.layout(weights, [name for name, _ in graph_module.named_parameters()])
     places = {(site.query, site.key, site.terms): place for place, site in enumerate(layout.sites)}
-    attentions, found = Attentions(df, find_logits(df)[0]), list[GraphNorm]()
-    for one in attentions:
-        try:
-            site, heads = attentions.look_at(one)
-        except (NotOneAttention, Refused):
-            continue
-        found += attentions.norms(places[site.query, site.key, site.terms], site, heads)
-    return layout, tuple(found)
+    return layout, tuple(
+        norm
+        for site, heads in finding.understood
+        for norm in finding.attentions.norms(places[site.query, site.key, site.terms], site, heads)
+    )
 
 
-def _own_parameters(graph_module: GraphModule) -> dict[Node, str]:
+def parameters_in(graph_module: GraphModule, model: nn.Module) -> dict[Node, str]:
+    """Names of the nodes of our own recording that are parameters of the recorded model."""
+    names = {name for name, _ in model.named_parameters()}
+    return {n: str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr" and str(n.target) in names}
+
+
+def own_parameters(graph_module: GraphModule) -> dict[Node, str]:
+    """Names of the nodes that are parameters of their graph module, each by its first."""
     first = {id(p): name for name, p in graph_module.named_parameters()}
     named = dict(graph_module.named_parameters(remove_duplicate=False))
     return {

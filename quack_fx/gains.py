@@ -18,9 +18,9 @@ from torch.fx.node import map_arg
 
 from quack_fx.attention import find_logits
 from quack_fx.dataflow import Dataflow
-from quack_fx.find import Attentions
-from quack_fx.opset import op_of
-from quack_fx.provenance import NormOp, NormTag, NotOneAttention, Projection, Refused
+from quack_fx.find import Attentions, parameters_in
+from quack_fx.opset import arguments_of, channels_first, op_of
+from quack_fx.provenance import NormOp, NormTag, Projection
 from quack_fx.recording import capture
 
 Place = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -60,15 +60,9 @@ def gain_rows(
         For each norm module its rows, or a reason.
     """
     graph_module = capture(model, args, kwargs).graph_module
-    names = {name for name, _ in model.named_parameters()}
-    own = {n: str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr" and str(n.target) in names}
-    df = Dataflow(graph_module, own)
+    df = Dataflow(graph_module, parameters_in(graph_module, model))
     attentions, found = Attentions(df, find_logits(df)[0]), dict[str, dict[Place, RowGain] | str]()
-    for one in attentions:
-        try:
-            _, heads = attentions.look_at(one)
-        except (NotOneAttention, Refused):
-            continue
+    for _, _, heads in attentions.understood():
         for tags in heads.norms:
             for tag in tags:
                 known = found.setdefault(str(tag.module), {})
@@ -129,14 +123,12 @@ def _applied(df: Dataflow, last: NormOp, gains: Sequence[NormOp], shape: torch.S
     done: list[tuple[str, Tensor]] = []
     node = last.node
     if df.op[node].kind == "norm":
-        arguments = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        given = {**dict(zip(arguments, node.args, strict=False)), **node.kwargs}
-        channels_first = "batch" in df.op[node].name or "group" in df.op[node].name
+        given = arguments_of(node)
         for name, op in (("weight", "mul"), ("bias", "add")):
             weight = given.get(name)
             if isinstance(weight, Node):
                 value = _number(df, weight)
-                value = value.view(-1, *[1] * (len(shape) - 2)) if channels_first else value
+                value = value.view(-1, *[1] * (len(shape) - 2)) if channels_first(node) else value
                 done.append((op, value.expand(shape)))
     for gain in gains:
         others = [n for n in gain.node.all_input_nodes if n is not gain.x]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quack_fx.errors import StripError
-from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
+from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout, Side, WeightBlock
 from quack_fx.strip.report import LeftSite
 
 __all__ = ["InsertReport", "insert_qk_norm"]
@@ -118,7 +118,6 @@ def insert_qk_norm(model: nn.Module, layout: QKLayout, *, eps: float = 1e-6) -> 
     return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), restore)
 
 
-_SIDES: tuple[Side, Side] = ("query", "key")
 _Planned = tuple[str, NormHeads]
 
 
@@ -127,7 +126,7 @@ def _planned(model: nn.Module, site: AttentionSite, hooks: dict[str, NormHeads])
     if site.qk_norm:
         return "it has a QK norm"
     planned: dict[Side, _Planned] = {}
-    for side in _SIDES:
+    for side in SIDES:
         plan = _plan(model, site, side)
         if isinstance(plan, str):
             return plan

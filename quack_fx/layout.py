@@ -26,6 +26,7 @@ Ranges = tuple[Range, ...]
 Role = Literal["q", "k", "dq", "uq", "qr", "dkv", "uk", "kr", "other"]
 SiteKind = Literal["mha", "gqa", "mqa", "mla", "other"]
 Side = Literal["query", "key"]
+SIDES: tuple[Side, Side] = ("query", "key")
 NormKind = Literal["rms", "layer", "l2", "batch", "other"]
 
 

@@ -117,3 +117,15 @@ def pooled_axes(op: Op) -> int:
 def op_of(node: Node) -> Op:
     """Name and kind of a node's operation."""
     return _of_target(node.target) if node.op == "call_function" else Op(node.op, "input")
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """Arguments of an ATen op by the names of its schema."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def channels_first(node: Node) -> bool:
+    """Whether the gain of a norm op lies along axis 1 of its data, and not along the last ones."""
+    name = op_of(node).name
+    return "batch" in name or "group" in name

@@ -16,9 +16,8 @@ from torch.fx import Node
 
 from quack_fx.attention import Logits, Product, find_logits
 from quack_fx.dataflow import Dataflow
-from quack_fx.find import Attentions
+from quack_fx.find import Attentions, parameters_in
 from quack_fx.layout import AttentionSite, LogitTerm, WeightBlock
-from quack_fx.provenance import NotOneAttention, Refused
 from quack_fx.recording import capture
 
 _MASKED = -1e4
@@ -55,15 +54,9 @@ def logit_spread(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         kwargs: Keyword arguments of its forward.
     """
     graph_module = capture(model, args, kwargs, real=True).graph_module
-    names = {name for name, _ in model.named_parameters()}
-    own = {n: str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr" and str(n.target) in names}
-    df = Dataflow(graph_module, own)
+    df = Dataflow(graph_module, parameters_in(graph_module, model))
     attentions, found = Attentions(df, find_logits(df)[0]), dict[Pairs, Spread]()
-    for one in attentions:
-        try:
-            site, _ = attentions.look_at(one)
-        except (NotOneAttention, Refused):
-            continue
+    for one, site, _ in attentions.understood():
         norms = {(tag.kind, tag.module): None for tag in attentions.value_norms(one)}
         found.setdefault(pairs_of(site), Spread(_std(df, one), tuple(norms)))
     return found

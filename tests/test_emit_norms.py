@@ -100,8 +100,9 @@ def test_norms_that_are_kept_are_left_out() -> None:
 
 def test_form_of_the_file(tmp_path: Path) -> None:
     """Formatted, linted, and one loop for equal layers."""
-    layout = quack_fx.find_qk_pairs(*(lambda case: (case.model,))(llama()), **of(llama())[1])
-    shapes = {n: tuple(p.shape) for n, p in llama().model.named_parameters()}
+    model, inputs = of(llama())
+    layout = quack_fx.find_qk_pairs(model, **inputs)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     names = {f"model.layers.{i}.self_attn.{side}_norm": StandIn() for i in range(94) for side in "qk"}
     ways = {
         "plain": names,

@@ -99,13 +99,13 @@ def convert(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     stand_ins: Mapping[str, StandIn] = {}
     if qk_norm == "strip":
-        layout, stand_ins, _ = without_norms(model, layout)
+        layout, stand_ins, _ = surgery(model, layout)
     elif qk_norm != "keep":
         raise EmitError(f"qk_norm={qk_norm!r} is not known; use qk_norm='strip' or qk_norm='keep'")
     return emit(layout, shapes, title=title or type(model).__name__, tau=tau, stand_ins=stand_ins)
 
 
-def without_norms(model: nn.Module, layout: QKLayout) -> tuple[QKLayout, Mapping[str, StandIn], Plan]:
+def surgery(model: nn.Module, layout: QKLayout) -> tuple[QKLayout, Mapping[str, StandIn], Plan]:
     """The layout that a model has once its QK norms are out, and what the emitted file puts in their place.
 
     Arguments:
@@ -118,7 +118,7 @@ def without_norms(model: nn.Module, layout: QKLayout) -> tuple[QKLayout, Mapping
     from quack_fx.strip.modules import plan_strip
 
     plan = plan_strip(model, layout)
-    stand_ins = {name: StandIn(getattr(module, "tensors", 1), module.factor) for name, module in plan.stand_ins.items()}
+    stand_ins = {name: StandIn(module.tensors, module.factor) for name, module in plan.stand_ins.items()}
     return plan.layout(layout, ()), stand_ins, plan
 
 

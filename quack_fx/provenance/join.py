@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 
-from quack_fx.layout import AttentionSite, LogitTerm, Ranges, Side, WeightBlock
-
-SIDES: tuple[Side, Side] = ("query", "key")
+from quack_fx.layout import SIDES, AttentionSite, LogitTerm, Ranges, Side, WeightBlock
 
 _Product = tuple[tuple[str, ...], tuple[tuple[str, Ranges], ...]]
 

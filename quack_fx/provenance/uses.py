@@ -6,7 +6,7 @@ module. A norm whose result also is a value, or goes on into the next layer, is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from functools import cached_property
 
 import torch
@@ -37,41 +37,19 @@ class Uses:
             node: The node.
             walked: Receives the nodes that were looked at.
         """
-        df = self._df
-        if isinstance(df.value(node), list | tuple):  # a norm that gives its statistics, too
+        if isinstance(self._df.value(node), list | tuple):  # a norm that gives its statistics, too
             return all(self.only_logits(user, walked) for user in node.users if user.args[1] == 0)
-        todo, seen = [node], {node}
-        others: list[Node] = []  # what is read for something else than logits
-        while todo:
-            source = todo.pop()
-            for user in source.users:
-                if user in self._products:
-                    places = [a for a in (*user.args, *user.kwargs.values()) if a is source]
-                    if user in self._fused and len(places) > sum(x is source for x in self._fused[user]):
-                        others.append(source)  # a value, too
-                elif user in seen or user.op == "output":
-                    continue
-                elif self._makes_more(user):
-                    others.append(source)
-                else:
-                    todo.append(user)
-                    seen.add(user)
-                    if df.op[user].inplace:
-                        # Whatever reads this memory later reads what was written.
-                        todo += [n for n in df.nodes[df.index[user] :] if df.group.get(n) is df.group[user]]
+
+        def is_other(source: Node, user: Node) -> bool | None:
+            if user in self._products:
+                places = [a for a in (*user.args, *user.kwargs.values()) if a is source]
+                return user in self._fused and len(places) > sum(x is source for x in self._fused[user])  # a value, too
+            return False if user.op == "output" else self._makes_more(user) or None
+
+        seen, others = self._read_from(node, is_other)
         walked.update(seen)
-        return not others or (node not in others and not self._reaches(node, seen, others))
-
-    def _reaches(self, node: Node, path: set[Node], others: list[Node]) -> bool:
-        """Whether elements of a node are among those of others: queries and values may lie in one tensor."""
-        return self._arrives(node, torch.ones(()).expand(self._df.shape(node)), path, others)
-
-    def _arrives(self, node: Node, marked: Tensor, path: set[Node], others: list[Node]) -> bool:
-        """Whether marked elements of a node (not 0) are among those of others."""
-        mark = self._tracer.labels.new_features(1)
-        flows = self._tracer.carry(node, (marked != 0) * mark, path)
-        labels = self._tracer.labels
-        return any(other not in flows or labels.features(flows[other].label) for other in others)
+        everything = torch.ones(()).expand(self._df.shape(node))
+        return not others or (node not in others and not self._arrives(node, everything, seen, others))
 
     def pass_all(self, projection: Projection, features: frozenset[int], gates: Set[Node]) -> bool:
         """Whether features of a projection go nowhere but through some nodes.
@@ -81,20 +59,51 @@ class Uses:
             features: Some of its features.
             gates: The nodes.
         """
-        node, seen = projection.node, {projection.node}
-        made = self._tracer.projections.of(node)
-        others, todo = [], [node]
+
+        def is_other(_: Node, user: Node) -> bool | None:
+            if user in gates:
+                return False
+            return user.op == "output" or user in self._products or self._makes_more(user) or None
+
+        seen, others = self._read_from(projection.node, is_other)
+        made = self._tracer.projections.of(projection.node)
+        if made is None or not others:
+            return not others
+        return not self._arrives(projection.node, torch.isin(made[1], torch.tensor(sorted(features))), seen, others)
+
+    def _read_from(self, node: Node, is_other: Callable[[Node, Node], bool | None]) -> tuple[set[Node], list[Node]]:
+        """Follow what is computed from a node.
+
+        Arguments:
+            node: The node.
+            is_other: Tells of a node and one that reads it whether that is another use (True), the wanted one (False),
+                or neither: then it is followed.
+
+        Returns:
+            The nodes that were followed, and those that have another use.
+        """
+        df, todo, seen = self._df, [node], {node}
+        others: list[Node] = []
         while todo:
             source = todo.pop()
             for user in source.users:
-                if user.op == "output" or user in self._products or (self._makes_more(user) and user not in gates):
+                other = is_other(source, user)
+                if other:
                     others.append(source)
-                elif user not in seen and user not in gates:
-                    seen.add(user)
+                elif other is None and user not in seen:
                     todo.append(user)
-        if made is None or not others:
-            return not others
-        return not self._arrives(node, torch.isin(made[1], torch.tensor(sorted(features))), seen, others)
+                    seen.add(user)
+                    if df.op[user].inplace:
+                        # Whatever reads this memory later reads what was written.
+                        todo += [n for n in df.nodes[df.index[user] :] if df.group.get(n) is df.group[user]]
+        return seen, others
+
+    def _arrives(self, node: Node, marked: Tensor, path: set[Node], others: list[Node]) -> bool:
+        """Whether marked elements of a node (not 0) are among those of others."""
+        mark = self._tracer.labels.new_features(1)
+        flows = self._tracer.carry(node, (marked != 0) * mark, path)
+        labels = self._tracer.labels
+        return any(other not in flows or labels.features(flows[other].label) for other in others)
 
     def module_norms_logits_alone(self, module: str, walked: set[Node]) -> bool:
         """Whether all that a module computes, in every call, ends in logits.

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from quack_fx.errors import CaptureError
+from quack_fx.errors import CaptureError, first_line
 from quack_fx.recording.equal import equal_groups
 from quack_fx.recording.executable import runnable
 from quack_fx.recording.hybrid import NUMBER
@@ -109,7 +109,7 @@ def capture(
         except Exception as error:
             raise CaptureError(
                 f"the forward of {type(model).__name__}, or its backward, fails on the example inputs: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
     if real:
         return _run(model, args, kwargs, Recorder(model, "real"))
@@ -120,7 +120,7 @@ def capture(
         try:
             return _run(model, args, kwargs, Recorder(model, "hybrid", keep_real, equal, number))
         except Exception as error:
-            reason = reason or _first_line(error)
+            reason = reason or first_line(error)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     if size > REAL_LIMIT_BYTES:
         raise CaptureError(
@@ -131,7 +131,7 @@ def capture(
         return _run(model, args, kwargs, Recorder(model, "real"), reason)
     except Exception as error:
         raise CaptureError(
-            f"the forward of {type(model).__name__} fails on the example inputs: {_first_line(error)}"
+            f"the forward of {type(model).__name__} fails on the example inputs: {first_line(error)}"
         ) from error
 
 
@@ -148,8 +148,3 @@ def _run(
             output = model(*args, **kwargs)
     repeated = recorder.layers.done()
     return Capture(recorder.finish(output), recorder.way, tuple(recorder.canned), fallback_reason, repeated)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

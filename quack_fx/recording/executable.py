@@ -161,8 +161,7 @@ def _packed(recorder: Recorder, names: list[str], given: Any, output: Any, strid
             )
     graph.output([recorder.node(r) if isinstance(r, Tensor) else r for r in results])
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, out_spec)))
-    graph_module = GraphModule(recorder.attributes, graph, class_name="Captured")
-    return graph_module
+    return GraphModule(recorder.attributes, graph, class_name="Captured")
 
 
 def _check(model: nn.Module, graph_module: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

@@ -17,8 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from quack_fx.find import GraphNorm, find_norms
 from quack_fx.layout import AttentionSite, QKLayout
-from quack_fx.opset import op_of
-from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, without_norms
+from quack_fx.opset import arguments_of, channels_first, op_of
+from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
 from quack_fx.strip.scale import Scales, scale_back
 
 
@@ -70,18 +70,8 @@ def _reasons_to_stay(layout: QKLayout, norms: Sequence[GraphNorm]) -> dict[int, 
     for norm in norms:
         if reason := _reason_to_stay(norm):
             reasons.setdefault(norm.site, reason)
-    # Nodes of a norm that stays serve other sites, too: those have to keep theirs.
-    spreading = True
-    while spreading:
-        staying = {op.node: norm.site for norm in norms if norm.site in reasons for op in norm.ops}
-        spreading = False
-        for norm in norms:
-            shared = next((staying[op.node] for op in norm.ops if op.node in staying), None)
-            if shared is not None and norm.site not in reasons:
-                other = layout.sites[shared].name
-                reasons[norm.site] = f"its {norm.norm.side} norm also serves {other!r}, which keeps its norms"
-                spreading = True
-    return reasons
+    uses = [(norm.site, op.node, f"its {norm.norm.side} norm") for norm in norms for op in norm.ops]
+    return with_sharers(reasons, uses, layout)
 
 
 def _reason_to_stay(norm: GraphNorm) -> str | None:
@@ -159,14 +149,12 @@ class _Rewriting:
 
     def _with_native_gain(self, node: Node, x: Node) -> Node:
         """Features times the gain that a norm op applies by itself, plus its bias."""
-        channels_first = "batch" in op_of(node).name or "group" in op_of(node).name
-        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        given = arguments_of(node)
         for name, op in (("weight", torch.ops.aten.mul.Tensor), ("bias", torch.ops.aten.add.Tensor)):
             operand = weight = given.get(name)
             if not isinstance(weight, Node):
                 continue
-            if channels_first:
+            if channels_first(node):
                 shape = [-1] + [1] * (x.meta["val"].dim() - 2)
                 operand = self._made(torch.ops.aten.view.default, (weight, shape), weight.meta)
             x = self._made(op, (x, operand), x.meta)

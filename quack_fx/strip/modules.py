@@ -22,7 +22,7 @@ from quack_fx.errors import StripError
 from quack_fx.gains import Place, RowGain, gain_rows
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side
 from quack_fx.strip.fold import FoldedRows, Inputs, call_of, check, outputs, reasons_against
-from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, without_norms
+from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
 from quack_fx.strip.scale import Scales, scale_back
 
 
@@ -116,7 +116,7 @@ def plan_strip(
     """
     normed = {place: site for place, site in enumerate(layout.sites) if site.qk_norm}
     made: dict[str, PassThrough | Gain] = {}
-    reasons = _reasons_to_stay(model, normed, keep_gain, made, against or {})
+    reasons = _reasons_to_stay(model, normed, keep_gain, made, against or {}, layout)
     going = {place: site for place, site in normed.items() if place not in reasons}
     norms = _callers(going.values())
     if restore_scale:
@@ -208,6 +208,7 @@ def _reasons_to_stay(
     keep_gain: bool,
     stand_ins: dict[str, PassThrough | Gain],
     against: Mapping[str, str],
+    layout: QKLayout,
 ) -> dict[int, str]:
     """Why a site's norms cannot be taken out, where they cannot; fills in what is put in place of the others."""
     reasons: dict[int, str] = {}
@@ -218,17 +219,13 @@ def _reasons_to_stay(
                 reasons.setdefault(place, made)
             else:
                 stand_ins.setdefault(str(norm.module), made)
-    # A norm that a staying site also calls has to stay, and with it every other site that calls it.
-    spreading = True
-    while spreading:
-        staying = {n.module: sites[p].name for p in reasons for n in sites[p].qk_norm if n.module is not None}
-        spreading = False
-        for place, site in sites.items():
-            shared = next((n.module for n in site.qk_norm if n.module in staying), None)
-            if shared is not None and place not in reasons:
-                reasons[place] = f"its norm {shared!r} also serves {staying[shared]!r}, which keeps its norms"
-                spreading = True
-    return reasons
+    uses = [
+        (place, norm.module, f"its norm {norm.module!r}")
+        for place, site in sites.items()
+        for norm in site.qk_norm
+        if norm.module is not None
+    ]
+    return with_sharers(reasons, uses, layout)
 
 
 def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool) -> PassThrough | Gain | str:

@@ -5,7 +5,7 @@ In: what a way of removal did. Out: `StripReport`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -95,6 +95,32 @@ class StripReport:
             "logits": [asdict(change) for change in self.logits],
             "vanished": list(self.vanished),
         }
+
+
+def with_sharers(
+    reasons: Mapping[int, str], uses: Sequence[tuple[int, Hashable, str]], layout: QKLayout
+) -> dict[int, str]:
+    """Sites that keep their norms, and those that share one with them, and so on: they have to keep theirs, too.
+
+    Arguments:
+        reasons: Why some sites keep their norms, by place.
+        uses: Place of a site, a thing that it uses for a norm (its module, a node), and what to call that norm.
+        layout: The layout.
+
+    Returns:
+        The reasons of all that keep them.
+    """
+    reasons = dict(reasons)
+    spreading = True
+    while spreading:
+        staying = {thing: place for place, thing, _ in uses if place in reasons}
+        spreading = False
+        for place, thing, norm in uses:
+            if place not in reasons and thing in staying:
+                other = layout.sites[staying[thing]].name
+                reasons[place] = f"{norm} also serves {other!r}, which keeps its norms"
+                spreading = True
+    return reasons
 
 
 def without_norms(layout: QKLayout, stripped: Mapping[int, float], vanished: Iterable[str]) -> QKLayout:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from quack_fx.layout import AttentionSite, Side
+from quack_fx.layout import SIDES, AttentionSite, Side
 
-_SIDES: tuple[Side, Side] = ("query", "key")
 _SLACK = 1.01
 """A scale this much above the usual one is the usual one, rounded."""
 
@@ -45,7 +44,7 @@ def scale_back(site: AttentionSite) -> Scales:
     scales = Scales(1 / math.sqrt(width.get("query", 1)), 1 / math.sqrt(width.get("key", 1)))
     notes: list[str] = []
     if width:
-        told = " and ".join(f"{side} features by {scales.of(side):.4g}" for side in _SIDES if side in width)
+        told = " and ".join(f"{side} features by {scales.of(side):.4g}" for side in SIDES if side in width)
         notes.append(f"{site.name!r}: multiplied {told}, as its L2 norm did to features of RMS 1")
     usual = 1 / math.sqrt(site.head_dim)
     if site.logit_scale is None:

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quack_fx.layout import Side
+from quack_fx.layout import SIDES, Side
 from quack_fx.verify.evidence import CannotTell, Evidence, Rows, indices
-from quack_fx.verify.heads import SIDES, head_labels
+from quack_fx.verify.heads import head_labels
 from quack_fx.verify.norms import check_norms
 from quack_fx.verify.tape import Value
 from quack_fx.verify.terms import check_terms

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from quack_fx.errors import VerifyError
-from quack_fx.layout import AttentionSite, Ranges, Side, WeightBlock
+from quack_fx.layout import SIDES, AttentionSite, Ranges, Side, WeightBlock
 from quack_fx.verify.graph import Factor, Graph
-from quack_fx.verify.heads import SIDES, Operand, Upper
+from quack_fx.verify.heads import Operand, Upper
 from quack_fx.verify.ops import Product, Softmax
 from quack_fx.verify.replay import Replay
 from quack_fx.verify.tape import Op, Value

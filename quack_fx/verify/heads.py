@@ -20,8 +20,6 @@ from quack_fx.verify.ops import Product, Softmax
 from quack_fx.verify.replay import Replay
 from quack_fx.verify.tape import Op, Value
 
-SIDES: tuple[Side, Side] = ("query", "key")
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Operand:

@@ -15,9 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quack_fx.layout import Norm, Side
+from quack_fx.layout import SIDES, Norm, Side
 from quack_fx.verify.evidence import CannotTell, Evidence, Part
-from quack_fx.verify.heads import SIDES
 from quack_fx.verify.replay import Replay
 from quack_fx.verify.tape import Op
 

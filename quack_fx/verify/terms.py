@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from quack_fx.layout import Side, WeightBlock
+from quack_fx.layout import SIDES, Side, WeightBlock
 from quack_fx.verify.evidence import Evidence, Part, indices
 from quack_fx.verify.graph import Factor
-from quack_fx.verify.heads import SIDES
 
 _Term = tuple[tuple[int, ...], tuple[int, ...]]
 _Names = tuple[str, ...]
