@@ -54,7 +54,7 @@ SWEEP_VENV := .venv-sweep
 SWEEP_STAMP := $(SWEEP_VENV)/.made-for-sweep
 SWEEP_TORCH := torch==2.14.1 torchvision==0.29.1
 SWEEP_PACKAGES := transformers==5.23.0 timm==1.0.31 diffusers==0.42.1 x-transformers==2.31.10 vit-pytorch==1.26.11
-SWEEP_PACKAGES += open_clip_torch==3.3.0 kornia==0.9.0 scipy==1.17.1 torchaudio==2.11.0
+SWEEP_PACKAGES += open_clip_torch==3.3.0 kornia==0.9.0 scipy==1.17.1 torchaudio==2.11.0 pytest==9.2.0
 JOBS ?= 2
 ONLY ?=
 sweep: $(SWEEP_STAMP)
@@ -62,6 +62,7 @@ sweep: $(SWEEP_STAMP)
 		$(if $(RESUME),--resume) $(if $(ONLY),,--markdown docs/sweep.md)
 
 strip: $(SWEEP_STAMP)
+	$(SWEEP_VENV)/bin/python -m pytest -q -W ignore -k timm tests/test_strip_models.py tests/test_insert.py
 	OMP_NUM_THREADS=1 $(SWEEP_VENV)/bin/python -m benchmarks.strip --jobs $(JOBS) --only "$(ONLY)" \
 		$(if $(ONLY),,--markdown docs/qk_norm.md)
 

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from quack_fx.attention import Logits, NearMiss, find_logits
 from quack_fx.dataflow import Dataflow
-from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout, Skipped
+from quack_fx.layout import SIDES, AttentionSite, LogitTerm, Norm, QKLayout, Skipped, WeightBlock
 from quack_fx.provenance import (
     Basis,
     BehindLayer,
@@ -186,23 +186,23 @@ def find_in_graph(
         The layout.
     """
     weights = own_parameters(graph_module) if weights is None else weights
-    return _Finding(Dataflow(graph_module, weights)).layout(weights, all_names, repeated, progress)
+    return Finding(Dataflow(graph_module, weights)).layout(weights, all_names, repeated, progress)
 
 
-class _Finding:
+class Finding:
     """The search through one graph.
 
     Arguments:
         df: The graph.
         each: Whether each attention is understood by itself, even one that is equal to another: `understood` then holds
-            the site and the heads of all.
+            the logits, the site and the heads of all.
     """
 
     def __init__(self, df: Dataflow, *, each: bool = False) -> None:
         self._df, self._each = df, each
         logits, self._misses = find_logits(df)
         self.attentions = Attentions(df, logits)
-        self.understood: list[tuple[AttentionSite, Heads]] = []
+        self.understood: list[tuple[Logits, AttentionSite, Heads]] = []
 
     def layout(
         self,
@@ -231,7 +231,7 @@ class _Finding:
                 misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
             else:
                 sites.append((one.output, site))
-                self.understood.append((site, heads))
+                self.understood.append((one, site, heads))
                 repeats.remember(one, site, attentions.tracer.basis)
             layers.check(one, attentions.tracer.basis.all_nodes())
         skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
@@ -332,14 +332,28 @@ def find_norms(
         The layout, as `find_in_graph` gives it, and the norms of each call of each site.
     """
     weights = own_parameters(graph_module) if weights is None else weights
-    finding = _Finding(Dataflow(graph_module, weights), each=True)
+    finding = Finding(Dataflow(graph_module, weights), each=True)
     layout = finding.layout(weights, [name for name, _ in graph_module.named_parameters()])
-    places = {(site.query, site.key, site.terms): place for place, site in enumerate(layout.sites)}
+    places = places_of(layout)
     return layout, tuple(
         norm
-        for site, heads in finding.understood
-        for norm in finding.attentions.norms(places[site.query, site.key, site.terms], site, heads)
+        for _, site, heads in finding.understood
+        for norm in finding.attentions.norms(places[pairs_of(site)], site, heads)
     )
+
+
+Pairs = tuple[tuple[WeightBlock, ...], tuple[WeightBlock, ...], tuple[LogitTerm, ...]]
+"""What tells an attention from others, whatever its norms."""
+
+
+def pairs_of(site: AttentionSite) -> Pairs:
+    """What tells a site from others."""
+    return site.query, site.key, site.terms
+
+
+def places_of(layout: QKLayout) -> dict[Pairs, int]:
+    """Where in a layout each attention is."""
+    return {pairs_of(site): place for place, site in enumerate(layout.sites)}
 
 
 def parameters_in(graph_module: GraphModule, model: nn.Module) -> dict[Node, str]:

@@ -16,20 +16,11 @@ from torch.fx import Node
 
 from quack_fx.attention import Logits, Product, find_logits
 from quack_fx.dataflow import Dataflow
-from quack_fx.find import Attentions, parameters_in
-from quack_fx.layout import AttentionSite, LogitTerm, WeightBlock
+from quack_fx.find import Attentions, Pairs, pairs_of, parameters_in
 from quack_fx.recording import capture
 
 _MASKED = -1e4
 """Logits below are those of masked keys."""
-
-Pairs = tuple[tuple[WeightBlock, ...], tuple[WeightBlock, ...], tuple[LogitTerm, ...]]
-"""What tells an attention from others, whatever its norms."""
-
-
-def pairs_of(site: AttentionSite) -> Pairs:
-    """What tells a site from others."""
-    return site.query, site.key, site.terms
 
 
 @dataclass(frozen=True, slots=True)

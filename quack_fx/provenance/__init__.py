@@ -18,7 +18,7 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
 from quack_fx.dataflow import BehindLayer
 from quack_fx.provenance.basis import Basis
 from quack_fx.provenance.blocks import make_site, merge_calls, values_of
-from quack_fx.provenance.heads import Heads, NotOneAttention, Refused, find_heads
+from quack_fx.provenance.heads import Heads, NotOneAttention, Refused, Vector, find_heads
 from quack_fx.provenance.left_out import LeftOut
 from quack_fx.provenance.projections import Projection
 from quack_fx.provenance.repeat import Repeats
@@ -38,6 +38,7 @@ __all__ = [
     "Repeats",
     "Tracer",
     "Uses",
+    "Vector",
     "find_heads",
     "make_site",
     "merge_calls",

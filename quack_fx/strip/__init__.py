@@ -18,10 +18,11 @@ from typing import Literal
 from torch import nn
 from torch.fx import GraphModule
 
+from quack_fx.call import Inputs, call_of
 from quack_fx.errors import StripError
+from quack_fx.find import Pairs, pairs_of
 from quack_fx.layout import QKLayout
-from quack_fx.spread import Pairs, Spread, logit_spread, pairs_of
-from quack_fx.strip.fold import Inputs, call_of
+from quack_fx.spread import Spread, logit_spread
 from quack_fx.strip.graph import strip_graph
 from quack_fx.strip.modules import PassThrough, strip_modules
 from quack_fx.strip.report import LeftSite, LogitChange, RemovedNorm, StripReport

@@ -15,18 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from quack_fx.call import Inputs, call_of
 from quack_fx.errors import StripError
 from quack_fx.gains import Place, RowGain
 
-Inputs = Sequence[Any] | Mapping[str, Any]
-"""Example inputs of a forward: positional ones, or named ones."""
-
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
-
-
-def call_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and named arguments."""
-    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
 @dataclass

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from quack_fx.find import GraphNorm, find_norms
+from quack_fx.graph_copy import copy_graph
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.opset import arguments_of, channels_first, op_of
 from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
@@ -101,12 +102,7 @@ class _Rewriting:
 
     def __init__(self, graph_module: GraphModule) -> None:
         self._original = graph_module
-        self._graph = Graph()
-        self._copy: dict[Node, Node] = {}
-        for node in graph_module.graph.nodes:
-            self._copy[node] = self._graph.node_copy(node, self._copy.__getitem__)
-        # How arguments and results are packed (torch.export) has no public name to read it by.
-        self._graph.set_codegen(graph_module.graph._codegen)
+        self._graph, self._copy = copy_graph(graph_module)
         self._instead: dict[Node, Node] = {}
         self._gone: set[Node] = set()
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quack_fx.call import Inputs, call_of
 from quack_fx.errors import StripError
 from quack_fx.gains import Place, RowGain, gain_rows
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side
-from quack_fx.strip.fold import FoldedRows, Inputs, call_of, check, outputs, reasons_against
+from quack_fx.strip.fold import FoldedRows, check, outputs, reasons_against
 from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
 from quack_fx.strip.scale import Scales, scale_back
 

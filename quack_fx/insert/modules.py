@@ -1,48 +1,27 @@
-"""USER: QK norm into a model that has none, so that it can be compared with QuacK on one's own model.
+"""QK norms into the modules of a model: the projections hand their heads through an `nn.RMSNorm`.
 
-In: a model and its layout. Out: an `InsertReport`; the projections of its queries and keys hand their heads through an
-`nn.RMSNorm` with a gain, right where they come out, as Qwen3 does it. `InsertReport.restore` takes them out again, and
-so does `strip_qk_norm`.
-
-The norm is a submodule (`q_norm`, `k_norm`) of the module that holds the projection's weight, called by a hook on that
-module: no name of a parameter changes.
+In: a model and its layout. Out: an `InsertReport`. A norm is a submodule (`q_norm`, `k_norm`) of the module that holds
+the projection's weight, called by a hook on that module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from quack_fx.call import Inputs
 from quack_fx.errors import StripError
-from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout, Side, WeightBlock
+from quack_fx.find import Pairs, pairs_of
+from quack_fx.insert.report import InsertReport
+from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
+from quack_fx.streams import sides_of_streams
 from quack_fx.strip.report import LeftSite
-
-__all__ = ["InsertReport", "insert_qk_norm"]
-
-
-@dataclass(frozen=True, slots=True)
-class InsertReport:
-    """Where norms were put in, and where not and why.
-
-    Attributes:
-        inserted: Names of the norm modules.
-        left: The sites without new norms, and why.
-        layout: The layout of the model as it is now.
-    """
-
-    inserted: tuple[str, ...]
-    left: tuple[LeftSite, ...]
-    layout: QKLayout
-    _restore: Callable[[], None] = field(repr=False, compare=False)
-
-    def restore(self) -> None:
-        """Take the norms out again; the model computes bitwise what it did before."""
-        self._restore()
 
 
 class NormHeads:
@@ -65,49 +44,33 @@ class NormHeads:
         return x.index_copy(-1, rows.flatten(), normed.flatten(-2)).movedim(-1, self.axis)
 
 
-def insert_qk_norm(model: nn.Module, layout: QKLayout, *, eps: float = 1e-6) -> InsertReport:
-    """Put an RMS norm with a gain behind the query and the key projection of each attention, in place.
-
-    Do it before the optimizer is built: the gains are parameters of the model.
+def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: Inputs | None) -> InsertReport:
+    """Put norms behind the projections of queries and keys, in place.
 
     Arguments:
-        model: Model the layout was found on.
+        model: The model.
         layout: Its layout.
         eps: What the norms add to the mean square.
+        inputs: Example inputs, which tell joint attention from sums of projections.
 
     Returns:
-        Where norms are now, and the layout with them. A site is left as it is where it has a QK norm, where its heads
-        are put together from more than one projection (MLA, joint attention, LoRA), or where a weight is not that of a
-        module which multiplies with it.
+        The account.
 
     Raises:
-        StripError: The layout names a parameter that the model does not have. The model is then unchanged.
-
-    Example:
-        >>> from quack_fx.find import find_qk_pairs
-        >>> class Attention(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.qkv = nn.Linear(8, 24)
-        ...     def forward(self, x):
-        ...         q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        ...         return (q @ k.mT / 2).softmax(-1) @ v
-        >>> model = Attention()
-        >>> insert_qk_norm(model, find_qk_pairs(model, torch.zeros(1, 3, 8))).inserted
-        ('qkv.q_norm', 'qkv.k_norm')
+        StripError: The layout names a parameter that the model does not have.
     """
     left: list[LeftSite] = []
     norms: dict[int, tuple[Norm, ...]] = {}
     hooks: dict[str, NormHeads] = {}
+    several = any(len(site.query) > 1 or len(site.key) > 1 for site in layout.sites)
+    streams = sides_of_streams(model, inputs) if several and inputs is not None else set()
     for place, site in enumerate(layout.sites):
-        planned = _planned(model, site, hooks)
+        planned = _planned(model, site, hooks, streams)
         if isinstance(planned, str):
             left.append(LeftSite(site.name, planned))
             continue
-        hooks.update(planned.values())
-        norms[place] = tuple(
-            Norm(side, "rms", site.head_dim, name, f"{name}.weight") for side, (name, _) in planned.items()
-        )
+        hooks.update({name: hook for _, name, hook in planned})
+        norms[place] = tuple(Norm(side, "rms", site.head_dim, name, f"{name}.weight") for side, name, _ in planned)
     handles = [_put_in(model, name, hook, eps) for name, hook in hooks.items()]
 
     def restore() -> None:
@@ -115,39 +78,47 @@ def insert_qk_norm(model: nn.Module, layout: QKLayout, *, eps: float = 1e-6) -> 
             take_out()
 
     sites = tuple(replace(s, qk_norm=norms[i]) if i in norms else s for i, s in enumerate(layout.sites))
-    return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), restore)
+    return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), model, restore)
 
 
-_Planned = tuple[str, NormHeads]
+_Planned = tuple[Side, str, NormHeads]
+"""Side, name and hook of a norm."""
 
 
-def _planned(model: nn.Module, site: AttentionSite, hooks: dict[str, NormHeads]) -> dict[Side, _Planned] | str:
-    """Norm and hook of both sides of a site; or why it gets none."""
+def _planned(
+    model: nn.Module, site: AttentionSite, hooks: dict[str, NormHeads], streams: set[tuple[Pairs, Side]]
+) -> list[_Planned] | str:
+    """The norms of a site; or why it gets none."""
     if site.qk_norm:
         return "it has a QK norm"
-    planned: dict[Side, _Planned] = {}
-    for side in SIDES:
-        plan = _plan(model, site, side)
+    planned: list[_Planned] = []
+    for side, block in site.blocks():
+        together = len(getattr(site, side))
+        if together > 1 and (pairs_of(site), side) not in streams:
+            return (
+                f"its {side} heads are put together from {together} weights; put the norm into a graph of the model, "
+                "or give inputs=(...) if these are kinds of tokens"
+            )
+        plan = _plan(model, site, side, block)
         if isinstance(plan, str):
             return plan
-        name, hook = planned[side] = plan
+        name, hook = plan
         if name in hooks and not torch.equal(hooks[name].rows, hook.rows):
             return f"another attention reads other heads of {name.rpartition('.')[0]!r}"
-    (query, q_hook), (key, k_hook) = planned.values()
-    same = query.rpartition(".")[0] == key.rpartition(".")[0]
-    return "its queries and keys are the same features" if same and _share(q_hook.rows, k_hook.rows) else planned
+        planned.append((side, name, hook))
+    for (one, query, q_hook), (other, key, k_hook) in combinations(planned, 2):
+        same = query.rpartition(".")[0] == key.rpartition(".")[0]
+        if one != other and same and _share(q_hook.rows, k_hook.rows):
+            return "its queries and keys are the same features"
+    return planned
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
     return bool(torch.isin(a, b).any())
 
 
-def _plan(model: nn.Module, site: AttentionSite, side: Side) -> _Planned | str:
-    """Norm and hook for one side of a site; or why there can be none."""
-    blocks: tuple[WeightBlock, ...] = getattr(site, side)
-    if len(blocks) != 1:
-        return f"its {side} heads are put together from {len(blocks)} weights; insert a norm by hand"
-    (block,) = blocks
+def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock) -> tuple[str, NormHeads] | str:
+    """Norm and hook for one projection of a site; or why there can be none."""
     owner, _, weight = block.param.rpartition(".")
     try:
         module, parameter = model.get_submodule(owner), model.get_parameter(block.param)
@@ -165,7 +136,10 @@ def _plan(model: nn.Module, site: AttentionSite, side: Side) -> _Planned | str:
     distinct = list(dict.fromkeys(map(tuple, rows)))
     axis = _feature_axis(module, weight, block, parameter)
     if axis is None:
-        return f"{block.param!r} is not the weight of a module that multiplies with it"
+        return (
+            f"{block.param!r} is not the weight of a module that multiplies with it; "
+            "put the norm into a graph of the model"
+        )
     name = "q_norm" if side == "query" else "k_norm"
     if hasattr(module, name):
         return f"{owner!r} already has a {name!r}"
