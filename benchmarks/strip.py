@@ -8,6 +8,9 @@ either, find must report the same rows and no QK norm at the sites that were str
 compute must be bitwise what the model computes with a hook on each of these norms that hands on its input, and the
 graph must agree with the modules to 1e-5 of the largest output, wherever both took out the same.
 
+Then RMS norms are put on the stripped sites, by module or, where there is no place for them, by graph: "normed again"
+counts where find sees them. When they are out again, what is computed must be bitwise what it was without them.
+
 Exit status 1 if one of these is not so. What stays is told with its reason.
 """
 
@@ -34,6 +37,7 @@ from benchmarks.sweeping.candidate import Candidate
 from benchmarks.sweeping.processes import Tell, run_apart
 from quack_fx.errors import CaptureError
 from quack_fx.find import find_in_graph, find_qk_pairs
+from quack_fx.insert import insert_qk_norm
 from quack_fx.layout import QKLayout
 from quack_fx.recording import capture
 from quack_fx.strip import StripReport, strip_qk_norm
@@ -76,7 +80,16 @@ def judge(candidate: Candidate, tell: Tell) -> None:
     """Strip a model both ways; tell what went, what stayed and what is wrong."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    row: Row = {"wrong": [], "kinds": [], "sites": 0, "by_module": 0, "by_graph": 0, "left": [], "no_graph": ""}
+    row: Row = {
+        "wrong": [],
+        "kinds": [],
+        "sites": 0,
+        "by_module": 0,
+        "by_graph": 0,
+        "left": [],
+        "no_graph": "",
+        "again": 0,
+    }
     tell(row)
     model, args, kwargs = candidate.build()
     layout = find_qk_pairs(model, *args, **kwargs)
@@ -94,6 +107,13 @@ def judge(candidate: Candidate, tell: Tell) -> None:
     expected = outputs(_hooked(copy.deepcopy(model), report), args, kwargs)
     if not _equal(outputs(twin, args, kwargs), expected):
         row["wrong"].append("modules: not what hooks on the norms give")
+    inputs = args if not kwargs else kwargs if not args else None  # few forwards are called with both
+    inserted = insert_qk_norm(twin, report.layout, inputs=inputs)
+    again = _normed_again(layout, find_qk_pairs(twin, *args, **kwargs), by_module)
+    inserted.restore()
+    if not _equal(outputs(twin, args, kwargs), expected):
+        row["wrong"].append("modules: norms put in and stripped again leave something behind")
+    row |= {"again": len(again)}
     tell(row)
     try:
         graph = capture(model, args, kwargs, executable=True).graph_module
@@ -106,6 +126,12 @@ def judge(candidate: Candidate, tell: Tell) -> None:
     row["wrong"] += _differences("graph", graph_layout, stripped.layout, set())
     row["wrong"] += _differences("graph", graph_layout, find_in_graph(stripped.model), by_graph)  # type: ignore[arg-type]
     row["left"] += [f"in the graph: {left.reason}" for left in stripped.left]
+    normed_graph = insert_qk_norm(stripped.model)
+    again_in_graph = _normed_again(graph_layout, normed_graph.layout, by_graph)
+    row |= {"again": max(row["again"], len(again_in_graph)), "put_in": [left.reason for left in normed_graph.left]}
+    back = strip_qk_norm(normed_graph.model, scale="keep").model
+    if again_in_graph == set(normed) and not _equal(*(outputs(g, args, kwargs) for g in (back, stripped.model))):
+        row["wrong"].append("graph: norms put in and stripped again leave something behind")
     if len(by_graph) == len(by_module) == len(normed):
         # With the scales brought back: numbers that the module of an L2 norm multiplies with stay in a graph.
         twin = copy.deepcopy(model)
@@ -123,6 +149,13 @@ def _width(width: int, head_dim: int) -> str:
 def _stripped(layout: QKLayout, report: StripReport) -> set[int]:
     pairs = enumerate(zip(layout.sites, report.layout.sites, strict=True))
     return {i for i, (before, after) in pairs if before.qk_norm and not after.qk_norm}
+
+
+def _normed_again(before: QKLayout, after: QKLayout, stripped: set[int]) -> set[int]:
+    """Stripped sites that have an RMS norm on both sides now."""
+    if len(before.sites) != len(after.sites):
+        return set()
+    return {i for i in stripped if {n.side for n in after.sites[i].qk_norm if n.kind == "rms"} == {"query", "key"}}
 
 
 def _differences(way: str, before: QKLayout, after: QKLayout, stripped: set[int]) -> list[str]:
@@ -176,20 +209,30 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def markdown(rows: list[Row]) -> str:
     """Totals, what stays and why, and a line for each family."""
-    lines = ["# QK norms of other packages, taken out", "", *__doc__.split("\n\n", 2)[2].strip().splitlines(), ""]
-    lines += ["| package | models with QK norm | sites | by module | by graph | no executable graph | wrong |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "# QK norms of other packages, taken out and put in again",
+        "",
+        *__doc__.split("\n\n", 2)[2].strip().splitlines(),
+        "",
+    ]
+    lines += [
+        "| package | models with QK norm | sites | by module | by graph | normed again | no executable graph | wrong |"
+    ]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for package in sorted({row["package"] for row in rows}):
         own = [row for row in rows if row["package"] == package]
-        sums = [sum(row[key] for row in own) for key in ("sites", "by_module", "by_graph")]
+        sums = [sum(row[key] for row in own) for key in ("sites", "by_module", "by_graph", "again")]
         lines.append(
-            f"| {package} | {len(own)} | {sums[0]} | {sums[1]} | {sums[2]} | "
+            f"| {package} | {len(own)} | {' | '.join(map(str, sums))} | "
             f"{sum(bool(row['no_graph']) for row in own)} | {sum(bool(row['wrong']) for row in own)} |"
         )
     reasons = Counter(re.sub(r"'.*?'", "...", reason) for row in rows for reason in row["left"])
     reasons.update(f"no graph: {re.sub(r'[0-9]+', 'n', row['no_graph'])[:160]}" for row in rows if row["no_graph"])
     lines += ["", "## What stays", "", "| reason | times |", "| --- | --- |"]
     lines += [f"| {reason.replace('|', '/')} | {count} |" for reason, count in reasons.most_common()]
+    reasons = Counter(reason for row in rows for reason in row.get("put_in", []))
+    lines += ["", "## Where no norm is put into a graph", "", "| reason | times |", "| --- | --- |"]
+    lines += [f"| {reason} | {count} |" for reason, count in reasons.most_common()]
     lines += ["", "## Families", "", "| package | family | models | kinds | by module | by graph | sites |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for key in sorted({(row["package"], row["family"]) for row in rows}):
