@@ -184,6 +184,44 @@ def test_resume_is_bitwise() -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
 
 
+def test_weights_changed_between_steps_are_measured_anew() -> None:
+    """Norms are carried from step to step, unless somebody else writes the weights in between."""
+    model = small("gpt")
+    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
+    hooked = copy.deepcopy(model)
+    theirs = torch.optim.AdamW(hooked.parameters(), lr=1e-2)
+    QuacK(theirs, hooked, layout)
+    step = compile_train_step(model, torch.optim.AdamW(model.parameters(), lr=1e-2), layout=layout, compile=False)
+    for i, (x, y) in enumerate(batches(6)):
+        if i == 2:  # in place, by load_state_dict
+            for one in (model, hooked):
+                one.load_state_dict({n: 3 * v if "qkv" in n else v for n, v in one.state_dict().items()})
+        if i == 4:  # other storage
+            for one in (model, hooked):
+                weight = one.blocks[0].attn.qkv.weight
+                weight.data = weight.data * 0.5
+        step(x, y)
+        hooked(x, y)[1].backward()
+        theirs.step()
+        theirs.zero_grad()
+        assert relative(model, hooked) < 1e-6
+
+
+def test_the_loop_that_writes_heads_sums_up_their_squares(case: dict[str, Any]) -> None:
+    """In the generated code: the norms of the new weights cost no loop of their own, and the update is one graph."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    model = copy.deepcopy(case["start"])
+    step = compile_train_step(model, optimizer_of(model), layout=case["layout"])
+    step._loss = lambda x, y: model(x, y)[1]
+    _, code = run_and_get_code(step, *batches(1)[0])
+    (update,) = code
+    assert update.count("tmp_acc0_vec = tmp_acc0_vec +") == 1  # the queries and keys of a fused weight
+    loop = update.split("tmp_acc0_vec = tmp_acc0_vec +")[0].rsplit("for(", 1)[1]
+    assert loop.count(".store(") == 3  # weight and two moments, where the squares are summed up
+
+
 @pytest.mark.parametrize("clip", [0, -1.0])
 def test_bad_clip(clip: float) -> None:
     model = small("gpt")

@@ -12,6 +12,7 @@ Two graphs: the loss (with its backward) and the update. The optimizer stays the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +74,8 @@ def compile_train_step(
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise StepError(f"clip_grad_norm is {clip_grad_norm!r}; need a positive number, or None for no clipping")
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, mode=mode) if compile else function
+    def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return torch.compile(function, mode=mode, **options) if compile else function
 
     return TrainStep(model, optimizer, loss_fn, layout, tau, norm, clip_grad_norm, compiled)
 
@@ -97,7 +98,7 @@ class TrainStep:
         tau: float,
         norm: NormName,
         clip_grad_norm: float | None,
-        compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
+        compiled: Callable[..., Callable[..., Any]],
     ) -> None:
         self.quack: QuacK | None = None
         self.layout = layout
@@ -155,5 +156,6 @@ class TrainStep:
         if layout.sites:
             self.quack = QuacK(self._optimizer, self._model, layout, self._tau, self._norm)
         if Update.knows(self._optimizer) and self._norm == "frobenius":
-            self._update = Update(self._optimizer, self.quack, self._clip, self._compiled)
+            whole = functools.partial(self._compiled, fullgraph=True, dynamic=False)
+            self._update = Update(self._optimizer, self.quack, self._clip, whole)
         self.layout = layout

@@ -1,0 +1,179 @@
+"""USER: parameters cut into pieces in which every head is one long row, so that one loop updates and measures it.
+
+In: a `FactorPlan` and the parameters. Out: for each tensor its `Piece`s, which cover it once, and `Runs`, which take
+the squared norms of their rows to the plan's units and the units' scales back.
+
+A *run* is a stretch of rows that belong to the same units. Equal runs that follow each other at equal distances (heads,
+mostly) are one piece, viewed as [runs, everything in one run]: an update in that shape reads weight, gradient and
+moments once, scales each run by its own number, and sums up the squares of what it writes. Cut any finer, or with the
+rows left as they are, the compiler writes two loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from quack_fx.factors import FactorPlan
+
+_LONGEST_PATTERN = 8
+"""Runs after which a pattern has to begin anew: queries, keys, values, gates of one head in a fused weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Runs of equal size and distance along one axis of a tensor.
+
+    Attributes:
+        axis: The axis.
+        start: First row of the block that holds the piece, `count * stride` rows long.
+        count: Number of runs.
+        stride: Rows from one run to the next.
+        skip: Rows before the run in its part of the block.
+        size: Rows of a run.
+        first: Number of its first run in `Runs`; None for rows of no unit.
+    """
+
+    axis: int
+    start: int
+    count: int
+    stride: int
+    skip: int
+    size: int
+    first: int | None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece of a tensor, a view: [runs, the rest] where the axis is the first, else [..., runs, size, ...]."""
+        block = tensor.narrow(self.axis, self.start, self.count * self.stride)
+        if self.axis > 0 or not tensor.is_contiguous():
+            split: Tensor = block.unflatten(self.axis, (self.count, self.stride))
+            return split.narrow(self.axis + 1, self.skip, self.size)
+        rest = block[0].numel()
+        runs: Tensor = block.view(self.count, self.stride * rest).narrow(1, self.skip * rest, self.size * rest)
+        return runs
+
+    def along(self, scales: Tensor, piece: Tensor) -> Tensor:
+        """A number for each run, shaped to broadcast over the piece."""
+        return scales.view([-1 if d == self.axis else 1 for d in range(piece.dim())])
+
+    def squares(self, piece: Tensor) -> Tensor:
+        """Squared norm of each run: [runs]."""
+        return piece.square().sum([d for d in range(piece.dim()) if d != self.axis])
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """What ties runs to units.
+
+    Attributes:
+        of_unit: Runs of each unit, n_runs where it has fewer than another, int64 [n_units, most].
+        owners: Units of each run, n_units likewise, int64 [n_runs, most].
+    """
+
+    of_unit: Tensor
+    owners: Tensor
+
+    def norms(self, squares: Tensor) -> Tensor:
+        """Norm of every unit from the squared norms of the runs: [n_runs] -> [n_units]."""
+        return torch.cat([squares, squares.new_zeros(1)])[self.of_unit].sum(-1).sqrt()
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """Scale of every run, the smallest of its units': [n_units] -> [n_runs]."""
+        return torch.cat([scales, scales.new_full((1,), torch.inf)])[self.owners].amin(-1)
+
+
+def cut(plan: FactorPlan, params: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Piece, ...]], Runs]:
+    """Cut the parameters of a plan into pieces.
+
+    Arguments:
+        plan: The plan.
+        params: Its parameters, whole, by name.
+
+    Returns:
+        The pieces of each, and the tables of all their runs, on the device of the first.
+
+    Example:
+        >>> from quack_fx.factors import Unit
+        >>> heads = tuple(Unit("q", 0, ((4 * h, 4 * h + 4),), None) for h in range(2))
+        >>> cut(FactorPlan(heads, ((0, 1),), ()), {"q": torch.zeros(9, 3)})[0]["q"]
+        (Piece(axis=0, start=0, count=2, stride=4, skip=0, size=4, first=0), Piece(axis=0, start=8, count=1, ...))
+    """
+    owners: list[tuple[int, ...]] = []
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    for (name, axis), edges in _edges(plan).items():
+        runs = list(_runs(edges, params[name].shape[axis]))
+        pieces[name] = tuple(_pieces(axis, runs, owners))
+    of_unit: list[list[int]] = [[] for _ in plan.units]
+    for run, units in enumerate(owners):
+        for unit in units:
+            of_unit[unit].append(run)
+    device = next(iter(params.values())).device if params else None
+    return pieces, Runs(_padded(of_unit, len(owners), device), _padded(owners, len(plan.units), device))
+
+
+_Run = tuple[int, tuple[int, ...]]
+"""Size of a run, and its units."""
+
+
+def _edges(plan: FactorPlan) -> dict[tuple[str, int], dict[int, list[int]]]:
+    """For each tensor and axis: the rows at which units begin or end, with the units; ~unit for an end."""
+    edges: dict[tuple[str, int], dict[int, list[int]]] = {}
+    for i, unit in enumerate(plan.units):
+        for part in unit.parts():
+            for start, stop in unit.ranges:
+                edges.setdefault(part, {}).setdefault(start, []).append(i)
+                edges[part].setdefault(stop, []).append(~i)
+    return edges
+
+
+def _runs(edges: dict[int, list[int]], length: int) -> list[_Run]:
+    """The runs of a tensor, those of no unit too, in order."""
+    inside: set[int] = set()
+    runs: list[_Run] = []
+    for here, after in pairwise(sorted({0, length, *edges})):
+        for edge in sorted(edges.get(here, ())):
+            inside.add(edge) if edge >= 0 else inside.discard(~edge)
+        runs.append((after - here, tuple(sorted(inside))))
+    return runs
+
+
+def _pieces(axis: int, runs: list[_Run], owners: list[tuple[int, ...]]) -> list[Piece]:
+    """Pieces of one tensor; the units of their runs are added to `owners`."""
+    made: list[Piece] = []
+    start = 0
+    while runs:
+        period, count = _pattern(runs)
+        stride = sum(size for size, _ in runs[:period])
+        skip = 0
+        for i, (size, units) in enumerate(runs[:period]):
+            first = len(owners) if units else None
+            if units:
+                owners += [runs[i + period * n][1] for n in range(count)]
+            made.append(Piece(axis, start, count, stride, skip, size, first))
+            skip += size
+        start += count * stride
+        runs = runs[period * count :]
+    return made
+
+
+def _pattern(runs: list[_Run]) -> tuple[int, int]:
+    """How many of the first runs make a pattern, and how often it stands there; the one that covers most."""
+    kinds = [(size, bool(units)) for size, units in runs]
+    found = (1, 1)
+    for period in range(1, min(_LONGEST_PATTERN, len(kinds)) + 1):
+        count = 1
+        while kinds[count * period : (count + 1) * period] == kinds[:period]:
+            count += 1
+        if count > 1 and period * count > found[0] * found[1]:
+            found = period, count
+    return found
+
+
+def _padded(rows: list[list[int]] | list[tuple[int, ...]], filler: int, device: torch.device | None) -> Tensor:
+    longest = max(map(len, rows), default=1)
+    table = [[*row, *[filler] * (longest - len(row))] for row in rows]
+    return torch.tensor(table, dtype=torch.int64, device=device).view(len(rows), longest)
