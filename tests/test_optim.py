@@ -190,18 +190,27 @@ class PerHead(nn.Module):
 
 
 def train_per_head(
-    model: Model, make: Callable[[Any], Optimizer], tau: float, schedule: Callable[[int], float]
+    model: Model,
+    make: Callable[[Any], Optimizer],
+    tau: float,
+    schedule: Callable[[int], float],
+    steps: int = 50,
+    clip: float | None = None,
+    accumulate: int = 1,
 ) -> PerHead:
     reference = PerHead(model)
     optimizer = make(reference.groups())
     base = [group["lr"] for group in optimizer.param_groups]
     init = reference.factors()
-    for step in range(50):
+    for step in range(steps):
         scales = [tau * f / f0 for f, f0 in zip(reference.factors(), init, strict=True)]
         for group, lr, scale in zip(optimizer.param_groups, base, [*scales, 1.0], strict=True):
             group["lr"] = lr * schedule(step) * scale
         optimizer.zero_grad()
-        loss_of(reference, step).backward()
+        for part in range(accumulate):
+            (loss_of(reference, step * accumulate + part) / accumulate).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(reference.parameters(), clip)
         optimizer.step()
     return reference
 

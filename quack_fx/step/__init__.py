@@ -111,6 +111,15 @@ class TrainStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one batch; gives its loss."""
+        loss = self.forward_backward(*args, **kwargs)
+        self.update()
+        return loss
+
+    def forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the gradients of one batch to those that are there; gives its loss, detached.
+
+        For gradient accumulation: several of these, then one `update()`. Divide the loss by their number in `loss_fn`.
+        """
         if self.layout is None:
             self._attach(self._find(args, kwargs))
         loss = self._loss(*args, **kwargs)
@@ -119,9 +128,12 @@ class TrainStep:
         if not loss.requires_grad:
             raise StepError("the loss does not depend on any parameter that requires a gradient")
         loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Change the weights by the gradients that are there, and drop those."""
         self._step()
         self._optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
 
     def __repr__(self) -> str:
         kind = type(self._optimizer).__name__

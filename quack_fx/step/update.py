@@ -1,7 +1,7 @@
-"""USER: the compiled update: every weight, its state and QuacK's scales in one graph.
+"""USER: the compiled update: every weight, its state and QuacK's scales, compiled.
 
 In: an optimizer whose arithmetic is in `RULES`, and the QuacK that keeps its initial factors. Out: `Update.run()`,
-which does what `optimizer.step()` under QuacK would do, over the optimizer's own state tensors, in one compiled graph.
+which does what `optimizer.step()` under QuacK would do, over the optimizer's own state tensors.
 
 The scales of a step come from the norms that the step before left behind: the loop that writes a head's weights also
 sums up their squares, so that QuacK adds no pass over any weight. What changes between steps (learning rates, step
@@ -10,12 +10,13 @@ counts) enters as a tensor: nothing is ever recompiled for it, and nothing waits
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -23,7 +24,7 @@ from quack_fx.factors import FactorPlan, factors, norm_dtype
 from quack_fx.optim import QuacK
 from quack_fx.step.loss import own_code
 from quack_fx.step.pieces import Piece, Runs, cut
-from quack_fx.step.rules import RULES, UpdateRule
+from quack_fx.step.rules import RULES, Group, State, UpdateRule
 
 Flags = tuple[bool, ...]
 Job = tuple[Tensor, Tensor, tuple[Tensor, ...], int, Flags, Piece | None]
@@ -52,7 +53,9 @@ class Update:
         for group in optimizer.param_groups:
             self._rule.check(group)
         self._heads = Heads(quack) if quack is not None else None
-        self._apply = compile(_make_apply(self._rule, clip_grad_norm))
+        # Two graphs: Inductor on CPUs fuses the few numbers of the first into the loops of the second, and fails.
+        self._scales, self._apply = compile(own_code(_scales)), compile(_make_apply(self._rule, clip_grad_norm))
+        self._cuts: dict[Tensor, _Cut] = {}
 
     @staticmethod
     def knows(optimizer: Optimizer) -> bool:
@@ -66,43 +69,68 @@ class Update:
         held = [(p, group) for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not held:
             return
-        heads, jobs, steps = self._heads, list[Job](), list[Tensor]()
-        for column, (param, group) in enumerate(held):
-            flags = self._rule.flags(group)
-            names = self._rule.slots(flags)
-            state = self._state(param, group, names)
-            steps.append(state["step"])
-            tensors = (param.detach(), _like(param, param.grad), *(state[name] for name in names))
-            for piece in heads.pieces_of(param) if heads is not None else (None,):
-                weight, grad, *slots = tensors if piece is None else map(piece.of, tensors)
-                jobs.append((weight, grad, tuple(slots), column, flags, piece))
-        torch._foreach_add_(steps, 1.0)
-        counts = torch.stack(steps).double()
-        coefficients = torch.stack(self._rule.coefficients(counts, self._numbers(held, counts.device)))
-        coefficients = coefficients.to(held[0][0].device, non_blocking=True)
-        if heads is None:
+        params, groups = [param for param, _ in held], [group for _, group in held]
+        slots = [self._rule.slots(self._rule.flags(group)) for group in groups]
+        # What needs no state gets no entry, as in the optimizer itself.
+        states = [self._optimizer.state[p] if names else {} for p, names in zip(params, slots, strict=True)]
+        counts = self._rule.count(params, groups, states)
+        coefficients = torch.stack(self._rule.coefficients(counts, self._numbers(groups, counts.device)))
+        coefficients = coefficients.to(params[0].device, non_blocking=True)
+        jobs = [
+            job
+            for column, (param, group, state) in enumerate(zip(params, groups, states, strict=True))
+            for job in self._jobs(column, param, group, state)
+        ]
+        if self._heads is None:
             self._apply(jobs, coefficients, None, None)
         else:
-            self._apply(jobs, coefficients, heads.squares(), heads.scaling())
-            heads.written()
+            squares = self._heads.squares()
+            self._apply(jobs, coefficients, squares, self._scales(squares, self._heads.scaling()))
+            self._heads.written()
 
-    def _numbers(
-        self, held: Sequence[tuple[nn.Parameter, Mapping[str, Any]]], device: torch.device
-    ) -> tuple[Tensor, ...]:
+    def _numbers(self, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, ...]:
         """Hyperparameters of each parameter's group, float64 [n] each."""
-        by_group = {id(group): self._rule.numbers(group) for _, group in held}
-        rows = zip(*(by_group[id(group)] for _, group in held), strict=True)
-        return tuple(torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in row]) for row in rows)
+        distinct = {id(group): group for group in groups}
+        rows = [self._rule.numbers(group) for group in distinct.values()]
+        if any(isinstance(x, Tensor) for row in rows for x in row):
+            stacked = [[torch.as_tensor(x, dtype=torch.float64, device=device) for x in row] for row in rows]
+            table = torch.stack([torch.stack(row) for row in stacked])
+        else:
+            table = torch.tensor(rows, dtype=torch.float64, device=device)
+        place = {key: i for i, key in enumerate(distinct)}
+        return table[[place[id(group)] for group in groups]].unbind(1)
 
-    def _state(self, param: nn.Parameter, group: Mapping[str, Any], slots: tuple[str, ...]) -> dict[str, Tensor]:
-        """The optimizer's state of a parameter, made as the optimizer itself makes it."""
-        state: dict[str, Tensor] = self._optimizer.state[param]
-        if "step" not in state:
-            on_device = bool(group.get("capturable") or group.get("fused"))
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
-            for name in slots:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        return state
+    def _jobs(self, column: int, param: Tensor, group: Group, state: State) -> Iterator[Job]:
+        """What is to be done to a parameter: one job for each of its pieces."""
+        flags = self._rule.flags(group)
+        slots = [state[name] for name in self._rule.slots(flags)]
+        known = self._cuts.get(param)
+        # Cut once: weights and state stay where they are, and a view costs as much as a small kernel.
+        if known is None or known.where != param.data_ptr() or any(map(operator.is_not, known.slots, slots)):
+            pieces = self._heads.pieces_of(param) if self._heads is not None else (None,)
+            tensors = param.detach(), *slots
+            views = [[t if piece is None else piece.of(t) for t in tensors] for piece in pieces]
+            known = self._cuts[param] = _Cut(
+                param.data_ptr(), slots, [(p, *v) for p, v in zip(pieces, views, strict=True)]
+            )
+        grad = _like(param, param.grad)
+        for piece, weight, *own in known.views:
+            yield weight, grad if piece is None else piece.of(grad), tuple(own), column, flags, piece
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A parameter and its state, cut.
+
+    Attributes:
+        where: Address of the parameter.
+        slots: Its state tensors.
+        views: Each piece, with that piece of the parameter and of the state tensors.
+    """
+
+    where: int
+    slots: Sequence[Tensor]
+    views: Sequence[tuple[Any, ...]]
 
 
 def _like(param: Tensor, grad: Tensor | None) -> Tensor:
@@ -126,10 +154,6 @@ class Scaling:
     runs: Runs
     tau: float
     init: Tensor
-
-    def of(self, squares: Tensor) -> Tensor:
-        """tau * factor / initial factor of every run, from the squared norms of the runs: [n_runs] -> [n_runs]."""
-        return self.runs.spread(self.tau * (factors(self.plan, self.runs.norms(squares)) / self.init))
 
 
 class Heads:
@@ -183,12 +207,17 @@ class Heads:
         return torch.cat(squares)
 
 
+def _scales(squares: Tensor, scaling: Scaling) -> Tensor:
+    """tau * factor / initial factor of every run, from the squared norms of the runs: [n_runs] -> [n_runs]."""
+    now = factors(scaling.plan, scaling.runs.norms(squares))
+    return scaling.runs.spread(scaling.tau * (now / scaling.init))
+
+
 def _make_apply(rule: UpdateRule, clip_grad_norm: float | None) -> Callable[..., None]:
     """The function that is compiled."""
 
-    def apply(jobs: list[Job], coefficients: Tensor, squares: Tensor | None, scaling: Scaling | None) -> None:
+    def apply(jobs: list[Job], coefficients: Tensor, squares: Tensor | None, scales: Tensor | None) -> None:
         clip = _clip([grad for _, grad, *_ in jobs], clip_grad_norm)
-        scales = scaling.of(squares) if scaling is not None and squares is not None else None
         new_squares: dict[int, Tensor] = {}
         for weight, grad, slots, column, flags, piece in jobs:
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -1,0 +1,109 @@
+"""Times that take turns, and what the machine could do at best.
+
+In: functions. Out: medians and ratios with their spread. All run in one process, one after the other in every round, so
+that a machine that slows down slows all of them; a ratio is taken inside a round.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each round.
+
+    Attributes:
+        seconds: One number a round.
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.seconds)
+
+    def over(self, other: Times) -> tuple[float, float, float]:
+        """Ratio to another, round by round: lower quartile, median, upper quartile."""
+        ratios = sorted(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+        quarter = len(ratios) // 4
+        return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
+
+
+def take_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+    """Time functions in turns, in another order every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            seconds[name].append(time_of(functions[name]))
+    return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def time_of(function: Callable[[], object]) -> float:
+    """Seconds of one call, to its end on the device."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Wait for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most memory that tensors held at once during a call, beyond what they held before it."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    held = [e["args"] for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == 0]
+    totals = [int(args["Total Allocated"]) for args in held]
+    return max(totals) - (totals[0] - int(held[0]["Bytes"])) if totals else 0
+
+
+def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
+    """Bytes a second that a copy of a large tensor moves, read and written: the best of several."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size / min(time_of(lambda: target.copy_(source)) for _ in range(10))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Flops a second of a large product of matrices: the best of several."""
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    a @ b
+    return 2 * size**3 / min(time_of(lambda: a @ b) for _ in range(10))
+
+
+def machine() -> str:
+    """Kind of machine and versions, for the head of a table of results."""
+    if torch.cuda.is_available():
+        where = torch.cuda.get_device_name()
+    else:
+        where = (
+            f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        )
+    return f"{where}; torch {torch.__version__}, Python {platform.python_version()}"

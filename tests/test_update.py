@@ -1,0 +1,106 @@
+"""The compiled update against a learning rate per head, for each optimizer that it knows, over two hundred steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_optim import LAYOUT, Model, batch, relative_error, train_per_head
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from quack_fx.layout import QKLayout
+from quack_fx.step import TrainStep, compile_train_step
+
+STEPS, CLIP, PARTS = 200, 0.5, 2
+
+
+def schedule(step: int) -> float:
+    return min(1.0, (step + 1) / 20) * (1 - step / (2 * STEPS))
+
+
+def loss_of_part(model: nn.Module, x: Tensor) -> Tensor:
+    return F.mse_loss(model(x), x.roll(1, -1).sin()) / PARTS
+
+
+def train(model: nn.Module, make: Callable[[Any], Optimizer], steps: int, **options: Any) -> TrainStep:
+    optimizer = make(model.parameters())
+    step = compile_train_step(model, optimizer, loss_of_part, layout=LAYOUT, tau=0.7, clip_grad_norm=CLIP, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    for i in range(steps):
+        for part in range(PARTS):
+            step.forward_backward(batch(i * PARTS + part))
+        step.update()
+        scheduler.step()
+    return step
+
+
+KNOWN: dict[str, Callable[[Any], Optimizer]] = {
+    "AdamW": partial(AdamW, lr=3e-3, weight_decay=0.1),
+    "AdamW amsgrad, fused": partial(AdamW, lr=3e-3, weight_decay=0.1, amsgrad=True, fused=True),
+    "AdamW maximize": partial(AdamW, lr=1e-4, maximize=True, betas=(0.8, 0.9)),
+    "Adam with coupled decay": partial(Adam, lr=3e-3, weight_decay=1e-3),
+    "Adam decoupled": partial(Adam, lr=3e-3, weight_decay=0.1, decoupled_weight_decay=True),
+    "SGD": partial(SGD, lr=0.1),
+    "SGD with momentum": partial(SGD, lr=0.03, momentum=0.9, dampening=0.3, weight_decay=0.01),
+    "SGD with nesterov": partial(SGD, lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "SGD maximize": partial(SGD, lr=1e-4, maximize=True),
+}
+
+
+COMPILED = ("AdamW", "Adam with coupled decay", "SGD with nesterov")
+
+
+@pytest.mark.parametrize(
+    ("name", "compile"), [*((n, False) for n in KNOWN), *((n, True) for n in COMPILED)], ids=lambda x: str(x)
+)
+def test_equals_a_learning_rate_per_head(name: str, compile: bool) -> None:
+    """Clipping, accumulation, decay and a schedule on."""
+    torch.manual_seed(0)
+    model = Model()
+    reference = train_per_head(model, KNOWN[name], 0.7, schedule, STEPS, CLIP, PARTS)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    step = train(model, KNOWN[name], STEPS, compile=compile)
+    assert "compiled update" in repr(step)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+    assert graphs == (3 if compile else 0)  # of the loss, the scales and the update, and none anew in 200 steps
+    for i, layer in enumerate(model.layers):
+        q_weight, q_bias, kv_weight = reference.weights(i)
+        # A bias is one more column of its weight.
+        query = [torch.cat([w, b[:, None]], 1) for w, b in ((layer.q.weight, layer.q.bias), (q_weight, q_bias))]
+        assert relative_error(*query) < 1e-5
+        assert relative_error(layer.kv.weight, kv_weight) < 1e-5
+        assert relative_error(layer.out.weight, reference.rest.layers[i].out.weight) < 1e-5
+    assert relative_error(model.head.weight, reference.rest.head.weight) < 1e-5
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_state_is_what_the_optimizer_itself_keeps(name: str) -> None:
+    """Names, types and shapes; the optimizer itself goes on from it, and the compiled step from the optimizer's."""
+    torch.manual_seed(0)
+    plain = Model()
+    model = copy.deepcopy(plain)
+    optimizer = KNOWN[name](plain.parameters())
+    ours = KNOWN[name](model.parameters())
+    step = compile_train_step(model, ours, loss_of_part, layout=QKLayout(), compile=False)
+    for i in range(6):
+        if i == 3:  # each goes on with the other's
+            a, b = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(ours.state_dict())
+            assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
+            for key, state in a["state"].items():
+                assert {n: (t.dtype, t.shape) for n, t in state.items()} == {
+                    n: (t.dtype, t.shape) for n, t in b["state"][key].items()
+                }
+            optimizer.load_state_dict(b)
+            ours.load_state_dict(a)
+        loss_of_part(plain, batch(i)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step(batch(i))
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert relative_error(one, other) < 1e-5
