@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from test_optim import LAYOUT, Model, batch, relative_error, train_per_head
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils._pytree import tree_leaves
 
+from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout
+from quack_fx.optim import QuacK
 from quack_fx.step import TrainStep, compile_train_step
+from quack_fx.step.rules import RULES
 
 STEPS, CLIP, PARTS = 200, 0.5, 2
 
@@ -104,3 +108,88 @@ def test_state_is_what_the_optimizer_itself_keeps(name: str) -> None:
         step(batch(i))
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert relative_error(one, other) < 1e-5
+
+
+GATED = {
+    "AdamW": partial(AdamW, lr=3e-3, weight_decay=0.1, amsgrad=True),
+    "SGD": partial(SGD, lr=0.03, momentum=0.9, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("name", GATED)
+def test_gradients_that_are_not_finite_change_nothing(name: str, clip: float | None, bad: float) -> None:
+    """Weights, moments, norms, counter: bit for bit; then training goes on as if that step had never been."""
+    torch.manual_seed(0)
+    model = Model()
+    twin = copy.deepcopy(model)
+    steps = []
+    for one in (model, twin):
+        optimizer = GATED[name](one.parameters())
+        options = {"clip_grad_norm": clip, "skip_nonfinite": True, "compile": False}
+        steps.append((compile_train_step(one, optimizer, loss_of_part, layout=LAYOUT, **options), optimizer))
+    (step, optimizer), (other, other_optimizer) = steps
+    for i in range(6):
+        if i in (0, 3):  # the first step, too
+            before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+            step.forward_backward(batch(i))
+            model.layers[0].q.weight.grad[1, 2] = bad
+            step.update()
+            assert_equal(model.state_dict(), before[0])
+            assert i == 0 or assert_equal(optimizer.state_dict()["state"], before[1]) is None
+        for one in (step, other):
+            one(batch(i))
+        assert_equal(model.state_dict(), twin.state_dict())
+        assert_equal(optimizer.state_dict()["state"], other_optimizer.state_dict()["state"])
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    """The same tensors, bit for bit."""
+    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("make", [*GATED.values(), partial(torch.optim.RMSprop, lr=1e-3)])
+def test_grad_scaler_skips_and_goes_on(make: Callable[[Any], Optimizer]) -> None:
+    """Against the loop that torch documents, through a step whose gradients overflow."""
+    torch.manual_seed(0)
+    model = Model()
+    twin = copy.deepcopy(model)
+    optimizer, scalers = make(twin.parameters()), [torch.amp.GradScaler("cpu", init_scale=2.0**8) for _ in range(2)]
+    quack = QuacK(optimizer, twin, LAYOUT)
+    step = compile_train_step(
+        model,
+        make(model.parameters()),
+        loss_of_part,
+        layout=LAYOUT,
+        clip_grad_norm=0.5,
+        scaler=scalers[0],
+        compile=False,
+    )
+    for i in range(8):
+        x = batch(i) * (1e30 if i == 3 else 1)
+        before = copy.deepcopy(model.state_dict())
+        step(x)
+        scalers[1].scale(loss_of_part(twin, x)).backward()
+        scalers[1].unscale_(optimizer)
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        scalers[1].step(optimizer)
+        scalers[1].update()
+        optimizer.zero_grad()
+        if i == 3:
+            assert_equal(model.state_dict(), before)
+        assert scalers[0].get_scale() == scalers[1].get_scale() == (2.0**8 if i < 3 else 2.0**7)
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert relative_error(one, other) < 1e-5
+    assert quack.plan.units
+
+
+def test_a_step_that_may_be_none_needs_a_counter_on_the_device() -> None:
+    group = AdamW([nn.Parameter(torch.empty(2, device="meta"))]).param_groups[0]
+    with pytest.raises(OptimizerError, match=r"must count its steps there: AdamW\(fused=True\)"):
+        RULES[AdamW].check(group, True)
+    model = Model()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    with pytest.raises(OptimizerError, match="SGD with dampening"):
+        compile_train_step(model, optimizer, loss_of_part, layout=LAYOUT, skip_nonfinite=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def compile_train_step(
     tau: float = 1.0,
     norm: NormName = "frobenius",
     clip_grad_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
     compile: bool = True,
     mode: str | None = None,
 ) -> TrainStep:
@@ -55,6 +58,10 @@ def compile_train_step(
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
         norm: "frobenius" or "spectral"; the latter takes the optimizer's own step.
         clip_grad_norm: Largest total norm of the gradients.
+        skip_nonfinite: Whether a step with a gradient that is infinite or not a number changes nothing: no weight, no
+            moment, no counter. Nothing waits for the device to find out.
+        scaler: Scales the loss for half precision; its steps are skipped in the same way, and `scaler.update()` is part
+            of the step.
         compile: Whether to use torch.compile; False runs the same code eagerly.
         mode: `mode` of torch.compile.
 
@@ -77,7 +84,19 @@ def compile_train_step(
     def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return torch.compile(function, mode=mode, **options) if compile else function
 
-    return TrainStep(model, optimizer, loss_fn, layout, tau, norm, clip_grad_norm, compiled)
+    options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite or scaler is not None, scaler)
+    return TrainStep(model, optimizer, loss_fn, layout, options, compiled)
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Options of a step, as `compile_train_step` has them."""
+
+    tau: float
+    norm: NormName
+    clip_grad_norm: float | None
+    skip_nonfinite: bool
+    scaler: torch.amp.GradScaler | None
 
 
 class TrainStep:
@@ -95,15 +114,13 @@ class TrainStep:
         optimizer: Optimizer,
         loss_fn: LossFn | None,
         layout: QKLayout | None,
-        tau: float,
-        norm: NormName,
-        clip_grad_norm: float | None,
+        options: StepOptions,
         compiled: Callable[..., Callable[..., Any]],
     ) -> None:
         self.quack: QuacK | None = None
         self.layout = layout
         self._model, self._optimizer, self._loss_fn = model, optimizer, loss_fn
-        self._tau, self._norm, self._clip, self._compiled = tau, norm, clip_grad_norm, compiled
+        self._options, self._compiled = options, compiled
         self._loss = compiled(make_loss(model, loss_fn))
         self._update: Update | None = None
         if layout is not None:
@@ -127,7 +144,8 @@ class TrainStep:
             raise StepError(f"there is no loss in what the model returned: {loss}; pass loss_fn=, or give it targets")
         if not loss.requires_grad:
             raise StepError("the loss does not depend on any parameter that requires a gradient")
-        loss.backward()
+        scaler = self._options.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
         return loss.detach()
 
     def update(self) -> None:
@@ -140,19 +158,29 @@ class TrainStep:
         if self.layout is None:
             return f"TrainStep({kind}; layout to be found on the first batch)"
         how = "compiled update" if self._update is not None else "its own step()"
-        heads = f"QuacK on {len(self.quack.plan.units)} heads, tau={self._tau}" if self.quack else "without QuacK"
+        heads = (
+            f"QuacK on {len(self.quack.plan.units)} heads, tau={self._options.tau}" if self.quack else "without QuacK"
+        )
         return f"TrainStep({kind}: {how}, {heads})"
 
     def _step(self) -> None:
+        scaler, clip = self._options.scaler, self._options.clip_grad_norm
+        if scaler is not None:
+            scaler.unscale_(self._optimizer)
         if self._update is not None:
             self._update.run()
             # Schedulers warn when they find that the optimizer never stepped; the wrapped step() would have noted it.
             self._optimizer._opt_called = True  # type: ignore[attr-defined]
-            return
-        if self._clip is not None:
-            params = [p for group in self._optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(params, self._clip)
-        self._optimizer.step()
+        else:
+            params = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(params, clip)
+            if scaler is not None:
+                scaler.step(self._optimizer)
+            elif not self._options.skip_nonfinite or all(bool(p.grad.isfinite().all()) for p in params):
+                self._optimizer.step()
+        if scaler is not None:
+            scaler.update()
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QKLayout:
         from quack_fx.find import find_qk_pairs
@@ -165,9 +193,10 @@ class TrainStep:
         return layout
 
     def _attach(self, layout: QKLayout) -> None:
+        options = self._options
         if layout.sites:
-            self.quack = QuacK(self._optimizer, self._model, layout, self._tau, self._norm)
-        if Update.knows(self._optimizer) and self._norm == "frobenius":
+            self.quack = QuacK(self._optimizer, self._model, layout, options.tau, options.norm)
+        if Update.knows(self._optimizer) and options.norm == "frobenius":
             whole = functools.partial(self._compiled, fullgraph=True, dynamic=False)
-            self._update = Update(self._optimizer, self.quack, self._clip, whole)
+            self._update = Update(self._optimizer, self.quack, options.clip_grad_norm, options.skip_nonfinite, whole)
         self.layout = layout

@@ -34,8 +34,12 @@ class UpdateRule(ABC):
     optimizer: ClassVar[type[torch.optim.Optimizer]]
     """The optimizer class whose arithmetic this is; subclasses may differ and do not match."""
 
-    def check(self, group: Group) -> None:
+    def check(self, group: Group, skipping: bool) -> None:
         """Refuse a parameter group that this rule cannot honour.
+
+        Arguments:
+            group: The group.
+            skipping: Whether steps may turn out, on the device, to be none.
 
         Raises:
             OptimizerError: In one line, with the option and what to do.
@@ -59,8 +63,16 @@ class UpdateRule(ABC):
         """Hyperparameters of a group, read anew before each step."""
 
     @abstractmethod
-    def count(self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]) -> Tensor:
+    def count(
+        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
+    ) -> Tensor:
         """Advance the step counters, if there are any, and make what state is missing.
+
+        Arguments:
+            params: The parameters.
+            groups: The group of each.
+            states: The optimizer's state of each.
+            finite: 0-d; where it is false, no counter advances. None for always.
 
         Returns:
             What `coefficients` needs to know of how often each parameter was updated, float64 [n].
@@ -113,11 +125,15 @@ class AdamRule(UpdateRule):
 
     optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
 
-    def check(self, group: Group) -> None:
+    def check(self, group: Group, skipping: bool) -> None:
         """Refuse what cannot be part of a graph."""
-        super().check(group)
+        super().check(group, skipping)
+        kind, on_device = self.optimizer.__name__, group["capturable"] or group["fused"]
+        if skipping and not on_device and any(p.device.type != "cpu" for p in group["params"]):
+            raise OptimizerError(
+                f"to skip steps without waiting for the device, {kind} must count its steps there: {kind}(fused=True)"
+            )
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
-            kind = self.optimizer.__name__
             raise OptimizerError(f"{kind} with betas given as tensors cannot be compiled into a step; give two floats")
 
     def flags(self, group: Group) -> tuple[bool, ...]:
@@ -138,7 +154,9 @@ class AdamRule(UpdateRule):
             1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2),
         )  # fmt: skip
 
-    def count(self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]) -> Tensor:
+    def count(
+        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
+    ) -> Tensor:
         """Steps taken, this one included."""
         for param, group, state in zip(params, groups, states, strict=True):
             if "step" not in state:
@@ -146,7 +164,7 @@ class AdamRule(UpdateRule):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
                 self.add_slots(param, group, state)
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1.0)
+        torch._foreach_add_(steps, 1.0 if finite is None else finite.to(steps[0].dtype))
         return torch.stack(steps).double()
 
     def coefficients(self, count: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -187,6 +205,12 @@ class SGDRule(UpdateRule):
 
     optimizer = torch.optim.SGD
 
+    def check(self, group: Group, skipping: bool) -> None:
+        """Refuse what cannot be part of a graph."""
+        super().check(group, skipping)
+        if skipping and group["momentum"] and group["dampening"]:
+            raise OptimizerError("SGD with dampening treats its first step unlike the others, so none may be skipped")
+
     def flags(self, group: Group) -> tuple[bool, ...]:
         """(momentum, nesterov, maximize)."""
         return group["momentum"] != 0, bool(group["nesterov"]), bool(group["maximize"])
@@ -200,7 +224,9 @@ class SGDRule(UpdateRule):
         """lr, decay, momentum and what dampening leaves of a gradient."""
         return group["lr"], group["weight_decay"], group["momentum"], 1 - group["dampening"]
 
-    def count(self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]) -> Tensor:
+    def count(
+        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
+    ) -> Tensor:
         """0 for a parameter whose momentum begins with this step, 1 for all others."""
         begun = torch.tensor([float(state.get("momentum_buffer") is not None) for state in states], dtype=torch.float64)
         for param, group, state in zip(params, groups, states, strict=True):

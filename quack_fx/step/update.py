@@ -38,6 +38,7 @@ class Update:
         optimizer: An optimizer that `knows` accepts.
         quack: QuacK attached to it, or None for the plain update.
         clip_grad_norm: Largest total norm of the gradients, as in `torch.nn.utils.clip_grad_norm_`; None for no limit.
+        skip_nonfinite: Whether a step whose gradients are not all finite changes nothing.
         compile: Wraps the update function, `torch.compile` with the user's options or nothing.
     """
 
@@ -46,15 +47,17 @@ class Update:
         optimizer: Optimizer,
         quack: QuacK | None,
         clip_grad_norm: float | None,
-        compile: Callable[[Callable[..., None]], Callable[..., None]],
+        skip_nonfinite: bool,
+        compile: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
         self._optimizer = optimizer
         self._rule: UpdateRule = RULES[type(optimizer)]
         for group in optimizer.param_groups:
-            self._rule.check(group)
+            self._rule.check(group, skip_nonfinite)
         self._heads = Heads(quack) if quack is not None else None
         # Two graphs: Inductor on CPUs fuses the few numbers of the first into the loops of the second, and fails.
-        self._scales, self._apply = compile(own_code(_scales)), compile(_make_apply(self._rule, clip_grad_norm))
+        self._measure = compile(_make_measure(clip_grad_norm, skip_nonfinite))
+        self._apply = compile(_make_apply(self._rule))
         self._cuts: dict[Tensor, _Cut] = {}
 
     @staticmethod
@@ -73,19 +76,18 @@ class Update:
         slots = [self._rule.slots(self._rule.flags(group)) for group in groups]
         # What needs no state gets no entry, as in the optimizer itself.
         states = [self._optimizer.state[p] if names else {} for p, names in zip(params, slots, strict=True)]
-        counts = self._rule.count(params, groups, states)
+        grads = [_like(param) for param in params]
+        squares, scaling = (None, None) if self._heads is None else (self._heads.squares(), self._heads.scaling())
+        clip, finite, scales = self._measure(grads, squares, scaling)
+        counts = self._rule.count(params, groups, states, finite)
         coefficients = torch.stack(self._rule.coefficients(counts, self._numbers(groups, counts.device)))
-        coefficients = coefficients.to(params[0].device, non_blocking=True)
         jobs = [
             job
-            for column, (param, group, state) in enumerate(zip(params, groups, states, strict=True))
-            for job in self._jobs(column, param, group, state)
+            for column, work in enumerate(zip(params, grads, groups, states, strict=True))
+            for job in self._jobs(column, *work)
         ]
-        if self._heads is None:
-            self._apply(jobs, coefficients, None, None)
-        else:
-            squares = self._heads.squares()
-            self._apply(jobs, coefficients, squares, self._scales(squares, self._heads.scaling()))
+        self._apply(jobs, coefficients.to(params[0].device, non_blocking=True), clip, finite, squares, scales)
+        if self._heads is not None:
             self._heads.written()
 
     def _numbers(self, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, ...]:
@@ -100,7 +102,7 @@ class Update:
         place = {key: i for i, key in enumerate(distinct)}
         return table[[place[id(group)] for group in groups]].unbind(1)
 
-    def _jobs(self, column: int, param: Tensor, group: Group, state: State) -> Iterator[Job]:
+    def _jobs(self, column: int, param: Tensor, grad: Tensor, group: Group, state: State) -> Iterator[Job]:
         """What is to be done to a parameter: one job for each of its pieces."""
         flags = self._rule.flags(group)
         slots = [state[name] for name in self._rule.slots(flags)]
@@ -113,7 +115,6 @@ class Update:
             known = self._cuts[param] = _Cut(
                 param.data_ptr(), slots, [(p, *v) for p, v in zip(pieces, views, strict=True)]
             )
-        grad = _like(param, param.grad)
         for piece, weight, *own in known.views:
             yield weight, grad if piece is None else piece.of(grad), tuple(own), column, flags, piece
 
@@ -133,8 +134,9 @@ class _Cut:
     views: Sequence[tuple[Any, ...]]
 
 
-def _like(param: Tensor, grad: Tensor | None) -> Tensor:
-    """A gradient that lies in memory as its parameter does."""
+def _like(param: Tensor) -> Tensor:
+    """The gradient of a parameter, lying in memory as the parameter does."""
+    grad = param.grad
     assert grad is not None
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
@@ -207,17 +209,43 @@ class Heads:
         return torch.cat(squares)
 
 
+def _make_measure(clip_grad_norm: float | None, skip_nonfinite: bool) -> Callable[..., Any]:
+    """The function, to be compiled, that looks at all gradients and at the norms of the heads."""
+
+    def measure(
+        grads: list[Tensor], squares: Tensor | None, scaling: Scaling | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Factor on all gradients, whether all are finite, and the scale of every run; None for what is not asked."""
+        clip = None if clip_grad_norm is None else _clip(grads, clip_grad_norm)
+        finite = torch.stack([g.isfinite().all() for g in grads]).all() if skip_nonfinite else None
+        return clip, finite, None if squares is None or scaling is None else _scales(squares, scaling)
+
+    return own_code(measure)
+
+
+def _clip(grads: list[Tensor], limit: float) -> Tensor:
+    """Factor on all gradients, as `torch.nn.utils.clip_grad_norm_` has it."""
+    total = torch.stack([g.float().square().sum() for g in grads]).sum().sqrt()
+    return (limit / (total + 1e-6)).clamp(max=1.0)
+
+
 def _scales(squares: Tensor, scaling: Scaling) -> Tensor:
     """tau * factor / initial factor of every run, from the squared norms of the runs: [n_runs] -> [n_runs]."""
     now = factors(scaling.plan, scaling.runs.norms(squares))
     return scaling.runs.spread(scaling.tau * (now / scaling.init))
 
 
-def _make_apply(rule: UpdateRule, clip_grad_norm: float | None) -> Callable[..., None]:
-    """The function that is compiled."""
+def _make_apply(rule: UpdateRule) -> Callable[..., None]:
+    """The function, to be compiled, that changes weights and state."""
 
-    def apply(jobs: list[Job], coefficients: Tensor, squares: Tensor | None, scales: Tensor | None) -> None:
-        clip = _clip([grad for _, grad, *_ in jobs], clip_grad_norm)
+    def apply(
+        jobs: list[Job],
+        coefficients: Tensor,
+        clip: Tensor | None,
+        finite: Tensor | None,
+        squares: Tensor | None,
+        scales: Tensor | None,
+    ) -> None:
         new_squares: dict[int, Tensor] = {}
         for weight, grad, slots, column, flags, piece in jobs:
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -225,19 +253,25 @@ def _make_apply(rule: UpdateRule, clip_grad_norm: float | None) -> Callable[...,
             w, g = weight.to(wide), grad.to(wide)
             g = g if clip is None else g * clip.to(wide)
             change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
+            own = None
             if piece is not None and piece.first is not None and scales is not None:
                 own = scales[piece.first : piece.first + piece.count]
-                written = (w - change * piece.along(own, w).to(wide)).to(weight.dtype)
-                new_squares[piece.first] = piece.squares(written.to(scales.dtype))
-            else:
-                written = (w - change).to(weight.dtype)
+                change = change * piece.along(own, w).to(wide)
+            written = _unless(finite, weight, (w - change).to(weight.dtype))
+            if piece is not None and piece.first is not None and own is not None:
+                new_squares[piece.first] = piece.squares(written.to(own.dtype))
             weight.copy_(written)
             for slot, value in zip(slots, new, strict=True):
-                slot.copy_(value)
+                slot.copy_(_unless(finite, slot, value.to(slot.dtype)))
         if squares is not None:
             squares.copy_(_filled(new_squares, squares))
 
     return own_code(apply)
+
+
+def _unless(finite: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    """The new value, or the old one where the gradients are not finite."""
+    return new if finite is None else torch.where(finite, new, old)
 
 
 def _filled(parts: dict[int, Tensor], old: Tensor) -> Tensor:
@@ -249,11 +283,3 @@ def _filled(parts: dict[int, Tensor], old: Tensor) -> Tensor:
         laid.append(parts[first])
         place = first + len(parts[first])
     return torch.cat([*laid, old[place:]])
-
-
-def _clip(grads: list[Tensor], limit: float | None) -> Tensor | None:
-    """Factor on all gradients, as `torch.nn.utils.clip_grad_norm_` has it."""
-    if limit is None:
-        return None
-    total = torch.stack([g.float().square().sum() for g in grads]).sum().sqrt()
-    return (limit / (total + 1e-6)).clamp(max=1.0)
