@@ -19,6 +19,7 @@ from quack_fx.call import call_of
 from quack_fx.errors import CaptureError, StripError
 from quack_fx.find import find_in_graph, find_qk_pairs
 from quack_fx.insert import insert_qk_norm
+from quack_fx.insert.modules import NormHeads
 from quack_fx.layout import AttentionSite, Norm
 from quack_fx.strip import strip_qk_norm
 from quack_fx.verify import verify_qk_pairs
@@ -204,6 +205,17 @@ def test_what_is_left_says_why() -> None:
         for left in report.left:
             assert any(left.reason.startswith(one) for one in reason.split("|")), (name, left)
         assert list(case.model.state_dict()) == state
+
+
+def test_sequences_of_unlike_length_are_normed_like_each_alone() -> None:
+    projection = nn.Linear(6, 8)
+    norm = projection.q_norm = nn.RMSNorm(4)
+    projection.register_forward_hook(NormHeads("q_norm", torch.arange(8).view(2, 4), -1))
+    parts = [torch.randn(n, 6) for n in (2, 5)]
+    nested = projection(torch.nested.nested_tensor(parts, layout=torch.jagged))
+    for part, found in zip(parts, nested.unbind(), strict=True):
+        plain = nn.functional.linear(part, projection.weight, projection.bias)
+        assert torch.allclose(found, norm(plain.unflatten(-1, (2, 4))).flatten(-2), atol=1e-6)
 
 
 def test_tied_projections_are_left() -> None:

@@ -38,6 +38,12 @@ class NormHeads:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The output with those features normed."""
+        if output.is_nested:  # sequences of unlike length, one after the other
+            values = self._normed(module, output.values())
+            return torch.nested.nested_tensor_from_jagged(values, output.offsets(), output.lengths())  # type: ignore[attr-defined]
+        return self._normed(module, output)
+
+    def _normed(self, module: nn.Module, output: Tensor) -> Tensor:
         rows = self.rows.to(output.device)
         x = output.movedim(self.axis, -1)
         normed = module.get_submodule(self.name)(x[..., rows])
