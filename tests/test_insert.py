@@ -210,7 +210,7 @@ def test_what_is_left_says_why() -> None:
 def test_sequences_of_unlike_length_are_normed_like_each_alone() -> None:
     projection = nn.Linear(6, 8)
     norm = projection.q_norm = nn.RMSNorm(4)
-    projection.register_forward_hook(NormHeads("q_norm", torch.arange(8).view(2, 4), -1))
+    projection.register_forward_hook(NormHeads("q_norm", "weight", torch.arange(8).view(2, 4), -1))
     parts = [torch.randn(n, 6) for n in (2, 5)]
     nested = projection(torch.nested.nested_tensor(parts, layout=torch.jagged))
     for part, found in zip(parts, nested.unbind(), strict=True):
@@ -218,14 +218,20 @@ def test_sequences_of_unlike_length_are_normed_like_each_alone() -> None:
         assert torch.allclose(found, norm(plain.unflatten(-1, (2, 4))).flatten(-2), atol=1e-6)
 
 
-def test_tied_projections_are_left() -> None:
+def test_tied_projections_share_a_norm() -> None:
+    """Wherever a weight stands in the model, its features pass the same norm."""
     case = CASES["llama"]()
     one, two = (case.model.model.layers[i].self_attn for i in range(2))
     two.q_proj.weight = one.q_proj.weight
+    before, state = outputs(case.model, case.inputs), list(case.model.state_dict())
     report = insert_qk_norm(case.model, find_qk_pairs(case.model, **case.inputs))
-    assert any(
-        "is also 'model.layers.1.self_attn.q_proj.weight'" in told for told in (left.reason for left in report.left)
-    )
+    assert not report.left and len(report.inserted) == 3
+    assert two.q_proj.q_norm is one.q_proj.q_norm and two.k_proj.k_norm is not one.k_proj.k_norm
+    found = find_qk_pairs(case.model, **case.inputs)
+    assert found.sites == report.layout.sites and all(len(site.qk_norm) == 2 for site in found.sites)
+    report.restore()
+    assert all(map(torch.equal, outputs(case.model, case.inputs), before))
+    assert list(case.model.state_dict()) == state
 
 
 def test_layout_of_another_model_changes_nothing() -> None:

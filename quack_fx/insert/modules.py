@@ -6,7 +6,7 @@ the projection's weight, called by a hook on that module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -29,12 +29,13 @@ class NormHeads:
 
     Arguments:
         name: The norm, a submodule of the projection.
+        weight: The projection's weight.
         rows: Features of each head, [heads, head_dim].
         axis: Axis of the output on which the features lie.
     """
 
-    def __init__(self, name: str, rows: Tensor, axis: int) -> None:
-        self.name, self.rows, self.axis = name, rows, axis
+    def __init__(self, name: str, weight: str, rows: Tensor, axis: int) -> None:
+        self.name, self.weight, self.rows, self.axis = name, weight, rows, axis
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The output with those features normed."""
@@ -77,7 +78,7 @@ def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: In
             continue
         hooks.update({name: hook for _, name, hook in planned})
         norms[place] = tuple(Norm(side, "rms", site.head_dim, name, f"{name}.weight") for side, name, _ in planned)
-    handles = [_put_in(model, name, hook, eps) for name, hook in hooks.items()]
+    handles = [_put_in(model, hook, eps) for hook in hooks.values()]
 
     def restore() -> None:
         for take_out in handles:
@@ -133,9 +134,6 @@ def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock)
             f"the layout names the parameter {block.param!r}, which {type(model).__name__} does not have; "
             "find the pairs again on this model"
         ) from None
-    others = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter and n != block.param]
-    if others:
-        return f"its {side} projection {block.param!r} is also {others[0]!r}"
     rows = [[row for start, stop in ranges for row in range(start, stop)] for ranges in block.heads]
     if any(len(row) != site.head_dim for row in rows):
         return f"its {side} heads do not have {site.head_dim} features each"
@@ -147,9 +145,19 @@ def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock)
             "put the norm into a graph of the model"
         )
     name = "q_norm" if side == "query" else "k_norm"
-    if hasattr(module, name):
+    modules = list(_sharing(model, parameter))
+    if any(hasattr(one, name) for one in modules):
         return f"{owner!r} already has a {name!r}"
-    return f"{owner}.{name}".removeprefix("."), NormHeads(name, torch.tensor(distinct), axis)
+    if any(_feature_axis(one, weight, block, parameter) != axis for one in modules):
+        return f"its {side} projection {block.param!r} is tied to a module of another kind"
+    return f"{owner}.{name}".removeprefix("."), NormHeads(name, block.param, torch.tensor(distinct), axis)
+
+
+def _sharing(model: nn.Module, parameter: nn.Parameter) -> Iterator[nn.Module]:
+    """The modules that hold a parameter, each once."""
+    for module in model.modules():
+        if any(own is parameter for own in module.parameters(recurse=False)):
+            yield module
 
 
 @torch.no_grad()
@@ -172,16 +180,18 @@ def _feature_axis(module: nn.Module, weight: str, block: WeightBlock, parameter:
     return -1 if isinstance(made, Tensor) and made.shape == (2, 3, parameter.shape[block.axis]) else None
 
 
-def _put_in(model: nn.Module, name: str, hook: NormHeads, eps: float) -> Callable[[], None]:
-    """Add one norm and its hook; what takes them out again."""
-    module = model.get_submodule(name.rpartition(".")[0])
-    like = next(module.parameters())
-    norm = nn.RMSNorm(hook.rows.shape[1], eps=eps, device=like.device, dtype=like.dtype).train(module.training)
-    module.add_module(hook.name, norm)
-    handle = module.register_forward_hook(hook)
+def _put_in(model: nn.Module, hook: NormHeads, eps: float) -> Callable[[], None]:
+    """Add one norm and its hook, to all modules that share the weight; what takes them out again."""
+    like = model.get_parameter(hook.weight)
+    modules = list(_sharing(model, like))
+    norm = nn.RMSNorm(hook.rows.shape[1], eps=eps, device=like.device, dtype=like.dtype).train(modules[0].training)
+    for module in modules:
+        module.add_module(hook.name, norm)
+    handles = [module.register_forward_hook(hook) for module in modules]
 
     def take_out() -> None:
-        handle.remove()
-        delattr(module, hook.name)
+        for handle, module in zip(handles, modules, strict=True):
+            handle.remove()
+            delattr(module, hook.name)
 
     return take_out
