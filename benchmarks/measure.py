@@ -40,12 +40,14 @@ class Times:
         return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
 
 
-def take_turns(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Time functions in turns, in another order every round."""
+def take_turns(functions: Mapping[str, Callable[[], object]], rounds: int, *, warm: bool = False) -> dict[str, Times]:
+    """Time functions in turns, in another order every round; `warm`: each runs once untimed right before."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
+            if warm:
+                functions[name]()
             seconds[name].append(time_of(functions[name]))
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 

@@ -117,11 +117,7 @@ def factors(plan: FactorPlan, norms: Tensor) -> Tensor:
     Example:
         >>> factor = factors(plan, unit_norms(plan, params))
     """
-    tables = plan.tables(norms.device)
-    products = torch.cat([norms, norms.new_ones(1)])[tables.others].prod(-1)
-    largest = norms.new_zeros(len(plan.units) + 1)
-    largest = largest.scatter_reduce(0, tables.members.flatten(), products.flatten(), "amax")
-    return largest[:-1].reciprocal()
+    return plan.tables(norms.device).factors(norms)
 
 
 def check_norms(layout: QKLayout, plan: FactorPlan, norms: Tensor) -> None:

@@ -112,6 +112,13 @@ class PlanTables:
             return rows
         return torch.cat([rows[..., bucket].sum(-1) for bucket in self.buckets], -1)[..., self.order]
 
+    def factors(self, norms: Tensor) -> Tensor:
+        """What the one rule makes of the norms of the units: [n_units] -> [n_units]."""
+        products = torch.cat([norms, norms.new_ones(1)])[self.others].prod(-1)
+        largest = norms.new_zeros(len(norms) + 1)
+        largest = largest.scatter_reduce(0, self.members.flatten(), products.flatten(), "amax")
+        return largest[:-1].reciprocal()
+
     def spread(self, scales: Tensor) -> Tensor:
         """Scale of each flat row, the smallest of its units' scales, 1 for a row of none: [n_units] -> [rows]."""
         return torch.cat([scales, scales.new_ones(1)])[self.owners].amin(-1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from quack_fx.factors import FactorPlan, factors, norm_dtype
+from quack_fx.factors import PlanTables, norm_dtype
 from quack_fx.optim import QuacK
 from quack_fx.step.loss import own_code
 from quack_fx.step.pieces import Piece, Runs, cut
@@ -109,14 +109,25 @@ class Update:
         known = self._cuts.get(param)
         # Cut once: weights and state stay where they are, and a view costs as much as a small kernel.
         if known is None or known.where != param.data_ptr() or any(map(operator.is_not, known.slots, slots)):
-            pieces = self._heads.pieces_of(param) if self._heads is not None else (None,)
-            tensors = param.detach(), *slots
-            views = [[t if piece is None else piece.of(t) for t in tensors] for piece in pieces]
-            known = self._cuts[param] = _Cut(
-                param.data_ptr(), slots, [(p, *v) for p, v in zip(pieces, views, strict=True)]
-            )
-        for piece, weight, *own in known.views:
-            yield weight, grad if piece is None else piece.of(grad), tuple(own), column, flags, piece
+            known = self._cuts[param] = self._cut(param, slots)
+        for piece, weight, own, place in known.views:
+            part = grad if place is None else grad.as_strided(place[0], place[1], grad.storage_offset() + place[2])
+            yield weight, part, own, column, flags, piece
+
+    def _cut(self, param: Tensor, slots: list[Tensor]) -> _Cut:
+        views: list[_View] = []
+        for piece in self._heads.pieces_of(param) if self._heads is not None else (None,):
+            if piece is None:
+                views.append((None, param.detach(), tuple(slots), None))
+                continue
+            weight = piece.of(param.detach())
+            place = weight.shape, weight.stride(), int(weight.storage_offset() - param.storage_offset())
+            views.append((piece, weight, tuple(map(piece.of, slots)), place))
+        return _Cut(param.data_ptr(), slots, views)
+
+
+_View = tuple[Piece | None, Tensor, tuple[Tensor, ...], tuple[Sequence[int], Sequence[int], int] | None]
+"""A piece, that piece of the weight and of its state, and where it lies: size, stride, offset. None for the whole."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +137,12 @@ class _Cut:
     Attributes:
         where: Address of the parameter.
         slots: Its state tensors.
-        views: Each piece, with that piece of the parameter and of the state tensors.
+        views: Its pieces.
     """
 
     where: int
     slots: Sequence[Tensor]
-    views: Sequence[tuple[Any, ...]]
+    views: Sequence[_View]
 
 
 def _like(param: Tensor) -> Tensor:
@@ -146,13 +157,13 @@ class Scaling:
     """What QuacK's part of the graph reads.
 
     Attributes:
-        plan: The plan.
+        tables: Which units are multiplied with each other.
         runs: Which runs are which units.
         tau: Scale of the learning rate at the start.
         init: Factors at the start of training, [n_units].
     """
 
-    plan: FactorPlan
+    tables: PlanTables
     runs: Runs
     tau: float
     init: Tensor
@@ -186,7 +197,8 @@ class Heads:
 
     def scaling(self) -> Scaling:
         """What turns them into scales."""
-        return Scaling(self._quack.plan, self._runs, self._quack.tau, self._quack.init_factors)
+        init = self._quack.init_factors
+        return Scaling(self._quack.plan.tables(init.device), self._runs, self._quack.tau, init)
 
     def written(self) -> None:
         """Take note that a step is done: the norms are those of the weights as they are now."""
@@ -231,7 +243,7 @@ def _clip(grads: list[Tensor], limit: float) -> Tensor:
 
 def _scales(squares: Tensor, scaling: Scaling) -> Tensor:
     """tau * factor / initial factor of every run, from the squared norms of the runs: [n_runs] -> [n_runs]."""
-    now = factors(scaling.plan, scaling.runs.norms(squares))
+    now = scaling.tables.factors(scaling.runs.norms(squares))
     return scaling.runs.spread(scaling.tau * (now / scaling.init))
 
 
