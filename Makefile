@@ -6,6 +6,7 @@
 #   make fuzz                 10,000 random attentions with known rows, tried on the finder
 #   make sweep                every model class of other packages: found, proved, counted; writes docs/sweep.md
 #   make strip                those with QK norm, stripped both ways; after a sweep; writes docs/qk_norm.md
+#   make bench                a training step with and without QuacK, and other ways to take it, on this CPU
 #   make lint                 ruff and mypy
 #   make test TORCH=2.11.0    the same on another torch, in an environment of its own
 
@@ -16,7 +17,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-with-torch-$(TORCH)
 
-.PHONY: demo test slow fuzz sweep strip lint format setup clean
+.PHONY: demo test slow fuzz sweep strip bench lint format setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -71,6 +72,9 @@ $(SWEEP_STAMP): pyproject.toml
 	$(SWEEP_VENV)/bin/python -m pip install --quiet $(SWEEP_TORCH)
 	$(SWEEP_VENV)/bin/python -m pip install --quiet --editable . $(SWEEP_TORCH) $(SWEEP_PACKAGES)
 	touch $@
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.step --markdown benchmarks/results/step_cpu.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ Two graphs: the loss (with its backward) and the update. The optimizer stays the
 
     loss.py     the loss of one batch as one function
     rules.py    the arithmetic of each optimizer that is compiled
-    update.py   all weights, their state and the factors in one graph
+    pieces.py   weights cut so that a head is one long row
+    update.py   all weights, their state and the norms that one step leaves to the next
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def compile_train_step(
 
     Arguments:
         model: The model to train.
-        optimizer: The user's optimizer over its parameters. `torch.optim.AdamW` is compiled with the scaling inlined;
-            any other takes its own `step()`, with QuacK attached through its hooks (`repr(step)` tells which).
+        optimizer: The user's optimizer over its parameters. AdamW, Adam and SGD of `torch.optim` are compiled with the
+            scaling inlined; any other takes its own `step()`, with QuacK attached through its hooks (`repr(step)` tells
+            which).
         loss_fn: Called as `loss_fn(model, *batch, **batch)`. Default: the model's own output holds the loss: a scalar,
             an object or mapping with `loss`, or a tuple with exactly one scalar.
         layout: The model's layout; found on the first batch when not given. A layout without sites gives the plain
@@ -197,6 +199,7 @@ class TrainStep:
         if layout.sites:
             self.quack = QuacK(self._optimizer, self._model, layout, options.tau, options.norm)
         if Update.knows(self._optimizer) and options.norm == "frobenius":
-            whole = functools.partial(self._compiled, fullgraph=True, dynamic=False)
-            self._update = Update(self._optimizer, self.quack, options.clip_grad_norm, options.skip_nonfinite, whole)
+            # Not fullgraph: where ever other weights have gradients, the compiler gives up in the end and runs it eagerly.
+            static = functools.partial(self._compiled, dynamic=False)
+            self._update = Update(self._optimizer, self.quack, options.clip_grad_norm, options.skip_nonfinite, static)
         self.layout = layout
