@@ -199,7 +199,7 @@ class TrainStep:
         if layout.sites:
             self.quack = QuacK(self._optimizer, self._model, layout, options.tau, options.norm)
         if Update.knows(self._optimizer) and options.norm == "frobenius":
-            # Not fullgraph: where ever other weights have gradients, the compiler gives up in the end and runs it eagerly.
+            # Not fullgraph: where other weights have gradients each time, the compiler may give up and run it eagerly.
             static = functools.partial(self._compiled, dynamic=False)
             self._update = Update(self._optimizer, self.quack, options.clip_grad_norm, options.skip_nonfinite, static)
         self.layout = layout
