@@ -47,6 +47,7 @@ def main() -> None:
     text = f"# A training step on the CPU\n\n`{' '.join(['python -m benchmarks.step', *sys.argv[1:]])}`\n\n{table}"
     print(text)
     if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(text)
 
 
