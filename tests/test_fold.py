@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny_models import gemma3, olmo2, qwen3
 from torch import Tensor, nn
 
+import quack_fx
 from quack_fx.errors import StripError
 from quack_fx.find import find_qk_pairs
 from quack_fx.gains import RowGain
@@ -98,18 +99,41 @@ def test_folded_is_the_statistic_alone_gone(name: str) -> None:
     assert torch.equal(outputs(model, inputs), before)
 
 
-def test_exact_identities_change_nothing() -> None:
-    """Where features have RMS 1 already, the norm's removal is no change at all."""
+class Unit(nn.Module):
+    """L2 norm of the features of a head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
+
+
+IDENTITIES: dict[str, tuple[Any, float]] = {
+    "rms": (lambda: nn.RMSNorm(8, eps=0.0), 1.0),
+    "layer": (lambda: nn.LayerNorm(8, eps=0.0), 1.0),
+    "l2": (Unit, 8**-0.5),
+}
+"""A norm, and by what plus and minus ones have to be multiplied for it to leave them alone."""
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_exact_identities_change_nothing(name: str) -> None:
+    """Where features have mean 0 and RMS 1 (or length 1) already, the norm's removal is no change at all."""
     torch.manual_seed(0)
-    model, x = Attention(lambda: nn.RMSNorm(8, eps=0.0), bias=False), torch.eye(16).view(1, 16, 16)[:, :5]
+    norm, size = IDENTITIES[name]
+    model, x = Attention(norm, bias=False), torch.eye(16).view(1, 16, 16)[:, :5]
+    signs = torch.tensor([1.0, -1.0]).repeat(4)
     with torch.no_grad():
-        for part in (model.q, model.k):
-            part.weight.copy_(torch.randint(2, (16, 16)) * 2.0 - 1)
-        for norm in (model.q_norm, model.k_norm):
-            norm.weight.fill_(1)
+        for part in (model.q, model.k):  # a token's features are a column; each head has as many plus as minus ones
+            heads = [torch.stack([signs[torch.randperm(8)] for _ in range(16)], 1) for _ in range(2)]
+            part.weight.copy_(torch.cat(heads) * size)
+        for one in (model.q_norm, model.k_norm):
+            one.load_state_dict({n: torch.full_like(t, float(n == "weight")) for n, t in one.state_dict().items()})
     before = model(x)
-    strip_qk_norm(model, find_qk_pairs(model, x))
+    graph = quack_fx.capture(model, (x,), executable=True).graph_module
+    report = strip_qk_norm(model, find_qk_pairs(model, x), scale="keep")
+    assert len(report.removed) == 2
     assert torch.allclose(model(x), before, atol=1e-6)
+    stripped = strip_qk_norm(graph, scale="keep")
+    assert stripped.removed and torch.allclose(stripped.model(x), before, atol=1e-6)
 
 
 def test_what_cannot_be_folded_stays_and_says_why() -> None:
