@@ -148,6 +148,26 @@ def test_mla_eager() -> None:
     assert relative(model, hooked) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:norms cost a pass of their own:UserWarning")
+def test_mla_update_compiled() -> None:
+    """The same gradients, compiled and not: heads of unlike sizes, factors that heads share."""
+    model = small("mla")
+    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
+    twin = copy.deepcopy(model)
+    steps = [
+        compile_train_step(one, optimizer_of(one), layout=layout, tau=0.5, clip_grad_norm=0.5, compile=one is model)
+        for one in (model, twin)
+    ]
+    for i in range(4):
+        generator = torch.Generator().manual_seed(i)
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for step in steps:
+            step.update()
+        assert relative(model, twin) < 1e-6
+
+
 def test_layout_without_sites_is_plain_adamw() -> None:
     model = small("gpt")
     other = copy.deepcopy(model)

@@ -11,15 +11,18 @@ counts) enters as a tensor: nothing is ever recompiled for it, and nothing waits
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from quack_fx.errors import first_line
 from quack_fx.factors import PlanTables, norm_dtype
 from quack_fx.optim import QuacK
 from quack_fx.step.loss import own_code
@@ -55,9 +58,10 @@ class Update:
         for group in optimizer.param_groups:
             self._rule.check(group, skip_nonfinite)
         self._heads = Heads(quack) if quack is not None else None
-        # Two graphs: Inductor on CPUs fuses the few numbers of the first into the loops of the second, and fails.
+        # Inductor on CPUs fuses the few numbers of the first into the loops of the second, and fails: two graphs.
         self._measure = compile(_make_measure(clip_grad_norm, skip_nonfinite))
-        self._apply = compile(_make_apply(self._rule))
+        self._apply = compile(_make_apply(self._rule, sums=True))
+        self._compile = compile
         self._cuts: dict[Tensor, _Cut] = {}
 
     @staticmethod
@@ -86,9 +90,19 @@ class Update:
             for column, work in enumerate(zip(params, grads, groups, states, strict=True))
             for job in self._jobs(column, *work)
         ]
-        self._apply(jobs, coefficients.to(params[0].device, non_blocking=True), clip, finite, squares, scales)
+        coefficients = coefficients.to(params[0].device, non_blocking=True)
+        try:
+            new_squares = self._apply(jobs, coefficients, clip, finite, scales)
+        except BackendCompilerFailed as error:
+            # Nothing has run yet. Inductor on CPUs fails on some sets of heads of unlike size (an MLA's): those are
+            # measured by themselves.
+            self._apply = self._compile(_make_apply(self._rule, sums=False))
+            warnings.warn(
+                f"norms cost a pass of their own: Inductor fails on this update ({first_line(error)})", stacklevel=2
+            )
+            new_squares = self._apply(jobs, coefficients, clip, finite, scales)
         if self._heads is not None:
-            self._heads.written()
+            self._heads.written(new_squares)
 
     def _numbers(self, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, ...]:
         """Hyperparameters of each parameter's group, float64 [n] each."""
@@ -189,8 +203,8 @@ class Heads:
         return (None,) if name is None else self._pieces[name]
 
     def squares(self) -> Tensor:
-        """Squared norms of the runs, [n_runs], for the graph to read and to write: those that the last step left if
-        nobody has changed a weight since, or else computed anew."""
+        """Squared norms of the runs, [n_runs]: those that the last step left, or computed anew where it left none or
+        somebody has changed a weight since."""
         if self._squares is None or self._seen != self._states():
             self._squares = self._measured()
         return self._squares
@@ -200,8 +214,9 @@ class Heads:
         init = self._quack.init_factors
         return Scaling(self._quack.plan.tables(init.device), self._runs, self._quack.tau, init)
 
-    def written(self) -> None:
-        """Take note that a step is done: the norms are those of the weights as they are now."""
+    def written(self, parts: dict[int, Tensor]) -> None:
+        """Take note that a step is done, and of the squared norms of the runs that it wrote, by their first."""
+        self._squares = _filled(parts, self._squares) if parts and self._squares is not None else None
         self._seen = self._states()
         self._quack.publish()
 
@@ -247,17 +262,17 @@ def _scales(squares: Tensor, scaling: Scaling) -> Tensor:
     return scaling.runs.spread(scaling.tau * (now / scaling.init))
 
 
-def _make_apply(rule: UpdateRule) -> Callable[..., None]:
-    """The function, to be compiled, that changes weights and state."""
+def _make_apply(rule: UpdateRule, sums: bool) -> Callable[..., dict[int, Tensor]]:
+    """The function, to be compiled, that changes weights and state and, with `sums`, measures the new heads."""
 
     def apply(
         jobs: list[Job],
         coefficients: Tensor,
         clip: Tensor | None,
         finite: Tensor | None,
-        squares: Tensor | None,
         scales: Tensor | None,
-    ) -> None:
+    ) -> dict[int, Tensor]:
+        """The squared norms of the runs that were written, by the first of each piece."""
         new_squares: dict[int, Tensor] = {}
         for weight, grad, slots, column, flags, piece in jobs:
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -270,13 +285,12 @@ def _make_apply(rule: UpdateRule) -> Callable[..., None]:
                 own = scales[piece.first : piece.first + piece.count]
                 change = change * piece.along(own, w).to(wide)
             written = _unless(finite, weight, (w - change).to(weight.dtype))
-            if piece is not None and piece.first is not None and own is not None:
+            if sums and piece is not None and piece.first is not None and own is not None:
                 new_squares[piece.first] = piece.squares(written.to(own.dtype))
             weight.copy_(written)
             for slot, value in zip(slots, new, strict=True):
                 slot.copy_(_unless(finite, slot, value.to(slot.dtype)))
-        if squares is not None:
-            squares.copy_(_filled(new_squares, squares))
+        return new_squares
 
     return own_code(apply)
 
