@@ -331,15 +331,29 @@ def find_norms(
     Returns:
         The layout, as `find_in_graph` gives it, and the norms of each call of each site.
     """
-    weights = own_parameters(graph_module) if weights is None else weights
-    finding = Finding(Dataflow(graph_module, weights), each=True)
-    layout = finding.layout(weights, [name for name, _ in graph_module.named_parameters()])
+    finding, layout = find_each(graph_module, weights)
     places = places_of(layout)
     return layout, tuple(
         norm
         for _, site, heads in finding.understood
         for norm in finding.attentions.norms(places[pairs_of(site)], site, heads)
     )
+
+
+def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
+    """Search an ATen-level graph of somebody's, each attention by itself; the arguments are those of `find_norms`."""
+    weights = own_parameters(graph_module) if weights is None else weights
+    finding = Finding(Dataflow(graph_module, weights), each=True)
+    return finding, finding.layout(weights, [name for name, _ in graph_module.named_parameters()])
+
+
+def attentions_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, real: bool = False
+) -> Attentions:
+    """The attentions of one call of a model; `real`: every node of its graph has numbers."""
+    graph_module = capture(model, args, kwargs, real=real).graph_module
+    df = Dataflow(graph_module, parameters_in(graph_module, model))
+    return Attentions(df, find_logits(df)[0])
 
 
 Pairs = tuple[tuple[WeightBlock, ...], tuple[WeightBlock, ...], tuple[LogitTerm, ...]]

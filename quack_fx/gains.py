@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from quack_fx.attention import find_logits
 from quack_fx.dataflow import Dataflow
-from quack_fx.find import Attentions, parameters_in
+from quack_fx.find import Attentions, attentions_of
 from quack_fx.opset import arguments_of, channels_first, op_of
 from quack_fx.provenance import NormOp, NormTag, Projection
-from quack_fx.recording import capture
 
 Place = tuple[str, tuple[int, ...], tuple[int, ...]]
 """A row: its parameter, the axes that count rows, its coordinates along them."""
@@ -59,9 +57,7 @@ def gain_rows(
     Returns:
         For each norm module its rows, or a reason.
     """
-    graph_module = capture(model, args, kwargs).graph_module
-    df = Dataflow(graph_module, parameters_in(graph_module, model))
-    attentions, found = Attentions(df, find_logits(df)[0]), dict[str, dict[Place, RowGain] | str]()
+    attentions, found = attentions_of(model, args, kwargs), dict[str, dict[Place, RowGain] | str]()
     for _, _, heads in attentions.understood():
         for tags in heads.norms:
             for tag in tags:
@@ -71,7 +67,7 @@ def gain_rows(
                 try:
                     if len({t.module for t in tags if t.features & tag.features}) > 1:
                         raise _CannotTell("more than one norm follows its projection")
-                    _add(known, _rows(attentions, df, tag))
+                    _add(known, _rows(attentions, attentions.tracer.df, tag))
                 except _CannotTell as error:
                     found[str(tag.module)] = str(error)
     return found

@@ -7,14 +7,14 @@ they were put together (MLA, joint attention, low-rank adapters). Or why there i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
 from quack_fx.attention import Logits, Product
 from quack_fx.dataflow import Dataflow
-from quack_fx.find import Attentions, Finding, own_parameters, pairs_of, places_of
+from quack_fx.find import Attentions, find_each, pairs_of, places_of
 from quack_fx.layout import SIDES, QKLayout, Side
 from quack_fx.opset import op_of
 from quack_fx.provenance import Heads
@@ -39,23 +39,17 @@ class Operand:
     width: int
 
 
-def find_operands(
-    graph_module: GraphModule, weights: Mapping[Node, str] | None = None
-) -> tuple[QKLayout, dict[int, tuple[Operand, ...] | str]]:
+def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[Operand, ...] | str]]:
     """Layout of an ATen-level graph, and where the features of its attentions enter their products.
 
     Arguments:
         graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
-        weights: As for `find_in_graph`.
 
     Returns:
         The layout, and for the place of each site its operands, of all its calls and products; or why there is no place
         at which the features of a head are all together.
     """
-    weights = own_parameters(graph_module) if weights is None else weights
-    df = Dataflow(graph_module, weights)
-    finding = Finding(df, each=True)
-    layout = finding.layout(weights, [name for name, _ in graph_module.named_parameters()])
+    finding, layout = find_each(graph_module)
     places, found = places_of(layout), dict[int, tuple[Operand, ...] | str]()
     for one, site, heads in finding.understood:
         place = places[pairs_of(site)]
@@ -63,7 +57,7 @@ def find_operands(
         if isinstance(known, str):
             continue
         try:
-            found[place] = (*known, *_operands(df, finding.attentions, one, heads))
+            found[place] = (*known, *_operands(finding.attentions, one, heads))
         except _NoPlace as reason:
             found[place] = str(reason)
     return layout, _without_shared(found)
@@ -83,7 +77,8 @@ class _NoPlace(Exception):
     """Why features of an attention cannot be changed all together."""
 
 
-def _operands(df: Dataflow, attentions: Attentions, one: Logits, heads: Heads) -> Iterator[Operand]:
+def _operands(attentions: Attentions, one: Logits, heads: Heads) -> Iterator[Operand]:
+    df = attentions.tracer.df
     if heads.channels:
         raise _NoPlace("its logits compare channels, not features of tokens")
     for product, query, key in zip(one.products, *heads.operands, strict=True):

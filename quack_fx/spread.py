@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from quack_fx.attention import Logits, Product, find_logits
+from quack_fx.attention import Logits, Product
 from quack_fx.dataflow import Dataflow
-from quack_fx.find import Attentions, Pairs, pairs_of, parameters_in
-from quack_fx.recording import capture
+from quack_fx.find import Pairs, attentions_of, pairs_of
 
 _MASKED = -1e4
 """Logits below are those of masked keys."""
@@ -44,12 +43,10 @@ def logit_spread(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
     """
-    graph_module = capture(model, args, kwargs, real=True).graph_module
-    df = Dataflow(graph_module, parameters_in(graph_module, model))
-    attentions, found = Attentions(df, find_logits(df)[0]), dict[Pairs, Spread]()
+    attentions, found = attentions_of(model, args, kwargs, real=True), dict[Pairs, Spread]()
     for one, site, _ in attentions.understood():
         norms = {(tag.kind, tag.module): None for tag in attentions.value_norms(one)}
-        found.setdefault(pairs_of(site), Spread(_std(df, one), tuple(norms)))
+        found.setdefault(pairs_of(site), Spread(_std(attentions.tracer.df, one), tuple(norms)))
     return found
 
 

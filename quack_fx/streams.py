@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from quack_fx.attention import find_logits
 from quack_fx.call import Inputs, call_of
-from quack_fx.dataflow import Dataflow
-from quack_fx.find import Attentions, Pairs, pairs_of, parameters_in
+from quack_fx.find import Pairs, attentions_of, pairs_of
 from quack_fx.layout import SIDES, Side
 from quack_fx.provenance import Vector
-from quack_fx.recording import capture
 
 
 def sides_of_streams(model: nn.Module, inputs: Inputs) -> set[tuple[Pairs, Side]]:
@@ -25,11 +22,8 @@ def sides_of_streams(model: nn.Module, inputs: Inputs) -> set[tuple[Pairs, Side]
         model: The model.
         inputs: Example inputs of its forward.
     """
-    args, kwargs = call_of(inputs)
-    graph_module = capture(model, args, kwargs).graph_module
-    df = Dataflow(graph_module, parameters_in(graph_module, model))
     found: set[tuple[Pairs, Side]] = set()
-    for _, site, heads in Attentions(df, find_logits(df)[0]).understood():
+    for _, site, heads in attentions_of(model, *call_of(inputs)).understood():
         for side, of_heads in zip(SIDES, (heads.query, heads.key), strict=True):
             if all(_is_of_one(vector) for head in of_heads for vector in head):
                 found.add((pairs_of(site), side))

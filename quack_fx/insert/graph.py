@@ -7,6 +7,7 @@ its parameters with the original, which is not changed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from quack_fx.graph_copy import copy_graph
 from quack_fx.insert.report import InsertReport
 from quack_fx.layout import SIDES, AttentionSite, QKLayout
 from quack_fx.operands import Operand, find_operands
-from quack_fx.strip.report import LeftSite
+from quack_fx.strip.report import LeftSite, nothing_to_restore
 
 
 def insert_in_graph(graph_module: GraphModule, eps: float) -> InsertReport:
@@ -42,12 +43,12 @@ def insert_in_graph(graph_module: GraphModule, eps: float) -> InsertReport:
                 writing.put_on(i, site, operands[i])  # type: ignore[arg-type] # those of text have a reason
         left = tuple(LeftSite(layout.sites[i].name, reason) for i, reason in sorted(reasons.items()))
         if not writing.norms:
-            return InsertReport((), left, layout, graph_module, _nothing_to_restore)
+            return InsertReport((), left, layout, graph_module, nothing_to_restore)
         model = writing.done()
         found = find_in_graph(model, all_names=[name for name, _ in model.named_parameters()])
         unseen = _unseen(layout, found, writing.norms)
         if not unseen:
-            return InsertReport(tuple(writing.norms), left, found, model, _nothing_to_restore)
+            return InsertReport(tuple(writing.norms), left, found, model, nothing_to_restore)
         reasons |= dict.fromkeys(unseen, "a norm before its product is not seen as a QK norm there")
 
 
@@ -59,10 +60,6 @@ def _unseen(layout: QKLayout, found: QKLayout, norms: Mapping[str, int]) -> set[
         for name, place in norms.items()
         if f"{name}.weight" not in sites.get(pairs_of(layout.sites[place]), set[str | None]())
     }
-
-
-def _nothing_to_restore() -> None:
-    """The original was not changed."""
 
 
 class _Writing:
@@ -91,11 +88,9 @@ class _Writing:
     def _add_norm(self, site: AttentionSite, wanted: str) -> str:
         """Add the module that holds a gain, like the weights of its site, under a name that is free."""
         taken = {name for name, _ in self._model.named_modules()}
-        name, n = wanted, 0
-        while ".".join(filter(None, (site.name, name))) in taken:
-            n += 1
-            name = f"{wanted}_{n}"
-        name = ".".join(filter(None, (site.name, name)))
+        wanted = ".".join(filter(None, (site.name, wanted)))
+        names = (wanted if n == 0 else f"{wanted}_{n}" for n in count())
+        name = next(name for name in names if name not in taken)
         like = self._model.get_parameter(site.query[0].param)
         norm = nn.RMSNorm(site.head_dim, eps=self._eps, device=like.device, dtype=like.dtype)
         self._model.add_submodule(name, norm.train(self._model.training))

@@ -61,7 +61,8 @@ def compile_train_step(
         norm: "frobenius" or "spectral"; the latter takes the optimizer's own step.
         clip_grad_norm: Largest total norm of the gradients.
         skip_nonfinite: Whether a step with a gradient that is infinite or not a number changes nothing: no weight, no
-            moment, no counter. Nothing waits for the device to find out.
+            moment, no counter. A compiled update finds out without waiting for the device; one that is the optimizer's
+            own step waits.
         scaler: Scales the loss for half precision; its steps are skipped in the same way, and `scaler.update()` is part
             of the step.
         compile: Whether to use torch.compile; False runs the same code eagerly.

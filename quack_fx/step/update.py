@@ -77,9 +77,9 @@ class Update:
         if not held:
             return
         params, groups = [param for param, _ in held], [group for _, group in held]
-        slots = [self._rule.slots(self._rule.flags(group)) for group in groups]
+        flags = [self._rule.flags(group) for group in groups]
         # What needs no state gets no entry, as in the optimizer itself.
-        states = [self._optimizer.state[p] if names else {} for p, names in zip(params, slots, strict=True)]
+        states = [self._optimizer.state[p] if self._rule.slots(f) else {} for p, f in zip(params, flags, strict=True)]
         grads = [_like(param) for param in params]
         squares, scaling = (None, None) if self._heads is None else (self._heads.squares(), self._heads.scaling())
         clip, finite, scales = self._measure(grads, squares, scaling)
@@ -87,7 +87,7 @@ class Update:
         coefficients = torch.stack(self._rule.coefficients(counts, self._numbers(groups, counts.device)))
         jobs = [
             job
-            for column, work in enumerate(zip(params, grads, groups, states, strict=True))
+            for column, work in enumerate(zip(params, grads, flags, states, strict=True))
             for job in self._jobs(column, *work)
         ]
         coefficients = coefficients.to(params[0].device, non_blocking=True)
@@ -116,9 +116,8 @@ class Update:
         place = {key: i for i, key in enumerate(distinct)}
         return table[[place[id(group)] for group in groups]].unbind(1)
 
-    def _jobs(self, column: int, param: Tensor, grad: Tensor, group: Group, state: State) -> Iterator[Job]:
+    def _jobs(self, column: int, param: Tensor, grad: Tensor, flags: Flags, state: State) -> Iterator[Job]:
         """What is to be done to a parameter: one job for each of its pieces."""
-        flags = self._rule.flags(group)
         slots = [state[name] for name in self._rule.slots(flags)]
         known = self._cuts.get(param)
         # Cut once: weights and state stay where they are, and a view costs as much as a small kernel.
@@ -280,13 +279,12 @@ def _make_apply(rule: UpdateRule, sums: bool) -> Callable[..., dict[int, Tensor]
             w, g = weight.to(wide), grad.to(wide)
             g = g if clip is None else g * clip.to(wide)
             change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
-            own = None
-            if piece is not None and piece.first is not None and scales is not None:
-                own = scales[piece.first : piece.first + piece.count]
-                change = change * piece.along(own, w).to(wide)
+            first = None if piece is None else piece.first
+            if piece is not None and first is not None and scales is not None:
+                change = change * piece.along(scales[first : first + piece.count], w).to(wide)
             written = _unless(finite, weight, (w - change).to(weight.dtype))
-            if sums and piece is not None and piece.first is not None and own is not None:
-                new_squares[piece.first] = piece.squares(written.to(own.dtype))
+            if sums and piece is not None and first is not None and scales is not None:
+                new_squares[first] = piece.squares(written.to(scales.dtype))
             weight.copy_(written)
             for slot, value in zip(slots, new, strict=True):
                 slot.copy_(_unless(finite, slot, value.to(slot.dtype)))

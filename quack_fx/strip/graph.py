@@ -19,7 +19,7 @@ from quack_fx.find import GraphNorm, find_norms
 from quack_fx.graph_copy import copy_graph
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.opset import arguments_of, channels_first, op_of
-from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
+from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, nothing_to_restore, with_sharers, without_norms
 from quack_fx.strip.scale import Scales, scale_back
 
 
@@ -42,7 +42,7 @@ def strip_graph(
     going = [norm for norm in norms if norm.site not in reasons]
     left = tuple(LeftSite(layout.sites[place].name, reason) for place, reason in reasons.items())
     if not going:
-        return StripReport((), left, (), layout, graph_module, _nothing_to_restore)
+        return StripReport((), left, (), layout, graph_module, nothing_to_restore)
     sites = {place: layout.sites[place] for place in dict.fromkeys(norm.site for norm in going)}
     rewriting = _Rewriting(graph_module)
     scales = {place: scale_back(site) if restore_scale else Scales() for place, site in sites.items()}
@@ -57,12 +57,8 @@ def strip_graph(
         notes=tuple(note for one in scales.values() for note in one.notes),
         layout=without_norms(layout, {place: one.query * one.key for place, one in scales.items()}, gone),
         model=stripped,
-        _restore=_nothing_to_restore,
+        _restore=nothing_to_restore,
     )
-
-
-def _nothing_to_restore() -> None:
-    """The original was not changed."""
 
 
 def _reasons_to_stay(layout: QKLayout, norms: Sequence[GraphNorm]) -> dict[int, str]:

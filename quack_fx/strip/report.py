@@ -97,6 +97,10 @@ class StripReport:
         }
 
 
+def nothing_to_restore() -> None:
+    """`restore` of a rewritten graph: the original was not changed."""
+
+
 def with_sharers(
     reasons: Mapping[int, str], uses: Sequence[tuple[int, Hashable, str]], layout: QKLayout
 ) -> dict[int, str]:
