@@ -236,6 +236,14 @@ def _aliases(node: Node) -> tuple[Node | None, bool]:
         if spec.alias_info is not None and isinstance(given, Node):
             if spec.alias_info.is_write:
                 return given, True
-            if any(r.alias_info is not None for r in schema.returns):
+            if any(r.alias_info is not None for r in schema.returns) and not _converts(node, given):
                 base = base or given
     return base, False
+
+
+def _converts(node: Node, given: Node) -> bool:
+    """Whether a cast that may hand on its argument makes a copy."""
+    before, after = given.meta.get("val"), node.meta.get("val")
+    if op_of(node).name != "to" or not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return (before.dtype, before.device) != (after.dtype, after.device)

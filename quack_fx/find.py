@@ -1,7 +1,7 @@
 """FINDER: a model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
 
 `find_qk_pairs` is the public call; `find` also tells how it was done; `find_in_graph` takes an ATen graph that somebody
-else made (torch.export, make_fx), and `find_norms` tells by which of its nodes the QK norms are computed.
+else made (torch.export, make_fx), and `find_each` gives what was understood of each of its attentions as well.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from torch.fx import GraphModule, Node
 
 from quack_fx.attention import Logits, NearMiss, find_logits
 from quack_fx.dataflow import Dataflow
-from quack_fx.layout import SIDES, AttentionSite, LogitTerm, Norm, QKLayout, Skipped, WeightBlock
+from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Skipped, WeightBlock
 from quack_fx.provenance import (
     Basis,
     BehindLayer,
     Heads,
     LeftOut,
-    NormOp,
     NormTag,
     NotOneAttention,
     Refused,
@@ -290,58 +289,9 @@ class Attentions:
         flows = self.tracer.trace(values)
         return [tag for value in values if value in flows for tag in flows[value].norms]
 
-    def norms(self, place: int, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
-        """QK norms of a site that has a place in a layout, with their nodes."""
-        for side, tags in zip(SIDES, heads.norms, strict=True):
-            named = [n for n in site.qk_norm if n.side == side]
-            for tag in tags if named else ():  # without one, they are the norms of a latent
-                norm = next(n for n in named if (n.kind, n.width, n.weight) == (tag.kind, tag.width, tag.weight))
-                last = (*tag.ops, *tag.gains)[-1].node
-                yield GraphNorm(place, norm, tag.ops, tag.gains, self.uses.only_logits(last, set()))
-
-
-@dataclass(frozen=True)
-class GraphNorm:
-    """A QK norm as it stands in a graph.
-
-    Attributes:
-        site: Place of its attention among the sites of the layout.
-        norm: The norm in the layout.
-        ops: Nodes by which features pass it, each with the node that its features come from.
-        gains: The nodes after those that apply its gain and its bias.
-        alone: Whether all that is computed from it ends in attention logits.
-    """
-
-    site: int
-    norm: Norm
-    ops: tuple[NormOp, ...]
-    gains: tuple[NormOp, ...]
-    alone: bool
-
-
-def find_norms(
-    graph_module: GraphModule, weights: Mapping[Node, str] | None = None
-) -> tuple[QKLayout, tuple[GraphNorm, ...]]:
-    """Layout of an ATen-level graph, and the nodes that compute its QK norms.
-
-    Arguments:
-        graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
-        weights: As for `find_in_graph`.
-
-    Returns:
-        The layout, as `find_in_graph` gives it, and the norms of each call of each site.
-    """
-    finding, layout = find_each(graph_module, weights)
-    places = places_of(layout)
-    return layout, tuple(
-        norm
-        for _, site, heads in finding.understood
-        for norm in finding.attentions.norms(places[pairs_of(site)], site, heads)
-    )
-
 
 def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
-    """Search an ATen-level graph of somebody's, each attention by itself; the arguments are those of `find_norms`."""
+    """Search an ATen-level graph of somebody's, each attention by itself; arguments as those of `find_in_graph`."""
     weights = own_parameters(graph_module) if weights is None else weights
     finding = Finding(Dataflow(graph_module, weights), each=True)
     return finding, finding.layout(weights, [name for name, _ in graph_module.named_parameters()])

@@ -49,6 +49,24 @@ def swin_v2() -> Built:
     return transformers.Swinv2Model(config), {"pixel_values": torch.randn(1, 3, 16, 16)}
 
 
+def levit() -> Built:
+    """Batch norms behind fused projections, which serve the values, too."""
+    config = transformers.LevitConfig(
+        image_size=32, hidden_sizes=[16, 24, 32], num_attention_heads=[2, 3, 4], depths=[1, 1, 1],
+        key_dim=[4, 4, 4], attention_ratio=[2, 2, 2], mlp_ratio=[2, 2, 2],
+        down_ops=[["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 6, 4, 2, 2]],
+    )  # fmt: skip
+    model = transformers.LevitModel(config)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.bias)
+                module.running_mean.uniform_()
+                module.running_var.uniform_(0.5, 1.5)
+    return model, {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
 def timm_vit() -> Built:
     """Where timm is installed (`make strip`); its torchvision wants a torch of its own."""
     timm = pytest.importorskip("timm")

@@ -120,3 +120,29 @@ def test_inductor_is_the_default() -> None:
     model.normed = False
     torch._dynamo.reset()
     assert torch.allclose(ours, model(x), atol=1e-5)
+
+
+class InPlace(nn.Module):
+    """Queries and keys are cast (to what they are already, or not) and scaled in place before their norm."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.qkv, self.normed = dtype, nn.Linear(16, 48, bias=False), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        q, k = (y.to(self.dtype).mul_(2.0) for y in (q, k))
+        if self.normed:
+            q, k = (F.rms_norm(y, (8,)) for y in (q, k))
+        return F.scaled_dot_product_attention(q, k, v.to(self.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_casts_that_may_hand_on_their_argument(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+    model, x = InPlace(dtype), torch.randn(2, 5, 16)
+    with caplog.at_level(logging.INFO, "quack_fx"), torch.no_grad():
+        ours = compiled(model, scale="keep")(x)
+        model.normed = False
+        torch._dynamo.reset()
+        assert torch.allclose(ours, model(x), atol=1e-6)
+    assert "took 2 QK norms out of a graph" in caplog.text

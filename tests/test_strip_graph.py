@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quack_fx.find import find_in_graph
 from quack_fx.layout import QKLayout
+from quack_fx.recording import capture
 from quack_fx.strip import strip_qk_norm
 
 HEADS, DIM = 2, 8
@@ -179,34 +181,127 @@ def test_graph_without_qk_norm_comes_back_itself() -> None:
 
 
 class KeysAreValues(Attention):
+    """The norm of the keys serves the values, too: `bare` and `gone` leave it out for the logits alone."""
+
+    def __init__(self, norm: Way, fused: bool) -> None:
+        super().__init__(norm)
+        self.fused = fused
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k = (self.way(self, m(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2)) for m in (self.q, self.k))
-        return F.softmax(q @ k.mT * DIM**-0.5, -1) @ k
+        q, k = (m(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for m in (self.q, self.k))
+        bare, gone, self.bare, self.gone = self.bare, self.gone, False, False
+        v = self.way(self, k)
+        self.bare, self.gone = bare, gone
+        q, k = (q, k) if gone else (self.way(self, q), self.way(self, k) if bare else v)
+        return F.scaled_dot_product_attention(q, k, v) if self.fused else F.softmax(q @ k.mT * DIM**-0.5, -1) @ v
 
 
-def test_norm_whose_result_is_a_value_stays() -> None:
-    graph = exported(KeysAreValues(rms_by_hand), torch.randn(3, 5, HEADS * DIM))
-    report = strip_qk_norm(graph)
-    (left,) = report.left
-    assert left.reason == "what its key norm makes is used outside the logits, too (as values, for example)"
-    assert report.model is graph and report.layout.sites[0].qk_norm
+def statistic_of_all(m: Attention, x: Tensor) -> Tensor:
+    return x if m.bare else F.rms_norm(x, (DIM,))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["matmul", "sdpa"])
+@pytest.mark.parametrize("gain", ["drop", "keep"])
+@pytest.mark.parametrize("way", [rms_by_hand, rms_op, layer_by_hand, layer_op, unit_length, statistic_of_all])
+def test_norm_of_keys_that_are_values_stays_for_the_values(way: Way, gain: Any, fused: bool) -> None:
+    torch.manual_seed(0)
+    model, x = KeysAreValues(way, fused).double(), torch.randn(3, 5, HEADS * DIM).double()
+    graph = exported(model, x)
+    report = strip_qk_norm(graph, gain=gain, scale="keep")
+    model.bare, model.gone = gain == "keep", gain == "drop"
+    assert not report.left and len(report.removed) == 2
+    assert report.notes == (
+        "'': what its key norm makes is used outside the logits, too (as values, for example); for that it stays",
+    )
+    assert torch.allclose(report.model(x), model(x), rtol=0, atol=1e-12) and not torch.allclose(graph(x), model(x))
+    ours, theirs = gradients(report.model, x), gradients(model, x)
+    assert all(torch.allclose(ours[n], theirs[n], rtol=1e-9, atol=1e-9) for n in theirs)
+    assert isinstance(report.model, GraphModule)
+    (had,), (has,) = find_in_graph(graph).sites, find_in_graph(report.model).sites
+    assert had.qk_norm and not has.qk_norm
+    assert gain == "keep" or (report.layout.sites == (has,) and (had.query, had.key) == (has.query, has.key))
+
+
+class GainOfKeys(Attention):
+    """Queries, keys and values share a statistic; only queries and keys get a gain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = torch.stack([m(x).unflatten(-1, (HEADS, DIM)).transpose(1, 2) for m in (self.q, self.k, self.v)])
+        normed = F.rms_norm(qkv, (DIM,))
+        q, k = (qkv if self.gone else normed * self.gain)[:2]
+        return F.softmax(q @ k.mT * DIM**-0.5, -1) @ normed[2]
+
+
+def test_values_keep_a_statistic_whose_gain_is_for_queries_and_keys_alone() -> None:
+    model, x = GainOfKeys(rms_op), torch.randn(3, 5, HEADS * DIM)
+    report = strip_qk_norm(exported(model, x), scale="keep")
+    model.gone = True
+    assert len(report.removed) == 2 and torch.allclose(report.model(x), model(x), rtol=0, atol=1e-6)
 
 
 class Fused(nn.Module):
-    """One norm over queries, keys and values before they are told apart."""
+    """One norm over queries, keys and values before they are told apart; `bare` and `gone` as in `Attention`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.norm = nn.Conv1d(6, 18, 1), nn.BatchNorm1d(18)
+        self.qkv, self.norm, self.bare, self.gone = nn.Conv1d(6, 18, 1), nn.BatchNorm1d(18), False, False
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.uniform_(self.norm.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.norm(self.qkv(x)).split(6, 1)
+        given = self.qkv(x)
+        q, k, v = self.norm(given).split(6, 1)
+        if self.bare:
+            given = given * self.norm.weight[:, None] + self.norm.bias[:, None]
+        if self.bare or self.gone:
+            q, k, _ = given.split(6, 1)
         return F.softmax(q.mT @ k, -1) @ v.mT
 
 
-def test_norm_that_values_pass_as_well_stays() -> None:
-    model, x = Fused(), torch.randn(2, 6, 5)
-    (site,) = find_in_graph(exported(model, x)).sites
+@pytest.mark.parametrize("gain", ["drop", "keep"])
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_of_a_fused_projection_stays_for_the_values(gain: Any, training: bool) -> None:
+    model, x = Fused().train(training), torch.randn(2, 6, 5)
+    graph = capture(copy.deepcopy(model), (x,), executable=True).graph_module
+    (site,) = find_in_graph(graph).sites
     assert {n.module for n in site.qk_norm} == {None}
-    (left,) = strip_qk_norm(exported(model, x)).left
-    assert "is used outside the logits, too" in left.reason
+    report = strip_qk_norm(graph, gain=gain, scale="keep")
+    model.bare, model.gone = gain == "keep", gain == "drop"
+    assert not report.left and not report.vanished
+    assert torch.equal(report.model(x), model(x))
+    ours, theirs = gradients(report.model, x), gradients(model, x)
+    assert ours.keys() == theirs.keys() and all(torch.allclose(ours[n], theirs[n], atol=1e-6) for n in theirs)
+    mean = report.model.get_buffer("norm.running_mean")
+    assert torch.equal(mean, model.norm.running_mean) and bool(mean.any()) == training
+
+
+def test_shared_norm_passed_by_twice_is_nothing_more_to_do() -> None:
+    stripped = strip_qk_norm(exported(Fused(), torch.randn(2, 6, 5))).model
+    assert isinstance(stripped, GraphModule)
+    assert strip_qk_norm(stripped).model is stripped
+
+
+def with_dropout(m: Attention, x: Tensor) -> Tensor:
+    return torch.native_dropout(rms_op(m, x), 0.5, True)[0]
+
+
+def with_writes(m: Attention, x: Tensor) -> Tensor:
+    y = rms_op(m, x).clone()
+    y[..., 0] *= 2
+    return y
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [(with_dropout, "it meets random numbers ('native_dropout')"), (with_writes, "it is written in place")],
+)
+def test_way_that_cannot_be_laid_once_more(way: Way, reason: str) -> None:
+    x = torch.randn(3, 5, HEADS * DIM)
+    graph = make_fx(KeysAreValues(way, fused=False))(x)
+    report = strip_qk_norm(graph)
+    (left,) = report.left
+    assert left.reason == (
+        "what its key norm makes is used outside the logits, too (as values, for example), and on its way to them "
+        + reason
+    )
+    assert report.model is graph and report.layout.sites[0].qk_norm

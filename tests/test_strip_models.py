@@ -10,9 +10,9 @@ from unittest.mock import patch
 import by_hand
 import pytest
 import torch
-from normed_models import INLINE, MODULES, first_tensor, language, with_other_gains, without
+from normed_models import INLINE, MODULES, first_tensor, language, levit, with_other_gains, without
 from tiny_models import CASES
-from torch import nn
+from torch import Tensor, nn
 
 import quack_fx
 from quack_fx.errors import CaptureError
@@ -67,6 +67,45 @@ def test_inline_norms_are_out_as_if_by_hand(name: str) -> None:
     assert report.removed and not report.left
     assert not any(site.qk_norm for site in find_in_graph(report.model).sites)  # type: ignore[arg-type]
     assert strip_qk_norm(model, find_qk_pairs(model, **inputs)).left[0].reason.endswith("a graph of the model")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norms_of_levit_stay_for_its_values_alone(training: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = levit()
+    model.train(training)
+    layout = find_qk_pairs(model, **inputs)
+    assert all({norm.kind for norm in site.qk_norm} == {"batch"} for site in layout.sites)
+    graph = quack_fx.capture(copy.deepcopy(model), (), inputs, executable=True).graph_module
+    report = strip_qk_norm(graph, scale="keep")
+    assert not report.left and len(report.notes) == len(layout.sites) == 5
+    found = find_in_graph(report.model)  # type: ignore[arg-type]
+    assert [(s.query, s.key, s.terms) for s in found.sites] == [(s.query, s.key, s.terms) for s in layout.sites]
+    assert not any(site.qk_norm for site in found.sites)
+
+    def without(features: int, heads: int) -> Any:
+        """Hand on what the norm of a projection is given, but for what comes after some features of each head."""
+
+        def hook(module: Any, given: Any, normed: Tensor) -> Tensor:
+            ours, bare = (y.unflatten(-1, (heads, -1)) for y in (normed, module.linear(*given)))
+            return torch.cat((bare[..., :features], ours[..., features:]), -1).flatten(-2)
+
+        return hook
+
+    for module in model.modules():
+        for name, count in (("queries_keys_values", 2), ("keys_values", 1), ("queries", 1)):
+            if hasattr(module, name):
+                hook = without(count * module.key_dim, module.num_attention_heads)
+                getattr(module, name).register_forward_hook(hook)
+    ours, theirs = first_tensor(report.model(**inputs)), first_tensor(model(**inputs))
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+    parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    own = dict(report.model.named_parameters())
+    expected = torch.autograd.grad(theirs.square().sum(), [p for _, p in parameters], allow_unused=True)
+    for (name, _), gradient in zip(parameters, expected, strict=True):
+        if name in own and gradient is not None:
+            (mine,) = torch.autograd.grad(ours.square().sum(), own[name], retain_graph=True)
+            assert (mine - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp_min(1), name
 
 
 def test_stripped_qwen3_is_the_model_that_never_had_the_norm() -> None:

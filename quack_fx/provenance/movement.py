@@ -41,7 +41,7 @@ def move(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool = Fal
         alias: Keep the result a window on its argument's plane, because something writes through it.
     """
     name, source = df.op[node].name, node.args[0]
-    if alias and name not in ("copy_", "copy"):
+    if alias and name not in ("copy_", "copy", "to"):
         return _run(df, node, plane)
     if name in _SAME and isinstance(source, Node):
         return plane(source)

@@ -44,8 +44,9 @@ def strip_qk_norm(
 
     Arguments:
         model: The model that the layout was found on; or an ATen-level `GraphModule` (of torch.export, of make_fx, of
-            `quack_fx.capture(..., executable=True)`), whose norms may be written inline. A graph is not changed: the
-            report's `model` is the stripped one, and its parameters are those of the original.
+            `quack_fx.capture(..., executable=True)`), whose norms may be written inline, and may serve more than the
+            logits: they stay for that. A graph is not changed: the report's `model` is the stripped one, and its
+            parameters are those of the original.
         layout: Layout of the model; `qk_norm` of each site says which norms there are. A graph needs none.
         gain: What becomes of the gain (and the bias) of a norm. "drop": it goes with the norm. "keep": only the
             statistic goes, features are still multiplied with it. "fold": the same, but the rows of the projection are

@@ -3,7 +3,10 @@
 In: a `GraphModule` of ATen ops. Out: a `StripReport` whose `model` is a copy of the graph in which features go past
 their norms; it shares its parameters with the original, which is not changed.
 
-Rules in the order of a rewriter: `find_norms` matches, `_reason_to_stay` checks, `_Rewriting` rewrites.
+Rules in the order of a rewriter: `find_norms` matches, `_reason_to_stay` checks, `_Rewriting` rewrites. Where all that
+is made of a norm's result ends in logits, everybody reads the features before the norm instead. Where it serves
+something else, too (a batch norm behind a fused projection of queries, keys and values; keys that are the values as
+well), the norm stays for that, and its way to the logits is laid once more, from the features before it.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from quack_fx.find import GraphNorm, find_norms
 from quack_fx.graph_copy import copy_graph
-from quack_fx.layout import AttentionSite, QKLayout
+from quack_fx.layout import AttentionSite, QKLayout, Side
+from quack_fx.norms import GraphNorm, Way, find_norms, results_of
 from quack_fx.opset import arguments_of, channels_first, op_of
+from quack_fx.provenance import NormOp
 from quack_fx.strip.report import LeftSite, RemovedNorm, StripReport, nothing_to_restore, with_sharers, without_norms
 from quack_fx.strip.scale import Scales, scale_back
 
@@ -44,17 +49,21 @@ def strip_graph(
     if not going:
         return StripReport((), left, (), layout, graph_module, nothing_to_restore)
     sites = {place: layout.sites[place] for place in dict.fromkeys(norm.site for norm in going)}
-    rewriting = _Rewriting(graph_module)
+    rewriting = _Rewriting(graph_module, keep_gain)
     scales = {place: scale_back(site) if restore_scale else Scales() for place, site in sites.items()}
+    for (reader, operand), norms_there in _by_end(going).items():
+        if not all(norm.alone for norm in norms_there):
+            rewriting.pass_by([(norm, scales[norm.site].of(norm.norm.side)) for norm in norms_there], reader, operand)
     for norm in going:
-        rewriting.take_out(norm, keep_gain, scales[norm.site].of(norm.norm.side))
+        if norm.alone:
+            rewriting.take_out(norm, scales[norm.site].of(norm.norm.side))
     stripped = rewriting.done()
     gone = graph_module.state_dict().keys() - stripped.state_dict().keys()
     removed = tuple(_removals(sites.values(), [key for key in graph_module.state_dict() if key in gone]))
     return StripReport(
         removed=removed,
         left=left,
-        notes=tuple(note for one in scales.values() for note in one.notes),
+        notes=(*(note for one in scales.values() for note in one.notes), *_notes_on_shared(layout, going)),
         layout=without_norms(layout, {place: one.query * one.key for place, one in scales.items()}, gone),
         model=stripped,
         _restore=nothing_to_restore,
@@ -75,9 +84,50 @@ def _reason_to_stay(norm: GraphNorm) -> str | None:
     """Why one norm cannot be taken out, or None when it can."""
     if any(op.x is None for op in (*norm.ops, *norm.gains)):
         return f"its {norm.norm.side} norm mixes several tensors in one op"
-    if not norm.alone:
-        return f"what its {norm.norm.side} norm makes is used outside the logits, too (as values, for example)"
+    if norm.alone:
+        return None
+    for way in norm.ways:
+        if reason := _reason_against(way):
+            return (
+                f"what its {norm.norm.side} norm makes is used outside the logits, too (as values, for example), and "
+                f"on its way to them {reason}"
+            )
     return None
+
+
+def _reason_against(way: Way) -> str | None:
+    """Why a way from a norm to a product cannot be laid once more, or None when it can."""
+    if op_of(way.reader).kind == "attention" and way.operand not in way.reader.args[:2]:
+        return f"{op_of(way.reader).name!r} takes it by name"
+    if way.written:
+        return "it is written in place"
+    for node in way.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return f"it meets random numbers ({op_of(node).name!r})"
+        if any(user.op == "output" for user in node.users):
+            return "it is a result of the model"
+    return None
+
+
+def _by_end(norms: Iterable[GraphNorm]) -> dict[tuple[Node, Node], list[GraphNorm]]:
+    """For each operand of a product, the norms that its features pass."""
+    found: dict[tuple[Node, Node], list[GraphNorm]] = {}
+    for norm in norms:
+        for way in norm.ways:
+            found.setdefault((way.reader, way.operand), []).append(norm)
+    return found
+
+
+def _notes_on_shared(layout: QKLayout, norms: Iterable[GraphNorm]) -> Iterator[str]:
+    sides: dict[int, dict[Side, None]] = {}
+    for norm in norms:
+        if not norm.alone:
+            sides.setdefault(norm.site, {})[norm.norm.side] = None
+    for place, names in sides.items():
+        yield (
+            f"{layout.sites[place].name!r}: what its {' norm and its '.join(names)} norm makes is used outside the "
+            "logits, too (as values, for example); for that it stays"
+        )
 
 
 def _removals(sites: Iterable[AttentionSite], gone: list[str]) -> Iterator[RemovedNorm]:
@@ -96,47 +146,87 @@ def _removals(sites: Iterable[AttentionSite], gone: list[str]) -> Iterator[Remov
 class _Rewriting:
     """A copy of a graph from which norms are taken out."""
 
-    def __init__(self, graph_module: GraphModule) -> None:
-        self._original = graph_module
+    def __init__(self, graph_module: GraphModule, keep_gain: bool) -> None:
+        self._original, self._keep_gain = graph_module, keep_gain
         self._graph, self._copy = copy_graph(graph_module)
         self._instead: dict[Node, Node] = {}
+        self._passed_by: set[Node] = set()
         self._gone: set[Node] = set()
 
-    def take_out(self, norm: GraphNorm, keep_gain: bool, factor: float) -> None:
+    def take_out(self, norm: GraphNorm, factor: float) -> None:
         """Let features go past a norm; an op that several norms share is passed once."""
-        ops = [op for op in (*norm.ops, *(() if keep_gain else norm.gains)) if op.node not in self._instead]
+        ops = [op for op in self._ops(norm) if op.node not in self._instead]
         for op in ops:
             assert op.x is not None  # checked by _reason_to_stay
             here = factor if op is ops[-1] else 1.0
-            instead = self._put_instead(op.node, self._now(op.x), keep_gain, here)
-            self._instead.update(dict.fromkeys((op.node, *_results(op.node)), instead))
+            instead = self._put_instead(op.node, self._instead.get(op.x) or self._copy[op.x], here)
+            for result in results_of(op.node):
+                self._copy[result].replace_all_uses_with(instead)
+            self._instead.update(dict.fromkeys((op.node, *results_of(op.node)), instead))
+
+    def pass_by(self, norms: Sequence[tuple[GraphNorm, float]], reader: Node, operand: Node) -> None:
+        """Let one operand of a product be made without norms, each with a factor; who else reads them still does."""
+        sources: dict[Node, tuple[NormOp, float]] = {}
+        way = set[Node]()
+        for norm, factor in norms:
+            *ops, last = self._ops(norm)
+            for op, here in (*((op, 1.0) for op in ops), (last, factor)):
+                sources |= {result: sources.get(result, (op, here)) for result in results_of(op.node)}
+            way.update(*(way.nodes for way in norm.ways if (way.reader, way.operand) == (reader, operand)))
+        laid: dict[Node, Node] = {}
+        for node in self._needed(operand, way, sources):
+            if node in sources:
+                op, factor = sources[node]
+                assert op.x is not None  # checked by _reason_to_stay
+                laid[node] = self._put_instead(op.node, laid.get(op.x) or self._copy[op.x], factor)
+            else:
+                with self._graph.inserting_before(self._copy[node]):
+                    laid[node] = self._graph.node_copy(node, lambda n: laid.get(n) or self._copy[n])
+        product, old, new = self._copy[reader], self._copy[operand], laid[operand]
+        operands = 2 if op_of(reader).kind == "attention" else len(product.args)  # its values come after them
+        product.args = (
+            *map_arg(product.args[:operands], lambda n: new if n is old else n),
+            *product.args[operands:],
+        )
+        self._passed_by.add(old)
 
     def done(self) -> GraphModule:
         """The new graph, without what nobody reads any more."""
         for node in self._instead:
             self._erase(self._copy[node], also_writes=True)
+        for old in self._passed_by - self._gone:
+            self._erase(old)
         self._graph.lint()
         return GraphModule(self._original, self._graph).train(self._original.training)
 
-    def _now(self, node: Node) -> Node:
-        """What stands for a node of the original now."""
-        return self._instead.get(node) or self._copy[node]
+    def _ops(self, norm: GraphNorm) -> tuple[NormOp, ...]:
+        """The ops of a norm that are to go."""
+        return norm.ops if self._keep_gain else (*norm.ops, *norm.gains)
 
-    def _put_instead(self, original: Node, x: Node, keep_gain: bool, factor: float) -> Node:
-        """Let everybody who reads a norm's result read its input, in the same type and times a number."""
+    def _needed(self, operand: Node, way: set[Node], sources: Mapping[Node, tuple[NormOp, float]]) -> list[Node]:
+        """The nodes of a way that its end needs when features go past norms, in the order in which they run."""
+        needed, todo = set[Node](), [operand]
+        while todo:
+            node = todo.pop()
+            if node in way and node not in needed:
+                needed.add(node)
+                source = sources[node][0].x if node in sources else None
+                todo += node.all_input_nodes if source is None else [source]
+        return [node for node in self._original.graph.nodes if node in needed]
+
+    def _put_instead(self, original: Node, x: Node, factor: float) -> Node:
+        """What can stand for a norm's result: its input, in the same type and times a number."""
         node = self._copy[original]
         value = original.meta["val"]
         value = value if isinstance(value, Tensor) else value[0]
         with self._graph.inserting_before(node):
-            instead = self._with_native_gain(node, x) if keep_gain and op_of(original).kind == "norm" else x
+            instead = self._with_native_gain(node, x) if self._keep_gain and op_of(original).kind == "norm" else x
             if factor != 1:
                 instead = self._made(torch.ops.aten.mul.Tensor, (instead, factor), instead.meta)
             if _dtype(instead) != value.dtype:
                 copied = torch.ops.aten._to_copy.default
                 instead = self._graph.call_function(copied, (instead,), {"dtype": value.dtype})
                 instead.meta = {**node.meta, "val": value}
-        for result in map(self._copy.__getitem__, _results(original)):
-            result.replace_all_uses_with(instead)
         return instead
 
     def _with_native_gain(self, node: Node, x: Node) -> Node:
@@ -172,11 +262,6 @@ class _Rewriting:
     def _remove(self, node: Node) -> None:
         self._graph.erase_node(node)
         self._gone.add(node)
-
-
-def _results(node: Node) -> list[Node]:
-    """The nodes that are a norm's result: itself, or the first of several that it gives."""
-    return [node] if isinstance(node.meta["val"], Tensor) else [user for user in node.users if user.args[1] == 0]
 
 
 def _dtype(node: Node) -> torch.dtype:
