@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optim import LAYOUT, Model, batch, relative_error, train_per_head
+from test_optim import LAYOUT, Lion, Model, batch, loss_of, relative_error, train_per_head
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
@@ -19,7 +19,7 @@ from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout
 from quack_fx.optim import QuacK
 from quack_fx.step import TrainStep, compile_train_step
-from quack_fx.step.rules import RULES
+from quack_fx.step.rules import rule_of
 
 STEPS, CLIP, PARTS = 200, 0.5, 2
 
@@ -29,6 +29,7 @@ def schedule(step: int) -> float:
 
 
 def loss_of_part(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.to(next(model.parameters()).dtype)
     return F.mse_loss(model(x), x.roll(1, -1).sin()) / PARTS
 
 
@@ -54,19 +55,20 @@ KNOWN: dict[str, Callable[[Any], Optimizer]] = {
     "SGD with momentum": partial(SGD, lr=0.03, momentum=0.9, dampening=0.3, weight_decay=0.01),
     "SGD with nesterov": partial(SGD, lr=0.03, momentum=0.9, nesterov=True, weight_decay=0.01),
     "SGD maximize": partial(SGD, lr=1e-4, maximize=True),
+    "Lion": partial(Lion, lr=1e-3, weight_decay=0.1),
 }
 
 
-COMPILED = ("AdamW", "Adam with coupled decay", "SGD with nesterov")
+COMPILED = ("AdamW", "Adam with coupled decay", "SGD with nesterov", "Lion")
 
 
 @pytest.mark.parametrize(
     ("name", "compile"), [*((n, False) for n in KNOWN), *((n, True) for n in COMPILED)], ids=lambda x: str(x)
 )
 def test_equals_a_learning_rate_per_head(name: str, compile: bool) -> None:
-    """Clipping, accumulation, decay and a schedule on."""
+    """Clipping, accumulation, decay and a schedule on; Lion in fp64, where no rounding turns a sign."""
     torch.manual_seed(0)
-    model = Model()
+    model = Model().double() if name == "Lion" else Model()
     reference = train_per_head(model, KNOWN[name], 0.7, schedule, STEPS, CLIP, PARTS)
     torch._dynamo.utils.counters.clear()
     step = train(model, KNOWN[name], STEPS, compile=compile)
@@ -134,6 +136,128 @@ def test_other_weights_have_gradients_each_time() -> None:
         for one, other in parameters:
             assert relative_error(one, other) < 1e-5
     assert quack.plan.units
+
+
+class OwnLion(Lion):
+    """A class of another name, with an option that changes nothing here."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
+        cautious = options.pop("cautious", False)
+        super().__init__(params, lr, **options)
+        for group in self.param_groups:
+            group.setdefault("cautious", cautious)
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"] if group["cautious"] else ():
+                p.data.add_(0.01)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (Lion, "Lion"),
+        (OwnLion, "Lion"),
+        (partial(OwnLion, cautious=True), None),  # does something else
+        (torch.optim.RMSprop, None),
+        (type("MyAdam", (Adam,), {}), None),
+        (torch.optim.Muon, "Muon"),
+    ],
+)
+def test_a_rule_is_for_what_an_optimizer_does(make: Callable[..., Optimizer], name: str | None) -> None:
+    optimizer = make([nn.Parameter(torch.ones(2, 3))], lr=0.1)
+    rule = rule_of(optimizer)
+    assert (rule.name if rule else None) == name
+    assert torch.equal(optimizer.param_groups[0]["params"][0], torch.ones(2, 3)) and not optimizer.state
+
+
+def muon_and(make: Callable[[Any], Optimizer]) -> Callable[[nn.Module], list[Optimizer]]:
+    """Muon on the matrices, another on all else, biases of queries included."""
+
+    def make_both(model: nn.Module) -> list[Optimizer]:
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        muon = torch.optim.Muon(matrices, lr=0.01, adjust_lr_fn="match_rms_adamw", nesterov=len(matrices) % 2 == 0)
+        return [muon, make([p for p in model.parameters() if p.dim() != 2])]
+
+    return make_both
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("beside", [partial(AdamW, lr=3e-3), partial(torch.optim.RMSprop, lr=1e-3)])
+def test_two_optimizers_in_one_step(beside: Callable[[Any], Optimizer], clip: float | None) -> None:
+    """Muon with another beside it, as the eager loop with a QuacK on each, in fp64: Muon rounds to bfloat16."""
+    torch.manual_seed(0)
+    model, make = Model().double(), muon_and(beside)
+    twin = copy.deepcopy(model)
+    step = compile_train_step(
+        model, make(model), lambda m, i: loss_of(m, i), layout=LAYOUT, tau=0.7, clip_grad_norm=clip, compile=False
+    )
+    assert "Muon: compiled update" in repr(step) and len(step.quacks) == 2
+    optimizers = make(twin)
+    quacks = [QuacK(optimizer, twin, LAYOUT, tau=0.7) for optimizer in optimizers]
+    for i in range(STEPS):
+        step(i)
+        loss_of(twin, i).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(twin.parameters(), clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert relative_error(one, other) < 1e-5
+    assert all(quack.plan.units for quack in quacks)
+
+
+@pytest.mark.parametrize("beside", [partial(AdamW, lr=3e-3), partial(torch.optim.RMSprop, lr=1e-3)])
+def test_one_bad_gradient_stops_both_optimizers(beside: Callable[[Any], Optimizer]) -> None:
+    torch.manual_seed(0)
+    model = Model()
+    optimizers = muon_and(beside)(model)
+    step = compile_train_step(
+        model, optimizers, loss_of_part, layout=LAYOUT, clip_grad_norm=0.5, skip_nonfinite=True, compile=False
+    )
+    step(batch(0))
+    for bad in (model.layers[0].q.weight, model.head.bias):
+        before = copy.deepcopy((model.state_dict(), [o.state_dict()["state"] for o in optimizers]))
+        step.forward_backward(batch(1))
+        bad.grad[0] = torch.inf
+        step.update()
+        assert_equal(model.state_dict(), before[0])
+        assert_equal([o.state_dict()["state"] for o in optimizers], before[1])
+
+
+@pytest.mark.parametrize("names", [("head",), ("layers", "head")])
+def test_an_optimizer_without_queries_and_keys_stands_beside(names: tuple[str, ...]) -> None:
+    """It gets no QuacK; gradients that it alone has are clipped with the others."""
+    torch.manual_seed(0)
+    model = Model()
+    twin = copy.deepcopy(model)
+
+    def make(m: nn.Module) -> list[Optimizer]:
+        return [
+            AdamW([p for n, p in m.named_parameters() if (".out." in n or "head" in n) == other], lr=1e-2)
+            for other in (True, False)
+        ]
+
+    step = compile_train_step(model, make(model), loss_of_part, layout=LAYOUT, clip_grad_norm=0.01, compile=False)
+    assert len(step.quacks) == 1
+    optimizers = make(twin)
+    QuacK(optimizers[1], twin, LAYOUT)
+    for i in range(5):
+        step.forward_backward(batch(i))
+        loss_of_part(twin, batch(i)).backward()
+        for m in (model, twin):
+            for n, p in m.named_parameters():
+                p.grad = p.grad if i % 2 or n.startswith(names) else None
+        step.update()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert relative_error(one, other) < 1e-5
 
 
 GATED = {
@@ -212,9 +336,11 @@ def test_grad_scaler_skips_and_goes_on(make: Callable[[Any], Optimizer]) -> None
 
 
 def test_a_step_that_may_be_none_needs_a_counter_on_the_device() -> None:
-    group = AdamW([nn.Parameter(torch.empty(2, device="meta"))]).param_groups[0]
+    on_meta = AdamW([nn.Parameter(torch.empty(2, device="meta"))])
+    rule = rule_of(on_meta)
+    assert rule is not None
     with pytest.raises(OptimizerError, match=r"must count its steps there: AdamW\(fused=True\)"):
-        RULES[AdamW].check(group, True)
+        rule.check(on_meta.param_groups[0], True)
     model = Model()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
     with pytest.raises(OptimizerError, match="SGD with dampening"):

@@ -6,7 +6,7 @@ Two graphs: the loss (with its backward) and the update. The optimizer stays the
 `state_dict()` are the ordinary ones, over its own state tensors.
 
     loss.py     the loss of one batch as one function
-    rules.py    the arithmetic of each optimizer that is compiled
+    rules/      the arithmetic of each optimizer that is compiled
     pieces.py   weights cut so that a head is one long row
     update.py   all weights, their state and the norms that one step leaves to the next
 """
@@ -14,7 +14,7 @@ Two graphs: the loss (with its backward) and the update. The optimizer stays the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from quack_fx.factors import NormName
 from quack_fx.layout import QKLayout
 from quack_fx.optim import QuacK
 from quack_fx.step.loss import LossFn, make_loss, model_inputs
+from quack_fx.step.rules import Gate
 from quack_fx.step.update import Update
 
 __all__ = ["TrainStep", "compile_train_step"]
@@ -34,7 +35,7 @@ __all__ = ["TrainStep", "compile_train_step"]
 
 def compile_train_step(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     loss_fn: LossFn | None = None,
     *,
     layout: QKLayout | None = None,
@@ -50,16 +51,16 @@ def compile_train_step(
 
     Arguments:
         model: The model to train.
-        optimizer: The user's optimizer over its parameters. AdamW, Adam and SGD of `torch.optim` are compiled with the
-            scaling inlined; any other takes its own `step()`, with QuacK attached through its hooks (`repr(step)` tells
-            which).
+        optimizer: The user's optimizer over its parameters, or several (Muon for matrices, AdamW for the rest). AdamW,
+            Adam, SGD and Muon of `torch.optim` and any Lion are compiled with the scaling inlined; others take their
+            own `step()`, with QuacK attached through its hooks (`repr(step)` tells which).
         loss_fn: Called as `loss_fn(model, *batch, **batch)`. Default: the model's own output holds the loss: a scalar,
             an object or mapping with `loss`, or a tuple with exactly one scalar.
         layout: The model's layout; found on the first batch when not given. A layout without sites gives the plain
             step, for comparison.
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
         norm: "frobenius" or "spectral"; the latter takes the optimizer's own step.
-        clip_grad_norm: Largest total norm of the gradients.
+        clip_grad_norm: Largest total norm of the gradients, of all optimizers together.
         skip_nonfinite: Whether a step with a gradient that is infinite or not a number changes nothing: no weight, no
             moment, no counter. A compiled update finds out without waiting for the device; one that is the optimizer's
             own step waits.
@@ -73,7 +74,7 @@ def compile_train_step(
 
     Raises:
         StepError: `clip_grad_norm` is not positive; at the first batch: no loss, or no pairs found.
-        OptimizerError: The optimizer holds no query or key weight, or has options that cannot be compiled.
+        OptimizerError: No optimizer holds a query or key weight, or one has options that cannot be compiled.
 
     Example:
         >>> step = compile_train_step(model, torch.optim.AdamW(model.parameters(), lr=3e-4))
@@ -87,8 +88,9 @@ def compile_train_step(
     def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         return torch.compile(function, mode=mode, **options) if compile else function
 
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite or scaler is not None, scaler)
-    return TrainStep(model, optimizer, loss_fn, layout, options, compiled)
+    return TrainStep(model, optimizers, loss_fn, layout, options, compiled)
 
 
 @dataclass(frozen=True)
@@ -106,26 +108,26 @@ class TrainStep:
     """One training step; see `compile_train_step`.
 
     Attributes:
-        quack: QuacK as attached to the optimizer; None before the first batch where the layout is yet to be found, and
-            for a layout without sites.
+        quacks: QuacK as attached to each optimizer that holds queries or keys; none before the first batch where the
+            layout is yet to be found, and for a layout without sites.
         layout: The layout in use.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         loss_fn: LossFn | None,
         layout: QKLayout | None,
         options: StepOptions,
         compiled: Callable[..., Callable[..., Any]],
     ) -> None:
-        self.quack: QuacK | None = None
+        self.quacks: tuple[QuacK, ...] = ()
         self.layout = layout
-        self._model, self._optimizer, self._loss_fn = model, optimizer, loss_fn
+        self._model, self._optimizers, self._loss_fn = model, optimizers, loss_fn
         self._options, self._compiled = options, compiled
         self._loss = compiled(make_loss(model, loss_fn))
-        self._update: Update | None = None
+        self._updates: list[Update | None] = []
         if layout is not None:
             self._attach(layout)
 
@@ -154,34 +156,35 @@ class TrainStep:
     def update(self) -> None:
         """Change the weights by the gradients that are there, and drop those."""
         self._step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def __repr__(self) -> str:
-        kind = type(self._optimizer).__name__
+        kinds = [type(optimizer).__name__ for optimizer in self._optimizers]
         if self.layout is None:
-            return f"TrainStep({kind}; layout to be found on the first batch)"
-        how = "compiled update" if self._update is not None else "its own step()"
-        heads = (
-            f"QuacK on {len(self.quack.plan.units)} heads, tau={self._options.tau}" if self.quack else "without QuacK"
-        )
-        return f"TrainStep({kind}: {how}, {heads})"
+            return f"TrainStep({', '.join(kinds)}; layout to be found on the first batch)"
+        how = ["compiled update" if update is not None else "its own step()" for update in self._updates]
+        each = ", ".join(f"{kind}: {way}" for kind, way in zip(kinds, how, strict=True))
+        units = sum(len(quack.plan.units) for quack in self.quacks[:1])
+        heads = f"QuacK on {units} heads, tau={self._options.tau}" if self.quacks else "without QuacK"
+        return f"TrainStep({each}, {heads})"
 
     def _step(self) -> None:
-        scaler, clip = self._options.scaler, self._options.clip_grad_norm
+        scaler = self._options.scaler
         if scaler is not None:
-            scaler.unscale_(self._optimizer)
-        if self._update is not None:
-            self._update.run()
-            # Schedulers warn when they find that the optimizer never stepped; the wrapped step() would have noted it.
-            self._optimizer._opt_called = True  # type: ignore[attr-defined]
-        else:
-            params = [p for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(params, clip)
-            if scaler is not None:
-                scaler.step(self._optimizer)
-            elif not self._options.skip_nonfinite or all(bool(p.grad.isfinite().all()) for p in params):
-                self._optimizer.step()
+            for optimizer in self._optimizers:
+                scaler.unscale_(optimizer)
+        grads = [_gradients(optimizer) for optimizer in self._optimizers]
+        gate = None if all(self._updates) else self._looked_at(grads)
+        for i, (optimizer, update) in enumerate(zip(self._optimizers, self._updates, strict=True)):
+            if update is not None:
+                gate = update.run([g for other in grads[i + 1 :] for g in other], gate)
+                # Schedulers warn of an optimizer that never stepped; the wrapped step() would have noted that it did.
+                optimizer._opt_called = True  # type: ignore[attr-defined]
+            elif scaler is not None:
+                scaler.step(optimizer)
+            elif gate is None or gate.finite is None or bool(gate.finite):
+                optimizer.step()
         if scaler is not None:
             scaler.update()
 
@@ -195,12 +198,39 @@ class TrainStep:
             raise StepError(f"no query/key pairs for QuacK were found: {reasons}; pass layout=QKLayout() to go without")
         return layout
 
+    def _looked_at(self, grads: Sequence[Sequence[Tensor]]) -> Gate:
+        """Clip all gradients, and tell whether they are finite, for optimizers that take their own step."""
+        options, all_grads = self._options, [g for of_one in grads for g in of_one]
+        if options.clip_grad_norm is not None:
+            norm = torch.nn.utils.get_total_norm(all_grads)
+            torch._foreach_mul_(all_grads, (options.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        asked = options.skip_nonfinite and all_grads
+        return Gate(finite=torch.stack([g.isfinite().all() for g in all_grads]).all() if asked else None)
+
     def _attach(self, layout: QKLayout) -> None:
         options = self._options
         if layout.sites:
-            self.quack = QuacK(self._optimizer, self._model, layout, options.tau, options.norm)
-        if Update.knows(self._optimizer) and options.norm == "frobenius":
-            # Not fullgraph: where other weights have gradients each time, the compiler may give up and run it eagerly.
-            static = functools.partial(self._compiled, dynamic=False)
-            self._update = Update(self._optimizer, self.quack, options.clip_grad_norm, options.skip_nonfinite, static)
+            holding = [o for o in self._optimizers if _holds(o, self._model, layout)] or self._optimizers[:1]
+            quacks = {id(o): QuacK(o, self._model, layout, options.tau, options.norm) for o in holding}
+        else:
+            quacks = {}
+        self.quacks = tuple(quacks.values())
+        # Not fullgraph: where other weights have gradients each time, the compiler may give up and run it eagerly.
+        static = functools.partial(self._compiled, dynamic=False)
+        for optimizer in self._optimizers:
+            rule = Update.rule_of(optimizer) if options.norm == "frobenius" else None
+            quack, asked = quacks.get(id(optimizer)), (options.clip_grad_norm, options.skip_nonfinite)
+            self._updates.append(None if rule is None else Update(optimizer, rule, quack, *asked, static))
         self.layout = layout
+
+
+def _holds(optimizer: Optimizer, model: nn.Module, layout: QKLayout) -> bool:
+    """Whether an optimizer holds a weight or a bias of queries or keys."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    blocks = [block for site in layout.sites for _, block in site.blocks()]
+    names = {name for block in blocks for name in (block.param, block.bias) if name is not None}
+    return any(id(model.get_parameter(name)) in held for name in names)
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -1,6 +1,6 @@
 """USER: the compiled update: every weight, its state and QuacK's scales, compiled.
 
-In: an optimizer whose arithmetic is in `RULES`, and the QuacK that keeps its initial factors. Out: `Update.run()`,
+In: an optimizer that has an `UpdateRule`, and the QuacK that keeps its initial factors. Out: `Update.run()`,
 which does what `optimizer.step()` under QuacK would do, over the optimizer's own state tensors.
 
 The scales of a step come from the norms that the step before left behind: the loop that writes a head's weights also
@@ -27,7 +27,7 @@ from quack_fx.factors import PlanTables, norm_dtype
 from quack_fx.optim import QuacK
 from quack_fx.step.loss import own_code
 from quack_fx.step.pieces import Piece, Runs, cut
-from quack_fx.step.rules import RULES, Group, State, UpdateRule
+from quack_fx.step.rules import Gate, Group, State, UpdateRule, rule_of
 
 Flags = tuple[bool, ...]
 Job = tuple[Tensor, Tensor, tuple[Tensor, ...], int, Flags, Piece | None]
@@ -38,7 +38,8 @@ class Update:
     """One optimizer's compiled update.
 
     Arguments:
-        optimizer: An optimizer that `knows` accepts.
+        optimizer: The optimizer; nothing that it holds is sharded or complex.
+        rule: Its arithmetic.
         quack: QuacK attached to it, or None for the plain update.
         clip_grad_norm: Largest total norm of the gradients, as in `torch.nn.utils.clip_grad_norm_`; None for no limit.
         skip_nonfinite: Whether a step whose gradients are not all finite changes nothing.
@@ -48,13 +49,13 @@ class Update:
     def __init__(
         self,
         optimizer: Optimizer,
+        rule: UpdateRule,
         quack: QuacK | None,
         clip_grad_norm: float | None,
         skip_nonfinite: bool,
         compile: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
-        self._optimizer = optimizer
-        self._rule: UpdateRule = RULES[type(optimizer)]
+        self._optimizer, self._rule = optimizer, rule
         for group in optimizer.param_groups:
             self._rule.check(group, skip_nonfinite)
         self._heads = Heads(quack) if quack is not None else None
@@ -65,25 +66,37 @@ class Update:
         self._cuts: dict[Tensor, _Cut] = {}
 
     @staticmethod
-    def knows(optimizer: Optimizer) -> bool:
-        """Whether the update of an optimizer can be compiled here: its exact class is known, nothing is sharded."""
+    def rule_of(optimizer: Optimizer) -> UpdateRule | None:
+        """The arithmetic of an optimizer whose update can be compiled here; None for one that takes its own step."""
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        return type(optimizer) in RULES and not any(isinstance(p, DTensor) or p.is_complex() for p in params)
+        return None if any(isinstance(p, DTensor) or p.is_complex() for p in params) else rule_of(optimizer)
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Update every parameter that has a gradient."""
+    def run(self, beside: Sequence[Tensor] = (), gate: Gate | None = None) -> Gate | None:
+        """Update every parameter that has a gradient.
+
+        Arguments:
+            beside: Gradients of other optimizers of the same step, to be clipped and looked at together.
+            gate: What another one's update found out about all of them; found out here otherwise.
+
+        Returns:
+            What was found out; `gate` where no parameter has a gradient.
+        """
         held = [(p, group) for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not held:
-            return
+            return gate
         params, groups = [param for param, _ in held], [group for _, group in held]
         flags = [self._rule.flags(group) for group in groups]
         # What needs no state gets no entry, as in the optimizer itself.
-        states = [self._optimizer.state[p] if self._rule.slots(f) else {} for p, f in zip(params, flags, strict=True)]
+        states = [
+            self._optimizer.state[p] if self._rule.keeps_state(f) else {} for p, f in zip(params, flags, strict=True)
+        ]
         grads = [_like(param) for param in params]
         squares, scaling = (None, None) if self._heads is None else (self._heads.squares(), self._heads.scaling())
-        clip, finite, scales = self._measure(grads, squares, scaling)
-        counts = self._rule.count(params, groups, states, finite)
+        seen, scales = self._measure([] if gate is not None else [*grads, *beside], squares, scaling)
+        gate = seen if gate is None else gate
+        counts = self._rule.count(params, groups, states, gate.finite)
+        left = self._rule.directions(grads, groups, states, gate)
         coefficients = torch.stack(self._rule.coefficients(counts, self._numbers(groups, counts.device)))
         jobs = [
             job
@@ -92,7 +105,7 @@ class Update:
         ]
         coefficients = coefficients.to(params[0].device, non_blocking=True)
         try:
-            new_squares = self._apply(jobs, coefficients, clip, finite, scales)
+            new_squares = self._apply(jobs, coefficients, left, scales)
         except BackendCompilerFailed as error:
             # Nothing has run yet. Inductor on CPUs fails on some sets of heads of unlike size (an MLA's): those are
             # measured by themselves.
@@ -100,9 +113,10 @@ class Update:
             warnings.warn(
                 f"norms cost a pass of their own: Inductor fails on this update ({first_line(error)})", stacklevel=2
             )
-            new_squares = self._apply(jobs, coefficients, clip, finite, scales)
+            new_squares = self._apply(jobs, coefficients, left, scales)
         if self._heads is not None:
             self._heads.written(new_squares)
+        return gate
 
     def _numbers(self, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, ...]:
         """Hyperparameters of each parameter's group, float64 [n] each."""
@@ -238,20 +252,20 @@ class Heads:
 def _make_measure(clip_grad_norm: float | None, skip_nonfinite: bool) -> Callable[..., Any]:
     """The function, to be compiled, that looks at all gradients and at the norms of the heads."""
 
-    def measure(
-        grads: list[Tensor], squares: Tensor | None, scaling: Scaling | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Factor on all gradients, whether all are finite, and the scale of every run; None for what is not asked."""
-        clip = None if clip_grad_norm is None else _clip(grads, clip_grad_norm)
-        finite = torch.stack([g.isfinite().all() for g in grads]).all() if skip_nonfinite else None
-        return clip, finite, None if squares is None or scaling is None else _scales(squares, scaling)
+    def measure(grads: list[Tensor], squares: Tensor | None, scaling: Scaling | None) -> tuple[Gate, Tensor | None]:
+        """What is to be known of all gradients, if there are any, and the scale of every run; None for what is not
+        asked."""
+        clip = _clip(grads, clip_grad_norm) if grads and clip_grad_norm is not None else None
+        finite = torch.stack([g.isfinite().all() for g in grads]).all() if grads and skip_nonfinite else None
+        return Gate(clip, finite), None if squares is None or scaling is None else _scales(squares, scaling)
 
     return own_code(measure)
 
 
 def _clip(grads: list[Tensor], limit: float) -> Tensor:
     """Factor on all gradients, as `torch.nn.utils.clip_grad_norm_` has it."""
-    total = torch.stack([g.float().square().sum() for g in grads]).sum().sqrt()
+    squares = [g.to(torch.promote_types(g.dtype, torch.float32)).square().sum() for g in grads]
+    total = torch.stack(squares).sum().sqrt()
     return (limit / (total + 1e-6)).clamp(max=1.0)
 
 
@@ -267,8 +281,7 @@ def _make_apply(rule: UpdateRule, sums: bool) -> Callable[..., dict[int, Tensor]
     def apply(
         jobs: list[Job],
         coefficients: Tensor,
-        clip: Tensor | None,
-        finite: Tensor | None,
+        gate: Gate,
         scales: Tensor | None,
     ) -> dict[int, Tensor]:
         """The squared norms of the runs that were written, by the first of each piece."""
@@ -277,17 +290,17 @@ def _make_apply(rule: UpdateRule, sums: bool) -> Callable[..., dict[int, Tensor]
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             scalars = tuple(c.to(wide) for c in coefficients[:, column].unbind())
             w, g = weight.to(wide), grad.to(wide)
-            g = g if clip is None else g * clip.to(wide)
+            g = g if gate.clip is None else g * gate.clip.to(wide)
             change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
             first = None if piece is None else piece.first
             if piece is not None and first is not None and scales is not None:
                 change = change * piece.along(scales[first : first + piece.count], w).to(wide)
-            written = _unless(finite, weight, (w - change).to(weight.dtype))
+            written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
             if sums and piece is not None and first is not None and scales is not None:
                 new_squares[first] = piece.squares(written.to(scales.dtype))
             weight.copy_(written)
             for slot, value in zip(slots, new, strict=True):
-                slot.copy_(_unless(finite, slot, value.to(slot.dtype)))
+                slot.copy_(_unless(gate.finite, slot, value.to(slot.dtype)))
         return new_squares
 
     return own_code(apply)

@@ -1,0 +1,70 @@
+"""SGD of torch.optim, as tensor arithmetic.
+
+In: weight, gradient, momentum. Out: the momentum or the gradient ahead of it, new momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quack_fx.errors import OptimizerError
+from quack_fx.step.rules.rule import Group, State, UpdateRule
+
+
+class SGDRule(UpdateRule):
+    """`torch.optim.SGD` with momentum, dampening, Nesterov's form, weight decay and maximize."""
+
+    name = "SGD"
+
+    def check(self, group: Group, skipping: bool) -> None:
+        """Refuse what cannot be part of a graph."""
+        super().check(group, skipping)
+        if skipping and group["momentum"] and group["dampening"]:
+            raise OptimizerError("SGD with dampening treats its first step unlike the others, so none may be skipped")
+
+    def flags(self, group: Group) -> tuple[bool, ...]:
+        """(momentum, nesterov, maximize)."""
+        return group["momentum"] != 0, bool(group["nesterov"]), bool(group["maximize"])
+
+    def slots(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+        """The momentum, where there is any."""
+        momentum, *_ = flags
+        return ("momentum_buffer",) if momentum else ()
+
+    def numbers(self, group: Group) -> tuple[float | Tensor, ...]:
+        """lr, decay, momentum and what dampening leaves of a gradient."""
+        return group["lr"], group["weight_decay"], group["momentum"], 1 - group["dampening"]
+
+    def count(
+        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
+    ) -> Tensor:
+        """0 for a parameter whose momentum begins with this step, 1 for all others."""
+        begun = torch.tensor([float(state.get("momentum_buffer") is not None) for state in states], dtype=torch.float64)
+        for param, group, state in zip(params, groups, states, strict=True):
+            self.add_slots(param, group, state)
+        return begun
+
+    def coefficients(self, count: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The first gradient is not dampened."""
+        lr, decay, momentum, rest = numbers
+        return lr, decay, momentum, torch.where(count > 0, rest, 1.0)
+
+    def change(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        slots: tuple[Tensor, ...],
+        coefficients: tuple[Tensor, ...],
+        flags: tuple[bool, ...],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The momentum, or the gradient ahead of it, with the decay inside."""
+        lr, decay, momentum, rest = coefficients
+        has_momentum, nesterov, maximize = flags
+        grad = (-grad if maximize else grad) + decay * weight
+        if not has_momentum:
+            return lr * grad, ()
+        moving = momentum * slots[0] + rest * grad
+        return lr * (grad + momentum * moving if nesterov else moving), (moving,)
