@@ -8,6 +8,7 @@ Two graphs: the loss (with its backward) and the update. The optimizer stays the
     loss.py     the loss of one batch as one function
     rules/      the arithmetic of each optimizer that is compiled
     pieces.py   weights cut so that a head is one long row
+    masters.py  fp32 copies of weights in half precision
     update.py   all weights, their state and the norms that one step leaves to the next
 """
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quack_fx.errors import StepError
+from quack_fx.errors import OptimizerError, StepError
 from quack_fx.factors import NormName
 from quack_fx.layout import QKLayout
 from quack_fx.optim import QuacK
@@ -44,6 +45,7 @@ def compile_train_step(
     clip_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
     scaler: torch.amp.GradScaler | None = None,
+    master_weights: bool = False,
     compile: bool = True,
     mode: str | None = None,
 ) -> TrainStep:
@@ -66,6 +68,9 @@ def compile_train_step(
             own step waits.
         scaler: Scales the loss for half precision; its steps are skipped in the same way, and `scaler.update()` is part
             of the step.
+        master_weights: Whether parameters in bfloat16 or float16 are updated as fp32 copies of them, which are kept in
+            the optimizer's state as "master_param", the moments in fp32 beside them. Make the step before a checkpoint
+            is loaded, so that the optimizer does not round it.
         compile: Whether to use torch.compile; False runs the same code eagerly.
         mode: `mode` of torch.compile.
 
@@ -74,7 +79,8 @@ def compile_train_step(
 
     Raises:
         StepError: `clip_grad_norm` is not positive; at the first batch: no loss, or no pairs found.
-        OptimizerError: No optimizer holds a query or key weight, or one has options that cannot be compiled.
+        OptimizerError: No optimizer holds a query or key weight, or one has options that cannot be compiled, or would
+            have to take its own step with `master_weights`.
 
     Example:
         >>> step = compile_train_step(model, torch.optim.AdamW(model.parameters(), lr=3e-4))
@@ -89,7 +95,7 @@ def compile_train_step(
         return torch.compile(function, mode=mode, **options) if compile else function
 
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-    options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite or scaler is not None, scaler)
+    options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite or scaler is not None, scaler, master_weights)
     return TrainStep(model, optimizers, loss_fn, layout, options, compiled)
 
 
@@ -102,6 +108,7 @@ class StepOptions:
     clip_grad_norm: float | None
     skip_nonfinite: bool
     scaler: torch.amp.GradScaler | None
+    master_weights: bool
 
 
 class TrainStep:
@@ -219,7 +226,13 @@ class TrainStep:
         static = functools.partial(self._compiled, dynamic=False)
         for optimizer in self._optimizers:
             rule = Update.rule_of(optimizer) if options.norm == "frobenius" else None
-            quack, asked = quacks.get(id(optimizer)), (options.clip_grad_norm, options.skip_nonfinite)
+            if rule is None and options.master_weights:
+                raise OptimizerError(
+                    f"{type(optimizer).__name__} takes its own step, which knows no master weights; leave out "
+                    "master_weights=True, or use an optimizer whose update is compiled"
+                )
+            asked = options.clip_grad_norm, options.skip_nonfinite, options.master_weights
+            quack = quacks.get(id(optimizer))
             self._updates.append(None if rule is None else Update(optimizer, rule, quack, *asked, static))
         self.layout = layout
 

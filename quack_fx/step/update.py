@@ -26,12 +26,14 @@ from quack_fx.errors import first_line
 from quack_fx.factors import PlanTables, norm_dtype
 from quack_fx.optim import QuacK
 from quack_fx.step.loss import own_code
+from quack_fx.step.masters import Masters
 from quack_fx.step.pieces import Piece, Runs, cut
 from quack_fx.step.rules import Gate, Group, State, UpdateRule, rule_of
 
 Flags = tuple[bool, ...]
-Job = tuple[Tensor, Tensor, tuple[Tensor, ...], int, Flags, Piece | None]
-"""A weight or a piece of one, its gradient, its state, its column of coefficients, its options, and which piece."""
+Job = tuple[Tensor, Tensor, tuple[Tensor, ...], int, Flags, Piece | None, Tensor | None]
+"""A weight or a piece of one, its gradient, its state, its column of coefficients, its options, which piece, and where
+to write it rounded."""
 
 
 class Update:
@@ -43,6 +45,7 @@ class Update:
         quack: QuacK attached to it, or None for the plain update.
         clip_grad_norm: Largest total norm of the gradients, as in `torch.nn.utils.clip_grad_norm_`; None for no limit.
         skip_nonfinite: Whether a step whose gradients are not all finite changes nothing.
+        master_weights: Whether parameters in half precision are updated in single precision.
         compile: Wraps the update function, `torch.compile` with the user's options or nothing.
     """
 
@@ -53,12 +56,14 @@ class Update:
         quack: QuacK | None,
         clip_grad_norm: float | None,
         skip_nonfinite: bool,
+        master_weights: bool,
         compile: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
         self._optimizer, self._rule = optimizer, rule
         for group in optimizer.param_groups:
             self._rule.check(group, skip_nonfinite)
-        self._heads = Heads(quack) if quack is not None else None
+        self._masters = Masters(optimizer) if master_weights else None
+        self._heads = Heads(quack, self._masters) if quack is not None else None
         # Inductor on CPUs fuses the few numbers of the first into the loops of the second, and fails: two graphs.
         self._measure = compile(_make_measure(clip_grad_norm, skip_nonfinite))
         self._apply = compile(_make_apply(self._rule, sums=True))
@@ -86,6 +91,7 @@ class Update:
         if not held:
             return gate
         params, groups = [param for param, _ in held], [group for _, group in held]
+        weights = [param.detach() if self._masters is None else self._masters.of(param) for param in params]
         flags = [self._rule.flags(group) for group in groups]
         # What needs no state gets no entry, as in the optimizer itself.
         states = [
@@ -95,12 +101,12 @@ class Update:
         squares, scaling = (None, None) if self._heads is None else (self._heads.squares(), self._heads.scaling())
         seen, scales = self._measure([] if gate is not None else [*grads, *beside], squares, scaling)
         gate = seen if gate is None else gate
-        counts = self._rule.count(params, groups, states, gate.finite)
+        counts = self._rule.count(weights, groups, states, gate.finite)
         left = self._rule.directions(grads, groups, states, gate)
         coefficients = torch.stack(self._rule.coefficients(counts, self._numbers(groups, counts.device)))
         jobs = [
             job
-            for column, work in enumerate(zip(params, grads, flags, states, strict=True))
+            for column, work in enumerate(zip(params, weights, grads, flags, states, strict=True))
             for job in self._jobs(column, *work)
         ]
         coefficients = coefficients.to(params[0].device, non_blocking=True)
@@ -114,6 +120,8 @@ class Update:
                 f"norms cost a pass of their own: Inductor fails on this update ({first_line(error)})", stacklevel=2
             )
             new_squares = self._apply(jobs, coefficients, left, scales)
+        if self._masters is not None:
+            self._masters.written(params)
         if self._heads is not None:
             self._heads.written(new_squares)
         return gate
@@ -130,31 +138,49 @@ class Update:
         place = {key: i for i, key in enumerate(distinct)}
         return table[[place[id(group)] for group in groups]].unbind(1)
 
-    def _jobs(self, column: int, param: Tensor, grad: Tensor, flags: Flags, state: State) -> Iterator[Job]:
+    def _jobs(
+        self, column: int, param: Tensor, weight: Tensor, grad: Tensor, flags: Flags, state: State
+    ) -> Iterator[Job]:
         """What is to be done to a parameter: one job for each of its pieces."""
         slots = [state[name] for name in self._rule.slots(flags)]
         known = self._cuts.get(param)
         # Cut once: weights and state stay where they are, and a view costs as much as a small kernel.
-        if known is None or known.where != param.data_ptr() or any(map(operator.is_not, known.slots, slots)):
-            known = self._cuts[param] = self._cut(param, slots)
-        for piece, weight, own, place in known.views:
+        where = param.data_ptr(), weight.data_ptr()
+        if known is None or known.where != where or any(map(operator.is_not, known.slots, slots)):
+            known = self._cuts[param] = _Cut(where, slots, list(self._cut(param, weight, slots)))
+        for view in known.views:
+            place = view.place
             part = grad if place is None else grad.as_strided(place[0], place[1], grad.storage_offset() + place[2])
-            yield weight, part, own, column, flags, piece
+            yield view.weight, part, view.slots, column, flags, view.piece, view.rounded
 
-    def _cut(self, param: Tensor, slots: list[Tensor]) -> _Cut:
-        views: list[_View] = []
+    def _cut(self, param: Tensor, weight: Tensor, slots: list[Tensor]) -> Iterator[_View]:
+        rounded = None if weight.dtype == param.dtype else param.detach()
         for piece in self._heads.pieces_of(param) if self._heads is not None else (None,):
             if piece is None:
-                views.append((None, param.detach(), tuple(slots), None))
+                yield _View(None, weight, tuple(slots), rounded, None)
                 continue
-            weight = piece.of(param.detach())
-            place = weight.shape, weight.stride(), int(weight.storage_offset() - param.storage_offset())
-            views.append((piece, weight, tuple(map(piece.of, slots)), place))
-        return _Cut(param.data_ptr(), slots, views)
+            part = piece.of(weight)
+            place = part.shape, part.stride(), int(part.storage_offset() - weight.storage_offset())
+            yield _View(piece, part, tuple(map(piece.of, slots)), None if rounded is None else piece.of(rounded), place)
 
 
-_View = tuple[Piece | None, Tensor, tuple[Tensor, ...], tuple[Sequence[int], Sequence[int], int] | None]
-"""A piece, that piece of the weight and of its state, and where it lies: size, stride, offset. None for the whole."""
+@dataclass(frozen=True)
+class _View:
+    """A piece of a parameter, or the whole.
+
+    Attributes:
+        piece: Which; None for the whole.
+        weight: That of the weight.
+        slots: That of its state.
+        rounded: That of the parameter where the weight is its master, else None.
+        place: Where it lies: size, stride, offset; None for the whole.
+    """
+
+    piece: Piece | None
+    weight: Tensor
+    slots: tuple[Tensor, ...]
+    rounded: Tensor | None
+    place: tuple[Sequence[int], Sequence[int], int] | None
 
 
 @dataclass(frozen=True)
@@ -162,12 +188,12 @@ class _Cut:
     """A parameter and its state, cut.
 
     Attributes:
-        where: Address of the parameter.
+        where: Addresses of the parameter and of what is updated.
         slots: Its state tensors.
         views: Its pieces.
     """
 
-    where: int
+    where: tuple[int, int]
     slots: Sequence[Tensor]
     views: Sequence[_View]
 
@@ -201,14 +227,15 @@ class Heads:
 
     Arguments:
         quack: QuacK attached to the optimizer.
+        masters: What is updated in place of weights in half precision, if it is.
     """
 
-    def __init__(self, quack: QuacK) -> None:
-        self._quack = quack
+    def __init__(self, quack: QuacK, masters: Masters | None = None) -> None:
+        self._quack, self._masters = quack, masters
         self._pieces, self._runs = cut(quack.plan, quack.params)
         self._names = {id(p): name for name, p in quack.params.items()}
         self._squares: Tensor | None = None
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[tuple[int, ...]] = []
 
     def pieces_of(self, param: Tensor) -> tuple[Piece | None, ...]:
         """The pieces that a parameter is updated in; the whole of one without heads."""
@@ -233,15 +260,21 @@ class Heads:
         self._seen = self._states()
         self._quack.publish()
 
-    def _states(self) -> list[tuple[int, int]]:
+    def _weight(self, name: str) -> Tensor:
+        """What is updated for a parameter."""
+        param = self._quack.params[name]
+        return param.detach() if self._masters is None else self._masters.of(param)
+
+    def _states(self) -> list[tuple[int, ...]]:
         """Tells whether a weight was written since: torch counts the writes into each tensor."""
-        return [(p._version, p.data_ptr()) for p in self._quack.params.values()]
+        weights = ((p, self._weight(name)) for name, p in self._quack.params.items())
+        return [(p._version, p.data_ptr(), weight.data_ptr()) for p, weight in weights]
 
     def _measured(self) -> Tensor:
         """Squared norms of the runs as the weights are now."""
         dtype = norm_dtype(self._quack.params)
         squares = [
-            piece.squares(piece.of(self._quack.params[name].detach()).to(dtype)).to(self._runs.owners.device)
+            piece.squares(piece.of(self._weight(name)).to(dtype)).to(self._runs.owners.device)
             for name, pieces in self._pieces.items()
             for piece in pieces
             if piece.first is not None
@@ -286,7 +319,7 @@ def _make_apply(rule: UpdateRule, sums: bool) -> Callable[..., dict[int, Tensor]
     ) -> dict[int, Tensor]:
         """The squared norms of the runs that were written, by the first of each piece."""
         new_squares: dict[int, Tensor] = {}
-        for weight, grad, slots, column, flags, piece in jobs:
+        for weight, grad, slots, column, flags, piece, rounded in jobs:
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             scalars = tuple(c.to(wide) for c in coefficients[:, column].unbind())
             w, g = weight.to(wide), grad.to(wide)
@@ -299,6 +332,8 @@ def _make_apply(rule: UpdateRule, sums: bool) -> Callable[..., dict[int, Tensor]
             if sums and piece is not None and first is not None and scales is not None:
                 new_squares[first] = piece.squares(written.to(scales.dtype))
             weight.copy_(written)
+            if rounded is not None:
+                rounded.copy_(written.to(rounded.dtype))
             for slot, value in zip(slots, new, strict=True):
                 slot.copy_(_unless(gate.finite, slot, value.to(slot.dtype)))
         return new_squares

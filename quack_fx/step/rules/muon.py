@@ -54,14 +54,14 @@ class MuonRule(UpdateRule):
 
     def directions(self, grads: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], gate: Gate) -> Gate:
         """Momentum, and its orthogonalisation in place of the gradient, which is clipped by then."""
-        for grad, group, state in zip(grads, groups, states, strict=True):
-            if gate.clip is not None:
-                grad.mul_(gate.clip.to(grad.dtype))
+        for given, group, state in zip(grads, groups, states, strict=True):
             momentum = state["momentum_buffer"]
+            grad = given.to(momentum.dtype)
+            grad = grad if gate.clip is None else grad * gate.clip.to(grad.dtype)
             new = momentum.lerp(grad, 1 - group["momentum"])
             momentum.copy_(new if gate.finite is None else torch.where(gate.finite, new, momentum))
             ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-            grad.copy_(_zeropower_via_newtonschulz(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"]))
+            given.copy_(_zeropower_via_newtonschulz(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"]))
         return Gate(finite=gate.finite)
 
     def change(
