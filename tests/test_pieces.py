@@ -1,8 +1,9 @@
-"""Pieces cover a weight once, and their runs give the norms and scales of the units: against the rows one by one."""
+"""Pieces cover a weight once, and their spans give the norms and scales of the units: against the rows one by one."""
 
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -42,14 +43,15 @@ def plans(draw: Any) -> tuple[FactorPlan, dict[str, Tensor]]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(plans())
-def test_pieces_cover_once_and_measure_the_units(case: tuple[FactorPlan, dict[str, Tensor]]) -> None:
+@given(plans(), st.sampled_from((4096, 4)))
+def test_pieces_cover_once_and_measure_the_units(case: tuple[FactorPlan, dict[str, Tensor]], span: int) -> None:
     plan, params = case
-    pieces, runs = cut(plan, params)
+    with patch("quack_fx.step.pieces._SPAN", span):
+        pieces, spans = cut(plan, params)
     assert pieces.keys() == params.keys()
-    squares = torch.empty(len(runs.owners), dtype=torch.float64).fill_(torch.nan)
+    squares = torch.empty(len(spans.owners), dtype=torch.float64).fill_(torch.nan)
     scales = torch.rand(len(plan.units), dtype=torch.float64) + 0.5
-    by_run = runs.spread(scales)
+    by_span = spans.spread(scales)
     tables = plan.tables(torch.device("cpu"))
     by_row = tables.spread(scales)
     for name, parts in pieces.items():
@@ -57,17 +59,17 @@ def test_pieces_cover_once_and_measure_the_units(case: tuple[FactorPlan, dict[st
         for piece in parts:
             piece.of(count).add_(1)
             if piece.first is not None:
-                own = slice(piece.first, piece.first + piece.count)
+                own = slice(piece.numbers().start, piece.numbers().stop)
                 assert squares[own].isnan().all()
                 squares[own] = piece.squares(piece.of(params[name]))
-                piece.of(spread).mul_(piece.along(by_run[own], piece.of(spread)))
+                piece.of(spread).mul_(piece.along(by_span[own], piece.of(spread)))
         assert (count == 1).all()
         expected = torch.ones_like(spread)
         for strip in (strip for strip in tables.strips if strip.name == name):
             rows = by_row[strip.offset : strip.offset + strip.stop - strip.start]
             strip.of(expected).copy_(rows.view(-1, *[1] * (expected.dim() - 1)).expand_as(strip.of(expected)))
         assert torch.equal(spread, expected)
-    assert torch.allclose(runs.norms(squares), unit_norms(plan, params), rtol=1e-12)
+    assert torch.allclose(spans.norms(squares), unit_norms(plan, params), rtol=1e-12)
 
 
 def heads(param: str, count: int, size: int, start: int = 0, stride: int | None = None) -> list[Unit]:
@@ -90,4 +92,17 @@ def test_equal_heads_are_one_piece(name: str) -> None:
     units, length, expected = PATTERNS[name]
     pieces, _ = cut(FactorPlan(tuple(units), ((0,),), ()), {"w": torch.zeros(length, 5)})
     assert [(p.count, p.size, p.first is not None) for p in pieces["w"]] == expected
-    assert all(p.of(torch.zeros(length, 5)).shape == (p.count, p.size * 5) for p in pieces["w"])
+    assert all(p.of(torch.zeros(length, 5)).shape == (p.count, 1, p.size * 5) for p in pieces["w"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "spans"),
+    [(64, 768, 12), (64, 64, 1), (128, 1600, 50), (64, 1601, 32), (1, 4097, 1)],
+)
+def test_long_runs_are_cut_into_equal_spans(rows: int, columns: int, spans: int) -> None:
+    """Into as few as are short enough; of 4097 numbers, 17 * 241, there are none that are not very short."""
+    weight = torch.zeros(2 * rows, columns)
+    pieces, table = cut(FactorPlan(tuple(heads("w", 2, rows)), ((0, 1),), ()), {"w": weight})
+    (piece,) = pieces["w"]
+    assert piece.spans == spans and piece.of(weight).shape == (2, spans, rows * columns // spans)
+    assert table.of_unit.tolist() == [list(range(spans)), list(range(spans, 2 * spans))]

@@ -50,16 +50,20 @@ class PlanTables:
         strips: The strips, in the order of their flat rows.
         buckets: Units of equal size together; for each size, the flat rows of its units, int64 [units, size].
         order: Place of each unit among the units of all buckets, int64 [n_units].
-        members: Unit at each place of each term, n_units where the term is shorter, int64 [terms, longest].
-        others: Units at the other places of the term, padded likewise, int64 [terms, longest, longest - 1].
+        others: For each place of each term, the units at its other places, n_units where the term is shorter, int64
+            [terms, longest, longest - 1].
+        places: Units of equally many terms together; for each number, the places of its units in all terms one after
+            the other, int64 [units, number].
+        place_order: Place of each unit among the units of all of them, int64 [n_units].
         owners: Units that contain each flat row, n_units for a row of none, int64 [rows, most units of one row].
     """
 
     strips: tuple[Strip, ...]
     buckets: tuple[Tensor, ...]
     order: Tensor
-    members: Tensor
     others: Tensor
+    places: tuple[Tensor, ...]
+    place_order: Tensor
     owners: Tensor
 
     @classmethod
@@ -77,21 +81,19 @@ class PlanTables:
             n_rows += stop - start
 
         flat: list[Tensor] = []  # flat rows of each unit
-        by_size: defaultdict[int, list[int]] = defaultdict(list)
-        for i, unit in enumerate(plan.units):
+        for unit in plan.units:
             shifts = [strips[part].offset - strips[part].start for part in unit.parts()]
             flat.append(torch.cat([torch.arange(a + by, b + by) for by in shifts for a, b in unit.ranges]))
-            by_size[len(flat[i])].append(i)
-        order = torch.empty(len(flat), dtype=torch.int64)
-        order[[i for bucket in by_size.values() for i in bucket]] = torch.arange(len(flat))
-
-        members, others = _term_tables(plan)
+        buckets, order = _by_length(flat)
+        others, places = _term_tables(plan)
+        by_number, place_order = _by_length(places)
         return cls(
             strips=tuple(strips.values()),
-            buckets=tuple(torch.stack([flat[i] for i in bucket]) for bucket in by_size.values()),
+            buckets=buckets,
             order=order,
-            members=members,
             others=others,
+            places=by_number,
+            place_order=place_order,
             owners=_owners(flat, n_rows),
         )
 
@@ -100,7 +102,11 @@ class PlanTables:
         return PlanTables(
             self.strips,
             tuple(bucket.to(device) for bucket in self.buckets),
-            *(table.to(device) for table in (self.order, self.members, self.others, self.owners)),
+            self.order.to(device),
+            self.others.to(device),
+            tuple(places.to(device) for places in self.places),
+            self.place_order.to(device),
+            self.owners.to(device),
         )
 
     def sum_rows(self, rows: Tensor) -> Tensor:
@@ -114,23 +120,37 @@ class PlanTables:
 
     def factors(self, norms: Tensor) -> Tensor:
         """What the one rule makes of the norms of the units: [n_units] -> [n_units]."""
-        products = torch.cat([norms, norms.new_ones(1)])[self.others].prod(-1)
-        largest = norms.new_zeros(len(norms) + 1)
-        largest = largest.scatter_reduce(0, self.members.flatten(), products.flatten(), "amax")
-        return largest[:-1].reciprocal()
+        if not self.places:
+            return norms
+        products = torch.cat([norms, norms.new_ones(1)])[self.others].prod(-1).flatten()
+        return torch.cat([products[places].amax(-1) for places in self.places])[self.place_order].reciprocal()
 
     def spread(self, scales: Tensor) -> Tensor:
         """Scale of each flat row, the smallest of its units' scales, 1 for a row of none: [n_units] -> [rows]."""
         return torch.cat([scales, scales.new_ones(1)])[self.owners].amin(-1)
 
 
-def _term_tables(plan: FactorPlan) -> tuple[Tensor, Tensor]:
-    """`members` and `others` of `PlanTables`."""
+def _by_length(rows: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Rows of equal length stacked, in the order in which their lengths appear, and where each row is among them."""
+    by_length: defaultdict[int, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        by_length[len(row)].append(i)
+    order = torch.empty(len(rows), dtype=torch.int64)
+    order[[i for alike in by_length.values() for i in alike]] = torch.arange(len(rows))
+    return tuple(torch.stack([rows[i] for i in alike]) for alike in by_length.values()), order
+
+
+def _term_tables(plan: FactorPlan) -> tuple[Tensor, list[Tensor]]:
+    """`others` of `PlanTables`, and the places of each unit in all terms one after the other."""
     longest = max(map(len, plan.terms), default=1)
     padded = [[*term, *[len(plan.units)] * (longest - len(term))] for term in plan.terms]
     members = torch.tensor(padded, dtype=torch.int64).view(len(plan.terms), longest)
     elsewhere = torch.tensor([[j for j in range(longest) if j != i] for i in range(longest)], dtype=torch.int64)
-    return members, members[:, elsewhere]
+    places: list[list[int]] = [[] for _ in plan.units]
+    for t, term in enumerate(plan.terms):
+        for i, unit in enumerate(term):
+            places[unit].append(t * longest + i)
+    return members[:, elsewhere], [torch.tensor(own, dtype=torch.int64) for own in places]
 
 
 def _owners(flat: list[Tensor], n_rows: int) -> Tensor:

@@ -2,14 +2,15 @@
 
 In: a model, the user's optimizer, maybe a loss function and a layout. Out: `step(*batch, **batch) -> loss`.
 
-Two graphs: the loss (with its backward) and the update. The optimizer stays the user's: its groups, schedulers and
-`state_dict()` are the ordinary ones, over its own state tensors.
+A graph for the loss (with its backward) and a few for the update. The optimizer stays the user's: its groups,
+schedulers and `state_dict()` are the ordinary ones, over its own state tensors.
 
     loss.py     the loss of one batch as one function
     rules/      the arithmetic of each optimizer that is compiled
     pieces.py   weights cut so that a head is one long row
     masters.py  fp32 copies of weights in half precision
-    update.py   all weights, their state and the norms that one step leaves to the next
+    loops.py    the compiled calls that change weights and state
+    update.py   one optimizer's update, and the norms that one step leaves to the next
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """USER: parameters cut into pieces in which every head is one long row, so that one loop updates and measures it.
 
-In: a `FactorPlan` and the parameters. Out: for each tensor its `Piece`s, which cover it once, and `Runs`, which take
-the squared norms of their rows to the plan's units and the units' scales back.
+In: a `FactorPlan` and the parameters. Out: for each tensor its `Piece`s, which cover it once, and `Spans`, which take
+the squared norms of their parts to the plan's units and the units' scales back.
 
-A *run* is a stretch of rows that belong to the same units. Equal runs that follow each other at equal distances (heads,
-mostly) are one piece, viewed as [runs, everything in one run]: an update in that shape reads weight, gradient and
-moments once, scales each run by its own number, and sums up the squares of what it writes. Cut any finer, or with the
-rows left as they are, the compiler writes two loops.
+A *run* is a stretch of rows that belong to the same units. Equal runs that follow each other at equal distances
+(heads, mostly) are one piece. A run is cut into *spans* of a few thousand numbers, and the piece viewed as [runs,
+spans, numbers of a span]: an update in that shape reads weight, gradient and moments once, scales each span by its own
+number, and sums up the squares of what it writes. With one number for a whole run, or the rows left as they are, the
+compiler writes two loops; with longer spans, it sums in a slower way that keeps more digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -22,6 +23,9 @@ from quack_fx.factors import FactorPlan
 
 _LONGEST_PATTERN = 8
 """Runs after which a pattern has to begin anew: queries, keys, values, gates of one head in a fused weight."""
+
+_SPAN = 4096
+"""Numbers that are summed up in one go, at most; above that, Inductor's loops for CPUs keep a stack of sums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,9 @@ class Piece:
         stride: Rows from one run to the next.
         skip: Rows before the run in its part of the block.
         size: Rows of a run.
-        first: Number of its first run in `Runs`; None for rows of no unit.
+        spans: Spans of a run.
+        flat: Whether a run is one stretch of memory.
+        first: Number of its first span in `Spans`; None for rows of no unit.
     """
 
     axis: int
@@ -44,49 +50,63 @@ class Piece:
     stride: int
     skip: int
     size: int
+    spans: int
+    flat: bool
     first: int | None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece of a tensor, a view: [runs, the rest] where the axis is the first, else [..., runs, size, ...]."""
+        """The piece of a tensor, a view: [runs, spans, the rest] where it is flat, else [..., runs, size, ...]."""
         block = tensor.narrow(self.axis, self.start, self.count * self.stride)
-        if self.axis > 0 or not tensor.is_contiguous():
+        if not self.flat:
             split: Tensor = block.unflatten(self.axis, (self.count, self.stride))
             return split.narrow(self.axis + 1, self.skip, self.size)
         rest = block[0].numel()
         runs: Tensor = block.view(self.count, self.stride * rest).narrow(1, self.skip * rest, self.size * rest)
-        return runs
+        return runs.view(self.count, self.spans, -1)
+
+    def numbers(self) -> range:
+        """Numbers of its spans among those of all; none for rows of no unit."""
+        return range(0) if self.first is None else range(self.first, self.first + self.count * self.spans)
+
+    def anywhere(self) -> Piece:
+        """An equal piece, the same for all that are equal but for where they lie."""
+        return replace(self, start=0, skip=0, first=None)
 
     def along(self, scales: Tensor, piece: Tensor) -> Tensor:
-        """A number for each run, shaped to broadcast over the piece."""
+        """A number for each of its spans, shaped to broadcast over the piece."""
+        if self.flat:
+            return scales.view(self.count, self.spans, 1)
         return scales.view([-1 if d == self.axis else 1 for d in range(piece.dim())])
 
     def squares(self, piece: Tensor) -> Tensor:
-        """Squared norm of each run: [runs]."""
+        """Squared norm of each span: [runs * spans]."""
+        if self.flat:
+            return piece.square().sum(-1).flatten()
         return piece.square().sum([d for d in range(piece.dim()) if d != self.axis])
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """What ties runs to units.
+class Spans:
+    """What ties spans to units.
 
     Attributes:
-        of_unit: Runs of each unit, n_runs where it has fewer than another, int64 [n_units, most].
-        owners: Units of each run, n_units likewise, int64 [n_runs, most].
+        of_unit: Spans of each unit, n_spans where it has fewer than another, int64 [n_units, most].
+        owners: Units of each span, n_units likewise, int64 [n_spans, most].
     """
 
     of_unit: Tensor
     owners: Tensor
 
     def norms(self, squares: Tensor) -> Tensor:
-        """Norm of every unit from the squared norms of the runs: [n_runs] -> [n_units]."""
+        """Norm of every unit from the squared norms of the spans: [n_spans] -> [n_units]."""
         return torch.cat([squares, squares.new_zeros(1)])[self.of_unit].sum(-1).sqrt()
 
     def spread(self, scales: Tensor) -> Tensor:
-        """Scale of every run, the smallest of its units': [n_units] -> [n_runs]."""
+        """Scale of every span, the smallest of its units': [n_units] -> [n_spans]."""
         return torch.cat([scales, scales.new_full((1,), torch.inf)])[self.owners].amin(-1)
 
 
-def cut(plan: FactorPlan, params: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Piece, ...]], Runs]:
+def cut(plan: FactorPlan, params: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Piece, ...]], Spans]:
     """Cut the parameters of a plan into pieces.
 
     Arguments:
@@ -94,25 +114,25 @@ def cut(plan: FactorPlan, params: Mapping[str, Tensor]) -> tuple[dict[str, tuple
         params: Its parameters, whole, by name.
 
     Returns:
-        The pieces of each, and the tables of all their runs, on the device of the first.
+        The pieces of each, and the tables of all their spans, on the device of the first.
 
     Example:
         >>> from quack_fx.factors import Unit
         >>> heads = tuple(Unit("q", 0, ((4 * h, 4 * h + 4),), None) for h in range(2))
         >>> cut(FactorPlan(heads, ((0, 1),), ()), {"q": torch.zeros(9, 3)})[0]["q"]
-        (Piece(axis=0, start=0, count=2, stride=4, skip=0, size=4, first=0), Piece(axis=0, start=8, count=1, ...))
+        (Piece(axis=0, start=0, count=2, stride=4, skip=0, size=4, spans=1, flat=True, first=0), Piece(axis=0, ...))
     """
     owners: list[tuple[int, ...]] = []
     pieces: dict[str, tuple[Piece, ...]] = {}
     for (name, axis), edges in _edges(plan).items():
         runs = list(_runs(edges, params[name].shape[axis]))
-        pieces[name] = tuple(_pieces(axis, runs, owners))
+        pieces[name] = tuple(_pieces(params[name], axis, runs, owners))
     of_unit: list[list[int]] = [[] for _ in plan.units]
-    for run, units in enumerate(owners):
+    for span, units in enumerate(owners):
         for unit in units:
-            of_unit[unit].append(run)
+            of_unit[unit].append(span)
     device = next(iter(params.values())).device if params else None
-    return pieces, Runs(_padded(of_unit, len(owners), device), _padded(owners, len(plan.units), device))
+    return pieces, Spans(_padded(of_unit, len(owners), device), _padded(owners, len(plan.units), device))
 
 
 _Run = tuple[int, tuple[int, ...]]
@@ -141,9 +161,10 @@ def _runs(edges: dict[int, list[int]], length: int) -> list[_Run]:
     return runs
 
 
-def _pieces(axis: int, runs: list[_Run], owners: list[tuple[int, ...]]) -> list[Piece]:
-    """Pieces of one tensor; the units of their runs are added to `owners`."""
+def _pieces(tensor: Tensor, axis: int, runs: list[_Run], owners: list[tuple[int, ...]]) -> list[Piece]:
+    """Pieces of one tensor; the units of their spans are added to `owners`."""
     made: list[Piece] = []
+    flat = axis == 0 and tensor.is_contiguous()
     start = 0
     while runs:
         period, count = _pattern(runs)
@@ -151,13 +172,20 @@ def _pieces(axis: int, runs: list[_Run], owners: list[tuple[int, ...]]) -> list[
         skip = 0
         for i, (size, units) in enumerate(runs[:period]):
             first = len(owners) if units else None
+            spans = _spans(size * tensor[0].numel()) if flat else 1
             if units:
-                owners += [runs[i + period * n][1] for n in range(count)]
-            made.append(Piece(axis, start, count, stride, skip, size, first))
+                owners += [runs[i + period * n][1] for n in range(count) for _ in range(spans)]
+            made.append(Piece(axis, start, count, stride, skip, size, spans, flat, first))
             skip += size
         start += count * stride
         runs = runs[period * count :]
     return made
+
+
+def _spans(numbers: int) -> int:
+    """Into how many equal spans a run is cut: the fewest that are short enough, unless they are very short."""
+    fewest = max(1, -(-numbers // _SPAN))
+    return next((n for n in range(fewest, 4 * fewest) if numbers % n == 0), 1)
 
 
 def _pattern(runs: list[_Run]) -> tuple[int, int]:

@@ -11,29 +11,22 @@ counts) enters as a tensor: nothing is ever recompiled for it, and nothing waits
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from quack_fx.errors import first_line
 from quack_fx.factors import PlanTables, norm_dtype
 from quack_fx.optim import QuacK
+from quack_fx.step.loops import Flags, Job, Loops
 from quack_fx.step.loss import own_code
 from quack_fx.step.masters import Masters
-from quack_fx.step.pieces import Piece, Runs, cut
+from quack_fx.step.pieces import Piece, Spans, cut
 from quack_fx.step.rules import Gate, Group, State, UpdateRule, rule_of
-
-Flags = tuple[bool, ...]
-Job = tuple[Tensor, Tensor, tuple[Tensor, ...], int, Flags, Piece | None, Tensor | None]
-"""A weight or a piece of one, its gradient, its state, its column of coefficients, its options, which piece, and where
-to write it rounded."""
 
 
 class Update:
@@ -64,10 +57,9 @@ class Update:
             self._rule.check(group, skip_nonfinite)
         self._masters = Masters(optimizer) if master_weights else None
         self._heads = Heads(quack, self._masters) if quack is not None else None
-        # Inductor on CPUs fuses the few numbers of the first into the loops of the second, and fails: two graphs.
+        # Inductor on CPUs fuses the few numbers of the first into the loops of the others, and fails: apart.
         self._measure = compile(_make_measure(clip_grad_norm, skip_nonfinite))
-        self._apply = compile(_make_apply(self._rule, sums=True))
-        self._compile = compile
+        self._loops = Loops(rule, compile)
         self._cuts: dict[Tensor, _Cut] = {}
 
     @staticmethod
@@ -110,20 +102,11 @@ class Update:
             for job in self._jobs(column, *work)
         ]
         coefficients = coefficients.to(params[0].device, non_blocking=True)
-        try:
-            new_squares = self._apply(jobs, coefficients, left, scales)
-        except BackendCompilerFailed as error:
-            # Nothing has run yet. Inductor on CPUs fails on some sets of heads of unlike size (an MLA's): those are
-            # measured by themselves.
-            self._apply = self._compile(_make_apply(self._rule, sums=False))
-            warnings.warn(
-                f"norms cost a pass of their own: Inductor fails on this update ({first_line(error)})", stacklevel=2
-            )
-            new_squares = self._apply(jobs, coefficients, left, scales)
+        self._loops.run(jobs, coefficients, left, scales)
         if self._masters is not None:
             self._masters.written(params)
         if self._heads is not None:
-            self._heads.written(new_squares)
+            self._heads.written()
         return gate
 
     def _numbers(self, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, ...]:
@@ -151,17 +134,19 @@ class Update:
         for view in known.views:
             place = view.place
             part = grad if place is None else grad.as_strided(place[0], place[1], grad.storage_offset() + place[2])
-            yield view.weight, part, view.slots, column, flags, view.piece, view.rounded
+            yield Job(view.weight, part, view.slots, view.rounded, column, flags, view.piece, view.squares, view.kind)
 
     def _cut(self, param: Tensor, weight: Tensor, slots: list[Tensor]) -> Iterator[_View]:
         rounded = None if weight.dtype == param.dtype else param.detach()
         for piece in self._heads.pieces_of(param) if self._heads is not None else (None,):
             if piece is None:
-                yield _View(None, weight, tuple(slots), rounded, None)
+                yield _View(None, weight, tuple(slots), rounded, None, None, None)
                 continue
-            part = piece.of(weight)
+            part, low = piece.of(weight), None if rounded is None else piece.of(rounded)
             place = part.shape, part.stride(), int(part.storage_offset() - weight.storage_offset())
-            yield _View(piece, part, tuple(map(piece.of, slots)), None if rounded is None else piece.of(rounded), place)
+            kind = piece.anywhere(), tuple(part.shape), part.stride(), part.dtype
+            squares = None if self._heads is None else self._heads.squares_of(piece)
+            yield _View(piece, part, tuple(map(piece.of, slots)), low, place, squares, kind)
 
 
 @dataclass(frozen=True)
@@ -174,6 +159,8 @@ class _View:
         slots: That of its state.
         rounded: That of the parameter where the weight is its master, else None.
         place: Where it lies: size, stride, offset; None for the whole.
+        squares: Where its squared norms go; None where it has none.
+        kind: Equal for equal pieces of equal tensors.
     """
 
     piece: Piece | None
@@ -181,6 +168,8 @@ class _View:
     slots: tuple[Tensor, ...]
     rounded: Tensor | None
     place: tuple[Sequence[int], Sequence[int], int] | None
+    squares: Tensor | None
+    kind: Any
 
 
 @dataclass(frozen=True)
@@ -211,13 +200,13 @@ class Scaling:
 
     Attributes:
         tables: Which units are multiplied with each other.
-        runs: Which runs are which units.
+        spans: Which spans are of which units.
         tau: Scale of the learning rate at the start.
         init: Factors at the start of training, [n_units].
     """
 
     tables: PlanTables
-    runs: Runs
+    spans: Spans
     tau: float
     init: Tensor
 
@@ -232,9 +221,10 @@ class Heads:
 
     def __init__(self, quack: QuacK, masters: Masters | None = None) -> None:
         self._quack, self._masters = quack, masters
-        self._pieces, self._runs = cut(quack.plan, quack.params)
+        self._pieces, self._spans = cut(quack.plan, quack.params)
         self._names = {id(p): name for name, p in quack.params.items()}
-        self._squares: Tensor | None = None
+        owners = self._spans.owners
+        self._squares = torch.empty(len(owners), dtype=norm_dtype(quack.params), device=owners.device)
         self._seen: list[tuple[int, ...]] = []
 
     def pieces_of(self, param: Tensor) -> tuple[Piece | None, ...]:
@@ -242,21 +232,25 @@ class Heads:
         name = self._names.get(id(param))
         return (None,) if name is None else self._pieces[name]
 
+    def squares_of(self, piece: Piece) -> Tensor | None:
+        """Where the squared norms of a piece are kept, [spans of the piece]; None where it has none."""
+        numbers = piece.numbers()
+        return self._squares[numbers.start : numbers.stop] if numbers else None
+
     def squares(self) -> Tensor:
-        """Squared norms of the runs, [n_runs]: those that the last step left, or computed anew where it left none or
+        """Squared norms of the spans, [n_spans]: those that the last step left, or computed anew where it left none or
         somebody has changed a weight since."""
-        if self._squares is None or self._seen != self._states():
-            self._squares = self._measured()
+        if self._seen != self._states():
+            self._measure()
         return self._squares
 
     def scaling(self) -> Scaling:
         """What turns them into scales."""
         init = self._quack.init_factors
-        return Scaling(self._quack.plan.tables(init.device), self._runs, self._quack.tau, init)
+        return Scaling(self._quack.plan.tables(init.device), self._spans, self._quack.tau, init)
 
-    def written(self, parts: dict[int, Tensor]) -> None:
-        """Take note that a step is done, and of the squared norms of the runs that it wrote, by their first."""
-        self._squares = _filled(parts, self._squares) if parts and self._squares is not None else None
+    def written(self) -> None:
+        """Take note that a step is done, and that the squared norms are those of the weights that it wrote."""
         self._seen = self._states()
         self._quack.publish()
 
@@ -267,26 +261,26 @@ class Heads:
 
     def _states(self) -> list[tuple[int, ...]]:
         """Tells whether a weight was written since: torch counts the writes into each tensor."""
-        weights = ((p, self._weight(name)) for name, p in self._quack.params.items())
-        return [(p._version, p.data_ptr(), weight.data_ptr()) for p, weight in weights]
+        params = self._quack.params
+        if self._masters is None:
+            return [(p._version, p.data_ptr()) for p in params.values()]
+        return [(p._version, p.data_ptr(), self._masters.of(p).data_ptr()) for p in params.values()]
 
-    def _measured(self) -> Tensor:
-        """Squared norms of the runs as the weights are now."""
-        dtype = norm_dtype(self._quack.params)
-        squares = [
-            piece.squares(piece.of(self._weight(name)).to(dtype)).to(self._runs.owners.device)
-            for name, pieces in self._pieces.items()
-            for piece in pieces
-            if piece.first is not None
-        ]
-        return torch.cat(squares)
+    def _measure(self) -> None:
+        """Squared norms of the spans as the weights are now."""
+        for name, pieces in self._pieces.items():
+            weight = self._weight(name)
+            for piece in pieces:
+                squares = self.squares_of(piece)
+                if squares is not None:
+                    squares.copy_(piece.squares(piece.of(weight).to(squares.dtype)))
 
 
 def _make_measure(clip_grad_norm: float | None, skip_nonfinite: bool) -> Callable[..., Any]:
     """The function, to be compiled, that looks at all gradients and at the norms of the heads."""
 
     def measure(grads: list[Tensor], squares: Tensor | None, scaling: Scaling | None) -> tuple[Gate, Tensor | None]:
-        """What is to be known of all gradients, if there are any, and the scale of every run; None for what is not
+        """What is to be known of all gradients, if there are any, and the scale of every span; None for what is not
         asked."""
         clip = _clip(grads, clip_grad_norm) if grads and clip_grad_norm is not None else None
         finite = torch.stack([g.isfinite().all() for g in grads]).all() if grads and skip_nonfinite else None
@@ -303,55 +297,6 @@ def _clip(grads: list[Tensor], limit: float) -> Tensor:
 
 
 def _scales(squares: Tensor, scaling: Scaling) -> Tensor:
-    """tau * factor / initial factor of every run, from the squared norms of the runs: [n_runs] -> [n_runs]."""
-    now = scaling.tables.factors(scaling.runs.norms(squares))
-    return scaling.runs.spread(scaling.tau * (now / scaling.init))
-
-
-def _make_apply(rule: UpdateRule, sums: bool) -> Callable[..., dict[int, Tensor]]:
-    """The function, to be compiled, that changes weights and state and, with `sums`, measures the new heads."""
-
-    def apply(
-        jobs: list[Job],
-        coefficients: Tensor,
-        gate: Gate,
-        scales: Tensor | None,
-    ) -> dict[int, Tensor]:
-        """The squared norms of the runs that were written, by the first of each piece."""
-        new_squares: dict[int, Tensor] = {}
-        for weight, grad, slots, column, flags, piece, rounded in jobs:
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            scalars = tuple(c.to(wide) for c in coefficients[:, column].unbind())
-            w, g = weight.to(wide), grad.to(wide)
-            g = g if gate.clip is None else g * gate.clip.to(wide)
-            change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
-            first = None if piece is None else piece.first
-            if piece is not None and first is not None and scales is not None:
-                change = change * piece.along(scales[first : first + piece.count], w).to(wide)
-            written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
-            if sums and piece is not None and first is not None and scales is not None:
-                new_squares[first] = piece.squares(written.to(scales.dtype))
-            weight.copy_(written)
-            if rounded is not None:
-                rounded.copy_(written.to(rounded.dtype))
-            for slot, value in zip(slots, new, strict=True):
-                slot.copy_(_unless(gate.finite, slot, value.to(slot.dtype)))
-        return new_squares
-
-    return own_code(apply)
-
-
-def _unless(finite: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
-    """The new value, or the old one where the gradients are not finite."""
-    return new if finite is None else torch.where(finite, new, old)
-
-
-def _filled(parts: dict[int, Tensor], old: Tensor) -> Tensor:
-    """New squared norms by the number of their first run, with the old ones where none are new."""
-    laid: list[Tensor] = []
-    place = 0
-    for first in sorted(parts):
-        laid += [old[place:first]] if place < first else []
-        laid.append(parts[first])
-        place = first + len(parts[first])
-    return torch.cat([*laid, old[place:]])
+    """tau * factor / initial factor of every span, from the squared norms of the spans: [n_spans] -> [n_spans]."""
+    now = scaling.tables.factors(scaling.spans.norms(squares))
+    return scaling.spans.spread(scaling.tau * (now / scaling.init))

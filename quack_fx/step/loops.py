@@ -1,0 +1,186 @@
+"""USER: the compiled loops that change weights and state.
+
+In: jobs, each a weight or a piece of one with its gradient and state. Out: nothing; weights and state are written, and
+the squared norms that the pieces of heads have now.
+
+What has no heads is one compiled call. Pieces with heads go in calls of a few of equal shape, so that equal layers
+share a compiled call; which columns of coefficients and which scales are theirs enters as a tensor. A few, because
+Inductor fuses nothing that is far apart in a graph, and the writes of all state stand at its end: in a longer graph,
+some moments of heads would be read and written by a loop of their own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+from quack_fx.errors import first_line
+from quack_fx.step.loss import own_code
+from quack_fx.step.pieces import Piece
+from quack_fx.step.rules import Gate, UpdateRule
+
+Flags = tuple[bool, ...]
+
+_MOST = 6
+"""Pieces in one call: nodes of a graph that are 64 places apart are not fused, and a piece makes up to ten."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A weight, or a piece of one, and what its update reads and writes.
+
+    Attributes:
+        weight: What is updated.
+        grad: Its gradient.
+        slots: Its state, as the rule has it.
+        rounded: Where to write the new weight in the parameter's own type, where it is a master; else None.
+        column: Which column of coefficients is its own.
+        flags: Options of its group.
+        piece: Which piece of a weight with heads it is; None where it has none.
+        squares: Where to write the squared norms of its spans; None where it has none.
+        kind: What its compiled call depends on besides; equal for equal pieces, wherever they lie.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    slots: tuple[Tensor, ...]
+    rounded: Tensor | None
+    column: int
+    flags: Flags
+    piece: Piece | None
+    squares: Tensor | None
+    kind: Any
+
+
+_Work = tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None, Flags]
+"""What a loop is given of a job: weight, gradient, state, where to write it rounded and the squares; options."""
+
+
+class Loops:
+    """The compiled calls of one optimizer.
+
+    Arguments:
+        rule: Its arithmetic.
+        compile: Wraps each function, `torch.compile` with the user's options or nothing.
+    """
+
+    def __init__(self, rule: UpdateRule, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._rule, self._compile = rule, compile
+        self._made: dict[Any, Callable[..., None]] = {}
+        self._indices: dict[Any, Tensor] = {}
+
+    def run(self, jobs: Sequence[Job], coefficients: Tensor, gate: Gate, scales: Tensor | None) -> None:
+        """Do all jobs.
+
+        Arguments:
+            jobs: The jobs.
+            coefficients: Coefficients of the rule for all parameters, [coefficients, parameters].
+            gate: What was found out about the gradients and is still to be done.
+            scales: Scale of every span, [n_spans]; None without QuacK.
+        """
+        rest = [job for job in jobs if job.squares is None]
+        if rest:
+            self._call(None, rest, coefficients, gate, None, None)
+        if scales is None:
+            return
+        for (kind, flags), alike in _alike(jobs).items():
+            for some in _few(alike):
+                pieces = [job.piece for job in some if job.piece is not None]
+                own = scales[self._index(scales.device, tuple(piece.numbers() for piece in pieces))]
+                self._call((kind, flags, len(some)), some, coefficients, gate, pieces[0].anywhere(), own)
+
+    def _call(
+        self,
+        key: Any,
+        jobs: Sequence[Job],
+        coefficients: Tensor,
+        gate: Gate,
+        piece: Piece | None,
+        scales: Tensor | None,
+    ) -> None:
+        """Run the loop of some jobs; each key has one of its own, so that none counts as another's recompilation."""
+        works = [(job.weight, job.grad, job.slots, job.rounded, job.squares, job.flags) for job in jobs]
+        columns = self._index(coefficients.device, tuple(job.column for job in jobs))
+        given = works, coefficients[:, columns], gate, piece, scales
+        if key not in self._made:
+            self._made[key] = self._compile(_make_loop(self._rule, sums=True))
+        try:
+            self._made[key](*given)
+        except BackendCompilerFailed as error:
+            # Nothing has run yet. Inductor on CPUs has failed on sums of squares of some shapes.
+            self._made[key] = _with_sums_after(self._compile(_make_loop(self._rule, sums=False)))
+            warnings.warn(
+                f"norms cost a pass of their own: Inductor fails on this update ({first_line(error)})", stacklevel=2
+            )
+            self._made[key](*given)
+
+    def _index(self, device: torch.device, key: tuple[int, ...] | tuple[range, ...]) -> Tensor:
+        """Indices as a tensor, one row for each range; they are sent to the device once."""
+        if (device, key) not in self._indices:
+            rows = [list(part) if isinstance(part, range) else part for part in key]
+            self._indices[device, key] = torch.tensor(rows, dtype=torch.int64, device=device)
+        return self._indices[device, key]
+
+
+def _alike(jobs: Sequence[Job]) -> dict[tuple[Any, Flags], list[Job]]:
+    """Jobs with heads, equal ones together."""
+    found: dict[tuple[Any, Flags], list[Job]] = {}
+    for job in jobs:
+        if job.squares is not None:
+            found.setdefault((job.kind, job.flags), []).append(job)
+    return found
+
+
+def _few(jobs: Sequence[Job]) -> list[Sequence[Job]]:
+    """Jobs a few at a time, as evenly as can be, so that fewer lengths are compiled."""
+    calls = -(-len(jobs) // _MOST)
+    edges = [len(jobs) * i // calls for i in range(calls + 1)]
+    return [jobs[start:stop] for start, stop in pairwise(edges)]
+
+
+def _make_loop(rule: UpdateRule, sums: bool) -> Callable[..., None]:
+    """The function, to be compiled, that does some jobs and, with `sums`, measures what it wrote."""
+
+    def loop(works: list[_Work], coefficients: Tensor, gate: Gate, piece: Piece | None, scales: Tensor | None) -> None:
+        for i, (weight, grad, slots, rounded, squares, flags) in enumerate(works):
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            scalars = tuple(c.to(wide) for c in coefficients[:, i].unbind())
+            w, g = weight.to(wide), grad.to(wide)
+            g = g if gate.clip is None else g * gate.clip.to(wide)
+            change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
+            if piece is not None and scales is not None:
+                change = change * piece.along(scales[i], w).to(wide)
+            written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
+            if sums and piece is not None and squares is not None:
+                squares.copy_(piece.squares(written.to(squares.dtype)))
+            weight.copy_(written)
+            if rounded is not None:
+                rounded.copy_(written.to(rounded.dtype))
+            for slot, value in zip(slots, new, strict=True):
+                slot.copy_(_unless(gate.finite, slot, value.to(slot.dtype)))
+
+    return own_code(loop)
+
+
+def _with_sums_after(loop: Callable[..., None]) -> Callable[..., None]:
+    """A loop that does not measure, and a pass that does."""
+
+    def both(works: list[_Work], coefficients: Tensor, gate: Gate, piece: Piece, scales: Tensor) -> None:
+        loop(works, coefficients, gate, piece, scales)
+        for weight, *_, squares, _ in works:
+            if squares is not None:
+                squares.copy_(piece.squares(weight.to(squares.dtype)))
+
+    return both
+
+
+def _unless(finite: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    """The new value, or the old one where the gradients are not finite."""
+    return new if finite is None else torch.where(finite, new, old)
