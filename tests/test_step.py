@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import quack_fx
 from quack_fx import QKLayout, QuacK, compile_train_step
@@ -269,3 +271,102 @@ def test_refusals() -> None:
     step = compile_train_step(mlp, torch.optim.AdamW(mlp.parameters()), lambda m, x: m(x).mean(), compile=False)
     with pytest.raises(StepError, match="no query/key pairs"):
         step(torch.ones(2, 4))
+
+
+class Block(nn.Module):
+    """Layers that are computed again in the backward pass, or not."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again, self.gpt = again, small("gpt")
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        def run(x: Tensor, y: Tensor) -> Tensor:
+            loss: Tensor = self.gpt(x, y)[1]
+            return loss
+
+        return checkpoint(run, x, y, use_reentrant=False) if self.again else run(x, y)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_activation_checkpointing_changes_nothing(compile: bool) -> None:
+    torch._dynamo.reset()
+    models = [Block(again) for again in (False, True)]
+    for model in models:
+        step = compile_train_step(model, optimizer_of(model), compile=compile)
+        for x, y in batches(5):
+            step(x, y)
+        assert step.layout is not None and len(step.layout.sites) == 1
+    assert relative(*models) < 1e-6
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_autocast(compile: bool) -> None:
+    """Under autocast to bfloat16, as the eager loop with a QuacK on its optimizer."""
+    torch._dynamo.reset()
+    model = small("gpt")
+    twin = copy.deepcopy(model)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value: Tensor = m(x, y)[1]
+            return value
+
+    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
+    step = compile_train_step(model, optimizer_of(model), loss, layout=layout, clip_grad_norm=0.5, compile=compile)
+    optimizer = optimizer_of(twin)
+    QuacK(optimizer, twin, layout)
+    start = copy.deepcopy(twin)
+    for x, y in batches(10):
+        step(x, y)
+        loss(twin, x, y).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    # Compiled, products are rounded to bfloat16 elsewhere, and Adam makes much of little.
+    assert relative(model, twin) < (0.1 * relative(start, twin) if compile else 1e-5)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses every op that hands a number of a tensor to Python."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.name().split("::")[-1] not in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"lr": torch.tensor(0.01)}], ids=str)
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_update_hands_no_number_to_python(options: dict[str, Any], master_weights: bool) -> None:
+    """The first step and later ones, clipping and gate on: on a device, each such number would be waited for."""
+    model = small("gpt")
+    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
+    model = model.bfloat16() if master_weights else model
+    step = compile_train_step(
+        model,
+        torch.optim.AdamW(model.parameters(), **options),
+        layout=layout,
+        clip_grad_norm=1.0,
+        skip_nonfinite=True,
+        master_weights=master_weights,
+        compile=False,
+    )
+    for x, y in batches(3):
+        step.forward_backward(x, y)
+        with NoSync():
+            step.update()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_the_compiler(case: dict[str, Any], mode: str) -> None:
+    """On a CPU they choose other kernels at most; CUDA graphs were not to be had."""
+    torch._dynamo.reset()
+    model = copy.deepcopy(case["start"])
+    optimizer = optimizer_of(model)
+    step = compile_train_step(model, optimizer, layout=case["layout"], tau=0.5, clip_grad_norm=0.5, mode=mode)
+    scheduler = scheduler_of(optimizer)
+    for x, y in batches(50):
+        step(x, y)
+        scheduler.step()
+    assert relative(model, case["hooked"]) < 1e-5

@@ -125,7 +125,7 @@ class Loops:
         """Indices as a tensor, one row for each range; they are sent to the device once."""
         if (device, key) not in self._indices:
             rows = [list(part) if isinstance(part, range) else part for part in key]
-            self._indices[device, key] = torch.tensor(rows, dtype=torch.int64, device=device)
+            self._indices[device, key] = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
         return self._indices[device, key]
 
 

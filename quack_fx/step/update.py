@@ -95,7 +95,9 @@ class Update:
         gate = seen if gate is None else gate
         counts = self._rule.count(weights, groups, states, gate.finite)
         left = self._rule.directions(grads, groups, states, gate)
-        coefficients = torch.stack(self._rule.coefficients(counts, self._numbers(groups, counts.device)))
+        numbers = self._numbers(groups, counts.device)
+        counts = counts.to(numbers[0].device, non_blocking=True)
+        coefficients = torch.stack(self._rule.coefficients(counts, numbers))
         jobs = [
             job
             for column, work in enumerate(zip(params, weights, grads, flags, states, strict=True))
@@ -110,16 +112,23 @@ class Update:
         return gate
 
     def _numbers(self, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, ...]:
-        """Hyperparameters of each parameter's group, float64 [n] each."""
+        """Hyperparameters of each parameter's group, float64 [n] each; on a device, or where one of them is already.
+
+        Nothing here may wait for a device: what is made on the CPU is sent there without waiting, and nothing is sent
+        back.
+        """
         distinct = {id(group): group for group in groups}
         rows = [self._rule.numbers(group) for group in distinct.values()]
-        if any(isinstance(x, Tensor) for row in rows for x in row):
-            stacked = [[torch.as_tensor(x, dtype=torch.float64, device=device) for x in row] for row in rows]
-            table = torch.stack([torch.stack(row) for row in stacked])
+        tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
+        home = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
+        if tensors:
+            exact = [[torch.as_tensor(x, dtype=torch.float64).to(home, non_blocking=True) for x in row] for row in rows]
+            table = torch.stack([torch.stack(row) for row in exact])
         else:
-            table = torch.tensor(rows, dtype=torch.float64, device=device)
+            table = torch.tensor(rows, dtype=torch.float64)
         place = {key: i for i, key in enumerate(distinct)}
-        return table[[place[id(group)] for group in groups]].unbind(1)
+        each = table[torch.tensor([place[id(group)] for group in groups]).to(home, non_blocking=True)]
+        return (each.to(device, non_blocking=True) if home.type == "cpu" else each).unbind(1)
 
     def _jobs(
         self, column: int, param: Tensor, weight: Tensor, grad: Tensor, flags: Flags, state: State

@@ -62,7 +62,8 @@ class AdamRule(UpdateRule):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
                 self.add_slots(param, group, state)
         steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1.0 if finite is None else finite.to(steps[0].dtype))
+        # A list: to add one tensor to all, foreach may read its number.
+        torch._foreach_add_(steps, 1.0 if finite is None else [finite.to(steps[0].dtype)] * len(steps))
         return torch.stack(steps).double()
 
     def coefficients(self, count: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
