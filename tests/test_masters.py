@@ -65,7 +65,7 @@ def train_by_hand(model: nn.Module, make: Callable[[Any], Optimizer], layout: QK
 @pytest.mark.parametrize(("name", "compile"), [*((name, False) for name in MAKERS), ("AdamW", True)])
 def test_equals_the_loop_that_keeps_masters_itself(name: str, compile: bool, layout: QKLayout) -> None:
     """To rounding for ten steps; then what bfloat16 rounded the other way once may grow, but not to half a unit in its
-    last place (to one, compiled, which rounds elsewhere), with QuacK and without."""
+    last place (to two, compiled, which rounds elsewhere), with QuacK and without."""
     model = Model().bfloat16()
     start = copy.deepcopy(model)
     step = step_of(model, MAKERS[name], layout, compile=compile)
@@ -74,7 +74,7 @@ def test_equals_the_loop_that_keeps_masters_itself(name: str, compile: bool, lay
         if i + 1 in (10, 200):
             expected = train_by_hand(copy.deepcopy(start), MAKERS[name], layout, i + 1)
             pairs = zip(masters_of(step), expected.parameters(), strict=True)
-            assert max(relative_error(a, b) for a, b in pairs) < (2**-8 if compile else 2**-9 if i > 10 else 1e-6)
+            assert max(relative_error(a, b) for a, b in pairs) < (2**-7 if compile else 2**-9 if i > 10 else 1e-6)
     for parameter, master in zip(model.parameters(), masters_of(step), strict=True):
         assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, master.bfloat16())
 
