@@ -406,6 +406,12 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         1,
         r"site '': its key side comes out of 'k.weight', which no block claims",
     ),
+    "a way that bench does not know": (
+        {"model.py": MODEL},
+        "bench model.py --ways a,quick",
+        2,
+        r"--ways: there is no way 'quick'; choose from a,b,c,d,e,plain,quack",
+    ),
     "an empty layout": (
         {"model.py": MODEL, "l.json": json.dumps(QKLayout().to_dict())},
         "convert model.py --layout l.json",

@@ -44,7 +44,9 @@ def run(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "inspect --help", "convert -h", "verify --help"])
+@pytest.mark.parametrize(
+    "words", ["--help", "--version", "inspect --help", "convert -h", "verify --help", "bench --help"]
+)
 def test_help_comes_without_torch(words: str) -> None:
     code = (
         f"import sys; from quack_fx.cli.app import main; s = main({words.split()!r}); print(s, 'torch' in sys.modules)"
@@ -142,6 +144,19 @@ def test_convert_and_verify_take_a_layout_from_a_file(own_folder: Path, capfd: p
     assert run(capfd, "convert", GPT, "--layout", "layout.json")[:2] == run(capfd, "convert", GPT)[:2]
     status, out, err = run(capfd, "verify", GPT, "--layout", "layout.json")
     assert (status, err) == (0, "") and re.search(r"proved +blocks.\{0..3\}.attn +x4 +[\d,]+ checks", out)
+
+
+def test_bench_prints_the_table_and_writes_it(
+    own_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one way that compiles nothing; the others are those of test_bench.py."""
+    monkeypatch.setenv("COLUMNS", "160")
+    status, out, err = run(capfd, "bench", GPT, "--rounds", "2", "--ways", "a", "-o", "table.md")
+    assert status == 0 and "eager model, fused AdamW" in out and err.endswith("quack-fx: wrote table.md\n")
+    assert re.search(r"1\.9M weights, 16% of them in rows of queries and keys, 8 tokens a step", " ".join(out.split()))
+    table = (own_folder / "table.md").read_text()
+    assert table.startswith("# A training step of GPT") and "| a | eager model, fused AdamW |" in table
+    assert run(capfd, "bench", GPT, "--ways", "a", "-o", "table.md")[0] == 2  # it exists
 
 
 def test_verify_proves_what_was_found(capfd: pytest.CaptureFixture[str]) -> None:

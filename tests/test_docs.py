@@ -1,8 +1,9 @@
-"""The documentation keeps up with the code."""
+"""The documentation and the list of packages keep up with the code."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -19,3 +20,10 @@ def test_every_code_of_a_refusal_is_documented() -> None:
     documented = {code for cell in documented for code in re.findall(r"`([a-z-]+)`", cell)}
     assert {"unknown-query", "no-softmax", "one-key"} <= found
     assert found == documented
+
+
+def test_every_package_is_installed() -> None:
+    """An editable install would not miss one."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [file.parent.relative_to(ROOT) for file in (ROOT / "quack_fx").rglob("__init__.py")]
+    assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["quack_fx.cli"])

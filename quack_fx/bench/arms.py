@@ -1,4 +1,4 @@
-"""The ways to take one and the same training step that are compared with each other.
+"""USER: the ways to take one and the same training step that are compared with each other.
 
 In: a model, its layout and a loss. Out: `Arm`s: `forward(batch)` leaves gradients, `update()` uses them up.
 
@@ -13,8 +13,8 @@ In: a model, its layout and a loss. Out: `Arm`s: `forward(batch)` leaves gradien
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,9 +25,8 @@ from quack_fx.insert import insert_qk_norm
 from quack_fx.layout import QKLayout
 from quack_fx.step import compile_train_step
 
-Batch = tuple[Tensor, ...]
 Loss = Callable[..., Tensor]
-"""`loss(model, *batch)`: a scalar."""
+"""`loss(model, *args, **kwargs)`: a scalar."""
 
 MEANING = {
     "a": "eager model, fused AdamW",
@@ -39,6 +38,31 @@ MEANING = {
     "quack": "our step with QuacK",
 }
 
+_PAIR = ("plain", "quack")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        model: The model; arms train copies of it.
+        layout: Its layout.
+        loss: The loss.
+        args: Positional arguments of the loss behind the model.
+        kwargs: Named ones.
+        lr: Learning rate.
+        clip: Largest total norm of the gradients.
+    """
+
+    model: nn.Module
+    layout: QKLayout
+    loss: Loss
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 1e-4
+    clip: float = 1.0
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -46,69 +70,89 @@ class Arm:
 
     Attributes:
         model: Its own copy of the model.
-        forward: Leaves a loss and the gradients.
+        forward: Leaves the gradients, and gives the loss.
         update: Uses the gradients up.
     """
 
     model: nn.Module
-    forward: Callable[[Batch], Tensor]
+    forward: Callable[[], Tensor]
     update: Callable[[], None]
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self) -> Tensor:
         """A whole training step."""
-        loss = self.forward(batch)
+        loss = self.forward()
         self.update()
         return loss
 
 
-def arms(
-    names: Sequence[str], model: nn.Module, layout: QKLayout, loss: Loss, lr: float, clip: float
-) -> dict[str, Arm]:
+def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, str]]:
     """Arms by name, each on a copy of the model, with AdamW and the same clipping of gradients.
 
     "plain" and "quack" share a model and an optimizer: where tensors lie in memory makes a difference of some percent.
+
+    Arguments:
+        names: Which; keys of `MEANING`.
+        case: What is trained.
+
+    Returns:
+        The arms, and for those that cannot be had for this model, why.
     """
-    own, pair = (n for n in names if n not in PAIR), [n for n in names if n in PAIR]
-    made = {name: _arm(name, copy.deepcopy(model), layout, loss, lr, clip) for name in own}
-    shared = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(shared.parameters(), lr=lr)
-    for name in pair:
-        made[name] = _ours(shared, optimizer, loss, layout if name == "quack" else QKLayout(), clip)
-    return made
+    made: dict[str, Arm] = {}
+    missing: dict[str, str] = {}
+    for name in names:
+        if name not in _PAIR:
+            model = copy.deepcopy(case.model)
+            arm = _with_qk_norm(model, case) if name == "e" else _own(name, model, case)
+            if isinstance(arm, str):
+                missing[name] = arm
+            else:
+                made[name] = arm
+    shared = copy.deepcopy(case.model)
+    optimizer = _adamw(shared, case)
+    for name in (name for name in names if name in _PAIR):
+        made[name] = _ours(shared, optimizer, case.layout if name == "quack" else QKLayout(), case)
+    return made, missing
 
 
-PAIR = ("plain", "quack")
+def _adamw(model: nn.Module, case: Case) -> torch.optim.AdamW:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=case.lr, fused=True if parameters[0].is_cuda else None)
 
 
-def _ours(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, layout: QKLayout, clip: float) -> Arm:
-    step = compile_train_step(model, optimizer, loss, layout=layout, clip_grad_norm=clip)
-    return Arm(model, lambda batch: step.forward_backward(*batch), step.update)
+def _ours(model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, case: Case) -> Arm:
+    step = compile_train_step(model, optimizer, case.loss, layout=layout, clip_grad_norm=case.clip)
+    return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update)
 
 
-def _arm(name: str, model: nn.Module, layout: QKLayout, loss: Loss, lr: float, clip: float) -> Arm:
-    if name == "e":
-        insert_qk_norm(model, layout)
-        return _ours(model, torch.optim.AdamW(model.parameters(), lr=lr), loss, QKLayout(), clip)
-    compiled = loss if name == "a" else torch.compile(loss)
-    parameters = list(model.parameters())
+def _with_qk_norm(model: nn.Module, case: Case) -> Arm | str:
+    report = insert_qk_norm(model, case.layout)
+    if not report.inserted:
+        return next((left.reason for left in report.left), "it has no attention")
+    return _ours(model, _adamw(model, case), QKLayout(), case)
+
+
+def _own(name: str, model: nn.Module, case: Case) -> Arm:
+    """The arms that take torch's own step."""
+    loss = case.loss if name == "a" else torch.compile(case.loss)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     if name in ("a", "b"):
-        optimizer = torch.optim.AdamW(parameters, lr=lr, fused=True)
+        optimizer = torch.optim.AdamW(parameters, lr=case.lr, fused=True)
         step_of: Callable[[], Any] = optimizer.step
     else:
         # A learning rate in a tensor: a number would be compiled in, and a schedule would recompile every step.
-        rate = torch.tensor(lr, device=parameters[0].device)
+        rate = torch.tensor(case.lr, device=parameters[0].device)
         optimizer = torch.optim.AdamW(parameters, lr=rate, capturable=parameters[0].is_cuda)
         step_of = torch.compile(optimizer.step)
 
-    def forward(batch: Batch) -> Tensor:
-        value = compiled(model, *batch)
+    def forward() -> Tensor:
+        value = loss(model, *case.args, **case.kwargs)
         value.backward()
         return value.detach()
 
-    by_hand = _ByHand(model, layout) if name == "d" else None
+    by_hand = _ByHand(model, case.layout) if name == "d" else None
 
     def update() -> None:
-        nn.utils.clip_grad_norm_(parameters, clip)
+        nn.utils.clip_grad_norm_(parameters, case.clip)
         if by_hand is None:
             step_of()
         else:

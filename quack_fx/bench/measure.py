@@ -1,4 +1,4 @@
-"""Times that take turns, and what the machine could do at best.
+"""USER: times that take turns, and what the machine could do at best.
 
 In: functions. Out: medians and ratios with their spread. All run in one process, one after the other in every round, so
 that a machine that slows down slows all of them; a ratio is taken inside a round.
@@ -83,6 +83,18 @@ def peak_bytes(function: Callable[[], object]) -> int:
     held = [e["args"] for e in events if e.get("name") == "[memory]" and e["args"].get("Device Type") == 0]
     totals = [int(args["Total Allocated"]) for args in held]
     return max(totals) - (totals[0] - int(held[0]["Bytes"])) if totals else 0
+
+
+def launches(function: Callable[[], object]) -> int | None:
+    """Kernels that a call starts on the device; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        function()
+        synchronize()
+    starts = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+    return sum(event.name in starts for event in profile.events())
 
 
 def bandwidth(device: torch.device, size: int = 1 << 28) -> float:

@@ -1,0 +1,205 @@
+"""USER: all ways to take a training step, timed side by side.
+
+In: a `Case`. Out: a `Comparison`: for each way its step, its update alone, its peak memory and what it took to compile;
+and what the machine could do at best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from quack_fx.bench.arms import Arm, Case, arms
+from quack_fx.bench.measure import (
+    Times,
+    bandwidth,
+    launches,
+    machine,
+    matmul_rate,
+    peak_bytes,
+    synchronize,
+    take_turns,
+    time_of,
+)
+
+_OWN_TIMES = 3
+"""Updates are timed this many times as often as whole steps."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """What one way to take the step costs.
+
+    Attributes:
+        step: Seconds of a whole step.
+        update: Seconds of the optimizer alone, clipping included.
+        peak: Bytes that tensors take during a step, beyond weights and optimizer state.
+        first: Seconds of the first step, compiling included.
+        kernels: Kernels that a step starts on the device; None without one.
+    """
+
+    step: Times
+    update: Times
+    peak: int
+    first: float
+    kernels: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All ways, and the limits.
+
+    Attributes:
+        ways: Those that were taken, by name.
+        missing: Why others could not be.
+        machine: Kind of machine and versions.
+        rounds: Rounds of whole steps.
+        weights: Number of weights that are trained.
+        scaled: How many of them are rows of queries and keys.
+        tokens: Tokens in a batch; None where it is none of tokens.
+        flops: Of forward and backward, products alone.
+        update_bytes: What an update has to move: the gradient once for clipping; weight, gradient and moments read;
+            weight and moments written.
+        bandwidth: Bytes a second of a large copy.
+        rate: Flops a second of a large product.
+    """
+
+    ways: Mapping[str, Way]
+    missing: Mapping[str, str]
+    machine: str
+    rounds: int
+    weights: int
+    scaled: int
+    tokens: int | None
+    flops: int
+    update_bytes: int
+    bandwidth: float
+    rate: float
+
+    def ratio(self, one: str, other: str, what: Callable[[Way], Times]) -> str:
+        """Median of the ratios within a round, with their quartiles; "-" where one of the ways is missing."""
+        if one not in self.ways or other not in self.ways:
+            return "-"
+        low, middle, high = what(self.ways[one]).over(what(self.ways[other]))
+        return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[str], None] | None = None) -> Comparison:
+    """Take the step in several ways, in turns, in this process.
+
+    Arguments:
+        case: What is trained.
+        names: The ways; keys of `MEANING`.
+        rounds: Rounds of whole steps; there are three times as many of updates.
+        progress: Called with a short text as the work goes on.
+
+    Returns:
+        What they cost.
+    """
+    tell = progress or (lambda text: None)
+    ways, missing = arms(names, case)
+    first: dict[str, float] = {}
+    for name, arm in ways.items():
+        tell(f"compiling way {name}")
+        first[name] = time_of(arm.step)
+    for arm in ways.values():
+        arm.step()
+        arm.step()
+    tell("measuring memory")
+    peaks = {name: peak_bytes(arm.step) for name, arm in ways.items()}
+    kernels = {name: launches(arm.step) for name, arm in ways.items()}
+    tell(f"timing {rounds} rounds of steps")
+    steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds)
+    tell(f"timing {_OWN_TIMES * rounds} rounds of updates")
+    updates = _updates_alone(ways, _OWN_TIMES * rounds)
+    tell("measuring what the machine can do")
+    trained = [p for p in case.model.parameters() if p.requires_grad]
+    device, weights = trained[0].device, sum(p.numel() for p in trained)
+    sizes = [p.element_size() * p.numel() for p in trained]
+    return Comparison(
+        ways={n: Way(steps[n], updates[n], peaks[n], first[n], kernels[n]) for n in ways},
+        missing=missing,
+        machine=machine(),
+        rounds=rounds,
+        weights=weights,
+        scaled=_scaled(case),
+        tokens=next(_tokens(case), None),
+        flops=_flops(case),
+        update_bytes=sum(sizes) * (1 + 4 + 3),
+        bandwidth=bandwidth(device),
+        rate=matmul_rate(device, _type_of_products(case), 8192 if device.type == "cuda" else 1024),
+    )
+
+
+def _updates_alone(ways: Mapping[str, Arm], rounds: int) -> dict[str, Times]:
+    """The optimizer by itself; each timed update follows one of its own kind, and finds what that left behind."""
+    kept: dict[str, list[Tensor | None]] = {}
+    for name, arm in ways.items():
+        arm.forward()
+        kept[name] = [None if p.grad is None else p.grad.clone() for p in arm.model.parameters()]
+
+    def give(name: str) -> None:
+        for parameter, gradient in zip(ways[name].model.parameters(), kept[name], strict=True):
+            parameter.grad = gradient
+
+    def update(name: str) -> None:
+        give(name)
+        ways[name].update()
+
+    times = take_turns({name: partial(update, name) for name in ways}, rounds, warm=True)
+    synchronize()
+    return times
+
+
+def _scaled(case: Case) -> int:
+    """Weights in rows that QuacK scales."""
+    params = dict(case.model.named_parameters(remove_duplicate=False))
+    rows: dict[tuple[str, int], set[int]] = {}
+    for site in case.layout.sites:
+        for _, block in site.blocks() if not site.qk_norm else ():
+            own = rows.setdefault((block.param, block.axis), set())
+            own.update(row for ranges in block.heads for start, stop in ranges for row in range(start, stop))
+    return sum(len(own) * params[n].numel() // params[n].shape[axis] for (n, axis), own in rows.items())
+
+
+def _tokens(case: Case) -> Iterator[int]:
+    """Numbers of tokens in the arguments that hold some."""
+    for value in (*case.args, *case.kwargs.values()):
+        if isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() > 1:
+            yield value.numel()
+
+
+def _flops(case: Case) -> int:
+    """Of the products in one forward and backward; attention counted in full where it is causal, too."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        case.loss(case.model, *case.args, **case.kwargs).backward()
+    case.model.zero_grad(set_to_none=True)
+    return int(counter.get_total_flops())
+
+
+class _TypesOfProducts(TorchDispatchMode):
+    """Notes the types of all products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name().split("::")[-1].split(".")[0] in ("mm", "addmm", "bmm", "baddbmm"):
+            self.seen.append(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _type_of_products(case: Case) -> torch.dtype:
+    """In which most products are computed: half precision where the model or autocast around its loss says so."""
+    with _TypesOfProducts() as types, torch.no_grad():
+        case.loss(case.model, *case.args, **case.kwargs)
+    return max(types.seen, key=types.seen.count, default=torch.float32)
