@@ -116,9 +116,8 @@ class Loops:
         except BackendCompilerFailed as error:
             # Nothing has run yet. Inductor on CPUs has failed on sums of squares of some shapes.
             self._made[key] = _with_sums_after(self._compile(_make_loop(self._rule, sums=False)))
-            warnings.warn(
-                f"norms cost a pass of their own: Inductor fails on this update ({first_line(error)})", stacklevel=2
-            )
+            reason = first_line(error.inner_exception)
+            warnings.warn(f"norms cost a pass of their own: Inductor fails on this update ({reason})", stacklevel=2)
             self._made[key](*given)
 
     def _index(self, device: torch.device, key: tuple[int, ...] | tuple[range, ...]) -> Tensor:
