@@ -169,6 +169,8 @@ def test_muon_and_weights_in_full_precision_beside() -> None:
         state = optimizers[p.dim() != 2].state[p]
         assert (MASTER in state) == (p.dtype == torch.bfloat16)
         assert all(x.dtype == torch.float32 for n, x in state.items() if n in (MASTER, "momentum_buffer", "exp_avg"))
+    for optimizer in optimizers:  # no state of what the other one holds
+        assert len(optimizer.state_dict()["state"]) == len(optimizer.param_groups[0]["params"])
     assert not any(torch.equal(now, start[n]) for n, now in model.state_dict().items() if n.endswith("weight"))
 
 

@@ -29,6 +29,7 @@ class Masters:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._n_groups, self._held = 0, set[int]()
         self._seen: dict[Tensor, tuple[int, int]] = {}
         self._loading: dict[Tensor, dict[str, Tensor]] = {}
         optimizer.register_load_state_dict_pre_hook(self._before_load)
@@ -36,12 +37,13 @@ class Masters:
 
     @torch.no_grad()
     def of(self, param: Tensor) -> Tensor:
-        """What an update reads and writes for a parameter: its master, or itself in full precision.
+        """What an update reads and writes for a parameter: its master; or itself in full precision, or where another
+        optimizer holds it.
 
         Where somebody else has written into the parameter since (a checkpoint was loaded), its new elements are taken
         over; a master that still rounds to its parameter is kept to the bit.
         """
-        if param.dtype not in _HALF:
+        if param.dtype not in _HALF or not self._holds(param):
             return param.detach()
         state = self._optimizer.state[param]
         master: Tensor | None = state.get(MASTER)
@@ -51,6 +53,12 @@ class Masters:
             master.copy_(torch.where(master.to(param.dtype) == param, master, param.float()))
         self._seen[param] = _writes(param)
         return master
+
+    def _holds(self, param: Tensor) -> bool:
+        if self._n_groups != len(self._optimizer.param_groups):  # a group was added
+            self._n_groups = len(self._optimizer.param_groups)
+            self._held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        return id(param) in self._held
 
     def written(self, params: Sequence[Tensor]) -> None:
         """Take note that parameters were written together with their masters."""
