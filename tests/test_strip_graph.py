@@ -305,3 +305,18 @@ def test_way_that_cannot_be_laid_once_more(way: Way, reason: str) -> None:
         + reason
     )
     assert report.model is graph and report.layout.sites[0].qk_norm
+
+
+def test_two_norms_in_a_row_leave_one_factor() -> None:
+    def twice(m: Attention, x: Tensor) -> Tensor:
+        return unit_length(m, unit_length(m, x))
+
+    found = []
+    for way in (unit_length, twice):
+        torch.manual_seed(0)
+        report = strip_qk_norm(exported(Attention(way), torch.randn(3, 5, HEADS * DIM)))
+        assert isinstance(report.model, GraphModule)
+        (site,) = find_in_graph(report.model).sites
+        assert report.layout.sites == (site,)
+        found.append(site.logit_scale)
+    assert found[0] == found[1] == pytest.approx(DIM**-0.5 / DIM)

@@ -51,12 +51,14 @@ def strip_graph(
     sites = {place: layout.sites[place] for place in dict.fromkeys(norm.site for norm in going)}
     rewriting = _Rewriting(graph_module, keep_gain)
     scales = {place: scale_back(site) if restore_scale else Scales() for place, site in sites.items()}
-    for (reader, operand), norms_there in _by_end(going).items():
-        if not all(norm.alone for norm in norms_there):
-            rewriting.pass_by([(norm, scales[norm.site].of(norm.norm.side)) for norm in norms_there], reader, operand)
-    for norm in going:
+    factors = [1.0 if _passes_another(norm, going) else scales[norm.site].of(norm.norm.side) for norm in going]
+    with_factors = list(zip(going, factors, strict=True))
+    for (reader, operand), norms_there in _by_end(with_factors).items():
+        if not all(norm.alone for norm, _ in norms_there):
+            rewriting.pass_by(norms_there, reader, operand)
+    for norm, factor in with_factors:
         if norm.alone:
-            rewriting.take_out(norm, scales[norm.site].of(norm.norm.side))
+            rewriting.take_out(norm, factor)
     stripped = rewriting.done()
     gone = graph_module.state_dict().keys() - stripped.state_dict().keys()
     removed = tuple(_removals(sites.values(), [key for key in graph_module.state_dict() if key in gone]))
@@ -109,12 +111,23 @@ def _reason_against(way: Way) -> str | None:
     return None
 
 
-def _by_end(norms: Iterable[GraphNorm]) -> dict[tuple[Node, Node], list[GraphNorm]]:
+def _passes_another(norm: GraphNorm, norms: Iterable[GraphNorm]) -> bool:
+    """Whether what a norm makes passes another one of its side: features get the factor of a side once."""
+    ahead = {node for way in norm.ways for node in way.nodes} - {r for op in norm.ops for r in results_of(op.node)}
+    sides = (other for other in norms if (other.site, other.norm.side) == (norm.site, norm.norm.side))
+    return any(not ahead.isdisjoint(results_of(other.ops[-1].node)) for other in sides)
+
+
+_Going = tuple[GraphNorm, float]
+"""A norm that is to go, and what features are multiplied with instead."""
+
+
+def _by_end(norms: Iterable[_Going]) -> dict[tuple[Node, Node], list[_Going]]:
     """For each operand of a product, the norms that its features pass."""
-    found: dict[tuple[Node, Node], list[GraphNorm]] = {}
-    for norm in norms:
+    found: dict[tuple[Node, Node], list[_Going]] = {}
+    for norm, factor in norms:
         for way in norm.ways:
-            found.setdefault((way.reader, way.operand), []).append(norm)
+            found.setdefault((way.reader, way.operand), []).append((norm, factor))
     return found
 
 
@@ -164,7 +177,7 @@ class _Rewriting:
                 self._copy[result].replace_all_uses_with(instead)
             self._instead.update(dict.fromkeys((op.node, *results_of(op.node)), instead))
 
-    def pass_by(self, norms: Sequence[tuple[GraphNorm, float]], reader: Node, operand: Node) -> None:
+    def pass_by(self, norms: Sequence[_Going], reader: Node, operand: Node) -> None:
         """Let one operand of a product be made without norms, each with a factor; who else reads them still does."""
         sources: dict[Node, tuple[NormOp, float]] = {}
         way = set[Node]()
