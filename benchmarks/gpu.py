@@ -28,6 +28,7 @@ from quack_fx.bench.measure import machine, synchronize
 from quack_fx.find import find_qk_pairs
 from quack_fx.optim import QuacK
 from quack_fx.step import compile_train_step
+from quack_fx.strip import strip_qk_norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from gpt import GPT, GPTConfig
@@ -178,8 +179,6 @@ def cases(device: torch.device, small: bool) -> Iterator[tuple[str, Case, list[s
     )
     qwen = transformers.AutoModelForCausalLM.from_config(config).to(device)
     quiet = {"input_ids": _batch(16, 1, 8, device)[0], "use_cache": False}
-    from quack_fx.strip import strip_qk_norm
-
     strip_qk_norm(qwen, find_qk_pairs(qwen, **quiet))
     qwen = qwen.bfloat16()
     batch = _batch(config.vocab_size, 2, context, device)

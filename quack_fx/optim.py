@@ -232,7 +232,7 @@ class QuacK:
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Add the entries: to the state of their parameter or, where it has none (`_publish`), beside the states."""
-        keys, states = _keys(optimizer, state_dict), state_dict["state"]
+        keys, states = state_keys(optimizer, state_dict), state_dict["state"]
         if isinstance(optimizer, SGD):
             for key in keys.values():  # torch.distributed.checkpoint wants a state for all parameters or for none
                 states.setdefault(key, {})
@@ -243,7 +243,7 @@ class QuacK:
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         """Read the entries of a state that is about to be loaded, and hand it on without them."""
-        keys, states, beside = _keys(optimizer, state_dict), state_dict["state"], state_dict.get(STATE_KEY, {})
+        keys, states, beside = state_keys(optimizer, state_dict), state_dict["state"], state_dict.get(STATE_KEY, {})
         if not keys.keys() >= {id(param) for param in self._held.values()}:
             return None  # of another number of parameters: the optimizer refuses it in its own words
         found = {}
@@ -325,7 +325,7 @@ def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
         new.copy_(torch.lerp(old.float(), new.float(), scale.float()))
 
 
-def _keys(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[int, Any]:
+def state_keys(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[int, Any]:
     """Key of each parameter (by id) in a state dict of the optimizer."""
     groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
     return {

@@ -25,7 +25,6 @@ from quack_fx.bench.measure import (
     machine,
     matmul_rate,
     peak_bytes,
-    synchronize,
     take_turns,
     time_of,
 )
@@ -146,17 +145,12 @@ def _updates_alone(ways: Mapping[str, Arm], rounds: int) -> dict[str, Times]:
         arm.forward()
         kept[name] = [None if p.grad is None else p.grad.clone() for p in arm.model.parameters()]
 
-    def give(name: str) -> None:
+    def update(name: str) -> None:
         for parameter, gradient in zip(ways[name].model.parameters(), kept[name], strict=True):
             parameter.grad = gradient
-
-    def update(name: str) -> None:
-        give(name)
         ways[name].update()
 
-    times = take_turns({name: partial(update, name) for name in ways}, rounds, warm=True)
-    synchronize()
-    return times
+    return take_turns({name: partial(update, name) for name in ways}, rounds, warm=True)
 
 
 def _scaled(case: Case) -> int:

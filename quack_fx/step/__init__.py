@@ -30,7 +30,7 @@ from quack_fx.layout import QKLayout
 from quack_fx.optim import QuacK
 from quack_fx.step.loss import LossFn, make_loss, model_inputs
 from quack_fx.step.rules import Gate
-from quack_fx.step.update import Update
+from quack_fx.step.update import Update, all_finite
 
 __all__ = ["TrainStep", "compile_train_step"]
 
@@ -182,11 +182,10 @@ class TrainStep:
         if scaler is not None:
             for optimizer in self._optimizers:
                 scaler.unscale_(optimizer)
-        grads = [_gradients(optimizer) for optimizer in self._optimizers]
-        gate = None if all(self._updates) else self._looked_at(grads)
+        gate = None if all(self._updates) else self._looked_at()
         for i, (optimizer, update) in enumerate(zip(self._optimizers, self._updates, strict=True)):
             if update is not None:
-                gate = update.run([g for other in grads[i + 1 :] for g in other], gate)
+                gate = update.run(_gradients(self._optimizers[i + 1 :]), gate)
                 # Schedulers warn of an optimizer that never stepped; the wrapped step() would have noted that it did.
                 optimizer._opt_called = True  # type: ignore[attr-defined]
             elif scaler is not None:
@@ -206,14 +205,14 @@ class TrainStep:
             raise StepError(f"no query/key pairs for QuacK were found: {reasons}; pass layout=QKLayout() to go without")
         return layout
 
-    def _looked_at(self, grads: Sequence[Sequence[Tensor]]) -> Gate:
+    def _looked_at(self) -> Gate:
         """Clip all gradients, and tell whether they are finite, for optimizers that take their own step."""
-        options, all_grads = self._options, [g for of_one in grads for g in of_one]
+        options, optimizers = self._options, self._optimizers
         if options.clip_grad_norm is not None:
-            norm = torch.nn.utils.get_total_norm(all_grads)
-            torch._foreach_mul_(all_grads, (options.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        asked = options.skip_nonfinite and all_grads
-        return Gate(finite=torch.stack([g.isfinite().all() for g in all_grads]).all() if asked else None)
+            params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(params, options.clip_grad_norm)
+        grads = _gradients(optimizers) if options.skip_nonfinite else []
+        return Gate(finite=all_finite(grads) if grads else None)
 
     def _attach(self, layout: QKLayout) -> None:
         options = self._options
@@ -246,5 +245,6 @@ def _holds(optimizer: Optimizer, model: nn.Module, layout: QKLayout) -> bool:
     return any(id(model.get_parameter(name)) in held for name in names)
 
 
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def _gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return [p.grad for group in groups for p in group["params"] if p.grad is not None]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,12 +24,26 @@ from torch._dynamo.exc import BackendCompilerFailed
 from quack_fx.errors import first_line
 from quack_fx.step.loss import own_code
 from quack_fx.step.pieces import Piece
-from quack_fx.step.rules import Gate, UpdateRule
-
-Flags = tuple[bool, ...]
+from quack_fx.step.rules import Flags, Gate, UpdateRule
 
 _MOST = 6
 """Pieces in one call: nodes of a graph that are 64 places apart are not fused, and a piece makes up to ten."""
+
+
+class Kind(NamedTuple):
+    """What a compiled call for pieces with heads depends on; equal for equal pieces, wherever they lie.
+
+    Attributes:
+        piece: The piece, as if it lay at the start.
+        shape: Shape of the weight's view.
+        stride: Its strides.
+        dtype: Its type.
+    """
+
+    piece: Piece
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Job:
         flags: Options of its group.
         piece: Which piece of a weight with heads it is; None where it has none.
         squares: Where to write the squared norms of its spans; None where it has none.
-        kind: What its compiled call depends on besides; equal for equal pieces, wherever they lie.
+        kind: What its compiled call depends on; None where it has no heads.
     """
 
     weight: Tensor
@@ -56,7 +70,7 @@ class Job:
     flags: Flags
     piece: Piece | None
     squares: Tensor | None
-    kind: Any
+    kind: Kind | None
 
 
 _Work = tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None, Flags]
@@ -85,7 +99,7 @@ class Loops:
             gate: What was found out about the gradients and is still to be done.
             scales: Scale of every span, [n_spans]; None without QuacK.
         """
-        rest = [job for job in jobs if job.squares is None]
+        rest = [job for job in jobs if job.kind is None]
         if rest:
             self._call(None, rest, coefficients, gate, None, None)
         if scales is None:
@@ -94,7 +108,7 @@ class Loops:
             for some in _few(alike):
                 pieces = [job.piece for job in some if job.piece is not None]
                 own = scales[self._index(scales.device, tuple(piece.numbers() for piece in pieces))]
-                self._call((kind, flags, len(some)), some, coefficients, gate, pieces[0].anywhere(), own)
+                self._call((kind, flags, len(some)), some, coefficients, gate, kind.piece, own)
 
     def _call(
         self,
@@ -128,11 +142,11 @@ class Loops:
         return self._indices[device, key]
 
 
-def _alike(jobs: Sequence[Job]) -> dict[tuple[Any, Flags], list[Job]]:
+def _alike(jobs: Sequence[Job]) -> dict[tuple[Kind, Flags], list[Job]]:
     """Jobs with heads, equal ones together."""
-    found: dict[tuple[Any, Flags], list[Job]] = {}
+    found: dict[tuple[Kind, Flags], list[Job]] = {}
     for job in jobs:
-        if job.squares is not None:
+        if job.kind is not None:
             found.setdefault((job.kind, job.flags), []).append(job)
     return found
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from quack_fx.optim import state_keys
+
 MASTER = "master_param"
 """Name of a master in the state of its parameter; that of other packages with such optimizers."""
 
@@ -66,10 +68,10 @@ class Masters:
 
     def _before_load(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Keep what is about to be rounded."""
-        groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
-        pairs = [pair for ours, theirs in groups for pair in zip(ours["params"], theirs["params"], strict=False)]
-        for param, key in pairs:
-            state = state_dict["state"].get(key, {})
+        keys = state_keys(optimizer, state_dict)
+        self._loading = {}  # of a loading that failed
+        for param in (p for group in optimizer.param_groups for p in group["params"]):
+            state = state_dict["state"].get(keys.get(id(param)), {})
             if param.dtype in _HALF and MASTER in state:
                 self._loading[param] = {
                     name: x for name, x in state.items() if isinstance(x, Tensor) and x.dtype == torch.float32
@@ -81,6 +83,11 @@ class Masters:
             state = optimizer.state[param]
             state.update({name: x.to(state[name].device, copy=True) for name, x in exact.items() if name in state})
         self._loading = {}
+
+
+def weight_of(param: Tensor, masters: Masters | None) -> Tensor:
+    """What an update reads and writes for a parameter, with masters or without."""
+    return param.detach() if masters is None else masters.of(param)
 
 
 def _writes(param: Tensor) -> tuple[int, int]:

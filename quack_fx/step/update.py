@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 
 from quack_fx.factors import PlanTables, norm_dtype
 from quack_fx.optim import QuacK
-from quack_fx.step.loops import Flags, Job, Loops
+from quack_fx.step.loops import Job, Kind, Loops
 from quack_fx.step.loss import own_code
-from quack_fx.step.masters import Masters
+from quack_fx.step.masters import Masters, weight_of
 from quack_fx.step.pieces import Piece, Spans, cut
-from quack_fx.step.rules import Gate, Group, State, UpdateRule, rule_of
+from quack_fx.step.rules import Flags, Gate, Group, State, UpdateRule, rule_of
 
 
 class Update:
@@ -83,12 +83,10 @@ class Update:
         if not held:
             return gate
         params, groups = [param for param, _ in held], [group for _, group in held]
-        weights = [param.detach() if self._masters is None else self._masters.of(param) for param in params]
+        weights = [weight_of(param, self._masters) for param in params]
         flags = [self._rule.flags(group) for group in groups]
         # What needs no state gets no entry, as in the optimizer itself.
-        states = [
-            self._optimizer.state[p] if self._rule.keeps_state(f) else {} for p, f in zip(params, flags, strict=True)
-        ]
+        states = [self._optimizer.state[p] if self._rule.kept(f) else {} for p, f in zip(params, flags, strict=True)]
         grads = [_like(param) for param in params]
         squares, scaling = (None, None) if self._heads is None else (self._heads.squares(), self._heads.scaling())
         seen, scales = self._measure([] if gate is not None else [*grads, *beside], squares, scaling)
@@ -153,8 +151,9 @@ class Update:
                 continue
             part, low = piece.of(weight), None if rounded is None else piece.of(rounded)
             place = part.shape, part.stride(), int(part.storage_offset() - weight.storage_offset())
-            kind = piece.anywhere(), tuple(part.shape), part.stride(), part.dtype
             squares = None if self._heads is None else self._heads.squares_of(piece)
+            alike = Kind(piece.anywhere(), tuple(part.shape), part.stride(), part.dtype)
+            kind = None if squares is None else alike
             yield _View(piece, part, tuple(map(piece.of, slots)), low, place, squares, kind)
 
 
@@ -169,7 +168,7 @@ class _View:
         rounded: That of the parameter where the weight is its master, else None.
         place: Where it lies: size, stride, offset; None for the whole.
         squares: Where its squared norms go; None where it has none.
-        kind: Equal for equal pieces of equal tensors.
+        kind: Equal for equal pieces of equal tensors; None where it has no heads.
     """
 
     piece: Piece | None
@@ -178,7 +177,7 @@ class _View:
     rounded: Tensor | None
     place: tuple[Sequence[int], Sequence[int], int] | None
     squares: Tensor | None
-    kind: Any
+    kind: Kind | None
 
 
 @dataclass(frozen=True)
@@ -263,11 +262,6 @@ class Heads:
         self._seen = self._states()
         self._quack.publish()
 
-    def _weight(self, name: str) -> Tensor:
-        """What is updated for a parameter."""
-        param = self._quack.params[name]
-        return param.detach() if self._masters is None else self._masters.of(param)
-
     def _states(self) -> list[tuple[int, ...]]:
         """Tells whether a weight was written since: torch counts the writes into each tensor."""
         params = self._quack.params
@@ -278,7 +272,7 @@ class Heads:
     def _measure(self) -> None:
         """Squared norms of the spans as the weights are now."""
         for name, pieces in self._pieces.items():
-            weight = self._weight(name)
+            weight = weight_of(self._quack.params[name], self._masters)
             for piece in pieces:
                 squares = self.squares_of(piece)
                 if squares is not None:
@@ -292,10 +286,15 @@ def _make_measure(clip_grad_norm: float | None, skip_nonfinite: bool) -> Callabl
         """What is to be known of all gradients, if there are any, and the scale of every span; None for what is not
         asked."""
         clip = _clip(grads, clip_grad_norm) if grads and clip_grad_norm is not None else None
-        finite = torch.stack([g.isfinite().all() for g in grads]).all() if grads and skip_nonfinite else None
+        finite = all_finite(grads) if grads and skip_nonfinite else None
         return Gate(clip, finite), None if squares is None or scaling is None else _scales(squares, scaling)
 
     return own_code(measure)
+
+
+def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    """Whether no gradient is infinite or not a number, 0-d."""
+    return torch.stack([g.isfinite().all() for g in grads]).all()
 
 
 def _clip(grads: list[Tensor], limit: float) -> Tensor:

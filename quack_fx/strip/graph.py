@@ -185,7 +185,7 @@ class _Rewriting:
             *ops, last = self._ops(norm)
             for op, here in (*((op, 1.0) for op in ops), (last, factor)):
                 sources |= {result: sources.get(result, (op, here)) for result in results_of(op.node)}
-            way.update(*(way.nodes for way in norm.ways if (way.reader, way.operand) == (reader, operand)))
+            way.update(*(own.nodes for own in norm.ways if (own.reader, own.operand) == (reader, operand)))
         laid: dict[Node, Node] = {}
         for node in self._needed(operand, way, sources):
             if node in sources:

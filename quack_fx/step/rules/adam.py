@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quack_fx.errors import OptimizerError
-from quack_fx.step.rules.rule import Group, State, UpdateRule
+from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule
 
 
 class AdamRule(UpdateRule):
@@ -34,11 +34,11 @@ class AdamRule(UpdateRule):
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
             raise OptimizerError(f"{kind} with betas given as tensors cannot be compiled into a step; give two floats")
 
-    def flags(self, group: Group) -> tuple[bool, ...]:
+    def flags(self, group: Group) -> Flags:
         """(amsgrad, maximize, decoupled)."""
         return bool(group["amsgrad"]), bool(group["maximize"]), bool(group["decoupled_weight_decay"])
 
-    def slots(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+    def slots(self, flags: Flags) -> tuple[str, ...]:
         """Moments, as Adam calls them."""
         amsgrad, *_ = flags
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
@@ -60,26 +60,21 @@ class AdamRule(UpdateRule):
             if "step" not in state:
                 on_device = bool(group["capturable"] or group["fused"])
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
-                self.add_slots(param, group, state)
+                self.add_kept(param, group, state)
         steps = [state["step"] for state in states]
         # A list: to add one tensor to all, foreach may read its number.
         torch._foreach_add_(steps, 1.0 if finite is None else [finite.to(steps[0].dtype)] * len(steps))
         return torch.stack(steps).double()
 
-    def coefficients(self, count: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """Decay and rate of this step, with both bias corrections."""
         lr, decay, decoupled, eps, rest1, beta2, rest2, log1, log2 = numbers
         bias1, bias2 = -torch.expm1(count * log1), -torch.expm1(count * log2)
         return torch.where(decoupled > 0, lr * decay, decay), lr / bias1, bias2.rsqrt(), eps, rest1, beta2, rest2
 
     def change(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        slots: tuple[Tensor, ...],
-        coefficients: tuple[Tensor, ...],
-        flags: tuple[bool, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, weight: Tensor, grad: Tensor, slots: Tensors, coefficients: Tensors, flags: Flags
+    ) -> tuple[Tensor, Tensors]:
         """Decay plus the corrected direction."""
         decay, rate, unbias2, eps, rest1, beta2, rest2 = coefficients
         amsgrad, maximize, decoupled = flags

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quack_fx.step.rules.rule import Group, State, UpdateRule
+from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule
 
 _OPTIONS = {"lr", "betas", "weight_decay"}
 
@@ -21,11 +21,11 @@ class LionRule(UpdateRule):
 
     name = "Lion"
 
-    def flags(self, group: Group) -> tuple[bool, ...]:
+    def flags(self, group: Group) -> Flags:
         """None."""
         return ()
 
-    def slots(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+    def slots(self, flags: Flags) -> tuple[str, ...]:
         """The momentum."""
         return ("exp_avg",)
 
@@ -39,22 +39,17 @@ class LionRule(UpdateRule):
     ) -> Tensor:
         """Nothing is counted."""
         for param, group, state in zip(params, groups, states, strict=True):
-            self.add_slots(param, group, state)
+            self.add_kept(param, group, state)
         return torch.zeros(len(params), dtype=torch.float64)
 
-    def coefficients(self, count: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """Rate, decay and both rests."""
         lr, decay, rest1, rest2 = numbers
         return lr, lr * decay, rest1, rest2
 
     def change(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        slots: tuple[Tensor, ...],
-        coefficients: tuple[Tensor, ...],
-        flags: tuple[bool, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, weight: Tensor, grad: Tensor, slots: Tensors, coefficients: Tensors, flags: Flags
+    ) -> tuple[Tensor, Tensors]:
         """Sign plus decay."""
         rate, decay, rest1, rest2 = coefficients
         (mean,) = slots

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # a copy of ours would drift from torch's
 
-from quack_fx.step.rules.rule import Gate, Group, State, UpdateRule
+from quack_fx.step.rules.rule import Flags, Gate, Group, State, Tensors, UpdateRule
 
 
 class MuonRule(UpdateRule):
@@ -21,17 +21,17 @@ class MuonRule(UpdateRule):
 
     name = "Muon"
 
-    def flags(self, group: Group) -> tuple[bool, ...]:
+    def flags(self, group: Group) -> Flags:
         """None: what there is to choose is chosen in `directions`."""
         return ()
 
-    def slots(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+    def slots(self, flags: Flags) -> tuple[str, ...]:
         """None for `change`: the momentum is that of `directions`."""
         return ()
 
-    def keeps_state(self, flags: tuple[bool, ...]) -> bool:
-        """It does."""
-        return True
+    def kept(self, flags: Flags) -> tuple[str, ...]:
+        """The momentum."""
+        return ("momentum_buffer",)
 
     def numbers(self, group: Group) -> tuple[float | Tensor, ...]:
         """lr and decay."""
@@ -41,13 +41,12 @@ class MuonRule(UpdateRule):
         self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
     ) -> Tensor:
         """By how much the learning rate is adjusted to the shape of each."""
-        for param, state in zip(params, states, strict=True):
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        for param, group, state in zip(params, groups, states, strict=True):
+            self.add_kept(param, group, state)
         ratios = [_adjust_lr(1.0, group["adjust_lr_fn"], p.shape) for p, group in zip(params, groups, strict=True)]
         return torch.tensor(ratios, dtype=torch.float64)
 
-    def coefficients(self, count: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """Rate for the direction, and decay."""
         lr, decay = numbers
         return lr * count, lr * decay
@@ -65,13 +64,8 @@ class MuonRule(UpdateRule):
         return Gate(finite=gate.finite)
 
     def change(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        slots: tuple[Tensor, ...],
-        coefficients: tuple[Tensor, ...],
-        flags: tuple[bool, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, weight: Tensor, grad: Tensor, slots: Tensors, coefficients: Tensors, flags: Flags
+    ) -> tuple[Tensor, Tensors]:
         """Direction plus decay."""
         rate, decay = coefficients
         return rate * grad + decay * weight, ()

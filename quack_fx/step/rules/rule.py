@@ -19,6 +19,8 @@ from quack_fx.errors import OptimizerError
 
 Group = Mapping[str, Any]
 State = dict[str, Tensor]
+Flags = tuple[bool, ...]
+Tensors = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,11 @@ class UpdateRule(ABC):
             )
 
     @abstractmethod
-    def flags(self, group: Group) -> tuple[bool, ...]:
+    def flags(self, group: Group) -> Flags:
         """Options of a parameter group that choose the operations of the update."""
 
     @abstractmethod
-    def slots(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+    def slots(self, flags: Flags) -> tuple[str, ...]:
         """Names of the state tensors, as the optimizer itself calls them; each has the shape of its weight."""
 
     @abstractmethod
@@ -88,7 +90,7 @@ class UpdateRule(ABC):
         """
 
     @abstractmethod
-    def coefficients(self, count: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """What `change` needs, for all parameters at once.
 
         Arguments:
@@ -118,13 +120,8 @@ class UpdateRule(ABC):
 
     @abstractmethod
     def change(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        slots: tuple[Tensor, ...],
-        coefficients: tuple[Tensor, ...],
-        flags: tuple[bool, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, weight: Tensor, grad: Tensor, slots: Tensors, coefficients: Tensors, flags: Flags
+    ) -> tuple[Tensor, Tensors]:
         """What this step subtracts from a weight, and the new state.
 
         Arguments:
@@ -136,12 +133,13 @@ class UpdateRule(ABC):
             The change, learning rate and weight decay included, and the new slots.
         """
 
-    def keeps_state(self, flags: tuple[bool, ...]) -> bool:
-        """Whether the optimizer has an entry of state for a parameter."""
-        return bool(self.slots(flags))
+    def kept(self, flags: Flags) -> tuple[str, ...]:
+        """Names of all tensors of the shape of a weight that the optimizer keeps; `slots` are those that `change`
+        reads and writes."""
+        return self.slots(flags)
 
-    def add_slots(self, param: Tensor, group: Group, state: State) -> None:
+    def add_kept(self, param: Tensor, group: Group, state: State) -> None:
         """Make the state tensors that a parameter lacks, all zero."""
-        for name in self.slots(self.flags(group)):
+        for name in self.kept(self.flags(group)):
             if state.get(name) is None:
                 state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

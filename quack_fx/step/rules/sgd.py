@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quack_fx.errors import OptimizerError
-from quack_fx.step.rules.rule import Group, State, UpdateRule
+from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule
 
 
 class SGDRule(UpdateRule):
@@ -25,11 +25,11 @@ class SGDRule(UpdateRule):
         if skipping and group["momentum"] and group["dampening"]:
             raise OptimizerError("SGD with dampening treats its first step unlike the others, so none may be skipped")
 
-    def flags(self, group: Group) -> tuple[bool, ...]:
+    def flags(self, group: Group) -> Flags:
         """(momentum, nesterov, maximize)."""
         return group["momentum"] != 0, bool(group["nesterov"]), bool(group["maximize"])
 
-    def slots(self, flags: tuple[bool, ...]) -> tuple[str, ...]:
+    def slots(self, flags: Flags) -> tuple[str, ...]:
         """The momentum, where there is any."""
         momentum, *_ = flags
         return ("momentum_buffer",) if momentum else ()
@@ -44,22 +44,17 @@ class SGDRule(UpdateRule):
         """0 for a parameter whose momentum begins with this step, 1 for all others."""
         begun = torch.tensor([float(state.get("momentum_buffer") is not None) for state in states], dtype=torch.float64)
         for param, group, state in zip(params, groups, states, strict=True):
-            self.add_slots(param, group, state)
+            self.add_kept(param, group, state)
         return begun
 
-    def coefficients(self, count: Tensor, numbers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """The first gradient is not dampened."""
         lr, decay, momentum, rest = numbers
         return lr, decay, momentum, torch.where(count > 0, rest, 1.0)
 
     def change(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        slots: tuple[Tensor, ...],
-        coefficients: tuple[Tensor, ...],
-        flags: tuple[bool, ...],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, weight: Tensor, grad: Tensor, slots: Tensors, coefficients: Tensors, flags: Flags
+    ) -> tuple[Tensor, Tensors]:
         """The momentum, or the gradient ahead of it, with the decay inside."""
         lr, decay, momentum, rest = coefficients
         has_momentum, nesterov, maximize = flags
