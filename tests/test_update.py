@@ -340,7 +340,7 @@ def test_a_step_that_may_be_none_needs_a_counter_on_the_device() -> None:
     on_meta = AdamW([nn.Parameter(torch.empty(2, device="meta"))])
     rule = rule_of(on_meta)
     assert rule is not None
-    with pytest.raises(OptimizerError, match=r"must count its steps there: AdamW\(fused=True\)"):
+    with pytest.raises(OptimizerError, match=r"must count them there: AdamW\(fused=True\)"):
         rule.check(on_meta.param_groups[0], True)
     model = Model()
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)

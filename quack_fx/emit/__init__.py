@@ -7,7 +7,10 @@ In: a layout, or a model or target to find it in. Out: source text; nothing is w
     norms.py      the QK norms that are taken out, as a generator of names
     layers.py     numbers in names as loops over layers
     heads.py      rows of heads as expressions in the number of the head
-    template.py   what is the same for every model: the rule, the optimizer, the compiled step
+    optimizers.py the optimizers to choose from
+    library.py    definitions of this library as text, so that the file computes what the library does
+    template.py   what else is the same for every model
+    runtime.py    all of that put together
     source.py     pieces of Python source in the formatter's own layout
 """
 
@@ -20,9 +23,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from quack_fx.emit.norms import StandIn, norm_features, write_norms
+from quack_fx.emit.optimizers import Choice, OptimizerName, choice
+from quack_fx.emit.runtime import imports, runtime
 from quack_fx.emit.source import WIDTH
 from quack_fx.emit.table import Table, write_table
-from quack_fx.emit.template import IMPORTS, RUNTIME, render
 from quack_fx.errors import EmitError
 from quack_fx.layout import QKLayout
 
@@ -41,6 +45,7 @@ def convert(
     target: str | nn.Module,
     *args: Any,
     layout: QKLayout | None = None,
+    optimizer: OptimizerName = "adamw",
     tau: float = 1.0,
     qk_norm: Literal["strip", "keep"] = "strip",
     title: str | None = None,
@@ -55,6 +60,7 @@ def convert(
             Face config or its folder.
         args: Example inputs of the model's forward; the model may be on the meta device.
         layout: The pairs, if they are known; the model is then not run.
+        optimizer: Whose update the file carries: "adamw", "adam", "sgd", "muon" (with AdamW beside it) or "lion".
         tau: Default of the emitted optimizer's `tau`.
         qk_norm: What becomes of QK norms that are modules of their own. "strip": the file takes them out of the model
             (its `strip_qk_norm`), and QuacK works on those attentions; "keep": those attentions stay as they are,
@@ -68,7 +74,7 @@ def convert(
         The source. It passes `ruff check` and is stable under `ruff format` at 120 columns.
 
     Raises:
-        EmitError: There is nothing to emit, or `build` and `inputs` came with a model.
+        EmitError: There is nothing to emit, the optimizer is not known, or `build` and `inputs` came with a model.
         LayoutError: The layout does not fit the model.
         TargetError: The target gives no model.
         CaptureError: The model cannot be run on the example inputs.
@@ -102,7 +108,8 @@ def convert(
         layout, stand_ins, _ = surgery(model, layout)
     elif qk_norm != "keep":
         raise EmitError(f"qk_norm={qk_norm!r} is not known; use qk_norm='strip' or qk_norm='keep'")
-    return emit(layout, shapes, title=title or type(model).__name__, tau=tau, stand_ins=stand_ins)
+    title = title or type(model).__name__
+    return emit(layout, shapes, title=title, optimizer=optimizer, tau=tau, stand_ins=stand_ins)
 
 
 def surgery(model: nn.Module, layout: QKLayout) -> tuple[QKLayout, Mapping[str, StandIn], Plan]:
@@ -127,6 +134,7 @@ def emit(
     shapes: Mapping[str, Sequence[int]],
     *,
     title: str,
+    optimizer: OptimizerName = "adamw",
     tau: float = 1.0,
     stand_ins: Mapping[str, StandIn] | None = None,
 ) -> str:
@@ -136,6 +144,7 @@ def emit(
         layout: The pairs.
         shapes: Shape of every parameter that the layout names.
         title: Name of the model.
+        optimizer: Whose update the file carries, as in `convert`.
         tau: Default of the emitted optimizer's `tau`.
         stand_ins: For each QK norm module that the file takes out of the model what it puts there.
 
@@ -143,32 +152,37 @@ def emit(
         The source.
 
     Raises:
-        EmitError: There is nothing to emit, or `tau` is not a positive number.
+        EmitError: There is nothing to emit, the optimizer is not known, or `tau` is not a positive number.
         LayoutError: The layout does not fit the shapes.
     """
     if not 0 < tau < float("inf"):
         raise EmitError(f"tau is {tau!r}; need a positive number, 1.0 to start at the optimizer's own learning rate")
+    chosen = choice(optimizer)
     table = write_table(layout, shapes)
     features = table.features | norm_features(stand_ins or {})
-    runtime = render(RUNTIME, features).replace("__TAU__", repr(float(tau)))
-    norms = ["\n".join((*write_norms(stand_ins), "")), ""] if stand_ins else []
-    parts = (_docstring(layout, table, title, bool(stand_ins)), IMPORTS, "", _generator(table), "", *norms, runtime)
-    return "\n".join(parts)
+    code = [_generator(table)]
+    if stand_ins:
+        code.append("\n".join(write_norms(stand_ins)))
+    code += runtime(features, chosen, tau)
+    parts = (_docstring(layout, table, title, chosen, bool(stand_ins)), imports(code), *code)
+    return "\n\n\n".join(parts).replace('"""\n\n\nfrom', '"""\n\nfrom', 1) + "\n"
 
 
 def _generator(table: Table) -> str:
     """The function that is the table."""
     summary = "The table of query/key pairs: the products of weight rows in each head's logits; w[a:b] is rows a to b."
-    return "\n".join(("def logit_products() -> Iterator[tuple[Block, ...]]:", f'    """{summary}"""', *table.lines, ""))
+    return "\n".join(("def logit_products() -> Iterator[tuple[Block, ...]]:", f'    """{summary}"""', *table.lines))
 
 
-def _docstring(layout: QKLayout, table: Table, title: str, strips: bool) -> str:
+def _docstring(layout: QKLayout, table: Table, title: str, chosen: Choice, strips: bool) -> str:
     """What the file is, for whom, how to use it, and what it leaves out."""
     name = " ".join(title.split()).replace("\\", "/").replace('"', "'")
     algorithm = "Algorithms 1 and 2" if table.plain and table.latent else f"Algorithm {2 if table.latent else 1}"
     left_out = _left_out(layout)
     lines = [
-        *_fill(f'"""AdamW with QuacK for {name}: a learning rate of its own for every head\'s query and key weights.'),
+        *_fill(
+            f'"""{chosen.title} with QuacK for {name}: a learning rate of its own for every head\'s query and key rows.'
+        ),
         "",
         *_fill(
             "A step of one weight moves the attention logits in proportion to the norms of the weights it is "
@@ -178,15 +192,17 @@ def _docstring(layout: QKLayout, table: Table, title: str, strips: bool) -> str:
         ),
         "",
         *(["    strip_qk_norm(model)  # QuacK takes the place of its QK norms"] if strips else []),
-        "    optimizer = QuacKAdamW(model, lr=3e-4, weight_decay=0.1)",
-        "    train_step = compile_train_step(model, optimizer)",
+        *(f"    {line}" for line in chosen.making),
+        f"    train_step = compile_train_step(model, {chosen.passed})",
         "    for batch in batches:",
         "        loss = train_step(*batch)",
         "",
-        "In all else the optimizer is torch.optim.AdamW: parameter groups, schedulers, state_dict, load_state_dict.",
+        *_fill(
+            f"In all else {chosen.like}: parameter groups, schedulers, state_dict, load_state_dict. A step is one that "
+            "quack_fx.compile_train_step makes, bit for bit."
+        ),
         *(["", "Left out, with the plain learning rate:", *left_out] if left_out else []),
         '"""',
-        "",
     ]
     return "\n".join(lines)
 

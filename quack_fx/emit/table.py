@@ -10,7 +10,7 @@ linear rule become one loop over heads, and what follows no rule is written out.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from quack_fx.emit.entry import Plan, PlanBlock, PlanWeight, write_entry
@@ -55,23 +55,16 @@ def write_table(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> Table:
         Its source.
 
     Raises:
-        LayoutError: A parameter is missing, or rows, axis or bias do not fit its shape.
-        EmitError: There is no pair, or rows are shared in a way that one learning rate a row cannot express.
+        LayoutError: A parameter is missing, or rows, axis or bias do not fit its shape, or it has two axes.
+        EmitError: There is no pair.
     """
     groups: dict[Plan, list[Row]] = {}
-    used: dict[str, tuple[PlanWeight, set[Ranges]]] = {}
+    features: set[str] = set()
     for site in layout.sites:
         if not site.terms or site.qk_norm:
             continue
         weights, blocks, terms = _read(site, shapes)
-        for block in blocks:
-            weight = weights[block.weight]
-            known, rows = used.setdefault(weight.name, (weight, set()))
-            if known != weight:
-                raise EmitError(
-                    f"{weight.name!r} is used along two axes or with two biases, which no emitted file can do"
-                )
-            rows.update(filter(None, block.heads))
+        features.update(_features(weights, blocks))
         numbers: list[int] = []
         nameless = tuple(
             weight._replace(
@@ -88,7 +81,7 @@ def write_table(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> Table:
     for plan, rows_of_numbers in groups.items():
         lines += [""] * bool(lines) + write_entry(plan, sorted(set(rows_of_numbers)))
     lengths = {len(term) for plan in groups for term in plan.terms}
-    return Table(tuple(lines), _features(used, lengths), max(lengths) > 2, 2 in lengths)
+    return Table(tuple(lines), frozenset(features), max(lengths) > 2, 2 in lengths)
 
 
 def _why_empty(layout: QKLayout) -> str:
@@ -170,32 +163,15 @@ def _merge(ranges: Ranges) -> Ranges:
     return tuple(merged)
 
 
-def _features(used: Mapping[str, tuple[PlanWeight, set[Ranges]]], lengths: set[int]) -> frozenset[str]:
-    """What the table makes use of.
-
-    Raises:
-        EmitError: Two blocks that are not the same share rows.
-    """
-    features = set()
-    if len(lengths) > 1:
-        features.add("gaps")
-    for weight, blocks in used.values():
+def _features(weights: Iterable[PlanWeight], blocks: Iterable[PlanBlock]) -> Iterator[str]:
+    """What the table makes use of."""
+    for weight in weights:
         if weight.axis:
-            features.add("axis")
+            yield "axis"
         if weight.bias is not None:
-            features.add("bias")
-        if any(len(ranges) > 1 for ranges in blocks):
-            features.add("pieces")
-        end = 0
-        for start, stop in sorted(piece for ranges in blocks for piece in ranges):
-            if start < end:
-                raise EmitError(f"row {start} of {weight.name!r} is in two blocks, so it has no one learning rate")
-            if start > end:
-                features.add("gaps")
-            end = stop
-        if end < weight.shape[weight.axis]:
-            features.add("gaps")
-    return frozenset(features)
+            yield "bias"
+    if any(len(ranges) > 1 for block in blocks for ranges in block.heads):
+        yield "pieces"
 
 
 _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")

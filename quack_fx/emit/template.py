@@ -1,7 +1,8 @@
 """USER: the part of an emitted file that is the same for every model, as text.
 
-In: the features that a model's table makes use of. Out: Python source without a trace of the others. A line `#? bias`
-in the template opens a passage for tables with a bias, `#? !bias` one for those without, `#?` ends it.
+In: the features that a model's table and the chosen optimizer make use of. Out: Python source without a trace of the
+others. A line `#? bias` in a template opens a passage for tables with a bias, `#? !bias` one for those without, `#?`
+ends it.
 
 The features:
     axis    a weight whose outputs are not counted by its first axis (GPT-2's Conv1D)
@@ -10,7 +11,7 @@ The features:
     norms   QK norm modules that are taken out of the model
     factor  some of them leave a number behind that features are multiplied with
     tensors some of them norm queries and keys in one call
-    gaps    rows that belong to no block (the values of a fused projection), or products of different lengths
+    several the optimizer is for some parameters only, and needs another one beside it (Muon)
 """
 
 from __future__ import annotations
@@ -26,22 +27,10 @@ def render(template: str, features: Set[str]) -> str:
             keep = all((name.lstrip("!") in features) != name.startswith("!") for name in line[2:].split())
         elif keep:
             lines.append(line)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).strip("\n")
 
 
-IMPORTS = """\
-from __future__ import annotations
-
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
-"""
-
-RUNTIME = '''\
+BLOCKS = '''\
 @dataclass(frozen=True)
 class Weight:
     """A weight of the model; slicing it gives a block of its rows, the outputs of one head for example."""
@@ -55,12 +44,15 @@ class Weight:
 #? !pieces
 
     def __getitem__(self, rows: slice) -> Block:
-        return Block(self, rows.start, rows.stop)
+        return Block(self, ((rows.start, rows.stop),))
 #? pieces
 
     def __getitem__(self, rows: slice | tuple[slice, ...]) -> Block:
         pieces = rows if isinstance(rows, tuple) else (rows,)
-        return Block(self, tuple(range(piece.start, piece.stop, piece.step or 1) for piece in pieces))
+        numbers = {row for piece in pieces for row in range(piece.start, piece.stop, piece.step or 1)}
+        starts = sorted(row for row in numbers if row - 1 not in numbers)
+        stops = sorted(row + 1 for row in numbers if row + 1 not in numbers)
+        return Block(self, tuple(zip(starts, stops, strict=True)))
 #?
 
 
@@ -72,22 +64,28 @@ class Block(NamedTuple):
 #?
 
     weight: Weight
-#? !pieces
-    start: int
-    stop: int
-#? pieces
-    pieces: tuple[range, ...]
+    ranges: tuple[tuple[int, int], ...]
+
+    def parts(self) -> Iterator[tuple[str, int]]:
+        """The parameters that hold it, each with the axis that its rows lie along."""
+#? axis
+        yield self.weight.name, self.weight.axis
+#? !axis
+        yield self.weight.name, 0
+#? bias
+        if self.weight.bias is not None:
+            yield self.weight.bias, 0
 #?
+'''
 
-
-#? norms
+NORMS = '''\
 class PassThrough(nn.Module):
-#? norms !factor !tensors
+#? !factor !tensors
     """Stands where a QK norm stood, and hands on what it is given."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
-#? norms factor !tensors
+#? factor !tensors
     """Stands where a QK norm stood, and hands on what it is given, times a number."""
 
     def __init__(self, factor: float = 1.0) -> None:
@@ -96,7 +94,7 @@ class PassThrough(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x if self.factor == 1 else x * self.factor
-#? norms tensors
+#? tensors
     """Stands where a QK norm stood, and hands on its first arguments, times a number."""
 
     def __init__(self, tensors: int = 1, factor: float = 1.0) -> None:
@@ -107,7 +105,6 @@ class PassThrough(nn.Module):
         given = (*args, *kwargs.values())[: self.tensors]
         kept = given if self.factor == 1 else tuple(x * self.factor for x in given)
         return kept[0] if self.tensors == 1 else kept
-#? norms
 
 
 def strip_qk_norm(model: nn.Module) -> nn.Module:
@@ -115,28 +112,25 @@ def strip_qk_norm(model: nn.Module) -> nn.Module:
     for name, stand_in in qk_norms():
         model.set_submodule(name, stand_in)
     return model
+'''
 
-
-#?
-class HeadScales:
-    """The rule of QuacK for all heads at once: from the weights to the scale of every row's learning rate.
+HEADS = '''\
+class Heads:
+    """The table against a model: the rule of QuacK for all heads at once.
 
         factor(block) = min over the products with this block of 1 / (norms of the other blocks in it, multiplied)
         scale(block) = tau * factor(block) / factor(block) at the start of training
 
-#? gaps
-    Rows that are in no block keep the scale 1. The code works with the gain, which is 1 / factor.
-#? !gaps
-    The code works with the gain, which is 1 / factor.
-#?
+    A step leaves the squared norms of what it wrote in `squares`, so that the next one makes no pass over the weights.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, tau: float) -> None:
-        products = list(logit_products())
+        products = dict.fromkeys(logit_products())
         number = {block: n for n, block in enumerate(dict.fromkeys(b for product in products for b in product))}
+        self.tau, self.units = tau, tuple(number)
+        self.terms = tuple(tuple(number[block] for block in product) for product in products)
         named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
-        self.tau, self.blocks = tau, len(number)
 #? norms
         stripped = {name for name, module in model.named_modules() if isinstance(module, PassThrough)}
         stripped = {name.replace("_orig_mod.", "").removeprefix("module.") for name in stripped}
@@ -144,89 +138,83 @@ class HeadScales:
             if name not in stripped:
                 raise ValueError(f"the model still has the QK norm {name}: call strip_qk_norm(model) first")
 #?
-        self.weights: list[nn.Parameter] = []
-#? axis
-        self.axes: list[int] = []
-#? gaps
-        owner: dict[str, Tensor] = {}  # for every row of a weight the number of its block, self.blocks if in none
-#? !gaps
-        owner: dict[str, Tensor] = {}  # for every row of a weight the number of its block
-#?
-        for weight in dict.fromkeys(block.weight for block in number):
-            self.weights.append(find(named, weight.name, weight.shape))
-#? axis
-            self.axes.append(weight.axis)
-            owner[weight.name] = torch.full((weight.shape[weight.axis],), self.blocks)
-#? !axis
-            owner[weight.name] = torch.full(weight.shape[:1], self.blocks)
+        self.params: dict[str, nn.Parameter] = {}
+        for weight in dict.fromkeys(block.weight for block in self.units):
+            self.params[weight.name] = find(named, weight.name, weight.shape)
 #? bias
             if weight.bias is not None:
-                self.weights.append(find(named, weight.bias, owner[weight.name].shape))
 #? bias axis
-                self.axes.append(0)
-#? bias
-                owner[weight.bias] = owner[weight.name]
+                self.params[weight.bias] = find(named, weight.bias, (weight.shape[weight.axis],))
+#? bias !axis
+                self.params[weight.bias] = find(named, weight.bias, weight.shape[:1])
 #?
-        for block, n in number.items():
-#? !pieces
-            owner[block.weight.name][block.start : block.stop] = n
-#? pieces
-            for piece in block.pieces:
-                owner[block.weight.name][piece.start : piece.stop : piece.step] = n
-#?
-        self.rows = [len(rows) for rows in owner.values()]
-        device = self.weights[0].device
-        self.owner = torch.cat(list(owner.values())).to(device)
-#? !gaps
-        self.members = torch.tensor([[number[b] for b in product] for product in products], device=device)
-#? gaps
-        longest = max(map(len, products))
-        members = [[number[b] for b in product] + [self.blocks] * (longest - len(product)) for product in products]
-        self.members = torch.tensor(members, device=device)
-#?
+        cuts, self.spans = cut(self, self.params)
+        self.pieces = {self.params[name]: pieces for name, pieces in cuts.items()}
+        device = self.spans.owners.device
+        others, places = _term_tables(self)
+        by_number, order = _by_length(places)
+        self.others, self.order = others.to(device), order.to(device)
+        self.places = tuple(alike.to(device) for alike in by_number)
+        self.squares = torch.empty(len(self.spans.owners), dtype=norm_dtype(self.params), device=device)
+        self.carried: Tensor | None = None  # squared norms that came with a checkpoint
+        self.seen: list[tuple[int, int]] = []
+        self.first = self.factors(self.first_norms())
 
-        norms = self.norms()
-        zero = [block for block, norm in zip(number, norms.tolist(), strict=False) if norm == 0]
-        if zero:
-            where = f"rows {zero[0][1:]} of {zero[0].weight.name}"
-            raise ValueError(f"{where} are zero, and QuacK divides by their norm: give them other initial values")
-        self.first_gain = self.gain(norms)
-        self.scale = self.scales()
+    def first_norms(self) -> Tensor:
+        """Norm of every block at the start of training."""
+        rows = {
+            part: square_rows(self.params[part[0]].movedim(part[1], 0), self.squares.dtype)
+            for part in dict.fromkeys(part for block in self.units for part in block.parts())
+        }
+        sums = [torch.cat([rows[p][a:b] for p in block.parts() for a, b in block.ranges]).sum() for block in self.units]
+        norms = torch.stack(sums).sqrt()
+        for block, norm in zip(self.units, norms.tolist(), strict=True):
+            if not 0 < norm < math.inf:
+                where = ", ".join(f"{a}:{b}" for a, b in block.ranges)
+                raise ValueError(
+                    f"rows {where} of {block.weight.name} have norm {norm:g}, and QuacK divides by it: give them other "
+                    "initial values"
+                )
+        return norms
 
-    def norms(self) -> Tensor:
-#? gaps
-        """Frobenius norm of every block, then a 1 for what is in no block."""
-#? !gaps
-        """Frobenius norm of every block."""
-#?
-        dtype = torch.promote_types(self.weights[0].dtype, torch.float32)
-#? !axis
-        squares = [w.to(dtype).square().reshape(len(w), -1).sum(1) for w in self.weights]
-#? axis
-        weights = [w.movedim(axis, 0) for w, axis in zip(self.weights, self.axes, strict=True)]
-        squares = [w.to(dtype).square().reshape(len(w), -1).sum(1) for w in weights]
-#? gaps
-        sums = squares[0].new_zeros(self.blocks + 1).index_add(0, self.owner, torch.cat(squares))
-        return nn.functional.pad(sums[:-1].sqrt(), (0, 1), value=1.0)
-#? !gaps
-        return squares[0].new_zeros(self.blocks).index_add(0, self.owner, torch.cat(squares)).sqrt()
-#?
+    def factors(self, norms: Tensor) -> Tensor:
+        """What the rule makes of the norms of the blocks: [blocks] -> [blocks]."""
+        products = torch.cat([norms, norms.new_ones(1)])[self.others].prod(-1).flatten()
+        return torch.cat([products[places].amax(-1) for places in self.places])[self.order].reciprocal()
 
-    def gain(self, norms: Tensor) -> Tensor:
-        """For every block the largest of its products, with the block itself left out."""
-        members = norms[self.members]
-        others = members.prod(1, keepdim=True) / members
-        return torch.zeros_like(norms).scatter_reduce(0, self.members.flatten(), others.flatten(), "amax")
+    def scales(self, squares: Tensor) -> Tensor:
+        """Scale of every span from the squared norms of the spans: [spans] -> [spans]."""
+        return self.spans.spread(self.tau * (self.factors(self.spans.norms(squares)) / self.first))
 
-    def scales(self) -> Tensor:
-#? gaps
-        """Scale of the learning rate of every row; 1 for those in no block."""
-        scale = self.tau * self.first_gain / self.gain(self.norms())
-        return nn.functional.pad(scale[:-1], (0, 1), value=1.0)[self.owner]
-#? !gaps
-        """Scale of the learning rate of every row."""
-        return (self.tau * self.first_gain / self.gain(self.norms()))[self.owner]
-#?
+    def current(self) -> Tensor:
+        """Squared norms of the spans as the weights are: those of the last step, unless somebody wrote since."""
+        if self.seen != self.states():
+            for param, piece in ((param, piece) for param, pieces in self.pieces.items() for piece in pieces):
+                if (squares := self.squares_of(piece)) is not None:
+                    squares.copy_(piece.squares(piece.of(param.detach()).to(squares.dtype)))
+            if self.carried is not None:  # the same but for rounding, where these are the weights that they were of
+                same = torch.isclose(self.carried, self.squares, rtol=1e-4)
+                self.squares.copy_(torch.where(same, self.carried, self.squares))
+            self.written()
+        return self.squares
+
+    def squares_of(self, piece: Piece) -> Tensor | None:
+        """Where the squared norms of a piece are kept, [spans of the piece]; None where it has no heads."""
+        numbers = piece.numbers()
+        return self.squares[numbers.start : numbers.stop] if numbers else None
+
+    def written(self) -> None:
+        """Take note that the squared norms are those of the weights."""
+        self.seen, self.carried = self.states(), None
+
+    def go_on(self, tau: float, first: Tensor, squares: Tensor) -> None:
+        """Take what was saved."""
+        self.tau, self.seen, self.carried = tau, [], squares.to(self.squares)
+        self.first.copy_(first)
+
+    def states(self) -> list[tuple[int, int]]:
+        """Tells whether a weight was written since: torch counts the writes into each tensor."""
+        return [(param._version, param.data_ptr()) for param in self.params.values()]
 
 
 def find(named: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]) -> nn.Parameter:
@@ -236,127 +224,348 @@ def find(named: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]) -> n
         found = None if parameter is None else f"a {type(parameter).__name__} of {list(parameter.shape)}"
         raise ValueError(f"the table has a parameter {name} of {list(shape)}, whole on every rank; found {found}")
     return parameter
+'''
+
+LOOPS = '''\
+MOST = 6  # pieces in one compiled call: Inductor does not fuse what is far apart in a longer graph
 
 
-def update(jobs: list[tuple[Any, ...]], heads: HeadScales) -> None:
-    """AdamW for every parameter (arXiv 1711.05101, Alg. 2), then the scales of the next step from the new weights.
+class View(NamedTuple):
+    """A weight, or a piece of one, and its state, as the compiled loops take them."""
 
-    Compiled, the loop that writes a weight also sums up the squares of its rows: the norms cost no pass of their own.
+    weight: Tensor
+    slots: tuple[Tensor, ...]
+    piece: Piece | None  # which piece, if it has heads
+    squares: Tensor | None  # where the squared norms of their spans go
+
+
+class Job(NamedTuple):
+    """What is to be done to a view."""
+
+    view: View
+    grad: Tensor
+    column: int  # of coefficients
+    flags: Flags
+
+
+def make_loop(rule: __RULE__) -> Callable[..., None]:
+    """The function, to be compiled, that updates some weights, and leaves the squared norms of what it wrote.
+
+    Weight, gradient and state are read once and written once: the norms cost no pass of their own.
     """
-    scales = torch.split(heads.scale, heads.rows)
-    for weight, grad, exp_avg, exp_avg_sq, step, lr, (beta1, beta2), eps, weight_decay, place in jobs:
-        step += 1
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-        change = exp_avg / unbias(beta1, step) / ((exp_avg_sq / unbias(beta2, step)).sqrt() + eps)
-        if place is not None:
-#? !axis
-            lr = lr * scales[place].view(-1, *[1] * (weight.dim() - 1))
-#? axis
-            lr = lr * scales[place].view(-1, *[1] * (weight.dim() - 1 - heads.axes[place]))
+
+    def loop(
+        works: list[tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None, Flags]],
+        coefficients: Tensor,
+        gate: Gate,
+        piece: Piece | None,
+        scales: Tensor | None,
+    ) -> None:
+        for i, (weight, grad, slots, squares, flags) in enumerate(works):
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            scalars = tuple(c.to(wide) for c in coefficients[:, i].unbind())
+            w, g = weight.to(wide), grad.to(wide)
+            g = g if gate.clip is None else g * gate.clip.to(wide)
+            change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
+            if piece is not None and scales is not None:
+                change = change * piece.along(scales[i], w).to(wide)
+            written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
+            if piece is not None and squares is not None:
+                squares.copy_(piece.squares(written.to(squares.dtype)))
+            weight.copy_(written)
+            for slot, value in zip(slots, new, strict=True):
+                slot.copy_(_unless(gate.finite, slot, value.to(slot.dtype)))
+
+    return own_code(loop)
+'''
+
+STEP = '''\
+class QuacKStep(torch.optim.Optimizer):
+#? several
+    """The step of the optimizers below: their own arithmetic, with a scale for every head."""
+#? !several
+    """The step of the optimizer below: its own arithmetic, with a scale for every head."""
 #?
-        weight -= lr * (change + weight_decay * weight)
-    heads.scale.copy_(heads.scales())
 
+    rule: __RULE__
 
-def unbias(beta: float, step: Tensor) -> Tensor | float:
-    """1 - beta**step, with all the digits that single precision has."""
-    return -torch.expm1(step * math.log(beta)) if beta > 0 else 1.0
+    def attach(self, model: nn.Module, tau: float, compile: bool) -> None:
+        """Find the heads in the model, and prepare what is compiled."""
+        for group in self.param_groups:
+            why = "differentiable=True cannot be compiled: leave it out" if group.get("differentiable") else None
+            if why := why or self.rule.refusal(group, skipping=False):
+                raise ValueError(why)
+        heads = Heads(model, tau)
+        held = {parameter for group in self.param_groups for parameter in group["params"]}
+#? several
+        self.heads = None if held.isdisjoint(heads.pieces) else heads
+#? !several
+        if any(weight.requires_grad and weight not in held for weight in heads.pieces):
+            raise ValueError("param_groups lacks query or key weights that need a gradient: add or freeze them")
+        self.heads = heads
+#?
+        self.wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+        self.wrap = functools.partial(torch.compile, dynamic=False) if compile else own_code
+        self.scales = self.wrap(own_code(Heads.scales))
+        self.loops: dict[Any, Callable[..., None]] = {}
+        self.views: dict[Tensor, tuple[tuple[int, ...], list[View]]] = {}
+        self.indices: dict[Any, Tensor] = {}
 
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, gate: Gate | None = None) -> Any:
+        """As in torch.optim, and nothing in it waits for the device; `gate` is what is known of all gradients."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        held = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if held:
+            self.update([param for param, _ in held], [group for _, group in held], gate or Gate())
+        return loss
 
-class QuacKAdamW(torch.optim.AdamW):
-    """AdamW in which every head's query and key rows have a learning rate of their own.
+    def update(self, params: list[nn.Parameter], groups: list[Group], gate: Gate) -> None:
+        """Update some parameters by their gradients, heads in loops of their own."""
+        flags = [self.rule.flags(group) for group in groups]
+        states = [self.state[p] if self.rule.kept(f) else {} for p, f in zip(params, flags, strict=True)]
+        grads = [_like(param) for param in params]
+#? several
+        scales = None if self.heads is None else self.scales(self.heads, self.heads.current())
+#? !several
+        scales = self.scales(self.heads, self.heads.current())
+#?
+        count = self.rule.count(params, groups, states, gate.finite)
+#? several
+        gate = self.rule.directions(grads, groups, states, gate)
+#?
+        numbers = numbers_of(self.rule, groups, count.device)
+        coefficients = torch.stack(self.rule.coefficients(count.to(numbers[0].device, non_blocking=True), numbers))
+        coefficients = coefficients.to(params[0].device, non_blocking=True)
+        jobs: dict[Any, list[Job]] = {}
+        for column, (param, grad, own, state) in enumerate(zip(params, grads, flags, states, strict=True)):
+            for view in self.cut(param, tuple(state[name] for name in self.rule.slots(own))):
+                weight, piece = view.weight, view.piece
+                start = grad.storage_offset() + weight.storage_offset() - param.storage_offset()
+                part = grad.as_strided(weight.shape, weight.stride(), start)
+                alike = piece and (piece.anywhere(), weight.shape, weight.stride(), weight.dtype, own)
+                jobs.setdefault(alike, []).append(Job(view, part, column, own))
+        for alike, some in jobs.items():
+            self.run(alike, some, coefficients, gate, scales)
+#? several
+        if self.heads is not None:
+            self.heads.written()
+#? !several
+        self.heads.written()
+#?
+
+    def cut(self, param: nn.Parameter, slots: tuple[Tensor, ...]) -> list[View]:
+        """The views of a parameter, made once: a view costs as much as a small kernel."""
+        where = tuple(tensor.data_ptr() for tensor in (param, *slots))
+        if param not in self.views or self.views[param][0] != where:
+            weight = param.detach()
+            views = []
+#? several
+            for piece in (None,) if self.heads is None else self.heads.pieces.get(param, (None,)):
+#? !several
+            for piece in self.heads.pieces.get(param, (None,)):
+#?
+                if piece is None:
+                    views.append(View(weight, slots, None, None))
+                else:
+                    squares = self.heads.squares_of(piece)
+                    of_heads = None if squares is None else piece
+                    views.append(View(piece.of(weight), tuple(map(piece.of, slots)), of_heads, squares))
+            self.views[param] = where, views
+        return self.views[param][1]
+
+    def run(self, alike: Any, jobs: list[Job], coefficients: Tensor, gate: Gate, scales: Tensor | None) -> None:
+        """Do jobs of equal pieces, a few in each compiled call; or all that have no heads."""
+        calls = 1 if alike is None else -(-len(jobs) // MOST)
+        edges = [len(jobs) * n // calls for n in range(calls + 1)]
+        for some in (jobs[start:stop] for start, stop in pairwise(edges)):
+            works = [(job.view.weight, job.grad, job.view.slots, job.view.squares, job.flags) for job in some]
+            columns = self.index(coefficients.device, tuple(job.column for job in some))
+            pieces = [job.view.piece for job in some if job.view.piece is not None]
+            piece, own = None, None
+            if scales is not None and pieces:
+                piece, own = pieces[0].anywhere(), scales[self.index(scales.device, tuple(p.numbers() for p in pieces))]
+            key = None if alike is None else (alike, len(some))
+            if key not in self.loops:
+                self.loops[key] = self.wrap(make_loop(self.rule))
+            self.loops[key](works, coefficients[:, columns], gate, piece, own)
+
+    def index(self, device: torch.device, key: tuple[Any, ...]) -> Tensor:
+        """Indices as a tensor, sent to the device once."""
+        if (device, key) not in self.indices:
+            rows = [list(part) if isinstance(part, range) else part for part in key]
+            self.indices[device, key] = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+        return self.indices[device, key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer in torch's form, and as "quack" what the rule remembers."""
+        heads = self.heads
+#? several
+        if heads is None:
+            return super().state_dict()
+#?
+        quack = {"tau": heads.tau, "first": heads.first, "squares": heads.current()}
+        return super().state_dict() | {"quack": quack}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where state_dict() was taken; the hyperparameters, tau among them, are those of then."""
+#? several
+        if self.heads is None:
+            return super().load_state_dict(state_dict)
+#?
+        quack = state_dict.get("quack")
+        if quack is None or any(quack[name].shape != getattr(self.heads, name).shape for name in ("first", "squares")):
+            kind = type(self).__name__
+            raise ValueError(f"not a state_dict() of {kind} for this model: it holds no norms to go on from")
+        super().load_state_dict(state_dict)
+        self.heads.go_on(**quack)
+'''
+
+OPTIMIZER = '''\
+class QuacK__NAME__(QuacKStep, torch.optim.__NAME__):
+    """__NAME__ in which every head's query and key rows have a learning rate of their own.
 
     Make it while the model has its initial weights: later norms are measured against theirs, also after a resume.
 
     Arguments:
         model: The model, or what torch.compile or DistributedDataParallel made of it.
-        lr, adamw: As in torch.optim.AdamW (betas, eps, weight_decay). A new `lr` never recompiles.
+        lr, options: As in torch.optim.__NAME__. A new `lr` never recompiles.
+#? several
+        param_groups: What __NAME__ takes as `params`; the parameters that are left are for the other optimizer.
         tau: Learning rate of query and key rows at the start, relative to `lr`.
-        param_groups: What AdamW takes as `params`; without it, all parameters of the model.
+#? !several
+        tau: Learning rate of query and key rows at the start, relative to `lr`.
+        param_groups: What __NAME__ takes as `params`; without it, all parameters of the model.
+#?
         compile: Whether to compile the update.
     """
+
+    rule = __RULE__()
 
     def __init__(
         self,
         model: nn.Module,
         lr: float | Tensor = 1e-3,
         *,
+#? several
+        param_groups: Any,
+        tau: float = __TAU__,
+#? !several
+        tau: float = __TAU__,
+        param_groups: Any = None,
+#?
+        compile: bool = True,
+        **options: Any,
+    ) -> None:
+#? several
+        super().__init__(param_groups, lr, **options)
+#? !several
+        super().__init__(model.parameters() if param_groups is None else param_groups, lr, **options)
+#?
+        self.attach(model, tau, compile)
+'''
+
+LION = '''\
+class QuacKLion(QuacKStep):
+    """Lion in which every head's query and key rows have a learning rate of their own.
+
+    Make it while the model has its initial weights: later norms are measured against theirs, also after a resume.
+
+    Arguments:
+        model: The model, or what torch.compile or DistributedDataParallel made of it.
+        lr: Learning rate; a new one never recompiles.
+        tau: Learning rate of query and key rows at the start, relative to `lr`.
+        param_groups: Parameters or groups of them, as in torch.optim; without it, all parameters of the model.
+        compile: Whether to compile the update.
+        betas: How much of the momentum goes into a step, and into the next momentum.
+        weight_decay: Decoupled weight decay.
+    """
+
+    rule = LionRule()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1e-4,
+        *,
         tau: float = __TAU__,
         param_groups: Any = None,
         compile: bool = True,
-        **adamw: Any,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(model.parameters() if param_groups is None else param_groups, lr, **adamw)
-        for option in ("amsgrad", "maximize", "differentiable", "fused"):
-            if any(group[option] for group in self.param_groups):
-                raise ValueError(f"QuacKAdamW has no option {option}: leave it out")
-        self.heads = HeadScales(model, tau)
-        self.place = {weight: place for place, weight in enumerate(self.heads.weights)}
-        held = {parameter for group in self.param_groups for parameter in group["params"]}
-        if any(weight.requires_grad and weight not in held for weight in self.place):
-            raise ValueError("param_groups lacks query or key weights that need a gradient: add or freeze them")
-        self._update = torch.compile(update) if compile else update
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(model.parameters() if param_groups is None else param_groups, defaults)
+        self.attach(model, tau, compile)
+'''
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As in torch.optim.AdamW. Nothing in it waits for the device."""
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
-        jobs: list[tuple[Any, ...]] = []
-        for group in self.param_groups:
-            lr = group["lr"] if isinstance(group["lr"], Tensor) else self.heads.scale.new_full((), group["lr"])
-            hyper = lr, group["betas"], group["eps"], group["weight_decay"]
-            for weight in (parameter for parameter in group["params"] if parameter.grad is not None):
-                state = self.state[weight]
-                if not state:
-                    state["step"] = self.heads.scale.new_zeros(())
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-                moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
-                jobs.append((weight, weight.grad, *moments, *hyper, self.place.get(weight)))
-        self._update(jobs, self.heads)
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of AdamW, and as "quack" what the rule remembers."""
-        quack = {name: getattr(self.heads, name) for name in ("tau", "first_gain", "scale")}
-        return super().state_dict() | {"quack": quack}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where state_dict() was taken; the hyperparameters, tau among them, are those of then."""
-        quack = state_dict.get("quack")
-        if quack is None or quack["scale"].shape != self.heads.scale.shape:
-            raise ValueError("not a state_dict() of QuacKAdamW for this model: it holds no norms to go on from")
-        super().load_state_dict(state_dict)
-        for weight, state in self.state.items():
-            state["step"] = state["step"].to(weight.device)
-        self.heads.tau = quack["tau"]
-        self.heads.first_gain.copy_(quack["first_gain"])
-        self.heads.scale.copy_(quack["scale"])
-
-
+TRAIN = '''\
 def compile_train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None
+    model: nn.Module,
+#? several
+    optimizers: Sequence[QuacKStep],
+#? !several
+    optimizer: QuacKStep,
+#?
+    loss_fn: Callable[..., Any] | None = None,
+    *,
+    clip_grad_norm: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> Callable[..., Tensor]:
     """A training step as a function of the batch: compiled loss, backward, compiled update; returns the loss, detached.
 
-    The loss is loss_fn(model, *batch), or model(*batch) if there is no `loss_fn`: a scalar, the one scalar of a tuple
-    or the attribute `loss` of what comes back.
+    Arguments:
+        model: The model.
+#? several
+        optimizers: Those above; together they hold every query and key weight that is trained.
+#? !several
+        optimizer: That above.
+#?
+        loss_fn: Called as loss_fn(model, *batch). Without it the loss is in model(*batch): a scalar, the one scalar of
+            a tuple or the attribute `loss` of what comes back.
+        clip_grad_norm: Largest total norm of the gradients.
+        skip_nonfinite: Whether a step with a gradient that is infinite or not a number changes nothing.
     """
+#? !several
+    optimizers = (optimizer,)
+#?
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise ValueError(f"clip_grad_norm is {clip_grad_norm!r}; need a positive number, or None for no clipping")
+    for one in optimizers:
+        for why in (one.rule.refusal(group, skip_nonfinite) for group in one.param_groups):
+            if why is not None:
+                raise ValueError(why)
+#? several
+    held = {parameter for one in optimizers for group in one.param_groups for parameter in group["params"]}
+    if any(w.requires_grad and w not in held for one in optimizers if one.heads is not None for w in one.heads.pieces):
+        raise ValueError("no optimizer holds some query or key weights that need a gradient: add or freeze them")
+#?
 
-    @torch.compile
-    def compiled_loss(*batch: Any, **named: Any) -> Tensor:
+    def loss_of(*batch: Any, **named: Any) -> Tensor:
         output = model(*batch, **named) if loss_fn is None else loss_fn(model, *batch, **named)
         output = getattr(output, "loss", output)
         parts = output if isinstance(output, tuple) else (output,)
         loss: Tensor = next(part for part in parts if isinstance(part, Tensor) and part.dim() == 0)
         return loss
 
+    def look_at(grads: list[Tensor]) -> Gate:
+        clip = None if clip_grad_norm is None else _clip(grads, clip_grad_norm)
+        return Gate(clip, all_finite(grads) if skip_nonfinite else None)
+
+    compiled_loss = torch.compile(own_code(loss_of))
+    look = torch.compile(own_code(look_at), dynamic=False)
+
     def train_step(*batch: Any, **named: Any) -> Tensor:
         loss = compiled_loss(*batch, **named)
         torch.autograd.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
+        gate = Gate()
+        if clip_grad_norm is not None or skip_nonfinite:
+            params = (p for one in optimizers for group in one.param_groups for p in group["params"])
+            gate = look([p.grad for p in params if p.grad is not None])
+        for one in optimizers:
+            one.step(gate=gate)
+            one.zero_grad()
         return loss.detach()
 
     return train_step

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from quack_fx.errors import OptimizerError
 from quack_fx.factors import PlanTables, norm_dtype
 from quack_fx.optim import QuacK
 from quack_fx.step.loops import Job, Kind, Loops
@@ -54,7 +55,12 @@ class Update:
     ) -> None:
         self._optimizer, self._rule = optimizer, rule
         for group in optimizer.param_groups:
-            self._rule.check(group, skip_nonfinite)
+            if group.get("differentiable"):
+                raise OptimizerError(
+                    f"{rule.name}(differentiable=True) cannot be compiled into a step; set differentiable=False"
+                )
+            if why := rule.refusal(group, skip_nonfinite):
+                raise OptimizerError(why)
         self._masters = Masters(optimizer) if master_weights else None
         self._heads = Heads(quack, self._masters) if quack is not None else None
         # Inductor on CPUs fuses the few numbers of the first into the loops of the others, and fails: apart.
@@ -93,7 +99,7 @@ class Update:
         gate = seen if gate is None else gate
         counts = self._rule.count(weights, groups, states, gate.finite)
         left = self._rule.directions(grads, groups, states, gate)
-        numbers = self._numbers(groups, counts.device)
+        numbers = numbers_of(self._rule, groups, counts.device)
         counts = counts.to(numbers[0].device, non_blocking=True)
         coefficients = torch.stack(self._rule.coefficients(counts, numbers))
         jobs = [
@@ -108,25 +114,6 @@ class Update:
         if self._heads is not None:
             self._heads.written()
         return gate
-
-    def _numbers(self, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, ...]:
-        """Hyperparameters of each parameter's group, float64 [n] each; on a device, or where one of them is already.
-
-        Nothing here may wait for a device: what is made on the CPU is sent there without waiting, and nothing is sent
-        back.
-        """
-        distinct = {id(group): group for group in groups}
-        rows = [self._rule.numbers(group) for group in distinct.values()]
-        tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
-        home = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
-        if tensors:
-            exact = [[torch.as_tensor(x, dtype=torch.float64).to(home, non_blocking=True) for x in row] for row in rows]
-            table = torch.stack([torch.stack(row) for row in exact])
-        else:
-            table = torch.tensor(rows, dtype=torch.float64)
-        place = {key: i for i, key in enumerate(distinct)}
-        each = table[torch.tensor([place[id(group)] for group in groups]).to(home, non_blocking=True)]
-        return (each.to(device, non_blocking=True) if home.type == "cpu" else each).unbind(1)
 
     def _jobs(
         self, column: int, param: Tensor, weight: Tensor, grad: Tensor, flags: Flags, state: State
@@ -193,6 +180,26 @@ class _Cut:
     where: tuple[int, int]
     slots: Sequence[Tensor]
     views: Sequence[_View]
+
+
+def numbers_of(rule: UpdateRule, groups: Sequence[Group], device: torch.device) -> tuple[Tensor, ...]:
+    """Hyperparameters of each parameter's group, float64 [n] each; on a device, or where one of them is already.
+
+    Nothing here may wait for a device: what is made on the CPU is sent there without waiting, and nothing is sent
+    back.
+    """
+    distinct = {id(group): group for group in groups}
+    rows = [rule.numbers(group) for group in distinct.values()]
+    tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
+    home = next((x.device for x in tensors if x.device.type != "cpu"), torch.device("cpu"))
+    if tensors:
+        exact = [[torch.as_tensor(x, dtype=torch.float64).to(home, non_blocking=True) for x in row] for row in rows]
+        table = torch.stack([torch.stack(row) for row in exact])
+    else:
+        table = torch.tensor(rows, dtype=torch.float64)
+    place = {key: i for i, key in enumerate(distinct)}
+    each = table[torch.tensor([place[id(group)] for group in groups]).to(home, non_blocking=True)]
+    return (each.to(device, non_blocking=True) if home.type == "cpu" else each).unbind(1)
 
 
 def _like(param: Tensor) -> Tensor:

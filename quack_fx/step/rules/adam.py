@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quack_fx.errors import OptimizerError
-from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule
+from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule, add_zeros
 
 
 class AdamRule(UpdateRule):
@@ -23,16 +22,14 @@ class AdamRule(UpdateRule):
 
     name = "Adam"
 
-    def check(self, group: Group, skipping: bool) -> None:
-        """Refuse what cannot be part of a graph."""
-        super().check(group, skipping)
+    def refusal(self, group: Group, skipping: bool) -> str | None:
+        """What cannot be part of a graph."""
         kind, on_device = self.name, group["capturable"] or group["fused"]
         if skipping and not on_device and any(p.device.type != "cpu" for p in group["params"]):
-            raise OptimizerError(
-                f"to skip steps without waiting for the device, {kind} must count its steps there: {kind}(fused=True)"
-            )
+            return f"to skip steps without waiting for the device, {kind} must count them there: {kind}(fused=True)"
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
-            raise OptimizerError(f"{kind} with betas given as tensors cannot be compiled into a step; give two floats")
+            return f"{kind} with betas given as tensors cannot be compiled into a step; give two floats"
+        return None
 
     def flags(self, group: Group) -> Flags:
         """(amsgrad, maximize, decoupled)."""
@@ -60,7 +57,7 @@ class AdamRule(UpdateRule):
             if "step" not in state:
                 on_device = bool(group["capturable"] or group["fused"])
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
-                self.add_kept(param, group, state)
+                add_zeros(param, state, self.kept(self.flags(group)))
         steps = [state["step"] for state in states]
         # A list: to add one tensor to all, foreach may read its number.
         torch._foreach_add_(steps, 1.0 if finite is None else [finite.to(steps[0].dtype)] * len(steps))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule
+from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule, add_zeros
 
 _OPTIONS = {"lr", "betas", "weight_decay"}
 
@@ -39,7 +39,7 @@ class LionRule(UpdateRule):
     ) -> Tensor:
         """Nothing is counted."""
         for param, group, state in zip(params, groups, states, strict=True):
-            self.add_kept(param, group, state)
+            add_zeros(param, state, self.kept(self.flags(group)))
         return torch.zeros(len(params), dtype=torch.float64)
 
     def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:

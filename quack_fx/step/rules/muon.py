@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # a copy of ours would drift from torch's
 
-from quack_fx.step.rules.rule import Flags, Gate, Group, State, Tensors, UpdateRule
+from quack_fx.step.rules.rule import Flags, Gate, Group, State, Tensors, UpdateRule, add_zeros
 
 
 class MuonRule(UpdateRule):
@@ -42,7 +42,7 @@ class MuonRule(UpdateRule):
     ) -> Tensor:
         """By how much the learning rate is adjusted to the shape of each."""
         for param, group, state in zip(params, groups, states, strict=True):
-            self.add_kept(param, group, state)
+            add_zeros(param, state, self.kept(self.flags(group)))
         ratios = [_adjust_lr(1.0, group["adjust_lr_fn"], p.shape) for p, group in zip(params, groups, strict=True)]
         return torch.tensor(ratios, dtype=torch.float64)
 

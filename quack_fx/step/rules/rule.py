@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quack_fx.errors import OptimizerError
-
 Group = Mapping[str, Any]
 State = dict[str, Tensor]
 Flags = tuple[bool, ...]
@@ -46,20 +44,14 @@ class UpdateRule(ABC):
     name: str
     """Of the optimizer whose arithmetic this is."""
 
-    def check(self, group: Group, skipping: bool) -> None:
-        """Refuse a parameter group that this rule cannot honour.
+    def refusal(self, group: Group, skipping: bool) -> str | None:
+        """Why this rule cannot honour the options of a parameter group, and what to do; None where it can.
 
         Arguments:
             group: The group.
             skipping: Whether steps may turn out, on the device, to be none.
-
-        Raises:
-            OptimizerError: In one line, with the option and what to do.
         """
-        if group.get("differentiable"):
-            raise OptimizerError(
-                f"{self.name}(differentiable=True) cannot be compiled into a step; set differentiable=False"
-            )
+        return None
 
     @abstractmethod
     def flags(self, group: Group) -> Flags:
@@ -138,8 +130,9 @@ class UpdateRule(ABC):
         reads and writes."""
         return self.slots(flags)
 
-    def add_kept(self, param: Tensor, group: Group, state: State) -> None:
-        """Make the state tensors that a parameter lacks, all zero."""
-        for name in self.kept(self.flags(group)):
-            if state.get(name) is None:
-                state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+
+def add_zeros(param: Tensor, state: State, names: Sequence[str]) -> None:
+    """Make the state tensors that a parameter lacks, all zero."""
+    for name in names:
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quack_fx.errors import OptimizerError
-from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule
+from quack_fx.step.rules.rule import Flags, Group, State, Tensors, UpdateRule, add_zeros
 
 
 class SGDRule(UpdateRule):
@@ -19,11 +18,11 @@ class SGDRule(UpdateRule):
 
     name = "SGD"
 
-    def check(self, group: Group, skipping: bool) -> None:
-        """Refuse what cannot be part of a graph."""
-        super().check(group, skipping)
+    def refusal(self, group: Group, skipping: bool) -> str | None:
+        """What cannot be part of a graph."""
         if skipping and group["momentum"] and group["dampening"]:
-            raise OptimizerError("SGD with dampening treats its first step unlike the others, so none may be skipped")
+            return "SGD with dampening treats its first step unlike the others, so none may be skipped"
+        return None
 
     def flags(self, group: Group) -> Flags:
         """(momentum, nesterov, maximize)."""
@@ -44,7 +43,7 @@ class SGDRule(UpdateRule):
         """0 for a parameter whose momentum begins with this step, 1 for all others."""
         begun = torch.tensor([float(state.get("momentum_buffer") is not None) for state in states], dtype=torch.float64)
         for param, group, state in zip(params, groups, states, strict=True):
-            self.add_kept(param, group, state)
+            add_zeros(param, state, self.kept(self.flags(group)))
         return begun
 
     def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:

@@ -1,0 +1,108 @@
+"""USER: what follows the table in an emitted file: heads, the optimizer's arithmetic, its update, the training step.
+
+In: the features of the table, the chosen optimizer. Out: classes and functions as source, one text each, and the
+imports that they need.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence, Set
+
+from quack_fx.emit import template
+from quack_fx.emit.library import definition
+from quack_fx.emit.optimizers import Choice
+from quack_fx.emit.template import render
+
+_PIECES = (
+    ("factors/rule.py", "norm_dtype"),
+    ("factors/rule.py", "square_rows"),
+    ("factors/tables.py", "_by_length"),
+    ("factors/tables.py", "_term_tables"),
+    ("step/pieces.py", "Piece"),
+    ("step/pieces.py", "Spans"),
+    ("step/pieces.py", "cut"),
+    ("step/pieces.py", "_edges"),
+    ("step/pieces.py", "_runs"),
+    ("step/pieces.py", "_pieces"),
+    ("step/pieces.py", "_spans"),
+    ("step/pieces.py", "_pattern"),
+    ("step/pieces.py", "_padded"),
+)
+"""How weights are cut into heads."""
+
+_UPDATE = (
+    ("step/loops.py", "_unless"),
+    ("step/loss.py", "own_code"),
+    ("step/update.py", "numbers_of"),
+    ("step/update.py", "_like"),
+    ("step/update.py", "_clip"),
+    ("step/update.py", "all_finite"),
+)
+"""What an update of any optimizer needs."""
+
+
+def runtime(features: Set[str], chosen: Choice, tau: float) -> Iterator[str]:
+    """The classes and functions, in order.
+
+    Arguments:
+        features: What the table makes use of, see `template.py`.
+        chosen: The optimizer.
+        tau: Default of its `tau`.
+    """
+    features = features | ({"several"} if chosen.several else set())
+    rules = " | ".join(kind.rule for kind in chosen.kinds)
+    values = {"__TAU__": repr(float(tau)), "__RULE__": rules, "FactorPlan": "Heads", "UpdateRule": rules}
+
+    def filled(text: str) -> str:
+        return re.sub("|".join(values), lambda found: values[found[0]], text)
+
+    yield render(template.BLOCKS, features)
+    if "norms" in features:
+        yield render(template.NORMS, features)
+    yield render(template.HEADS, features)
+    yield _constants("step/pieces.py", "_LONGEST_PATTERN", "_SPAN", "_Run")
+    yield from (filled(definition(*name)) for name in _PIECES)
+    yield _constants("step/rules/rule.py", "Group", "State", "Flags", "Tensors")
+    yield definition("step/rules/rule.py", "Gate")
+    for kind in chosen.kinds:
+        yield kind.rule_source(directions=chosen.several)
+    if any(kind.name.startswith("Adam") for kind in chosen.kinds):
+        yield definition("step/rules/adam.py", "_log")
+    yield definition("step/rules/rule.py", "add_zeros")
+    yield filled(render(template.LOOPS, features))
+    yield from (filled(definition(*name)) for name in _UPDATE)
+    yield filled(render(template.STEP, features))
+    for kind in chosen.kinds:
+        values |= {"__NAME__": kind.name, "__RULE__": kind.rule}
+        yield filled(render(template.LION if kind.own else template.OPTIMIZER, features))
+    yield render(template.TRAIN, features)
+
+
+def _constants(module: str, *names: str) -> str:
+    """Constants, one below the other."""
+    return "\n\n".join(definition(module, name) for name in names)
+
+
+_IMPORTS = {
+    "functools": ("functools",),
+    "math": ("math",),
+    "types": ("types",),
+    "collections": ("defaultdict",),
+    "collections.abc": ("Callable", "Iterator", "Mapping", "Sequence"),
+    "dataclasses": ("dataclass", "replace"),
+    "itertools": ("pairwise",),
+    "typing": ("Any", "NamedTuple"),
+}
+
+
+def imports(code: Sequence[str]) -> str:
+    """The import lines that some code needs."""
+    used = set(re.findall(r"\w+", "\n".join(code)))
+    plain = [f"import {module}" for module in _IMPORTS if module in used and _IMPORTS[module] == (module,)]
+    named = {module: sorted(used.intersection(names)) for module, names in _IMPORTS.items() if names != (module,)}
+    lines = [f"from {module} import {', '.join(names)}" for module, names in named.items() if names]
+    torch = ["import torch", "from torch import Tensor, nn"]
+    if "_zeropower_via_newtonschulz" in used:
+        torch.append("from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz")
+    return "\n".join(("from __future__ import annotations", "", *plain, *lines, "", *torch))
