@@ -80,8 +80,7 @@ def main() -> None:
 
 def scale_range(optimizer: Any) -> tuple[float, float]:
     """Smallest and largest scale over all query and key rows."""
-    heads = optimizer.heads
-    scales = heads.scale[heads.owner < heads.blocks]
+    scales = optimizer.heads.scales(optimizer.heads.current())
     return float(scales.min()), float(scales.max())
 
 

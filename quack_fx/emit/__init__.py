@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quack_fx.emit.norms import StandIn, norm_features, write_norms
 from quack_fx.emit.optimizers import Choice, OptimizerName, choice
-from quack_fx.emit.runtime import imports, runtime
+from quack_fx.emit.runtime import contents, imports, runtime
 from quack_fx.emit.source import WIDTH
 from quack_fx.emit.table import Table, write_table
 from quack_fx.errors import EmitError
@@ -197,9 +197,11 @@ def _docstring(layout: QKLayout, table: Table, title: str, chosen: Choice, strip
         "    for batch in batches:",
         "        loss = train_step(*batch)",
         "",
+        *contents(chosen, strips),
+        "",
         *_fill(
-            f"In all else {chosen.like}: parameter groups, schedulers, state_dict, load_state_dict. A step is one that "
-            "quack_fx.compile_train_step makes, bit for bit."
+            f"In all else {chosen.like}: parameter groups, schedulers, state_dict, load_state_dict. On a CPU "
+            "each step is that of quack_fx.compile_train_step, bit for bit."
         ),
         *(["", "Left out, with the plain learning rate:", *left_out] if left_out else []),
         '"""',

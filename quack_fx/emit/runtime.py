@@ -42,6 +42,24 @@ _UPDATE = (
 """What an update of any optimizer needs."""
 
 
+def contents(chosen: Choice, strips: bool) -> list[str]:
+    """What is in the file, a line each."""
+    rules = ", ".join(kind.rule for kind in chosen.kinds)
+    classes = ", ".join(f"QuacK{kind.name}" for kind in chosen.kinds)
+    parts = {
+        "logit_products": "the table: which rows of which weights are multiplied in the logits",
+        **({"strip_qk_norm": "takes the QK norms out"} if strips else {}),
+        "Heads": "the rule: norms of the rows of every head, and the scales that follow from them",
+        "cut": "weights cut into pieces in which every head is one long row of numbers",
+        rules: "the arithmetic of the optimizer",
+        "make_loop": "what is compiled: weights and state are changed, and the new norms left behind",
+        classes: "the optimizers" if chosen.several else "the optimizer",
+        "compile_train_step": "loss, backward and update of one batch",
+    }
+    width = max(map(len, parts))
+    return [f"    {name:{width}}  {text}" for name, text in parts.items()]
+
+
 def runtime(features: Set[str], chosen: Choice, tau: float) -> Iterator[str]:
     """The classes and functions, in order.
 
@@ -75,13 +93,15 @@ def runtime(features: Set[str], chosen: Choice, tau: float) -> Iterator[str]:
     yield filled(render(template.STEP, features))
     for kind in chosen.kinds:
         values |= {"__NAME__": kind.name, "__RULE__": kind.rule}
-        yield filled(render(template.LION if kind.own else template.OPTIMIZER, features))
+        own = features | ({"muon"} if kind.name == "Muon" else set())
+        yield filled(render(template.LION if kind.own else template.OPTIMIZER, own))
     yield render(template.TRAIN, features)
 
 
 def _constants(module: str, *names: str) -> str:
     """Constants, one below the other."""
-    return "\n\n".join(definition(module, name) for name in names)
+    texts = [definition(module, name) for name in names]
+    return ("\n\n" if any("\n" in text for text in texts) else "\n").join(texts)
 
 
 _IMPORTS = {

@@ -11,6 +11,7 @@ The features:
     norms   QK norm modules that are taken out of the model
     factor  some of them leave a number behind that features are multiplied with
     tensors some of them norm queries and keys in one call
+    muon    the optimizer is Muon, which takes no learning rate as a tensor
     several the optimizer is for some parameters only, and needs another one beside it (Muon)
 """
 
@@ -105,6 +106,7 @@ class PassThrough(nn.Module):
         given = (*args, *kwargs.values())[: self.tensors]
         kept = given if self.factor == 1 else tuple(x * self.factor for x in given)
         return kept[0] if self.tensors == 1 else kept
+#?
 
 
 def strip_qk_norm(model: nn.Module) -> nn.Module:
@@ -202,6 +204,15 @@ class Heads:
         """Where the squared norms of a piece are kept, [spans of the piece]; None where it has no heads."""
         numbers = piece.numbers()
         return self.squares[numbers.start : numbers.stop] if numbers else None
+
+    def views(self, param: nn.Parameter, slots: tuple[Tensor, ...]) -> list[View]:
+        """The pieces of a parameter and its state; none of one without heads."""
+        weight, found = param.detach(), []  # one base for all pieces: the compiler asks for it
+        for piece in self.pieces.get(param, ()):
+            squares = self.squares_of(piece)
+            of_heads = None if squares is None else piece
+            found.append(View(piece.of(weight), tuple(map(piece.of, slots)), of_heads, squares))
+        return found
 
     def written(self) -> None:
         """Take note that the squared norms are those of the weights."""
@@ -359,20 +370,12 @@ class QuacKStep(torch.optim.Optimizer):
         """The views of a parameter, made once: a view costs as much as a small kernel."""
         where = tuple(tensor.data_ptr() for tensor in (param, *slots))
         if param not in self.views or self.views[param][0] != where:
-            weight = param.detach()
-            views = []
 #? several
-            for piece in (None,) if self.heads is None else self.heads.pieces.get(param, (None,)):
+            views = [] if self.heads is None else self.heads.views(param, slots)
 #? !several
-            for piece in self.heads.pieces.get(param, (None,)):
+            views = self.heads.views(param, slots)
 #?
-                if piece is None:
-                    views.append(View(weight, slots, None, None))
-                else:
-                    squares = self.heads.squares_of(piece)
-                    of_heads = None if squares is None else piece
-                    views.append(View(piece.of(weight), tuple(map(piece.of, slots)), of_heads, squares))
-            self.views[param] = where, views
+            self.views[param] = where, views or [View(param.detach(), slots, None, None)]
         return self.views[param][1]
 
     def run(self, alike: Any, jobs: list[Job], coefficients: Tensor, gate: Gate, scales: Tensor | None) -> None:
@@ -446,7 +449,11 @@ class QuacK__NAME__(QuacKStep, torch.optim.__NAME__):
     def __init__(
         self,
         model: nn.Module,
+#? muon
+        lr: float = 1e-3,
+#? !muon
         lr: float | Tensor = 1e-3,
+#?
         *,
 #? several
         param_groups: Any,
@@ -546,8 +553,7 @@ def compile_train_step(
         output = model(*batch, **named) if loss_fn is None else loss_fn(model, *batch, **named)
         output = getattr(output, "loss", output)
         parts = output if isinstance(output, tuple) else (output,)
-        loss: Tensor = next(part for part in parts if isinstance(part, Tensor) and part.dim() == 0)
-        return loss
+        return next(part for part in parts if isinstance(part, Tensor) and part.dim() == 0)
 
     def look_at(grads: list[Tensor]) -> Gate:
         clip = None if clip_grad_norm is None else _clip(grads, clip_grad_norm)
@@ -557,7 +563,7 @@ def compile_train_step(
     look = torch.compile(own_code(look_at), dynamic=False)
 
     def train_step(*batch: Any, **named: Any) -> Tensor:
-        loss = compiled_loss(*batch, **named)
+        loss: Tensor = compiled_loss(*batch, **named)
         torch.autograd.backward(loss)
         gate = Gate()
         if clip_grad_norm is not None or skip_nonfinite:

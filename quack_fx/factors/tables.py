@@ -141,7 +141,8 @@ def _by_length(rows: list[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
 
 
 def _term_tables(plan: FactorPlan) -> tuple[Tensor, list[Tensor]]:
-    """`others` of `PlanTables`, and the places of each unit in all terms one after the other."""
+    """For each place of each term the units at its other places, [terms, longest, longest - 1], and the places of each
+    unit in all terms one after the other."""
     longest = max(map(len, plan.terms), default=1)
     padded = [[*term, *[len(plan.units)] * (longest - len(term))] for term in plan.terms]
     members = torch.tensor(padded, dtype=torch.int64).view(len(plan.terms), longest)

@@ -1,0 +1,466 @@
+"""Layouts written by hand, models that have just their parameters, and the fp64 reference of an emitted optimizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import count
+from math import prod
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Ranges, Role, WeightBlock
+
+Shapes = dict[str, tuple[int, ...]]
+
+# ---- layouts written by hand ----------------------------------------------------------------------------------------
+
+
+def rows(heads: int, width: int, start: int = 0, stride: int | None = None) -> tuple[Ranges, ...]:
+    """One contiguous run of rows for each head."""
+    step = width if stride is None else stride
+    return tuple(((start + h * step, start + h * step + width),) for h in range(heads))
+
+
+def scattered(heads: int, runs: int, width: int, start: int = 0) -> tuple[Ranges, ...]:
+    """A few rows of every head in turn, again and again."""
+    return tuple(
+        tuple(rows(1, width, start + (run * heads + h) * width)[0][0] for run in range(runs)) for h in range(heads)
+    )
+
+
+def block(param: str, role: Role, heads: tuple[Ranges, ...], axis: int = 0, bias: str | None = None) -> WeightBlock:
+    return WeightBlock(param, role, axis, heads, bias)
+
+
+def site(
+    name: str, query: list[WeightBlock], key: list[WeightBlock], terms: list[tuple[tuple[int, ...], tuple[int, ...]]],
+    **more: Any,
+) -> AttentionSite:  # fmt: skip
+    n, m = len(query[0].heads), len(key[0].heads)
+    fields: dict[str, Any] = {
+        "kind": "mha" if n == m else "gqa",
+        "cross": False,
+        "calls": 1,
+        "query_heads": n,
+        "key_heads": m,
+        "head_dim": 4,
+        "head_map": tuple(h // (n // m) for h in range(n)),
+    }
+    return AttentionSite(
+        name=name, query=tuple(query), key=tuple(key), terms=tuple(LogitTerm(*term) for term in terms),
+        **{**fields, **more},
+    )  # fmt: skip
+
+
+PAIR = [((0,), (0,))]
+
+
+def gqa(name: str, n: int, m: int, width: int, bias: bool = False, **more: Any) -> AttentionSite:
+    def one(part: str, heads: int) -> WeightBlock:
+        return block(
+            f"{name}.{part}_proj.weight", part, rows(heads, width), bias=f"{name}.{part}_proj.bias" * bias or None
+        )  # type: ignore[arg-type]
+
+    return site(name, [one("q", n)], [one("k", m)], PAIR, **more)
+
+
+def fused(name: str, n: int, width: int, axis: int, interleaved: bool = False) -> AttentionSite:
+    stride, start = (3 * width, width) if interleaved else (width, n * width)
+    weight, bias = f"{name}.c_attn.weight", f"{name}.c_attn.bias"
+    query = block(weight, "q", rows(n, width, 0, stride), axis, bias)
+    return site(name, [query], [block(weight, "k", rows(n, width, start, stride), axis, bias)], PAIR)
+
+
+def falcon(name: str, groups: int, per_group: int, width: int) -> AttentionSite:
+    """Query heads, key and value of a group side by side."""
+    weight, stride = f"{name}.qkv.weight", (per_group + 2) * width
+    heads = tuple(rows(1, width, g * stride + i * width)[0] for g in range(groups) for i in range(per_group))
+    key = block(weight, "k", rows(groups, width, per_group * width, stride))
+    return site(name, [block(weight, "q", heads)], [key], PAIR)
+
+
+def mla(name: str, n: int, nope: int, rope: int, value: int, q_rank: int | None, kv_rank: int) -> AttentionSite:
+    ukv, dkv = f"{name}.kv_b_proj.weight", f"{name}.kv_a_proj.weight"
+    up = f"{name}.q_b_proj.weight" if q_rank else f"{name}.q_proj.weight"
+    query = [block(up, "uq", rows(n, nope, 0, nope + rope)), block(up, "qr", rows(n, rope, nope, nope + rope))]
+    if q_rank:
+        query.append(block(f"{name}.q_a_proj.weight", "dq", (((0, q_rank),),) * n))
+    key = [
+        block(ukv, "uk", rows(n, nope, 0, nope + value)),
+        block(dkv, "dkv", (((0, kv_rank),),) * n),
+        block(dkv, "kr", (((kv_rank, kv_rank + rope),),) * n),
+    ]
+    dq = (2,) if q_rank else ()
+    return site(name, query, key, [((0, *dq), (0, 1)), ((1, *dq), (2,))], kind="mla")
+
+
+def split_rotary(name: str, n: int, half: int) -> AttentionSite:
+    """First halves of all heads, then second halves: each head has two runs of rows."""
+
+    def heads(start: int) -> tuple[Ranges, ...]:
+        first, second = rows(n, half, start), rows(n, half, start + n * half)
+        return tuple(a + b for a, b in zip(first, second, strict=True))
+
+    weight = f"{name}.qk.weight"
+    return site(name, [block(weight, "q", heads(0))], [block(weight, "k", heads(2 * n * half))], PAIR)
+
+
+LONG = "a_wrapper.another_wrapper_inside.backbone.transformer_stack.blocks.7.self_attention.the_core_of_it"
+IRREGULAR: tuple[Ranges, ...] = (((0, 4),), ((5, 9), (12, 14)), ((16, 24),))
+
+SITES: dict[str, tuple[list[AttentionSite], Shapes]] = {
+    "gqa": (
+        [gqa(f"layers.{i}.attn", 6, 2, 4) for i in range(3)],
+        {f"layers.{i}.attn.{p}_proj.weight": (r, 10) for i in range(3) for p, r in (("q", 24), ("k", 8))},
+    ),
+    "mqa_with_bias": (
+        [gqa("attn", 4, 1, 4, bias=True)],
+        {
+            **{"attn.q_proj.weight": (16, 6), "attn.q_proj.bias": (16,)},
+            **{"attn.k_proj.weight": (4, 6), "attn.k_proj.bias": (4,)},
+        },
+    ),
+    "fused": (
+        [fused(f"h.{i}.attn", 3, 4, 0) for i in range(2)],
+        {f"h.{i}.attn.c_attn.{p}": s for i in range(2) for p, s in (("weight", (36, 8)), ("bias", (36,)))},
+    ),
+    "conv1d": (
+        [fused(f"h.{i}.attn", 3, 4, 1) for i in range(2)],
+        {f"h.{i}.attn.c_attn.{p}": s for i in range(2) for p, s in (("weight", (8, 36)), ("bias", (36,)))},
+    ),
+    "interleaved": (
+        [fused("attn", 3, 4, 0, interleaved=True)],
+        {"attn.c_attn.weight": (36, 8), "attn.c_attn.bias": (36,)},
+    ),
+    "grouped_fused": ([falcon("attn", 2, 3, 4)], {"attn.qkv.weight": (40, 6)}),
+    "mla": (
+        [mla(f"layers.{i}.attn", 4, 4, 2, 3, 6, 8) for i in (0, 2, 3)],
+        {
+            f"layers.{i}.attn.{p}.weight": s
+            for i in (0, 2, 3)
+            for p, s in (("q_a_proj", (6, 10)), ("q_b_proj", (24, 6)), ("kv_a_proj", (10, 10)), ("kv_b_proj", (28, 8)))
+        },
+    ),
+    "mla_without_q_latent": (
+        [mla("attn", 4, 4, 2, 3, None, 8)],
+        {"attn.q_proj.weight": (24, 10), "attn.kv_a_proj.weight": (10, 10), "attn.kv_b_proj.weight": (28, 8)},
+    ),
+    "encoder_decoder": (
+        [gqa(f"{side}.block.{i}.layer.{n}.{at}", 2, 2, 4, cross=n == 1) for side, n, at in
+         (("encoder", 0, "SelfAttention"), ("decoder", 0, "SelfAttention"), ("decoder", 1, "EncDecAttention"))
+         for i in range(2)],
+        {
+            f"{side}.block.{i}.layer.{n}.{at}.{p}_proj.weight": (8, 6)
+            for side, n, at in
+            (("encoder", 0, "SelfAttention"), ("decoder", 0, "SelfAttention"), ("decoder", 1, "EncDecAttention"))
+            for i in range(2)
+            for p in "qk"
+        },
+    ),
+    "two_pieces": ([split_rotary("attn", 3, 2)], {"attn.qk.weight": (24, 6)}),
+    "row_by_row": (
+        [
+            site(
+                "attn",
+                [block("attn.qk.weight", "q", scattered(3, 4, 1))],
+                [block("attn.qk.weight", "k", scattered(3, 4, 1, start=12))],
+                PAIR,
+            )
+        ],
+        {"attn.qk.weight": (24, 6)},
+    ),
+    "two_by_two": (
+        [
+            site(
+                "attn",
+                [block("attn.q.weight", "q", scattered(3, 6, 2))],
+                [block("attn.k.weight", "k", rows(3, 4))],
+                PAIR,
+            )
+        ],
+        {"attn.q.weight": (36, 6), "attn.k.weight": (12, 6)},
+    ),
+    "odd_head_map_of_many": (
+        [gqa("attn", 40, 5, 2, head_map=tuple(h * h % 5 for h in range(40)))],
+        {"attn.q_proj.weight": (80, 6), "attn.k_proj.weight": (10, 6)},
+    ),
+    "irregular": (
+        [site("attn", [block("attn.q.weight", "q", IRREGULAR)], [block("attn.k.weight", "k", IRREGULAR)], PAIR)],
+        {"attn.q.weight": (25, 6), "attn.k.weight": (24, 6)},
+    ),
+    "keys_of_the_layer_below": (
+        [
+            site(
+                f"layers.{i}.attn",
+                [block(f"layers.{i}.attn.q.weight", "q", rows(4, 4))],
+                [block(f"layers.{i - i % 2}.attn.k.weight", "k", rows(2, 4))],
+                PAIR,
+            )
+            for i in range(6)
+        ],
+        {
+            **{f"layers.{i}.attn.q.weight": (16, 6) for i in range(6)},
+            **{f"layers.{i}.attn.k.weight": (8, 6) for i in range(0, 6, 2)},
+        },
+    ),
+    "joint": (
+        [
+            site(
+                "attn",
+                [block(f"attn.{p}.weight", "q", rows(2, 4)) for p in ("to_q", "add_q")],
+                [block(f"attn.{p}.weight", "k", rows(2, 4)) for p in ("to_k", "add_k")],
+                [((0,), (0,)), ((0,), (1,)), ((1,), (0,)), ((1,), (1,))],
+            )
+        ],
+        {f"attn.{p}.weight": (8, 6) for p in ("to_q", "add_q", "to_k", "add_k")},
+    ),
+    "low_rank_branch": (
+        [
+            site(
+                "attn",
+                [
+                    block("attn.q.base.weight", "q", rows(2, 4)),
+                    block("attn.q.lora_b.weight", "other", rows(2, 4)),
+                    block("attn.q.lora_a.weight", "other", (((0, 3),),) * 2),
+                ],
+                [block("attn.k.weight", "k", rows(2, 4))],
+                [((0,), (0,)), ((1, 2), (0,))],
+            )
+        ],
+        {
+            **{"attn.q.base.weight": (8, 6), "attn.q.lora_b.weight": (8, 3)},
+            **{"attn.q.lora_a.weight": (3, 6), "attn.k.weight": (8, 6)},
+        },
+    ),
+    "shared_query_and_key": (
+        [site("attn", [block("attn.qk.weight", "q", rows(3, 4))], [block("attn.qk.weight", "k", rows(3, 4))], PAIR)],
+        {"attn.qk.weight": (12, 6)},
+    ),
+    "called_twice": (
+        [gqa("shared.attn", 2, 2, 4, calls=2)],
+        {"shared.attn.q_proj.weight": (8, 6), "shared.attn.k_proj.weight": (8, 6)},
+    ),
+    "tiled_heads": (
+        [gqa("attn", 6, 3, 4, head_map=(0, 1, 2, 0, 1, 2))],
+        {"attn.q_proj.weight": (24, 6), "attn.k_proj.weight": (12, 6)},
+    ),
+    "odd_head_map": (
+        [gqa("attn", 4, 2, 4, head_map=(0, 1, 1, 0))],
+        {"attn.q_proj.weight": (16, 6), "attn.k_proj.weight": (8, 6)},
+    ),
+    "raw_3d": (
+        [
+            site(
+                "attn",
+                [block("attn.wq", "q", rows(3, 1), axis=1)],
+                [block("attn.wk", "k", rows(3, 1), axis=0)],
+                PAIR,
+            )
+        ],
+        {"attn.wq": (6, 3, 4), "attn.wk": (3, 6, 4)},
+    ),
+    "keys_of_two_layers": (
+        [
+            site(
+                f"layers.{i}.attn",
+                [block(f"layers.{i}.attn.q.weight", "q", rows(2, 4))],
+                [block(f"layers.{min(i, 5)}.attn.k.weight", "k", rows(2, 4))],
+                PAIR,
+            )
+            for i in range(12)
+        ],
+        {f"layers.{i}.attn.{p}.weight": (8, 6) for i in range(12) for p in "qk" if p == "q" or i < 6},
+    ),
+    "pairs_without_a_rule": (
+        [
+            site(
+                f"layers.{i}.attn",
+                [block(f"layers.{i}.attn.query_projection.weight", "q", rows(2, 4))],
+                [block(f"layers.{i * i % 23}.attn.k.weight", "k", rows(2, 4))],
+                PAIR,
+            )
+            for i in range(23)
+        ],
+        {
+            f"layers.{i}.attn.{p}.weight": (8, 6)
+            for i in range(23) for p in ("query_projection", "k") if p != "k" or i in {j * j % 23 for j in range(23)}
+        },
+    ),
+    "long_names": (
+        [gqa(LONG, 2, 2, 4, bias=True)],
+        {f"{LONG}.{p}_proj.{w}": s for p in "qk" for w, s in (("weight", (8, 6)), ("bias", (8,)))},
+    ),
+    "names_that_clash": (
+        [gqa("at.h.range", 2, 2, 4), gqa("{odd}.x1", 2, 2, 4), gqa("a b.class", 2, 2, 4)],
+        {f"{at}.{p}_proj.weight": (8, 6) for at in ("at.h.range", "{odd}.x1", "a b.class") for p in "qk"},
+    ),
+    "grid_of_names": (
+        [
+            gqa(f"down.{i}.attn.{j}.blocks.{k}", 2, 2, 4)
+            for i, n in ((1, 2), (2, 3)) for j in range(2) for k in range(n)
+        ],
+        {
+            f"down.{i}.attn.{j}.blocks.{k}.{p}_proj.weight": (8, 6)
+            for i, n in ((1, 2), (2, 3)) for j in range(2) for k in range(n) for p in "qk"
+        },
+    ),
+}  # fmt: skip
+
+
+def layout_of(name: str) -> tuple[QKLayout, Shapes]:
+    sites, shapes = SITES[name]
+    # One weight that is nobody's, to see that the rest of a model is trained as ever.
+    return QKLayout(tuple(sites)), {**shapes, "rest.weight": (5, 7)}
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+_numbers = count()
+
+
+def load(source: str, folder: Path) -> ModuleType:
+    """Emitted source as a module."""
+    path = folder / f"emitted_{next(_numbers)}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Bag(nn.Module):
+    """Parameters of given names and shapes, and a loss whose gradient is smooth and never small."""
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in shapes.items():
+            at: nn.Module = self
+            *path, leaf = name.split(".")
+            for part in path:
+                if not hasattr(at, part):
+                    at.add_module(part, nn.Module())
+                at = getattr(at, part)
+            scale = 1 + torch.rand((), generator=generator, dtype=torch.float64)
+            value = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+            at.register_parameter(leaf, nn.Parameter(value.to(dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A constant slope of either sign, and a wave that is never steep enough to turn it.
+        terms = [
+            ((1 + i + 3 * torch.arange(p.numel()).view_as(p)).sin().sign() * p + (p + x + i).sin() / 2).sum()
+            for i, p in enumerate(self.parameters())
+        ]
+        return torch.stack(terms).sum()
+
+
+def batches(n: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    for i in range(n):
+        yield torch.tensor(0.3 * i, dtype=dtype)
+
+
+class Reference:
+    """AdamW (Loshchilov & Hutter, Alg. 2) with QuacK, in fp64 and as plain as can be."""
+
+    def __init__(
+        self, layout: QKLayout, params: Mapping[str, Tensor], tau: float, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:  # fmt: skip
+        self.terms = [
+            [(b.param, b.axis, tuple(sorted(ranges)), b.bias) for b, ranges in term]
+            for s in layout.sites if not s.qk_norm for h in range(s.query_heads) for term in s.head_terms(h)
+        ]  # fmt: skip
+        self.units = list(dict.fromkeys(unit for term in self.terms for unit in term))
+        self.params = {name: p.detach().double().clone() for name, p in params.items()}
+        self.m = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.v = {name: torch.zeros_like(p) for name, p in self.params.items()}
+        self.t, self.tau, self.betas, self.eps = 0, tau, betas, eps
+        self.first = self.factors()
+
+    def slices(self, unit: Any) -> Iterator[tuple[str, tuple[slice, ...]]]:
+        param, axis, ranges, bias = unit
+        for a, b in ranges:
+            yield param, (slice(None),) * axis + (slice(a, b),)
+            if bias:
+                yield bias, (slice(a, b),)
+
+    def norm(self, unit: Any) -> float:
+        return sum(float(self.params[name][at].square().sum()) for name, at in self.slices(unit)) ** 0.5
+
+    def factors(self) -> dict[Any, float]:
+        norms = {unit: self.norm(unit) for unit in self.units}
+        result = {unit: float("inf") for unit in self.units}
+        for term in self.terms:
+            for i, unit in enumerate(term):
+                others = prod(norms[other] for j, other in enumerate(term) if j != i)
+                result[unit] = min(result[unit], 1 / others)
+        return result
+
+    def step(self, grads: Mapping[str, Tensor], lr: float, decay: Mapping[str, float]) -> None:
+        scale = {name: torch.full_like(p, torch.inf) for name, p in self.params.items()}
+        for unit, factor in self.factors().items():
+            for name, at in self.slices(unit):  # a row of several units takes the smallest of their scales
+                scale[name][at] = scale[name][at].clamp(max=self.tau * factor / self.first[unit])
+        scale = {name: s.masked_fill(s.isinf(), 1.0) for name, s in scale.items()}
+        self.t += 1
+        b1, b2 = self.betas
+        for name, p in self.params.items():
+            g = grads[name].double()
+            self.m[name] = b1 * self.m[name] + (1 - b1) * g
+            self.v[name] = b2 * self.v[name] + (1 - b2) * g * g
+            change = self.m[name] / (1 - b1**self.t) / ((self.v[name] / (1 - b2**self.t)).sqrt() + self.eps)
+            self.params[name] = p - lr * scale[name] * (change + decay[name] * p)
+
+
+def distance(model: nn.Module, reference: Reference) -> float:
+    """Largest relative distance of a parameter, by norms."""
+    return max(
+        float((p.detach().double() - reference.params[n]).norm() / reference.params[n].norm())
+        for n, p in model.named_parameters()
+    )
+
+
+def example(name: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def example_mla() -> tuple[nn.Module, QKLayout]:
+    """One layer of the example, and its layout by hand."""
+    module = example("mla")
+    torch.manual_seed(0)
+    at = "blocks.0.attn"
+    ukv, dkv, uq, dq = (f"{at}.{part}.weight" for part in ("kv_up", "kv_down", "q_up", "q_down"))
+    layout = QKLayout((
+        site(
+            at,
+            [
+                block(uq, "uq", rows(6, 32, 0, 48)),
+                block(uq, "qr", rows(6, 16, 32, 48)),
+                block(dq, "dq", (((0, 96),),) * 6),
+            ],
+            [
+                block(ukv, "uk", rows(6, 32, 0, 64)),
+                block(dkv, "dkv", (((0, 64),),) * 6),
+                block(dkv, "kr", (((64, 80),),) * 6),
+            ],
+            [((0, 2), (0, 1)), ((1, 2), (2,))],
+            kind="mla",
+        ),
+    ))  # fmt: skip
+    return module.MLATransformer(module.MLAConfig(layers=1)), layout
