@@ -41,6 +41,16 @@ def _positive(text: str | float) -> float:
     raise typer.BadParameter(f"{text} is not a positive number")
 
 
+class OptimizerChoice(StrEnum):
+    """Whose update the file carries."""
+
+    ADAMW = "adamw"
+    ADAM = "adam"
+    SGD = "sgd"
+    MUON = "muon"
+    LION = "lion"
+
+
 class QKNorm(StrEnum):
     """What becomes of QK norms."""
 
@@ -70,6 +80,12 @@ def convert(
             "--output", "-o", metavar="FILE", help="Python file to write; by default its text goes to stdout."
         ),
     ] = None,
+    optimizer: Annotated[
+        OptimizerChoice,
+        typer.Option(
+            "--optimizer", help="Whose update the file carries; muon has AdamW beside it, for what is no matrix."
+        ),
+    ] = OptimizerChoice.ADAMW,
     tau: Annotated[
         float,
         typer.Option(
@@ -109,9 +125,9 @@ def convert(
         pairs, stand_ins, plan = surgery(finding.target.model, finding.layout)
         for text in _about(plan):
             note(text)
-        source = emit(pairs, shapes, title=title, tau=tau, stand_ins=stand_ins)
     else:
-        source = emit(finding.layout, shapes, title=title, tau=tau)
+        pairs, stand_ins = finding.layout, {}
+    source = emit(pairs, shapes, title=title, optimizer=optimizer.value, tau=tau, stand_ins=stand_ins)
     if output is None:
         typer.echo(source, nl=False)
     else:

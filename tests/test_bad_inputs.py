@@ -361,6 +361,12 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         2,
         r"output '/proc/out.py' cannot be written: (No such file|Permission denied)",
     ),
+    "an optimizer that is not known": (
+        {"model.py": MODEL},
+        "convert model.py --optimizer adagrad",
+        2,
+        r"'--optimizer': .*'adagrad' is not one of 'adamw', 'adam', 'sgd', 'muon', 'lion'",
+    ),
     "a negative tau": ({"model.py": MODEL}, "convert model.py --tau -1", 2, r"'--tau': -1 is not a positive number"),
     "a tau of zero": ({"model.py": MODEL}, "convert model.py --tau 0", 2, r"'--tau': 0 is not a positive number"),
     "a tau that is no number": (

@@ -16,6 +16,8 @@ import pytest
 
 import quack_fx
 from quack_fx.cli.app import main
+from quack_fx.cli.convert import OptimizerChoice
+from quack_fx.emit.optimizers import CHOICES
 from quack_fx.layout import QKLayout
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -137,6 +139,13 @@ def test_convert_writes_a_file_that_python_reads(own_folder: Path, capfd: pytest
     assert {m.split(".")[0] for m in modules} <= {"torch", "__future__", *sys.stdlib_module_names}
     assert "0.5" in source and "MLATransformer(MLAConfig())" in source
     assert run(capfd, "convert", MLA, "--tau", "0.5") == (0, source, "")
+
+
+def test_convert_writes_the_optimizer_that_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
+    assert {choice.value for choice in OptimizerChoice} == CHOICES.keys()
+    status, source, err = run(capfd, "convert", MLA, "--optimizer", "muon")
+    assert (status, err) == (0, "") and source.startswith('"""Muon and AdamW with QuacK')
+    assert "class QuacKMuon(" in source and "class QuacKAdamW(" in source
 
 
 def test_convert_and_verify_take_a_layout_from_a_file(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
