@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -140,13 +140,16 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
 
 def _updates_alone(ways: Mapping[str, Arm], rounds: int) -> dict[str, Times]:
     """The optimizer by itself; each timed update follows one of its own kind, and finds what that left behind."""
-    kept: dict[str, list[Tensor | None]] = {}
-    for name, arm in ways.items():
+    kept: dict[nn.Module, list[Tensor | None]] = {}  # one copy for arms that share a model: where it lies, counts
+    for arm in ways.values():
         arm.forward()
-        kept[name] = [None if p.grad is None else p.grad.clone() for p in arm.model.parameters()]
+        if arm.model not in kept:
+            kept[arm.model] = [None if p.grad is None else p.grad.clone() for p in arm.model.parameters()]
+        arm.model.zero_grad()
 
     def update(name: str) -> None:
-        for parameter, gradient in zip(ways[name].model.parameters(), kept[name], strict=True):
+        model = ways[name].model
+        for parameter, gradient in zip(model.parameters(), kept[model], strict=True):
             parameter.grad = gradient
         ways[name].update()
 
