@@ -19,12 +19,15 @@ def definition(module: str, name: str) -> str:
 
     Arguments:
         module: Its file, as a path within the package: "step/pieces.py".
-        name: Its name.
+        name: Its name; "Class.method" for a method, indented as it stands.
 
     Example:
         >>> print(definition("step/pieces.py", "_SPAN").splitlines()[0])
         _SPAN = 4096
     """
+    owner, _, method = name.partition(".")
+    if method:
+        return "\n".join(_lines(module, *(part for part in _class(module, owner).body if _is(part, method))))
     return "\n".join(_lines(module, *_find(module, name)))
 
 
@@ -43,12 +46,7 @@ def flattened(name: str, chain: Sequence[tuple[str, str]], members: Sequence[str
         lines += _lines(module, part)
         lines += [""] * (part is own[0])
     for member in members:
-        module, found = next(
-            (module, part)
-            for module, body in bodies
-            for part in body
-            if isinstance(part, ast.FunctionDef) and part.name == member
-        )
+        module, found = next((module, part) for module, body in bodies for part in body if _is(part, member))
         lines += ["", *_lines(module, found)]
     return "\n".join(lines)
 
@@ -70,6 +68,10 @@ def _find(module: str, name: str) -> Iterator[ast.stmt]:
         ):
             return iter(part for part in body[i : i + 2] if part is statement or isinstance(part, ast.Expr))
     raise LookupError(f"{module} has no {name}")
+
+
+def _is(part: ast.stmt, method: str) -> bool:
+    return isinstance(part, ast.FunctionDef) and part.name == method
 
 
 def _class(module: str, name: str) -> ast.ClassDef:

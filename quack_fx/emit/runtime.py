@@ -90,7 +90,8 @@ def runtime(features: Set[str], chosen: Choice, tau: float) -> Iterator[str]:
     yield definition("step/rules/rule.py", "add_zeros")
     yield filled(render(template.LOOPS, features))
     yield from (filled(definition(*name)) for name in _UPDATE)
-    yield filled(render(template.STEP, features))
+    taken = definition("step/loops.py", "Loops._taken")
+    yield filled(render(template.STEP, features)).replace("__TAKEN__", taken)
     for kind in chosen.kinds:
         values |= {"__NAME__": kind.name, "__RULE__": kind.rule}
         own = features | ({"muon"} if kind.name == "Muon" else set())

@@ -238,9 +238,6 @@ def find(named: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]) -> n
 '''
 
 LOOPS = '''\
-MOST = 6  # pieces in one compiled call: Inductor does not fuse what is far apart in a longer graph
-
-
 class View(NamedTuple):
     """A weight, or a piece of one, and its state, as the compiled loops take them."""
 
@@ -255,7 +252,7 @@ class Job(NamedTuple):
 
     view: View
     grad: Tensor
-    column: int  # of coefficients
+    row: int  # of coefficients
     flags: Flags
 
 
@@ -274,7 +271,7 @@ def make_loop(rule: __RULE__) -> Callable[..., None]:
     ) -> None:
         for i, (weight, grad, slots, squares, flags) in enumerate(works):
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            scalars = tuple(c.to(wide) for c in coefficients[:, i].unbind())
+            scalars = tuple(c.to(wide) for c in coefficients[i].unbind())
             w, g = weight.to(wide), grad.to(wide)
             g = g if gate.clip is None else g * gate.clip.to(wide)
             change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
@@ -320,7 +317,7 @@ class QuacKStep(torch.optim.Optimizer):
         self.scales = self.wrap(own_code(Heads.scales))
         self.loops: dict[Any, Callable[..., None]] = {}
         self.views: dict[Tensor, tuple[tuple[int, ...], list[View]]] = {}
-        self.indices: dict[Any, Tensor] = {}
+        self._indices: dict[Any, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, gate: Gate | None = None) -> Any:
@@ -328,6 +325,13 @@ class QuacKStep(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         held = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+#? several
+        heads = self.heads
+        if heads is not None:  # those with heads last, so that what goes into one call stands together
+            held.sort(key=lambda one: one[0] in heads.pieces)
+#? !several
+        held.sort(key=lambda one: one[0] in self.heads.pieces)  # last, so that what goes into one call stands together
+#?
         if held:
             self.update([param for param, _ in held], [group for _, group in held], gate or Gate())
         return loss
@@ -347,16 +351,16 @@ class QuacKStep(torch.optim.Optimizer):
         gate = self.rule.directions(grads, groups, states, gate)
 #?
         numbers = numbers_of(self.rule, groups, count.device)
-        coefficients = torch.stack(self.rule.coefficients(count.to(numbers[0].device, non_blocking=True), numbers))
-        coefficients = coefficients.to(params[0].device, non_blocking=True)
+        count = count.to(numbers[0].device, non_blocking=True)
+        coefficients = torch.stack(self.rule.coefficients(count, numbers), 1).to(params[0].device, non_blocking=True)
         jobs: dict[Any, list[Job]] = {}
-        for column, (param, grad, own, state) in enumerate(zip(params, grads, flags, states, strict=True)):
+        for row, (param, grad, own, state) in enumerate(zip(params, grads, flags, states, strict=True)):
             for view in self.cut(param, tuple(state[name] for name in self.rule.slots(own))):
                 weight, piece = view.weight, view.piece
                 start = grad.storage_offset() + weight.storage_offset() - param.storage_offset()
                 part = grad.as_strided(weight.shape, weight.stride(), start)
                 alike = piece and (piece.anywhere(), weight.shape, weight.stride(), weight.dtype, own)
-                jobs.setdefault(alike, []).append(Job(view, part, column, own))
+                jobs.setdefault(alike, []).append(Job(view, part, row, own))
         for alike, some in jobs.items():
             self.run(alike, some, coefficients, gate, scales)
 #? several
@@ -380,26 +384,23 @@ class QuacKStep(torch.optim.Optimizer):
 
     def run(self, alike: Any, jobs: list[Job], coefficients: Tensor, gate: Gate, scales: Tensor | None) -> None:
         """Do jobs of equal pieces, a few in each compiled call; or all that have no heads."""
-        calls = 1 if alike is None else -(-len(jobs) // MOST)
+        slots, most = jobs[0].view.slots, len(jobs)
+        if alike is not None:  # Inductor does not fuse what is 64 places apart in a graph
+            most = min(12, 64 // (1 + 2 * len(slots) + (gate.finite is not None)))
+        calls = -(-len(jobs) // most)
         edges = [len(jobs) * n // calls for n in range(calls + 1)]
         for some in (jobs[start:stop] for start, stop in pairwise(edges)):
             works = [(job.view.weight, job.grad, job.view.slots, job.view.squares, job.flags) for job in some]
-            columns = self.index(coefficients.device, tuple(job.column for job in some))
-            pieces = [job.view.piece for job in some if job.view.piece is not None]
+            numbers = [job.view.piece.numbers() for job in some if job.view.piece is not None]
             piece, own = None, None
-            if scales is not None and pieces:
-                piece, own = pieces[0].anywhere(), scales[self.index(scales.device, tuple(p.numbers() for p in pieces))]
+            if scales is not None and numbers:
+                piece, own = alike[0], self._taken(scales, [part.start for part in numbers], len(numbers[0]))
             key = None if alike is None else (alike, len(some))
             if key not in self.loops:
                 self.loops[key] = self.wrap(make_loop(self.rule))
-            self.loops[key](works, coefficients[:, columns], gate, piece, own)
+            self.loops[key](works, self._taken(coefficients, [job.row for job in some]), gate, piece, own)
 
-    def index(self, device: torch.device, key: tuple[Any, ...]) -> Tensor:
-        """Indices as a tensor, sent to the device once."""
-        if (device, key) not in self.indices:
-            rows = [list(part) if isinstance(part, range) else part for part in key]
-            self.indices[device, key] = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-        return self.indices[device, key]
+__TAKEN__
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer in torch's form, and as "quack" what the rule remembers."""

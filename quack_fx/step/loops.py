@@ -4,9 +4,9 @@ In: jobs, each a weight or a piece of one with its gradient and state. Out: noth
 the squared norms that the pieces of heads have now.
 
 What has no heads is one compiled call. Pieces with heads go in calls of a few of equal shape, so that equal layers
-share a compiled call; which columns of coefficients and which scales are theirs enters as a tensor. A few, because
-Inductor fuses nothing that is far apart in a graph, and the writes of all state stand at its end: in a longer graph,
-some moments of heads would be read and written by a loop of their own.
+share a compiled call; their coefficients and scales enter as tensors. A few, because Inductor fuses nothing that is far
+apart in a graph, and the writes of all state stand at its end: in a longer graph, some moments of heads would be read
+and written by a loop of their own. But no fewer than that: a call costs a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from quack_fx.step.loss import own_code
 from quack_fx.step.pieces import Piece
 from quack_fx.step.rules import Flags, Gate, UpdateRule
 
-_MOST = 6
-"""Pieces in one call: nodes of a graph that are 64 places apart are not fused, and a piece makes up to ten."""
+_APART = 64
+"""Places in a graph from which on Inductor does not fuse two nodes."""
+
+_MOST = 12
+"""Pieces in one call, at most: what is compiled should not grow with the number of layers."""
 
 
 class Kind(NamedTuple):
@@ -55,7 +58,7 @@ class Job:
         grad: Its gradient.
         slots: Its state, as the rule has it.
         rounded: Where to write the new weight in the parameter's own type, where it is a master; else None.
-        column: Which column of coefficients is its own.
+        row: Which row of coefficients is its own.
         flags: Options of its group.
         piece: Which piece of a weight with heads it is; None where it has none.
         squares: Where to write the squared norms of its spans; None where it has none.
@@ -66,7 +69,7 @@ class Job:
     grad: Tensor
     slots: tuple[Tensor, ...]
     rounded: Tensor | None
-    column: int
+    row: int
     flags: Flags
     piece: Piece | None
     squares: Tensor | None
@@ -95,7 +98,7 @@ class Loops:
 
         Arguments:
             jobs: The jobs.
-            coefficients: Coefficients of the rule for all parameters, [coefficients, parameters].
+            coefficients: Coefficients of the rule for all parameters, [parameters, coefficients].
             gate: What was found out about the gradients and is still to be done.
             scales: Scale of every span, [n_spans]; None without QuacK.
         """
@@ -105,9 +108,9 @@ class Loops:
         if scales is None:
             return
         for (kind, flags), alike in _alike(jobs).items():
-            for some in _few(alike):
-                pieces = [job.piece for job in some if job.piece is not None]
-                own = scales[self._index(scales.device, tuple(piece.numbers() for piece in pieces))]
+            for some in _few(alike, _most(alike[0], gate)):
+                numbers = [job.piece.numbers() for job in some if job.piece is not None]
+                own = self._taken(scales, [part.start for part in numbers], len(numbers[0]))
                 self._call((kind, flags, len(some)), some, coefficients, gate, kind.piece, own)
 
     def _call(
@@ -121,8 +124,7 @@ class Loops:
     ) -> None:
         """Run the loop of some jobs; each key has one of its own, so that none counts as another's recompilation."""
         works = [(job.weight, job.grad, job.slots, job.rounded, job.squares, job.flags) for job in jobs]
-        columns = self._index(coefficients.device, tuple(job.column for job in jobs))
-        given = works, coefficients[:, columns], gate, piece, scales
+        given = works, self._taken(coefficients, [job.row for job in jobs]), gate, piece, scales
         if key not in self._made:
             self._made[key] = self._compile(_make_loop(self._rule, sums=True))
         try:
@@ -134,12 +136,22 @@ class Loops:
             warnings.warn(f"norms cost a pass of their own: Inductor fails on this update ({reason})", stacklevel=2)
             self._made[key](*given)
 
-    def _index(self, device: torch.device, key: tuple[int, ...] | tuple[range, ...]) -> Tensor:
-        """Indices as a tensor, one row for each range; they are sent to the device once."""
-        if (device, key) not in self._indices:
-            rows = [list(part) if isinstance(part, range) else part for part in key]
-            self._indices[device, key] = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-        return self._indices[device, key]
+    def _taken(self, table: Tensor, starts: Sequence[int], length: int | None = None) -> Tensor:
+        """Rows of a table, or with a length so many of its numbers from each start on: [starts, ...].
+
+        A view where they are evenly spaced, as they are for equal layers; else a copy, by indices that are sent to the
+        device once.
+        """
+        step = starts[1] - starts[0] if len(starts) > 1 else 1
+        if step > 0 and all(b - a == step for a, b in pairwise(starts)):
+            if length is None:
+                return table[starts[0] : starts[-1] + 1 : step]
+            return table.as_strided((len(starts), length), (step, 1), table.storage_offset() + starts[0])
+        key = table.device, length, tuple(starts)
+        if key not in self._indices:
+            rows = starts if length is None else [list(range(start, start + length)) for start in starts]
+            self._indices[key] = torch.tensor(rows, dtype=torch.int64).to(table.device, non_blocking=True)
+        return table[self._indices[key]]
 
 
 def _alike(jobs: Sequence[Job]) -> dict[tuple[Kind, Flags], list[Job]]:
@@ -151,9 +163,15 @@ def _alike(jobs: Sequence[Job]) -> dict[tuple[Kind, Flags], list[Job]]:
     return found
 
 
-def _few(jobs: Sequence[Job]) -> list[Sequence[Job]]:
+def _most(job: Job, gate: Gate) -> int:
+    """How many jobs like this go in a call, so that the writes of the first are near enough to what they write."""
+    nodes = 1 + 2 * len(job.slots) + (gate.finite is not None) + (job.rounded is not None)
+    return min(_MOST, _APART // nodes)
+
+
+def _few(jobs: Sequence[Job], most: int) -> list[Sequence[Job]]:
     """Jobs a few at a time, as evenly as can be, so that fewer lengths are compiled."""
-    calls = -(-len(jobs) // _MOST)
+    calls = -(-len(jobs) // most)
     edges = [len(jobs) * i // calls for i in range(calls + 1)]
     return [jobs[start:stop] for start, stop in pairwise(edges)]
 
@@ -164,7 +182,7 @@ def _make_loop(rule: UpdateRule, sums: bool) -> Callable[..., None]:
     def loop(works: list[_Work], coefficients: Tensor, gate: Gate, piece: Piece | None, scales: Tensor | None) -> None:
         for i, (weight, grad, slots, rounded, squares, flags) in enumerate(works):
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            scalars = tuple(c.to(wide) for c in coefficients[:, i].unbind())
+            scalars = tuple(c.to(wide) for c in coefficients[i].unbind())
             w, g = weight.to(wide), grad.to(wide)
             g = g if gate.clip is None else g * gate.clip.to(wide)
             change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)

@@ -88,36 +88,37 @@ class Update:
         held = [(p, group) for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not held:
             return gate
+        heads, own = self._heads, [] if gate is not None else [p.grad for p, _ in held if p.grad is not None]
+        squares, scaling = (None, None) if heads is None else (heads.squares(), heads.scaling())
+        seen, scales = self._measure([*own, *beside] if own else [], squares, scaling)
+        gate = seen if gate is None else gate
+        if heads is not None:  # those with heads last, so that what goes into one call stands together
+            held.sort(key=lambda one: heads.hold(one[0]))
         params, groups = [param for param, _ in held], [group for _, group in held]
         weights = [weight_of(param, self._masters) for param in params]
         flags = [self._rule.flags(group) for group in groups]
         # What needs no state gets no entry, as in the optimizer itself.
         states = [self._optimizer.state[p] if self._rule.kept(f) else {} for p, f in zip(params, flags, strict=True)]
         grads = [_like(param) for param in params]
-        squares, scaling = (None, None) if self._heads is None else (self._heads.squares(), self._heads.scaling())
-        seen, scales = self._measure([] if gate is not None else [*grads, *beside], squares, scaling)
-        gate = seen if gate is None else gate
         counts = self._rule.count(weights, groups, states, gate.finite)
         left = self._rule.directions(grads, groups, states, gate)
         numbers = numbers_of(self._rule, groups, counts.device)
         counts = counts.to(numbers[0].device, non_blocking=True)
-        coefficients = torch.stack(self._rule.coefficients(counts, numbers))
+        coefficients = torch.stack(self._rule.coefficients(counts, numbers), 1)
         jobs = [
             job
-            for column, work in enumerate(zip(params, weights, grads, flags, states, strict=True))
-            for job in self._jobs(column, *work)
+            for row, work in enumerate(zip(params, weights, grads, flags, states, strict=True))
+            for job in self._jobs(row, *work)
         ]
         coefficients = coefficients.to(params[0].device, non_blocking=True)
         self._loops.run(jobs, coefficients, left, scales)
         if self._masters is not None:
             self._masters.written(params)
-        if self._heads is not None:
-            self._heads.written()
+        if heads is not None:
+            heads.written()
         return gate
 
-    def _jobs(
-        self, column: int, param: Tensor, weight: Tensor, grad: Tensor, flags: Flags, state: State
-    ) -> Iterator[Job]:
+    def _jobs(self, row: int, param: Tensor, weight: Tensor, grad: Tensor, flags: Flags, state: State) -> Iterator[Job]:
         """What is to be done to a parameter: one job for each of its pieces."""
         slots = [state[name] for name in self._rule.slots(flags)]
         known = self._cuts.get(param)
@@ -128,7 +129,7 @@ class Update:
         for view in known.views:
             place = view.place
             part = grad if place is None else grad.as_strided(place[0], place[1], grad.storage_offset() + place[2])
-            yield Job(view.weight, part, view.slots, view.rounded, column, flags, view.piece, view.squares, view.kind)
+            yield Job(view.weight, part, view.slots, view.rounded, row, flags, view.piece, view.squares, view.kind)
 
     def _cut(self, param: Tensor, weight: Tensor, slots: list[Tensor]) -> Iterator[_View]:
         rounded = None if weight.dtype == param.dtype else param.detach()
@@ -241,6 +242,10 @@ class Heads:
         owners = self._spans.owners
         self._squares = torch.empty(len(owners), dtype=norm_dtype(quack.params), device=owners.device)
         self._seen: list[tuple[int, ...]] = []
+
+    def hold(self, param: Tensor) -> bool:
+        """Whether a parameter has heads."""
+        return id(param) in self._names
 
     def pieces_of(self, param: Tensor) -> tuple[Piece | None, ...]:
         """The pieces that a parameter is updated in; the whole of one without heads."""
