@@ -78,8 +78,12 @@ def heads(param: str, count: int, size: int, start: int = 0, stride: int | None 
 
 
 PATTERNS = {
-    "query, key, value": ([*heads("w", 8, 4), *heads("w", 2, 4, 32)], 48, [(10, 4, True), (1, 8, False)]),
+    "query, key, value": ([*heads("w", 8, 4), *heads("w", 2, 4, 32)], 48, [(12, 4, True)]),
     "query, key, value of each head": (heads("w", 4, 6, stride=9), 36, [(4, 6, True), (4, 3, False)]),
+    "values of another size than the heads": ([*heads("w", 4, 6)], 31, [(4, 6, True), (1, 7, False)]),
+    "query, key, value of each head, alike": (
+        [unit for h in range(4) for unit in heads("w", 2, 3, 9 * h)], 36, [(12, 3, True)]
+    ),
     "two kinds of heads": ([*heads("w", 4, 6), *heads("w", 4, 3, 24)], 36, [(4, 6, True), (4, 3, True)]),
     "a pattern with a rest": (heads("w", 3, 2, 1, stride=3), 12, [(3, 1, False), (3, 2, True), (1, 3, False)]),
     "none of a kind": ([Unit("w", 0, ((2, 7),), None)], 9, [(1, 2, False), (1, 5, True), (1, 2, False)]),

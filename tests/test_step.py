@@ -279,7 +279,7 @@ def test_the_loop_that_writes_heads_sums_up_their_squares() -> None:
         stores = [loop.split("tmp_acc0_vec = tmp_acc0_vec +")[0].count(".store(") for loop in summing]
         assert stores == [3] * len(summing)  # weight and two moments
         others = [loop for loop in loops if loop not in summing]
-        assert all("x0<static_cast<int64_t>(4L)" in loop and "x1" not in loop for loop in others)
+        assert all("x0<static_cast<int64_t>(6L)" in loop and "x1" not in loop for loop in others)
 
 
 @pytest.mark.parametrize("clip", [0, -1.0])

@@ -25,6 +25,7 @@ _PIECES = (
     ("step/pieces.py", "_edges"),
     ("step/pieces.py", "_runs"),
     ("step/pieces.py", "_pieces"),
+    ("step/pieces.py", "_evened"),
     ("step/pieces.py", "_spans"),
     ("step/pieces.py", "_pattern"),
     ("step/pieces.py", "_padded"),
@@ -79,7 +80,7 @@ def runtime(features: Set[str], chosen: Choice, tau: float) -> Iterator[str]:
     if "norms" in features:
         yield render(template.NORMS, features)
     yield render(template.HEADS, features)
-    yield _constants("step/pieces.py", "_LONGEST_PATTERN", "_SPAN", "_Run")
+    yield _constants("step/pieces.py", "_LONGEST_PATTERN", "_NO_UNIT", "_SPAN", "_Run")
     yield from (filled(definition(*name)) for name in _PIECES)
     yield _constants("step/rules/rule.py", "Group", "State", "Flags", "Tensors")
     yield definition("step/rules/rule.py", "Gate")

@@ -4,10 +4,11 @@ In: a `FactorPlan` and the parameters. Out: for each tensor its `Piece`s, which 
 the squared norms of their parts to the plan's units and the units' scales back.
 
 A *run* is a stretch of rows that belong to the same units. Equal runs that follow each other at equal distances
-(heads, mostly) are one piece. A run is cut into *spans* of a few thousand numbers, and the piece viewed as [runs,
-spans, numbers of a span]: an update in that shape reads weight, gradient and moments once, scales each span by its own
-number, and sums up the squares of what it writes. With one number for a whole run, or the rows left as they are, the
-compiler writes two loops; with longer spans, it sums in a slower way that keeps more digits.
+(heads, mostly) are one piece; rows of no unit (values) join in where they make such runs. A run is cut into *spans* of
+a few thousand numbers, and the piece viewed as [runs, spans, numbers of a span]: an update in that shape reads weight,
+gradient and moments once, scales each span by its own number, and sums up the squares of what it writes. With one
+number for a whole run, or the rows left as they are, the compiler writes two loops; with longer spans, it sums in a
+slower way that keeps more digits.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from quack_fx.factors import FactorPlan
 
 _LONGEST_PATTERN = 8
 """Runs after which a pattern has to begin anew: queries, keys, values, gates of one head in a fused weight."""
+
+_NO_UNIT = -1
+"""Stands among the units of a span for none: its scale is 1."""
 
 _SPAN = 4096
 """Numbers that are summed up in one go, at most; above that, Inductor's loops for CPUs keep a stack of sums."""
@@ -41,7 +45,7 @@ class Piece:
         size: Rows of a run.
         spans: Spans of a run.
         flat: Whether a run is one stretch of memory.
-        first: Number of its first span in `Spans`; None for rows of no unit.
+        first: Number of its first span in `Spans`; None where none of its rows is of a unit.
     """
 
     axis: int
@@ -65,7 +69,7 @@ class Piece:
         return runs.view(self.count, self.spans, -1)
 
     def numbers(self) -> range:
-        """Numbers of its spans among those of all; none for rows of no unit."""
+        """Numbers of its spans among those of all, if it has some."""
         return range(0) if self.first is None else range(self.first, self.first + self.count * self.spans)
 
     def anywhere(self) -> Piece:
@@ -91,7 +95,7 @@ class Spans:
 
     Attributes:
         of_unit: Spans of each unit, n_spans where it has fewer than another, int64 [n_units, most].
-        owners: Units of each span, n_units likewise, int64 [n_spans, most].
+        owners: Units of each span, n_units likewise, -1 in a span of no unit, int64 [n_spans, most].
     """
 
     of_unit: Tensor
@@ -102,8 +106,8 @@ class Spans:
         return torch.cat([squares, squares.new_zeros(1)])[self.of_unit].sum(-1).sqrt()
 
     def spread(self, scales: Tensor) -> Tensor:
-        """Scale of every span, the smallest of its units': [n_units] -> [n_spans]."""
-        return torch.cat([scales, scales.new_full((1,), torch.inf)])[self.owners].amin(-1)
+        """Scale of every span, the smallest of its units', 1 in a span of none: [n_units] -> [n_spans]."""
+        return torch.cat([scales, scales.new_full((1,), torch.inf), scales.new_ones(1)])[self.owners].amin(-1)
 
 
 def cut(plan: FactorPlan, params: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Piece, ...]], Spans]:
@@ -130,7 +134,8 @@ def cut(plan: FactorPlan, params: Mapping[str, Tensor]) -> tuple[dict[str, tuple
     of_unit: list[list[int]] = [[] for _ in plan.units]
     for span, units in enumerate(owners):
         for unit in units:
-            of_unit[unit].append(span)
+            if unit != _NO_UNIT:
+                of_unit[unit].append(span)
     device = next(iter(params.values())).device if params else None
     return pieces, Spans(_padded(of_unit, len(owners), device), _padded(owners, len(plan.units), device))
 
@@ -165,21 +170,33 @@ def _pieces(tensor: Tensor, axis: int, runs: list[_Run], owners: list[tuple[int,
     """Pieces of one tensor; the units of their spans are added to `owners`."""
     made: list[Piece] = []
     flat = axis == 0 and tensor.is_contiguous()
-    start = 0
+    start, runs = 0, _evened(runs)
     while runs:
         period, count = _pattern(runs)
         stride = sum(size for size, _ in runs[:period])
         skip = 0
-        for i, (size, units) in enumerate(runs[:period]):
-            first = len(owners) if units else None
+        for i, (size, _) in enumerate(runs[:period]):
+            units = [runs[i + period * n][1] for n in range(count)]
+            first = len(owners) if any(units) else None
             spans = _spans(size * tensor[0].numel()) if flat else 1
-            if units:
-                owners += [runs[i + period * n][1] for n in range(count) for _ in range(spans)]
+            if first is not None:
+                owners += [own or (_NO_UNIT,) for own in units for _ in range(spans)]
             made.append(Piece(axis, start, count, stride, skip, size, spans, flat, first))
             skip += size
         start += count * stride
         runs = runs[period * count :]
     return made
+
+
+def _evened(runs: list[_Run]) -> list[_Run]:
+    """The runs, those of no unit cut into runs of the size of the unit before them, or of the first."""
+    evened: list[_Run] = []
+    beside = next((size for size, units in runs if units), 0)
+    for size, units in runs:
+        beside = size if units else beside
+        parts = size // beside if beside and size % beside == 0 else 1
+        evened += [(size // parts, units)] * parts
+    return evened
 
 
 def _spans(numbers: int) -> int:
@@ -190,7 +207,7 @@ def _spans(numbers: int) -> int:
 
 def _pattern(runs: list[_Run]) -> tuple[int, int]:
     """How many of the first runs make a pattern, and how often it stands there; the one that covers most."""
-    kinds = [(size, bool(units)) for size, units in runs]
+    kinds = [size for size, _ in runs]
     found = (1, 1)
     for period in range(1, min(_LONGEST_PATTERN, len(kinds)) + 1):
         count = 1
