@@ -361,8 +361,9 @@ class QuacKStep(torch.optim.Optimizer):
                 part = grad.as_strided(weight.shape, weight.stride(), start)
                 alike = piece and (piece.anywhere(), weight.shape, weight.stride(), weight.dtype, own)
                 jobs.setdefault(alike, []).append(Job(view, part, row, own))
+        both = coefficients, coefficients.float()  # rounded in the loops, they would cost a fortieth of their time
         for alike, some in jobs.items():
-            self.run(alike, some, coefficients, gate, scales)
+            self.run(alike, some, both, gate, scales)
 #? several
         if self.heads is not None:
             self.heads.written()
@@ -382,7 +383,9 @@ class QuacKStep(torch.optim.Optimizer):
             self.views[param] = where, views or [View(param.detach(), slots, None, None)]
         return self.views[param][1]
 
-    def run(self, alike: Any, jobs: list[Job], coefficients: Tensor, gate: Gate, scales: Tensor | None) -> None:
+    def run(
+        self, alike: Any, jobs: list[Job], coefficients: tuple[Tensor, Tensor], gate: Gate, scales: Tensor | None
+    ) -> None:
         """Do jobs of equal pieces, a few in each compiled call; or all that have no heads."""
         slots, most = jobs[0].view.slots, len(jobs)
         if alike is not None:  # Inductor does not fuse what is 64 places apart in a graph
@@ -398,7 +401,9 @@ class QuacKStep(torch.optim.Optimizer):
             key = None if alike is None else (alike, len(some))
             if key not in self.loops:
                 self.loops[key] = self.wrap(make_loop(self.rule))
-            self.loops[key](works, self._taken(coefficients, [job.row for job in some]), gate, piece, own)
+            exact = any(job.view.weight.dtype == torch.float64 for job in some)
+            rows = self._taken(coefficients[0 if exact else 1], [job.row for job in some])
+            self.loops[key](works, rows, gate, piece, own)
 
 __TAKEN__
 

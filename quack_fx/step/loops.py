@@ -102,29 +102,34 @@ class Loops:
             gate: What was found out about the gradients and is still to be done.
             scales: Scale of every span, [n_spans]; None without QuacK.
         """
+        both = coefficients, coefficients.float()  # rounded in the loop, they would cost a fortieth of its time
         rest = [job for job in jobs if job.kind is None]
         if rest:
-            self._call(None, rest, coefficients, gate, None, None)
+            self._call(None, rest, both, gate, None, None)
         if scales is None:
             return
         for (kind, flags), alike in _alike(jobs).items():
             for some in _few(alike, _most(alike[0], gate)):
                 numbers = [job.piece.numbers() for job in some if job.piece is not None]
                 own = self._taken(scales, [part.start for part in numbers], len(numbers[0]))
-                self._call((kind, flags, len(some)), some, coefficients, gate, kind.piece, own)
+                self._call((kind, flags, len(some)), some, both, gate, kind.piece, own)
 
     def _call(
         self,
         key: Any,
         jobs: Sequence[Job],
-        coefficients: Tensor,
+        coefficients: tuple[Tensor, Tensor],
         gate: Gate,
         piece: Piece | None,
         scales: Tensor | None,
     ) -> None:
-        """Run the loop of some jobs; each key has one of its own, so that none counts as another's recompilation."""
+        """Run the loop of some jobs, with coefficients in double or single precision as they need them.
+
+        Each key has a loop of its own, so that none counts as another's recompilation.
+        """
         works = [(job.weight, job.grad, job.slots, job.rounded, job.squares, job.flags) for job in jobs]
-        given = works, self._taken(coefficients, [job.row for job in jobs]), gate, piece, scales
+        exact = any(job.weight.dtype == torch.float64 for job in jobs)
+        given = works, self._taken(coefficients[0 if exact else 1], [job.row for job in jobs]), gate, piece, scales
         if key not in self._made:
             self._made[key] = self._compile(_make_loop(self._rule, sums=True))
         try:

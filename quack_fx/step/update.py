@@ -11,7 +11,7 @@ counts) enters as a tensor: nothing is ever recompiled for it, and nothing waits
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,8 @@ class Update:
         seen, scales = self._measure([*own, *beside] if own else [], squares, scaling)
         gate = seen if gate is None else gate
         if heads is not None:  # those with heads last, so that what goes into one call stands together
-            held.sort(key=lambda one: heads.hold(one[0]))
+            with_heads = heads.ids
+            held = [*(o for o in held if id(o[0]) not in with_heads), *(o for o in held if id(o[0]) in with_heads)]
         params, groups = [param for param, _ in held], [group for _, group in held]
         weights = [weight_of(param, self._masters) for param in params]
         flags = [self._rule.flags(group) for group in groups]
@@ -243,9 +244,10 @@ class Heads:
         self._squares = torch.empty(len(owners), dtype=norm_dtype(quack.params), device=owners.device)
         self._seen: list[tuple[int, ...]] = []
 
-    def hold(self, param: Tensor) -> bool:
-        """Whether a parameter has heads."""
-        return id(param) in self._names
+    @property
+    def ids(self) -> Set[int]:
+        """Of the parameters that have heads."""
+        return self._names.keys()
 
     def pieces_of(self, param: Tensor) -> tuple[Piece | None, ...]:
         """The pieces that a parameter is updated in; the whole of one without heads."""
