@@ -214,22 +214,24 @@ def test_layout_without_sites_is_plain_adamw() -> None:
     assert "without QuacK" in repr(step)
 
 
-def test_resume_is_bitwise() -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_resume_is_bitwise(compile: bool) -> None:
     """Saved after three steps and loaded into a fresh model and optimizer, three more give the same bits."""
-    model = small("gpt")
+    config = gpt.GPTConfig(vocab_size=32, context=8, layers=1, heads=2, width=96, bias=False)
+    model = gpt.GPT(config)
     layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
     optimizer = optimizer_of(model)
-    step = compile_train_step(model, optimizer, layout=layout, compile=False)
+    step = compile_train_step(model, optimizer, layout=layout, compile=compile)
     for x, y in batches(3):
         step(x, y)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     for x, y in batches(6)[3:]:
         step(x, y)
     torch.manual_seed(9)
-    fresh = gpt.GPT(gpt.GPTConfig(vocab_size=32, context=8, layers=1, heads=2, width=16, bias=False))
+    fresh = gpt.GPT(config)
     fresh.load_state_dict(saved[0])
     again = optimizer_of(fresh)
-    resumed = compile_train_step(fresh, again, layout=layout, compile=False)
+    resumed = compile_train_step(fresh, again, layout=layout, compile=compile)
     again.load_state_dict(saved[1])
     for x, y in batches(6)[3:]:
         resumed(x, y)

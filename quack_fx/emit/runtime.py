@@ -39,6 +39,7 @@ _UPDATE = (
     ("step/update.py", "_like"),
     ("step/update.py", "_clip"),
     ("step/update.py", "all_finite"),
+    ("step/update.py", "_exact"),
 )
 """What an update of any optimizer needs."""
 

@@ -194,9 +194,8 @@ class Heads:
             for param, piece in ((param, piece) for param, pieces in self.pieces.items() for piece in pieces):
                 if (squares := self.squares_of(piece)) is not None:
                     squares.copy_(piece.squares(piece.of(param.detach()).to(squares.dtype)))
-            if self.carried is not None:  # the same but for rounding, where these are the weights that they were of
-                same = torch.isclose(self.carried, self.squares, rtol=1e-4)
-                self.squares.copy_(torch.where(same, self.carried, self.squares))
+            if self.carried is not None:
+                self.squares.copy_(_exact(self.squares, self.carried))
             self.written()
         return self.squares
 
@@ -220,7 +219,7 @@ class Heads:
 
     def go_on(self, tau: float, first: Tensor, squares: Tensor) -> None:
         """Take what was saved."""
-        self.tau, self.seen, self.carried = tau, [], squares.to(self.squares)
+        self.tau, self.seen, self.carried = tau, [], squares.to(self.squares, copy=True)
         self.first.copy_(first)
 
     def states(self) -> list[tuple[int, int]]:
@@ -414,7 +413,7 @@ __TAKEN__
         if heads is None:
             return super().state_dict()
 #?
-        quack = {"tau": heads.tau, "first": heads.first, "squares": heads.current()}
+        quack = {"tau": heads.tau, "first": heads.first, "squares": heads.current().clone()}
         return super().state_dict() | {"quack": quack}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

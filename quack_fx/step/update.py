@@ -228,8 +228,15 @@ class Scaling:
     init: Tensor
 
 
+SQUARES_KEY = "quack_squares"
+"""Where a state dict has the squared norms that the last step left, beside the states of the parameters."""
+
+
 class Heads:
     """The pieces of the query and key weights, and the norms that one step leaves to the next.
+
+    The norms go into the optimizer's `state_dict()`, too: measured anew they would differ in the last digit, and
+    training would not go on to the bit.
 
     Arguments:
         quack: QuacK attached to the optimizer.
@@ -243,6 +250,9 @@ class Heads:
         owners = self._spans.owners
         self._squares = torch.empty(len(owners), dtype=norm_dtype(quack.params), device=owners.device)
         self._seen: list[tuple[int, ...]] = []
+        self._saved: Tensor | None = None  # squared norms of a state that was loaded
+        quack.optimizer.register_state_dict_post_hook(self._after_state_dict)
+        quack.optimizer.register_load_state_dict_pre_hook(self._before_load)
 
     @property
     def ids(self) -> Set[int]:
@@ -264,6 +274,9 @@ class Heads:
         somebody has changed a weight since."""
         if self._seen != self._states():
             self._measure()
+            if self._saved is not None:
+                self._squares.copy_(_exact(self._squares, self._saved))
+            self._seen, self._saved = self._states(), None
         return self._squares
 
     def scaling(self) -> Scaling:
@@ -275,6 +288,18 @@ class Heads:
         """Take note that a step is done, and that the squared norms are those of the weights that it wrote."""
         self._seen = self._states()
         self._quack.publish()
+
+    @torch.no_grad()
+    def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Add the squared norms."""
+        state_dict[SQUARES_KEY] = self.squares().clone()
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Keep those of a state that is about to be loaded; of these heads, if they are of equally many."""
+        saved: Tensor | None = state_dict.get(SQUARES_KEY)
+        fit = saved is not None and saved.shape == self._squares.shape
+        self._saved = saved.to(self._squares, copy=True) if saved is not None and fit else None
+        self._seen = []
 
     def _states(self) -> list[tuple[int, ...]]:
         """Tells whether a weight was written since: torch counts the writes into each tensor."""
@@ -291,6 +316,11 @@ class Heads:
                 squares = self.squares_of(piece)
                 if squares is not None:
                     squares.copy_(piece.squares(piece.of(weight).to(squares.dtype)))
+
+
+def _exact(measured: Tensor, saved: Tensor) -> Tensor:
+    """Saved squared norms in place of measured ones, where they are the same but for rounding."""
+    return torch.where(torch.isclose(saved, measured, rtol=1e-4), saved, measured)
 
 
 def _make_measure(clip_grad_norm: float | None, skip_nonfinite: bool) -> Callable[..., Any]:
