@@ -57,7 +57,7 @@ def test_eager_update_equals_the_reference(name: str, emitted: dict[str, ModuleT
         optimizer.step()
         optimizer.zero_grad()
     assert distance(model, reference) < 1e-13
-    scale = optimizer.heads.scales(optimizer.heads.current())
+    scale = optimizer.heads.block_scales(optimizer.heads.current())
     assert float((scale / 0.5 - 1).abs().max()) > 1e-2, "the factors have to move for this test to prove anything"
 
 

@@ -184,9 +184,13 @@ class Heads:
         products = torch.cat([norms, norms.new_ones(1)])[self.others].prod(-1).flatten()
         return torch.cat([products[places].amax(-1) for places in self.places])[self.order].reciprocal()
 
+    def block_scales(self, squares: Tensor) -> Tensor:
+        """Scale of every block from the squared norms of the spans: [spans] -> [blocks]."""
+        return self.tau * (self.factors(self.spans.norms(squares)) / self.first)
+
     def scales(self, squares: Tensor) -> Tensor:
-        """Scale of every span from the squared norms of the spans: [spans] -> [spans]."""
-        return self.spans.spread(self.tau * (self.factors(self.spans.norms(squares)) / self.first))
+        """Scale of every span: [spans] -> [spans]."""
+        return self.spans.spread(self.block_scales(squares))
 
     def current(self) -> Tensor:
         """Squared norms of the spans as the weights are: those of the last step, unless somebody wrote since."""
