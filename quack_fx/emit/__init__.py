@@ -164,8 +164,8 @@ def emit(
     if stand_ins:
         code.append("\n".join(write_norms(stand_ins)))
     code += runtime(features, chosen, tau)
-    parts = (_docstring(layout, table, title, chosen, bool(stand_ins)), imports(code), *code)
-    return "\n\n\n".join(parts).replace('"""\n\n\nfrom', '"""\n\nfrom', 1) + "\n"
+    head = f"{_docstring(layout, table, title, chosen, bool(stand_ins))}\n\n{imports(code)}"
+    return "\n\n\n".join((head, *code)) + "\n"
 
 
 def _generator(table: Table) -> str:

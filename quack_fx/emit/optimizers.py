@@ -24,11 +24,15 @@ class Kind:
     Attributes:
         name: Its name, as torch.optim has it.
         chain: Its rule and what that inherits from.
+        helpers: Functions that its rule calls.
+        lr: Type of its learning rate.
         own: Whether torch.optim does not have it.
     """
 
     name: str
     chain: tuple[tuple[str, str], ...]
+    helpers: tuple[tuple[str, str], ...] = ()
+    lr: str = "float | Tensor"
     own: bool = False
 
     @property
@@ -42,8 +46,10 @@ class Kind:
         return flattened(self.rule, (*self.chain, _BASE), members)
 
 
-_ADAM = ("step/rules/adam.py", "AdamRule")
-_ADAMW = Kind("AdamW", (("step/rules/adam.py", "AdamWRule"), _ADAM))
+_ADAM_RULE = ("step/rules/adam.py", "AdamRule")
+_LOG = ("step/rules/adam.py", "_log")
+_ADAM = Kind("Adam", (_ADAM_RULE,), (_LOG,))
+_ADAMW = Kind("AdamW", (("step/rules/adam.py", "AdamWRule"), _ADAM_RULE), (_LOG,))
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,12 @@ class Choice:
 
 CHOICES = {
     "adamw": Choice((_ADAMW,), ("optimizer = QuacKAdamW(model, lr=3e-4, weight_decay=0.1)",)),
-    "adam": Choice((Kind("Adam", (_ADAM,)),), ("optimizer = QuacKAdam(model, lr=3e-4)",)),
+    "adam": Choice((_ADAM,), ("optimizer = QuacKAdam(model, lr=3e-4)",)),
     "sgd": Choice(
         (Kind("SGD", (("step/rules/sgd.py", "SGDRule"),)),), ("optimizer = QuacKSGD(model, lr=0.1, momentum=0.9)",)
     ),
     "muon": Choice(
-        (Kind("Muon", (("step/rules/muon.py", "MuonRule"),)), _ADAMW),
+        (Kind("Muon", (("step/rules/muon.py", "MuonRule"),), lr="float"), _ADAMW),
         (
             "muon = QuacKMuon(model, lr=0.02, param_groups=matrices)  # those of the hidden layers",
             "adamw = QuacKAdamW(model, lr=3e-4, param_groups=others)  # embeddings, output, norms, biases",

@@ -33,11 +33,15 @@ _PIECES = (
 """How weights are cut into heads."""
 
 _UPDATE = (
+    ("step/loops.py", "_most"),
+    ("step/loops.py", "_few"),
+    ("step/loops.py", "_changed"),
     ("step/loops.py", "_unless"),
     ("step/loss.py", "own_code"),
     ("step/update.py", "numbers_of"),
     ("step/update.py", "_like"),
     ("step/update.py", "_clip"),
+    ("step/update.py", "gradients"),
     ("step/update.py", "all_finite"),
     ("step/update.py", "_exact"),
 )
@@ -87,17 +91,16 @@ def runtime(features: Set[str], chosen: Choice, tau: float) -> Iterator[str]:
     yield definition("step/rules/rule.py", "Gate")
     for kind in chosen.kinds:
         yield kind.rule_source(directions=chosen.several)
-    if any(kind.name.startswith("Adam") for kind in chosen.kinds):
-        yield definition("step/rules/adam.py", "_log")
+    yield from dict.fromkeys(definition(*name) for kind in chosen.kinds for name in kind.helpers)
     yield definition("step/rules/rule.py", "add_zeros")
+    yield _constants("step/loops.py", "_APART", "_MOST")
     yield filled(render(template.LOOPS, features))
     yield from (filled(definition(*name)) for name in _UPDATE)
     taken = definition("step/loops.py", "Loops._taken")
     yield filled(render(template.STEP, features)).replace("__TAKEN__", taken)
     for kind in chosen.kinds:
-        values |= {"__NAME__": kind.name, "__RULE__": kind.rule}
-        own = features | ({"muon"} if kind.name == "Muon" else set())
-        yield filled(render(template.LION if kind.own else template.OPTIMIZER, own))
+        values |= {"__NAME__": kind.name, "__RULE__": kind.rule, "__LR__": kind.lr}
+        yield filled(render(template.LION if kind.own else template.OPTIMIZER, features))
     yield render(template.TRAIN, features)
 
 

@@ -11,7 +11,6 @@ The features:
     norms   QK norm modules that are taken out of the model
     factor  some of them leave a number behind that features are multiplied with
     tensors some of them norm queries and keys in one call
-    muon    the optimizer is Muon, which takes no learning rate as a tensor
     several the optimizer is for some parameters only, and needs another one beside it (Muon)
 """
 
@@ -273,19 +272,13 @@ def make_loop(rule: __RULE__) -> Callable[..., None]:
         scales: Tensor | None,
     ) -> None:
         for i, (weight, grad, slots, squares, flags) in enumerate(works):
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            scalars = tuple(c.to(wide) for c in coefficients[i].unbind())
-            w, g = weight.to(wide), grad.to(wide)
-            g = g if gate.clip is None else g * gate.clip.to(wide)
-            change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
-            if piece is not None and scales is not None:
-                change = change * piece.along(scales[i], w).to(wide)
-            written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
+            scale = None if piece is None or scales is None else piece.along(scales[i], weight)
+            written, new = _changed(rule, weight, grad, slots, flags, coefficients[i], gate, scale)
             if piece is not None and squares is not None:
                 squares.copy_(piece.squares(written.to(squares.dtype)))
             weight.copy_(written)
             for slot, value in zip(slots, new, strict=True):
-                slot.copy_(_unless(gate.finite, slot, value.to(slot.dtype)))
+                slot.copy_(value)
 
     return own_code(loop)
 '''
@@ -390,12 +383,7 @@ class QuacKStep(torch.optim.Optimizer):
         self, alike: Any, jobs: list[Job], coefficients: tuple[Tensor, Tensor], gate: Gate, scales: Tensor | None
     ) -> None:
         """Do jobs of equal pieces, a few in each compiled call; or all that have no heads."""
-        slots, most = jobs[0].view.slots, len(jobs)
-        if alike is not None:  # Inductor does not fuse what is 64 places apart in a graph
-            most = min(12, 64 // (1 + 2 * len(slots) + (gate.finite is not None)))
-        calls = -(-len(jobs) // most)
-        edges = [len(jobs) * n // calls for n in range(calls + 1)]
-        for some in (jobs[start:stop] for start, stop in pairwise(edges)):
+        for some in _few(jobs, len(jobs) if alike is None else _most(len(jobs[0].view.slots), gate)):
             works = [(job.view.weight, job.grad, job.view.slots, job.view.squares, job.flags) for job in some]
             numbers = [job.view.piece.numbers() for job in some if job.view.piece is not None]
             piece, own = None, None
@@ -458,11 +446,7 @@ class QuacK__NAME__(QuacKStep, torch.optim.__NAME__):
     def __init__(
         self,
         model: nn.Module,
-#? muon
-        lr: float = 1e-3,
-#? !muon
-        lr: float | Tensor = 1e-3,
-#?
+        lr: __LR__ = 1e-3,
         *,
 #? several
         param_groups: Any,
@@ -576,8 +560,7 @@ def compile_train_step(
         torch.autograd.backward(loss)
         gate = Gate()
         if clip_grad_norm is not None or skip_nonfinite:
-            params = (p for one in optimizers for group in one.param_groups for p in group["params"])
-            gate = look([p.grad for p in params if p.grad is not None])
+            gate = look(gradients(optimizers))
         for one in optimizers:
             one.step(gate=gate)
             one.zero_grad()

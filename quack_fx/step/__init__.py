@@ -30,7 +30,7 @@ from quack_fx.layout import QKLayout
 from quack_fx.optim import QuacK
 from quack_fx.step.loss import LossFn, make_loss, model_inputs
 from quack_fx.step.rules import Gate
-from quack_fx.step.update import Update, all_finite
+from quack_fx.step.update import Update, all_finite, gradients
 
 __all__ = ["TrainStep", "compile_train_step"]
 
@@ -185,7 +185,7 @@ class TrainStep:
         gate = None if all(self._updates) else self._looked_at()
         for i, (optimizer, update) in enumerate(zip(self._optimizers, self._updates, strict=True)):
             if update is not None:
-                gate = update.run(_gradients(self._optimizers[i + 1 :]), gate)
+                gate = update.run(gradients(self._optimizers[i + 1 :]), gate)
                 # Schedulers warn of an optimizer that never stepped; the wrapped step() would have noted that it did.
                 optimizer._opt_called = True  # type: ignore[attr-defined]
             elif scaler is not None:
@@ -211,7 +211,7 @@ class TrainStep:
         if options.clip_grad_norm is not None:
             params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(params, options.clip_grad_norm)
-        grads = _gradients(optimizers) if options.skip_nonfinite else []
+        grads = gradients(optimizers) if options.skip_nonfinite else []
         return Gate(finite=all_finite(grads) if grads else None)
 
     def _attach(self, layout: QKLayout) -> None:
@@ -243,8 +243,3 @@ def _holds(optimizer: Optimizer, model: nn.Module, layout: QKLayout) -> bool:
     blocks = [block for site in layout.sites for _, block in site.blocks()]
     names = {name for block in blocks for name in (block.param, block.bias) if name is not None}
     return any(id(model.get_parameter(name)) in held for name in names)
-
-
-def _gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-    return [p.grad for group in groups for p in group["params"] if p.grad is not None]

@@ -24,7 +24,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from quack_fx.errors import first_line
 from quack_fx.step.loss import own_code
 from quack_fx.step.pieces import Piece
-from quack_fx.step.rules import Flags, Gate, UpdateRule
+from quack_fx.step.rules import Flags, Gate, Tensors, UpdateRule
 
 _APART = 64
 """Places in a graph from which on Inductor does not fuse two nodes."""
@@ -109,7 +109,7 @@ class Loops:
         if scales is None:
             return
         for (kind, flags), alike in _alike(jobs).items():
-            for some in _few(alike, _most(alike[0], gate)):
+            for some in _few(alike, _most(len(alike[0].slots), gate, alike[0].rounded is not None)):
                 numbers = [job.piece.numbers() for job in some if job.piece is not None]
                 own = self._taken(scales, [part.start for part in numbers], len(numbers[0]))
                 self._call((kind, flags, len(some)), some, both, gate, kind.piece, own)
@@ -168,10 +168,9 @@ def _alike(jobs: Sequence[Job]) -> dict[tuple[Kind, Flags], list[Job]]:
     return found
 
 
-def _most(job: Job, gate: Gate) -> int:
-    """How many jobs like this go in a call, so that the writes of the first are near enough to what they write."""
-    nodes = 1 + 2 * len(job.slots) + (gate.finite is not None) + (job.rounded is not None)
-    return min(_MOST, _APART // nodes)
+def _most(slots: int, gate: Gate, rounded: bool = False) -> int:
+    """How many jobs go in a call, so that the writes of the first are near enough to what they write."""
+    return min(_MOST, _APART // (1 + 2 * slots + (gate.finite is not None) + rounded))
 
 
 def _few(jobs: Sequence[Job], most: int) -> list[Sequence[Job]]:
@@ -186,23 +185,38 @@ def _make_loop(rule: UpdateRule, sums: bool) -> Callable[..., None]:
 
     def loop(works: list[_Work], coefficients: Tensor, gate: Gate, piece: Piece | None, scales: Tensor | None) -> None:
         for i, (weight, grad, slots, rounded, squares, flags) in enumerate(works):
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            scalars = tuple(c.to(wide) for c in coefficients[i].unbind())
-            w, g = weight.to(wide), grad.to(wide)
-            g = g if gate.clip is None else g * gate.clip.to(wide)
-            change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
-            if piece is not None and scales is not None:
-                change = change * piece.along(scales[i], w).to(wide)
-            written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
+            scale = None if piece is None or scales is None else piece.along(scales[i], weight)
+            written, new = _changed(rule, weight, grad, slots, flags, coefficients[i], gate, scale)
             if sums and piece is not None and squares is not None:
                 squares.copy_(piece.squares(written.to(squares.dtype)))
             weight.copy_(written)
             if rounded is not None:
                 rounded.copy_(written.to(rounded.dtype))
             for slot, value in zip(slots, new, strict=True):
-                slot.copy_(_unless(gate.finite, slot, value.to(slot.dtype)))
+                slot.copy_(value)
 
     return own_code(loop)
+
+
+def _changed(
+    rule: UpdateRule,
+    weight: Tensor,
+    grad: Tensor,
+    slots: Tensors,
+    flags: Flags,
+    coefficients: Tensor,
+    gate: Gate,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensors]:
+    """The new weight and the new state, each in the type of the old: `weight - scale * change`, if the gate is open."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    w, g = weight.to(wide), grad.to(wide)
+    g = g if gate.clip is None else g * gate.clip.to(wide)
+    scalars = tuple(c.to(wide) for c in coefficients.unbind())
+    change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
+    change = change if scale is None else change * scale.to(wide)
+    written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
+    return written, tuple(_unless(gate.finite, s, value.to(s.dtype)) for s, value in zip(slots, new, strict=True))
 
 
 def _with_sums_after(loop: Callable[..., None]) -> Callable[..., None]:

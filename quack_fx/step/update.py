@@ -88,9 +88,10 @@ class Update:
         held = [(p, group) for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not held:
             return gate
-        heads, own = self._heads, [] if gate is not None else [p.grad for p, _ in held if p.grad is not None]
+        heads = self._heads
         squares, scaling = (None, None) if heads is None else (heads.squares(), heads.scaling())
-        seen, scales = self._measure([*own, *beside] if own else [], squares, scaling)
+        looked_at = [] if gate is not None else [*gradients([self._optimizer]), *beside]
+        seen, scales = self._measure(looked_at, squares, scaling)
         gate = seen if gate is None else gate
         if heads is not None:  # those with heads last, so that what goes into one call stands together
             with_heads = heads.ids
@@ -297,9 +298,8 @@ class Heads:
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Keep those of a state that is about to be loaded; of these heads, if they are of equally many."""
         saved: Tensor | None = state_dict.get(SQUARES_KEY)
-        fit = saved is not None and saved.shape == self._squares.shape
-        self._saved = saved.to(self._squares, copy=True) if saved is not None and fit else None
-        self._seen = []
+        fit = saved if saved is not None and saved.shape == self._squares.shape else None
+        self._saved, self._seen = None if fit is None else fit.to(self._squares, copy=True), []
 
     def _states(self) -> list[tuple[int, ...]]:
         """Tells whether a weight was written since: torch counts the writes into each tensor."""
@@ -334,6 +334,12 @@ def _make_measure(clip_grad_norm: float | None, skip_nonfinite: bool) -> Callabl
         return Gate(clip, finite), None if squares is None or scaling is None else _scales(squares, scaling)
 
     return own_code(measure)
+
+
+def gradients(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    """All gradients of some optimizers' parameters."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:

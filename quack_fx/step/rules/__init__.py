@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from quack_fx.step.rules.adam import AdamRule, AdamWRule
 from quack_fx.step.rules.lion import LionRule, is_lion
 from quack_fx.step.rules.muon import MuonRule
-from quack_fx.step.rules.rule import Flags, Gate, Group, State, UpdateRule
+from quack_fx.step.rules.rule import Flags, Gate, Group, State, Tensors, UpdateRule
 from quack_fx.step.rules.sgd import SGDRule
 
-__all__ = ["Flags", "Gate", "Group", "State", "UpdateRule", "rule_of"]
+__all__ = ["Flags", "Gate", "Group", "State", "Tensors", "UpdateRule", "rule_of"]
 
 _RULES: dict[type[Optimizer], UpdateRule] = {
     torch.optim.Adam: AdamRule(),
