@@ -80,7 +80,7 @@ def main() -> None:
 
 def scale_range(optimizer: Any) -> tuple[float, float]:
     """Smallest and largest scale over all query and key rows."""
-    scales = optimizer.heads.block_scales(optimizer.heads.current())
+    scales = optimizer.scales()
     return float(scales.min()), float(scales.max())
 
 

@@ -28,7 +28,7 @@ from torch.optim import SGD, Optimizer
 
 from quack_fx.distributed import LocalStrip, UnitNorms
 from quack_fx.errors import OptimizerError
-from quack_fx.factors import FactorPlan, NormName, Unit, check_norms, factors, layout_params, plan_params
+from quack_fx.factors import FactorPlan, NormName, PlanTables, Unit, check_norms, factors, layout_params, plan_params
 from quack_fx.layout import QKLayout
 
 STATE_KEY = "quack_init"
@@ -148,6 +148,11 @@ class QuacK:
     def init_factors(self) -> Tensor:
         """Factors at the start of training, [n_units]; others once a state was loaded."""
         return self._init
+
+    @property
+    def tables(self) -> PlanTables:
+        """The plan's tables, where the factors are."""
+        return self.plan.tables(self._init.device)
 
     def publish(self) -> None:
         """Put the entries into the optimizer's state, where it is there by now; every step does, in whatever form."""

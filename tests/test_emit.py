@@ -158,7 +158,7 @@ def test_wrapped_models_are_recognised(emitted: dict[str, ModuleType]) -> None:
     """Names as torch.compile and DistributedDataParallel change them."""
     _, shapes = layout_of("gqa")
     for wrapped in (torch.compile(Bag(shapes)), _in_module(Bag(shapes)), torch.compile(_in_module(Bag(shapes)))):
-        assert len(emitted["gqa"].QuacKAdamW(wrapped, compile=False).heads.pieces) == 6
+        assert len(emitted["gqa"].QuacKAdamW(wrapped, compile=False).quack.params) == 6
 
 
 def _in_module(model: nn.Module) -> nn.Module:

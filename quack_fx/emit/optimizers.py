@@ -14,7 +14,9 @@ from quack_fx.emit.library import flattened
 from quack_fx.errors import EmitError
 
 _BASE = ("step/rules/rule.py", "UpdateRule")
-_MEMBERS = ("refusal", "flags", "slots", "kept", "numbers", "count", "coefficients")
+_MEMBERS = (
+    "refusal", "flags", "slots", "kept", "numbers", "count", "advance", "coefficients", "directions", "change",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,9 @@ class Kind:
         """Name of its rule in the emitted file."""
         return f"{self.name}Rule"
 
-    def rule_source(self, directions: bool) -> str:
-        """The rule's class; with `directions` where one of the file's rules needs to see whole gradients."""
-        members = (*_MEMBERS, *(["directions"] if directions else []), "change")
-        return flattened(self.rule, (*self.chain, _BASE), members)
+    def rule_source(self) -> str:
+        """The rule's class."""
+        return flattened(self.rule, (*self.chain, _BASE), _MEMBERS)
 
 
 _ADAM_RULE = ("step/rules/adam.py", "AdamRule")

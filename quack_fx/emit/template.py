@@ -116,21 +116,35 @@ def strip_qk_norm(model: nn.Module) -> nn.Module:
 '''
 
 HEADS = '''\
-class Heads:
-    """The table against a model: the rule of QuacK for all heads at once.
+class Plan(NamedTuple):
+    """The blocks of the table, and the products of the logits, each as the numbers of its blocks."""
 
-        factor(block) = min over the products with this block of 1 / (norms of the other blocks in it, multiplied)
-        scale(block) = tau * factor(block) / factor(block) at the start of training
+    units: tuple[Block, ...]
+    terms: tuple[tuple[int, ...], ...]
 
-    A step leaves the squared norms of what it wrote in `squares`, so that the next one makes no pass over the weights.
+
+class Rule(NamedTuple):
+    """The rule of QuacK for all blocks at once:
+
+    factor(block) = min over the products with this block of 1 / (norms of the other blocks in it, multiplied)
     """
 
+    others: Tensor  # for each place of each product, the blocks at its other places
+    places: tuple[Tensor, ...]  # places of the blocks that stand in equally many products
+    place_order: Tensor  # where each block is among all of those
+
+__FACTORS__
+
+
+class QuacK:
+    """The table against a model and its optimizer: scale(block) = tau * factor(block) / factor(block) at the start."""
+
     @torch.no_grad()
-    def __init__(self, model: nn.Module, tau: float) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, tau: float) -> None:
         products = dict.fromkeys(logit_products())
         number = {block: n for n, block in enumerate(dict.fromkeys(b for product in products for b in product))}
-        self.tau, self.units = tau, tuple(number)
-        self.terms = tuple(tuple(number[block] for block in product) for product in products)
+        self.optimizer, self.tau = optimizer, tau
+        self.plan = Plan(tuple(number), tuple(tuple(number[block] for block in product) for product in products))
         named = {name.replace("_orig_mod.", ""): p for name, p in model.named_parameters(remove_duplicate=False)}
 #? norms
         stripped = {name for name, module in model.named_modules() if isinstance(module, PassThrough)}
@@ -140,7 +154,7 @@ class Heads:
                 raise ValueError(f"the model still has the QK norm {name}: call strip_qk_norm(model) first")
 #?
         self.params: dict[str, nn.Parameter] = {}
-        for weight in dict.fromkeys(block.weight for block in self.units):
+        for weight in dict.fromkeys(block.weight for block in self.plan.units):
             self.params[weight.name] = find(named, weight.name, weight.shape)
 #? bias
             if weight.bias is not None:
@@ -149,27 +163,22 @@ class Heads:
 #? bias !axis
                 self.params[weight.bias] = find(named, weight.bias, weight.shape[:1])
 #?
-        cuts, self.spans = cut(self, self.params)
-        self.pieces = {self.params[name]: pieces for name, pieces in cuts.items()}
-        device = self.spans.owners.device
-        others, places = _term_tables(self)
+        device = next(iter(self.params.values())).device
+        others, places = _term_tables(self.plan)
         by_number, order = _by_length(places)
-        self.others, self.order = others.to(device), order.to(device)
-        self.places = tuple(alike.to(device) for alike in by_number)
-        self.squares = torch.empty(len(self.spans.owners), dtype=norm_dtype(self.params), device=device)
-        self.carried: Tensor | None = None  # squared norms that came with a checkpoint
-        self.seen: list[tuple[int, int]] = []
-        self.first = self.factors(self.first_norms())
+        self.tables = Rule(others.to(device), tuple(alike.to(device) for alike in by_number), order.to(device))
+        self.init_factors = self.tables.factors(self.norms())
 
-    def first_norms(self) -> Tensor:
-        """Norm of every block at the start of training."""
+    def norms(self) -> Tensor:
+        """Norm of every block, as the weights are: [blocks]."""
+        units, dtype = self.plan.units, norm_dtype(self.params)
         rows = {
-            part: square_rows(self.params[part[0]].movedim(part[1], 0), self.squares.dtype)
-            for part in dict.fromkeys(part for block in self.units for part in block.parts())
+            part: square_rows(self.params[part[0]].movedim(part[1], 0), dtype)
+            for part in dict.fromkeys(part for block in units for part in block.parts())
         }
-        sums = [torch.cat([rows[p][a:b] for p in block.parts() for a, b in block.ranges]).sum() for block in self.units]
+        sums = [torch.cat([rows[p][a:b] for p in block.parts() for a, b in block.ranges]).sum() for block in units]
         norms = torch.stack(sums).sqrt()
-        for block, norm in zip(self.units, norms.tolist(), strict=True):
+        for block, norm in zip(units, norms.tolist(), strict=True):
             if not 0 < norm < math.inf:
                 where = ", ".join(f"{a}:{b}" for a, b in block.ranges)
                 raise ValueError(
@@ -177,57 +186,6 @@ class Heads:
                     "initial values"
                 )
         return norms
-
-    def factors(self, norms: Tensor) -> Tensor:
-        """What the rule makes of the norms of the blocks: [blocks] -> [blocks]."""
-        products = torch.cat([norms, norms.new_ones(1)])[self.others].prod(-1).flatten()
-        return torch.cat([products[places].amax(-1) for places in self.places])[self.order].reciprocal()
-
-    def block_scales(self, squares: Tensor) -> Tensor:
-        """Scale of every block from the squared norms of the spans: [spans] -> [blocks]."""
-        return self.tau * (self.factors(self.spans.norms(squares)) / self.first)
-
-    def scales(self, squares: Tensor) -> Tensor:
-        """Scale of every span: [spans] -> [spans]."""
-        return self.spans.spread(self.block_scales(squares))
-
-    def current(self) -> Tensor:
-        """Squared norms of the spans as the weights are: those of the last step, unless somebody wrote since."""
-        if self.seen != self.states():
-            for param, piece in ((param, piece) for param, pieces in self.pieces.items() for piece in pieces):
-                if (squares := self.squares_of(piece)) is not None:
-                    squares.copy_(piece.squares(piece.of(param.detach()).to(squares.dtype)))
-            if self.carried is not None:
-                self.squares.copy_(_exact(self.squares, self.carried))
-            self.written()
-        return self.squares
-
-    def squares_of(self, piece: Piece) -> Tensor | None:
-        """Where the squared norms of a piece are kept, [spans of the piece]; None where it has no heads."""
-        numbers = piece.numbers()
-        return self.squares[numbers.start : numbers.stop] if numbers else None
-
-    def views(self, param: nn.Parameter, slots: tuple[Tensor, ...]) -> list[View]:
-        """The pieces of a parameter and its state; none of one without heads."""
-        weight, found = param.detach(), []  # one base for all pieces: the compiler asks for it
-        for piece in self.pieces.get(param, ()):
-            squares = self.squares_of(piece)
-            of_heads = None if squares is None else piece
-            found.append(View(piece.of(weight), tuple(map(piece.of, slots)), of_heads, squares))
-        return found
-
-    def written(self) -> None:
-        """Take note that the squared norms are those of the weights."""
-        self.seen, self.carried = self.states(), None
-
-    def go_on(self, tau: float, first: Tensor, squares: Tensor) -> None:
-        """Take what was saved."""
-        self.tau, self.seen, self.carried = tau, [], squares.to(self.squares, copy=True)
-        self.first.copy_(first)
-
-    def states(self) -> list[tuple[int, int]]:
-        """Tells whether a weight was written since: torch counts the writes into each tensor."""
-        return [(param._version, param.data_ptr()) for param in self.params.values()]
 
 
 def find(named: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]) -> nn.Parameter:
@@ -239,52 +197,8 @@ def find(named: dict[str, nn.Parameter], name: str, shape: tuple[int, ...]) -> n
     return parameter
 '''
 
-LOOPS = '''\
-class View(NamedTuple):
-    """A weight, or a piece of one, and its state, as the compiled loops take them."""
-
-    weight: Tensor
-    slots: tuple[Tensor, ...]
-    piece: Piece | None  # which piece, if it has heads
-    squares: Tensor | None  # where the squared norms of their spans go
-
-
-class Job(NamedTuple):
-    """What is to be done to a view."""
-
-    view: View
-    grad: Tensor
-    row: int  # of coefficients
-    flags: Flags
-
-
-def make_loop(rule: __RULE__) -> Callable[..., None]:
-    """The function, to be compiled, that updates some weights, and leaves the squared norms of what it wrote.
-
-    Weight, gradient and state are read once and written once: the norms cost no pass of their own.
-    """
-
-    def loop(
-        works: list[tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None, Flags]],
-        coefficients: Tensor,
-        gate: Gate,
-        piece: Piece | None,
-        scales: Tensor | None,
-    ) -> None:
-        for i, (weight, grad, slots, squares, flags) in enumerate(works):
-            scale = None if piece is None or scales is None else piece.along(scales[i], weight)
-            written, new = _changed(rule, weight, grad, slots, flags, coefficients[i], gate, scale)
-            if piece is not None and squares is not None:
-                squares.copy_(piece.squares(written.to(squares.dtype)))
-            weight.copy_(written)
-            for slot, value in zip(slots, new, strict=True):
-                slot.copy_(value)
-
-    return own_code(loop)
-'''
-
 STEP = '''\
-class QuacKStep(torch.optim.Optimizer):
+class QuacKStep(Optimizer):
 #? several
     """The step of the optimizers below: their own arithmetic, with a scale for every head."""
 #? !several
@@ -293,133 +207,68 @@ class QuacKStep(torch.optim.Optimizer):
 
     rule: __RULE__
 
-    def attach(self, model: nn.Module, tau: float, compile: bool) -> None:
-        """Find the heads in the model, and prepare what is compiled."""
-        for group in self.param_groups:
-            why = "differentiable=True cannot be compiled: leave it out" if group.get("differentiable") else None
-            if why := why or self.rule.refusal(group, skipping=False):
-                raise ValueError(why)
-        heads = Heads(model, tau)
+    def attach(self, model: nn.Module, tau: float, master_weights: bool, compile: bool, mode: str | None) -> None:
+        """Find the heads in the model, and prepare the update."""
         held = {parameter for group in self.param_groups for parameter in group["params"]}
+        quack = QuacK(self, model, tau)
 #? several
-        self.heads = None if held.isdisjoint(heads.pieces) else heads
+        self.quack = None if held.isdisjoint(quack.params.values()) else quack
 #? !several
-        if any(weight.requires_grad and weight not in held for weight in heads.pieces):
+        if any(weight.requires_grad and weight not in held for weight in quack.params.values()):
             raise ValueError("param_groups lacks query or key weights that need a gradient: add or freeze them")
-        self.heads = heads
+        self.quack = quack
 #?
-        self.wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-        self.wrap = functools.partial(torch.compile, dynamic=False) if compile else own_code
-        self.scales = self.wrap(own_code(Heads.scales))
-        self.loops: dict[Any, Callable[..., None]] = {}
-        self.views: dict[Tensor, tuple[tuple[int, ...], list[View]]] = {}
-        self._indices: dict[Any, Tensor] = {}
+        self.masters = Masters(self) if master_weights else None
+        self.compiler = compiler(compile, mode)
+#? several
+        self.share(None if self.quack is None else Heads(self.quack, self.masters))
 
-    @torch.no_grad()
+    def share(self, heads: Heads | None) -> None:
+        """Take the norms from where another optimizer of the same step leaves them, too."""
+        self.heads = heads
+#? !several
+        self.heads = Heads(quack, self.masters)
+#?
+        asked = None, False  # gradients are clipped and looked at before
+        self.update = Update(self, self.rule, self.quack, self.heads, self.masters, *asked, self.compiler)
+
     def step(self, closure: Callable[[], Any] | None = None, gate: Gate | None = None) -> Any:
         """As in torch.optim, and nothing in it waits for the device; `gate` is what is known of all gradients."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        held = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-#? several
-        heads = self.heads
-        if heads is not None:  # those with heads last, so that what goes into one call stands together
-            held.sort(key=lambda one: one[0] in heads.pieces)
-#? !several
-        held.sort(key=lambda one: one[0] in self.heads.pieces)  # last, so that what goes into one call stands together
-#?
-        if held:
-            self.update([param for param, _ in held], [group for _, group in held], gate or Gate())
+        self.update.run((), gate or Gate())
         return loss
 
-    def update(self, params: list[nn.Parameter], groups: list[Group], gate: Gate) -> None:
-        """Update some parameters by their gradients, heads in loops of their own."""
-        flags = [self.rule.flags(group) for group in groups]
-        states = [self.state[p] if self.rule.kept(f) else {} for p, f in zip(params, flags, strict=True)]
-        grads = [_like(param) for param in params]
+    @torch.no_grad()
+    def scales(self) -> Tensor:
+        """Scale of every block of the table, in its order: [blocks]."""
 #? several
-        scales = None if self.heads is None else self.scales(self.heads, self.heads.current())
-#? !several
-        scales = self.scales(self.heads, self.heads.current())
+        if self.quack is None or self.heads is None:
+            return torch.ones(0)
 #?
-        count = self.rule.count(params, groups, states, gate.finite)
-#? several
-        gate = self.rule.directions(grads, groups, states, gate)
-#?
-        numbers = numbers_of(self.rule, groups, count.device)
-        count = count.to(numbers[0].device, non_blocking=True)
-        coefficients = torch.stack(self.rule.coefficients(count, numbers), 1).to(params[0].device, non_blocking=True)
-        jobs: dict[Any, list[Job]] = {}
-        for row, (param, grad, own, state) in enumerate(zip(params, grads, flags, states, strict=True)):
-            for view in self.cut(param, tuple(state[name] for name in self.rule.slots(own))):
-                weight, piece = view.weight, view.piece
-                start = grad.storage_offset() + weight.storage_offset() - param.storage_offset()
-                part = grad.as_strided(weight.shape, weight.stride(), start)
-                alike = piece and (piece.anywhere(), weight.shape, weight.stride(), weight.dtype, own)
-                jobs.setdefault(alike, []).append(Job(view, part, row, own))
-        both = coefficients, coefficients.float()  # rounded in the loops, they would cost a fortieth of their time
-        for alike, some in jobs.items():
-            self.run(alike, some, both, gate, scales)
-#? several
-        if self.heads is not None:
-            self.heads.written()
-#? !several
-        self.heads.written()
-#?
-
-    def cut(self, param: nn.Parameter, slots: tuple[Tensor, ...]) -> list[View]:
-        """The views of a parameter, made once: a view costs as much as a small kernel."""
-        where = tuple(tensor.data_ptr() for tensor in (param, *slots))
-        if param not in self.views or self.views[param][0] != where:
-#? several
-            views = [] if self.heads is None else self.heads.views(param, slots)
-#? !several
-            views = self.heads.views(param, slots)
-#?
-            self.views[param] = where, views or [View(param.detach(), slots, None, None)]
-        return self.views[param][1]
-
-    def run(
-        self, alike: Any, jobs: list[Job], coefficients: tuple[Tensor, Tensor], gate: Gate, scales: Tensor | None
-    ) -> None:
-        """Do jobs of equal pieces, a few in each compiled call; or all that have no heads."""
-        for some in _few(jobs, len(jobs) if alike is None else _most(len(jobs[0].view.slots), gate)):
-            works = [(job.view.weight, job.grad, job.view.slots, job.view.squares, job.flags) for job in some]
-            numbers = [job.view.piece.numbers() for job in some if job.view.piece is not None]
-            piece, own = None, None
-            if scales is not None and numbers:
-                piece, own = alike[0], self._taken(scales, [part.start for part in numbers], len(numbers[0]))
-            key = None if alike is None else (alike, len(some))
-            if key not in self.loops:
-                self.loops[key] = self.wrap(make_loop(self.rule))
-            exact = any(job.view.weight.dtype == torch.float64 for job in some)
-            rows = self._taken(coefficients[0 if exact else 1], [job.row for job in some])
-            self.loops[key](works, rows, gate, piece, own)
-
-__TAKEN__
+        return unit_scales(self.heads.squares(), self.heads.scaling(self.quack))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer in torch's form, and as "quack" what the rule remembers."""
-        heads = self.heads
 #? several
-        if heads is None:
+        if self.quack is None:
             return super().state_dict()
 #?
-        quack = {"tau": heads.tau, "first": heads.first, "squares": heads.current().clone()}
-        return super().state_dict() | {"quack": quack}
+        return super().state_dict() | {"quack": {"tau": self.quack.tau, "first": self.quack.init_factors}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where state_dict() was taken; the hyperparameters, tau among them, are those of then."""
 #? several
-        if self.heads is None:
+        if self.quack is None:
             return super().load_state_dict(state_dict)
 #?
-        quack = state_dict.get("quack")
-        if quack is None or any(quack[name].shape != getattr(self.heads, name).shape for name in ("first", "squares")):
+        saved = state_dict.get("quack")
+        if saved is None or saved["first"].shape != self.quack.init_factors.shape:
             kind = type(self).__name__
-            raise ValueError(f"not a state_dict() of {kind} for this model: it holds no norms to go on from")
+            raise ValueError(f"not a state_dict() of {kind} for this model: it holds no factors to go on from")
         super().load_state_dict(state_dict)
-        self.heads.go_on(**quack)
+        self.quack.tau = saved["tau"]
+        self.quack.init_factors.copy_(saved["first"])
 '''
 
 OPTIMIZER = '''\
@@ -438,7 +287,9 @@ class QuacK__NAME__(QuacKStep, torch.optim.__NAME__):
         tau: Learning rate of query and key rows at the start, relative to `lr`.
         param_groups: What __NAME__ takes as `params`; without it, all parameters of the model.
 #?
-        compile: Whether to compile the update.
+        master_weights: Whether parameters in bfloat16 or float16 are updated as fp32 copies of them, which are kept in
+            the state as "master_param".
+        compile, mode: Whether to compile the update, and `mode` of torch.compile.
     """
 
     rule = __RULE__()
@@ -455,7 +306,9 @@ class QuacK__NAME__(QuacKStep, torch.optim.__NAME__):
         tau: float = __TAU__,
         param_groups: Any = None,
 #?
+        master_weights: bool = False,
         compile: bool = True,
+        mode: str | None = None,
         **options: Any,
     ) -> None:
 #? several
@@ -463,7 +316,7 @@ class QuacK__NAME__(QuacKStep, torch.optim.__NAME__):
 #? !several
         super().__init__(model.parameters() if param_groups is None else param_groups, lr, **options)
 #?
-        self.attach(model, tau, compile)
+        self.attach(model, tau, master_weights, compile, mode)
 '''
 
 LION = '''\
@@ -477,7 +330,9 @@ class QuacKLion(QuacKStep):
         lr: Learning rate; a new one never recompiles.
         tau: Learning rate of query and key rows at the start, relative to `lr`.
         param_groups: Parameters or groups of them, as in torch.optim; without it, all parameters of the model.
-        compile: Whether to compile the update.
+        master_weights: Whether parameters in bfloat16 or float16 are updated as fp32 copies of them, which are kept in
+            the state as "master_param".
+        compile, mode: Whether to compile the update, and `mode` of torch.compile.
         betas: How much of the momentum goes into a step, and into the next momentum.
         weight_decay: Decoupled weight decay.
     """
@@ -491,13 +346,15 @@ class QuacKLion(QuacKStep):
         *,
         tau: float = __TAU__,
         param_groups: Any = None,
+        master_weights: bool = False,
         compile: bool = True,
+        mode: str | None = None,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(model.parameters() if param_groups is None else param_groups, defaults)
-        self.attach(model, tau, compile)
+        self.attach(model, tau, master_weights, compile, mode)
 '''
 
 TRAIN = '''\
@@ -512,6 +369,7 @@ def compile_train_step(
     *,
     clip_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
+    mode: str | None = None,
 ) -> Callable[..., Tensor]:
     """A training step as a function of the batch: compiled loss, backward, compiled update; returns the loss, detached.
 
@@ -526,6 +384,7 @@ def compile_train_step(
             a tuple or the attribute `loss` of what comes back.
         clip_grad_norm: Largest total norm of the gradients.
         skip_nonfinite: Whether a step with a gradient that is infinite or not a number changes nothing.
+        mode: `mode` of torch.compile.
     """
 #? !several
     optimizers = (optimizer,)
@@ -538,8 +397,16 @@ def compile_train_step(
                 raise ValueError(why)
 #? several
     held = {parameter for one in optimizers for group in one.param_groups for parameter in group["params"]}
-    if any(w.requires_grad and w not in held for one in optimizers if one.heads is not None for w in one.heads.pieces):
+    heads = {weight for one in optimizers if one.quack is not None for weight in one.quack.params.values()}
+    if any(weight.requires_grad for weight in heads - held):
         raise ValueError("no optimizer holds some query or key weights that need a gradient: add or freeze them")
+    norms: Heads | None = None
+    for one in optimizers:
+        if norms is None:
+            norms = one.heads
+        elif one.quack is not None:
+            norms.join(one.quack, one.masters)
+            one.share(norms)
 #?
 
     def loss_of(*batch: Any, **named: Any) -> Tensor:
@@ -548,19 +415,18 @@ def compile_train_step(
         parts = output if isinstance(output, tuple) else (output,)
         return next(part for part in parts if isinstance(part, Tensor) and part.dim() == 0)
 
-    def look_at(grads: list[Tensor]) -> Gate:
-        clip = None if clip_grad_norm is None else _clip(grads, clip_grad_norm)
-        return Gate(clip, all_finite(grads) if skip_nonfinite else None)
+    def look(grads: list[Tensor]) -> Gate:
+        return look_at(grads, clip_grad_norm, skip_nonfinite)
 
-    compiled_loss = torch.compile(own_code(loss_of))
-    look = torch.compile(own_code(look_at), dynamic=False)
+    compiled = compiler(True, mode)
+    compiled_loss, compiled_look = compiled(own_code(loss_of)), compiled(own_code(look), sizes="fixed")
 
     def train_step(*batch: Any, **named: Any) -> Tensor:
         loss: Tensor = compiled_loss(*batch, **named)
         torch.autograd.backward(loss)
         gate = Gate()
         if clip_grad_norm is not None or skip_nonfinite:
-            gate = look(gradients(optimizers))
+            gate = compiled_look(gradients(optimizers))
         for one in optimizers:
             one.step(gate=gate)
             one.zero_grad()

@@ -5,18 +5,21 @@ In: a model, the user's optimizer, maybe a loss function and a layout. Out: `ste
 A graph for the loss (with its backward) and a few for the update. The optimizer stays the user's: its groups,
 schedulers and `state_dict()` are the ordinary ones, over its own state tensors.
 
-    loss.py     the loss of one batch as one function
-    rules/      the arithmetic of each optimizer that is compiled
-    pieces.py   weights cut so that a head is one long row
-    masters.py  fp32 copies of weights in half precision
-    loops.py    the compiled calls that change weights and state
-    update.py   one optimizer's update, and the norms that one step leaves to the next
+    loss.py       the loss of one batch as one function
+    rules/        the arithmetic of each optimizer that is compiled
+    compiling.py  how functions are compiled
+    gradients.py  what is to be known of all gradients
+    pieces.py     weights cut so that a head is one long row
+    heads.py      the norms that one step leaves to the next, and the scales that follow
+    masters.py    fp32 copies of weights in half precision
+    views.py      a parameter and its state as the loops take them
+    loops.py      the compiled calls that change weights and state
+    update.py     one optimizer's update
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +31,13 @@ from quack_fx.errors import OptimizerError, StepError
 from quack_fx.factors import NormName
 from quack_fx.layout import QKLayout
 from quack_fx.optim import QuacK
+from quack_fx.step.compiling import Compiler, compiler
+from quack_fx.step.gradients import all_finite, gradients
+from quack_fx.step.heads import Heads
 from quack_fx.step.loss import LossFn, make_loss, model_inputs
-from quack_fx.step.rules import Gate
-from quack_fx.step.update import Update, all_finite, gradients
+from quack_fx.step.masters import Masters
+from quack_fx.step.rules import Gate, rule_of
+from quack_fx.step.update import Update
 
 __all__ = ["TrainStep", "compile_train_step"]
 
@@ -92,12 +99,9 @@ def compile_train_step(
     if clip_grad_norm is not None and not clip_grad_norm > 0:
         raise StepError(f"clip_grad_norm is {clip_grad_norm!r}; need a positive number, or None for no clipping")
 
-    def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        return torch.compile(function, mode=mode, **options) if compile else function
-
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite or scaler is not None, scaler, master_weights)
-    return TrainStep(model, optimizers, loss_fn, layout, options, compiled)
+    return TrainStep(model, optimizers, loss_fn, layout, options, compiler(compile, mode))
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class TrainStep:
         loss_fn: LossFn | None,
         layout: QKLayout | None,
         options: StepOptions,
-        compiled: Callable[..., Callable[..., Any]],
+        compiled: Compiler,
     ) -> None:
         self.quacks: tuple[QuacK, ...] = ()
         self.layout = layout
@@ -194,6 +198,8 @@ class TrainStep:
                 optimizer.step()
         if scaler is not None:
             scaler.update()
+        for quack in self.quacks:
+            quack.publish()
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QKLayout:
         from quack_fx.find import find_qk_pairs
@@ -216,24 +222,27 @@ class TrainStep:
 
     def _attach(self, layout: QKLayout) -> None:
         options = self._options
-        if layout.sites:
-            holding = [o for o in self._optimizers if _holds(o, self._model, layout)] or self._optimizers[:1]
-            quacks = {id(o): QuacK(o, self._model, layout, options.tau, options.norm) for o in holding}
-        else:
-            quacks = {}
-        self.quacks = tuple(quacks.values())
-        # Not fullgraph: where other weights have gradients each time, the compiler may give up and run it eagerly.
-        static = functools.partial(self._compiled, dynamic=False)
-        for optimizer in self._optimizers:
-            rule = Update.rule_of(optimizer) if options.norm == "frobenius" else None
+        rules = [rule_of(o) if options.norm == "frobenius" else None for o in self._optimizers]
+        for optimizer, rule in zip(self._optimizers, rules, strict=True):
             if rule is None and options.master_weights:
                 raise OptimizerError(
                     f"{type(optimizer).__name__} takes its own step, which knows no master weights; leave out "
                     "master_weights=True, or use an optimizer whose update is compiled"
                 )
-            asked = options.clip_grad_norm, options.skip_nonfinite, options.master_weights
-            quack = quacks.get(id(optimizer))
-            self._updates.append(None if rule is None else Update(optimizer, rule, quack, *asked, static))
+        holding = [o for o in self._optimizers if _holds(o, self._model, layout)] or self._optimizers[:1]
+        quacks = {o: QuacK(o, self._model, layout, options.tau, options.norm) for o in holding if layout.sites}
+        masters = {o: Masters(o) for o in self._optimizers if options.master_weights}
+        heads: Heads | None = None
+        for o in (o for o, rule in zip(self._optimizers, rules, strict=True) if rule is not None and o in quacks):
+            if heads is None:
+                heads = Heads(quacks[o], masters.get(o))
+            else:
+                heads.join(quacks[o], masters.get(o))
+        asked = options.clip_grad_norm, options.skip_nonfinite
+        for o, rule in zip(self._optimizers, rules, strict=True):
+            shared = quacks.get(o), heads, masters.get(o)
+            self._updates.append(None if rule is None else Update(o, rule, *shared, *asked, self._compiled))
+        self.quacks = tuple(quacks.values())
         self.layout = layout
 
 

@@ -1,19 +1,22 @@
 """USER: the compiled loops that change weights and state.
 
-In: jobs, each a weight or a piece of one with its gradient and state. Out: nothing; weights and state are written, and
-the squared norms that the pieces of heads have now.
+In: jobs, each a view of a weight and whose gradient it goes with. Out: `Call`s; each writes some weights and their
+state, and the squared norms that the pieces of heads have now.
 
 What has no heads is one compiled call. Pieces with heads go in calls of a few of equal shape, so that equal layers
 share a compiled call; their coefficients and scales enter as tensors. A few, because Inductor fuses nothing that is far
 apart in a graph, and the writes of all state stand at its end: in a longer graph, some moments of heads would be read
 and written by a loop of their own. But no fewer than that: a call costs a fraction of a millisecond.
+
+The calls are made once, and again where weights or state have moved. torch.compile would look at every tensor before
+every step, to tell whether what it compiled fits; here each kind of tensors has a function of its own.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,9 +25,10 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from quack_fx.errors import first_line
-from quack_fx.step.loss import own_code
+from quack_fx.step.compiling import Compiler, own_code
 from quack_fx.step.pieces import Piece
 from quack_fx.step.rules import Flags, Gate, Tensors, UpdateRule
+from quack_fx.step.views import Kind, View
 
 _APART = 64
 """Places in a graph from which on Inductor does not fuse two nodes."""
@@ -33,138 +37,184 @@ _MOST = 12
 """Pieces in one call, at most: what is compiled should not grow with the number of layers."""
 
 
-class Kind(NamedTuple):
-    """What a compiled call for pieces with heads depends on; equal for equal pieces, wherever they lie.
+class Job(NamedTuple):
+    """What is to be done to a view.
 
     Attributes:
-        piece: The piece, as if it lay at the start.
-        shape: Shape of the weight's view.
-        stride: Its strides.
-        dtype: Its type.
+        view: The view.
+        row: Which gradient and which row of coefficients is its own.
+        flags: Options of its group.
     """
 
-    piece: Piece
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    view: View
+    row: int
+    flags: Flags
+
+
+_Work = tuple[Tensor, tuple[Tensor, ...], Tensor | None, Piece | None, Flags]
+"""What a loop is given of a job: views of weight and state, where to write the weight rounded; which piece of the
+gradient, that is given whole; options."""
+
+
+class Rows:
+    """Some stretches of equal length of a table that stays where it is.
+
+    A view where they are evenly spaced, as they are for equal layers.
+
+    Arguments:
+        table: The table.
+        starts: Numbers of its entries with which they begin.
+        length: Their length.
+    """
+
+    def __init__(self, table: Tensor, starts: Sequence[int], length: int) -> None:
+        self._flat = table.view(-1)
+        step = starts[1] - starts[0] if len(starts) > 1 else length
+        self._view: Tensor | None = None
+        if step > 0 and all(b - a == step for a, b in pairwise(starts)):
+            self._view = self._flat.as_strided((len(starts), length), (step, 1), starts[0])
+        else:
+            indices = torch.tensor([list(range(start, start + length)) for start in starts], dtype=torch.int64)
+            self._indices = indices.to(table.device, non_blocking=True)
+
+    def read(self) -> Tensor:
+        """The stretches: [stretches, length]."""
+        return self._flat[self._indices] if self._view is None else self._view
+
+    def write(self, values: Tensor) -> None:
+        """Put values into them."""
+        if self._view is None:
+            self._flat[self._indices] = values
+        else:
+            self._view.copy_(values)
 
 
 @dataclass(frozen=True)
-class Job:
-    """A weight, or a piece of one, and what its update reads and writes.
+class Tables:
+    """What the calls of an update read and write besides weights and state; always in the same place.
 
     Attributes:
-        weight: What is updated.
-        grad: Its gradient.
-        slots: Its state, as the rule has it.
-        rounded: Where to write the new weight in the parameter's own type, where it is a master; else None.
-        row: Which row of coefficients is its own.
-        flags: Options of its group.
-        piece: Which piece of a weight with heads it is; None where it has none.
-        squares: Where to write the squared norms of its spans; None where it has none.
-        kind: What its compiled call depends on; None where it has no heads.
+        coefficients: Coefficients of the rule for all parameters, [parameters, coefficients]; in the precision that
+            each call computes in.
+        scales: Scale of every span, [n_spans]; None without QuacK.
+        squares: Where to write the squared norm of every span, [n_spans]; None likewise.
     """
 
-    weight: Tensor
-    grad: Tensor
-    slots: tuple[Tensor, ...]
-    rounded: Tensor | None
-    row: int
-    flags: Flags
-    piece: Piece | None
+    coefficients: Mapping[torch.dtype, Tensor]
+    scales: Tensor | None
     squares: Tensor | None
-    kind: Kind | None
 
 
-_Work = tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None, Flags]
-"""What a loop is given of a job: weight, gradient, state, where to write it rounded and the squares; options."""
+@dataclass(frozen=True)
+class Call:
+    """A compiled call and what it is given each time.
+
+    Attributes:
+        loop: What is compiled.
+        works: The works of its jobs.
+        grads: Which gradient each reads.
+        coefficients: Their coefficients.
+        scales: Scales of their spans; None where they have no heads.
+        squares: Where to write the squared norms of their spans; None likewise.
+    """
+
+    loop: Callable[..., Tensor | None]
+    works: list[_Work]
+    grads: Sequence[int]
+    coefficients: Rows
+    scales: Rows | None
+    squares: Rows | None
+
+    def __call__(self, grads: Sequence[Tensor], gate: Gate) -> None:
+        """Do its jobs.
+
+        Arguments:
+            grads: Gradients of all parameters.
+            gate: What was found out about them and is still to be done.
+        """
+        own = [grads[row] for row in self.grads]
+        scales = None if self.scales is None else self.scales.read()
+        sums = self.loop(self.works, own, self.coefficients.read(), gate, scales)
+        if self.squares is not None and sums is not None:
+            self.squares.write(sums)
 
 
 class Loops:
-    """The compiled calls of one optimizer.
+    """The compiled loops of one optimizer.
 
     Arguments:
         rule: Its arithmetic.
-        compile: Wraps each function, `torch.compile` with the user's options or nothing.
+        compile: Wraps functions, see `compiler`.
     """
 
-    def __init__(self, rule: UpdateRule, compile: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def __init__(self, rule: UpdateRule, compile: Compiler) -> None:
         self._rule, self._compile = rule, compile
-        self._made: dict[Any, Callable[..., None]] = {}
-        self._indices: dict[Any, Tensor] = {}
+        self._made: dict[Any, Callable[..., Tensor | None]] = {}
 
-    def run(self, jobs: Sequence[Job], coefficients: Tensor, gate: Gate, scales: Tensor | None) -> None:
-        """Do all jobs.
+    def calls(self, jobs: Sequence[Job], tables: Tables, gate: Gate) -> list[Call]:
+        """The calls that do some jobs.
 
         Arguments:
             jobs: The jobs.
-            coefficients: Coefficients of the rule for all parameters, [parameters, coefficients].
-            gate: What was found out about the gradients and is still to be done.
-            scales: Scale of every span, [n_spans]; None without QuacK.
+            tables: What they read and write besides.
+            gate: Tells what of it there will be.
         """
-        both = coefficients, coefficients.float()  # rounded in the loop, they would cost a fortieth of its time
-        rest = [job for job in jobs if job.kind is None]
-        if rest:
-            self._call(None, rest, both, gate, None, None)
-        if scales is None:
-            return
-        for (kind, flags), alike in _alike(jobs).items():
-            for some in _few(alike, _most(len(alike[0].slots), gate, alike[0].rounded is not None)):
-                numbers = [job.piece.numbers() for job in some if job.piece is not None]
-                own = self._taken(scales, [part.start for part in numbers], len(numbers[0]))
-                self._call((kind, flags, len(some)), some, both, gate, kind.piece, own)
+        rest = [job for job in jobs if job.view.kind is None]
+        calls = [self._call(rest, tables, gate)] if rest else []
+        for alike in _alike(jobs).values():
+            first = alike[0].view
+            for some in _few(alike, _most(len(first.slots), gate, first.rounded is not None)):
+                calls.append(self._call(some, tables, gate))
+        return calls
 
-    def _call(
-        self,
-        key: Any,
-        jobs: Sequence[Job],
-        coefficients: tuple[Tensor, Tensor],
-        gate: Gate,
-        piece: Piece | None,
-        scales: Tensor | None,
-    ) -> None:
-        """Run the loop of some jobs, with coefficients in double or single precision as they need them.
-
-        Each key has a loop of its own, so that none counts as another's recompilation.
-        """
-        works = [(job.weight, job.grad, job.slots, job.rounded, job.squares, job.flags) for job in jobs]
-        exact = any(job.weight.dtype == torch.float64 for job in jobs)
-        given = works, self._taken(coefficients[0 if exact else 1], [job.row for job in jobs]), gate, piece, scales
+    def _call(self, jobs: Sequence[Job], tables: Tables, gate: Gate) -> Call:
+        views, rows = [job.view for job in jobs], [job.row for job in jobs]
+        pieces = [None if view.piece is None else replace(view.piece, first=None) for view in views]
+        works: list[_Work] = [
+            (view.weight, view.slots, view.rounded, piece, job.flags)
+            for view, piece, job in zip(views, pieces, jobs, strict=True)
+        ]
+        numbers = [view.piece.numbers() for view in views if view.kind is not None and view.piece is not None]
+        firsts = [spans.start for spans in numbers]
+        key = bool(numbers), gate.clip is None, gate.finite is None, *_looks(works)
         if key not in self._made:
-            self._made[key] = self._compile(_make_loop(self._rule, sums=True))
+            self._made[key] = _Loop(self._rule, self._compile)
+        coefficients = tables.coefficients[wide([view.weight for view in views])]
+        width = coefficients.shape[1]
+        return Call(
+            self._made[key],
+            works,
+            rows,
+            Rows(coefficients, [row * width for row in rows], width),
+            None if not numbers or tables.scales is None else Rows(tables.scales, firsts, len(numbers[0])),
+            None if not numbers or tables.squares is None else Rows(tables.squares, firsts, len(numbers[0])),
+        )
+
+
+class _Loop:
+    """A compiled function, or where the compiler fails on it another that does the same."""
+
+    def __init__(self, rule: UpdateRule, compile: Compiler) -> None:
+        self._rule, self._compile = rule, compile
+        self._run: Callable[..., Tensor | None] = compile(make_loop(rule), sizes="same")
+
+    def __call__(self, *given: Any) -> Tensor | None:
         try:
-            self._made[key](*given)
+            return self._run(*given)
         except BackendCompilerFailed as error:
             # Nothing has run yet. Inductor on CPUs has failed on sums of squares of some shapes.
-            self._made[key] = _with_sums_after(self._compile(_make_loop(self._rule, sums=False)))
+            self._run = _with_sums_after(self._compile(make_loop(self._rule, sums=False), sizes="same"))
             reason = first_line(error.inner_exception)
             warnings.warn(f"norms cost a pass of their own: Inductor fails on this update ({reason})", stacklevel=2)
-            self._made[key](*given)
-
-    def _taken(self, table: Tensor, starts: Sequence[int], length: int | None = None) -> Tensor:
-        """Rows of a table, or with a length so many of its numbers from each start on: [starts, ...].
-
-        A view where they are evenly spaced, as they are for equal layers; else a copy, by indices that are sent to the
-        device once.
-        """
-        step = starts[1] - starts[0] if len(starts) > 1 else 1
-        if step > 0 and all(b - a == step for a, b in pairwise(starts)):
-            if length is None:
-                return table[starts[0] : starts[-1] + 1 : step]
-            return table.as_strided((len(starts), length), (step, 1), table.storage_offset() + starts[0])
-        key = table.device, length, tuple(starts)
-        if key not in self._indices:
-            rows = starts if length is None else [list(range(start, start + length)) for start in starts]
-            self._indices[key] = torch.tensor(rows, dtype=torch.int64).to(table.device, non_blocking=True)
-        return table[self._indices[key]]
+            return self._run(*given)
 
 
 def _alike(jobs: Sequence[Job]) -> dict[tuple[Kind, Flags], list[Job]]:
     """Jobs with heads, equal ones together."""
     found: dict[tuple[Kind, Flags], list[Job]] = {}
     for job in jobs:
-        if job.kind is not None:
-            found.setdefault((job.kind, job.flags), []).append(job)
+        if job.view.kind is not None:
+            found.setdefault((job.view.kind, job.flags), []).append(job)
     return found
 
 
@@ -180,22 +230,59 @@ def _few(jobs: Sequence[Job], most: int) -> list[Sequence[Job]]:
     return [jobs[start:stop] for start, stop in pairwise(edges)]
 
 
-def _make_loop(rule: UpdateRule, sums: bool) -> Callable[..., None]:
-    """The function, to be compiled, that does some jobs and, with `sums`, measures what it wrote."""
+def _looks(works: Sequence[_Work]) -> list[Any]:
+    """What a compiled loop depends on of the tensors that it is given: their types and forms, and which overlap."""
+    tensors = [t for weight, slots, rounded, *_ in works for t in (weight, *slots, rounded)]
+    looks: list[Any] = [(piece, flags) for *_, piece, flags in works]
+    starts: dict[int, list[tuple[int, int, int]]] = {}  # for each storage: first number, last number, place in the list
+    for i, t in enumerate(tensors):
+        if t is None:
+            looks.append(None)
+            continue
+        looks.append((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16))
+        first = int(t.storage_offset())
+        last = first + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        starts.setdefault(t.untyped_storage().data_ptr(), []).append((first, int(last), i))
+    for spans in starts.values():
+        spans.sort()
+        if any(after[0] <= before[1] for before, after in pairwise(spans)):
+            looks.append(tuple((start - spans[0][0], i) for start, _, i in spans))
+    return looks
 
-    def loop(works: list[_Work], coefficients: Tensor, gate: Gate, piece: Piece | None, scales: Tensor | None) -> None:
-        for i, (weight, grad, slots, rounded, squares, flags) in enumerate(works):
+
+def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., Tensor | None]:
+    """The function, to be compiled, that does some jobs and, with `sums`, gives the squared norms of what it wrote.
+
+    Weight, gradient and state are read once and written once: the norms cost no pass of their own.
+    """
+
+    def loop(
+        works: list[_Work],
+        grads: list[Tensor],
+        coefficients: Tensor,
+        gate: Gate,
+        scales: Tensor | None,
+    ) -> Tensor | None:
+        squares = []
+        for i, (weight, slots, rounded, piece, flags) in enumerate(works):
+            grad = grads[i] if piece is None else piece.of(grads[i])
             scale = None if piece is None or scales is None else piece.along(scales[i], weight)
             written, new = _changed(rule, weight, grad, slots, flags, coefficients[i], gate, scale)
-            if sums and piece is not None and squares is not None:
-                squares.copy_(piece.squares(written.to(squares.dtype)))
+            if sums and piece is not None and scales is not None:
+                squares.append(piece.squares(written.to(scales.dtype)))
             weight.copy_(written)
             if rounded is not None:
                 rounded.copy_(written.to(rounded.dtype))
             for slot, value in zip(slots, new, strict=True):
                 slot.copy_(value)
+        return torch.stack(squares) if squares else None
 
     return own_code(loop)
+
+
+def wide(weights: Sequence[Tensor]) -> torch.dtype:
+    """In what weights are updated together; coefficients that a loop had to round would cost a fortieth of its time."""
+    return torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
 
 
 def _changed(
@@ -209,24 +296,23 @@ def _changed(
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensors]:
     """The new weight and the new state, each in the type of the old: `weight - scale * change`, if the gate is open."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    w, g = weight.to(wide), grad.to(wide)
-    g = g if gate.clip is None else g * gate.clip.to(wide)
-    scalars = tuple(c.to(wide) for c in coefficients.unbind())
-    change, new = rule.change(w, g, tuple(s.to(wide) for s in slots), scalars, flags)
-    change = change if scale is None else change * scale.to(wide)
+    exact = wide([weight])
+    w, g = weight.to(exact), grad.to(exact)
+    g = g if gate.clip is None else g * gate.clip.to(exact)
+    scalars = tuple(c.to(exact) for c in coefficients.unbind())
+    change, new = rule.change(w, g, tuple(s.to(exact) for s in slots), scalars, flags)
+    change = change if scale is None else change * scale.to(exact)
     written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
     return written, tuple(_unless(gate.finite, s, value.to(s.dtype)) for s, value in zip(slots, new, strict=True))
 
 
-def _with_sums_after(loop: Callable[..., None]) -> Callable[..., None]:
+def _with_sums_after(loop: Callable[..., None]) -> Callable[..., Tensor]:
     """A loop that does not measure, and a pass that does."""
 
-    def both(works: list[_Work], coefficients: Tensor, gate: Gate, piece: Piece, scales: Tensor) -> None:
-        loop(works, coefficients, gate, piece, scales)
-        for weight, *_, squares, _ in works:
-            if squares is not None:
-                squares.copy_(piece.squares(weight.to(squares.dtype)))
+    def both(works: list[_Work], grads: list[Tensor], coefficients: Tensor, gate: Gate, scales: Tensor) -> Tensor:
+        loop(works, grads, coefficients, gate, scales)
+        pieces = [(weight, piece) for weight, _, _, piece, _ in works if piece is not None]
+        return torch.stack([piece.squares(weight.to(scales.dtype)) for weight, piece in pieces])
 
     return both
 

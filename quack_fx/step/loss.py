@@ -6,7 +6,6 @@ came instead: the choice is made inside the compiled graph, so that outputs whic
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.errors import StepError
+from quack_fx.step.compiling import own_code
 
 LossFn = Callable[..., Any]
 """`loss_fn(model, *batch, **batch)`; what it returns is read as a model's own output is, see `pick_loss`."""
@@ -77,21 +77,6 @@ def _describe(output: Any) -> str:
         loss = output["loss"] if isinstance(output, Mapping) else output.loss
         return f"{type(output).__name__} whose loss is {_describe(loss)}"
     return "None" if output is None else type(output).__name__
-
-
-def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own.
-
-    torch.compile keeps its graphs, and counts its recompiles against a limit, by code object: a program that builds
-    one step after the other (a sweep) would otherwise fall back to eager at the ninth, without a word.
-    """
-    assert isinstance(function, types.FunctionType)
-    copy = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
 class _Seen(Exception):

@@ -39,13 +39,12 @@ class Masters:
 
     @torch.no_grad()
     def of(self, param: Tensor) -> Tensor:
-        """What an update reads and writes for a parameter: its master; or itself in full precision, or where another
-        optimizer holds it.
+        """What an update reads and writes for a parameter: its master, or itself in full precision.
 
         Where somebody else has written into the parameter since (a checkpoint was loaded), its new elements are taken
         over; a master that still rounds to its parameter is kept to the bit.
         """
-        if param.dtype not in _HALF or not self._holds(param):
+        if param.dtype not in _HALF:
             return param.detach()
         state = self._optimizer.state[param]
         master: Tensor | None = state.get(MASTER)
@@ -56,7 +55,8 @@ class Masters:
         self._seen[param] = _writes(param)
         return master
 
-    def _holds(self, param: Tensor) -> bool:
+    def hold(self, param: Tensor) -> bool:
+        """Whether a parameter is the optimizer's."""
         if self._n_groups != len(self._optimizer.param_groups):  # a group was added
             self._n_groups = len(self._optimizer.param_groups)
             self._held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
@@ -85,9 +85,10 @@ class Masters:
         self._loading = {}
 
 
-def weight_of(param: Tensor, masters: Masters | None) -> Tensor:
-    """What an update reads and writes for a parameter, with masters or without."""
-    return param.detach() if masters is None else masters.of(param)
+def weight_of(param: Tensor, masters: Sequence[Masters]) -> Tensor:
+    """What an update reads and writes for a parameter, by the masters of all optimizers; none without."""
+    held = next((own for own in masters if own.hold(param)), None)
+    return param.detach() if held is None else held.of(param)
 
 
 def _writes(param: Tensor) -> tuple[int, int]:

@@ -14,6 +14,7 @@ To teach the compiled step another optimizer: write its `UpdateRule` and add it 
 from __future__ import annotations
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from quack_fx.step.rules.adam import AdamRule, AdamWRule
@@ -34,11 +35,14 @@ _RULES: dict[type[Optimizer], UpdateRule] = {
 
 
 def rule_of(optimizer: Optimizer) -> UpdateRule | None:
-    """The rule of an optimizer, or None where the step has none for it.
+    """The rule of an optimizer, or None where the step has none for it, or for weights that are sharded or complex.
 
     Example:
         >>> rule_of(torch.optim.SGD([torch.zeros(2)])).name
         'SGD'
     """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(isinstance(p, DTensor) or p.is_complex() for p in params):
+        return None
     known = _RULES.get(type(optimizer))
     return LionRule() if known is None and is_lion(optimizer) else known

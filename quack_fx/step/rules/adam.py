@@ -49,19 +49,20 @@ class AdamRule(UpdateRule):
             1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2),
         )  # fmt: skip
 
-    def count(
-        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
-    ) -> Tensor:
+    def count(self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]) -> Tensor:
         """Steps taken, this one included."""
         for param, group, state in zip(params, groups, states, strict=True):
             if "step" not in state:
                 on_device = bool(group["capturable"] or group["fused"])
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
                 add_zeros(param, state, self.kept(self.flags(group)))
+        return torch.stack([state["step"] for state in states]).double() + 1
+
+    def advance(self, states: Sequence[State], finite: Tensor | None) -> None:
+        """One step more."""
         steps = [state["step"] for state in states]
         # A list: to add one tensor to all, foreach may read its number.
         torch._foreach_add_(steps, 1.0 if finite is None else [finite.to(steps[0].dtype)] * len(steps))
-        return torch.stack(steps).double()
 
     def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """Decay and rate of this step, with both bias corrections."""

@@ -34,13 +34,14 @@ class LionRule(UpdateRule):
         beta1, beta2 = group["betas"]
         return group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2
 
-    def count(
-        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
-    ) -> Tensor:
-        """Nothing is counted."""
+    def count(self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]) -> Tensor:
+        """Of no importance."""
         for param, group, state in zip(params, groups, states, strict=True):
             add_zeros(param, state, self.kept(self.flags(group)))
         return torch.zeros(len(params), dtype=torch.float64)
+
+    def advance(self, states: Sequence[State], finite: Tensor | None) -> None:
+        """Nothing is counted."""
 
     def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """Rate, decay and both rests."""

@@ -37,14 +37,15 @@ class MuonRule(UpdateRule):
         """lr and decay."""
         return group["lr"], group["weight_decay"]
 
-    def count(
-        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
-    ) -> Tensor:
+    def count(self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]) -> Tensor:
         """By how much the learning rate is adjusted to the shape of each."""
         for param, group, state in zip(params, groups, states, strict=True):
             add_zeros(param, state, self.kept(self.flags(group)))
         ratios = [_adjust_lr(1.0, group["adjust_lr_fn"], p.shape) for p, group in zip(params, groups, strict=True)]
         return torch.tensor(ratios, dtype=torch.float64)
+
+    def advance(self, states: Sequence[State], finite: Tensor | None) -> None:
+        """Nothing is counted."""
 
     def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """Rate for the direction, and decay."""

@@ -66,19 +66,25 @@ class UpdateRule(ABC):
         """Hyperparameters of a group, read anew before each step."""
 
     @abstractmethod
-    def count(
-        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
-    ) -> Tensor:
-        """Advance the step counters, if there are any, and make what state is missing.
+    def count(self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]) -> Tensor:
+        """What this step is to each parameter, and make what state is missing.
 
         Arguments:
             params: The parameters.
             groups: The group of each.
             states: The optimizer's state of each.
-            finite: 0-d; where it is false, no counter advances. None for always.
 
         Returns:
             What `coefficients` needs to know of how often each parameter was updated, float64 [n].
+        """
+
+    @abstractmethod
+    def advance(self, states: Sequence[State], finite: Tensor | None) -> None:
+        """Advance the step counters, if there are any, once the step is done.
+
+        Arguments:
+            states: The optimizer's state of each parameter.
+            finite: 0-d; where it is false, no counter advances. None for always.
         """
 
     @abstractmethod

@@ -37,14 +37,15 @@ class SGDRule(UpdateRule):
         """lr, decay, momentum and what dampening leaves of a gradient."""
         return group["lr"], group["weight_decay"], group["momentum"], 1 - group["dampening"]
 
-    def count(
-        self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State], finite: Tensor | None
-    ) -> Tensor:
+    def count(self, params: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]) -> Tensor:
         """0 for a parameter whose momentum begins with this step, 1 for all others."""
         begun = torch.tensor([float(state.get("momentum_buffer") is not None) for state in states], dtype=torch.float64)
         for param, group, state in zip(params, groups, states, strict=True):
             add_zeros(param, state, self.kept(self.flags(group)))
         return begun
+
+    def advance(self, states: Sequence[State], finite: Tensor | None) -> None:
+        """Nothing is counted."""
 
     def coefficients(self, count: Tensor, numbers: Tensors) -> Tensors:
         """The first gradient is not dampened."""
