@@ -15,6 +15,8 @@ schedulers and `state_dict()` are the ordinary ones, over its own state tensors.
     views.py      a parameter and its state as the loops take them
     loops.py      the compiled calls that change weights and state
     update.py     one optimizer's update
+    joint.py      a loss and its gradients as two graphs
+    whole.py      all of that as one graph
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from quack_fx.step.loss import LossFn, make_loss, model_inputs
 from quack_fx.step.masters import Masters
 from quack_fx.step.rules import Gate, rule_of
 from quack_fx.step.update import Update
+from quack_fx.step.whole import WholeStep
 
 __all__ = ["TrainStep", "compile_train_step"]
 
@@ -56,6 +59,7 @@ def compile_train_step(
     master_weights: bool = False,
     compile: bool = True,
     mode: str | None = None,
+    whole_graph: bool = False,
 ) -> TrainStep:
     """A training step with QuacK inlined: forward, backward and update of one batch.
 
@@ -81,12 +85,16 @@ def compile_train_step(
             is loaded, so that the optimizer does not round it.
         compile: Whether to use torch.compile; False runs the same code eagerly.
         mode: `mode` of torch.compile.
+        whole_graph: Whether loss, backward and update are one compiled graph; otherwise they are a few that follow each
+            other, which is as fast on a CPU. Gradients are not left in the parameters then. Batches that find gradients
+            there (of `forward_backward`) are added to those, and take the few graphs.
 
     Returns:
         The step: call it with a batch, get the loss (detached, nothing waits for the device).
 
     Raises:
         StepError: `clip_grad_norm` is not positive; at the first batch: no loss, or no pairs found.
+        StepError: At the first batch, with `whole_graph`: the loss is not one graph.
         OptimizerError: No optimizer holds a query or key weight, or one has options that cannot be compiled, or would
             have to take its own step with `master_weights`.
 
@@ -100,7 +108,10 @@ def compile_train_step(
         raise StepError(f"clip_grad_norm is {clip_grad_norm!r}; need a positive number, or None for no clipping")
 
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-    options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite or scaler is not None, scaler, master_weights)
+    skip_nonfinite = skip_nonfinite or scaler is not None
+    options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite, scaler, master_weights, whole_graph, mode)
+    if whole_graph:
+        _check_whole(model, compile, scaler)
     return TrainStep(model, optimizers, loss_fn, layout, options, compiler(compile, mode))
 
 
@@ -114,6 +125,8 @@ class StepOptions:
     skip_nonfinite: bool
     scaler: torch.amp.GradScaler | None
     master_weights: bool
+    whole_graph: bool
+    mode: str | None
 
 
 class TrainStep:
@@ -140,11 +153,15 @@ class TrainStep:
         self._options, self._compiled = options, compiled
         self._loss = compiled(make_loss(model, loss_fn))
         self._updates: list[Update | None] = []
+        self._whole: WholeStep | None = None
         if layout is not None:
             self._attach(layout)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one batch; gives its loss."""
+        self._know_layout(args, kwargs)
+        if self._whole is not None and not gradients(self._optimizers):
+            return _loss_in(self._whole(*args, **kwargs))
         loss = self.forward_backward(*args, **kwargs)
         self.update()
         return loss
@@ -154,11 +171,8 @@ class TrainStep:
 
         For gradient accumulation: several of these, then one `update()`. Divide the loss by their number in `loss_fn`.
         """
-        if self.layout is None:
-            self._attach(self._find(args, kwargs))
-        loss = self._loss(*args, **kwargs)
-        if not isinstance(loss, Tensor):
-            raise StepError(f"there is no loss in what the model returned: {loss}; pass loss_fn=, or give it targets")
+        self._know_layout(args, kwargs)
+        loss = _loss_in(self._loss(*args, **kwargs))
         if not loss.requires_grad:
             raise StepError("the loss does not depend on any parameter that requires a gradient")
         scaler = self._options.scaler
@@ -201,6 +215,11 @@ class TrainStep:
         for quack in self.quacks:
             quack.publish()
 
+    def _know_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the layout on the first batch, where none was given."""
+        if self.layout is None:
+            self._attach(self._find(args, kwargs))
+
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QKLayout:
         from quack_fx.find import find_qk_pairs
 
@@ -242,8 +261,36 @@ class TrainStep:
         for o, rule in zip(self._optimizers, rules, strict=True):
             shared = quacks.get(o), heads, masters.get(o)
             self._updates.append(None if rule is None else Update(o, rule, *shared, *asked, self._compiled))
+        if options.whole_graph:
+            self._whole = self._as_one_graph([update for update in self._updates if update is not None])
         self.quacks = tuple(quacks.values())
         self.layout = layout
+
+    def _as_one_graph(self, updates: list[Update]) -> WholeStep:
+        options = self._options
+        if len(updates) < len(self._optimizers):
+            raise OptimizerError(
+                f"whole_graph=True needs optimizers whose update is compiled, and not norm='spectral': {self!r}"
+            )
+        asked = options.clip_grad_norm, options.skip_nonfinite, options.mode
+        return WholeStep(make_loss(self._model, self._loss_fn), updates, *asked)
+
+
+def _loss_in(result: Tensor | str) -> Tensor:
+    """The loss, where the model returned one."""
+    if not isinstance(result, Tensor):
+        raise StepError(f"there is no loss in what the model returned: {result}; pass loss_fn=, or give it targets")
+    return result
+
+
+def _check_whole(model: nn.Module, compile: bool, scaler: torch.amp.GradScaler | None) -> None:
+    """Refuse what one graph would leave out."""
+    if not compile:
+        raise StepError("whole_graph=True is one compiled graph; leave out compile=False")
+    if scaler is not None:
+        raise StepError("whole_graph=True knows no GradScaler; leave out one of them (bfloat16 needs no scaler)")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise StepError("whole_graph=True would not average gradients over processes; leave it out")
 
 
 def _holds(optimizer: Optimizer, model: nn.Module, layout: QKLayout) -> bool:

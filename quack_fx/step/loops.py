@@ -267,7 +267,7 @@ def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., Tensor | Non
         for i, (weight, slots, rounded, piece, flags) in enumerate(works):
             grad = grads[i] if piece is None else piece.of(grads[i])
             scale = None if piece is None or scales is None else piece.along(scales[i], weight)
-            written, new = _changed(rule, weight, grad, slots, flags, coefficients[i], gate, scale)
+            written, new = changed(rule, weight, grad, slots, flags, coefficients[i], gate, scale)
             if sums and piece is not None and scales is not None:
                 squares.append(piece.squares(written.to(scales.dtype)))
             weight.copy_(written)
@@ -285,7 +285,7 @@ def wide(weights: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
 
 
-def _changed(
+def changed(
     rule: UpdateRule,
     weight: Tensor,
     grad: Tensor,

@@ -41,6 +41,10 @@ class Update:
         clip_grad_norm: Largest total norm of the gradients, as in `torch.nn.utils.clip_grad_norm_`; None for no limit.
         skip_nonfinite: Whether a step whose gradients are not all finite changes nothing.
         compile: Wraps functions, see `compiler`.
+
+    Attributes:
+        rule: The arithmetic.
+        heads: The norms that the step keeps; None without QuacK.
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class Update:
         skip_nonfinite: bool,
         compile: Compiler,
     ) -> None:
-        self._optimizer, self._rule, self._quack = optimizer, rule, quack
+        self._optimizer, self.rule, self._quack = optimizer, rule, quack
         for group in optimizer.param_groups:
             if group.get("differentiable"):
                 raise OptimizerError(
@@ -63,13 +67,18 @@ class Update:
             if why := rule.refusal(group, skip_nonfinite):
                 raise OptimizerError(why)
         self._masters = masters
-        self._heads = None if quack is None else heads
+        self.heads = None if quack is None else heads
         # Inductor on CPUs fuses the few numbers of the first into the loops of the others, and fails: apart.
         self._measure = compile(_make_measure(clip_grad_norm, skip_nonfinite), sizes="fixed")
         self._loops = Loops(rule, compile)
-        self._views = Views(self._heads)
-        self._scales = None if self._heads is None else torch.empty_like(self._heads.kept)
+        self._views = Views(self.heads)
+        self._scales = None if self.heads is None else torch.empty_like(self.heads.kept)
         self._plan: _Plan | None = None
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters of the optimizer."""
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     @torch.no_grad()
     def run(self, beside: Sequence[Tensor] = (), gate: Gate | None = None) -> Gate | None:
@@ -82,51 +91,59 @@ class Update:
         Returns:
             What was found out; `gate` where no parameter has a gradient.
         """
-        held = [(p, group) for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not held:
+        params = [p for p in self.params if p.grad is not None]
+        if not params:
             return gate
-        params, groups = [param for param, _ in held], [group for _, group in held]
-        grads = gradients([self._optimizer])
-        heads, quack, masters = self._heads, self._quack, self._masters
+        turn, grads = self.turn(params), gradients([self._optimizer])
         looked_at = [] if gate is not None else [*grads, *beside]
-        if heads is not None and quack is not None:
-            seen = self._measure(looked_at, heads.squares(), heads.scaling(quack), self._scales)
+        if turn.scaling is not None:
+            seen = self._measure(looked_at, turn.squares, turn.scaling, self._scales)
         else:
             seen = self._measure(looked_at)
         gate = seen if gate is None else gate
-        weights = params if masters is None else [masters.of(param) for param in params]
-        flags = {id(group): self._rule.flags(group) for group in self._optimizer.param_groups}
-        chosen = [flags[id(group)] for group in groups]
-        # What needs no state gets no entry, as in the optimizer itself.
-        states = [self._optimizer.state[p] if self._rule.kept(f) else {} for p, f in zip(params, chosen, strict=True)]
-        counts = self._rule.count(weights, groups, states)
-        numbers = numbers_of(self._rule, groups, counts.device)
-        counts = counts.to(numbers[0].device, non_blocking=True)
-        coefficients = torch.stack(self._rule.coefficients(counts, numbers), 1)
-        left = self._rule.directions(grads, groups, states, gate)
-        plan = self._planned(params, weights, states, chosen, coefficients.shape, left)
+        left = self.rule.directions(grads, turn.groups, turn.states, gate)
+        plan = self._planned(turn, left)
         for table in plan.tables.coefficients.values():
-            table.copy_(coefficients, non_blocking=True)
+            table.copy_(turn.coefficients, non_blocking=True)
         for call in plan.calls:
             call(grads, left)
-        self._rule.advance(states, gate.finite)
-        if masters is not None:
-            masters.written(params)
-        if heads is not None:
-            heads.written()
+        self.done(turn, gate.finite)
         return gate
 
-    def _planned(
-        self,
-        params: list[Tensor],
-        weights: list[Tensor],
-        states: list[State],
-        flags: list[Flags],
-        shape: torch.Size,
-        gate: Gate,
-    ) -> _Plan:
+    def turn(self, params: Sequence[Tensor]) -> Turn:
+        """What is known of a step before there are gradients.
+
+        Arguments:
+            params: The parameters that will have some; all are the optimizer's.
+        """
+        group_of = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        groups = [group_of[id(param)] for param in params]
+        options = {id(group): self.rule.flags(group) for group in self._optimizer.param_groups}
+        flags = [options[id(group)] for group in groups]
+        weights = params if self._masters is None else [self._masters.of(param) for param in params]
+        # What needs no state gets no entry, as in the optimizer itself.
+        states = [self._optimizer.state[p] if self.rule.kept(f) else {} for p, f in zip(params, flags, strict=True)]
+        counts = self.rule.count(weights, groups, states)
+        numbers = numbers_of(self.rule, groups, counts.device)
+        counts = counts.to(numbers[0].device, non_blocking=True)
+        coefficients = torch.stack(self.rule.coefficients(counts, numbers), 1)
+        squares, scaling = None, None
+        if self.heads is not None and self._quack is not None:
+            squares, scaling = self.heads.squares(), self.heads.scaling(self._quack)
+        return Turn(params, weights, groups, flags, states, coefficients, squares, scaling)
+
+    def done(self, turn: Turn, finite: Tensor | None) -> None:
+        """Take note that all is written; `finite` tells on the device whether it was."""
+        self.rule.advance(turn.states, finite)
+        if self._masters is not None:
+            self._masters.written(turn.params)
+        if self.heads is not None:
+            self.heads.written()
+
+    def _planned(self, turn: Turn, gate: Gate) -> _Plan:
         """How to update some parameters: as in the last step, where nothing has moved since."""
-        slots = [[state[name] for name in self._rule.slots(own)] for own, state in zip(flags, states, strict=True)]
+        params, weights, flags = turn.params, turn.weights, turn.flags
+        slots = turn.slots(self.rule)
         where = [id(param) for param in params], [p.data_ptr() for p in params], [id(s) for own in slots for s in own]
         seen = [*where, flags, [w.data_ptr() for w in weights], gate.clip is None, gate.finite is None]
         if self._plan is None or seen != self._plan.seen:
@@ -135,11 +152,40 @@ class Update:
                 for row, (param, weight, kept, own) in enumerate(zip(params, weights, slots, flags, strict=True))
                 for view in self._views.of(param, weight.detach(), kept)
             ]
-            types = {torch.float32, wide(weights)}
+            types, shape = {torch.float32, wide(weights)}, turn.coefficients.shape
             coefficients = {each: torch.empty(shape, dtype=each, device=params[0].device) for each in types}
-            tables = Tables(coefficients, self._scales, None if self._heads is None else self._heads.kept)
+            tables = Tables(coefficients, self._scales, None if self.heads is None else self.heads.kept)
             self._plan = _Plan(seen, tables, self._loops.calls(jobs, tables, gate))
         return self._plan
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What is known of a step of one optimizer before there are gradients.
+
+    Attributes:
+        params: The parameters.
+        weights: What is updated in place of each: itself, or its master.
+        groups: The group of each.
+        flags: Options of each one's group, as the rule has them.
+        states: The optimizer's state of each.
+        coefficients: Those of the rule, float64 [parameters, coefficients].
+        squares: Squared norms of all spans, [n_spans]; None without QuacK.
+        scaling: What turns them into scales; None likewise.
+    """
+
+    params: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    groups: Sequence[Group]
+    flags: Sequence[Flags]
+    states: Sequence[State]
+    coefficients: Tensor
+    squares: Tensor | None
+    scaling: Scaling | None
+
+    def slots(self, rule: UpdateRule) -> list[list[Tensor]]:
+        """The state tensors of each, as a rule has them."""
+        return [[state[n] for n in rule.slots(own)] for own, state in zip(self.flags, self.states, strict=True)]
 
 
 @dataclass(frozen=True)

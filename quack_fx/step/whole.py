@@ -1,0 +1,209 @@
+"""USER: loss, backward and update of one batch as one compiled graph.
+
+In: the loss as a function, and the updates of its optimizers. Out: `WholeStep`: called with a batch, it gives the loss,
+and all weights are changed.
+
+Dynamo traces the loss and watches over what it depends on, as it does for torch.compile(model); in place of a compiler
+it is given `WholeStep._made`, which joins the loss's graph with that of its gradients and with the updates, and
+compiles the whole. Parameters, their state and the norms of heads enter it whole, and are cut inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+
+from quack_fx.errors import StepError, first_line
+from quack_fx.step.compiling import own_code
+from quack_fx.step.gradients import look_at
+from quack_fx.step.heads import Scaling, span_scales
+from quack_fx.step.joint import Joint, joint_of
+from quack_fx.step.loops import changed
+from quack_fx.step.pieces import Piece
+from quack_fx.step.rules import Flags, Gate, Group, State, UpdateRule
+from quack_fx.step.update import Turn, Update
+
+
+class Part(NamedTuple):
+    """A parameter as the graph takes it, whole.
+
+    Attributes:
+        grad: Which of the gradients is its own.
+        weight: What is updated.
+        slots: Its state, as the rule has it.
+        rounded: Where to write the new weight in the parameter's own type, where it is a master; else None.
+        pieces: The pieces that it is updated in; None for the whole.
+        flags: Options of its group.
+    """
+
+    grad: int
+    weight: Tensor
+    slots: tuple[Tensor, ...]
+    rounded: Tensor | None
+    pieces: tuple[Piece | None, ...]
+    flags: Flags
+
+
+class Share(NamedTuple):
+    """What the graph does for one optimizer.
+
+    Attributes:
+        rule: Its arithmetic.
+        parts: Its parameters, those with heads last.
+        groups: The group of each.
+        states: The optimizer's state of each.
+        coefficients: Those of the rule, [parameters, coefficients].
+        squares: Squared norms of all spans, [n_spans]; None without QuacK.
+        scaling: What turns them into scales; None likewise.
+    """
+
+    rule: UpdateRule
+    parts: list[Part]
+    groups: list[Group]
+    states: list[State]
+    coefficients: Tensor
+    squares: Tensor | None
+    scaling: Scaling | None
+
+
+class WholeStep:
+    """A training step as one graph.
+
+    Arguments:
+        loss: The loss of a batch, see `make_loss`.
+        updates: What each optimizer does.
+        clip_grad_norm: Largest total norm of the gradients; None for no limit.
+        skip_nonfinite: Whether a step whose gradients are not all finite changes nothing.
+        mode: `mode` of torch.compile.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor | str],
+        updates: Sequence[Update],
+        clip_grad_norm: float | None,
+        skip_nonfinite: bool,
+        mode: str | None,
+    ) -> None:
+        self._updates, self._asked, self._mode = updates, (clip_grad_norm, skip_nonfinite), mode
+        self._loss = torch.compile(loss, backend=self._made, fullgraph=True, dynamic=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | str:
+        """Train on one batch.
+
+        Returns:
+            Its loss, detached; or what the model returned in its place, and then nothing has changed.
+
+        Raises:
+            StepError: It cannot be one graph; nothing has changed.
+        """
+        try:
+            return self._loss(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            raise error.inner_exception from None
+        except TorchDynamoException as error:
+            raise StepError(
+                f"whole_graph=True needs a loss that torch.compile takes in one graph: {first_line(error)}"
+            ) from error
+
+    def _made(self, loss: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Backend of Dynamo: from the graph of the loss to a function that takes the whole step."""
+        values = [node.meta["example_value"] for node in loss.graph.output_node().all_input_nodes]
+        if len(values) != 1 or not values[0].requires_grad:
+            raise StepError(
+                "whole_graph=True: the model keeps tensors from one batch to the next, or its loss depends on no "
+                "parameter that requires a gradient; leave it out"
+            )
+        joint = joint_of(loss, inputs)
+        compiled = torch.compile(
+            own_code(_make_whole(joint, *self._asked)), mode=self._mode, fullgraph=True, dynamic=False
+        )
+
+        def step(*inputs: Any) -> tuple[Tensor]:
+            with torch.no_grad():
+                places = {id(inputs[place]): i for i, place in enumerate(joint.differentiable)}
+                params = [[p for p in update.params if id(p) in places] for update in self._updates]
+                turns = [update.turn(some) for update, some in zip(self._updates, params, strict=True)]
+                shares = [_share(update, turn, places) for update, turn in zip(self._updates, turns, strict=True)]
+                value, finite = compiled(list(inputs), shares)
+                for update, turn in zip(self._updates, turns, strict=True):
+                    update.done(turn, finite)
+            return (value,)
+
+        return step
+
+
+def _share(update: Update, turn: Turn, places: dict[int, int]) -> Share:
+    """What an update asks of the graph; `places` are those of the gradients, by the parameters' ids."""
+    parts = []
+    for param, weight, slots, flags in zip(turn.params, turn.weights, turn.slots(update.rule), turn.flags, strict=True):
+        pieces = (None,) if update.heads is None else update.heads.pieces_of(param)
+        rounded = None if weight is param else param
+        parts.append(Part(places[id(param)], weight, tuple(slots), rounded, pieces, flags))
+    order = sorted(range(len(parts)), key=lambda i: parts[i].pieces != (None,))
+    return Share(
+        update.rule,
+        [parts[i] for i in order],
+        [turn.groups[i] for i in order],
+        [turn.states[i] for i in order],
+        turn.coefficients[order].to(turn.params[0].device, non_blocking=True),
+        turn.squares,
+        turn.scaling,
+    )
+
+
+def _make_whole(joint: Joint, clip_grad_norm: float | None, skip_nonfinite: bool) -> Callable[..., Any]:
+    """The function, to be compiled, that takes a whole step: its loss, and whether all gradients are finite."""
+
+    def whole(inputs: list[Any], shares: list[Share]) -> tuple[Tensor, Tensor | None]:
+        # The compiler writes into its inputs in the order in which it meets them, and fuses what stands together.
+        for part in (part for share in shares for part in reversed(share.parts)):
+            for tensor in (part.weight, *part.slots):
+                tensor.dim()
+        loss, grads = joint(inputs)
+        held = [grads[part.grad] for share in shares for part in share.parts]
+        gate = look_at(held, clip_grad_norm, skip_nonfinite)
+        for share in shares:
+            _change(share, [grads[part.grad] for part in share.parts], gate)
+        return loss, gate.finite
+
+    return whole
+
+
+def _change(share: Share, grads: list[Tensor], gate: Gate) -> None:
+    """The part of the graph that changes what one optimizer holds."""
+    scales = None if share.squares is None or share.scaling is None else span_scales(share.squares, share.scaling)
+    left = share.rule.directions(grads, share.groups, share.states, gate)
+    sums: dict[int, Tensor] = {}
+    for row, (part, grad) in enumerate(zip(share.parts, grads, strict=True)):
+        for piece in part.pieces:
+            scale = None
+            weight, own = (part.weight, grad) if piece is None else (piece.of(part.weight), piece.of(grad.contiguous()))
+            slots = part.slots if piece is None else tuple(piece.of(slot) for slot in part.slots)
+            if piece is not None and piece.first is not None and scales is not None:
+                numbers = piece.numbers()
+                scale = piece.along(scales[numbers.start : numbers.stop], weight)
+            written, new = changed(share.rule, weight, own, slots, part.flags, share.coefficients[row], left, scale)
+            if scale is not None and piece is not None and piece.first is not None and share.squares is not None:
+                sums[piece.first] = piece.squares(written.to(share.squares.dtype))
+            weight.copy_(written)
+            if part.rounded is not None:
+                rounded = part.rounded if piece is None else piece.of(part.rounded)
+                rounded.copy_(written.to(rounded.dtype))
+            for slot, value in zip(slots, new, strict=True):
+                slot.copy_(value)
+    if share.squares is not None and sums:
+        share.squares.copy_(_joined(share.squares, sums))
+
+
+def _joined(old: Tensor, sums: dict[int, Tensor]) -> Tensor:
+    """New squared norms of all spans: those that were summed up, by their first number, and the old of the others."""
+    parts, end = [], 0
+    for first in sorted(sums):
+        parts += [old[end:first], sums[first]]
+        end = first + sums[first].shape[0]
+    return torch.cat([*parts, old[end:]])
