@@ -161,7 +161,9 @@ class TrainStep:
         """Train on one batch; gives its loss."""
         self._know_layout(args, kwargs)
         if self._whole is not None and not gradients(self._optimizers):
-            return _loss_in(self._whole(*args, **kwargs))
+            loss = _loss_in(self._whole(*args, **kwargs))
+            self._took_a_step()
+            return loss
         loss = self.forward_backward(*args, **kwargs)
         self.update()
         return loss
@@ -204,14 +206,18 @@ class TrainStep:
         for i, (optimizer, update) in enumerate(zip(self._optimizers, self._updates, strict=True)):
             if update is not None:
                 gate = update.run(gradients(self._optimizers[i + 1 :]), gate)
-                # Schedulers warn of an optimizer that never stepped; the wrapped step() would have noted that it did.
-                optimizer._opt_called = True  # type: ignore[attr-defined]
             elif scaler is not None:
                 scaler.step(optimizer)
             elif gate is None or gate.finite is None or bool(gate.finite):
                 optimizer.step()
         if scaler is not None:
             scaler.update()
+        self._took_a_step()
+
+    def _took_a_step(self) -> None:
+        for optimizer in self._optimizers:
+            # Schedulers warn of an optimizer that never stepped; its own step() notes that it did.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
         for quack in self.quacks:
             quack.publish()
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from quack_fx.errors import StepError, first_line
@@ -22,7 +22,7 @@ from quack_fx.step.compiling import own_code
 from quack_fx.step.gradients import look_at
 from quack_fx.step.heads import Scaling, span_scales
 from quack_fx.step.joint import Joint, joint_of
-from quack_fx.step.loops import changed
+from quack_fx.step.loops import changed, wide
 from quack_fx.step.pieces import Piece
 from quack_fx.step.rules import Flags, Gate, Group, State, UpdateRule
 from quack_fx.step.update import Turn, Update
@@ -32,7 +32,8 @@ class Part(NamedTuple):
     """A parameter as the graph takes it, whole.
 
     Attributes:
-        grad: Which of the gradients is its own.
+        row: Which coefficients are its own.
+        grad: Which of the gradients is.
         weight: What is updated.
         slots: Its state, as the rule has it.
         rounded: Where to write the new weight in the parameter's own type, where it is a master; else None.
@@ -40,6 +41,7 @@ class Part(NamedTuple):
         flags: Options of its group.
     """
 
+    row: int
     grad: int
     weight: Tensor
     slots: tuple[Tensor, ...]
@@ -56,7 +58,7 @@ class Share(NamedTuple):
         parts: Its parameters, those with heads last.
         groups: The group of each.
         states: The optimizer's state of each.
-        coefficients: Those of the rule, [parameters, coefficients].
+        coefficients: Those of the rule, [parameters, coefficients], in the precision to compute in.
         squares: Squared norms of all spans, [n_spans]; None without QuacK.
         scaling: What turns them into scales; None likewise.
     """
@@ -113,11 +115,14 @@ class WholeStep:
     def _made(self, loss: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Backend of Dynamo: from the graph of the loss to a function that takes the whole step."""
         values = [node.meta["example_value"] for node in loss.graph.output_node().all_input_nodes]
-        if len(values) != 1 or not values[0].requires_grad:
-            raise StepError(
-                "whole_graph=True: the model keeps tensors from one batch to the next, or its loss depends on no "
-                "parameter that requires a gradient; leave it out"
-            )
+        if not values:
+            return loss  # what the model returned is no loss, and is described
+        if len(values) > 1:
+            raise StepError("whole_graph=True: the model keeps tensors from one batch to the next; leave it out")
+        if not values[0].requires_grad:
+            raise StepError("the loss does not depend on any parameter that requires a gradient")
+        if any(isinstance(p, nn.Parameter) and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in inputs):
+            raise StepError("whole_graph=True would not call the hooks on gradients of parameters; leave it out")
         joint = joint_of(loss, inputs)
         compiled = torch.compile(
             own_code(_make_whole(joint, *self._asked)), mode=self._mode, fullgraph=True, dynamic=False
@@ -126,11 +131,10 @@ class WholeStep:
         def step(*inputs: Any) -> tuple[Tensor]:
             with torch.no_grad():
                 places = {id(inputs[place]): i for i, place in enumerate(joint.differentiable)}
-                params = [[p for p in update.params if id(p) in places] for update in self._updates]
-                turns = [update.turn(some) for update, some in zip(self._updates, params, strict=True)]
-                shares = [_share(update, turn, places) for update, turn in zip(self._updates, turns, strict=True)]
-                value, finite = compiled(list(inputs), shares)
-                for update, turn in zip(self._updates, turns, strict=True):
+                held = [(update, [p for p in update.params if id(p) in places]) for update in self._updates]
+                turns = [(update, update.turn(params)) for update, params in held if params]
+                value, finite = compiled(list(inputs), [_share(update, turn, places) for update, turn in turns])
+                for update, turn in turns:
                     update.done(turn, finite)
             return (value,)
 
@@ -140,20 +144,14 @@ class WholeStep:
 def _share(update: Update, turn: Turn, places: dict[int, int]) -> Share:
     """What an update asks of the graph; `places` are those of the gradients, by the parameters' ids."""
     parts = []
-    for param, weight, slots, flags in zip(turn.params, turn.weights, turn.slots(update.rule), turn.flags, strict=True):
+    for row, (param, weight, slots) in enumerate(zip(turn.params, turn.weights, turn.slots(update.rule), strict=True)):
         pieces = (None,) if update.heads is None else update.heads.pieces_of(param)
         rounded = None if weight is param else param
-        parts.append(Part(places[id(param)], weight, tuple(slots), rounded, pieces, flags))
-    order = sorted(range(len(parts)), key=lambda i: parts[i].pieces != (None,))
-    return Share(
-        update.rule,
-        [parts[i] for i in order],
-        [turn.groups[i] for i in order],
-        [turn.states[i] for i in order],
-        turn.coefficients[order].to(turn.params[0].device, non_blocking=True),
-        turn.squares,
-        turn.scaling,
-    )
+        parts.append(Part(row, places[id(param)], weight, tuple(slots), rounded, pieces, turn.flags[row]))
+    parts.sort(key=lambda part: part.pieces != (None,))
+    coefficients = turn.coefficients.to(parts[0].weight.device, wide(turn.weights), non_blocking=True)
+    groups, states = [turn.groups[part.row] for part in parts], [turn.states[part.row] for part in parts]
+    return Share(update.rule, parts, groups, states, coefficients, turn.squares, turn.scaling)
 
 
 def _make_whole(joint: Joint, clip_grad_norm: float | None, skip_nonfinite: bool) -> Callable[..., Any]:
@@ -176,28 +174,34 @@ def _make_whole(joint: Joint, clip_grad_norm: float | None, skip_nonfinite: bool
 
 def _change(share: Share, grads: list[Tensor], gate: Gate) -> None:
     """The part of the graph that changes what one optimizer holds."""
-    scales = None if share.squares is None or share.scaling is None else span_scales(share.squares, share.scaling)
+    squares = share.squares
+    scales = None if squares is None or share.scaling is None else span_scales(squares, share.scaling)
     left = share.rule.directions(grads, share.groups, share.states, gate)
     sums: dict[int, Tensor] = {}
-    for row, (part, grad) in enumerate(zip(share.parts, grads, strict=True)):
+    for part, whole in zip(share.parts, grads, strict=True):
+        coefficients = share.coefficients[part.row]
         for piece in part.pieces:
+            view = _whole if piece is None else piece.of
+            weight, grad, slots = view(part.weight), view(whole.contiguous()), tuple(map(view, part.slots))
+            spans = range(0) if piece is None else piece.numbers()
             scale = None
-            weight, own = (part.weight, grad) if piece is None else (piece.of(part.weight), piece.of(grad.contiguous()))
-            slots = part.slots if piece is None else tuple(piece.of(slot) for slot in part.slots)
-            if piece is not None and piece.first is not None and scales is not None:
-                numbers = piece.numbers()
-                scale = piece.along(scales[numbers.start : numbers.stop], weight)
-            written, new = changed(share.rule, weight, own, slots, part.flags, share.coefficients[row], left, scale)
-            if scale is not None and piece is not None and piece.first is not None and share.squares is not None:
-                sums[piece.first] = piece.squares(written.to(share.squares.dtype))
+            if piece is not None and scales is not None and spans:
+                scale = piece.along(scales[spans.start : spans.stop], weight)
+            written, new = changed(share.rule, weight, grad, slots, part.flags, coefficients, left, scale)
+            if piece is not None and squares is not None and spans:
+                sums[spans.start] = piece.squares(written.to(squares.dtype))
             weight.copy_(written)
             if part.rounded is not None:
-                rounded = part.rounded if piece is None else piece.of(part.rounded)
-                rounded.copy_(written.to(rounded.dtype))
+                view(part.rounded).copy_(written.to(part.rounded.dtype))
             for slot, value in zip(slots, new, strict=True):
                 slot.copy_(value)
-    if share.squares is not None and sums:
-        share.squares.copy_(_joined(share.squares, sums))
+    if squares is not None and sums:
+        squares.copy_(_joined(squares, sums))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The view of a parameter without pieces."""
+    return tensor
 
 
 def _joined(old: Tensor, sums: dict[int, Tensor]) -> Tensor:

@@ -1,0 +1,212 @@
+"""A step as one graph: what the few graphs do, with as little memory, or refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_optim import LAYOUT, Lion, Model, batch, relative_error
+from test_step import optimizer_of, small
+from test_update import assert_equal, loss_of_part, schedule
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Muon, Optimizer, RMSprop
+
+from quack_fx import find_qk_pairs
+from quack_fx.bench.measure import peak_bytes
+from quack_fx.errors import OptimizerError, StepError
+from quack_fx.step import compile_train_step
+
+Make = Callable[[nn.Module], list[Optimizer]]
+
+
+def scaled_loss(model: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
+    """The factor makes gradients that are not finite, when it is asked to."""
+    return loss_of_part(model, x) * factor
+
+
+def each_kind(make: Callable[[Any], Optimizer]) -> Make:
+    return lambda model: [make(model.parameters())]
+
+
+def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    return [Muon(matrices, lr=0.01, weight_decay=0.1), AdamW(others, lr=3e-3)]
+
+
+class Normed(nn.Module):
+    """The model behind a batch norm, whose buffers each forward changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.model = nn.BatchNorm1d(6), Model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(self.first(x))
+        return out
+
+
+MAKERS: dict[str, tuple[Make, float]] = {
+    "AdamW": (each_kind(partial(AdamW, lr=3e-3, weight_decay=0.1, amsgrad=True)), 1e-9),
+    "SGD": (each_kind(partial(SGD, lr=0.03, momentum=0.9, nesterov=True)), 1e-9),
+    "Lion": (each_kind(partial(Lion, lr=1e-3, weight_decay=0.1)), 1e-9),
+    "Muon and AdamW": (muon_and_adamw, 2**-7),  # its orthogonalisation rounds to bfloat16, elsewhere in one graph
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_does_what_the_few_graphs_do(name: str) -> None:
+    """In fp64: weights, state, norms, a schedule, clipping, and a step whose gradients are not finite."""
+    torch._dynamo.reset()
+    (make, tolerance), model = MAKERS[name], Model().double()
+    twin = copy.deepcopy(model)
+    options = {"layout": LAYOUT, "tau": 0.7, "clip_grad_norm": 0.05, "skip_nonfinite": True}
+    runs = []
+    for one, way in ((model, {"whole_graph": True}), (twin, {"compile": False})):
+        optimizers = make(one)
+        schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
+        runs.append((compile_train_step(one, optimizers, scaled_loss, **options, **way), optimizers, schedules))
+    for i in range(20):
+        factor = torch.tensor(float("inf") if i == 7 else 1.0, dtype=torch.float64)
+        before = copy.deepcopy((model.state_dict(), [o.state_dict() for o in runs[0][1]])) if i == 7 else None
+        losses = [step(batch(i).double(), factor) for step, _, _ in runs]
+        assert i == 7 or relative_error(*losses) < max(1e-12, tolerance)
+        if before is not None:
+            assert_equal((model.state_dict(), [o.state_dict() for o in runs[0][1]]), before)
+        for *_, schedules in runs:
+            for one in schedules:
+                one.step()
+        if i == 1:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled once for all learning rates"
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert relative_error(a, b) < tolerance and a.grad is None
+    for ours, theirs in zip(runs[0][1], runs[1][1], strict=True):
+        a, b = ours.state_dict(), theirs.state_dict()
+        assert a["state"].keys() == b["state"].keys()
+        for key in a["state"]:
+            assert a["state"][key].keys() == b["state"][key].keys()
+            assert torch.equal(*(one["state"][key].get("step", torch.zeros(1)) for one in (a, b)))
+        assert relative_error(a["quack_squares"], b["quack_squares"]) < tolerance
+
+
+def test_buffers_masters_frozen_and_unused_parameters() -> None:
+    """A batch norm's statistics; bfloat16 weights with masters; weights without gradient stay as they are."""
+    torch._dynamo.reset()
+    model = Normed()
+    model.model.layers.bfloat16()
+    model.model.layers[1].kv.weight.requires_grad_(False)
+    model.register_parameter("unused", nn.Parameter(torch.ones(3)))
+    twin = copy.deepcopy(model)
+    layout = find_qk_pairs(Normed(), batch(0))
+
+    def loss(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        for layer in m.model.layers:
+            x = x + layer(x.bfloat16()).float()
+        out: Tensor = m.model.head(x).square().mean()
+        return out
+
+    steps = [
+        compile_train_step(one, AdamW(one.parameters(), lr=1e-2), loss, layout=layout, master_weights=True, **way)
+        for one, way in ((model, {"whole_graph": True}), (twin, {"compile": False}))
+    ]
+    for i in range(5):
+        for step in steps:
+            step(batch(i))
+    assert model.first.num_batches_tracked == 5
+    assert torch.equal(model.unused, torch.ones(3))
+    assert torch.equal(model.model.layers[1].kv.weight, twin.model.layers[1].kv.weight)
+    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert relative_error(a.double(), b.double()) < 0.02, name
+    for p, master in ((p, steps[0]._optimizers[0].state[p].get("master_param")) for p in model.parameters()):
+        assert master is None or torch.equal(p, master.bfloat16())
+
+
+def test_gradients_that_are_there_are_added_to() -> None:
+    """Accumulation: `forward_backward` leaves gradients, and the step after it adds its own."""
+    torch._dynamo.reset()
+    model = Model()
+    twin = copy.deepcopy(model)
+    step = compile_train_step(model, AdamW(model.parameters()), loss_of_part, layout=LAYOUT, whole_graph=True)
+    other = compile_train_step(twin, AdamW(twin.parameters()), loss_of_part, layout=LAYOUT, compile=False)
+    for one in (step, other):
+        one.forward_backward(batch(0))
+        one(batch(1))
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_few_graphs() -> None:
+    """What is cheap is computed again in the backward part, as there; and layouts are found on the first batch."""
+    torch._dynamo.reset()
+    model = small("gpt")
+    tokens = torch.randint(0, 32, (2, 64, 8))
+    steps = [
+        compile_train_step(m, optimizer_of(m), whole_graph=whole)
+        for m, whole in ((model, True), (copy.deepcopy(model), False))
+    ]
+    for step in steps:
+        step(*tokens)
+        step(*tokens)
+    whole, few = (peak_bytes(partial(step, *tokens)) for step in steps)
+    assert whole < 1.15 * few
+
+
+def hooked(model: nn.Module) -> nn.Module:
+    model.head.weight.register_hook(lambda grad: grad)
+    return model
+
+
+def broken_loss(model: nn.Module, x: Tensor) -> Tensor:
+    loss = loss_of_part(model, x)
+    torch._dynamo.graph_break()
+    return loss
+
+
+def keeping_loss(model: Any, x: Tensor) -> Tensor:
+    model.kept = model(x)
+    out: Tensor = model.kept.mean()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("model", "make", "loss", "options", "error", "says"),
+    [
+        (Model, AdamW, loss_of_part, {"compile": False}, StepError, "leave out compile=False"),
+        (Model, AdamW, loss_of_part, {"scaler": torch.amp.GradScaler("cpu")}, StepError, "knows no GradScaler"),
+        (Model, AdamW, loss_of_part, {"norm": "spectral"}, OptimizerError, "whose update is compiled"),
+        (Model, RMSprop, loss_of_part, {}, OptimizerError, "RMSprop: its own step"),
+        (lambda: hooked(Model()), AdamW, loss_of_part, {}, StepError, "hooks on gradients"),
+        (Model, AdamW, broken_loss, {}, StepError, "in one graph"),
+        (Model, AdamW, keeping_loss, {}, StepError, "keeps tensors from one batch to the next"),
+        (Model, AdamW, lambda m, x: m(x), {}, StepError, "no loss in what the model returned: a tensor of shape"),
+    ],
+)
+def test_refusals(
+    model: Callable[[], nn.Module], make: Any, loss: Any, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    """With a reason, and nothing has changed."""
+    torch._dynamo.reset()
+    one = model()
+    before = copy.deepcopy(one.state_dict())
+    with pytest.raises(error, match=says):
+        compile_train_step(one, make(one.parameters()), loss, layout=LAYOUT, whole_graph=True, **options)(batch(0))
+    assert_equal(one.state_dict(), before)
+
+
+def test_refuses_processes_whose_gradients_it_would_not_average() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(Model())
+        with pytest.raises(StepError, match="would not average gradients"):
+            compile_train_step(model, AdamW(model.parameters()), loss_of_part, layout=LAYOUT, whole_graph=True)
+    finally:
+        dist.destroy_process_group()
