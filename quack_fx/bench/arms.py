@@ -8,6 +8,7 @@ In: a model, its layout and a loss. Out: `Arm`s: `forward(batch)` leaves gradien
     d  c, with QuacK as one would write it by hand from the paper: a loop over heads around the step
     e  the model with QK norm (RMS with a gain), the compiled step of this package, no QuacK
     plain, quack   the compiled step of this package without and with QuacK
+    whole   the latter as one graph
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ MEANING = {
     "e": "QK norm in the model, our step, no QuacK",
     "plain": "our step, no QuacK",
     "quack": "our step with QuacK",
+    "whole": "our step with QuacK, one graph",
 }
 
 _PAIR = ("plain", "quack")
@@ -72,14 +75,18 @@ class Arm:
         model: Its own copy of the model.
         forward: Leaves the gradients, and gives the loss.
         update: Uses the gradients up.
+        both: Does both at once, where it is one graph; else None.
     """
 
     model: nn.Module
     forward: Callable[[], Tensor]
     update: Callable[[], None]
+    both: Callable[[], Tensor] | None = None
 
     def step(self) -> Tensor:
         """A whole training step."""
+        if self.both is not None:
+            return self.both()
         loss = self.forward()
         self.update()
         return loss
@@ -102,7 +109,13 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
     for name in names:
         if name not in _PAIR:
             model = copy.deepcopy(case.model)
-            arm = _with_qk_norm(model, case) if name == "e" else _own(name, model, case)
+            arm: Arm | str
+            if name == "e":
+                arm = _with_qk_norm(model, case)
+            elif name == "whole":
+                arm = _ours(model, _adamw(model, case), case.layout, case, whole_graph=True)
+            else:
+                arm = _own(name, model, case)
             if isinstance(arm, str):
                 missing[name] = arm
             else:
@@ -119,9 +132,14 @@ def _adamw(model: nn.Module, case: Case) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=case.lr, fused=True if parameters[0].is_cuda else None)
 
 
-def _ours(model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, case: Case) -> Arm:
-    step = compile_train_step(model, optimizer, case.loss, layout=layout, clip_grad_norm=case.clip)
-    return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update)
+def _ours(
+    model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, case: Case, whole_graph: bool = False
+) -> Arm:
+    step = compile_train_step(
+        model, optimizer, case.loss, layout=layout, clip_grad_norm=case.clip, whole_graph=whole_graph
+    )
+    both = partial(step, *case.args, **case.kwargs) if whole_graph else None
+    return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update, both)
 
 
 def _with_qk_norm(model: nn.Module, case: Case) -> Arm | str:

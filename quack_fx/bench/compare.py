@@ -28,6 +28,7 @@ from quack_fx.bench.measure import (
     take_turns,
     time_of,
 )
+from quack_fx.errors import StepError
 
 _OWN_TIMES = 3
 """Updates are timed this many times as often as whole steps."""
@@ -39,14 +40,14 @@ class Way:
 
     Attributes:
         step: Seconds of a whole step.
-        update: Seconds of the optimizer alone, clipping included.
+        update: Seconds of the optimizer alone, clipping included; None where it is no part by itself.
         peak: Bytes that tensors take during a step, beyond weights and optimizer state.
         first: Seconds of the first step, compiling included.
         kernels: Kernels that a step starts on the device; None without one.
     """
 
     step: Times
-    update: Times
+    update: Times | None
     peak: int
     first: float
     kernels: int | None
@@ -83,11 +84,12 @@ class Comparison:
     bandwidth: float
     rate: float
 
-    def ratio(self, one: str, other: str, what: Callable[[Way], Times]) -> str:
+    def ratio(self, one: str, other: str, what: Callable[[Way], Times | None]) -> str:
         """Median of the ratios within a round, with their quartiles; "-" where one of the ways is missing."""
-        if one not in self.ways or other not in self.ways:
+        above, below = (what(self.ways[name]) if name in self.ways else None for name in (one, other))
+        if above is None or below is None:
             return "-"
-        low, middle, high = what(self.ways[one]).over(what(self.ways[other]))
+        low, middle, high = above.over(below)
         return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
@@ -106,9 +108,13 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
     tell = progress or (lambda text: None)
     ways, missing = arms(names, case)
     first: dict[str, float] = {}
-    for name, arm in ways.items():
+    for name, arm in [*ways.items()]:
         tell(f"compiling way {name}")
-        first[name] = time_of(arm.step)
+        try:
+            first[name] = time_of(arm.step)
+        except StepError as error:
+            missing[name] = str(error)
+            del ways[name]
     for arm in ways.values():
         arm.step()
         arm.step()
@@ -118,13 +124,13 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
     tell(f"timing {rounds} rounds of steps")
     steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds)
     tell(f"timing {_OWN_TIMES * rounds} rounds of updates")
-    updates = _updates_alone(ways, _OWN_TIMES * rounds)
+    updates = _updates_alone({name: arm for name, arm in ways.items() if arm.both is None}, _OWN_TIMES * rounds)
     tell("measuring what the machine can do")
     trained = [p for p in case.model.parameters() if p.requires_grad]
     device, weights = trained[0].device, sum(p.numel() for p in trained)
     sizes = [p.element_size() * p.numel() for p in trained]
     return Comparison(
-        ways={n: Way(steps[n], updates[n], peaks[n], first[n], kernels[n]) for n in ways},
+        ways={n: Way(steps[n], updates.get(n), peaks[n], first[n], kernels[n]) for n in ways},
         missing=missing,
         machine=machine(),
         rounds=rounds,

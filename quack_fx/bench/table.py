@@ -57,6 +57,9 @@ def findings(comparison: Comparison) -> Iterator[str]:
             f"QuacK over the same step without it: update {c.ratio('quack', 'plain', _update)}, "
             f"step {c.ratio('quack', 'plain', _step)}, peak memory {memory:.3f}."
         )
+    if {"whole", "quack"} <= c.ways.keys():
+        memory = c.ways["whole"].peak / max(1, c.ways["quack"].peak)
+        yield f"As one graph over as a few: step {c.ratio('whole', 'quack', _step)}, peak memory {memory:.3f}."
     if {"e", "quack"} <= c.ways.keys():
         yield f"QuacK over QK norm: step {c.ratio('quack', 'e', _step)}."
     yield (
@@ -74,7 +77,7 @@ def _step(way: Way) -> Times:
     return way.step
 
 
-def _update(way: Way) -> Times:
+def _update(way: Way) -> Times | None:
     return way.update
 
 
@@ -90,7 +93,7 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
             MEANING[name],
             f"{1e3 * way.step.median:.1f}",
             comparison.ratio(name, "c", _step),
-            f"{1e3 * way.update.median:.2f}",
+            "-" if way.update is None else f"{1e3 * way.update.median:.2f}",
             comparison.ratio(name, "plain", _update),
             f"{way.peak / 1e6:.1f}",
             f"{way.first:.1f}",
