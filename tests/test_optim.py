@@ -176,6 +176,20 @@ class PerHead(nn.Module):
         rest = [p for p in self.parameters() if id(p) not in ids]
         return [{"params": params} for params in [*scaled, rest]]
 
+    def take(self, model: Model) -> None:
+        """The gradients of the model as it was, each head's its own."""
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        q, b, k = iter(self.q_weight), iter(self.q_bias), iter(self.k_weight)
+        for i, v in enumerate(self.v_weight):
+            name = f"layers.{i}"
+            key, v.grad = (part.clone() for part in grads[f"{name}.kv.weight"].chunk(2))
+            parts = ((q, grads[f"{name}.q.weight"]), (b, grads[f"{name}.q.bias"]), (k, key))
+            for heads, grad in parts:
+                for own in grad.split(DIM):
+                    next(heads).grad = own.clone()
+        for name, p in self.rest.named_parameters():
+            p.grad = grads[name].clone()
+
     def factors(self) -> list[float]:
         """Factors in the order of the groups, by the loops of Alg. 1, the largest query head for a shared key."""
         share = HEADS // KEY_HEADS

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optim import LAYOUT, Lion, Model, batch, loss_of, relative_error, train_per_head
+from test_optim import LAYOUT, Lion, Model, PerHead, batch, loss_of, relative_error, train_per_head
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
@@ -85,6 +85,58 @@ def test_equals_a_learning_rate_per_head(name: str, compile: bool) -> None:
         assert relative_error(layer.kv.weight, kv_weight) < 1e-5
         assert relative_error(layer.out.weight, reference.rest.layers[i].out.weight) < 1e-5
     assert relative_error(model.head.weight, reference.rest.head.weight) < 1e-5
+
+
+def given(model: Model, step: int) -> list[Tensor]:
+    """A gradient for each parameter that no rounding of the weights changes."""
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_lion_in_single_precision(compile: bool) -> None:
+    """Against a learning rate per head, over 200 steps with gradients that are given: those of a model differ by a
+    rounding, which turns the sign of what is next to zero."""
+    model = Model()
+    reference = PerHead(model)
+    theirs, ours = (partial(Lion, lr=1e-3, weight_decay=0.1)(p) for p in (reference.groups(), model.parameters()))
+    step = compile_train_step(model, ours, loss_of_part, layout=LAYOUT, clip_grad_norm=CLIP, compile=compile)
+    init = reference.factors()
+    for i in range(STEPS):
+        scales = [f / f0 for f, f0 in zip(reference.factors(), init, strict=True)]
+        for group, scale in zip(theirs.param_groups, [*scales, 1.0], strict=True):
+            group["lr"] = 1e-3 * schedule(i) * scale
+        ours.param_groups[0]["lr"] = 1e-3 * schedule(i)
+        for p, grad in zip(model.parameters(), given(model, i), strict=True):
+            p.grad = grad
+        reference.take(model)
+        nn.utils.clip_grad_norm_(reference.parameters(), CLIP)
+        theirs.step()
+        step.update()
+    for i, layer in enumerate(model.layers):
+        for found, expected in zip((layer.q.weight, layer.q.bias, layer.kv.weight), reference.weights(i), strict=True):
+            assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_muon_in_single_precision(compile: bool) -> None:
+    """Against torch's own under QuacK's hooks, with gradients that are given and not clipped: its products round to
+    bfloat16, which makes much of a last digit."""
+    model = Model()
+    twin = copy.deepcopy(model)
+    both = [[torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=0.01)] for m in (model, twin)]
+    step = compile_train_step(model, both[0], loss_of_part, layout=LAYOUT, compile=compile)
+    quack = QuacK(both[1][0], twin, LAYOUT)
+    for i in range(STEPS):
+        for one, (optimizer,) in zip((model, twin), both, strict=True):
+            optimizer.param_groups[0]["lr"] = 0.01 * schedule(i)
+            for p, grad in zip(one.parameters(), given(model, i), strict=True):
+                p.grad = grad if p.dim() == 2 else None
+        both[1][0].step()
+        step.update()
+    assert quack.plan.units
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert relative_error(one, other) < 1e-5
 
 
 @pytest.mark.parametrize("name", KNOWN)
