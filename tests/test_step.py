@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import quack_fx
 from quack_fx import QKLayout, QuacK, compile_train_step
 from quack_fx.errors import OptimizerError, StepError
+from quack_fx.step.compiling import Compiler
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt
@@ -177,18 +178,20 @@ def test_where_the_compiler_fails_norms_take_a_pass_of_their_own() -> None:
     twin = copy.deepcopy(model)
     steps = [compile_train_step(one, optimizer_of(one), layout=layout, tau=0.5, compile=False) for one in (model, twin)]
 
-    def failing(function: Any, sizes: str) -> Any:
-        def run(works: Any, *given: Any) -> Any:
-            sums = function.__closure__ is not None and any(cell.cell_contents is True for cell in function.__closure__)
-            if sums and given[-1] is not None:
-                raise BackendCompilerFailed(failing, KeyError("buf7"), None)
-            return function(works, *given)
+    class Failing(Compiler):
+        def __call__(self, function: Any, sizes: str, fullgraph: bool = False) -> Any:
+            cells = [cell.cell_contents for cell in function.__closure__ or ()]
 
-        return run
+            def run(works: Any, *given: Any) -> Any:
+                if True in cells and given[-1] is not None:  # it sums up, and there are scales
+                    raise BackendCompilerFailed(function, KeyError("buf7"), None)
+                return function(works, *given)
+
+            return run
 
     (update,) = steps[0]._updates
     assert update is not None
-    update._loops._compile = failing
+    update._loops._compiler = Failing(True, None)
     with pytest.warns(
         UserWarning, match=r"norms cost a pass of their own: Inductor fails on this update \(KeyError: 'buf7'\)"
     ):

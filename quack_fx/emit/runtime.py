@@ -23,7 +23,7 @@ _PIECES = (
 """How weights are cut into heads."""
 
 _UPDATE = (
-    ("step/compiling.py", "Compiler", "compiler", "own_code"),
+    ("step/compiling.py", "Compiler", "own_code"),
     ("step/gradients.py", "gradients", "_like", "look_at", "all_finite", "_clip"),
     ("step/masters.py", "MASTER", "_HALF", "Masters", "weight_of", "_writes"),
     ("optim.py", "state_keys"),
@@ -123,10 +123,10 @@ _IMPORTS = {
     "types": ("types",),
     "warnings": ("warnings",),
     "collections": ("defaultdict",),
-    "collections.abc": ("Callable", "Iterator", "Mapping", "Sequence"),
+    "collections.abc": ("Callable", "Iterable", "Iterator", "Mapping", "Sequence"),
     "dataclasses": ("dataclass", "replace"),
     "itertools": ("pairwise",),
-    "typing": ("Any", "NamedTuple"),
+    "typing": ("Any", "Literal", "NamedTuple"),
 }
 
 

@@ -219,7 +219,7 @@ class QuacKStep(Optimizer):
         self.quack = quack
 #?
         self.masters = Masters(self) if master_weights else None
-        self.compiler = compiler(compile, mode)
+        self.compiler = Compiler(compile, mode)
 #? several
         self.share(None if self.quack is None else Heads(self.quack, self.masters))
 
@@ -418,10 +418,12 @@ def compile_train_step(
     def look(grads: list[Tensor]) -> Gate:
         return look_at(grads, clip_grad_norm, skip_nonfinite)
 
-    compiled = compiler(True, mode)
-    compiled_loss, compiled_look = compiled(own_code(loss_of)), compiled(own_code(look), sizes="fixed")
+    compiler = Compiler(True, mode)
+    compiled_loss = compiler(own_code(loss_of), sizes="any")
+    compiled_look = compiler(own_code(look), sizes="fixed")
 
     def train_step(*batch: Any, **named: Any) -> Tensor:
+        compiler.begins()
         loss: Tensor = compiled_loss(*batch, **named)
         torch.autograd.backward(loss)
         gate = Gate()

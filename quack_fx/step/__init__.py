@@ -33,7 +33,7 @@ from quack_fx.errors import OptimizerError, StepError
 from quack_fx.factors import NormName
 from quack_fx.layout import QKLayout
 from quack_fx.optim import QuacK
-from quack_fx.step.compiling import Compiler, compiler
+from quack_fx.step.compiling import Compiler
 from quack_fx.step.gradients import all_finite, gradients
 from quack_fx.step.heads import Heads
 from quack_fx.step.loss import LossFn, make_loss, model_inputs
@@ -109,10 +109,10 @@ def compile_train_step(
 
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     skip_nonfinite = skip_nonfinite or scaler is not None
-    options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite, scaler, master_weights, whole_graph, mode)
+    options = StepOptions(tau, norm, clip_grad_norm, skip_nonfinite, scaler, master_weights, whole_graph)
     if whole_graph:
         _check_whole(model, compile, scaler)
-    return TrainStep(model, optimizers, loss_fn, layout, options, compiler(compile, mode))
+    return TrainStep(model, optimizers, loss_fn, layout, options, Compiler(compile, mode))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,6 @@ class StepOptions:
     scaler: torch.amp.GradScaler | None
     master_weights: bool
     whole_graph: bool
-    mode: str | None
 
 
 class TrainStep:
@@ -145,13 +144,13 @@ class TrainStep:
         loss_fn: LossFn | None,
         layout: QKLayout | None,
         options: StepOptions,
-        compiled: Compiler,
+        compiler: Compiler,
     ) -> None:
         self.quacks: tuple[QuacK, ...] = ()
         self.layout = layout
         self._model, self._optimizers, self._loss_fn = model, optimizers, loss_fn
-        self._options, self._compiled = options, compiled
-        self._loss = compiled(make_loss(model, loss_fn))
+        self._options, self._compiler = options, compiler
+        self._loss = compiler(make_loss(model, loss_fn), sizes="any")
         self._updates: list[Update | None] = []
         self._whole: WholeStep | None = None
         if layout is not None:
@@ -161,6 +160,7 @@ class TrainStep:
         """Train on one batch; gives its loss."""
         self._know_layout(args, kwargs)
         if self._whole is not None and not gradients(self._optimizers):
+            self._compiler.begins()
             loss = _loss_in(self._whole(*args, **kwargs))
             self._took_a_step()
             return loss
@@ -174,6 +174,8 @@ class TrainStep:
         For gradient accumulation: several of these, then one `update()`. Divide the loss by their number in `loss_fn`.
         """
         self._know_layout(args, kwargs)
+        if not gradients(self._optimizers):
+            self._compiler.begins()
         loss = _loss_in(self._loss(*args, **kwargs))
         if not loss.requires_grad:
             raise StepError("the loss does not depend on any parameter that requires a gradient")
@@ -266,7 +268,7 @@ class TrainStep:
         asked = options.clip_grad_norm, options.skip_nonfinite
         for o, rule in zip(self._optimizers, rules, strict=True):
             shared = quacks.get(o), heads, masters.get(o)
-            self._updates.append(None if rule is None else Update(o, rule, *shared, *asked, self._compiled))
+            self._updates.append(None if rule is None else Update(o, rule, *shared, *asked, self._compiler))
         if options.whole_graph:
             self._whole = self._as_one_graph([update for update in self._updates if update is not None])
         self.quacks = tuple(quacks.values())
@@ -278,8 +280,8 @@ class TrainStep:
             raise OptimizerError(
                 f"whole_graph=True needs optimizers whose update is compiled, and not norm='spectral': {self!r}"
             )
-        asked = options.clip_grad_norm, options.skip_nonfinite, options.mode
-        return WholeStep(make_loss(self._model, self._loss_fn), updates, *asked)
+        asked = options.clip_grad_norm, options.skip_nonfinite
+        return WholeStep(make_loss(self._model, self._loss_fn), updates, *asked, self._compiler)
 
 
 def _loss_in(result: Tensor | str) -> Tensor:

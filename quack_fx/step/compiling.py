@@ -1,45 +1,61 @@
 """USER: how functions are compiled.
 
-In: the user's options. Out: a function that wraps others: `torch.compile`, as each of them needs it, or nothing.
+In: the user's options. Out: a `Compiler`: it wraps each function as that function needs it.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-
-Compiler = Callable[..., Callable[..., Any]]
-"""What `compiler` gives."""
+from torch import Tensor
 
 
-def compiler(compile: bool, mode: str | None) -> Compiler:
-    """What wraps functions.
+@dataclass(frozen=True)
+class Compiler:
+    """torch.compile with the user's options, or nothing.
 
-    Arguments:
-        compile: Whether to compile at all.
+    Attributes:
+        on: Whether to compile at all.
         mode: `mode` of torch.compile.
-
-    Returns:
-        Called with a function. With `sizes="fixed"`, each new size is compiled anew; with `sizes="same"`, there is
-        nothing to check before a call: whoever calls gives tensors that look the same each time.
     """
 
-    def compiled(function: Callable[..., Any], sizes: str | None = None) -> Callable[..., Any]:
-        if not compile:
-            return function
-        if sizes is None:
-            return torch.compile(function, mode=mode)
-        # Not fullgraph: where other weights have gradients each time, the compiler may give up and run it eagerly.
-        if sizes == "fixed":
-            return torch.compile(function, mode=mode, dynamic=False)
-        unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        options = (torch._inductor.list_mode_options(mode) if mode else {}) | unchecked
-        return torch.compile(function, options=options, dynamic=False)
+    on: bool
+    mode: str | None
 
-    return compiled
+    def __call__(
+        self, function: Callable[..., Any], sizes: Literal["any", "fixed", "same"], fullgraph: bool = False
+    ) -> Callable[..., Any]:
+        """The function, compiled.
+
+        Arguments:
+            function: The function.
+            sizes: "fixed": each new size of its arguments is compiled anew. "same": there is nothing to check before
+                a call, for whoever calls gives tensors that look the same each time.
+            fullgraph: Whether it has to be one graph.
+        """
+        if not self.on:
+            return function
+        if sizes != "same":
+            dynamic = None if sizes == "any" else False
+            return torch.compile(function, mode=self.mode, dynamic=dynamic, fullgraph=fullgraph)
+        unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        options = (torch._inductor.list_mode_options(self.mode) if self.mode else {}) | unchecked
+        return torch.compile(function, options=options, dynamic=False, fullgraph=fullgraph)
+
+    def stays(self, tensors: Iterable[Tensor | None]) -> None:
+        """Tell CUDA graphs that tensors stay where they are, so that they are written in place."""
+        for tensor in tensors if self.on and self.mode else ():
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def begins(self) -> None:
+        """Tell CUDA graphs that a step begins: what those of the last one gave is not needed any more."""
+        if self.on and self.mode:
+            torch.compiler.cudagraph_mark_step_begin()
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:

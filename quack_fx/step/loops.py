@@ -144,11 +144,11 @@ class Loops:
 
     Arguments:
         rule: Its arithmetic.
-        compile: Wraps functions, see `compiler`.
+        compiler: How to compile.
     """
 
-    def __init__(self, rule: UpdateRule, compile: Compiler) -> None:
-        self._rule, self._compile = rule, compile
+    def __init__(self, rule: UpdateRule, compiler: Compiler) -> None:
+        self._rule, self._compiler = rule, compiler
         self._made: dict[Any, Callable[..., Tensor | None]] = {}
 
     def calls(self, jobs: Sequence[Job], tables: Tables, gate: Gate) -> list[Call]:
@@ -176,9 +176,10 @@ class Loops:
         ]
         numbers = [view.piece.numbers() for view in views if view.kind is not None and view.piece is not None]
         firsts = [spans.start for spans in numbers]
+        self._compiler.stays(tensor for weight, slots, rounded, *_ in works for tensor in (weight, *slots, rounded))
         key = bool(numbers), gate.clip is None, gate.finite is None, *_looks(works)
         if key not in self._made:
-            self._made[key] = _Loop(self._rule, self._compile)
+            self._made[key] = _Loop(self._rule, self._compiler)
         coefficients = tables.coefficients[wide([view.weight for view in views])]
         width = coefficients.shape[1]
         return Call(
@@ -194,16 +195,16 @@ class Loops:
 class _Loop:
     """A compiled function, or where the compiler fails on it another that does the same."""
 
-    def __init__(self, rule: UpdateRule, compile: Compiler) -> None:
-        self._rule, self._compile = rule, compile
-        self._run: Callable[..., Tensor | None] = compile(make_loop(rule), sizes="same")
+    def __init__(self, rule: UpdateRule, compiler: Compiler) -> None:
+        self._rule, self._compiler = rule, compiler
+        self._run: Callable[..., Tensor | None] = compiler(make_loop(rule), sizes="same")
 
     def __call__(self, *given: Any) -> Tensor | None:
         try:
             return self._run(*given)
         except BackendCompilerFailed as error:
             # Nothing has run yet. Inductor on CPUs has failed on sums of squares of some shapes.
-            self._run = _with_sums_after(self._compile(make_loop(self._rule, sums=False), sizes="same"))
+            self._run = _with_sums_after(self._compiler(make_loop(self._rule, sums=False), sizes="same"))
             reason = first_line(error.inner_exception)
             warnings.warn(f"norms cost a pass of their own: Inductor fails on this update ({reason})", stacklevel=2)
             return self._run(*given)

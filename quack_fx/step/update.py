@@ -40,7 +40,7 @@ class Update:
         masters: The optimizer's masters; None where parameters in half precision are updated as they are.
         clip_grad_norm: Largest total norm of the gradients, as in `torch.nn.utils.clip_grad_norm_`; None for no limit.
         skip_nonfinite: Whether a step whose gradients are not all finite changes nothing.
-        compile: Wraps functions, see `compiler`.
+        compiler: How to compile.
 
     Attributes:
         rule: The arithmetic.
@@ -56,7 +56,7 @@ class Update:
         masters: Masters | None,
         clip_grad_norm: float | None,
         skip_nonfinite: bool,
-        compile: Compiler,
+        compiler: Compiler,
     ) -> None:
         self._optimizer, self.rule, self._quack = optimizer, rule, quack
         for group in optimizer.param_groups:
@@ -69,11 +69,12 @@ class Update:
         self._masters = masters
         self.heads = None if quack is None else heads
         # Inductor on CPUs fuses the few numbers of the first into the loops of the others, and fails: apart.
-        self._measure = compile(_make_measure(clip_grad_norm, skip_nonfinite), sizes="fixed")
-        self._loops = Loops(rule, compile)
+        self._measure = compiler(_make_measure(clip_grad_norm, skip_nonfinite), sizes="fixed")
+        self._loops = Loops(rule, compiler)
         self._views = Views(self.heads)
         self._scales = None if self.heads is None else torch.empty_like(self.heads.kept)
         self._plan: _Plan | None = None
+        compiler.stays([self._scales, None if self.heads is None else self.heads.kept])
 
     @property
     def params(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
 from quack_fx.errors import StepError, first_line
-from quack_fx.step.compiling import own_code
+from quack_fx.step.compiling import Compiler, own_code
 from quack_fx.step.gradients import look_at
 from quack_fx.step.heads import Scaling, span_scales
 from quack_fx.step.joint import Joint, joint_of
@@ -48,6 +48,10 @@ class Part(NamedTuple):
     rounded: Tensor | None
     pieces: tuple[Piece | None, ...]
     flags: Flags
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is written."""
+        return (self.weight, *self.slots, *([] if self.rounded is None else [self.rounded]))
 
 
 class Share(NamedTuple):
@@ -80,7 +84,7 @@ class WholeStep:
         updates: What each optimizer does.
         clip_grad_norm: Largest total norm of the gradients; None for no limit.
         skip_nonfinite: Whether a step whose gradients are not all finite changes nothing.
-        mode: `mode` of torch.compile.
+        compiler: How to compile.
     """
 
     def __init__(
@@ -89,9 +93,9 @@ class WholeStep:
         updates: Sequence[Update],
         clip_grad_norm: float | None,
         skip_nonfinite: bool,
-        mode: str | None,
+        compiler: Compiler,
     ) -> None:
-        self._updates, self._asked, self._mode = updates, (clip_grad_norm, skip_nonfinite), mode
+        self._updates, self._asked, self._compiler = updates, (clip_grad_norm, skip_nonfinite), compiler
         self._loss = torch.compile(loss, backend=self._made, fullgraph=True, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | str:
@@ -124,16 +128,17 @@ class WholeStep:
         if any(isinstance(p, nn.Parameter) and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in inputs):
             raise StepError("whole_graph=True would not call the hooks on gradients of parameters; leave it out")
         joint = joint_of(loss, inputs)
-        compiled = torch.compile(
-            own_code(_make_whole(joint, *self._asked)), mode=self._mode, fullgraph=True, dynamic=False
-        )
+        compiled = self._compiler(_make_whole(joint, *self._asked), sizes="fixed", fullgraph=True)
 
         def step(*inputs: Any) -> tuple[Tensor]:
             with torch.no_grad():
                 places = {id(inputs[place]): i for i, place in enumerate(joint.differentiable)}
                 held = [(update, [p for p in update.params if id(p) in places]) for update in self._updates]
                 turns = [(update, update.turn(params)) for update, params in held if params]
-                value, finite = compiled(list(inputs), [_share(update, turn, places) for update, turn in turns])
+                shares = [_share(update, turn, places) for update, turn in turns]
+                for share in shares:
+                    self._compiler.stays([share.squares, *(t for part in share.parts for t in part.tensors())])
+                value, finite = compiled(list(inputs), shares)
                 for update, turn in turns:
                     update.done(turn, finite)
             return (value,)
@@ -160,7 +165,7 @@ def _make_whole(joint: Joint, clip_grad_norm: float | None, skip_nonfinite: bool
     def whole(inputs: list[Any], shares: list[Share]) -> tuple[Tensor, Tensor | None]:
         # The compiler writes into its inputs in the order in which it meets them, and fuses what stands together.
         for part in (part for share in shares for part in reversed(share.parts)):
-            for tensor in (part.weight, *part.slots):
+            for tensor in part.tensors():
                 tensor.dim()
         loss, grads = joint(inputs)
         held = [grads[part.grad] for share in shares for part in share.parts]
@@ -169,7 +174,7 @@ def _make_whole(joint: Joint, clip_grad_norm: float | None, skip_nonfinite: bool
             _change(share, [grads[part.grad] for part in share.parts], gate)
         return loss, gate.finite
 
-    return whole
+    return own_code(whole)
 
 
 def _change(share: Share, grads: list[Tensor], gate: Gate) -> None:
