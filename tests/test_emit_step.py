@@ -302,22 +302,30 @@ def assert_same_bits(
     **more: Any,
 ) -> None:
     """Eight steps of both, with groups, a schedule, and where `more` asks for it clipping and a bad gradient."""
-    ours, theirs = Bag(shapes), Bag(shapes)
+    dtype = torch.bfloat16 if more.get("master_weights") else torch.float32
+    ours, theirs = Bag(shapes, dtype), Bag(shapes, dtype)
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         matrices = [p for p in model.parameters() if p.dim() > 1]
         return [{"params": matrices}, {"params": [p for p in model.parameters() if p.dim() == 1], "lr": 1e-3}]
 
     emitted = getattr(module, f"QuacK{make.__name__}")(
-        ours, param_groups=groups(ours), tau=0.7, compile=compile, **options
+        ours,
+        param_groups=groups(ours),
+        tau=0.7,
+        compile=compile,
+        **options,
+        **{name: value for name, value in more.items() if name in ("master_weights", "mode")},
     )  # type: ignore[attr-defined]
     optimizer = make(groups(theirs), **options)  # type: ignore[call-arg]
     step = compile_train_step(theirs, optimizer, layout=layout, tau=0.7, compile=compile, **more)
-    train_step = module.compile_train_step(ours, emitted, **more)
+    train_step = module.compile_train_step(
+        ours, emitted, **{name: value for name, value in more.items() if name != "master_weights"}
+    )
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (emitted, optimizer)]
     for i, x in enumerate(batches(8, torch.float32)):
         x = x / 0 if i == 4 and more.get("skip_nonfinite") else x
-        assert torch.equal(train_step(x), step(x)) or x.isinf()
+        assert torch.equal(train_step(x.to(dtype)), step(x.to(dtype))) or x.isinf()
         for scheduler in schedulers:
             scheduler.step()
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
@@ -337,6 +345,7 @@ def test_same_bits_without_compiling(optimizer: str, folder: Path, monkeypatch: 
         layout, shapes = layout_of(layout_name)
         module = load(emit(layout, shapes, title=layout_name, optimizer=name), folder)  # type: ignore[arg-type]
         assert_same_bits(module, layout, shapes, options, make, compile=False, **more)
+        assert_same_bits(module, layout, shapes, options, make, compile=False, master_weights=True)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +355,7 @@ def test_same_bits_without_compiling(optimizer: str, folder: Path, monkeypatch: 
         ("Adam", "mqa_with_bias", {}),
         ("SGD", "mla", {"clip_grad_norm": 30.0}),
         ("Lion", "interleaved", {"skip_nonfinite": True}),
+        ("AdamW", "gqa", {"clip_grad_norm": 30.0, "master_weights": True, "mode": "reduce-overhead"}),
     ],
 )
 def test_same_bits_compiled(optimizer: str, layout_name: str, more: dict[str, Any], folder: Path) -> None:
