@@ -176,5 +176,7 @@ def test_muon_and_weights_in_full_precision_beside() -> None:
 
 def test_optimizers_that_know_no_masters() -> None:
     model = Model().bfloat16()
-    with pytest.raises(OptimizerError, match="RMSprop takes its own step, which knows no master weights"):
+    with pytest.raises(
+        OptimizerError, match="RMSprop with norm='frobenius' takes its own step, which knows no master_weights"
+    ):
         step_of(model, torch.optim.RMSprop)

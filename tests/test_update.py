@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optim import LAYOUT, Lion, Model, PerHead, batch, loss_of, relative_error, train_per_head
+from test_optim import LAYOUT, Attention, Lion, Model, PerHead, batch, loss_of, relative_error, site, train_per_head
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._pytree import tree_leaves
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout
 from quack_fx.optim import QuacK
-from quack_fx.step import TrainStep, compile_train_step
+from quack_fx.step import TrainStep, compile_train_step, loops
 from quack_fx.step.rules import rule_of
 
 STEPS, CLIP, PARTS = 200, 0.5, 2
@@ -137,6 +137,41 @@ def test_muon_in_single_precision(compile: bool) -> None:
     assert quack.plan.units
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert relative_error(one, other) < 1e-5
+
+
+class Uneven(nn.Module):
+    """Equal attentions, and between them ever more other parameters, so that no two calls find theirs alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Attention() for _ in range(4))
+        for i, layer in enumerate(self.layers):
+            layer.others = nn.ParameterList(torch.ones(3) for _ in range(i * i))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x) * (1 + sum(other.mean() for other in layer.others))
+        return x
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_calls_that_look_alike_but_for_their_tables(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is checked before a call, so one that differs in anything has to have a function of its own."""
+    monkeypatch.setattr(loops, "_MOST", most)
+    model = Uneven()
+    layout = QKLayout(tuple(map(site, range(4))))
+    runs = [(m, compile) for m, compile in ((model, True), (copy.deepcopy(model), False))]
+    for one, compile in runs:
+        make = AdamW(one.parameters(), lr=1e-2)
+        step = compile_train_step(one, make, loss_of_part, layout=layout, compile=compile)
+        for i in range(6):
+            step.forward_backward(batch(i))
+            if i in (2, 3):  # other weights have gradients
+                one.layers[1].q.weight.grad = None
+            step.update()
+    for a, b in zip(*(m.parameters() for m, _ in runs), strict=True):
+        assert relative_error(a, b) < 1e-4
 
 
 @pytest.mark.parametrize("name", KNOWN)

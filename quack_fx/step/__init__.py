@@ -159,7 +159,7 @@ class TrainStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one batch; gives its loss."""
         self._know_layout(args, kwargs)
-        if self._whole is not None and not gradients(self._optimizers):
+        if self._whole is not None and not self._has_gradients():
             self._compiler.begins()
             loss = _loss_in(self._whole(*args, **kwargs))
             self._took_a_step()
@@ -174,7 +174,7 @@ class TrainStep:
         For gradient accumulation: several of these, then one `update()`. Divide the loss by their number in `loss_fn`.
         """
         self._know_layout(args, kwargs)
-        if not gradients(self._optimizers):
+        if not self._has_gradients():
             self._compiler.begins()
         loss = _loss_in(self._loss(*args, **kwargs))
         if not loss.requires_grad:
@@ -223,6 +223,10 @@ class TrainStep:
         for quack in self.quacks:
             quack.publish()
 
+    def _has_gradients(self) -> bool:
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        return any(p.grad is not None for group in groups for p in group["params"])
+
     def _know_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the layout on the first batch, where none was given."""
         if self.layout is None:
@@ -251,11 +255,12 @@ class TrainStep:
         options = self._options
         rules = [rule_of(o) if options.norm == "frobenius" else None for o in self._optimizers]
         for optimizer, rule in zip(self._optimizers, rules, strict=True):
-            if rule is None and options.master_weights:
-                raise OptimizerError(
-                    f"{type(optimizer).__name__} takes its own step, which knows no master weights; leave out "
-                    "master_weights=True, or use an optimizer whose update is compiled"
-                )
+            for asked, what in ((options.master_weights, "master_weights"), (options.whole_graph, "whole_graph")):
+                if rule is None and asked:
+                    raise OptimizerError(
+                        f"{type(optimizer).__name__} with norm={options.norm!r} takes its own step, which knows no "
+                        f"{what}; leave out {what}=True, or use an optimizer whose update is compiled"
+                    )
         holding = [o for o in self._optimizers if _holds(o, self._model, layout)] or self._optimizers[:1]
         quacks = {o: QuacK(o, self._model, layout, options.tau, options.norm) for o in holding if layout.sites}
         masters = {o: Masters(o) for o in self._optimizers if options.master_weights}
@@ -265,23 +270,15 @@ class TrainStep:
                 heads = Heads(quacks[o], masters.get(o))
             else:
                 heads.join(quacks[o], masters.get(o))
-        asked = options.clip_grad_norm, options.skip_nonfinite
+        finding = options.clip_grad_norm, options.skip_nonfinite
         for o, rule in zip(self._optimizers, rules, strict=True):
             shared = quacks.get(o), heads, masters.get(o)
-            self._updates.append(None if rule is None else Update(o, rule, *shared, *asked, self._compiler))
+            self._updates.append(None if rule is None else Update(o, rule, *shared, *finding, self._compiler))
         if options.whole_graph:
-            self._whole = self._as_one_graph([update for update in self._updates if update is not None])
+            updates = [update for update in self._updates if update is not None]
+            self._whole = WholeStep(make_loss(self._model, self._loss_fn), updates, *finding, self._compiler)
         self.quacks = tuple(quacks.values())
         self.layout = layout
-
-    def _as_one_graph(self, updates: list[Update]) -> WholeStep:
-        options = self._options
-        if len(updates) < len(self._optimizers):
-            raise OptimizerError(
-                f"whole_graph=True needs optimizers whose update is compiled, and not norm='spectral': {self!r}"
-            )
-        asked = options.clip_grad_norm, options.skip_nonfinite
-        return WholeStep(make_loss(self._model, self._loss_fn), updates, *asked, self._compiler)
 
 
 def _loss_in(result: Tensor | str) -> Tensor:

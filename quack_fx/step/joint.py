@@ -56,15 +56,18 @@ def joint_of(loss: fx.GraphModule, inputs: Sequence[Any]) -> Joint:
     """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._guards import detect_fake_mode
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.virtualized import V
 
     found: list[tuple[fx.GraphModule, fx.GraphModule, int]] = []
 
     def partition(
         graph: fx.GraphModule, example: Any, *, num_fwd_outputs: int, **options: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        joint_graph_passes(graph)
+        with V.set_fake_mode(detect_fake_mode()):
+            joint_graph_passes(graph)
         forward, backward = min_cut_rematerialization_partition(graph, example, num_fwd_outputs=num_fwd_outputs)
         found.append((forward, backward, num_fwd_outputs))
         return forward, backward
@@ -79,12 +82,44 @@ def joint_of(loss: fx.GraphModule, inputs: Sequence[Any]) -> Joint:
     (forward, backward, outputs), *more = found
     if more or outputs != 1 or len(_inputs(forward)) != len(inputs):
         raise StepError("whole_graph=True: the model changes tensors that share memory; leave it out")
-    places = {node.name: i for i, node in enumerate(_outputs(forward)) if isinstance(node, fx.Node)}
-    kept = [None if name.startswith("tangents") else places[name] for name in _inputs(backward)]
+    saved = iter(range(1, len(_outputs(forward))))
+    kept = [None if name.startswith("tangents") else next(saved, None) for name in _inputs(backward)]
     if kept.count(None) != 1:
         raise StepError("whole_graph=True: more than the loss can be differentiated; leave it out")
+    for graph in (forward, backward):
+        _draw_nothing(graph.graph)
     forward, backward = (fx.GraphModule(graph, graph.graph) for graph in (forward, backward))  # not lazy ones
     return Joint(forward, backward, kept, [i for i, grad in enumerate(_outputs(backward)) if grad is not None])
+
+
+def _draw_nothing(graph: fx.Graph) -> None:
+    """Take out what remembers random numbers for ops that are computed again, but draw none (attention, mostly).
+
+    Raises:
+        StepError: One draws some.
+    """
+    from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
+
+    for node in graph.find_nodes(op="call_function", target=run_and_save_rng_state):
+        again, (output,) = _by_itself(graph, node, *node.args), graph.find_nodes(op="output")
+        of_state = {user for user in node.users if user.args[1] == 0}
+        for user in node.users.keys() - of_state:
+            user.replace_all_uses_with(again)
+        output.args = ([None if value in of_state else value for value in output.args[0]],)
+    for node in graph.find_nodes(op="call_function", target=run_with_rng_state):
+        _, *called = node.args
+        node.replace_all_uses_with(_by_itself(graph, node, *called))
+    graph.eliminate_dead_code()
+
+
+def _by_itself(graph: fx.Graph, node: fx.Node, op: Any, *args: Any) -> fx.Node:
+    """The op that a node calls, called by itself."""
+    defaults = {argument.name: argument.default_value for argument in op._schema.arguments}
+    given = defaults | dict(zip(defaults, args, strict=False)) | node.kwargs
+    if given.get("dropout_p") != 0:
+        raise StepError("whole_graph=True: random numbers are drawn inside what is computed again; leave it out")
+    with graph.inserting_before(node):
+        return graph.call_function(op, args, dict(node.kwargs))
 
 
 def _inputs(graph: fx.GraphModule) -> list[str]:

@@ -176,20 +176,21 @@ class Loops:
         ]
         numbers = [view.piece.numbers() for view in views if view.kind is not None and view.piece is not None]
         firsts = [spans.start for spans in numbers]
-        self._compiler.stays(tensor for weight, slots, rounded, *_ in works for tensor in (weight, *slots, rounded))
-        key = bool(numbers), gate.clip is None, gate.finite is None, *_looks(works)
+        table = tables.coefficients[wide([view.weight for view in views])]
+        coefficients = Rows(table, [row * table.shape[1] for row in rows], table.shape[1])
+        scales, squares = (
+            None if not numbers or whole is None else Rows(whole, firsts, len(numbers[0]))
+            for whole in (tables.scales, tables.squares)
+        )
+        written = [tensor for weight, slots, rounded, *_ in works for tensor in (weight, *slots, rounded)]
+        self._compiler.stays(written)
+        given = [*written, coefficients.read(), None if scales is None else scales.read()]
+        aligned = [tensor is None or tensor.data_ptr() % 16 == 0 for tensor in written]
+        options = [(view.form, piece, job.flags) for view, piece, job in zip(views, pieces, jobs, strict=True)]
+        key = gate.clip is None, gate.finite is None, *options, *aligned, *_looks(given)
         if key not in self._made:
             self._made[key] = _Loop(self._rule, self._compiler)
-        coefficients = tables.coefficients[wide([view.weight for view in views])]
-        width = coefficients.shape[1]
-        return Call(
-            self._made[key],
-            works,
-            rows,
-            Rows(coefficients, [row * width for row in rows], width),
-            None if not numbers or tables.scales is None else Rows(tables.scales, firsts, len(numbers[0])),
-            None if not numbers or tables.squares is None else Rows(tables.squares, firsts, len(numbers[0])),
-        )
+        return Call(self._made[key], works, rows, coefficients, scales, squares)
 
 
 class _Loop:
@@ -231,23 +232,22 @@ def _few(jobs: Sequence[Job], most: int) -> list[Sequence[Job]]:
     return [jobs[start:stop] for start, stop in pairwise(edges)]
 
 
-def _looks(works: Sequence[_Work]) -> list[Any]:
-    """What a compiled loop depends on of the tensors that it is given: their types and forms, and which overlap."""
-    tensors = [t for weight, slots, rounded, *_ in works for t in (weight, *slots, rounded)]
-    looks: list[Any] = [(piece, flags) for *_, piece, flags in works]
-    starts: dict[int, list[tuple[int, int, int]]] = {}  # for each storage: first number, last number, place in the list
+def _looks(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """What compiled code depends on of tensors: their types and forms, and which overlap."""
+    looks: list[Any] = []
+    stretches: dict[int, list[tuple[int, int, int]]] = {}  # of each storage: first number, last number, which tensor
     for i, t in enumerate(tensors):
         if t is None:
             looks.append(None)
             continue
-        looks.append((t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16))
+        looks.append((t.shape, t.stride(), t.dtype, t.device))
         first = int(t.storage_offset())
         last = first + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        starts.setdefault(t.untyped_storage().data_ptr(), []).append((first, int(last), i))
-    for spans in starts.values():
-        spans.sort()
-        if any(after[0] <= before[1] for before, after in pairwise(spans)):
-            looks.append(tuple((start - spans[0][0], i) for start, _, i in spans))
+        stretches.setdefault(t.untyped_storage().data_ptr(), []).append((first, int(last), i))
+    for own in stretches.values():
+        own.sort()
+        if any(after[0] <= before[1] for before, after in pairwise(own)):
+            looks.append(tuple((first - own[0][0], i) for first, _, i in own))
     return looks
 
 

@@ -45,6 +45,7 @@ class Update:
     Attributes:
         rule: The arithmetic.
         heads: The norms that the step keeps; None without QuacK.
+        views: Parameters and state in pieces.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Update:
         # Inductor on CPUs fuses the few numbers of the first into the loops of the others, and fails: apart.
         self._measure = compiler(_make_measure(clip_grad_norm, skip_nonfinite), sizes="fixed")
         self._loops = Loops(rule, compiler)
-        self._views = Views(self.heads)
+        self.views = Views(self.heads)
         self._scales = None if self.heads is None else torch.empty_like(self.heads.kept)
         self._plan: _Plan | None = None
         compiler.stays([self._scales, None if self.heads is None else self.heads.kept])
@@ -151,7 +152,7 @@ class Update:
             jobs = [
                 Job(view, row, own)
                 for row, (param, weight, kept, own) in enumerate(zip(params, weights, slots, flags, strict=True))
-                for view in self._views.of(param, weight.detach(), kept)
+                for view in self.views.of(param, weight.detach(), kept)
             ]
             types, shape = {torch.float32, wide(weights)}, turn.coefficients.shape
             coefficients = {each: torch.empty(shape, dtype=each, device=params[0].device) for each in types}

@@ -42,6 +42,7 @@ class View:
         weight: What is updated.
         slots: Its state, as the rule has it.
         rounded: Where to write the new weight in the parameter's own type, where it is a master; else None.
+        form: Shape and strides of the whole parameter, and so of its gradient.
         piece: Which piece it is; None for the whole.
         kind: With which others it can share a compiled call; None where it has no heads.
     """
@@ -49,6 +50,7 @@ class View:
     weight: Tensor
     slots: tuple[Tensor, ...]
     rounded: Tensor | None
+    form: tuple[tuple[int, ...], tuple[int, ...]]
     piece: Piece | None
     kind: Kind | None
 
@@ -79,13 +81,14 @@ class Views:
 
     def _pieces(self, param: Tensor, weight: Tensor, slots: tuple[Tensor, ...]) -> Iterator[View]:
         rounded = None if weight.dtype == param.dtype else param.detach()
+        form = tuple(param.shape), param.stride()
         for piece in self._heads.pieces_of(param) if self._heads is not None else (None,):
             if piece is None or self._heads is None:
-                yield View(weight, slots, rounded, None, None)
+                yield View(weight, slots, rounded, form, None, None)
                 continue
             part, low = piece.of(weight), None if rounded is None else piece.of(rounded)
             kind = None if piece.first is None else Kind(piece.anywhere(), tuple(part.shape), part.stride(), part.dtype)
-            yield View(part, tuple(map(piece.of, slots)), low, piece, kind)
+            yield View(part, tuple(map(piece.of, slots)), low, form, piece, kind)
 
 
 class _Cut(NamedTuple):

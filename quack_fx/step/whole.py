@@ -29,7 +29,10 @@ from quack_fx.step.update import Turn, Update
 
 
 class Part(NamedTuple):
-    """A parameter as the graph takes it, whole.
+    """A parameter as the graph takes it.
+
+    One that is a single piece enters in the shape of the piece, and its state does: where they came whole, the compiler
+    would not fuse what it writes into them with the sum of squares.
 
     Attributes:
         row: Which coefficients are its own.
@@ -39,6 +42,7 @@ class Part(NamedTuple):
         rounded: Where to write the new weight in the parameter's own type, where it is a master; else None.
         pieces: The pieces that it is updated in; None for the whole.
         flags: Options of its group.
+        loss: Which input of the loss it is, and its shape there, where it enters in the shape of its piece; else None.
     """
 
     row: int
@@ -48,10 +52,15 @@ class Part(NamedTuple):
     rounded: Tensor | None
     pieces: tuple[Piece | None, ...]
     flags: Flags
+    loss: tuple[int, tuple[int, ...]] | None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What is written."""
         return (self.weight, *self.slots, *([] if self.rounded is None else [self.rounded]))
+
+    def view(self, tensor: Tensor, piece: Piece | None) -> Tensor:
+        """What a piece is of the weight or of its state."""
+        return tensor if piece is None or self.loss is not None else piece.of(tensor)
 
 
 class Share(NamedTuple):
@@ -110,7 +119,11 @@ class WholeStep:
         try:
             return self._loss(*args, **kwargs)
         except BackendCompilerFailed as error:
-            raise error.inner_exception from None
+            if isinstance(error.inner_exception, StepError):
+                raise error.inner_exception from None
+            raise StepError(
+                f"whole_graph=True: the compiler fails ({first_line(error.inner_exception)}); leave it out"
+            ) from error
         except TorchDynamoException as error:
             raise StepError(
                 f"whole_graph=True needs a loss that torch.compile takes in one graph: {first_line(error)}"
@@ -132,13 +145,13 @@ class WholeStep:
 
         def step(*inputs: Any) -> tuple[Tensor]:
             with torch.no_grad():
-                places = {id(inputs[place]): i for i, place in enumerate(joint.differentiable)}
+                places = {id(inputs[place]): (i, place) for i, place in enumerate(joint.differentiable)}
                 held = [(update, [p for p in update.params if id(p) in places]) for update in self._updates]
                 turns = [(update, update.turn(params)) for update, params in held if params]
                 shares = [_share(update, turn, places) for update, turn in turns]
                 for share in shares:
                     self._compiler.stays([share.squares, *(t for part in share.parts for t in part.tensors())])
-                value, finite = compiled(list(inputs), shares)
+                value, finite = compiled(_left(inputs, shares), shares)
                 for update, turn in turns:
                     update.done(turn, finite)
             return (value,)
@@ -146,27 +159,45 @@ class WholeStep:
         return step
 
 
-def _share(update: Update, turn: Turn, places: dict[int, int]) -> Share:
-    """What an update asks of the graph; `places` are those of the gradients, by the parameters' ids."""
+def _share(update: Update, turn: Turn, places: dict[int, tuple[int, int]]) -> Share:
+    """What an update asks of the graph; `places` are those of gradients and inputs of the loss, by parameters' ids."""
     parts = []
     for row, (param, weight, slots) in enumerate(zip(turn.params, turn.weights, turn.slots(update.rule), strict=True)):
-        pieces = (None,) if update.heads is None else update.heads.pieces_of(param)
-        rounded = None if weight is param else param
-        parts.append(Part(row, places[id(param)], weight, tuple(slots), rounded, pieces, turn.flags[row]))
+        grad, place = places[id(param)]
+        views = update.views.of(param, weight.detach(), slots)
+        pieces = tuple(view.piece for view in views)
+        if len(views) == 1 and pieces != (None,):
+            view, loss = views[0], (place, tuple(param.shape))
+            parts.append(Part(row, grad, view.weight, view.slots, view.rounded, pieces, turn.flags[row], loss))
+        else:
+            target, rounded = (weight, param) if weight.dtype != param.dtype else (param, None)
+            parts.append(Part(row, grad, target, tuple(slots), rounded, pieces, turn.flags[row], None))
     parts.sort(key=lambda part: part.pieces != (None,))
     coefficients = turn.coefficients.to(parts[0].weight.device, wide(turn.weights), non_blocking=True)
     groups, states = [turn.groups[part.row] for part in parts], [turn.states[part.row] for part in parts]
     return Share(update.rule, parts, groups, states, coefficients, turn.squares, turn.scaling)
 
 
+def _left(inputs: Sequence[Any], shares: Sequence[Share]) -> list[Any]:
+    """The inputs of the loss without those that enter in the shape of their piece."""
+    cut = {part.loss[0] for share in shares for part in share.parts if part.loss is not None}
+    return [None if i in cut else value for i, value in enumerate(inputs)]
+
+
 def _make_whole(joint: Joint, clip_grad_norm: float | None, skip_nonfinite: bool) -> Callable[..., Any]:
     """The function, to be compiled, that takes a whole step: its loss, and whether all gradients are finite."""
 
     def whole(inputs: list[Any], shares: list[Share]) -> tuple[Tensor, Tensor | None]:
-        # The compiler writes into its inputs in the order in which it meets them, and fuses what stands together.
-        for part in (part for share in shares for part in reversed(share.parts)):
+        # The compiler writes into its inputs at the end, in the order in which it meets them, and fuses what stands
+        # near to that: parts with heads, which are changed last, come first.
+        met = [part for share in shares for part in share.parts]
+        for part in sorted(met, key=lambda part: part.pieces == (None,)):
             for tensor in part.tensors():
                 tensor.dim()
+        for part in met:
+            if part.loss is not None:
+                place, shape = part.loss
+                inputs[place] = (part.weight if part.rounded is None else part.rounded).view(shape)
         loss, grads = joint(inputs)
         held = [grads[part.grad] for share in shares for part in share.parts]
         gate = look_at(held, clip_grad_norm, skip_nonfinite)
@@ -186,8 +217,8 @@ def _change(share: Share, grads: list[Tensor], gate: Gate) -> None:
     for part, whole in zip(share.parts, grads, strict=True):
         coefficients = share.coefficients[part.row]
         for piece in part.pieces:
-            view = _whole if piece is None else piece.of
-            weight, grad, slots = view(part.weight), view(whole.contiguous()), tuple(map(view, part.slots))
+            weight, slots = part.view(part.weight, piece), tuple(part.view(slot, piece) for slot in part.slots)
+            grad = whole if piece is None else piece.of(whole.contiguous())
             spans = range(0) if piece is None else piece.numbers()
             scale = None
             if piece is not None and scales is not None and spans:
@@ -197,16 +228,11 @@ def _change(share: Share, grads: list[Tensor], gate: Gate) -> None:
                 sums[spans.start] = piece.squares(written.to(squares.dtype))
             weight.copy_(written)
             if part.rounded is not None:
-                view(part.rounded).copy_(written.to(part.rounded.dtype))
+                part.view(part.rounded, piece).copy_(written.to(part.rounded.dtype))
             for slot, value in zip(slots, new, strict=True):
                 slot.copy_(value)
     if squares is not None and sums:
         squares.copy_(_joined(squares, sums))
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The view of a parameter without pieces."""
-    return tensor
 
 
 def _joined(old: Tensor, sums: dict[int, Tensor]) -> Tensor:
