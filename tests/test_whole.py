@@ -175,7 +175,11 @@ def test_backward_drops_what_forward_dropped(again: bool) -> None:
     for _ in range(2):
         with torch.no_grad():
             model.weight.fill_(1.0)
-        loss = step()
+        try:
+            loss = step()
+        except StepError as error:  # newer torch redraws inside what is computed again
+            assert again and "random numbers are drawn" in str(error)
+            return
         changed = 1 - model.weight.detach()
         seen.append(changed)
         kept = changed > 0

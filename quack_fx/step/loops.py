@@ -118,7 +118,7 @@ class Call:
         squares: Where to write the squared norms of their spans; None likewise.
     """
 
-    loop: Callable[..., Tensor | None]
+    loop: Callable[..., list[Tensor]]
     works: list[_Work]
     grads: Sequence[int]
     coefficients: Rows
@@ -135,8 +135,8 @@ class Call:
         own = [grads[row] for row in self.grads]
         scales = None if self.scales is None else self.scales.read()
         sums = self.loop(self.works, own, self.coefficients.read(), gate, scales)
-        if self.squares is not None and sums is not None:
-            self.squares.write(sums)
+        if self.squares is not None:
+            self.squares.write(torch.stack(sums))  # out here: in the loop, some Inductors fail on it
 
 
 class Loops:
@@ -149,7 +149,7 @@ class Loops:
 
     def __init__(self, rule: UpdateRule, compiler: Compiler) -> None:
         self._rule, self._compiler = rule, compiler
-        self._made: dict[Any, Callable[..., Tensor | None]] = {}
+        self._made: dict[Any, Callable[..., list[Tensor]]] = {}
 
     def calls(self, jobs: Sequence[Job], tables: Tables, gate: Gate) -> list[Call]:
         """The calls that do some jobs.
@@ -198,9 +198,9 @@ class _Loop:
 
     def __init__(self, rule: UpdateRule, compiler: Compiler) -> None:
         self._rule, self._compiler = rule, compiler
-        self._run: Callable[..., Tensor | None] = compiler(make_loop(rule), sizes="same")
+        self._run: Callable[..., list[Tensor]] = compiler(make_loop(rule), sizes="same")
 
-    def __call__(self, *given: Any) -> Tensor | None:
+    def __call__(self, *given: Any) -> list[Tensor]:
         try:
             return self._run(*given)
         except BackendCompilerFailed as error:
@@ -251,7 +251,7 @@ def _looks(tensors: Sequence[Tensor | None]) -> list[Any]:
     return looks
 
 
-def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., Tensor | None]:
+def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., list[Tensor]]:
     """The function, to be compiled, that does some jobs and, with `sums`, gives the squared norms of what it wrote.
 
     Weight, gradient and state are read once and written once: the norms cost no pass of their own.
@@ -263,7 +263,7 @@ def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., Tensor | Non
         coefficients: Tensor,
         gate: Gate,
         scales: Tensor | None,
-    ) -> Tensor | None:
+    ) -> list[Tensor]:
         squares = []
         for i, (weight, slots, rounded, piece, flags) in enumerate(works):
             grad = grads[i] if piece is None else piece.of(grads[i])
@@ -276,7 +276,7 @@ def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., Tensor | Non
                 rounded.copy_(written.to(rounded.dtype))
             for slot, value in zip(slots, new, strict=True):
                 slot.copy_(value)
-        return torch.stack(squares) if squares else None
+        return squares
 
     return own_code(loop)
 
@@ -307,13 +307,13 @@ def changed(
     return written, tuple(_unless(gate.finite, s, value.to(s.dtype)) for s, value in zip(slots, new, strict=True))
 
 
-def _with_sums_after(loop: Callable[..., None]) -> Callable[..., Tensor]:
+def _with_sums_after(loop: Callable[..., object]) -> Callable[..., list[Tensor]]:
     """A loop that does not measure, and a pass that does."""
 
-    def both(works: list[_Work], grads: list[Tensor], coefficients: Tensor, gate: Gate, scales: Tensor) -> Tensor:
+    def both(works: list[_Work], grads: list[Tensor], coefficients: Tensor, gate: Gate, scales: Tensor) -> list[Tensor]:
         loop(works, grads, coefficients, gate, scales)
         pieces = [(weight, piece) for weight, _, _, piece, _ in works if piece is not None]
-        return torch.stack([piece.squares(weight.to(scales.dtype)) for weight, piece in pieces])
+        return [piece.squares(weight.to(scales.dtype)) for weight, piece in pieces]
 
     return both
 
