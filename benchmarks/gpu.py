@@ -128,6 +128,8 @@ def checks(device: torch.device) -> Iterator[tuple[str, bool]]:
     leaves = zip(*(torch.utils._pytree.tree_leaves(side) for side in (before, after)), strict=True)
     yield "an infinite gradient changes nothing", all(torch.equal(a, b) for a, b in leaves if isinstance(a, Tensor))
 
+    if not torch.__version__ >= "2.13":
+        return  # whole_graph=True is refused
     one, few = copy.deepcopy(compiled), copy.deepcopy(compiled)
     options = {"layout": layout, "clip_grad_norm": 1.0, "skip_nonfinite": True}
     steps = [

@@ -28,6 +28,8 @@ from quack_fx.layout import QKLayout
 from quack_fx.step import compile_train_step
 from quack_fx.step.joint import _draw_nothing
 
+pytestmark = pytest.mark.skipif(not torch.__version__ >= "2.13", reason="refused there")
+
 Make = Callable[[nn.Module], list[Optimizer]]
 
 

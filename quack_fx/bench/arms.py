@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quack_fx.errors import StepError
 from quack_fx.factors import FactorPlan
 from quack_fx.insert import insert_qk_norm
 from quack_fx.layout import QKLayout
@@ -113,7 +114,7 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
             if name == "e":
                 arm = _with_qk_norm(model, case)
             elif name == "whole":
-                arm = _ours(model, _adamw(model, case), case.layout, case, whole_graph=True)
+                arm = _as_one_graph(model, case)
             else:
                 arm = _own(name, model, case)
             if isinstance(arm, str):
@@ -140,6 +141,13 @@ def _ours(
     )
     both = partial(step, *case.args, **case.kwargs) if whole_graph else None
     return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update, both)
+
+
+def _as_one_graph(model: nn.Module, case: Case) -> Arm | str:
+    try:
+        return _ours(model, _adamw(model, case), case.layout, case, whole_graph=True)
+    except StepError as error:
+        return str(error)
 
 
 def _with_qk_norm(model: nn.Module, case: Case) -> Arm | str:

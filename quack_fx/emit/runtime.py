@@ -29,7 +29,7 @@ _UPDATE = (
     ("optim.py", "state_keys"),
     ("step/heads.py", "SQUARES_KEY", "Scaling", "Heads", "_exact", "unit_scales", "span_scales"),
     ("step/views.py", "Kind", "View", "Views", "_Cut"),
-    ("step/loops.py", "_APART", "_MOST", "Job", "_Work", "Rows", "Tables", "Call", "Loops", "_Loop"),
+    ("step/loops.py", "_APART", "_MOST", "_TOGETHER", "Job", "_Work", "Rows", "Tables", "Call", "Loops", "_Loop"),
     ("step/loops.py", "_alike", "_most", "_few", "_looks"),
     ("step/loops.py", "make_loop", "wide", "changed", "_with_sums_after", "_unless"),
     ("errors.py", "first_line"),

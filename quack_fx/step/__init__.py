@@ -292,6 +292,8 @@ def _check_whole(model: nn.Module, compile: bool, scaler: torch.amp.GradScaler |
     """Refuse what one graph would leave out."""
     if not compile:
         raise StepError("whole_graph=True is one compiled graph; leave out compile=False")
+    if not torch.__version__ >= "2.13":
+        raise StepError(f"whole_graph=True needs torch 2.13 or newer; {torch.__version__} got norms in one graph wrong")
     if scaler is not None:
         raise StepError("whole_graph=True knows no GradScaler; leave out one of them (bfloat16 needs no scaler)")
     if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -3,10 +3,10 @@
 In: jobs, each a view of a weight and whose gradient it goes with. Out: `Call`s; each writes some weights and their
 state, and the squared norms that the pieces of heads have now.
 
-What has no heads is one compiled call. Pieces with heads go in calls of a few of equal shape, so that equal layers
-share a compiled call; their coefficients and scales enter as tensors. A few, because Inductor fuses nothing that is far
-apart in a graph, and the writes of all state stand at its end: in a longer graph, some moments of heads would be read
-and written by a loop of their own. But no fewer than that: a call costs a fraction of a millisecond.
+Pieces with heads go in compiled calls of a few of equal shape, so that equal layers share one; their coefficients and
+scales enter as tensors. What has no heads goes with the first of them. A few, because Inductor fuses nothing that is
+far apart in a graph, and the writes of all state stand at its end: in a longer graph, some moments of heads would be
+read and written by a loop of their own. But no fewer than that: a call costs a fraction of a millisecond.
 
 The calls are made once, and again where weights or state have moved. torch.compile would look at every tensor before
 every step, to tell whether what it compiled fits; here each kind of tensors has a function of its own.
@@ -35,6 +35,10 @@ _APART = 64
 
 _MOST = 12
 """Pieces in one call, at most: what is compiled should not grow with the number of layers."""
+
+
+_TOGETHER = torch.__version__ >= "2.13"
+"""Whether what has no heads is written by the first call of heads; older Inductors have got that wrong."""
 
 
 class Job(NamedTuple):
@@ -160,12 +164,15 @@ class Loops:
             gate: Tells what of it there will be.
         """
         rest = [job for job in jobs if job.view.kind is None]
-        calls = [self._call(rest, tables, gate)] if rest else []
-        for alike in _alike(jobs).values():
-            first = alike[0].view
-            for some in _few(alike, _most(len(first.slots), gate, first.rounded is not None)):
-                calls.append(self._call(some, tables, gate))
-        return calls
+        groups = [
+            some
+            for alike in _alike(jobs).values()
+            for some in _few(alike, _most(len(alike[0].view.slots), gate, alike[0].view.rounded is not None))
+        ]
+        if groups and _TOGETHER:
+            first, *others = groups
+            return [self._call([*rest, *first], tables, gate), *(self._call(some, tables, gate) for some in others)]
+        return [self._call(some, tables, gate) for some in ([rest] if rest else []) + groups]
 
     def _call(self, jobs: Sequence[Job], tables: Tables, gate: Gate) -> Call:
         views, rows = [job.view for job in jobs], [job.row for job in jobs]
@@ -264,12 +271,17 @@ def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., list[Tensor]
         gate: Gate,
         scales: Tensor | None,
     ) -> list[Tensor]:
-        squares = []
+        squares, rest = [], len(works) - (0 if scales is None else scales.shape[0])
+        for weight, slots, rounded, *_ in [*works[rest:], *works[:rest]]:
+            for tensor in (weight, *slots, *([] if rounded is None else [rounded])):
+                tensor.dim()  # inputs are written at the end, in the order in which they are met: those of heads first
         for i, (weight, slots, rounded, piece, flags) in enumerate(works):
             grad = grads[i] if piece is None else piece.of(grads[i])
-            scale = None if piece is None or scales is None else piece.along(scales[i], weight)
+            scale = None
+            if piece is not None and scales is not None and i >= rest:
+                scale = piece.along(scales[i - rest], weight)
             written, new = changed(rule, weight, grad, slots, flags, coefficients[i], gate, scale)
-            if sums and piece is not None and scales is not None:
+            if sums and piece is not None and scales is not None and i >= rest:
                 squares.append(piece.squares(written.to(scales.dtype)))
             weight.copy_(written)
             if rounded is not None:
@@ -312,7 +324,8 @@ def _with_sums_after(loop: Callable[..., object]) -> Callable[..., list[Tensor]]
 
     def both(works: list[_Work], grads: list[Tensor], coefficients: Tensor, gate: Gate, scales: Tensor) -> list[Tensor]:
         loop(works, grads, coefficients, gate, scales)
-        pieces = [(weight, piece) for weight, _, _, piece, _ in works if piece is not None]
+        heads = works[len(works) - scales.shape[0] :]
+        pieces = [(weight, piece) for weight, _, _, piece, _ in heads if piece is not None]
         return [piece.squares(weight.to(scales.dtype)) for weight, piece in pieces]
 
     return both
