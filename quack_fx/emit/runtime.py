@@ -31,7 +31,7 @@ _UPDATE = (
     ("step/views.py", "Kind", "View", "Views", "_Cut"),
     ("step/loops.py", "_APART", "_MOST", "_TOGETHER", "Job", "_Work", "Rows", "Tables", "Call", "Loops", "_Loop"),
     ("step/loops.py", "_alike", "_most", "_few", "_looks"),
-    ("step/loops.py", "make_loop", "wide", "changed", "_with_sums_after", "_unless"),
+    ("step/loops.py", "make_loop", "wide", "meet", "change", "_with_sums_after", "_unless"),
     ("errors.py", "first_line"),
     ("step/update.py", "Update", "Turn", "_Plan", "numbers_of", "_make_measure"),
 )

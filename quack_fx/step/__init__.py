@@ -174,7 +174,7 @@ class TrainStep:
         For gradient accumulation: several of these, then one `update()`. Divide the loss by their number in `loss_fn`.
         """
         self._know_layout(args, kwargs)
-        if not self._has_gradients():
+        if self._compiler.mode and not self._has_gradients():
             self._compiler.begins()
         loss = _loss_in(self._loss(*args, **kwargs))
         if not loss.requires_grad:

@@ -273,21 +273,15 @@ def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., list[Tensor]
     ) -> list[Tensor]:
         squares, rest = [], len(works) - (0 if scales is None else scales.shape[0])
         for weight, slots, rounded, *_ in [*works[rest:], *works[:rest]]:
-            for tensor in (weight, *slots, *([] if rounded is None else [rounded])):
-                tensor.dim()  # inputs are written at the end, in the order in which they are met: those of heads first
+            meet((weight, *slots, rounded))
         for i, (weight, slots, rounded, piece, flags) in enumerate(works):
             grad = grads[i] if piece is None else piece.of(grads[i])
             scale = None
             if piece is not None and scales is not None and i >= rest:
                 scale = piece.along(scales[i - rest], weight)
-            written, new = changed(rule, weight, grad, slots, flags, coefficients[i], gate, scale)
+            written = change(rule, weight, grad, slots, rounded, flags, coefficients[i], gate, scale)
             if sums and piece is not None and scales is not None and i >= rest:
                 squares.append(piece.squares(written.to(scales.dtype)))
-            weight.copy_(written)
-            if rounded is not None:
-                rounded.copy_(written.to(rounded.dtype))
-            for slot, value in zip(slots, new, strict=True):
-                slot.copy_(value)
         return squares
 
     return own_code(loop)
@@ -298,25 +292,44 @@ def wide(weights: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
 
 
-def changed(
+def meet(tensors: Sequence[Tensor | None]) -> None:
+    """Have the compiler take note of inputs that will be written.
+
+    It writes them at the end of its graph, in the order in which it meets them, and fuses what stands near to that.
+    Heads are changed last and so have to be met first.
+    """
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.dim()
+
+
+def change(
     rule: UpdateRule,
     weight: Tensor,
     grad: Tensor,
     slots: Tensors,
+    rounded: Tensor | None,
     flags: Flags,
     coefficients: Tensor,
     gate: Gate,
     scale: Tensor | None,
-) -> tuple[Tensor, Tensors]:
-    """The new weight and the new state, each in the type of the old: `weight - scale * change`, if the gate is open."""
+) -> Tensor:
+    """Write the new weight, `weight - scale * change` if the gate is open, and the new state, each in the type of the
+    old; gives the new weight."""
     exact = wide([weight])
     w, g = weight.to(exact), grad.to(exact)
     g = g if gate.clip is None else g * gate.clip.to(exact)
     scalars = tuple(c.to(exact) for c in coefficients.unbind())
-    change, new = rule.change(w, g, tuple(s.to(exact) for s in slots), scalars, flags)
-    change = change if scale is None else change * scale.to(exact)
-    written = _unless(gate.finite, weight, (w - change).to(weight.dtype))
-    return written, tuple(_unless(gate.finite, s, value.to(s.dtype)) for s, value in zip(slots, new, strict=True))
+    step, new = rule.change(w, g, tuple(s.to(exact) for s in slots), scalars, flags)
+    step = step if scale is None else step * scale.to(exact)
+    written = _unless(gate.finite, weight, (w - step).to(weight.dtype))
+    values = [_unless(gate.finite, slot, value.to(slot.dtype)) for slot, value in zip(slots, new, strict=True)]
+    weight.copy_(written)
+    if rounded is not None:
+        rounded.copy_(written.to(rounded.dtype))
+    for slot, value in zip(slots, values, strict=True):
+        slot.copy_(value)
+    return written
 
 
 def _with_sums_after(loop: Callable[..., object]) -> Callable[..., list[Tensor]]:

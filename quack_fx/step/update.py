@@ -100,9 +100,9 @@ class Update:
         looked_at = [] if gate is not None else [*grads, *beside]
         if turn.scaling is not None:
             seen = self._measure(looked_at, turn.squares, turn.scaling, self._scales)
-        else:
-            seen = self._measure(looked_at)
-        gate = seen if gate is None else gate
+            gate = seen if gate is None else gate
+        elif gate is None:
+            gate = self._measure(looked_at)
         left = self.rule.directions(grads, turn.groups, turn.states, gate)
         plan = self._planned(turn, left)
         for table in plan.tables.coefficients.values():

@@ -5,7 +5,7 @@ and all weights are changed.
 
 Dynamo traces the loss and watches over what it depends on, as it does for torch.compile(model); in place of a compiler
 it is given `WholeStep._made`, which joins the loss's graph with that of its gradients and with the updates, and
-compiles the whole. Parameters, their state and the norms of heads enter it whole, and are cut inside.
+compiles the whole. Parameters and their state enter it whole, or in the shape of their piece where it is a single one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quack_fx.step.compiling import Compiler, own_code
 from quack_fx.step.gradients import look_at
 from quack_fx.step.heads import Scaling, span_scales
 from quack_fx.step.joint import Joint, joint_of
-from quack_fx.step.loops import changed, wide
+from quack_fx.step.loops import change, meet, wide
 from quack_fx.step.pieces import Piece
 from quack_fx.step.rules import Flags, Gate, Group, State, UpdateRule
 from quack_fx.step.update import Turn, Update
@@ -188,12 +188,9 @@ def _make_whole(joint: Joint, clip_grad_norm: float | None, skip_nonfinite: bool
     """The function, to be compiled, that takes a whole step: its loss, and whether all gradients are finite."""
 
     def whole(inputs: list[Any], shares: list[Share]) -> tuple[Tensor, Tensor | None]:
-        # The compiler writes into its inputs at the end, in the order in which it meets them, and fuses what stands
-        # near to that: parts with heads, which are changed last, come first.
         met = [part for share in shares for part in share.parts]
         for part in sorted(met, key=lambda part: part.pieces == (None,)):
-            for tensor in part.tensors():
-                tensor.dim()
+            meet(part.tensors())
         for part in met:
             if part.loss is not None:
                 place, shape = part.loss
@@ -223,14 +220,10 @@ def _change(share: Share, grads: list[Tensor], gate: Gate) -> None:
             scale = None
             if piece is not None and scales is not None and spans:
                 scale = piece.along(scales[spans.start : spans.stop], weight)
-            written, new = changed(share.rule, weight, grad, slots, part.flags, coefficients, left, scale)
+            rounded = None if part.rounded is None else part.view(part.rounded, piece)
+            written = change(share.rule, weight, grad, slots, rounded, part.flags, coefficients, left, scale)
             if piece is not None and squares is not None and spans:
                 sums[spans.start] = piece.squares(written.to(squares.dtype))
-            weight.copy_(written)
-            if part.rounded is not None:
-                part.view(part.rounded, piece).copy_(written.to(part.rounded.dtype))
-            for slot, value in zip(slots, new, strict=True):
-                slot.copy_(value)
     if squares is not None and sums:
         squares.copy_(_joined(squares, sums))
 
