@@ -6,6 +6,7 @@ and what the machine could do at best.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -181,10 +183,14 @@ def _tokens(case: Case) -> Iterator[int]:
 
 
 def _flops(case: Case) -> int:
-    """Of the products in one forward and backward; attention counted in full where it is causal, too."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        case.loss(case.model, *case.args, **case.kwargs).backward()
-    case.model.zero_grad(set_to_none=True)
+    """Of the products in one forward and backward; attention counted in full where it is causal, too.
+
+    On tensors without numbers: attention written out would not fit in memory next to all the copies of the model.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+        model = copy.deepcopy(case.model)
+        with FlopCounterMode(display=False) as counter:
+            case.loss(model, *case.args, **case.kwargs).backward()
     return int(counter.get_total_flops())
 
 
