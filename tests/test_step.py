@@ -179,7 +179,7 @@ def test_where_the_compiler_fails_norms_take_a_pass_of_their_own() -> None:
     steps = [compile_train_step(one, optimizer_of(one), layout=layout, tau=0.5, compile=False) for one in (model, twin)]
 
     class Failing(Compiler):
-        def __call__(self, function: Any, sizes: str, fullgraph: bool = False) -> Any:
+        def __call__(self, function: Any, sizes: str, fullgraph: bool = False, loops_on: Any = None) -> Any:
             cells = [cell.cell_contents for cell in function.__closure__ or ()]
 
             def run(works: Any, *given: Any) -> Any:

@@ -124,7 +124,10 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
     peaks = {name: peak_bytes(arm.step) for name, arm in ways.items()}
     kernels = {name: launches(arm.step) for name, arm in ways.items()}
     tell(f"timing {rounds} rounds of steps")
-    steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds)
+    # What another one wrote into the weights that they share, the norms are measured anew for.
+    models = [arm.model for arm in ways.values()]
+    shared = [name for name, arm in ways.items() if models.count(arm.model) > 1]
+    steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
     tell(f"timing {_OWN_TIMES * rounds} rounds of updates")
     updates = _updates_alone({name: arm for name, arm in ways.items() if arm.both is None}, _OWN_TIMES * rounds)
     tell("measuring what the machine can do")
@@ -161,7 +164,7 @@ def _updates_alone(ways: Mapping[str, Arm], rounds: int) -> dict[str, Times]:
             parameter.grad = gradient
         ways[name].update()
 
-    return take_turns({name: partial(update, name) for name in ways}, rounds, warm=True)
+    return take_turns({name: partial(update, name) for name in ways}, rounds, warm=ways)
 
 
 def _scaled(case: Case) -> int:

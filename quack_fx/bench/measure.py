@@ -11,7 +11,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +40,15 @@ class Times:
         return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
 
 
-def take_turns(functions: Mapping[str, Callable[[], object]], rounds: int, *, warm: bool = False) -> dict[str, Times]:
-    """Time functions in turns, in another order every round; `warm`: each runs once untimed right before."""
+def take_turns(
+    functions: Mapping[str, Callable[[], object]], rounds: int, warm: Collection[str] = ()
+) -> dict[str, Times]:
+    """Time functions in turns, in another order every round; those in `warm` run once untimed right before."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            if warm:
+            if name in warm:
                 functions[name]()
             seconds[name].append(time_of(functions[name]))
     return {name: Times(tuple(values)) for name, values in seconds.items()}

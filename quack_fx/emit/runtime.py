@@ -23,7 +23,7 @@ _PIECES = (
 """How weights are cut into heads."""
 
 _UPDATE = (
-    ("step/compiling.py", "Compiler", "own_code"),
+    ("step/compiling.py", "_ON_GPU", "Compiler", "own_code"),
     ("step/gradients.py", "gradients", "_like", "look_at", "all_finite", "_clip"),
     ("step/masters.py", "MASTER", "_HALF", "Masters", "weight_of", "_writes"),
     ("optim.py", "state_keys"),

@@ -420,7 +420,8 @@ def compile_train_step(
 
     compiler = Compiler(True, mode)
     compiled_loss = compiler(own_code(loss_of), sizes="any")
-    compiled_look = compiler(own_code(look), sizes="fixed")
+    device = next((parameter.device for parameter in model.parameters()), None)
+    compiled_look = compiler(own_code(look), sizes="fixed", loops_on=device)
 
     def train_step(*batch: Any, **named: Any) -> Tensor:
         compiler.begins()

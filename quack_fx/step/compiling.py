@@ -13,6 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+_ON_GPU = {"combo_kernels": True, "realize_reads_threshold": 1}
+"""Of Inductor, for functions of many small loops. Each loop would be a kernel of its own, and starting them would take
+longer than what they do. And a value that is used twice is taken from where it is kept: where the sum of a head's
+squares works the new weight out once more, it reads the old one, which then is written by a loop of its own."""
+
 
 @dataclass(frozen=True)
 class Compiler:
@@ -27,7 +32,11 @@ class Compiler:
     mode: str | None
 
     def __call__(
-        self, function: Callable[..., Any], sizes: Literal["any", "fixed", "same"], fullgraph: bool = False
+        self,
+        function: Callable[..., Any],
+        sizes: Literal["any", "fixed", "same"],
+        fullgraph: bool = False,
+        loops_on: torch.device | None = None,
     ) -> Callable[..., Any]:
         """The function, compiled.
 
@@ -36,15 +45,17 @@ class Compiler:
             sizes: "fixed": each new size of its arguments is compiled anew. "same": there is nothing to check before
                 a call, for whoever calls gives tensors that look the same each time.
             fullgraph: Whether it has to be one graph.
+            loops_on: Where it works, if it is many small loops.
         """
         if not self.on:
             return function
-        if sizes != "same":
-            dynamic = None if sizes == "any" else False
-            return torch.compile(function, mode=self.mode, dynamic=dynamic, fullgraph=fullgraph)
-        unchecked = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        options = (torch._inductor.list_mode_options(self.mode) if self.mode else {}) | unchecked
-        return torch.compile(function, options=options, dynamic=False, fullgraph=fullgraph)
+        options = torch._inductor.list_mode_options(self.mode) if self.mode else {}
+        if loops_on is not None and loops_on.type == "cuda":
+            options |= _ON_GPU
+        if sizes == "same":
+            options |= {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        dynamic = None if sizes == "any" else False
+        return torch.compile(function, options=options or None, dynamic=dynamic, fullgraph=fullgraph)
 
     def stays(self, tensors: Iterable[Tensor | None]) -> None:
         """Tell CUDA graphs that tensors stay where they are, so that they are written in place."""

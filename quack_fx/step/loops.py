@@ -196,23 +196,24 @@ class Loops:
         options = [(view.form, piece, job.flags) for view, piece, job in zip(views, pieces, jobs, strict=True)]
         key = gate.clip is None, gate.finite is None, *options, *aligned, *_looks(given)
         if key not in self._made:
-            self._made[key] = _Loop(self._rule, self._compiler)
+            self._made[key] = _Loop(self._rule, self._compiler, jobs[0].view.weight.device)
         return Call(self._made[key], works, rows, coefficients, scales, squares)
 
 
 class _Loop:
     """A compiled function, or where the compiler fails on it another that does the same."""
 
-    def __init__(self, rule: UpdateRule, compiler: Compiler) -> None:
-        self._rule, self._compiler = rule, compiler
-        self._run: Callable[..., list[Tensor]] = compiler(make_loop(rule), sizes="same")
+    def __init__(self, rule: UpdateRule, compiler: Compiler, device: torch.device) -> None:
+        self._rule, self._compiler, self._device = rule, compiler, device
+        self._run: Callable[..., list[Tensor]] = compiler(make_loop(rule), sizes="same", loops_on=device)
 
     def __call__(self, *given: Any) -> list[Tensor]:
         try:
             return self._run(*given)
         except BackendCompilerFailed as error:
             # Nothing has run yet. Inductor on CPUs has failed on sums of squares of some shapes.
-            self._run = _with_sums_after(self._compiler(make_loop(self._rule, sums=False), sizes="same"))
+            plain = make_loop(self._rule, sums=False)
+            self._run = _with_sums_after(self._compiler(plain, sizes="same", loops_on=self._device))
             reason = first_line(error.inner_exception)
             warnings.warn(f"norms cost a pass of their own: Inductor fails on this update ({reason})", stacklevel=2)
             return self._run(*given)

@@ -70,7 +70,8 @@ class Update:
         self._masters = masters
         self.heads = None if quack is None else heads
         # Inductor on CPUs fuses the few numbers of the first into the loops of the others, and fails: apart.
-        self._measure = compiler(_make_measure(clip_grad_norm, skip_nonfinite), sizes="fixed")
+        device = next((param.device for param in self.params), None)
+        self._measure = compiler(_make_measure(clip_grad_norm, skip_nonfinite), sizes="fixed", loops_on=device)
         self._loops = Loops(rule, compiler)
         self.views = Views(self.heads)
         self._scales = None if self.heads is None else torch.empty_like(self.heads.kept)
