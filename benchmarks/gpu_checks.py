@@ -109,8 +109,9 @@ _OPTIMIZERS: dict[str, tuple[Callable[..., Any], float | None]] = {
 
 def _optimizer(name: str, model: nn.Module, layout: QKLayout, batches: Batches) -> Check:
     make, clip = _OPTIMIZERS[name]
-    model = model.double() if name == "Lion" else model  # in fp32 a rounding turns the sign of what is next to zero
     eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
+    if name == "Lion":  # in fp32 a rounding turns the sign of what is next to zero
+        eager, compiled = eager.double(), compiled.double()
     references, own = (_listed(make([*each.parameters()])) for each in (eager, compiled))
     QuacK(references[0], eager, layout, tau=0.5)
     step = compile_train_step(compiled, own, layout=layout, tau=0.5, clip_grad_norm=clip)

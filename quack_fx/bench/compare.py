@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from quack_fx.bench.arms import Arm, Case, arms
 from quack_fx.bench.measure import (
     Times,
+    Work,
     bandwidth,
-    launches,
+    device_work,
     machine,
     matmul_rate,
     peak_bytes,
@@ -45,14 +46,16 @@ class Way:
         update: Seconds of the optimizer alone, clipping included; None where it is no part by itself.
         peak: Bytes that tensors take during a step, beyond weights and optimizer state.
         first: Seconds of the first step, compiling included.
-        kernels: Kernels that a step starts on the device; None without one.
+        work: What a step has the device do; None without one.
+        update_work: What an update has it do; None without one, or where it is no part by itself.
     """
 
     step: Times
     update: Times | None
     peak: int
     first: float
-    kernels: int | None
+    work: Work | None
+    update_work: Work | None
 
 
 @dataclass(frozen=True)
@@ -122,20 +125,25 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
         arm.step()
     tell("measuring memory")
     peaks = {name: peak_bytes(arm.step) for name, arm in ways.items()}
-    kernels = {name: launches(arm.step) for name, arm in ways.items()}
+    works = {name: device_work(arm.step) for name, arm in ways.items()}
     tell(f"timing {rounds} rounds of steps")
     # What another one wrote into the weights that they share, the norms are measured anew for.
     models = [arm.model for arm in ways.values()]
     shared = [name for name, arm in ways.items() if models.count(arm.model) > 1]
     steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
     tell(f"timing {_OWN_TIMES * rounds} rounds of updates")
-    updates = _updates_alone({name: arm for name, arm in ways.items() if arm.both is None}, _OWN_TIMES * rounds)
+    alone = _updates_alone({name: arm for name, arm in ways.items() if arm.both is None})
+    updates = take_turns(alone, _OWN_TIMES * rounds, warm=alone)
+    update_works = {name: _work_of(update) for name, update in alone.items()}
     tell("measuring what the machine can do")
     trained = [p for p in case.model.parameters() if p.requires_grad]
     device, weights = trained[0].device, sum(p.numel() for p in trained)
     sizes = [p.element_size() * p.numel() for p in trained]
     return Comparison(
-        ways={n: Way(steps[n], updates.get(n), peaks[n], first[n], kernels[n]) for n in ways},
+        ways={
+            name: Way(steps[name], updates.get(name), peaks[name], first[name], works[name], update_works.get(name))
+            for name in ways
+        },
         missing=missing,
         machine=machine(),
         rounds=rounds,
@@ -149,8 +157,8 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
     )
 
 
-def _updates_alone(ways: Mapping[str, Arm], rounds: int) -> dict[str, Times]:
-    """The optimizer by itself; each timed update follows one of its own kind, and finds what that left behind."""
+def _updates_alone(ways: Mapping[str, Arm]) -> dict[str, Callable[[], None]]:
+    """The optimizer by itself; for each way a function that gives it the same gradients every time."""
     kept: dict[nn.Module, list[Tensor | None]] = {}  # one copy for arms that share a model: where it lies, counts
     for arm in ways.values():
         arm.forward()
@@ -164,7 +172,13 @@ def _updates_alone(ways: Mapping[str, Arm], rounds: int) -> dict[str, Times]:
             parameter.grad = gradient
         ways[name].update()
 
-    return take_turns({name: partial(update, name) for name in ways}, rounds, warm=ways)
+    return {name: partial(update, name) for name in ways}
+
+
+def _work_of(update: Callable[[], None]) -> Work | None:
+    """What an update has the device do that finds what one of its own kind left behind."""
+    update()
+    return device_work(update, rounds=5)
 
 
 def _scaled(case: Case) -> int:

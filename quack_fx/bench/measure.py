@@ -7,6 +7,7 @@ that a machine that slows down slows all of them; a ratio is taken inside a roun
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells of each of its starts on stderr
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         function()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -87,16 +90,35 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return max(totals) - (totals[0] - int(held[0]["Bytes"])) if totals else 0
 
 
-def launches(function: Callable[[], object]) -> int | None:
-    """Kernels that a call starts on the device; None without one."""
+@dataclass(frozen=True)
+class Work:
+    """What a call has a device do.
+
+    Attributes:
+        kernels: Kernels that it starts.
+        seconds: What they take, together; the device may wait between them.
+    """
+
+    kernels: int
+    seconds: float
+
+
+def device_work(function: Callable[[], object], rounds: int = 1) -> Work | None:
+    """What a call has the device do, the median of several calls; None without a device."""
     if not torch.cuda.is_available():
         return None
+    seen = [_traced(function) for _ in range(rounds)]
+    return sorted(seen, key=lambda work: work.seconds)[len(seen) // 2]
+
+
+def _traced(function: Callable[[], object]) -> Work:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         function()
         synchronize()
-    starts = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
-    return sum(event.name in starts for event in profile.events())
+    on_device = [e for e in profile.events() if e.device_type.name == "CUDA" and not e.is_user_annotation]
+    kernels = [e for e in on_device if not e.name.startswith(("Memcpy", "Memset"))]
+    return Work(len(kernels), 1e-6 * sum(e.device_time for e in on_device))
 
 
 def bandwidth(device: torch.device, size: int = 1 << 28) -> float:

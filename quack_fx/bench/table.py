@@ -57,6 +57,7 @@ def findings(comparison: Comparison) -> Iterator[str]:
             f"QuacK over the same step without it: update {c.ratio('quack', 'plain', _update)}, "
             f"step {c.ratio('quack', 'plain', _step)}, peak memory {memory:.3f}."
         )
+        yield from _on_device(c)
     if {"whole", "quack"} <= c.ways.keys():
         memory = c.ways["whole"].peak / max(1, c.ways["quack"].peak)
         yield f"As one graph over as a few: step {c.ratio('whole', 'quack', _step)}, peak memory {memory:.3f}."
@@ -67,10 +68,19 @@ def findings(comparison: Comparison) -> Iterator[str]:
         f"{1e3 * c.update_bytes / c.bandwidth:.2f} ms; {c.flops / 1e9:,.1f} Gflop at {c.rate / 1e12:,.2f} Tflop/s (a "
         f"large product of matrices) make a forward and backward of {1e3 * c.flops / c.rate:,.1f} ms."
     )
-    if "quack" in c.ways:
-        seconds = c.ways["quack"].step.median
-        tokens = f", {c.tokens / seconds:,.0f} tokens/s" if c.tokens else ""
-        yield f"Our step with QuacK reaches {c.flops / seconds / c.rate:.0%} of that rate{tokens}."
+    yield "MFU is the flops of a step over its time and that rate; attention counts in full, causal or not."
+
+
+def _on_device(comparison: Comparison) -> Iterator[str]:
+    """What QuacK adds on the device, where the time of an update alone is that of starting its kernels."""
+    with_quack, without = (comparison.ways[name].update_work for name in ("quack", "plain"))
+    if with_quack is not None and without is not None:
+        more = with_quack.seconds - without.seconds
+        step = comparison.ways["plain"].step.median
+        yield (
+            f"On the device QuacK's update takes {with_quack.seconds / without.seconds:.3f} of what it takes without, "
+            f"{1e6 * more:.0f} us more: {more / step:.2%} of a step."
+        )
 
 
 def _step(way: Way) -> Times:
@@ -82,20 +92,31 @@ def _update(way: Way) -> Times | None:
 
 
 def _columns(comparison: Comparison) -> list[str]:
-    kernels = ["kernels"] if any(way.kernels is not None for way in comparison.ways.values()) else []
-    return ["way", "what", "step, ms", "step / c", "update, ms", "update / plain", "peak, MB", "first, s", *kernels]
+    columns = ["way", "what", "step, ms", "step / c"]
+    columns += ["tokens/s"] if comparison.tokens else []
+    columns += ["MFU", "update, ms", "update / plain", "peak, MB", "first, s"]
+    return columns + (["kernels", "of the update", "they take, ms"] if _has_device(comparison) else [])
 
 
 def _rows(comparison: Comparison) -> Iterator[list[str]]:
-    for name, way in comparison.ways.items():
-        yield [
-            name,
-            MEANING[name],
-            f"{1e3 * way.step.median:.1f}",
-            comparison.ratio(name, "c", _step),
+    c = comparison
+    for name, way in c.ways.items():
+        seconds = way.step.median
+        cells = [name, MEANING[name], f"{1e3 * seconds:.1f}", c.ratio(name, "c", _step)]
+        cells += [f"{c.tokens / seconds:,.0f}"] if c.tokens else []
+        cells += [
+            f"{c.flops / seconds / c.rate:.0%}",
             "-" if way.update is None else f"{1e3 * way.update.median:.2f}",
-            comparison.ratio(name, "plain", _update),
+            c.ratio(name, "plain", _update),
             f"{way.peak / 1e6:.1f}",
             f"{way.first:.1f}",
-            *([] if way.kernels is None else [str(way.kernels)]),
         ]
+        if _has_device(c):
+            cells.append("-" if way.work is None else str(way.work.kernels))
+            own = way.update_work
+            cells += ["-", "-"] if own is None else [str(own.kernels), f"{1e3 * own.seconds:.3f}"]
+        yield cells
+
+
+def _has_device(comparison: Comparison) -> bool:
+    return any(way.work is not None for way in comparison.ways.values())
