@@ -85,12 +85,12 @@ class Rows:
         """The stretches: [stretches, length]."""
         return self._flat[self._indices] if self._view is None else self._view
 
-    def write(self, values: Tensor) -> None:
+    def write(self, stretches: list[Tensor]) -> None:
         """Put values into them."""
         if self._view is None:
-            self._flat[self._indices] = values
+            self._flat[self._indices] = torch.stack(stretches)
         else:
-            self._view.copy_(values)
+            torch.stack(stretches, out=self._view)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Call:
         scales = None if self.scales is None else self.scales.read()
         sums = self.loop(self.works, own, self.coefficients.read(), gate, scales)
         if self.squares is not None:
-            self.squares.write(torch.stack(sums))  # out here: in the loop, some Inductors fail on it
+            self.squares.write(sums)  # out here: in the loop, some Inductors fail on it
 
 
 class Loops:
