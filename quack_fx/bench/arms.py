@@ -7,6 +7,7 @@ In: a model, its layout and a loss. Out: `Arm`s: `forward(batch)` leaves gradien
     c  torch.compile(model), torch.compile(optimizer.step)
     d  c, with QuacK as one would write it by hand from the paper: a loop over heads around the step
     e  the model with QK norm (RMS with a gain), the compiled step of this package, no QuacK
+    f  the model with QK norm, else as a
     plain, quack   the compiled step of this package without and with QuacK
     whole   the latter as one graph
 """
@@ -37,6 +38,7 @@ MEANING = {
     "c": "torch.compile(model), torch.compile(optimizer.step)",
     "d": "c with QuacK as a loop over heads",
     "e": "QK norm in the model, our step, no QuacK",
+    "f": "QK norm in the model, eager, fused AdamW",
     "plain": "our step, no QuacK",
     "quack": "our step with QuacK",
     "whole": "our step with QuacK, one graph",
@@ -57,6 +59,7 @@ class Case:
         kwargs: Named ones.
         lr: Learning rate.
         clip: Largest total norm of the gradients.
+        normed: The same model with QK norm as its author has it; None to put it in.
     """
 
     model: nn.Module
@@ -66,6 +69,7 @@ class Case:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     lr: float = 1e-4
     clip: float = 1.0
+    normed: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -107,25 +111,29 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
     """
     made: dict[str, Arm] = {}
     missing: dict[str, str] = {}
-    for name in names:
-        if name not in _PAIR:
-            model = copy.deepcopy(case.model)
-            arm: Arm | str
-            if name == "e":
-                arm = _with_qk_norm(model, case)
-            elif name == "whole":
-                arm = _as_one_graph(model, case)
-            else:
-                arm = _own(name, model, case)
-            if isinstance(arm, str):
-                missing[name] = arm
-            else:
-                made[name] = arm
+    for name in (name for name in names if name not in _PAIR):
+        arm = _arm(name, case)
+        if isinstance(arm, str):
+            missing[name] = arm
+        else:
+            made[name] = arm
     shared = copy.deepcopy(case.model)
     optimizer = _adamw(shared, case)
     for name in (name for name in names if name in _PAIR):
         made[name] = _ours(shared, optimizer, case.layout if name == "quack" else QKLayout(), case)
     return made, missing
+
+
+def _arm(name: str, case: Case) -> Arm | str:
+    """A way that has a model to itself; or why it cannot be had."""
+    model = _with_qk_norm(case) if name in ("e", "f") else copy.deepcopy(case.model)
+    if isinstance(model, str):
+        return model
+    if name == "e":
+        return _ours(model, _adamw(model, case), QKLayout(), case)
+    if name == "whole":
+        return _as_one_graph(model, case)
+    return _own(name, model, case)
 
 
 def _adamw(model: nn.Module, case: Case) -> torch.optim.AdamW:
@@ -150,18 +158,19 @@ def _as_one_graph(model: nn.Module, case: Case) -> Arm | str:
         return str(error)
 
 
-def _with_qk_norm(model: nn.Module, case: Case) -> Arm | str:
+def _with_qk_norm(case: Case) -> nn.Module | str:
+    if case.normed is not None:
+        return copy.deepcopy(case.normed)
+    model = copy.deepcopy(case.model)
     report = insert_qk_norm(model, case.layout)
-    if not report.inserted:
-        return next((left.reason for left in report.left), "it has no attention")
-    return _ours(model, _adamw(model, case), QKLayout(), case)
+    return model if report.inserted else next((left.reason for left in report.left), "it has no attention")
 
 
 def _own(name: str, model: nn.Module, case: Case) -> Arm:
     """The arms that take torch's own step."""
-    loss = case.loss if name == "a" else torch.compile(case.loss)
+    loss = case.loss if name in ("a", "f") else torch.compile(case.loss)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if name in ("a", "b"):
+    if name in ("a", "b", "f"):
         optimizer = torch.optim.AdamW(parameters, lr=case.lr, fused=True)
         step_of: Callable[[], Any] = optimizer.step
     else:

@@ -6,7 +6,6 @@ and what the machine could do at best.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from quack_fx.bench.arms import Arm, Case, arms
@@ -202,13 +203,38 @@ def _tokens(case: Case) -> Iterator[int]:
 def _flops(case: Case) -> int:
     """Of the products in one forward and backward; attention counted in full where it is causal, too.
 
-    On tensors without numbers: attention written out would not fit in memory next to all the copies of the model.
+    On tensors without numbers, if the model does not look at them: attention written out may not fit in memory next to
+    all the copies of the model.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
-        model = copy.deepcopy(case.model)
-        with FlopCounterMode(display=False) as counter:
-            case.loss(model, *case.args, **case.kwargs).backward()
+    loss, args, kwargs = _Loss(case), case.args, dict(case.kwargs)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, counter:
+                held: dict[str, Any] = {name: mode.from_tensor(t) for name, t in _tensors(loss)}
+                args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+                functional_call(loss, held, args, kwargs).backward()
+        except DataDependentOutputException:
+            with counter:
+                loss(*case.args, **case.kwargs).backward()
+            case.model.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+class _Loss(nn.Module):
+    """The loss as a module, so that it can be called with other parameters."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.model, self._loss = case.model, case.loss
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._loss(self.model, *args, **kwargs)
 
 
 class _TypesOfProducts(TorchDispatchMode):

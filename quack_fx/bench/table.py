@@ -61,14 +61,21 @@ def findings(comparison: Comparison) -> Iterator[str]:
     if {"whole", "quack"} <= c.ways.keys():
         memory = c.ways["whole"].peak / max(1, c.ways["quack"].peak)
         yield f"As one graph over as a few: step {c.ratio('whole', 'quack', _step)}, peak memory {memory:.3f}."
-    if {"e", "quack"} <= c.ways.keys():
-        yield f"QuacK over QK norm: step {c.ratio('quack', 'e', _step)}."
+    if {"e", "quack", "plain"} <= c.ways.keys():
+        yield (
+            f"QuacK over QK norm: step {c.ratio('quack', 'e', _step)}. "
+            f"QK norm over none: step {c.ratio('e', 'plain', _step)}{_eager(c)}."
+        )
     yield (
         f"Limits: {c.update_bytes / 1e6:,.1f} MB at {c.bandwidth / 1e9:,.1f} GB/s (a large copy) make an update of "
         f"{1e3 * c.update_bytes / c.bandwidth:.2f} ms; {c.flops / 1e9:,.1f} Gflop at {c.rate / 1e12:,.2f} Tflop/s (a "
         f"large product of matrices) make a forward and backward of {1e3 * c.flops / c.rate:,.1f} ms."
     )
     yield "MFU is the flops of a step over its time and that rate; attention counts in full, causal or not."
+
+
+def _eager(comparison: Comparison) -> str:
+    return f", of an eager model {comparison.ratio('f', 'a', _step)}" if {"a", "f"} <= comparison.ways.keys() else ""
 
 
 def _on_device(comparison: Comparison) -> Iterator[str]:
