@@ -126,7 +126,7 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
         arm.step()
     tell("measuring memory")
     peaks = {name: peak_bytes(arm.step) for name, arm in ways.items()}
-    works = {name: device_work(arm.step) for name, arm in ways.items()}
+    works = {name: _work_of(arm.step) for name, arm in ways.items()}
     tell(f"timing {rounds} rounds of steps")
     # What another one wrote into the weights that they share, the norms are measured anew for.
     models = [arm.model for arm in ways.values()]
@@ -176,10 +176,10 @@ def _updates_alone(ways: Mapping[str, Arm]) -> dict[str, Callable[[], None]]:
     return {name: partial(update, name) for name in ways}
 
 
-def _work_of(update: Callable[[], None]) -> Work | None:
-    """What an update has the device do that finds what one of its own kind left behind."""
-    update()
-    return device_work(update, rounds=5)
+def _work_of(function: Callable[[], object]) -> Work | None:
+    """What a step or an update has the device do that finds what one of its own kind left behind."""
+    function()
+    return device_work(function, rounds=5)
 
 
 def _scaled(case: Case) -> int:
