@@ -25,7 +25,8 @@ from gpt import GPT, GPTConfig
 def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="rounds of whole steps; updates get three times as many")
+    parser.add_argument("--rounds", type=int, default=24, help="rounds of whole steps")
+    parser.add_argument("--update-rounds", type=int, default=240, help="rounds of updates")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
@@ -37,15 +38,17 @@ def main() -> None:
     model = GPT(config)
     batch = tuple(torch.randint(0, 1024, (2, 4, 128)))
     case = Case(model, find_qk_pairs(model, *batch), loss_of, batch)
-    table = markdown(compare(case, [*MEANING], options.rounds, lambda text: print(text, file=sys.stderr)))
+    comparison = compare(case, [*MEANING], options.rounds, _tell, options.update_rounds)
     command = " ".join(["python -m benchmarks.step", *sys.argv[1:]])
-    text = (
-        f"# A training step of a GPT on the CPU, fp32\n\n`{command}`\n\n{table}- Nothing here was measured on a GPU.\n"
-    )
+    text = f"# A training step of a GPT on the CPU, fp32\n\n`{command}`\n\n{markdown(comparison)}"
     print(text)
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(text)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from quack_fx.bench.measure import (
 from quack_fx.errors import StepError
 
 _OWN_TIMES = 3
-"""Updates are timed this many times as often as whole steps."""
+"""Updates are timed this many times as often as whole steps, if nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Comparison:
         missing: Why others could not be.
         machine: Kind of machine and versions.
         rounds: Rounds of whole steps.
+        update_rounds: Rounds of updates.
         weights: Number of weights that are trained.
         scaled: How many of them are rows of queries and keys.
         tokens: Tokens in a batch; None where it is none of tokens.
@@ -82,6 +83,7 @@ class Comparison:
     missing: Mapping[str, str]
     machine: str
     rounds: int
+    update_rounds: int
     weights: int
     scaled: int
     tokens: int | None
@@ -99,14 +101,21 @@ class Comparison:
         return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[str], None] | None = None) -> Comparison:
+def compare(
+    case: Case,
+    names: Sequence[str],
+    rounds: int,
+    progress: Callable[[str], None] | None = None,
+    update_rounds: int | None = None,
+) -> Comparison:
     """Take the step in several ways, in turns, in this process.
 
     Arguments:
         case: What is trained.
         names: The ways; keys of `MEANING`.
-        rounds: Rounds of whole steps; there are three times as many of updates.
+        rounds: Rounds of whole steps.
         progress: Called with a short text as the work goes on.
+        update_rounds: Rounds of updates; three times as many where it is None.
 
     Returns:
         What they cost.
@@ -132,9 +141,10 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
     models = [arm.model for arm in ways.values()]
     shared = [name for name, arm in ways.items() if models.count(arm.model) > 1]
     steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
-    tell(f"timing {_OWN_TIMES * rounds} rounds of updates")
+    update_rounds = update_rounds or _OWN_TIMES * rounds
+    tell(f"timing {update_rounds} rounds of updates")
     alone = _updates_alone({name: arm for name, arm in ways.items() if arm.both is None})
-    updates = take_turns(alone, _OWN_TIMES * rounds, warm=alone)
+    updates = take_turns(alone, update_rounds, warm=alone)
     update_works = {name: _work_of(update) for name, update in alone.items()}
     tell("measuring what the machine can do")
     trained = [p for p in case.model.parameters() if p.requires_grad]
@@ -148,6 +158,7 @@ def compare(case: Case, names: Sequence[str], rounds: int, progress: Callable[[s
         missing=missing,
         machine=machine(),
         rounds=rounds,
+        update_rounds=update_rounds,
         weights=weights,
         scaled=_scaled(case),
         tokens=next(_tokens(case), None),

@@ -41,8 +41,8 @@ def setting(comparison: Comparison) -> Iterator[str]:
     tokens = f", {c.tokens:,} tokens a step" if c.tokens else ""
     yield (
         f"{c.machine}. {c.weights / 1e6:,.1f}M weights, {c.scaled / c.weights:.0%} of them in rows of queries and keys"
-        f"{tokens}, AdamW, gradients clipped. {c.rounds} rounds of steps, more of updates; ratios within a round, "
-        "as median (lower to upper quartile)."
+        f"{tokens}, AdamW, gradients clipped. {c.rounds} rounds of steps, {c.update_rounds} of updates; "
+        "ratios within a round, as median (lower to upper quartile)."
     )
 
 
