@@ -1,6 +1,7 @@
 """What a training step costs with and without QuacK, on the CPU of this machine.
 
     python -m benchmarks.step --markdown benchmarks/results/step_cpu.md
+    python -m benchmarks.step --ways c plain quack --layers 24 --width 1024    a larger model, fewer ways
 
 All ways to take the step (`quack_fx.bench`) run in one process and take turns. Update: the optimizer alone, clipping
 included. Peak memory is what tensors take during a step beyond weights and optimizer state.
@@ -27,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=24, help="rounds of whole steps")
     parser.add_argument("--update-rounds", type=int, default=240, help="rounds of updates")
+    parser.add_argument("--ways", nargs="*", choices=MEANING, default=[*MEANING], help="which; all if left out")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
@@ -38,7 +40,7 @@ def main() -> None:
     model = GPT(config)
     batch = tuple(torch.randint(0, 1024, (2, 4, 128)))
     case = Case(model, find_qk_pairs(model, *batch), loss_of, batch)
-    comparison = compare(case, [*MEANING], options.rounds, _tell, options.update_rounds)
+    comparison = compare(case, options.ways, options.rounds, _tell, options.update_rounds)
     command = " ".join(["python -m benchmarks.step", *sys.argv[1:]])
     text = f"# A training step of a GPT on the CPU, fp32\n\n`{command}`\n\n{markdown(comparison)}"
     print(text)

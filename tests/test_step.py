@@ -394,6 +394,14 @@ def test_update_hands_no_number_to_python(options: dict[str, Any], master_weight
             step.update()
 
 
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
+def test_options_of_loops_on_a_gpu_are_known_to_the_compiler(mode: str | None) -> None:
+    """Which it checks before it compiles; with them a CPU does what it does without."""
+    x = torch.arange(6.0)
+    compiled = Compiler(True, mode)(lambda x: x * 2, sizes="fixed", loops_on=torch.device("cuda"))
+    assert torch.equal(compiled(x), x * 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 def test_modes_of_the_compiler(case: dict[str, Any], mode: str) -> None:

@@ -134,10 +134,13 @@ def compare(
         arm.step()
         arm.step()
     tell("measuring memory")
-    peaks = {name: peak_bytes(arm.step) for name, arm in ways.items()}
-    works = {name: _work_of(arm.step) for name, arm in ways.items()}
+    peaks: dict[str, int] = {}
+    works: dict[str, Work | None] = {}
+    for name, arm in ways.items():
+        arm.step()  # what another one wrote into the weights that they share, the norms are measured anew for
+        peaks[name] = peak_bytes(arm.step)
+        works[name] = device_work(arm.step)
     tell(f"timing {rounds} rounds of steps")
-    # What another one wrote into the weights that they share, the norms are measured anew for.
     models = [arm.model for arm in ways.values()]
     shared = [name for name, arm in ways.items() if models.count(arm.model) > 1]
     steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
@@ -187,10 +190,10 @@ def _updates_alone(ways: Mapping[str, Arm]) -> dict[str, Callable[[], None]]:
     return {name: partial(update, name) for name in ways}
 
 
-def _work_of(function: Callable[[], object]) -> Work | None:
-    """What a step or an update has the device do that finds what one of its own kind left behind."""
-    function()
-    return device_work(function, rounds=5)
+def _work_of(update: Callable[[], None]) -> Work | None:
+    """What an update has the device do that finds what one of its own kind left behind."""
+    update()
+    return device_work(update, rounds=5)
 
 
 def _scaled(case: Case) -> int:
