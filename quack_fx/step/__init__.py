@@ -207,7 +207,7 @@ class TrainStep:
         gate = None if all(self._updates) else self._looked_at()
         for i, (optimizer, update) in enumerate(zip(self._optimizers, self._updates, strict=True)):
             if update is not None:
-                gate = update.run(gradients(self._optimizers[i + 1 :]), gate)
+                gate = update.run(gradients(self._optimizers[i + 1 :]) if gate is None else (), gate)
             elif scaler is not None:
                 scaler.step(optimizer)
             elif gate is None or gate.finite is None or bool(gate.finite):
