@@ -30,7 +30,8 @@ from .common import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_WAYS = "a,b,c,d,e,plain,quack"
+_WAYS = "a,b,c,d,e,f,plain,quack"
+_ALL = f"{_WAYS},whole"
 
 
 def bench(
@@ -42,7 +43,8 @@ def bench(
             "--ways",
             metavar="NAMES",
             help="a: eager, fused AdamW; b: compiled model; c: compiled optimizer, too; d: c with a loop over heads; "
-            "e: QK norm in the model; plain, quack: the step of quack-fx without and with QuacK.",
+            "e: QK norm in the model, compiled; f: the same eager; plain, quack: the step of quack-fx without and with "
+            "QuacK; whole: the latter as one graph.",
         ),
     ] = _WAYS,
     output: Annotated[
@@ -59,9 +61,9 @@ def bench(
     give a real batch with --inputs for the cost in real training. Each way trains a copy of the model.
     """
     names = list(dict.fromkeys(name.strip() for name in ways.split(",")))
-    unknown = [name for name in names if name not in _WAYS.split(",")]
+    unknown = [name for name in names if name not in _ALL.split(",")]
     if unknown:
-        raise TargetError(f"--ways: there is no way {unknown[0]!r}; choose from {_WAYS}")
+        raise TargetError(f"--ways: there is no way {unknown[0]!r}; choose from {_ALL}")
     if output is not None:
         check_output(output, force)
     finding = find(target, build, inputs, real=True)
@@ -69,12 +71,12 @@ def bench(
         note(f"no attention found in {finding.facts.title}: nothing to time")
         return 1
     with progress() as say:
-        from quack_fx.bench import Case, compare, findings, markdown, setting, terminal
+        from quack_fx.bench import Case, compare, findings, legend, markdown, setting, terminal
 
         found = finding.target
         case = Case(found.model, finding.layout, _loss, tuple(found.args), dict(found.kwargs))
         comparison = compare(case, names, rounds, say)
-    show(*setting(comparison), terminal(comparison), *findings(comparison))
+    show(*setting(comparison), terminal(comparison), legend(comparison), *findings(comparison))
     if output is not None:
         write_whole(output, f"# A training step of {finding.facts.title}\n\n{markdown(comparison)}")
         note(f"wrote {output}")

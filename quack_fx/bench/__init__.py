@@ -10,6 +10,6 @@ In: a model, its layout, a loss and a batch. Out: a `Comparison` and its table.
 
 from quack_fx.bench.arms import MEANING, Case
 from quack_fx.bench.compare import Comparison, Way, compare
-from quack_fx.bench.table import findings, markdown, setting, terminal
+from quack_fx.bench.table import findings, legend, markdown, setting, terminal
 
-__all__ = ["MEANING", "Case", "Comparison", "Way", "compare", "findings", "markdown", "setting", "terminal"]
+__all__ = ["MEANING", "Case", "Comparison", "Way", "compare", "findings", "legend", "markdown", "setting", "terminal"]

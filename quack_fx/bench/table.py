@@ -6,7 +6,6 @@ In: a `Comparison`. Out: a rich table and lines of text, or Markdown.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 from rich import box
 from rich.table import Table
@@ -17,20 +16,29 @@ from quack_fx.bench.measure import Times
 
 
 def terminal(comparison: Comparison) -> Table:
-    """The table of all ways, for a terminal."""
+    """The table of all ways, for a terminal; what the ways are is in its `legend`."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in _columns(comparison):
-        side: Literal["left", "right"] = "left" if column in ("way", "what") else "right"
-        table.add_column(column, justify=side, no_wrap=column == "way", overflow="fold")
-    for row in _rows(comparison):
-        table.add_row(*row)
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for name in comparison.ways:
+        table.add_row(name, *_cells(comparison, name))
+    return table
+
+
+def legend(comparison: Comparison) -> Table:
+    """What the ways are."""
+    table = Table.grid(padding=(0, 2))
+    for name in comparison.ways:
+        table.add_row(name, MEANING[name])
+    table.add_row()
     return table
 
 
 def markdown(comparison: Comparison) -> str:
     """All of it as Markdown."""
-    columns = _columns(comparison)
-    table = [columns, ["---"] * len(columns), *_rows(comparison)]
+    way, *columns = _columns(comparison)
+    ways = [[name, MEANING[name], *_cells(comparison, name)] for name in comparison.ways]
+    table = [[way, "what", *columns], ["---"] * (2 + len(columns)), *ways]
     lines = [f"| {' | '.join(row)} |" for row in table]
     return "\n".join([*setting(comparison), "", *lines, "", *(f"- {line}" for line in findings(comparison)), ""])
 
@@ -99,30 +107,29 @@ def _update(way: Way) -> Times | None:
 
 
 def _columns(comparison: Comparison) -> list[str]:
-    columns = ["way", "what", "step, ms", "step / c"]
+    columns = ["way", "step, ms", "step / c"]
     columns += ["tokens/s"] if comparison.tokens else []
     columns += ["MFU", "update, ms", "update / plain", "peak, MB", "first, s"]
     return columns + (["kernels", "of the update", "they take, ms"] if _has_device(comparison) else [])
 
 
-def _rows(comparison: Comparison) -> Iterator[list[str]]:
-    c = comparison
-    for name, way in c.ways.items():
-        seconds = way.step.median
-        cells = [name, MEANING[name], f"{1e3 * seconds:.1f}", c.ratio(name, "c", _step)]
-        cells += [f"{c.tokens / seconds:,.0f}"] if c.tokens else []
-        cells += [
-            f"{c.flops / seconds / c.rate:.0%}",
-            "-" if way.update is None else f"{1e3 * way.update.median:.2f}",
-            c.ratio(name, "plain", _update),
-            f"{way.peak / 1e6:.1f}",
-            f"{way.first:.1f}",
-        ]
-        if _has_device(c):
-            cells.append("-" if way.work is None else str(way.work.kernels))
-            own = way.update_work
-            cells += ["-", "-"] if own is None else [str(own.kernels), f"{1e3 * own.seconds:.3f}"]
-        yield cells
+def _cells(comparison: Comparison, name: str) -> list[str]:
+    c, way = comparison, comparison.ways[name]
+    seconds = way.step.median
+    cells = [f"{1e3 * seconds:.1f}", c.ratio(name, "c", _step)]
+    cells += [f"{c.tokens / seconds:,.0f}"] if c.tokens else []
+    cells += [
+        f"{c.flops / seconds / c.rate:.0%}",
+        "-" if way.update is None else f"{1e3 * way.update.median:.2f}",
+        c.ratio(name, "plain", _update),
+        f"{way.peak / 1e6:.1f}",
+        f"{way.first:.1f}",
+    ]
+    if _has_device(c):
+        own = way.update_work
+        cells.append("-" if way.work is None else str(way.work.kernels))
+        cells += ["-", "-"] if own is None else [str(own.kernels), f"{1e3 * own.seconds:.3f}"]
+    return cells
 
 
 def _has_device(comparison: Comparison) -> bool:
