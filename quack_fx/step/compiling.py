@@ -49,7 +49,7 @@ class Compiler:
         """
         if not self.on:
             return function
-        options = torch._inductor.list_mode_options(self.mode) if self.mode else {}
+        options = dict(torch._inductor.list_mode_options(self.mode)) if self.mode else {}
         if loops_on is not None and loops_on.type == "cuda":
             options |= _ON_GPU
         if sizes == "same":
