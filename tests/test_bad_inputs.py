@@ -416,7 +416,7 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         {"model.py": MODEL},
         "bench model.py --ways a,quick",
         2,
-        r"--ways: there is no way 'quick'; choose from a,b,c,d,e,plain,quack",
+        r"--ways: there is no way 'quick'; choose from a,b,c,d,e,f,plain,quack,whole",
     ),
     "an empty layout": (
         {"model.py": MODEL, "l.json": json.dumps(QKLayout().to_dict())},
