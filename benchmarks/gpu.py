@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_checks import checks, loss_of
+from benchmarks.gpu_checks import checks
+from benchmarks.step import loss_of, tell
 from quack_fx.bench import Case, compare, markdown
 from quack_fx.bench.measure import machine
 from quack_fx.errors import first_line
@@ -72,16 +73,12 @@ def main() -> int:
         gc.collect()  # what the last model took
         torch.manual_seed(0)
         try:
-            comparison = compare(make(device, options.small), ways, 2 if options.small else options.rounds, _tell)
+            comparison = compare(make(device, options.small), ways, 2 if options.small else options.rounds, tell)
         except torch.OutOfMemoryError as error:
             put(f"{title}\nNot measured: {first_line(error)}.")
         else:
             put(f"{title}\n{markdown(comparison)}")
     return 0 if right else 1
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---- what is timed ---------------------------------------------------------------------------------------------------

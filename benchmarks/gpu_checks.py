@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.step import loss_of
 from quack_fx.bench.measure import synchronize
 from quack_fx.errors import first_line
 from quack_fx.find import find_qk_pairs
@@ -262,12 +263,6 @@ def _one_graph(model: nn.Module, layout: QKLayout, batches: Batches) -> Check:
 # ---- common ----------------------------------------------------------------------------------------------------------
 
 
-def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """The loss that one of our examples gives."""
-    loss: Tensor = model(tokens, targets)[1]
-    return loss
-
-
 @contextmanager
 def _no_waiting(step: int = 2) -> Iterator[None]:
     """Whatever waits for the device in here raises, from the third step on: the first two compile and are planned."""
@@ -287,9 +282,9 @@ def _listed(made: Optimizer | list[Optimizer]) -> list[Optimizer]:
 
 
 def _error(expected: Any, found: Any) -> float:
-    """The largest relative difference of a weight."""
+    """The largest relative difference of a weight; not a number where a weight is none."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(expected, found, strict=True)]
-    return max(float((a - b).norm() / a.norm()) for a, b in pairs)
+    return float(torch.stack([(a - b).norm() / a.norm() for a, b in pairs]).max())
 
 
 def _everything(model: nn.Module, optimizer: Optimizer) -> list[Any]:

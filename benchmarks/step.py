@@ -40,7 +40,7 @@ def main() -> None:
     model = GPT(config)
     batch = tuple(torch.randint(0, 1024, (2, 4, 128)))
     case = Case(model, find_qk_pairs(model, *batch), loss_of, batch)
-    comparison = compare(case, options.ways, options.rounds, _tell, options.update_rounds)
+    comparison = compare(case, options.ways, options.rounds, tell, options.update_rounds)
     command = " ".join(["python -m benchmarks.step", *sys.argv[1:]])
     text = f"# A training step of a GPT on the CPU, fp32\n\n`{command}`\n\n{markdown(comparison)}"
     print(text)
@@ -49,7 +49,8 @@ def main() -> None:
         options.markdown.write_text(text)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Say how far the work is."""
     print(text, file=sys.stderr, flush=True)
 
 

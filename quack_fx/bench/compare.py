@@ -130,14 +130,12 @@ def compare(
         except StepError as error:
             missing[name] = str(error)
             del ways[name]
-    for arm in ways.values():
-        arm.step()
-        arm.step()
     tell("measuring memory")
     peaks: dict[str, int] = {}
     works: dict[str, Work | None] = {}
     for name, arm in ways.items():
-        arm.step()  # what another one wrote into the weights that they share, the norms are measured anew for
+        arm.step()
+        arm.step()  # after one of its own kind: another one's writes into shared weights have norms measured anew
         peaks[name] = peak_bytes(arm.step)
         works[name] = device_work(arm.step)
     tell(f"timing {rounds} rounds of steps")
@@ -148,7 +146,7 @@ def compare(
     tell(f"timing {update_rounds} rounds of updates")
     alone = _updates_alone({name: arm for name, arm in ways.items() if arm.both is None})
     updates = take_turns(alone, update_rounds, warm=alone)
-    update_works = {name: _work_of(update) for name, update in alone.items()}
+    update_works = {name: device_work(update) for name, update in alone.items()}
     tell("measuring what the machine can do")
     trained = [p for p in case.model.parameters() if p.requires_grad]
     device, weights = trained[0].device, sum(p.numel() for p in trained)
@@ -188,12 +186,6 @@ def _updates_alone(ways: Mapping[str, Arm]) -> dict[str, Callable[[], None]]:
         ways[name].update()
 
     return {name: partial(update, name) for name in ways}
-
-
-def _work_of(update: Callable[[], None]) -> Work | None:
-    """What an update has the device do that finds what one of its own kind left behind."""
-    update()
-    return device_work(update, rounds=5)
 
 
 def _scaled(case: Case) -> int:

@@ -103,12 +103,11 @@ class Work:
     seconds: float
 
 
-def device_work(function: Callable[[], object], rounds: int = 1) -> Work | None:
-    """What a call has the device do, the median of several calls; None without a device."""
+def device_work(function: Callable[[], object]) -> Work | None:
+    """What a call has the device do, the median of three calls; None without a device."""
     if not torch.cuda.is_available():
         return None
-    seen = [_traced(function) for _ in range(rounds)]
-    return sorted(seen, key=lambda work: work.seconds)[len(seen) // 2]
+    return sorted((_traced(function) for _ in range(3)), key=lambda work: work.seconds)[1]
 
 
 def _traced(function: Callable[[], object]) -> Work:

@@ -18,8 +18,9 @@ from quack_fx.bench.measure import Times
 def terminal(comparison: Comparison) -> Table:
     """The table of all ways, for a terminal; what the ways are is in its `legend`."""
     table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("way")
     for column in _columns(comparison):
-        table.add_column(column, justify="left" if column == "way" else "right")
+        table.add_column(column, justify="right")
     for name in comparison.ways:
         table.add_row(name, *_cells(comparison, name))
     return table
@@ -36,9 +37,9 @@ def legend(comparison: Comparison) -> Table:
 
 def markdown(comparison: Comparison) -> str:
     """All of it as Markdown."""
-    way, *columns = _columns(comparison)
+    head = ["way", "what", *_columns(comparison)]
     ways = [[name, MEANING[name], *_cells(comparison, name)] for name in comparison.ways]
-    table = [[way, "what", *columns], ["---"] * (2 + len(columns)), *ways]
+    table = [head, ["---"] * len(head), *ways]
     lines = [f"| {' | '.join(row)} |" for row in table]
     return "\n".join([*setting(comparison), "", *lines, "", *(f"- {line}" for line in findings(comparison)), ""])
 
@@ -107,7 +108,7 @@ def _update(way: Way) -> Times | None:
 
 
 def _columns(comparison: Comparison) -> list[str]:
-    columns = ["way", "step, ms", "step / c"]
+    columns = ["step, ms", "step / c"]
     columns += ["tokens/s"] if comparison.tokens else []
     columns += ["MFU", "update, ms", "update / plain", "peak, MB", "first, s"]
     return columns + (["kernels", "of the update", "they take, ms"] if _has_device(comparison) else [])
