@@ -16,6 +16,12 @@ from quack_fx.emit import emit
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def counted_anew() -> None:
+    """What torch.compile has counted (graphs, breaks) is a process's; here it is each test's own, in any order."""
+    torch._dynamo.utils.counters.clear()
+
+
 @pytest.fixture
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty working directory; what is imported from it is forgotten afterwards."""

@@ -132,7 +132,6 @@ def test_fifty_steps_with_groups_and_schedule(everything: tuple[ModuleType, QKLa
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     decay = {n: 0.1 if p.dim() > 1 else 0.0 for n, p in names.items()}
     double = Bag(shapes, torch.float64)
-    torch._dynamo.utils.counters.clear()
     for step, x in enumerate(batches(50, torch.float32)):
         model(x).backward()
         with torch.no_grad():
@@ -423,7 +422,6 @@ def test_compiled_step_trains_the_example(folder: Path) -> None:
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: (i + 1) / 10) for o in (optimizer, eager, librarys)]
     text = torch.arange(2 * 17).view(2, 17) % 7
     losses, compiled = [], 0
-    torch._dynamo.utils.counters.clear()
     for _ in range(8):
         loss = train_step(text[:, :-1], text[:, 1:])
         assert not loss.requires_grad

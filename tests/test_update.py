@@ -70,7 +70,6 @@ def test_equals_a_learning_rate_per_head(name: str, compile: bool) -> None:
     torch.manual_seed(0)
     model = Model().double() if name == "Lion" else Model()
     reference = train_per_head(model, KNOWN[name], 0.7, schedule, STEPS, CLIP, PARTS)
-    torch._dynamo.utils.counters.clear()
     step = train(model, KNOWN[name], STEPS, compile=compile)
     assert "compiled update" in repr(step)
     # Of the loss, the scales, queries with keys and values (they are alike) and what has no heads, and biases, and none
