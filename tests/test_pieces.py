@@ -61,7 +61,7 @@ def test_pieces_cover_once_and_measure_the_units(case: tuple[FactorPlan, dict[st
             if piece.first is not None:
                 own = slice(piece.numbers().start, piece.numbers().stop)
                 assert squares[own].isnan().all()
-                squares[own] = piece.squares(piece.of(params[name]))
+                squares[own] = piece.squares(piece.of(params[name])).flatten()
                 piece.of(spread).mul_(piece.along(by_span[own], piece.of(spread)))
         assert (count == 1).all()
         expected = torch.ones_like(spread)

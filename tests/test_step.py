@@ -265,7 +265,7 @@ def test_weights_changed_between_steps_are_measured_anew() -> None:
 
 
 def test_the_loop_that_writes_heads_sums_up_their_squares() -> None:
-    """In the generated code, for many layers: a loop for each piece, and no other over more than its squared norms."""
+    """In the generated code, for many layers: a loop for each piece, and one more that keeps all squared norms."""
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
@@ -283,10 +283,11 @@ def test_the_loop_that_writes_heads_sums_up_their_squares() -> None:
         assert len(summing) == text.count("tmp_acc0_vec = tmp_acc0_vec +")
         stores = [loop.split("tmp_acc0_vec = tmp_acc0_vec +")[0].count(".store(") for loop in summing]
         assert stores == [3] * len(summing)  # weight and two moments
-        others = [loop for loop in loops if loop not in summing]  # of other weights, and of squared norms
+        others = [loop for loop in loops if loop not in summing]
         assert not any("x0<static_cast<int64_t>(6L)" in loop and "x1" in loop for loop in others)
         assert not any(f"x0<static_cast<int64_t>({6 * 512}L)" in loop for loop in others)
-        assert all(loop.count(".store(") in (0, 1, 3) for loop in others)
+        kept = [loop for loop in others if loop.count(".store(") != 3]  # not of other weights
+        assert len(kept) == 1 and f"x0<static_cast<int64_t>({6 * len(summing)}L)" in kept[0]
 
 
 @pytest.mark.parametrize("clip", [0, -1.0])

@@ -63,34 +63,35 @@ gradient, that is given whole; options."""
 class Rows:
     """Some stretches of equal length of a table that stays where it is.
 
-    A view where they are evenly spaced, as they are for equal layers.
-
     Arguments:
         table: The table.
         starts: Numbers of its entries with which they begin.
         length: Their length.
+
+    Attributes:
+        own: The stretches, [stretches, length]; a view where they are evenly spaced, as they are for equal layers, else
+            a copy to read into and to write from. It stays where it is, too.
     """
 
     def __init__(self, table: Tensor, starts: Sequence[int], length: int) -> None:
         self._flat = table.view(-1)
         step = starts[1] - starts[0] if len(starts) > 1 else length
-        self._view: Tensor | None = None
+        self._indices: Tensor | None = None
         if step > 0 and all(b - a == step for a, b in pairwise(starts)):
-            self._view = self._flat.as_strided((len(starts), length), (step, 1), starts[0])
+            self.own = self._flat.as_strided((len(starts), length), (step, 1), starts[0])
         else:
             indices = torch.tensor([list(range(start, start + length)) for start in starts], dtype=torch.int64)
             self._indices = indices.to(table.device, non_blocking=True)
+            self.own = table.new_empty(indices.shape)
 
     def read(self) -> Tensor:
-        """The stretches: [stretches, length]."""
-        return self._flat[self._indices] if self._view is None else self._view
+        """The stretches as the table has them."""
+        return self.own if self._indices is None else self.own.copy_(self._flat[self._indices])
 
-    def write(self, stretches: list[Tensor]) -> None:
-        """Put values into them."""
-        if self._view is None:
-            self._flat[self._indices] = torch.stack(stretches)
-        else:
-            torch.stack(stretches, out=self._view)
+    def write(self) -> None:
+        """Take over into the table what the stretches have become."""
+        if self._indices is not None:
+            self._flat[self._indices] = self.own
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Call:
         squares: Where to write the squared norms of their spans; None likewise.
     """
 
-    loop: Callable[..., list[Tensor]]
+    loop: Callable[..., None]
     works: list[_Work]
     grads: Sequence[int]
     coefficients: Rows
@@ -138,9 +139,10 @@ class Call:
         """
         own = [grads[row] for row in self.grads]
         scales = None if self.scales is None else self.scales.read()
-        sums = self.loop(self.works, own, self.coefficients.read(), gate, scales)
+        squares = None if self.squares is None else self.squares.own
+        self.loop(self.works, own, self.coefficients.read(), gate, scales, squares)
         if self.squares is not None:
-            self.squares.write(sums)  # out here: in the loop, some Inductors fail on it
+            self.squares.write()
 
 
 class Loops:
@@ -153,7 +155,7 @@ class Loops:
 
     def __init__(self, rule: UpdateRule, compiler: Compiler) -> None:
         self._rule, self._compiler = rule, compiler
-        self._made: dict[Any, Callable[..., list[Tensor]]] = {}
+        self._made: dict[Any, Callable[..., None]] = {}
 
     def calls(self, jobs: Sequence[Job], tables: Tables, gate: Gate) -> list[Call]:
         """The calls that do some jobs.
@@ -190,8 +192,9 @@ class Loops:
             for whole in (tables.scales, tables.squares)
         )
         written = [tensor for weight, slots, rounded, *_ in works for tensor in (weight, *slots, rounded)]
-        self._compiler.stays(written)
-        given = [*written, coefficients.read(), None if scales is None else scales.read()]
+        steady = [coefficients.own, *(None if rows is None else rows.own for rows in (scales, squares))]
+        self._compiler.stays([*written, *steady])
+        given = [*written, *steady]
         aligned = [tensor is None or tensor.data_ptr() % 16 == 0 for tensor in written]
         options = [(view.form, piece, job.flags) for view, piece, job in zip(views, pieces, jobs, strict=True)]
         key = gate.clip is None, gate.finite is None, *options, *aligned, *_looks(given)
@@ -205,18 +208,18 @@ class _Loop:
 
     def __init__(self, rule: UpdateRule, compiler: Compiler, device: torch.device) -> None:
         self._rule, self._compiler, self._device = rule, compiler, device
-        self._run: Callable[..., list[Tensor]] = compiler(make_loop(rule), sizes="same", loops_on=device)
+        self._run: Callable[..., None] = compiler(make_loop(rule), sizes="same", loops_on=device)
 
-    def __call__(self, *given: Any) -> list[Tensor]:
+    def __call__(self, *given: Any) -> None:
         try:
-            return self._run(*given)
+            self._run(*given)
         except BackendCompilerFailed as error:
             # Nothing has run yet. Inductor on CPUs has failed on sums of squares of some shapes.
             plain = make_loop(self._rule, sums=False)
             self._run = _with_sums_after(self._compiler(plain, sizes="same", loops_on=self._device))
             reason = first_line(error.inner_exception)
             warnings.warn(f"norms cost a pass of their own: Inductor fails on this update ({reason})", stacklevel=2)
-            return self._run(*given)
+            self._run(*given)
 
 
 def _alike(jobs: Sequence[Job]) -> dict[tuple[Kind, Flags], list[Job]]:
@@ -259,8 +262,8 @@ def _looks(tensors: Sequence[Tensor | None]) -> list[Any]:
     return looks
 
 
-def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., list[Tensor]]:
-    """The function, to be compiled, that does some jobs and, with `sums`, gives the squared norms of what it wrote.
+def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., None]:
+    """The function, to be compiled, that does some jobs and, with `sums`, keeps the squared norms of what it wrote.
 
     Weight, gradient and state are read once and written once: the norms cost no pass of their own.
     """
@@ -271,8 +274,9 @@ def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., list[Tensor]
         coefficients: Tensor,
         gate: Gate,
         scales: Tensor | None,
-    ) -> list[Tensor]:
-        squares, rest = [], len(works) - (0 if scales is None else scales.shape[0])
+        squares: Tensor | None,
+    ) -> None:
+        found, rest = [], len(works) - (0 if scales is None else scales.shape[0])
         for weight, slots, rounded, *_ in [*works[rest:], *works[:rest]]:
             meet((weight, *slots, rounded))
         for i, (weight, slots, rounded, piece, flags) in enumerate(works):
@@ -281,9 +285,10 @@ def make_loop(rule: UpdateRule, sums: bool = True) -> Callable[..., list[Tensor]
             if piece is not None and scales is not None and i >= rest:
                 scale = piece.along(scales[i - rest], weight)
             written = change(rule, weight, grad, slots, rounded, flags, coefficients[i], gate, scale)
-            if sums and piece is not None and scales is not None and i >= rest:
-                squares.append(piece.squares(written.to(scales.dtype)))
-        return squares
+            if sums and piece is not None and squares is not None and i >= rest:
+                found.append(piece.squares(written.to(squares.dtype)))
+        if found and squares is not None:
+            squares.copy_(torch.cat(found).view_as(squares))
 
     return own_code(loop)
 
@@ -333,14 +338,21 @@ def change(
     return written
 
 
-def _with_sums_after(loop: Callable[..., object]) -> Callable[..., list[Tensor]]:
+def _with_sums_after(loop: Callable[..., None]) -> Callable[..., None]:
     """A loop that does not measure, and a pass that does."""
 
-    def both(works: list[_Work], grads: list[Tensor], coefficients: Tensor, gate: Gate, scales: Tensor) -> list[Tensor]:
-        loop(works, grads, coefficients, gate, scales)
-        heads = works[len(works) - scales.shape[0] :]
+    def both(
+        works: list[_Work],
+        grads: list[Tensor],
+        coefficients: Tensor,
+        gate: Gate,
+        scales: Tensor | None,
+        squares: Tensor,
+    ) -> None:
+        loop(works, grads, coefficients, gate, scales, squares)
+        heads = works[len(works) - len(squares) :]
         pieces = [(weight, piece) for weight, _, _, piece, _ in heads if piece is not None]
-        return [piece.squares(weight.to(scales.dtype)) for weight, piece in pieces]
+        squares.copy_(torch.cat([piece.squares(weight.to(squares.dtype)) for weight, piece in pieces]).view_as(squares))
 
     return both
 

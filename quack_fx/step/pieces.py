@@ -83,9 +83,9 @@ class Piece:
         return scales.view([-1 if d == self.axis else 1 for d in range(piece.dim())])
 
     def squares(self, piece: Tensor) -> Tensor:
-        """Squared norm of each span: [runs * spans]."""
+        """Squared norm of each span: [runs, spans] where it is flat, else [runs]; as they come, no copies."""
         if self.flat:
-            return piece.square().sum(-1).flatten()
+            return piece.square().sum(-1)
         return piece.square().sum([d for d in range(piece.dim()) if d != self.axis])
 
 

@@ -223,7 +223,7 @@ def _change(share: Share, grads: list[Tensor], gate: Gate) -> None:
             rounded = None if part.rounded is None else part.view(part.rounded, piece)
             written = change(share.rule, weight, grad, slots, rounded, part.flags, coefficients, left, scale)
             if piece is not None and squares is not None and spans:
-                sums[spans.start] = piece.squares(written.to(squares.dtype))
+                sums[spans.start] = piece.squares(written.to(squares.dtype)).flatten()
     if squares is not None and sums:
         squares.copy_(_joined(squares, sums))
 
