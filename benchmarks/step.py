@@ -26,8 +26,8 @@ from gpt import GPT, GPTConfig
 def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=24, help="rounds of whole steps")
-    parser.add_argument("--update-rounds", type=int, default=240, help="rounds of updates")
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of whole steps")
+    parser.add_argument("--update-rounds", type=int, default=480, help="rounds of updates")
     parser.add_argument("--ways", nargs="*", choices=MEANING, default=[*MEANING], help="which; all if left out")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)

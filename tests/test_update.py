@@ -118,6 +118,41 @@ def test_lion_in_single_precision(compile: bool) -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
+def test_lion_differs_where_a_rounding_turns_a_sign(compile: bool) -> None:
+    """In fp32 on a model's own gradients, clipped and accumulated, against QuacK's hooks: where a weight goes the other
+    way, what it takes the sign of is next to zero; such weights are set right, and all others are the same."""
+    model = Model()
+    twin = copy.deepcopy(model)
+    ours, theirs = (Lion(m.parameters(), lr=1e-3, weight_decay=0.1) for m in (model, twin))
+    step = compile_train_step(model, ours, loss_of_part, layout=LAYOUT, tau=0.7, clip_grad_norm=CLIP, compile=compile)
+    QuacK(theirs, twin, LAYOUT, tau=0.7)
+    turned = 0
+    for i in range(STEPS):
+        ours.param_groups[0]["lr"] = theirs.param_groups[0]["lr"] = 1e-3 * schedule(i)
+        for x in (batch(i * PARTS + part) for part in range(PARTS)):
+            loss_of_part(twin, x).backward()
+            step.forward_backward(x)
+        nn.utils.clip_grad_norm_(twin.parameters(), CLIP)
+        between = [
+            (theirs.state[p]["exp_avg"] if theirs.state[p] else torch.zeros_like(p)).lerp(p.grad, 0.1)
+            for p in twin.parameters()
+        ]
+        theirs.step()
+        theirs.zero_grad()
+        step.update()
+        for p, q, signed in zip(model.parameters(), twin.parameters(), between, strict=True):
+            other = (p - q).abs() > 1e-5 * q.abs().mean()
+            assert (signed[other].abs() < 1e-4 * signed.abs().mean()).all()
+            turned += int(other.sum())
+            if other.any():
+                with torch.no_grad():
+                    p.copy_(torch.where(other, q, p))
+    assert turned < 10
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert relative_error(p, q) < 1e-5
+
+
+@pytest.mark.parametrize("compile", [False, True])
 def test_muon_in_single_precision(compile: bool) -> None:
     """Against torch's own under QuacK's hooks, with gradients that are given and not clipped: its products round to
     bfloat16, which makes much of a last digit."""
@@ -136,6 +171,54 @@ def test_muon_in_single_precision(compile: bool) -> None:
     assert quack.plan.units
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert relative_error(one, other) < 1e-5
+
+
+def by_hooks(model: Model, flipped: bool) -> Model:
+    """Trained by torch's own Muon and AdamW under QuacK's hooks; on batches upside down, the same but for rounding."""
+    optimizers = muon_and_adamw(model)
+    for optimizer in optimizers:
+        QuacK(optimizer, model, LAYOUT, tau=0.7)
+    for i in range(STEPS):
+        rates(optimizers, i)
+        for x in (batch(i * PARTS + part) for part in range(PARTS)):
+            loss_of_part(model, x.flip(0) if flipped else x).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
+    matrices, others = ([p for p in model.parameters() if (p.dim() == 2) == two] for two in (True, False))
+    return [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1), AdamW(others, lr=3e-3)]
+
+
+def rates(optimizers: list[Optimizer], step: int) -> None:
+    for optimizer, lr in zip(optimizers, (0.01, 3e-3), strict=True):
+        optimizer.param_groups[0]["lr"] = lr * schedule(step)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_muon_differs_as_it_does_from_itself(compile: bool) -> None:
+    """In fp32 on a model's own gradients, clipped and accumulated: no farther from torch's own under QuacK's hooks than
+    that is from itself when sums are rounded otherwise."""
+    model = Model()
+    reference, itself = (by_hooks(copy.deepcopy(model), flipped) for flipped in (False, True))
+    optimizers = muon_and_adamw(model)
+    step = compile_train_step(
+        model, optimizers, loss_of_part, layout=LAYOUT, tau=0.7, clip_grad_norm=CLIP, compile=compile
+    )
+    for i in range(STEPS):
+        rates(optimizers, i)
+        for x in (batch(i * PARTS + part) for part in range(PARTS)):
+            step.forward_backward(x)
+        step.update()
+    ours, theirs = (
+        max(relative_error(p, q) for p, q in zip(one.parameters(), reference.parameters(), strict=True))
+        for one in (model, itself)
+    )
+    assert 0 < ours < 2 * theirs < 0.05
 
 
 class Uneven(nn.Module):

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from test_optim import LAYOUT, Lion, Model, batch, relative_error
 from test_step import batches, optimizer_of, relative, small
-from test_update import assert_equal, loss_of_part, schedule
+from test_update import assert_equal, loss_of_part, muon_and_adamw, schedule
 from torch import Tensor, fx, nn
 from torch._prims.rng_prims import run_and_save_rng_state
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW, Muon, Optimizer, RMSprop
+from torch.optim import SGD, AdamW, Optimizer, RMSprop
 from torch.utils.checkpoint import checkpoint
 
 from quack_fx import find_qk_pairs
@@ -41,12 +41,6 @@ def scaled_loss(model: nn.Module, x: Tensor, factor: Tensor) -> Tensor:
 
 def each_kind(make: Callable[[Any], Optimizer]) -> Make:
     return lambda model: [make(model.parameters())]
-
-
-def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    return [Muon(matrices, lr=0.01, weight_decay=0.1), AdamW(others, lr=3e-3)]
 
 
 class Normed(nn.Module):
