@@ -218,7 +218,7 @@ def test_muon_differs_as_it_does_from_itself(compile: bool) -> None:
         max(relative_error(p, q) for p, q in zip(one.parameters(), reference.parameters(), strict=True))
         for one in (model, itself)
     )
-    assert 0 < ours < 2 * theirs < 0.05
+    assert 0 < ours < 3 * theirs < 0.05
 
 
 class Uneven(nn.Module):
