@@ -173,47 +173,49 @@ def test_muon_in_single_precision(compile: bool) -> None:
         assert relative_error(one, other) < 1e-5
 
 
-def by_hooks(model: Model, flipped: bool) -> Model:
-    """Trained by torch's own Muon and AdamW under QuacK's hooks; on batches upside down, the same but for rounding."""
-    optimizers = muon_and_adamw(model)
-    for optimizer in optimizers:
-        QuacK(optimizer, model, LAYOUT, tau=0.7)
-    for i in range(STEPS):
-        rates(optimizers, i)
-        for x in (batch(i * PARTS + part) for part in range(PARTS)):
-            loss_of_part(model, x.flip(0) if flipped else x).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-    return model
-
-
 def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
     matrices, others = ([p for p in model.parameters() if (p.dim() == 2) == two] for two in (True, False))
     return [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1), AdamW(others, lr=3e-3)]
 
 
-def rates(optimizers: list[Optimizer], step: int) -> None:
-    for optimizer, lr in zip(optimizers, (0.01, 3e-3), strict=True):
-        optimizer.param_groups[0]["lr"] = lr * schedule(step)
+def by_hooks(model: Model, flipped: bool) -> Model:
+    """Trained by torch's own Muon and AdamW under QuacK's hooks; on batches upside down, the same but for rounding."""
+    optimizers = muon_and_adamw(model)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
+    for optimizer in optimizers:
+        QuacK(optimizer, model, LAYOUT, tau=0.7)
+    for i in range(STEPS):
+        for x in (batch(i * PARTS + part) for part in range(PARTS)):
+            loss_of_part(model, x.flip(0) if flipped else x).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for one in (*optimizers, *schedulers):
+            one.step()
+        model.zero_grad()
+    return model
+
+
+@pytest.fixture(scope="module")
+def trained_by_hooks() -> tuple[Model, Model]:
+    """Twice the same training, but for rounding."""
+    return by_hooks(Model(), flipped=False), by_hooks(Model(), flipped=True)
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_muon_differs_as_it_does_from_itself(compile: bool) -> None:
+def test_muon_differs_as_it_does_from_itself(compile: bool, trained_by_hooks: tuple[Model, Model]) -> None:
     """In fp32 on a model's own gradients, clipped and accumulated: no farther from torch's own under QuacK's hooks than
     that is from itself when sums are rounded otherwise."""
-    model = Model()
-    reference, itself = (by_hooks(copy.deepcopy(model), flipped) for flipped in (False, True))
+    model, (reference, itself) = Model(), trained_by_hooks
     optimizers = muon_and_adamw(model)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
     step = compile_train_step(
         model, optimizers, loss_of_part, layout=LAYOUT, tau=0.7, clip_grad_norm=CLIP, compile=compile
     )
     for i in range(STEPS):
-        rates(optimizers, i)
-        for x in (batch(i * PARTS + part) for part in range(PARTS)):
-            step.forward_backward(x)
+        for part in range(PARTS):
+            step.forward_backward(batch(i * PARTS + part))
         step.update()
+        for scheduler in schedulers:
+            scheduler.step()
     ours, theirs = (
         max(relative_error(p, q) for p, q in zip(one.parameters(), reference.parameters(), strict=True))
         for one in (model, itself)

@@ -120,9 +120,8 @@ class Heads:
             for piece in pieces:
                 spans = piece.numbers()
                 if spans:
-                    self._squares[spans.start : spans.stop] = piece.squares(
-                        piece.of(weight).to(self._squares.dtype)
-                    ).flatten()
+                    squares = piece.squares(piece.of(weight).to(self._squares.dtype))
+                    self._squares[spans.start : spans.stop] = squares.flatten()
 
 
 def _exact(measured: Tensor, saved: Tensor) -> Tensor:

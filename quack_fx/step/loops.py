@@ -346,7 +346,7 @@ def _with_sums_after(loop: Callable[..., None]) -> Callable[..., None]:
         grads: list[Tensor],
         coefficients: Tensor,
         gate: Gate,
-        scales: Tensor | None,
+        scales: Tensor,
         squares: Tensor,
     ) -> None:
         loop(works, grads, coefficients, gate, scales, squares)
