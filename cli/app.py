@@ -18,6 +18,7 @@ from quack_fx import __version__
 from quack_fx.errors import QuackError, VerifyError
 
 from .bench import bench
+from .common import command as open_command
 from .convert import convert
 from .inspect import inspect
 from .verify import verify
@@ -60,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = typer.main.get_command(app)
     try:
-        status = command.main(words, prog_name="quack-fx", standalone_mode=False)
+        with open_command():
+            status = command.main(words, prog_name="quack-fx", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except QuackError as error:
         return _refuse(str(error), 1 if isinstance(error, VerifyError) else 2, "--debug" in words)

@@ -22,6 +22,7 @@ from .common import (
     check_output,
     find,
     note,
+    note_notes,
     progress,
     show,
     write_whole,
@@ -67,6 +68,7 @@ def bench(
     if output is not None:
         check_output(output, force)
     finding = find(target, build, inputs, real=True)
+    note_notes(finding)
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to time")
         return 1

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,6 +69,19 @@ class Finding:
     facts: Facts
 
 
+_command = ExitStack()
+"""What is open while a command runs: the world of its target."""
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Context of one command; what its target found around it is gone afterwards."""
+    try:
+        yield
+    finally:
+        _command.close()
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """A line on stderr that says what is going on, gone when it is done; where stderr is no terminal, nothing."""
@@ -86,6 +99,9 @@ def find(
 ) -> Finding:
     """From what the user typed to the layout, found or read; real: with a model that can train.
 
+    The world that the target's files need stays open until the command ends. A model that trains must do without: what
+    is compiled must not depend on it.
+
     Raises:
         QuackError: Bad input, in one line.
     """
@@ -94,15 +110,18 @@ def find(
         say("loading torch")
         start = time.perf_counter()
         from quack_fx.report import Facts
-        from quack_fx.targets import resolve
+        from quack_fx.targets import opened, resolve
 
-        resolved = resolve(target, build=build, inputs=inputs, real=real, progress=say)
+        if real:
+            resolved = resolve(target, build=build, inputs=inputs, real=True, progress=say)
+        else:
+            resolved = _command.enter_context(opened(target, build=build, inputs=inputs, progress=say))
         shapes = {name: tuple(p.shape) for name, p in resolved.model.named_parameters()}
         if given is not None:
             from quack_fx.factors import check_layout
 
             check_layout(given, resolved.model)
-            return Finding(resolved, given, Facts(resolved.title, resolved.how, shapes=shapes))
+            return Finding(resolved, given, Facts(resolved.title, resolved.how, shapes=shapes, notes=resolved.notes))
         from quack_fx.find import find as find_pairs
 
         call = (resolved.model, resolved.args, resolved.kwargs)
@@ -113,6 +132,7 @@ def find(
         graph=_graph_text(found),
         seconds=time.perf_counter() - start,
         shapes=shapes,
+        notes=resolved.notes,
     )
     return Finding(resolved, found.layout, facts)
 
@@ -201,6 +221,12 @@ def show(*parts: RenderableType) -> None:
     with plain.capture() as captured:
         plain.print(*parts, sep="\n")
     sys.stdout.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
+
+
+def note_notes(finding: Finding) -> None:
+    """On stderr what a report would show of how the target was loaded, where no report is printed."""
+    for about, text in finding.facts.notes:
+        note(f"{about}: {text}")
 
 
 def note(text: str) -> None:

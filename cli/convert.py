@@ -26,6 +26,7 @@ from .common import (
     check_output,
     find,
     note,
+    note_notes,
     write_whole,
 )
 
@@ -103,6 +104,9 @@ def convert(
             "keep: attentions with a QK norm are left alone.",
         ),
     ] = QKNorm.STRIP,
+    assume: Annotated[
+        bool, typer.Option("--assume", help="Write the file even where sizes of the model had to be assumed.")
+    ] = False,
     layout: LayoutOption = None,
     build: BuildOption = None,
     inputs: InputsOption = None,
@@ -113,6 +117,9 @@ def convert(
     if output is not None:
         check_output(output, force)
     finding = find(target, build, inputs, layout)
+    note_notes(finding)
+    if not assume:
+        finding.target.check_sizes("--assume")
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to convert")
         return 1

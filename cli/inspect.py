@@ -24,6 +24,7 @@ from .common import (
     check_output,
     find,
     note,
+    note_notes,
     progress,
     show,
     write_whole,
@@ -64,6 +65,7 @@ def inspect(
         facts = replace(facts, proof=_proof(finding))
     site = report.find_site(layout, pair) if pair is not None else None
     if as_json:
+        note_notes(finding)
         typer.echo(json.dumps((layout if site is None else QKLayout((site,))).to_dict()))
     elif site is not None:
         show(report.pair(site, facts))

@@ -68,7 +68,7 @@ def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | N
     for config in shrunk(names["config"]):
         space = Namespace(target.source, {**names, "config": config})
         with suppress(TargetError):  # the next one is less small
-            return settle(hf.recipe(space), space, None, True, say), _size(config)
+            return settle([hf.recipe(space)], space, None, True, say), _size(config)
     return None
 
 

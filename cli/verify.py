@@ -17,6 +17,7 @@ from .common import (
     TargetArgument,
     find,
     note,
+    note_notes,
     progress,
     show,
 )
@@ -32,6 +33,7 @@ def verify(
 ) -> int:
     """Prove by gradients that each head's logits depend on exactly the rows that were found."""
     finding = find(target, build, inputs, layout)
+    note_notes(finding)
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to verify")
         return 1

@@ -51,6 +51,7 @@ def convert(
     title: str | None = None,
     build: str | None = None,
     inputs: str | None = None,
+    assume: bool = False,
     **kwargs: Any,
 ) -> str:
     """Source of a training step with QuacK for a model: one file that needs torch alone.
@@ -68,6 +69,7 @@ def convert(
         title: Name of the model in the emitted docstring; its class if left out.
         build: For a target that is text, an expression that builds the model.
         inputs: For a target that is text, an expression for the example inputs.
+        assume: For a target that is text, whether sizes that nobody gives may be assumed.
         kwargs: More example inputs, by name.
 
     Returns:
@@ -87,6 +89,8 @@ def convert(
         from quack_fx.targets import resolve
 
         resolved = resolve(target, build=build, inputs=inputs)
+        if not assume:
+            resolved.check_sizes("assume=True")
         model = resolved.model
         args, kwargs = args or resolved.args, kwargs or resolved.kwargs
     elif build is not None or inputs is not None:

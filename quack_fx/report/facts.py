@@ -47,6 +47,8 @@ class Facts:
         seconds: Time from the target to the layout.
         shapes: Shape of every parameter by name.
         proof: What a proof said, where one was asked for.
+        notes: What else a reader should know of how it was built: pairs of a word that says what a note is about, and
+            the note.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Facts:
     seconds: float = 0.0
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     proof: Proof | None = None
+    notes: Sequence[tuple[str, str]] = ()
 
     @property
     def parameters(self) -> int:

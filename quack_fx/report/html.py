@@ -78,7 +78,11 @@ def page(layout: QKLayout, facts: Facts) -> str:
     normed = sum(bool(site.qk_norm) for site in layout.sites)
     body = [
         f"<h1>{escape(facts.title)}</h1>",
-        *(f'<p class="soft">{escape(text)}</p>' for text in (facts.how, facts.graph) if text),
+        *(
+            f'<p class="soft">{escape(text)}</p>'
+            for text in (facts.how, *(f"{about}: {text}" for about, text in facts.notes), facts.graph)
+            if text
+        ),
         _sums(layout, facts, len(groups)),
         "<h2>Query/key pairs, one row per group of equal layers</h2>" if groups else "<h2>No attention was found</h2>",
         _table(groups, facts.proof) if groups else "",

@@ -58,6 +58,8 @@ def header(layout: QKLayout, facts: Facts) -> RenderableType:
     grid.add_row("model", Text(facts.title, HEAD))
     if facts.how:
         grid.add_row("", Text(facts.how))
+    for about, text in facts.notes:
+        grid.add_row(about, Text(text))
     if facts.graph:
         grid.add_row("graph", Text(facts.graph + (f", {facts.seconds:.1f} s" if facts.seconds else "")))
     groups = g.group_sites(layout.sites)

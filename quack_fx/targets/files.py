@@ -1,7 +1,7 @@
 """DOOR: a Python file or module -> its namespace; errors of the user's code -> one line.
 
-In: the target as typed. Out: a `Namespace` and the name after the colon, if any. The working directory and the file's
-own package root are importable while and after the file runs, as a script's folder is for `python model.py`.
+In: the target as typed, and the world it runs in. Out: a `Namespace` and the name after the colon, if any. Where a file
+lies is told by `packages.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 
 from quack_fx.errors import TargetError
+from quack_fx.targets.packages import Place, place_of, repository_of
+from quack_fx.targets.world import TrainingBegins, World
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ class Namespace:
     module: str = ""
 
 
-def load(target: str) -> tuple[Namespace, str | None]:
+def load(target: str, world: World) -> tuple[Namespace, str | None]:
     """The namespace of "file.py[:NAME]" or "package.module[:NAME]", and the name.
 
+    Arguments:
+        target: What was typed.
+        world: What the file finds around it.
+
     Raises:
-        TargetError: There is no such file or module, or it raises.
+        TargetError: There is no such file or module, or it raises before there is anything in it.
     """
     place, colon, name = target.rpartition(":") if ":" in target else (target, "", "")
     if colon and not all(part.isidentifier() for part in name.split(".")):
@@ -55,21 +62,21 @@ def load(target: str) -> tuple[Namespace, str | None]:
         raise TargetError(f"{target!r} names no file; type file.py, file.py:NAME or package.module:NAME")
     path = Path(place).expanduser()
     if (path / "__init__.py").exists():
-        return _file(path / "__init__.py", place), name or None
+        return _file(path / "__init__.py", place, world), name or None
     if path.is_dir():
         raise TargetError(f"{place!r} is a folder without a config.json; give one that has it, or a Python file")
     if path.exists():
         if path.suffix != ".py":
             raise TargetError(f"{place!r} is neither a Python file (.py) nor a Hugging Face config (.json)")
-        return _file(path, place), name or None
+        return _file(path, place, world), name or None
     if path.suffix == ".py" or os.sep in place:
         raise TargetError(f"no file {place!r} (seen from {Path.cwd()})")
     if not all(part.isidentifier() for part in place.split(".")):
         raise TargetError(f"{place!r} is neither a file nor a module; type file.py:NAME or package.module:NAME")
-    return _module(place), name or None
+    return _module(place, world), name or None
 
 
-def _file(path: Path, typed: str) -> Namespace:
+def _file(path: Path, typed: str, world: World) -> Namespace:
     """Run a Python file as a module of the package it lies in."""
     path = path.resolve()
     try:
@@ -78,66 +85,131 @@ def _file(path: Path, typed: str) -> Namespace:
         raise TargetError(_syntax(error, typed)) from error
     except OSError as error:
         raise TargetError(f"{typed!r} cannot be read: {error.strerror}") from error
-    root = path.parent
-    while (root / "__init__.py").exists() and root.parent != root:
-        root = root.parent
-    relative = any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
-    if relative and root == path.parent and path.is_relative_to(Path.cwd()):
-        root = Path.cwd()  # a package without __init__.py: relative imports need the folders above it
-    _importable(Path.cwd(), root)
-    parts = path.relative_to(root).with_suffix("").parts
-    space = Namespace(typed, {}, path)
+    place = place_of(path, tree)
+    world.settle_at(place)
     try:
-        if len(parts) > 1:
-            module = importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-        else:
-            module = _run(path, parts[0])
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"{typed} does not run: {one_line(error, space)}") from error
-    if module.__file__ is None or Path(module.__file__).resolve() != path:
-        raise TargetError(
-            f"{typed!r} would be module {module.__name__}, which is {module.__file__}; rename one of them"
-        )
+        module = _run(place, tree, world)
+    except (Exception, SystemExit, TrainingBegins) as error:
+        raise TargetError(_does_not_run(typed, error, Namespace(typed, {}, path), world)) from error
     return Namespace(typed, vars(module), path, module.__name__)
 
 
-def _run(path: Path, stem: str) -> ModuleType:
-    """Run a file that is in no package, under its own name where nobody else has it."""
-    taken = sys.modules.get(stem)
-    if not stem.isidentifier() or (taken is not None and getattr(taken, "__file__", None) != str(path)):
-        stem = f"_target_{abs(hash(str(path)))}"
-    spec = importlib.util.spec_from_file_location(stem, path)
-    assert spec is not None and spec.loader is not None
+def _run(place: Place, tree: ast.Module, world: World) -> ModuleType:
+    """Run a file under its name, with the packages above it.
+
+    A package that fails by itself is left out, as an empty one: its file may do without.
+    """
+    package, _, leaf = place.name.rpartition(".")
+    if package or place.file.name == "__init__.py":
+        try:
+            importlib.import_module(place.name if place.file.name == "__init__.py" else package)
+        except (Exception, SystemExit, TrainingBegins) as error:
+            if place.file.name == "__init__.py":
+                raise
+            world.notes.append(f"package {package} left out, since it fails: {name_and_text(error)}")
+            _bare_packages(place)
+    loaded = sys.modules.get(place.name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(place.file):
+        return loaded
+    name = place.name
+    if not package and (loaded is not None or "." in leaf or leaf in sys.stdlib_module_names):
+        name = f"_target_{abs(hash(str(place.file)))}"  # somebody else has that name
+    spec = importlib.util.spec_from_file_location(name, place.file)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[stem] = module  # dataclasses and string annotations look their module up here
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[stem]
-        raise
+    sys.modules[name] = module  # dataclasses and string annotations look their module up here
+    if package:
+        setattr(sys.modules[package], leaf, module)
+    _execute(module, tree, place, world)
     return module
 
 
-def _module(name: str) -> Namespace:
-    _importable(Path.cwd())
+def _bare_packages(place: Place) -> None:
+    """Packages above a file without what their own files do."""
+    parts = place.name.split(".")[:-1]
+    for i in range(1, len(parts) + 1):
+        name = ".".join(parts[:i])
+        package = ModuleType(name)
+        package.__path__ = [str(place.base.joinpath(*parts[:i]))]
+        package.__file__ = str(place.base.joinpath(*parts[:i], "__init__.py"))
+        sys.modules[name] = package
+        if i > 1:
+            setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], package)
+
+
+def _execute(module: ModuleType, tree: ast.Module, place: Place, world: World) -> None:
+    """Run a file's statements; where one fails, the definitions behind it still count.
+
+    Scripts that train, read data or look for a GPU at their top fail there; the model is defined all the same.
+    """
+    names, file = vars(module), str(place.file)
+    try:
+        exec(compile(tree, file, "exec"), names)
+    except (Exception, SystemExit, TrainingBegins) as error:
+        line = _line_in(file, error)
+        rest = [node for node in tree.body if node.lineno > line and _defines(node)]
+        for node in rest:
+            # A definition that needs what is missing is missing itself.
+            with suppress(Exception, SystemExit, TrainingBegins):
+                exec(compile(ast.Module([node], []), file, "exec"), names)
+        if not any(isinstance(v, type) and v.__module__ == module.__name__ for v in names.values()):
+            raise
+        what = "training begins" if isinstance(error, TrainingBegins) else name_and_text(error)
+        world.notes.append(f"{place.file.name} stops at line {line} ({what}); what it defines was used")
+
+
+def _line_in(file: str, error: BaseException) -> int:
+    """The line of the statement at the top of a file that an error came through."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return (frames[0].lineno or 0) if frames else 0
+
+
+def _defines(node: ast.stmt) -> bool:
+    """Whether a statement only defines: imports, functions, classes, plain values, and choices among those."""
+    if isinstance(node, ast.If | ast.Try):
+        handlers = node.handlers if isinstance(node, ast.Try) else []
+        inner = [*node.body, *node.orelse, *(s for h in handlers for s in h.body)]
+        return all(map(_defines, inner))
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        return not any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(node))
+    return isinstance(
+        node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Pass
+    )
+
+
+def _module(name: str, world: World) -> Namespace:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     space = Namespace(name, {})
     try:
-        module = importlib.import_module(name)
+        spec = importlib.util.find_spec(name)
     except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise TargetError(f"no file and no module {name!r} (seen from {Path.cwd()})") from error
-        raise TargetError(f"{name} does not run: {one_line(error, space)}") from error
+        raise TargetError(f"no file and no module {name!r} (seen from {Path.cwd()})") from error
     except (Exception, SystemExit) as error:
-        raise TargetError(f"{name} does not run: {one_line(error, space)}") from error
-    file = getattr(module, "__file__", None)
-    return Namespace(name, vars(module), Path(file).resolve() if file else None, module.__name__)
+        raise TargetError(_does_not_run(name, error, space, world)) from error
+    if spec is None:
+        raise TargetError(f"no file and no module {name!r} (seen from {Path.cwd()})")
+    if spec.origin is not None and spec.origin.endswith(".py"):
+        file = Path(spec.origin).resolve()
+        parts = name.split(".") + (["__init__"] if file.name == "__init__.py" else [])
+        base = file.parents[len(parts) - 1]
+        world.settle_at(Place(file, base, name, repository_of(file, base)))
+    try:
+        module = importlib.import_module(name)
+    except (Exception, SystemExit, TrainingBegins) as error:
+        raise TargetError(_does_not_run(name, error, space, world)) from error
+    origin = getattr(module, "__file__", None)
+    return Namespace(name, vars(module), Path(origin).resolve() if origin else None, module.__name__)
 
 
-def _importable(*folders: Path) -> None:
-    """Put folders in front of the import path, as Python does with the folder of a script."""
-    for folder in folders:
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
+def _does_not_run(typed: str, error: BaseException, space: Namespace, world: World) -> str:
+    what = "it trains where it is imported" if isinstance(error, TrainingBegins) else one_line(error, space)
+    return f"{typed} does not run: {what}{without(world)}"
+
+
+def without(world: World) -> str:
+    """What an error's line says of the packages that are missing."""
+    return f" (not importable here, and stood in for: {', '.join(world.missing)})" if world.missing else ""
 
 
 def evaluate(expression: str, option: str, namespace: Namespace, extra: Mapping[str, Any] | None = None) -> Any:
@@ -146,12 +218,20 @@ def evaluate(expression: str, option: str, namespace: Namespace, extra: Mapping[
     Raises:
         TargetError: The expression is no expression. What it raises by itself comes through.
     """
-    names = {"torch": torch, "nn": torch.nn, **namespace.names, **(extra or {})}
+    helpers = {"torch": torch, "nn": torch.nn, "SimpleNamespace": SimpleNamespace, "changed": changed}
+    names = {**helpers, **namespace.names, **(extra or {})}
     try:
         code = compile(expression.strip(), option, "eval")
     except (SyntaxError, ValueError) as error:
         raise TargetError(f"{option} {expression!r} is not a Python expression: {error}") from error
     return eval(code, names)
+
+
+def changed(config: Any, **fields: Any) -> Any:
+    """A config with some fields changed, for expressions that the reports print."""
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
 
 
 def one_line(error: BaseException, namespace: Namespace) -> str:

@@ -1,29 +1,35 @@
 """DOOR: the model among the names of a namespace.
 
-In: a `Namespace` and, maybe, a name. Out: a `Recipe` that makes the model. Without a name the first of these that the
-file has: a zero-argument factory, a module that the file made, the one nn.Module class that no other class of the file
-contains. Classes that the file cannot build do not count where another can be built. Two of a kind are refused: the
-user says which.
+In: a `Namespace` and, maybe, a name. Out: `Recipe`s that make the model, the likeliest first. Without a name the first
+of these that the file has: a zero-argument factory, a module that the file made, the one nn.Module class that no other
+class of the file contains, a factory with arguments. Of several of a kind the one counts that the repository uses most; where
+none stands out, the user says which. What a class or factory needs and has no default of, `sizes` finds or makes up.
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
 import inspect
 import re
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import networkx as nx
-from torch import Tensor, nn
+from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.files import Namespace
+from quack_fx.targets.packages import python_files, repository_of
+from quack_fx.targets.sizes import Call, calls
+from quack_fx.targets.sizes.plans import needs_nothing, required
+from quack_fx.targets.sizes.sources import PARSED
+from quack_fx.targets.world import World
+from quack_fx.targets.world.inert import InertModule
 
 _FACTORY = re.compile(
     r"(build|make|create|get|init|load)(_\w+)?_(model|net|network|transformer|lm)|(build|model|make_model)"
@@ -40,34 +46,45 @@ class Recipe:
             made says more.
         make: Makes it.
         made: Whether the file has made it already, so that it is what it is.
+        call: The call with which it is made, where the file does not say with which values.
     """
 
     text: str
     make: Callable[[], Any]
     made: bool = False
+    call: Call | None = None
 
 
-def pick(namespace: Namespace, name: str | None) -> Recipe:
-    """The recipe of the model called `name`, or of the one that is clearly meant.
+def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recipe]:
+    """Recipes of the model called `name`, or of the one that is clearly meant: the likeliest first.
+
+    Arguments:
+        namespace: What the target's file defines.
+        name: The name behind the colon, if one was typed.
+        world: What the file found around it.
 
     Raises:
         TargetError: No such name, nothing that is a model, or several.
     """
     if name is not None:
-        return _recipe(namespace, name, _lookup(namespace, name))
+        yield from _recipes(namespace, name, _lookup(namespace, name), world)
+        return
     own = {n: v for n, v in namespace.names.items() if _defined_here(v, namespace) and not n.startswith("__")}
     factories = [n for n, v in own.items() if isinstance(v, FunctionType) and _makes_model(n, v)]
-    ready = [n for n in factories if not _required(own[n])]
+    ready = [n for n in factories if not required(own[n])]
     roots = _roots(namespace, own)
-    ready_roots = [n for n in roots if _arguments(namespace, own[n]) is not None] or roots
-    for names in (ready, _instances(namespace), ready_roots):
-        if len(names) == 1:
-            return _recipe(namespace, names[0], namespace.names[names[0]])
+    ready_roots = [n for n in roots if needs_nothing(n, own[n], namespace.names)] or roots
+    for names in (ready, _instances(namespace), ready_roots, factories):
+        chosen = names if len(names) < 2 else _most_used(namespace, names, world)
+        if len(chosen) == 1:
+            if len(names) > 1:
+                others = _list([n for n in names if n != chosen[0]])
+                world.notes.append(f"{chosen[0]} was taken of the models in {namespace.source}; others: {others}")
+            yield from _recipes(namespace, chosen[0], namespace.names[chosen[0]], world)
+            return
         if names:
             typed = " or ".join(f"{namespace.source}:{n}" for n in names[:4])
             raise TargetError(f"{namespace.source} has {len(names)} models ({_list(names)}); type {typed}")
-    if factories:
-        return _recipe(namespace, factories[0], own[factories[0]])  # refuses, with the arguments that it needs
     foreign = [n for n, v in namespace.names.items() if _is_model_class(v) and v.__module__.split(".")[0] != "torch"]
     hint = f"it imports {_list(foreign)}: type {namespace.source}:{foreign[0]}" if foreign else "type --build EXPR"
     raise TargetError(
@@ -89,80 +106,69 @@ def _lookup(namespace: Namespace, name: str) -> Any:
     return value
 
 
-def _recipe(namespace: Namespace, name: str, value: Any) -> Recipe:
+def _recipes(namespace: Namespace, name: str, value: Any, world: World) -> Iterator[Recipe]:
     """How to get a model out of one named thing."""
     if isinstance(value, nn.Module):
-        return Recipe(name, lambda: value, made=True)
-    if _is_model_class(value):
-        return _construct(namespace, name, value)
-    if isinstance(value, type) or not callable(value):
+        yield Recipe(name, lambda: value, made=True)
+        return
+    if not callable(value) or (isinstance(value, type) and not _is_model_class(value)):
         kind = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
         raise TargetError(f"{name!r} of {namespace.source} is {kind}, not an nn.Module, a class of one or a factory")
-    if needed := _required(value):
-        raise TargetError(
-            f"{name}() of {namespace.source} needs arguments ({_list(needed)}); "
-            f'type --build "{name}({", ".join(f"{n}=..." for n in needed)})"'
-        )
 
-    def make() -> Any:
-        model = value()
+    def checked(model: Any) -> Any:
         if not isinstance(model, nn.Module):
             raise TargetError(f"{name}() of {namespace.source} gives a {type(model).__name__}, not an nn.Module")
         return model
 
-    return Recipe(f"{name}()", make)
+    if not required(value):
+        yield Recipe(f"{name}()", lambda: checked(value()))
+        return
+    for call in calls(name, value, namespace.names, namespace.file, world.own_files()):
+        yield Recipe(call.text, lambda call=call: checked(call()), call=call)
 
 
-def _construct(namespace: Namespace, name: str, cls: type[nn.Module]) -> Recipe:
-    """How to call a model class: with nothing, or with config objects that need nothing themselves."""
-    configs = _arguments(namespace, cls)
-    if configs is None:
-        needed = _required(cls)
-        tried = [c for n in needed if (c := _config(namespace, cls, n, alone=len(needed) == 1)) is not None]
-        missing = [f"{config} has no default for {_list(_required(made))}" for config, made in tried if _required(made)]
-        why = f" ({'; '.join(missing)})" if missing else ""
-        raise TargetError(
-            f"{name} of {namespace.source} needs arguments ({_list(needed)}) without a default{why}; "
-            f'type --build "{name}({", ".join(f"{n}=..." for n in needed)})"'
-        )
-    text = ", ".join(f"{c}()" if len(configs) == 1 else f"{p}={c}()" for p, (c, _) in configs.items())
-    return Recipe(f"{name}({text})", lambda: cls(**{p: c() for p, (_, c) in configs.items()}))
+def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str]:
+    """Of several models the one that the repository means most: it is imported elsewhere, or called like the file,
+    or made of more of the file's classes than any other. All of them where none stands out."""
+    stem = namespace.file.stem if namespace.file is not None else ""
+    used = _uses_elsewhere(namespace, names)
+
+    def parts(name: str) -> int:
+        value = namespace.names[name]
+        return len(_contains(namespace, name)) if isinstance(value, type) else 0
+
+    def called_alike(name: str) -> bool:
+        return _plain(name) == _plain(stem)
+
+    for measure in (called_alike, used.__getitem__, parts):
+        best = max(map(measure, names))
+        first = [n for n in names if measure(n) == best]
+        if len(first) == 1 and best:
+            return first
+        names = first
+    return names
 
 
-def _arguments(namespace: Namespace, cls: type[nn.Module]) -> dict[str, tuple[str, type]] | None:
-    """The config class for each parameter without a default; None where there is none that needs nothing itself."""
-    needed = _required(cls)
-    configs = {n: _config(namespace, cls, n, alone=len(needed) == 1) for n in needed}
-    found = {n: config for n, config in configs.items() if config is not None and not _required(config[1])}
-    return found if len(found) == len(needed) else None
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
 
 
-def _config(namespace: Namespace, cls: type, parameter: str, alone: bool) -> tuple[str, type] | None:
-    """The class of a constructor's parameter: its annotation, or else the one dataclass of the file."""
-    try:
-        hint = typing.get_type_hints(inspect.getattr_static(cls, "__init__")).get(parameter)
-    except Exception:  # annotations may name what was never imported
-        hint = None
-    for option in (hint, *typing.get_args(hint)):
-        if isinstance(option, type) and option.__module__ != "builtins" and not issubclass(option, nn.Module | Tensor):
-            known = next((n for n, v in namespace.names.items() if v is option), option.__name__)
-            return (known, option) if option.__module__ not in ("types", "typing", "collections.abc") else None
-    if hint is not None or not alone:
-        return None
-    found = {n: v for n, v in namespace.names.items() if isinstance(v, type) and dataclasses.is_dataclass(v)}
-    found = {n: v for n, v in found.items() if not issubclass(v, nn.Module)}
-    if len(found) > 1:
-        found = {n: v for n, v in found.items() if n.startswith(cls.__name__)}
-    return next(iter(found.items())) if len(found) == 1 else None
-
-
-def _required(function: Callable[..., Any]) -> list[str]:
-    """Parameters without a default."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):
-        return []
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+def _uses_elsewhere(namespace: Namespace, names: list[str]) -> Counter[str]:
+    """In how many other files of the repository each name stands."""
+    found: Counter[str] = Counter()
+    if namespace.file is None:
+        return found
+    words = {name: re.compile(rf"\b{re.escape(name)}\b") for name in names}
+    for path in python_files(repository_of(namespace.file, namespace.file.parent), namespace.file)[:PARSED]:
+        if path == namespace.file:
+            continue
+        try:
+            text = path.read_text("utf-8", errors="ignore")
+        except OSError:
+            continue
+        if namespace.file.stem in text:
+            found.update(name for name, word in words.items() if word.search(text))
+    return found
 
 
 def _defined_here(value: Any, namespace: Namespace) -> bool:
@@ -184,7 +190,7 @@ def _makes_model(name: str, function: FunctionType) -> bool:
 
 def _instances(namespace: Namespace) -> list[str]:
     """Modules that the file made, without those that are part of another."""
-    made = {n: v for n, v in namespace.names.items() if isinstance(v, nn.Module)}
+    made = {n: v for n, v in namespace.names.items() if isinstance(v, nn.Module) and not isinstance(v, InertModule)}
     parts = {id(part) for v in made.values() for part in v.modules() if part is not v}
     unique = {id(v): n for n, v in reversed(made.items()) if id(v) not in parts}
     return [n for n in made if n in unique.values()]
@@ -193,17 +199,33 @@ def _instances(namespace: Namespace) -> list[str]:
 def _roots(namespace: Namespace, own: dict[str, Any]) -> list[str]:
     """Model classes with a forward that no other class of the file builds on or uses."""
     classes = {n for n, v in own.items() if _is_model_class(v) and v.__name__ == n}
-    uses = nx.DiGraph()
+    uses = _class_uses(namespace)
     uses.add_nodes_from(classes)
-    if namespace.file is not None:
-        for name, node in _definitions(ast.parse(namespace.file.read_bytes()).body):
-            uses.add_edges_from((name, other) for other in _names_in(node) if other != name and other in own)
     contained = {inner for cls in classes for inner in nx.descendants(uses, cls) if not nx.has_path(uses, inner, cls)}
     return [
         n
         for n in own
         if n in classes - contained and own[n].forward is not nn.Module.forward and not inspect.isabstract(own[n])
     ]
+
+
+def _contains(namespace: Namespace, name: str) -> set[str]:
+    """Classes and functions of the file that one uses, those that they use included."""
+    uses = _class_uses(namespace)
+    return set(nx.descendants(uses, name)) if name in uses else set()
+
+
+def _class_uses(namespace: Namespace) -> nx.DiGraph[str]:
+    """Which definition of a file names which other."""
+    uses: nx.DiGraph[str] = nx.DiGraph()
+    if namespace.file is not None:
+        for name, node in _definitions(ast.parse(namespace.file.read_bytes()).body):
+            uses.add_edges_from(
+                (name, other)
+                for other in _names_in(node)
+                if other != name and _defined_here(namespace.names.get(other), namespace)
+            )
+    return uses
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:

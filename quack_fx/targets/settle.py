@@ -1,0 +1,333 @@
+"""DOOR: from recipes of a model to the model, and to inputs for which its forward runs.
+
+In: recipes, the likeliest first; the namespace that expressions are evaluated in. Out: a `Target`. Each recipe is built
+on the meta device, if that will do, then for real, if memory holds it; the first whose forward runs is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
+
+from quack_fx.errors import CaptureError, TargetError
+from quack_fx.recording import Capture, capture
+from quack_fx.targets.files import Namespace, evaluate, one_line, without
+from quack_fx.targets.inputs import Inputs, infer
+from quack_fx.targets.pick import Recipe
+from quack_fx.targets.world import StandInUsed, World
+
+RETRY_LIMIT_BYTES = 1 << 30
+"""Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A model and the arguments of one forward call.
+
+    Attributes:
+        model: The model, in training mode as its constructor left it, often on the meta device.
+        args: Positional arguments of the forward call.
+        kwargs: Keyword arguments of the forward call.
+        title: What was built, in a few words: "GPT(GPTConfig()) of examples/gpt.py".
+        source: The file, module or config that it came from, as the user typed it.
+        how: How the model was built and where the inputs come from: "built on the meta device; inputs
+            idx=int64[2, 4] (inferred)".
+        recording: The recording made while the inputs were tried, or None where they were not tried.
+        assumed: Sizes that nobody gave and that were made up, by name.
+        build: The --build expression that makes this model; "" where the target says it all by itself.
+        notes: What else a person should know: pairs of a word that says what it is about, and a sentence.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    title: str
+    source: str
+    how: str
+    recording: Capture | None = None
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+    build: str = ""
+    notes: tuple[tuple[str, str], ...] = ()
+
+    def check_sizes(self, allow: str) -> None:
+        """Refuse a model whose sizes were assumed.
+
+        Arguments:
+            allow: What to type to have it all the same.
+
+        Raises:
+            TargetError: Sizes were assumed.
+        """
+        if self.assumed:
+            sizes = ", ".join(f"{n}={v!r}" for n, v in self.assumed.items())
+            raise TargetError(
+                f"the sizes {sizes} of {self.title} are assumed, so what is written would fit no model of yours; give "
+                f"them with --build {shlex.quote(self.build)}, or add {allow}"
+            )
+
+
+def given(expression: str, namespace: Namespace) -> Recipe:
+    """Recipe of a --build expression."""
+
+    def make() -> Any:
+        model = evaluate(expression, "--build", namespace)
+        if not isinstance(model, nn.Module):
+            hint = "; call it" if callable(model) else ""
+            raise TargetError(f"--build {expression!r} gives {_kind(model)}, not an nn.Module{hint}")
+        return model
+
+    return Recipe(expression, make)
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def settle(
+    recipes: Iterable[Recipe],
+    namespace: Namespace,
+    inputs: str | None,
+    real: bool,
+    say: Callable[[str], None],
+    world: World | None = None,
+) -> Target:
+    """Build the model, on meta if that works, and find inputs for which its forward runs.
+
+    Arguments:
+        recipes: How the model may be made, the likeliest first.
+        namespace: What the recipes and the expression for the inputs may name.
+        inputs: Expression that gives the inputs; None to infer them.
+        real: Whether to build on real numbers only.
+        say: Called with a few words before what takes time.
+        world: What the model's files find around them; by default nothing that is not there.
+
+    Returns:
+        The target, made by the first recipe that leads to one.
+
+    Raises:
+        TargetError: The model cannot be built, or no inputs fit.
+    """
+    world = world or World()
+    first: TargetError | None = None
+    try:
+        for recipe in recipes:
+            try:
+                return _settled(recipe, namespace, inputs, real, say, world)
+            except TargetError as error:
+                furthest = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
+                first = error if first is None or furthest else first
+    except TargetError as error:  # no recipe is left, or there was none
+        first = first or error
+    assert first is not None  # there is at least one recipe
+    raise first
+
+
+def _settled(
+    recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool, say: Callable[[str], None], world: World
+) -> Target:
+    """The target that one recipe makes."""
+    refusal: TargetError | None = None
+    for device, model in _builds(recipe, namespace, real, say, world):
+        where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
+        try:
+            chosen, recording, cast = _tried(model, namespace, inputs, say, world, recipe)
+        except TargetError as error:
+            refusal = error  # that of the last build: it has the most real numbers
+            continue
+        origin = "given" if inputs else "inferred"
+        call = recipe.call
+        return Target(
+            model=model,
+            args=chosen.args,
+            kwargs=chosen.kwargs,
+            title=f"{_short(recipe) or type(model).__name__} of {namespace.source}",
+            source=namespace.source,
+            how=f"built {where}{cast}; inputs {chosen.text} ({origin})",
+            recording=recording,
+            assumed=call.account.assumed if call else {},
+            build=call.text if call and (call.account.assumed or call.account.found) else "",
+            notes=tuple(_notes(recipe, world)),
+        )
+    assert refusal is not None  # the last build either raised or was tried
+    raise refusal
+
+
+def _short(recipe: Recipe) -> str:
+    """The expression that makes the model, without its arguments where they are many."""
+    text = recipe.call.text if recipe.call else recipe.text
+    return text if len(text) <= 80 or not recipe.call else f"{text.split('(')[0]}(...)"
+
+
+def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
+    """What a person should know of how the model was made."""
+    call = recipe.call
+    if call is not None and call.account.assumed:
+        yield "assumed", ", ".join(f"{n}={v!r}" for n, v in call.account.assumed.items())
+    if call is not None and call.account.found:
+        places: dict[str, list[str]] = {}
+        for name, (value, where) in call.account.found.items():
+            places.setdefault(where, []).append(f"{name}={value!r}")
+        yield "taken", "; ".join(f"{', '.join(values)} from {where}" for where, values in places.items())
+    if call is not None and call.account.assumed:
+        yield "edit", f"--build {shlex.quote(call.text)}"
+    if world.missing:
+        yield "missing", f"{', '.join(world.missing)} cannot be imported here and had stand-ins"
+    for text in world.notes:
+        yield "loaded", text
+
+
+def _builds(
+    recipe: Recipe, namespace: Namespace, real: bool, say: Callable[[str], None], world: World
+) -> Iterator[tuple[str, nn.Module]]:
+    """The model on meta, if that will do, then for real; whichever can be built and may help."""
+    if recipe.made:
+        with world.building("cpu"):
+            model = recipe.make()
+        yield "real", model
+        return
+    what = _short(recipe) or "the model"
+    on_meta, on_meta_fails = None, ""
+    if not real:
+        say(f"building {what} on the meta device")
+        try:
+            with world.building("meta"), torch.device("meta"):
+                on_meta = recipe.make()
+        except TargetError:
+            raise
+        except (Exception, SystemExit) as error:
+            # Constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything.
+            on_meta_fails = (
+                f", and on the meta device, where size does not matter, it fails: {one_line(error, namespace)}"
+            )
+    if on_meta is not None:
+        yield "meta", on_meta
+        if sum(p.numel() * p.element_size() for p in on_meta.parameters()) > RETRY_LIMIT_BYTES:
+            return
+    say(f"building {what} for real")
+    try:
+        with world.building("cpu"), _AtMost(limit := _memory() // 4):
+            model = recipe.make()
+    except TargetError:
+        raise
+    except _TooLarge as error:
+        raise TargetError(
+            f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB{on_meta_fails}; "
+            "build a smaller one with --build"
+        ) from error
+    except (Exception, SystemExit) as error:
+        hint = f"; say what it is: --build {shlex.quote(recipe.call.text)}" if recipe.call else ""
+        raise TargetError(
+            f"building {what} of {namespace.source} fails: {one_line(error, namespace)}{without(world)}{hint}"
+        ) from error
+    yield "real", model
+
+
+class ForwardFails(TargetError):
+    """A model was built, and its forward runs on no inputs."""
+
+
+class _TooLarge(RuntimeError):
+    """A model has more weights than this machine should hold."""
+
+
+class _AtMost(TorchDispatchMode):
+    """Context in which no more than `limit` bytes of tensors are made: before they are filled, and memory is gone."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._limit, self._total = limit, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _FACTORIES and isinstance(result, torch.Tensor) and result.device.type != "meta":
+            self._total += result.numel() * result.element_size()
+            if self._total > self._limit:
+                raise _TooLarge
+        return result
+
+
+_FACTORIES = {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}
+_FACTORIES |= {torch.ops.aten.empty_strided.default, torch.ops.aten.randn.default, torch.ops.aten.full.default}
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine; where the system does not say (Windows), those of a small one."""
+    if not hasattr(os, "sysconf"):
+        return 16 << 30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _tried(
+    model: nn.Module,
+    namespace: Namespace,
+    inputs: str | None,
+    say: Callable[[str], None],
+    world: World,
+    recipe: Recipe,
+) -> tuple[Inputs, Capture, str]:
+    """The first inputs for which the forward runs, the recording of that run, and what was done to the model for it."""
+    try:
+        return *_try(model, namespace, inputs, say, world), ""
+    except TargetError:
+        # Layers of several types run under autocast only; in one type they compute the same.
+        floating = {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
+        if recipe.made or len(floating) < 2:
+            raise
+        model.float()
+        return *_try(model, namespace, inputs, say, world), " and cast to float32, since its layers have several types"
+
+
+def _try(
+    model: nn.Module, namespace: Namespace, inputs: str | None, say: Callable[[str], None], world: World
+) -> tuple[Inputs, Capture]:
+    """The first inputs for which the forward runs, with the recording of that run."""
+    name = type(model).__name__
+    candidates = [_given_inputs(inputs, namespace, model)] if inputs else infer(model, name)
+    first: BaseException | None = None
+    for candidate in candidates:
+        say(f"recording the forward of {name} on {candidate.text}")
+        try:
+            return candidate, capture(model, candidate.args, candidate.kwargs, layers_once=True)
+        except CaptureError as error:
+            if first is None or isinstance(error.__cause__, StandInUsed):
+                first = error.__cause__ or error
+            for failure in filter(None, (error, error.__cause__)):
+                traceback.clear_frames(failure.__traceback__)  # they hold the recording and its tensors
+    assert first is not None  # there is at least one candidate
+    if isinstance(first, StandInUsed):
+        raise StandInUsed(first.name) from first
+    reason = str(first) if isinstance(first, CaptureError) else one_line(first, namespace)
+    reason += without(world)
+    tried = "; ".join(c.text for c in candidates[:3]) + (f"; {len(candidates) - 3} more" if len(candidates) > 3 else "")
+    if inputs:
+        raise ForwardFails(f"the forward of {name} fails on --inputs {inputs!r}: {reason}") from first
+    raise ForwardFails(
+        f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason}; "
+        f'give them, for example --inputs "{candidates[0].expression()}"'
+    ) from first
+
+
+def _given_inputs(expression: str, namespace: Namespace, model: nn.Module) -> Inputs:
+    try:
+        value = evaluate(expression, "--inputs", namespace, {"model": model})
+    except TargetError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"--inputs {expression!r} fails: {one_line(error, namespace)}") from error
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], Mapping):
+        args, kwargs = value[0], dict(value[1])
+    elif isinstance(value, Mapping):
+        args, kwargs = (), dict(value)
+    else:
+        args, kwargs = value if isinstance(value, tuple) else (value,), {}
+    if not all(isinstance(key, str) for key in kwargs):
+        raise TargetError(f"--inputs {expression!r} gives a dict whose keys are not names of forward's parameters")
+    return Inputs(args, kwargs, expression)

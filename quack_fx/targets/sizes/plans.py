@@ -1,0 +1,466 @@
+"""From a class or a factory to calls of it: a value for each parameter that has no default.
+
+In: a callable of the user's, the names of its file, the repository. Out: `Call`s. A parameter's value is the first of
+
+    an object of the config class that its annotation, or its name, means
+    what a method of the class gives as the default config
+    a config whose fields stand together in the repository, filled in as they are read
+    what a call in the repository passes, or the options and classes of files that name the callable
+    made up from its name
+
+Where a call built of these fails, the next ones differ in what was most doubtful: sizes below zero or None, and words
+that the code chooses by.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from quack_fx.errors import TargetError
+from quack_fx.targets.sizes.made_up import by_name, made_up
+from quack_fx.targets.sizes.settings import Guess, Settings
+from quack_fx.targets.sizes.sources import Source, sources
+from quack_fx.targets.sizes.uses import Uses, read_name
+
+_CONFIG = re.compile(r"(\w*_)?(config|configs|cfg|conf|args|arguments|opts?|options|hparams?|hps?|params|settings)$")
+_TRIES = 10
+"""Calls that are tried at most, one after the other."""
+
+
+@dataclass
+class Account:
+    """What a call was made with.
+
+    Attributes:
+        found: Values that stand in the repository, with their place.
+        assumed: Values that were made up.
+    """
+
+    found: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    assumed: dict[str, Any] = field(default_factory=dict)
+
+
+class Call:
+    """A call of a class or factory.
+
+    Arguments:
+        name: How the file calls it.
+        function: The class or factory.
+        plan: A fresh value and its text for each parameter, and an account of where they come from.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], plan: Callable[[Account], dict[str, Value]]) -> None:
+        self._name, self._function, self._plan = name, function, plan
+        self.account = Account()
+        self.text = f"{name}(...)"
+
+    def __call__(self) -> Any:
+        """Make the model; `text` and `account` then say with what."""
+        account = Account()
+        values = self._plan(account)
+        try:
+            return self._function(**{name: value.make() for name, value in values.items()})
+        finally:
+            self.account = account
+            alone = len(values) == 1
+            parts = [value.text() if alone else f"{name}={value.text()}" for name, value in values.items()]
+            self.text = f"{self._name}({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of a parameter, and the expression that makes it (asked for after `make`)."""
+
+    make: Callable[[], Any]
+    text: Callable[[], str]
+
+
+def calls(
+    name: str, function: Callable[..., Any], names: Mapping[str, Any], file: Path | None, own_files: Sequence[Path]
+) -> Iterator[Call]:
+    """Calls of a class or factory, the likeliest first.
+
+    Arguments:
+        name: How the target's file calls it.
+        function: The class or factory.
+        names: The global names of that file.
+        file: The file.
+        own_files: Files of the repository that are loaded.
+
+    Yields:
+        At most a few; none where a parameter can be given no value.
+    """
+    planner = Planner(name, function, names, file, own_files)
+    for change in itertools.islice(planner.changes(), _TRIES):
+        yield Call(name, function, lambda account, change=change: planner.plan(account, change))
+
+
+def needs_nothing(name: str, function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
+    """Whether a callable can be called as it stands: with nothing, or with configs that need nothing themselves."""
+    planner = Planner(name, function, names, None, ())
+    configs = [planner.config_class(parameter) for parameter in required(function)]
+    return all(config is not None and not required(config[1]) for config in configs)
+
+
+Change = Mapping[str, Any]
+"""Values of fields and parameters that differ from the first call's."""
+
+WITHOUT = object()
+"""A field that gets a made-up value instead of the None or the negative number that it has."""
+
+
+class Planner:
+    """Plans the calls of one callable; see the docstring of this file."""
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        names: Mapping[str, Any],
+        file: Path | None,
+        own_files: Sequence[Path],
+    ) -> None:
+        self._name, self._function, self._names, self._file = name, function, names, file
+        self._required = required(function)
+        self._hints = hints_of(function)
+        self._trees = {path: tree for path in own_files if (tree := _tree(path)) is not None}
+        self._uses = Uses(self._trees.values())
+
+    @cached_property
+    def _sources(self) -> list[Source]:
+        from quack_fx.targets.packages import repository_of
+
+        if self._file is None:
+            return []
+        parameters = tuple(p for p in inspect.signature(self._function).parameters)
+        repository = repository_of(self._file, self._file.parent)
+        return sources(repository, self._file, self._function.__name__, parameters)
+
+    # ---- one call ----------------------------------------------------------------------------------------------------
+
+    def plan(self, account: Account, change: Change) -> dict[str, Value]:
+        """A value for each parameter that needs one.
+
+        Raises:
+            TargetError: A parameter can be given none.
+        """
+        given = self._passed_somewhere()
+        names = self._required + [n for n in given if n not in self._required]
+        return {name: self._value(name, account, change, given) for name in names}
+
+    def _value(self, name: str, account: Account, change: Change, given: Mapping[str, tuple[Any, str]]) -> Value:
+        hint = self._hints.get(name)
+        if name not in given:
+            config = self.config_class(name)
+            if config is not None:
+                return self._constructed(*config, account, change)
+            if (default := self._default_config()) is not None and self._is_config(name):
+                return self._changed(*default, account, change)
+            if isinstance(hint, type) and issubclass(hint, nn.Module):
+                raise TargetError(f"it is given a {hint.__name__}")
+            if self._is_config(name):
+                return self._filled(name, account, change)
+        return self._plain(name, hint, account, change, given)
+
+    def _plain(
+        self, name: str, hint: Any, account: Account, change: Change, given: Mapping[str, tuple[Any, str]]
+    ) -> Value:
+        """A number, a word, a flag."""
+        if name in change:
+            value = account.assumed[name] = change[name]
+        elif name in given:
+            value = given[name][0]
+            account.found[name] = given[name]
+        else:
+            value = account.assumed[name] = self._made_up(name, hint)
+        return Value(lambda: value, lambda: repr(value))
+
+    def _made_up(self, name: str, hint: Any = None) -> Any:
+        """A value for a name, by what the code does with it."""
+        words = self._uses.words.get(name)
+        if words and hint not in (int, float, bool):
+            return next(iter(words))
+        value = made_up(name, _plain_type(hint))
+        if hint is None and name in self._uses.flags and by_name(name) is None:
+            return False
+        if typing.get_origin(hint) in (list, tuple) or (hint is None and name in self._uses.lists and value != ""):
+            item = made_up(name) if not isinstance(value, list | tuple) else 4
+            return [item or 4, item or 4]
+        return value
+
+    # ---- configs -----------------------------------------------------------------------------------------------------
+
+    def config_class(self, parameter: str) -> tuple[str, type] | None:
+        """The class of a parameter: its annotation, or else the one dataclass of the file."""
+        hint = self._hints.get(parameter)
+        for option in (hint, *typing.get_args(hint)):
+            if _is_config_class(option):
+                return next((n for n, v in self._names.items() if v is option), option.__name__), option
+        if hint is not None or len(self._required) > 1:
+            return None
+        found = {n: v for n, v in self._names.items() if dataclasses.is_dataclass(v) and _is_config_class(v)}
+        if len(found) > 1:
+            found = {n: v for n, v in found.items() if n.startswith(self._function.__name__)}
+        return next(iter(found.items())) if len(found) == 1 else None
+
+    def _constructed(self, name: str, config: type, account: Account, change: Change) -> Value:
+        """An object of a config class, with values for its own required fields."""
+        needed, hints = required(config), hints_of(config)
+        source = self._best_source(set(needed), [s for s in self._sources if s.of != config.__name__])
+        arguments: dict[str, Any] = {}
+        defaults = {p.name: p.default for p in _parameters(config)}
+        for entry in dict.fromkeys([*needed, *(n for n in change if n in defaults)]):
+            if entry in change and change[entry] is not WITHOUT:
+                arguments[entry] = account.assumed[entry] = change[entry]
+            elif source is not None and entry in source.values and entry not in change:
+                arguments[entry] = source.values[entry]
+                account.found[entry] = (source.values[entry], source.where)
+            else:
+                arguments[entry] = account.assumed[entry] = self._made_up(entry, _inner_hint(hints.get(entry)))
+        text = f"{name}({', '.join(f'{n}={v!r}' for n, v in arguments.items())})"
+        return Value(lambda: config(**arguments), lambda: text)
+
+    def _default_config(self) -> tuple[str, Callable[[], Any]] | None:
+        """A method of the class that makes a config and needs nothing: `GPT.get_default_config`."""
+        if not isinstance(self._function, type):
+            return None
+        for name, method in inspect.getmembers(self._function, callable):
+            bound = inspect.isfunction(inspect.getattr_static(self._function, name))
+            if not bound and re.search(r"default_?(config|cfg|args|params)|get_config", name) and not required(method):
+                return f"{self._name}.{name}()", method
+        return None
+
+    def _changed(self, text: str, make: Callable[[], Any], account: Account, change: Change) -> Value:
+        """A default config with some fields changed."""
+        made: dict[str, Any] = {}
+
+        def build() -> Any:
+            config = make()
+            for name, value in change.items():
+                if hasattr(config, name):
+                    made[name] = account.assumed[name] = self._made_up(name) if value is WITHOUT else value
+                    setattr(config, name, made[name])
+            return config
+
+        def shown() -> str:
+            fields = ", ".join(f"{n}={v!r}" for n, v in made.items())
+            return f"changed({text}, {fields})" if fields else text
+
+        return Value(build, shown)
+
+    def _is_config(self, name: str) -> bool:
+        """Whether a parameter is an object with fields: they are read off it, or it is called like one."""
+        hint = self._hints.get(name)
+        if hint in (int, float, bool, str):
+            return False
+        return bool(_CONFIG.fullmatch(name)) or bool(self._fields_read(name)) or hint is dict
+
+    def _fields_read(self, name: str) -> set[str]:
+        """Fields that the files read off what is called `name` there, as attributes or keys."""
+        found: set[str] = set()
+        for tree in self._trees.values():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute | ast.Subscript) and read_name(node.value) == name:
+                    found.add(node.attr if isinstance(node, ast.Attribute) else read_name(node))
+        found.discard("")
+        return found if not found <= _METHODS else set()
+
+    def _unpacked(self, name: str) -> list[str]:
+        """Required fields of what a config is unpacked into: `Config(**config)` in the constructor."""
+        for tree in self._trees.values():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call):
+                    for keyword in node.keywords:
+                        if keyword.arg is None and read_name(keyword.value) == name:
+                            target = self._names.get(read_name(node.func))
+                            if isinstance(target, type):
+                                return required(target)
+        return []
+
+    def _filled(self, name: str, account: Account, change: Change) -> Value:
+        """A config that is filled in as it is read, from the best source in the repository."""
+        unpacked = self._unpacked(name)
+        wanted = self._fields_read(name) - _METHODS | set(unpacked)
+        source = self._best_source(wanted, self._sources)
+        values = dict(source.values) if source is not None else {}
+        known = {n: v for n, v in values.items() if n not in change}
+
+        def give(entry: str) -> Any:
+            if entry in change and change[entry] is not WITHOUT:
+                value = account.assumed[entry] = change[entry]
+                return value
+            value = self._made_up(entry)
+            if by_name(entry) is None and value == 4 and not self._uses.words.get(entry):
+                value = Guess.of(4, give)
+            account.assumed[entry] = value
+            return value
+
+        given = {**known, **{n: give(n) for n in unpacked if n not in known}}
+        settings = Settings(give, given)
+
+        def make() -> Any:
+            return settings
+
+        def text() -> str:
+            for entry in settings._read:
+                if source is not None and entry in known:
+                    account.found[entry] = (known[entry], source.where)
+            return settings._expression()
+
+        return Value(make, text)
+
+    # ---- sources -----------------------------------------------------------------------------------------------------
+
+    def _best_source(self, wanted: set[str], among: Sequence[Source]) -> Source | None:
+        """The source that has most of the wanted names, at least half of them, the nearest of several."""
+        best, most = None, 0.0
+        for source in among:
+            share = len(wanted & source.values.keys()) / max(len(wanted), 1)
+            usable = share + 0.1 * source.mentions
+            if share >= (0.5 if len(wanted) < 8 else 0.34) and len(wanted & source.values.keys()) > 1 and usable > most:
+                best, most = source, usable
+        return best
+
+    def _passed_somewhere(self) -> dict[str, tuple[Any, str]]:
+        """Values for plain parameters: of a call in the repository, or of options and classes beside one."""
+        plain = [n for n in self._required if not self._is_config(n) and self.config_class(n) is None]
+        if not plain:
+            return {}
+        known = inspect.signature(self._function).parameters
+        found: dict[str, tuple[Any, str]] = {}
+        mentioning = [s for s in self._sources if s.kind == "call" and s.values.keys() & set(plain)]
+        mentioning.sort(key=lambda s: -len(s.values.keys() & set(plain)))
+        for source in mentioning[:1]:
+            found = {n: (v, source.where) for n, v in source.values.items() if n in known}
+        beside = [s for s in self._sources if s.mentions and s.kind in ("options", "class", "dict", "assignments")]
+        best = self._best_source(set(plain) - found.keys(), beside)
+        if best is not None:
+            found |= {n: (best.values[n], best.where) for n in plain if n in best.values and n not in found}
+        return {n: v for n, v in found.items() if v[0] is not None}
+
+    # ---- what else to try --------------------------------------------------------------------------------------------
+
+    def changes(self) -> Iterator[Change]:
+        """Changes to try, none at first."""
+        yield {}
+        undefined = self._undefined()
+        if undefined:
+            yield dict.fromkeys(undefined, WITHOUT)
+        for name, words in self._uses.words.items():
+            if name in self._chosen():
+                for word in words:
+                    yield {**dict.fromkeys(undefined, WITHOUT), name: word}
+        absent = self._absent()
+        if absent - set(undefined):
+            yield dict.fromkeys([*undefined, *absent], WITHOUT)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Fields of the config, if there is one, with their defaults."""
+        for name in self._required:
+            if (config := self.config_class(name)) is not None:
+                return {p.name: p.default for p in _parameters(config[1]) if p.default is not p.empty}
+        default = self._default_config()
+        if default is None:
+            return {}
+        try:
+            return dict(vars(default[1]()))
+        except Exception:
+            return {}
+
+    def _undefined(self) -> list[str]:
+        """Fields of the config that say that they are not defined yet: below zero, or None and asserted not to be."""
+        return [
+            n
+            for n, v in self._defaults().items()
+            if (isinstance(v, int) and not isinstance(v, bool) and v < 0 and by_name(n) not in (None, False, 0))
+            or (v is None and n in self._uses.needed)
+        ]
+
+    def _absent(self) -> set[str]:
+        """Fields of the config that are None and sound like sizes."""
+        return {n for n, v in self._defaults().items() if v is None and isinstance(by_name(n), int)}
+
+    def _chosen(self) -> set[str]:
+        """Fields and parameters that hold a word to choose by."""
+        fields = {n for n, v in self._defaults().items() if isinstance(v, str) or v is None}
+        for name in self._required:
+            if self._is_config(name):
+                fields |= self._fields_read(name)
+        return fields | set(self._required)
+
+
+_METHODS = frozenset("get keys values items copy update pop to_dict __dict__ shape size device dtype T".split())
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    """Names of the parameters without a default."""
+    return [p.name for p in _parameters(function) if p.default is p.empty]
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):
+        return []
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a function's parameters, or of a class's constructor; those that name what is not there are left
+    out."""
+    made = inspect.getattr_static(function, "__init__", None) if isinstance(function, type) else function
+    for owner in (made, function):
+        try:
+            if hints := typing.get_type_hints(owner):
+                return hints
+        except Exception:  # annotations may name what was never imported
+            continue
+    return {}
+
+
+def _is_config_class(option: Any) -> bool:
+    """Whether an annotation is a class of somebody's that can be made: no module, no tensor, none of Python's own."""
+    if not isinstance(option, type) or issubclass(option, nn.Module | Tensor):
+        return False
+    return option.__module__.split(".")[0] not in (
+        "builtins",
+        "types",
+        "typing",
+        "collections",
+        "torch",
+        "argparse",
+        "pathlib",
+        "enum",
+        "numpy",
+    )
+
+
+def _plain_type(hint: Any) -> Any:
+    hint = _inner_hint(hint)
+    return hint if hint in (int, float, str, bool, dict, list, tuple) else typing.get_origin(hint)
+
+
+def _inner_hint(hint: Any) -> Any:
+    """`Optional[int]` -> int."""
+    options = [o for o in typing.get_args(hint) if o is not type(None)]
+    is_union = type(None) in typing.get_args(hint)
+    return options[0] if is_union and len(options) == 1 else hint
+
+
+def _tree(path: Path) -> ast.Module | None:
+    try:
+        return ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return None

@@ -1,0 +1,128 @@
+"""A config object whose fields are filled in as a constructor reads them.
+
+In: what gives a value to a field's name. Out: `Settings`, to be passed to the constructor, and afterwards the
+expression that makes a plain object with the same fields.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+Give = Callable[[str], Any]
+"""A value for a field; called once for each."""
+
+
+class Settings:
+    """A config that has every field it is asked for; see the docstring of this file.
+
+    Arguments:
+        give: Gives a value to a field.
+        given: Fields that are there from the start, by which questions (`hasattr`, `in`, `**config`) are answered.
+    """
+
+    def __init__(self, give: Give, given: dict[str, Any]) -> None:
+        self.__dict__["_give"], self.__dict__["_given"] = give, given
+        self.__dict__["_read"], self.__dict__["_by_key"], self.__dict__["_by_name"] = {}, False, False
+
+    def _value(self, name: str) -> Any:
+        if name not in self._read:
+            self._read[name] = self._given[name] if name in self._given else self._give(name)
+        return self._read[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or (name not in self._given and name not in self._read and _only_asks(1)):
+            raise AttributeError(name)
+        self.__dict__["_by_name"] = True
+        return self._value(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._read[name] = value
+
+    def __getitem__(self, name: str) -> Any:
+        if not isinstance(name, str):
+            raise KeyError(name)
+        self.__dict__["_by_key"] = True
+        return self._value(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._read[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._given or name in self._read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def keys(self) -> list[str]:
+        """Names of the fields that are there from the start."""
+        self.__dict__["_by_key"] = True
+        return list(self._given)
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Those fields."""
+        return [(name, self._value(name)) for name in self.keys()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field that is there from the start, or the default."""
+        self.__dict__["_by_key"] = True
+        return self._value(name) if name in self else default
+
+    def copy(self) -> Settings:
+        """Itself: what is read of a copy is read of this."""
+        return self
+
+    def _expression(self) -> str:
+        """Python that makes an object with the fields that were read."""
+        fields = ", ".join(f"{name}={expression(value)}" for name, value in self._read.items() if name.isidentifier())
+        if self._by_key and self._by_name:
+            return f'type("Config", (dict,), {{"__getattr__": dict.__getitem__}})({fields})'
+        return f"dict({fields})" if self._by_key else f"SimpleNamespace({fields})"
+
+
+class Guess(int):
+    """A whole number for a field whose name tells nothing; if it turns out to be a part with fields, it has those."""
+
+    _part: Settings
+    _give: Give
+
+    @classmethod
+    def of(cls, value: int, give: Give) -> Guess:
+        """A guess; `give` gives values to its fields, should it have any."""
+        guess = cls(value)
+        guess._give = give
+        return guess
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or _only_asks(1):
+            raise AttributeError(name)
+        return getattr(self._as_part(), name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._as_part()[name]
+
+    def _as_part(self) -> Settings:
+        if "_part" not in self.__dict__:
+            self._part = Settings(self._give, {})
+        return self._part
+
+    def _expression(self) -> str:
+        return self._part._expression() if "_part" in self.__dict__ else repr(int(self))
+
+
+def expression(value: Any) -> str:
+    """Python that makes a value."""
+    own = getattr(type(value), "_expression", None)
+    return str(own(value)) if own is not None else repr(value)
+
+
+def _only_asks(depth: int) -> bool:
+    """Whether the calling code only asks if an attribute is there (`hasattr`, `getattr` with a default)."""
+    frame: FrameType = sys._getframe(depth + 1)
+    return not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("LOAD")

@@ -1,0 +1,327 @@
+"""Where a repository says how large a model is: its training script, its config classes and files.
+
+In: the files of a repository. Out: `Source`s: names and values that stand together somewhere. Nothing is run: Python is
+read as text, so that only what is written out counts (numbers, strings, lists of them, sums and products of those, and
+names that the same file gives such values).
+
+    a call        Transformer(vocab, d_model=opt.d_model), with what the names in it are in that file
+    options       parser.add_argument("--d_model", default=512), all of a file
+    a class       fields with values, of a dataclass or any other class; what __init__ sets
+    a dict        {"emb_dim": 768, ...} or dict(emb_dim=768, ...)
+    assignments   config.n_layer = 12, all to one object in a file; n_layer = 12 at the top of a file
+    a file        JSON, YAML
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import operator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from quack_fx.targets.packages import python_files, walk
+from quack_fx.targets.sizes.uses import read_name
+
+PARSED = 300
+"""Python files that are read at most, the nearest first."""
+DATA_FILES = 300
+LARGEST = 400_000
+"""Bytes of a file that is read; larger ones are data."""
+
+Kind = Literal["call", "options", "class", "dict", "assignments", "file"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Values that stand together in a repository.
+
+    Attributes:
+        kind: What they stand in.
+        where: Place for a person: "run.py:12".
+        values: The values by name.
+        path: The file.
+        mentions: Whether the file names what is to be built.
+        of: Name of the class, dict or callee.
+    """
+
+    kind: Kind
+    where: str
+    values: Mapping[str, Any] = field(repr=False)
+    path: Path = field(repr=False)
+    mentions: bool = False
+    of: str = ""
+
+
+def sources(repository: Path, near: Path, callee: str, parameters: tuple[str, ...]) -> list[Source]:
+    """All sources of a repository, those of near files first.
+
+    Arguments:
+        repository: Its folder.
+        near: The target's file.
+        callee: Name of the class or function that is to be called.
+        parameters: Names of its parameters, in order.
+    """
+    found: list[Source] = []
+    for path in python_files(repository, near)[:PARSED]:
+        text = _text(path)
+        if text is None:
+            continue
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError):
+            continue
+        shown = str(path.relative_to(repository)) if path.is_relative_to(repository) else path.name
+        mentions = path == near or callee in text or f"import {near.stem}" in text or f".{near.stem} " in text
+        found += _in_python(tree, path, shown, mentions, callee, parameters)
+    for count, path in enumerate(walk(repository, (".json", ".yaml", ".yml"))):
+        if count >= DATA_FILES:
+            break
+        found += _in_data(path, str(path.relative_to(repository)))
+    return found
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text("utf-8") if path.stat().st_size <= LARGEST else None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+# ---- Python ----------------------------------------------------------------------------------------------------------
+
+
+def _in_python(
+    tree: ast.Module, path: Path, shown: str, mentions: bool, callee: str, parameters: tuple[str, ...]
+) -> Iterator[Source]:
+    options, assigned = _options(tree), _assignments(tree)
+    names = dict(assigned.pop("", {}))
+    if options:
+        yield Source("options", f"{shown} (options)", options, path, mentions)
+    for owner, values in assigned.items():
+        if len(values) > 1:
+            yield Source("assignments", f"{shown} ({owner}.*)", values, path, mentions, owner)
+    if len(names) > 2:
+        yield Source("assignments", shown, names, path, mentions)
+    scope = {**{n: v for values in assigned.values() for n, v in values.items()}, **options, **names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            values = _fields(node, scope)
+            if len(values) > 1:
+                yield Source("class", f"{shown}:{node.lineno} ({node.name})", values, path, mentions, node.name)
+        elif isinstance(node, ast.Dict) or (isinstance(node, ast.Call) and read_name(node.func) == "dict"):
+            values = _pairs(node, scope)
+            if len(values) > 1:
+                yield Source("dict", f"{shown}:{node.lineno}", values, path, mentions)
+        elif isinstance(node, ast.Call) and read_name(node.func) == callee:
+            values = _arguments(node, parameters, scope, _dicts(tree, scope))
+            if values:
+                yield Source("call", f"{shown}:{node.lineno}", values, path, True, callee)
+
+
+def _options(tree: ast.Module) -> dict[str, Any]:
+    """Defaults of the options that a file adds to a parser."""
+    found: dict[str, Any] = {}
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and read_name(node.func) in ("add_argument", "add_arg", "option")):
+            continue
+        flags = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        given = {k.arg: k.value for k in node.keywords if k.arg}
+        flag = next((f for f in flags if f.startswith("--")), flags[0] if flags else "")
+        named = given.get("dest")
+        name = named.value if isinstance(named, ast.Constant) else flag.lstrip("-").replace("-", "_")
+        action = given.get("action")
+        if "default" in given:
+            value = value_of(given["default"], {})
+        elif isinstance(action, ast.Constant) and action.value in ("store_true", "store_false"):
+            value = action.value == "store_false"
+        else:
+            continue
+        if name and value is not UNKNOWN:
+            found[str(name)] = value
+    return found
+
+
+def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
+    """Plain values that are given to names at the top of a file (under "") and to fields of one object anywhere."""
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for node in tree.body:
+        for name, value in _assigned(node):
+            if isinstance(name, ast.Name) and (known := value_of(value, found[""])) is not UNKNOWN:
+                found[""][name.id] = known
+    for inner in ast.walk(tree):
+        if isinstance(inner, ast.stmt):
+            for name, value in _assigned(inner):
+                owner = read_name(name.value) if isinstance(name, ast.Attribute) else ""
+                known = value_of(value, found[""]) if owner not in ("", "self", "torch") else UNKNOWN
+                if isinstance(name, ast.Attribute) and known is not UNKNOWN:
+                    found[owner][name.attr] = known
+    return found
+
+
+def _assigned(node: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                yield from zip(target.elts, node.value.elts, strict=False)
+            else:
+                yield target, node.value
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        yield node.target, node.value
+
+
+def _fields(node: ast.ClassDef, scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a class's fields: in its body, as defaults of __init__, set there."""
+    found: dict[str, Any] = {}
+    for statement in node.body:
+        for name, value in _assigned(statement):
+            default = _default_of_field(value)
+            if isinstance(name, ast.Name) and (known := value_of(default, {**scope, **found})) is not UNKNOWN:
+                found[name.id] = known
+        if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+            arguments = statement.args
+            positional = [*arguments.posonlyargs, *arguments.args]
+            defaults = zip(positional[::-1], arguments.defaults[::-1], strict=False)
+            given = [*defaults, *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
+            local = {a.arg: v for a, d in given if d is not None and (v := value_of(d, scope)) is not UNKNOWN}
+            for inner in statement.body:
+                for name, value in _assigned(inner):
+                    known = value_of(value, {**scope, **local})
+                    if isinstance(name, ast.Attribute) and known is not UNKNOWN:
+                        found[name.attr] = known
+            found = {**local, **found}
+    return found
+
+
+def _default_of_field(node: ast.expr) -> ast.expr:
+    """`field(default=3)` -> 3."""
+    if isinstance(node, ast.Call) and read_name(node.func) in ("field", "Field"):
+        return next((k.value for k in node.keywords if k.arg == "default"), node.args[0] if node.args else node)
+    return node
+
+
+def _pairs(node: ast.Dict | ast.Call, scope: Mapping[str, Any]) -> dict[str, Any]:
+    pairs: list[tuple[Any, ast.expr]]
+    if isinstance(node, ast.Dict):
+        pairs = [(k.value, v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)]
+    else:
+        pairs = [(k.arg, k.value) for k in node.keywords if k.arg]
+    return {k: known for k, v in pairs if isinstance(k, str) and (known := value_of(v, scope)) is not UNKNOWN}
+
+
+def _dicts(tree: ast.Module, scope: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dicts of a file by the names that they are given."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.Call):
+            for target in node.targets:
+                if isinstance(target, ast.Name) and (values := _pairs(node.value, scope)):
+                    found[target.id] = values
+    return found
+
+
+def _arguments(
+    node: ast.Call, parameters: tuple[str, ...], scope: Mapping[str, Any], dicts: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What a call gives to each parameter, as far as it is known."""
+    found: dict[str, Any] = {}
+    given: list[tuple[str, ast.expr]] = []
+    for name, value in zip(parameters, node.args, strict=False):
+        if isinstance(value, ast.Starred):
+            break
+        given.append((name, value))
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            found |= {n: v for n, v in dicts.get(read_name(keyword.value), {}).items() if n in parameters}
+        else:
+            given.append((keyword.arg, keyword.value))
+    return found | {n: v for n, node in given if (v := value_of(node, scope)) is not UNKNOWN}
+
+
+class _Unknown:
+    """A value that does not stand in the text."""
+
+
+UNKNOWN: Any = _Unknown()
+
+_OPERATORS: dict[type[ast.operator], Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+}
+
+
+def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
+    """The value that an expression has by its text alone, or `UNKNOWN`."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, bool | int | float | str | None) else UNKNOWN
+    if isinstance(node, ast.Attribute) and read_name(node.value) == "torch":
+        kind = getattr(torch, node.attr, UNKNOWN)
+        return kind if isinstance(kind, torch.dtype) else UNKNOWN
+    if isinstance(node, ast.Name | ast.Attribute):
+        return scope.get(read_name(node), UNKNOWN)
+    if isinstance(node, ast.Subscript) and (name := read_name(node)):
+        return scope.get(name, UNKNOWN)
+    if isinstance(node, ast.List | ast.Tuple):
+        items = [value_of(item, scope) for item in node.elts]
+        return UNKNOWN if UNKNOWN in items else type(node.elts)(items) if isinstance(node, ast.List) else tuple(items)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = value_of(node.operand, scope)
+        return -value if isinstance(value, int | float) else UNKNOWN
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        left, right = value_of(node.left, scope), value_of(node.right, scope)
+        if all(isinstance(v, int | float) and abs(v) < 1 << 40 for v in (left, right)):
+            try:
+                return _OPERATORS[type(node.op)](left, right)
+            except ArithmeticError:
+                return UNKNOWN
+    return UNKNOWN
+
+
+# ---- data files ------------------------------------------------------------------------------------------------------
+
+
+def _in_data(path: Path, shown: str) -> Iterator[Source]:
+    """The dicts of a JSON or YAML file: each by itself, and all of them together."""
+    text = _text(path)
+    if text is None:
+        return
+    try:
+        data = json.loads(text) if path.suffix == ".json" else _yaml(text)
+    except Exception:  # it is no such file, whatever its ending
+        return
+    parts = [{str(k): v for k, v in part.items() if _is_plain(v)} for part in _dicts_in(data)]
+    for part in [p for p in parts if len(p) > 1]:
+        yield Source("file", shown, part, path)
+    if len(parts) > 1:
+        yield Source("file", shown, {k: v for part in reversed(parts) for k, v in part.items()}, path)
+
+
+def _yaml(text: str) -> Any:
+    """YAML by whatever reader is installed; without one such files tell nothing."""
+    try:
+        import yaml  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    return yaml.safe_load(text)
+
+
+def _dicts_in(data: Any, depth: int = 0) -> Iterator[dict[Any, Any]]:
+    if isinstance(data, dict) and depth < 6:
+        yield data
+        for value in data.values():
+            yield from _dicts_in(value, depth + 1)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return "${" not in value
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(v, bool | int | float | str | None) for v in items)

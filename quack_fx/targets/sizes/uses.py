@@ -1,0 +1,105 @@
+"""How a constructor's parameters and a config's fields are used in the source: as a flag, a choice of words, a list.
+
+In: source files of the user's. Out: `Uses`, which tells for a name what the code does with it. Only what stands in the
+text is told; a name is the same name wherever it stands.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+
+class Uses:
+    """What the code of some files does with names.
+
+    Attributes:
+        words: For each name the words that it is compared with, or that it chooses by as a key, in order.
+        flags: Names whose truth alone is asked for somewhere.
+        lists: Names that are iterated over, or whose length is asked for.
+        needed: Names that are asserted not to be None.
+    """
+
+    def __init__(self, trees: Iterable[ast.Module]) -> None:
+        self.words: dict[str, dict[str, None]] = defaultdict(dict)
+        self.flags: set[str] = set()
+        self.lists: set[str] = set()
+        self.needed: set[str] = set()
+        for tree in trees:
+            tables = dict(_tables(tree))
+            for node in ast.walk(tree):
+                self._look_at(node, tables)
+
+    def _look_at(self, node: ast.AST, tables: dict[str, ast.Dict]) -> None:
+        if isinstance(node, ast.Compare):
+            self._compare(node)
+        elif isinstance(node, ast.Subscript):
+            table = tables.get(node.value.id) if isinstance(node.value, ast.Name) else node.value
+            name = read_name(node.slice)
+            if name and isinstance(table, ast.Dict):
+                self._add(name, table.keys)
+        elif isinstance(node, ast.If | ast.IfExp | ast.While):
+            self.flags.update(filter(None, map(read_name, _tested(node.test))))
+        elif isinstance(node, ast.For | ast.comprehension):
+            self.lists.update(filter(None, [read_name(node.iter)]))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("len", "sum", "zip"):
+            self.lists.update(filter(None, map(read_name, node.args)))
+        elif isinstance(node, ast.Assert):
+            self.needed |= {n for test in _tested(node.test) if (n := _not_none(test))}
+
+    def _compare(self, node: ast.Compare) -> None:
+        for left, operator, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
+            if isinstance(operator, ast.Eq | ast.NotEq):
+                for one, other in ((left, right), (right, left)):
+                    if name := read_name(one):
+                        self._add(name, [other])
+            elif isinstance(operator, ast.In | ast.NotIn) and (name := read_name(left)):
+                self._add(name, right.elts if isinstance(right, ast.List | ast.Tuple | ast.Set) else [])
+
+    def _add(self, name: str, values: Iterable[ast.AST | None]) -> None:
+        for value in values:
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                self.words[name].setdefault(value.value)
+
+
+def read_name(node: ast.AST | None) -> str:
+    """The name that an expression reads: `x`, `config.x`, `self.config.x`, `config["x"]`; "" for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+        return node.slice.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("lower", "upper"):
+        return read_name(node.func.value)
+    return ""
+
+
+def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
+    """Dicts that are given a name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            for target in node.targets:
+                if name := read_name(target):
+                    yield name, node.value
+
+
+def _tested(test: ast.expr) -> Iterator[ast.expr]:
+    """The parts of a condition."""
+    if isinstance(test, ast.BoolOp):
+        for value in test.values:
+            yield from _tested(value)
+    elif isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        yield from _tested(test.operand)
+    else:
+        yield test
+
+
+def _not_none(test: ast.expr) -> str:
+    """The name of which `test` says that it is not None."""
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.IsNot):
+        right = test.comparators[0]
+        if isinstance(right, ast.Constant) and right.value is None:
+            return read_name(test.left)
+    return ""

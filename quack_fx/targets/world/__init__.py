@@ -1,0 +1,129 @@
+"""The world that a user's files run in: this machine, with what it lacks stood in for.
+
+In: where the target lies. Out: a `World` that is open while the target is loaded, built, run and reported on. It leaves
+nothing behind: no module, no path, no process group, no argument.
+
+    imports.py    imports that fail get stand-ins
+    inert.py      what a name of a missing package is: nothing that does anything
+    known.py      names of missing packages whose meaning is known ...
+    attention.py  ... and what fused attention computes
+    devices.py    tensors that are asked for on a GPU
+    one_rank.py   torch.distributed, with one rank
+    script.py     arguments, and no training
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch._dynamo  # noqa: F401: it lists functions of torch when it is imported: before any is replaced here
+
+from quack_fx.targets.packages import LocalImports, Place, is_installed
+from quack_fx.targets.world.devices import Device, no_gpu
+from quack_fx.targets.world.imports import Imports
+from quack_fx.targets.world.inert import Phase, StandInUsed
+from quack_fx.targets.world.one_rank import one_rank
+from quack_fx.targets.world.script import TrainingBegins, as_script
+
+__all__ = ["StandInUsed", "TrainingBegins", "World"]
+
+
+class World:
+    """What the files of one target find around them; see the docstring of this package.
+
+    Arguments:
+        guarded: Whether imports that a `try` of the user's would catch get stand-ins, too.
+        group: Whether a process group of one rank is there from the start.
+    """
+
+    def __init__(self, guarded: bool = False, group: bool = False) -> None:
+        self._guarded, self._group = guarded, group
+        self._place: Place | None = None
+        self._stack = ExitStack()
+        self.imports = Imports(self.is_own, self._look_elsewhere, guarded)
+        self.notes: list[str] = []
+        """What a person should know of how the target was loaded."""
+        self._local: LocalImports | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[World]:
+        """Context in which the world is there."""
+        before, path = set(sys.modules), list(sys.path)
+        Phase.strict = False
+        try:
+            with self._stack, warnings.catch_warnings(action="ignore"):
+                self._stack.enter_context(no_gpu())
+                self._stack.enter_context(one_rank(self._group))
+                yield self
+        finally:
+            Phase.strict = False
+            sys.path[:] = path
+            for name in set(sys.modules) - before:
+                if self.is_own(getattr(sys.modules[name], "__file__", None) or ""):
+                    del sys.modules[name]
+
+    def settle_at(self, place: Place) -> None:
+        """Say where the target lies; from here on the imports of its files are looked after."""
+        self._place = place
+        self._local = LocalImports(place, self.is_own)
+        self._stack.enter_context(as_script(str(place.file)))
+        self._stack.enter_context(self._local.active())
+        self._stack.enter_context(self.imports.active())
+
+    @contextmanager
+    def building(self, device: str) -> Iterator[None]:
+        """Context in which the model is built on "cpu" or "meta"; afterwards stand-ins may not be used any more."""
+        Phase.strict, Device.now = False, device
+        try:
+            yield
+        finally:
+            Phase.strict, Device.now = True, "cpu"
+
+    def is_own(self, file: str) -> bool:
+        """Whether a file is one of the target's repository."""
+        if self._place is None or not file:
+            return False
+        repository = str(self._place.repository)
+        if not str(Path(file)).startswith(repository.rstrip("/") + "/"):
+            return False
+        return is_installed(repository) or not is_installed(file)
+
+    def own_files(self) -> list[Path]:
+        """Files of the repository that are loaded, the target first."""
+        if self._place is None:
+            return []
+        files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+        return list(dict.fromkeys([self._place.file, *(Path(f) for f in files if f and self.is_own(f))]))
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that were stood in for."""
+        return list(self.imports.missing)
+
+    @property
+    def asks_for_ranks(self) -> bool:
+        """Whether a file of the target's speaks of torch.distributed."""
+        return any("distributed" in _text(file) or "RANK" in _text(file) for file in self.own_files())
+
+    def others(self) -> list[World]:
+        """Worlds to try where this one did not do."""
+        more = []
+        if self.asks_for_ranks and not self._group:
+            more.append(World(self._guarded, True))
+        if self.imports.left and not self._guarded:
+            more.append(World(True, self._group))
+        return more
+
+    def _look_elsewhere(self, name: str) -> bool:
+        return self._local is not None and self._local.look_elsewhere(name)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", errors="ignore")
+    except OSError:
+        return ""

@@ -1,0 +1,154 @@
+"""A machine without a GPU for code that asks for one.
+
+In: nothing. Out: a context in which tensors and modules that are asked for on a GPU are made where the model is built
+(on the meta device while it is built there, on the CPU else), and what is asked of `torch.cuda` is answered as by one
+small GPU that nobody sees. `torch.cuda.is_available()` stays false: code that has a way for CPUs takes it.
+
+On a machine with a GPU nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+_GPUS = ("cuda", "hip", "npu", "xpu", "mps")
+
+
+class Device:
+    """Where tensors go that are asked for on a GPU: "cpu", or "meta" while a model is built there."""
+
+    now = "cpu"
+
+
+class OnThisMachine(TorchFunctionMode):
+    """Sends what is asked for on a GPU to `Device.now`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _TO_GPU:
+            return _moved(args[0], Device.now)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": _here(kwargs["device"])}
+        if func in _TO and len(args) > 1:
+            args = (args[0], *(_here(a) for a in args[1:]))
+        return func(*args, **kwargs)
+
+
+_TO_GPU = {torch.Tensor.cuda, torch.Tensor.pin_memory}
+_TO = {torch.Tensor.to, torch.Tensor.type}
+
+
+def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A tensor on a device; a meta tensor has nothing to be moved."""
+    return tensor if tensor.is_meta or tensor.device.type == device else tensor.to(device)
+
+
+def _here(device: Any) -> Any:
+    """A device that this machine has."""
+    if isinstance(device, int) and not isinstance(device, bool):
+        return Device.now
+    if isinstance(device, str):
+        kind = device.split(":")[0]
+        if device.startswith("torch.cuda."):
+            return device.replace("torch.cuda.", "torch.")
+    else:
+        kind = device.type if isinstance(device, torch.device) else ""
+    return Device.now if kind in _GPUS else device
+
+
+@contextmanager
+def no_gpu() -> Iterator[None]:
+    """Context in which code for GPUs runs here; see the docstring of this file."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with ExitStack() as stack:
+        for name, answer in _ANSWERS.items():
+            if hasattr(torch.cuda, name):
+                stack.enter_context(patch.object(torch.cuda, name, answer))
+        default = torch.set_default_device
+        stack.enter_context(patch.object(torch, "set_default_device", lambda device: default(_here(device))))
+        stack.callback(default, torch.get_default_device() if torch.get_default_device().type != "cpu" else None)
+        stack.enter_context(patch.object(torch, "set_default_tensor_type", _set_default_tensor_type))
+        stack.enter_context(patch.object(nn.Module, "to_empty", _to_empty(nn.Module.to_empty)))
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.enter_context(OnThisMachine())
+        yield
+
+
+def _set_default_tensor_type(kind: Any) -> None:
+    """The type of numbers alone: where they lie is decided here."""
+    name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
+    types = {"Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64}
+    torch.set_default_dtype(next((t for n, t in types.items() if n in name), torch.float32))
+
+
+def _to_empty(original: Any) -> Any:
+    def to_empty(self: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
+        result: nn.Module = original(self, device=_here(device), recurse=recurse)
+        return result
+
+    return to_empty
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _Quiet:
+    """A stream, an event, a device: something to wait for that is done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Quiet:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        return None
+
+    def record(self, *args: Any) -> None:
+        """Record nothing."""
+
+    def synchronize(self) -> None:
+        """Wait for nothing."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Wait for nothing."""
+
+    def wait_event(self, event: Any) -> None:
+        """Wait for nothing."""
+
+    def elapsed_time(self, other: Any) -> float:
+        """No time has gone by."""
+        return 0.0
+
+
+_PROPERTIES = SimpleNamespace(
+    name="none", major=8, minor=0, total_memory=16 << 30, multi_processor_count=1, warp_size=32, gcnArchName=""
+)
+_ANSWERS: dict[str, Any] = {
+    "set_device": _nothing,
+    "synchronize": _nothing,
+    "empty_cache": _nothing,
+    "current_device": lambda: 0,
+    "get_device_name": lambda *args: "none",
+    "get_device_capability": lambda *args: (8, 0),
+    "get_device_properties": lambda *args: _PROPERTIES,
+    "mem_get_info": lambda *args: (16 << 30, 16 << 30),
+    "get_rng_state": lambda *args: torch.zeros(16, dtype=torch.uint8),
+    "set_rng_state": _nothing,
+    "stream": lambda *args: nullcontext(),
+    "current_stream": lambda *args: _Quiet(),
+    "device": _Quiet,
+    "Stream": _Quiet,
+    "Event": _Quiet,
+}

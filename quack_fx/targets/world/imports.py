@@ -1,0 +1,180 @@
+"""Imports that fail while a target is loaded, built and run get a stand-in.
+
+In: the import statements of the user's files. Out: the real module, one that is found elsewhere in the repository, or a
+stand-in (`inert.py`, `known.py`); `missing` lists the packages that were stood in for.
+
+An import inside `try` whose handler goes on without it is left to fail, as its author wants: the variant of the code
+without that package is then what is read. Where that variant does not get as far as a forward pass, the caller tries
+once more with `guarded=True`, and such imports get stand-ins, too. Imports of installed packages among themselves are
+never touched.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+from unittest.mock import patch
+
+from quack_fx.targets.packages import is_installed
+from quack_fx.targets.world.inert import InertPackage, inert
+from quack_fx.targets.world.known import meaning
+
+
+class Imports:
+    """The imports of the user's files while the world is open.
+
+    Arguments:
+        is_own: Whether a file is the user's.
+        elsewhere: Called with a dotted name that cannot be found; makes it importable, if the repository has it.
+        guarded: Whether imports inside `try` get stand-ins, too.
+    """
+
+    def __init__(self, is_own: Callable[[str], bool], elsewhere: Callable[[str], bool], guarded: bool = False) -> None:
+        self._is_own, self._elsewhere, self._guarded = is_own, elsewhere, guarded
+        self._import = builtins.__import__
+        self.missing: dict[str, str] = {}
+        """Packages that were stood in for, each with the reason why it cannot be imported."""
+        # Not in sys.modules: installed packages would find them there, and believe in them.
+        self._modules: dict[str, InertPackage] = {}
+        self.left = False
+        """Whether an import inside `try` was left to fail."""
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context in which imports of the user's files are seen."""
+        with patch.object(builtins, "__import__", self._wrapped):
+            yield
+
+    def _wrapped(
+        self,
+        name: str,
+        globals: Mapping[str, Any] | None = None,
+        locals: Mapping[str, Any] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> Any:
+        frame = sys._getframe(1)
+        file = globals.get("__file__") if globals else None
+        if file is None or level or not self._is_own(file):
+            return self._import(name, globals, locals, fromlist or (), level)
+        try:
+            module = self._import(name, globals, locals, fromlist or (), level)
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name is not None and self._elsewhere(name):
+                return self._wrapped(name, globals, locals, fromlist, level)
+            if not self._is_missing(name, error):
+                raise
+            if not self._guarded and _is_guarded(frame):
+                self.left = True
+                raise
+            module = self._stand_in(name, error, bool(fromlist))
+        return self._with_names(module, name, fromlist or (), frame)
+
+    def _is_missing(self, name: str, error: Exception) -> bool:
+        """Whether the import failed for a package that is not one of the user's."""
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            top = error.name.split(".")[0]
+            return top == name.split(".")[0] or not self._has_own(name)
+        return not self._has_own(name)
+
+    def _has_own(self, name: str) -> bool:
+        """Whether the user's files have a module of that name (which failed by itself)."""
+        top = name.split(".")[0]
+        if top in sys.modules:
+            module = sys.modules[top]
+            places = [getattr(module, "__file__", None) or "", *map(str, getattr(module, "__path__", ()))]
+            return any(place and self._is_own(place) for place in places)
+        for finder in sys.meta_path:
+            spec = finder.find_spec(top, None) if hasattr(finder, "find_spec") else None
+            if spec is not None:
+                places = [spec.origin or "", *(spec.submodule_search_locations or ())]
+                return any(place and self._is_own(place) for place in places)
+        return False
+
+    def _stand_in(self, name: str, error: Exception, leaf: bool) -> ModuleType:
+        """Modules for a dotted name and for what is above it; the one that the import statement wants."""
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            full = ".".join(parts[:i])
+            if full not in self._modules:
+                self.missing.setdefault(parts[0], f"{type(error).__name__}: {error}".split("\n")[0])
+                self._modules[full] = InertPackage(full, meaning)
+                if i > 1:
+                    setattr(self._modules[".".join(parts[: i - 1])], parts[i - 1], self._modules[full])
+        return self._modules[name if leaf else parts[0]]
+
+    def _with_names(self, module: Any, name: str, names: Sequence[str], frame: FrameType) -> Any:
+        """The module, or, where an installed one lacks a name that is asked for, one that stands in for it."""
+        if not names or isinstance(module, InertPackage) or "*" in names or self._has_own(name):
+            return module
+        absent = {}
+        for wanted in names:
+            try:
+                getattr(module, wanted)
+            except Exception as error:
+                absent[wanted] = error
+        if not absent or (not self._guarded and _is_guarded(frame)):
+            self.left |= bool(absent)
+            return module
+        proxy = ModuleType(name)
+        for wanted in names:
+            if wanted in absent:
+                full = f"{name}.{wanted}"
+                known = meaning(full)
+                self.missing.setdefault(full, f"{name} has no {wanted}")
+                setattr(proxy, wanted, inert(full) if known is None else known)
+            else:
+                setattr(proxy, wanted, getattr(module, wanted))
+        return proxy
+
+
+def _is_guarded(frame: FrameType | None) -> bool:
+    """Whether a `try` around this import, or around one that led to it, goes on without what is imported."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith("<") and not is_installed(file):
+            if frame.f_globals.get("__name__", "").startswith("quack_fx"):
+                return False
+            if any(first <= frame.f_lineno <= last for first, last in _guards(file)):
+                return True
+        frame = frame.f_back
+    return False
+
+
+@functools.lru_cache(maxsize=512)
+def _guards(file: str) -> tuple[tuple[int, int], ...]:
+    """Lines of a file that stand in a `try` that goes on where an import fails."""
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    return tuple(
+        (node.body[0].lineno, node.body[-1].end_lineno or node.body[-1].lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Try) and any(_goes_on(handler) for handler in node.handlers)
+    )
+
+
+def _goes_on(handler: ast.ExceptHandler) -> bool:
+    """Whether a handler catches a failed import and does not end the program."""
+    caught = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else set()
+    if caught and not caught & {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}:
+        return False
+    return not any(_ends(statement) for statement in handler.body)
+
+
+def _ends(statement: ast.stmt) -> bool:
+    if isinstance(statement, ast.Raise):
+        return True
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not isinstance(call, ast.Call):
+        return False
+    name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+    return name in ("exit", "quit", "_exit")

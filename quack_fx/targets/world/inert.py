@@ -1,0 +1,199 @@
+"""What stands in for a name of a package that is not installed: it does nothing, and says its name when it is needed.
+
+In: the dotted name of something in a missing package. Out: an `Inert`. While a target's files run and its model is
+built, an inert thing can be called, subclassed, used as a decorator (which gives back what it decorates), asked for
+attributes, compared and calculated with, and every result is inert again. Once the forward runs, using one is an error
+that names it: nothing may be left out of a graph in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from quack_fx.errors import TargetError
+
+
+class StandInUsed(TargetError):
+    """The forward needs something of a package that is not installed."""
+
+    def __init__(self, name: str) -> None:
+        package = name.split(".")[0]
+        super().__init__(
+            f"the forward needs {name}, and {package} cannot be imported here; install it, or give a variant of the "
+            "model that does without it (--build)"
+        )
+        self.name = name
+
+
+class Phase:
+    """Whether the forward is running, so that inert things must not be used any more."""
+
+    strict = False
+
+
+class Inert:
+    """Stands in for `name`; see the docstring of this file."""
+
+    def __init__(self, name: str) -> None:
+        self.__dict__["_name"] = name
+
+    def __repr__(self) -> str:
+        return f"<stand-in for {self._name}>"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy, inspect and pickle look for
+            raise AttributeError(name)
+        return inert(f"{self._name}.{name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._use()
+        if len(args) == 1 and not kwargs and _is_decorated(args[0]):
+            return args[0]
+        return InertModule(self._name) if _is_class_name(self._name) else Inert(f"{self._name}()")
+
+    def __getitem__(self, key: Any) -> Any:
+        self._use()
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._use()
+
+    def __iter__(self) -> Iterator[Any]:
+        self._use()
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, item: Any) -> bool:
+        return False
+
+    def __enter__(self) -> Any:
+        self._use()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        return None
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return False
+
+    def __subclasscheck__(self, subclass: Any) -> bool:
+        return False
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        """What a class gets as its base: a module, if no other base is one, since most such classes are models."""
+        if next(b for b in bases if isinstance(b, Inert)) is not self:
+            return ()
+        others = [b for b in bases if isinstance(b, type)]
+        return (InertMixin,) if any(issubclass(b, nn.Module) for b in others) else (InertBase,)
+
+    def __or__(self, other: Any) -> Any:
+        return self
+
+    __ror__ = __or__
+
+    def _use(self) -> None:
+        """Called wherever the value would matter."""
+        if Phase.strict:
+            raise StandInUsed(self._name)
+
+
+def _calculates(self: Inert, *_: Any) -> Any:
+    self._use()
+    return self
+
+
+def _compares(self: Inert, _other: Any) -> bool:
+    self._use()
+    return False
+
+
+_ARITHMETIC = "add sub mul truediv floordiv mod pow lshift rshift and xor matmul".split()
+for _name in [*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), "neg", "pos", "abs", "invert"]:
+    setattr(Inert, f"__{_name}__", _calculates)
+for _name in "lt le gt ge".split():
+    setattr(Inert, f"__{_name}__", _compares)
+
+
+class InertMixin:
+    """Base of a class whose own base is missing; it takes any arguments."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__()
+
+
+class InertBase(nn.Module):
+    """Base of a class whose own base is missing and no other base is a module."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__()
+
+
+class InertModule(InertBase):
+    """What calling a missing class makes: it can be a part of a model, as long as nobody runs it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            return Inert(f"{self._name}.{name}")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Say what is missing."""
+        raise StandInUsed(self._name)
+
+
+class InertPackage(ModuleType):
+    """Stands in for a module; its names are known ones (`known`), or inert."""
+
+    def __init__(self, name: str, known: Callable[[str], Any]) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []  # submodules can be asked for
+        self.__version__ = "0"
+        self._known = known
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        full = f"{self.__name__}.{name}"
+        found = self._known(full)
+        value = inert(full) if found is None else found
+        setattr(self, name, value)
+        return value
+
+
+def inert(name: str) -> Inert:
+    """The stand-in for a dotted name."""
+    return Inert(name)
+
+
+def _is_class_name(name: str) -> bool:
+    return name.rsplit(".", 1)[-1][:1].isupper()
+
+
+def _is_decorated(value: Any) -> bool:
+    """Whether a single argument is what a decorator is put on."""
+    return callable(value) and not isinstance(value, Inert | nn.Module)

@@ -1,0 +1,211 @@
+"""Names of packages for GPUs that have a known meaning, and what stands in for each.
+
+In: a dotted name, by whatever path of the package it is imported. Out: what stands in for it, or None. A name is told
+by its package and its last part, since packages move their functions about between versions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from quack_fx.targets.world import attention as fused
+from quack_fx.targets.world import vision
+from quack_fx.targets.world.inert import Inert, StandInUsed
+
+
+def meaning(name: str) -> Any:
+    """What stands in for a dotted name; None where it has no meaning that is known here."""
+    package, last = name.split(".")[0], name.rsplit(".", 1)[-1]
+    return _KNOWN.get(package, {}).get(last)
+
+
+class _Kernel:
+    """A Triton kernel: it can be made anywhere, and be run nowhere."""
+
+    def __init__(self, function: Any) -> None:
+        self.__name__ = getattr(function, "__name__", "kernel")
+        self.__wrapped__ = function
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise StandInUsed(f"triton (kernel {self.__name__})")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise StandInUsed(f"triton (kernel {self.__name__})")
+
+
+def _kernel(*args: Any, **kwargs: Any) -> Any:
+    """`triton.jit`, with or without arguments, and decorators around it."""
+    return _Kernel(args[0]) if len(args) == 1 and not kwargs and callable(args[0]) else _Kernel
+
+
+def _around_kernel(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+    """`triton.autotune` and `triton.heuristics`: decorators that are called with options."""
+    return lambda kernel: kernel
+
+
+class ParallelLinear(nn.Linear):
+    """A linear layer that is split over the ranks of a group, on the only rank."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *args: Any, dtype: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype)
+
+
+class ParallelEmbedding(nn.Embedding):
+    """An embedding that is split over the ranks of a group, on the only rank."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx=kwargs.get("padding_idx"))
+
+
+class RMSNorm(nn.RMSNorm):
+    """A fused RMS norm with whatever options its package gives it."""
+
+    def __init__(self, normalized_shape: Any, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(normalized_shape, eps=eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A fused layer norm with whatever options its package gives it."""
+
+    def __init__(self, normalized_shape: Any, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
+        super().__init__(normalized_shape, eps=eps)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """A fused cross-entropy; options that torch does not know are left out."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        known = inspect.signature(nn.CrossEntropyLoss).parameters
+        super().__init__(**{n: v for n, v in kwargs.items() if n in known})
+
+
+class LightningModule(nn.Module):
+    """A LightningModule as far as a model's constructor and forward need one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the constructor's arguments as `self.hparams`."""
+        frame = inspect.currentframe()
+        given = frame.f_back.f_locals if frame is not None and frame.f_back is not None else {}
+        kept = {n: v for n, v in given.items() if n not in ("self", "__class__")}
+        self.hparams = SimpleNamespace(**kept)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log nothing."""
+
+    log_dict = log
+
+    @property
+    def device(self) -> Any:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+
+def _one(*args: Any, **kwargs: Any) -> int:
+    return 1
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _yes(*args: Any, **kwargs: Any) -> bool:
+    return True
+
+
+def _same(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """What a collective of one rank gives back."""
+    return x
+
+
+def _group(*args: Any, **kwargs: Any) -> Any:
+    return Inert("the model-parallel group")
+
+
+_FLASH = {
+    "flash_attn_func": fused.flash_attn_func,
+    "flash_attn_qkvpacked_func": fused.flash_attn_qkvpacked_func,
+    "flash_attn_kvpacked_func": fused.flash_attn_kvpacked_func,
+    "flash_attn_varlen_func": fused.flash_attn_varlen_func,
+    "flash_attn_varlen_qkvpacked_func": fused.flash_attn_varlen_qkvpacked_func,
+    "flash_attn_varlen_kvpacked_func": fused.flash_attn_varlen_kvpacked_func,
+    "flash_attn_unpadded_func": fused.flash_attn_varlen_func,
+    "flash_attn_unpadded_qkvpacked_func": fused.flash_attn_varlen_qkvpacked_func,
+    "flash_attn_unpadded_kvpacked_func": fused.flash_attn_varlen_kvpacked_func,
+    "flash_attn_with_kvcache": fused.flash_attn_with_kvcache,
+    "FlashAttention": fused.FlashAttention,
+    "FlashSelfAttention": fused.FlashSelfAttention,
+    "FlashCrossAttention": fused.FlashCrossAttention,
+    "unpad_input": fused.unpad_input,
+    "pad_input": fused.pad_input,
+    "index_first_axis": fused.index_first_axis,
+    "apply_rotary_emb": fused.apply_rotary_emb,
+    "apply_rotary_emb_func": fused.apply_rotary_emb,
+    "RMSNorm": RMSNorm,
+    "CrossEntropyLoss": CrossEntropyLoss,
+}
+_NORMS = {
+    "FusedLayerNorm": LayerNorm,
+    "MixedFusedLayerNorm": LayerNorm,
+    "FusedRMSNorm": RMSNorm,
+    "MixedFusedRMSNorm": RMSNorm,
+    "FastLayerNorm": LayerNorm,
+}
+_PARALLEL = {
+    "ColumnParallelLinear": ParallelLinear,
+    "RowParallelLinear": ParallelLinear,
+    "ParallelEmbedding": ParallelEmbedding,
+    "VocabParallelEmbedding": ParallelEmbedding,
+    "get_model_parallel_world_size": _one,
+    "get_model_parallel_rank": _zero,
+    "get_model_parallel_src_rank": _zero,
+    "get_model_parallel_group": _group,
+    "get_data_parallel_world_size": _one,
+    "get_data_parallel_rank": _zero,
+    "get_tensor_model_parallel_world_size": _one,
+    "get_tensor_model_parallel_rank": _zero,
+    "model_parallel_is_initialized": _yes,
+    "copy_to_model_parallel_region": _same,
+    "gather_from_model_parallel_region": _same,
+    "reduce_from_model_parallel_region": _same,
+    "scatter_to_model_parallel_region": _same,
+}
+_TIMM = {
+    "DropPath": vision.DropPath,
+    "to_2tuple": vision.to_2tuple,
+    "trunc_normal_": vision.trunc_normal_,
+    "lecun_normal_": vision.lecun_normal_,
+    "register_model": vision.register_model,
+    "PatchEmbed": vision.PatchEmbed,
+    "Mlp": vision.Mlp,
+    "Attention": vision.Attention,
+    "Block": vision.Block,
+}
+_LIGHTNING = {"LightningModule": LightningModule}
+_KNOWN: dict[str, dict[str, Any]] = {
+    "flash_attn": _FLASH,
+    "flash_attn_interface": _FLASH,
+    "flash_attn_2_cuda": {},
+    "xformers": {
+        "memory_efficient_attention": fused.memory_efficient_attention,
+        "LowerTriangularMask": fused.LowerTriangularMask,
+    },
+    "sageattention": {"sageattn": fused.sageattn},
+    "apex": _NORMS,
+    "fairscale": _PARALLEL,
+    "megatron": _PARALLEL,
+    "transformer_engine": {"Linear": ParallelLinear, "LayerNorm": LayerNorm, "RMSNorm": RMSNorm},
+    "timm": _TIMM,
+    "triton": {"jit": _kernel, "autotune": _around_kernel, "heuristics": _around_kernel},
+    "pytorch_lightning": _LIGHTNING,
+    "lightning": _LIGHTNING,
+}

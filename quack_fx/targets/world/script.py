@@ -1,0 +1,50 @@
+"""What a script may expect of the process that it runs in: arguments, and that it is not told to train.
+
+In: the target's file. Out: a context in which sys.argv is that of `python FILE`, a parser of arguments takes what it
+requires from their names, and the first gradient ends the file as an exception (`TrainingBegins`): the model is there
+by then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from quack_fx.targets.sizes.made_up import made_up
+
+
+class TrainingBegins(BaseException):
+    """A file that is being loaded asks for gradients. No Exception: a handler in the file must not stop it."""
+
+
+@contextmanager
+def as_script(file: str) -> Iterator[None]:
+    """Context in which a file runs as a script of that name would."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def lenient(self: argparse.ArgumentParser, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        for action in self._actions:
+            needs = action.required and not isinstance(action, argparse._SubParsersAction)
+            if needs and args is None:
+                kind = action.type if isinstance(action.type, type) else None
+                value = next(iter(action.choices)) if action.choices else made_up(action.dest, kind)
+                action.default, action.required = value, False
+                if not action.option_strings:
+                    action.nargs = "?"
+        return parse(self, args, namespace)
+
+    def begins(*args: Any, **kwargs: Any) -> Any:
+        raise TrainingBegins
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "argv", [file]))
+        stack.enter_context(patch.object(argparse.ArgumentParser, "parse_known_args", lenient))
+        stack.enter_context(patch.object(torch.Tensor, "backward", begins))
+        stack.enter_context(patch.object(torch.autograd, "backward", begins))
+        yield
