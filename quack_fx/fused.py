@@ -20,6 +20,11 @@ _REFUSED = "view size is not compatible"
 """How PyTorch says that the strides, and not the number of elements, are in the way."""
 
 
+def is_flex(func: Any) -> bool:
+    """Whether a function that a mode of torch is told of is the op inside `flex_attention`, which has no public name."""
+    return getattr(func, "__name__", "") == "flex_attention"
+
+
 class AnyLayout(TorchFunctionMode):
     """The context; a mode of torch. Before the first attention a view that fails is the model's own mistake."""
 
@@ -29,7 +34,7 @@ class AnyLayout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self._attended |= func is F.scaled_dot_product_attention or getattr(func, "__name__", "") == "flex_attention"
+        self._attended |= func is F.scaled_dot_product_attention or is_flex(func)
         if not self._attended or func not in (Tensor.view, Tensor.view_as):
             return func(*args, **kwargs)
         try:

@@ -11,6 +11,7 @@ this kind are off while PyTorch's own functions run, so those see what is there;
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from quack_fx.fused import is_flex
 from quack_fx.recording.isolate import unrecorded
 
 _CPU = torch.device("cpu")
@@ -83,6 +85,8 @@ class OneDevice(TorchFunctionMode):
             index = args[1]
             index = tuple(map(_as_index, index)) if isinstance(index, tuple) else _as_index(index)
             args = (args[0], index, *args[2:])
+        elif is_flex(func):
+            self._score(*args[:4])
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:
@@ -91,6 +95,12 @@ class OneDevice(TorchFunctionMode):
         # It refuses tensors of different devices before any op runs, as attention and the recurrent layers do.
         args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _score(self, query: Tensor, _key: Tensor, _value: Tensor, modify: Callable[..., Any]) -> None:
+        """Call the function that flex attention modifies scores by once, so that the weights in it are seen."""
+        place = torch.zeros((), dtype=torch.int32)
+        with self, suppress(Exception):  # what is wrong with it the attention itself will say
+            modify(query.new_zeros(()), place, place, place, place)
 
     def _twin(self, tensor: Tensor) -> Tensor:
         with unrecorded():

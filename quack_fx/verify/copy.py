@@ -72,10 +72,11 @@ def _random(parameter: Tensor, kernel: bool, generator: torch.Generator) -> Tens
 
 
 def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
-    """Contents for a buffer whose values were never made: positive numbers, index 0, a mask that hides nothing."""
+    """Contents for a buffer whose values were never made: positive numbers, a count of 1, index 0, a mask that hides
+    nothing."""
     if buffer.is_floating_point():
         return torch.rand(buffer.shape, generator=generator) + 0.5
-    return torch.full(buffer.shape, buffer.dtype == torch.bool, dtype=buffer.dtype)
+    return torch.full(buffer.shape, not buffer.ndim or buffer.dtype == torch.bool, dtype=buffer.dtype)
 
 
 def as_float32(value: Any) -> Any:
