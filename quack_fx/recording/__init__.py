@@ -6,9 +6,11 @@ meta tensor elsewhere) and `node.meta["nn_module_stack"]` (modules whose forward
 
 The forward runs once, for real Python and fake weights ("hybrid"): parameters are replaced by meta tensors, so size
 does not matter; what no parameter reached (token ids, masks, positions, RoPE tables) is computed for real, so that
-control flow and index tensors are true. Where that fails and the model is small, it runs on real numbers instead.
+control flow and index tensors are true. To Python every tensor is on the CPU then. Where that fails and the model is
+small, it runs on real numbers instead.
 
     recorder.py   the dispatch mode that writes the graph
+    devices.py    what Python is told about the devices of tensors
     hybrid.py     how one op runs when some of its inputs are fake
     executable.py a graph that runs, checked against the model
     equal.py      which layers are equal but for the numbers in their weights
@@ -21,13 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from quack_fx.errors import CaptureError, first_line
+from quack_fx.machine import available_memory
 from quack_fx.recording.equal import equal_groups
 from quack_fx.recording.executable import runnable
 from quack_fx.recording.hybrid import NUMBER
@@ -38,7 +40,8 @@ from quack_fx.recording.recorder import Recorder
 __all__ = ["Capture", "RepeatedLayer", "capture"]
 
 REAL_LIMIT_BYTES = 4 << 30
-"""Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed."""
+"""Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed; less where the
+machine has less than four times as much memory left."""
 
 
 @dataclass(frozen=True)
@@ -111,28 +114,33 @@ def capture(
                 f"the forward of {type(model).__name__}, or its backward, fails on the example inputs: "
                 f"{first_line(error)}"
             ) from error
-    if real:
-        return _run(model, args, kwargs, Recorder(model, "real"))
-    reason = ""
-    groups = list(equal_groups(model)) if layers_once else []
+    failures: list[tuple[int, Exception]] = []
+    groups = list(equal_groups(model)) if layers_once and not real else []
     # A forward that fails because layers were left out is run again with all of them.
-    for keep_real, equal in product((True, False), ([groups, []] if groups else [[]])):
+    for equal in () if real else [groups, []] if groups else [[]]:
+        recorder = Recorder(model, "hybrid", equal, number)
         try:
-            return _run(model, args, kwargs, Recorder(model, "hybrid", keep_real, equal, number))
+            return _run(model, args, kwargs, recorder)
         except Exception as error:
-            reason = reason or first_line(error)
+            failures.append((recorder.entered, error))
+    reason = first_line(failures[0][1]) if failures else None
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if size > REAL_LIMIT_BYTES:
+    if size > min(REAL_LIMIT_BYTES, available_memory() // 4):
+        refusal = f"cannot be recorded with fake weights ({reason}), and at" if reason else "cannot be run for real: at"
         raise CaptureError(
-            f"the forward of {type(model).__name__} cannot be recorded with fake weights ({reason}), and at "
-            f"{size / 2**30:.0f} GiB it is too large to run for real; pass a smaller configuration of the model"
+            f"the forward of {type(model).__name__} {refusal} {size / 2**30:.0f} GiB it is too large to run for real; "
+            "pass a smaller configuration of the model"
         )
+    recorder = Recorder(model, "real")
     try:
-        return _run(model, args, kwargs, Recorder(model, "real"), reason)
+        return _run(model, args, kwargs, recorder, reason)
     except Exception as error:
-        raise CaptureError(
-            f"the forward of {type(model).__name__} fails on the example inputs: {first_line(error)}"
-        ) from error
+        failures.insert(0, (recorder.entered, error))
+    # Whichever came furthest met what is wrong with the call; of the others, what is wrong with the attempt.
+    _, telling = max(failures, key=lambda failure: failure[0])
+    raise CaptureError(
+        f"the forward of {type(model).__name__} fails on the example inputs: {first_line(telling)}"
+    ) from telling
 
 
 def _run(

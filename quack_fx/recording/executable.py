@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # packs arguments and re
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from quack_fx.errors import CaptureError
+from quack_fx.jagged import JaggedWrittenOut
 from quack_fx.recording.isolate import isolated
 from quack_fx.recording.memory import storage_of
 from quack_fx.recording.recorder import Recorder
@@ -41,6 +43,9 @@ class _WithGradients(Recorder):
         self.parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._trained = {storage_of(p) for p in model.parameters() if p.requires_grad}
         self._computed, self._differentiable = set[Node](), set[Node]()
+
+    def _contexts(self) -> list[AbstractContextManager[Any]]:
+        return [JaggedWrittenOut()]  # the graph runs where the model does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not isinstance(func, torch._ops.OpOverload):

@@ -3,7 +3,7 @@
 In: an op and its arguments. Out: its result. The rules, in this order:
 
 1. Nothing fake: the op runs for real, on the CPU whatever device was asked for, so that masks, positions and tables
-   that no parameter reached have true values.
+   that no parameter reached have true values. Only what is too large for that becomes fake.
 2. The op's result does not depend on the fake numbers (`zeros_like`, `new_ones`, ...): it is made for real.
 3. The op needs numbers that are not there (`nonzero`, `item`, boolean indexing): it gets a canned answer,
    and the recording says so. Routing, mostly; the layout behind it is the same for every route.
@@ -12,12 +12,15 @@ In: an op and its arguments. Out: its result. The rules, in this order:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from quack_fx.machine import available_memory
 
 REAL_LIMIT = 1 << 24
 """Factories larger than this many elements stay fake: a table that large is never worth its memory here."""
@@ -36,7 +39,6 @@ def run_mixed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    keep_real: bool,
     taint: Callable[[Tensor], Tensor],
     canned: list[str],
     number: float,
@@ -47,9 +49,6 @@ def run_mixed(
         func: The op (an OpOverload, or a higher-order op).
         args: Positional arguments; real and meta tensors may be mixed.
         kwargs: Keyword arguments, likewise.
-        keep_real: Whether tensors without history that are asked for on the device of a fake one (`zeros_like`,
-            `zeros(device="meta")`) are made for real. Their numbers are then true, but a model that fills one with
-            fake values and looks at its device will find the CPU.
         taint: Called with a real tensor that is about to receive fake values in place; gives back its fake twin.
         canned: Names of ops that got a canned answer are appended here.
         number: What a fake tensor of floating point answers when it is asked for its one number.
@@ -59,12 +58,13 @@ def run_mixed(
     """
     name = func.name() if callable(getattr(func, "name", None)) else str(func)
     name = name.split("::")[-1].split(".")[0]
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    leaves = tree_leaves((args, kwargs))
+    fake = any(isinstance(x, Tensor) and x.is_meta for x in leaves)
     if not isinstance(func, torch._ops.OpOverload):
-        return _higher_order(func, name, args, kwargs, tensors)
-    if not any(t.is_meta for t in tensors):
-        return _real(func, args, kwargs, keep_real)
-    if keep_real and (name in _LIKE or name in _NEW):
+        return _higher_order(func, name, args, kwargs, fake)
+    if not fake:
+        return _real(func, name, args, kwargs, leaves)
+    if name in _LIKE or name in _NEW:
         return _value_free(func, name, args, kwargs)
     if name in _NUMBERS and args[0].is_floating_point():
         canned.append(NUMBER)
@@ -79,17 +79,35 @@ def run_mixed(
     return _on_meta(func, args, kwargs)
 
 
-def _real(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keep_real: bool) -> Any:
+def _real(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> Any:
+    if _may_be_large(name, leaves) and _is_large(func, args, kwargs, leaves):
+        return _on_meta(func, args, kwargs)
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != "cpu":
-        size = args[0] if args and isinstance(args[0], list | tuple | torch.Size) else None
-        stays = size is not None and (not keep_real or torch.Size(size).numel() > REAL_LIMIT)
-        if torch.device(device).type == "meta" and stays:
-            return func(*args, **kwargs)
         kwargs = {**kwargs, "device": torch.device("cpu")}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     return func(*args, **kwargs)
+
+
+def _may_be_large(name: str, leaves: list[Any]) -> bool:
+    """A bound that costs little: few results have more elements than all the sizes in the arguments multiplied."""
+    sizes = [x.numel() if isinstance(x, Tensor) else x if type(x) is int else 1 for x in leaves]
+    return math.prod(max(1, n) for n in sizes) ** (2 if name == "eye" else 1) > REAL_LIMIT
+
+
+def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> bool:
+    """Whether an op makes more numbers than should be made: a table, or what this machine cannot hold."""
+    if func.is_view or func._schema.is_mutable:
+        return False
+    try:
+        made = [t for t in tree_leaves(_on_meta(func, args, kwargs)) if isinstance(t, Tensor)]
+    except Exception:  # its size depends on numbers: it is at most that of what holds them
+        return False
+    if not any(isinstance(x, Tensor) for x in leaves):
+        return sum(t.numel() for t in made) > REAL_LIMIT
+    size = sum(t.numel() * t.element_size() for t in made)
+    return size > REAL_LIMIT and size > available_memory() // 8
 
 
 def _value_free(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -111,8 +129,10 @@ def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     x = args[0]
     if name in _NUMBERS:
         return (False if x.dtype == torch.bool else 1,)
-    if name in ("is_nonzero", "equal"):
+    if name in ("is_nonzero", "equal", "allclose"):
         return (False,)
+    if name == "repeat_interleave":
+        return (torch.arange(x.numel()),)  # each once
     if name in ("nonzero", "nonzero_numpy", "argwhere"):
         return (torch.tensor([[n // 2 for n in x.shape]]).view(1, x.dim()),)  # the middle: borders are often cut off
     if name == "masked_select":
@@ -180,11 +200,14 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def _higher_order(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+def _higher_order(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Any:
     """Attention written as a higher-order op: its result has the shape of the queries and the width of the values."""
-    if name == "flex_attention":
-        query, value = args[0], args[2]
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        return out, lse, lse
-    raise NotImplementedError(f"the higher-order op {name} cannot be recorded")
+    if name != "flex_attention":
+        raise NotImplementedError(f"the higher-order op {name} cannot be recorded")
+    if not fake:
+        with torch._C._EnableTorchFunction():  # its masks are indexed with tensors, by a mode of its own
+            return func(*args, **kwargs)
+    query, value = args[0].to("meta"), args[2]
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return out, lse, lse

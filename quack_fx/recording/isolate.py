@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes  # private: there is no public way out of a mode
 
 
 @contextmanager
@@ -29,7 +30,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # A model wrapped in torch.compile, or that compiles a part of itself, must run op by op to be seen.
-        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"), _autocast_knows_meta():
+        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -39,14 +40,19 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _autocast_knows_meta() -> Iterator[None]:
-    """Let models write `torch.autocast(x.device.type)` where x is fake: torch refuses the device type "meta"."""
+def unrecorded() -> Iterator[None]:
+    """Context in which ops are ours and not the model's, and tensors are what they are."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Context in which autocast does nothing: it would cast real tensors and not the fake ones that they meet."""
     original = torch.autocast.__init__
 
     def init(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
-        if device_type == "meta":
-            device_type, args, kwargs = "cpu", (), {"enabled": False}
-        original(self, device_type, *args, **kwargs)
+        original(self, "cpu", enabled=False)
 
     with patch.object(torch.autocast, "__init__", init):
         yield

@@ -28,7 +28,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from quack_fx.recording.equal import EqualGroup, Place, renamed
-from quack_fx.recording.isolate import Snapshot
+from quack_fx.recording.isolate import Snapshot, unrecorded
 from quack_fx.recording.memory import storage_of
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -54,14 +54,6 @@ class RepeatedLayer:
     like: str
     given: Mapping[Node, bool]
     names: Mapping[str, str]
-
-
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """Context in which ops are ours and not the model's."""
-    # Private, but what torch itself does in this place; there is no public way to step out of a dispatch mode.
-    with torch.utils._python_dispatch._disable_current_modes():
-        yield
 
 
 def equal_layer(*inputs: Any) -> None:

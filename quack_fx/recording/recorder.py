@@ -10,20 +10,23 @@ tensor (hybrid) or, for parameters that have no numbers, a random tensor (real);
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from quack_fx.fused import AnyLayout
 from quack_fx.jagged import JaggedWrittenOut, takes_itself_apart
+from quack_fx.machine import available_memory
+from quack_fx.recording.devices import OneDevice
 from quack_fx.recording.equal import EqualGroup
-from quack_fx.recording.hybrid import run_mixed
+from quack_fx.recording.hybrid import NUMBER, run_mixed
+from quack_fx.recording.isolate import no_autocast
 from quack_fx.recording.layers import EqualLayers
 from quack_fx.recording.memory import Place, place_of, storage_of, window_on
 
@@ -38,7 +41,6 @@ class Recorder(TorchDispatchMode):
         self,
         model: nn.Module,
         way: Literal["hybrid", "real"],
-        keep_real: bool = True,
         equal: Sequence[EqualGroup] = (),
         number: float = 0.5,
     ) -> None:
@@ -46,7 +48,8 @@ class Recorder(TorchDispatchMode):
         self.graph = Graph()
         self.canned: list[str] = []
         self.way = way
-        self._keep_real, self._number = keep_real, number
+        self.entered = 0
+        self._number = number
         self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
         self._places: dict[Place, Node] = {}
@@ -80,11 +83,10 @@ class Recorder(TorchDispatchMode):
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
         ]
-        self._functions = [JaggedWrittenOut(), _Devices()]
-        for mode in self._functions:
-            mode.__enter__()
-        self._watch = self.layers.watched()
-        self._watch.__enter__()
+        with ExitStack() as stack:
+            for context in (*self._contexts(), self.layers.watched()):
+                stack.enter_context(context)
+            self._around = stack.pop_all()
         super().__enter__()
         return self
 
@@ -92,11 +94,16 @@ class Recorder(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
         super().__exit__(*exc)
-        self._watch.__exit__(*exc)
-        for mode in reversed(self._functions):
-            mode.__exit__(*exc)
+        self._around.__exit__(*exc)
+
+    def _contexts(self) -> list[AbstractContextManager[Any]]:
+        """What the forward is told about its tensors; see the files that these come from."""
+        if self.way == "real":
+            return [JaggedWrittenOut(), OneDevice(self)]
+        return [no_autocast(), JaggedWrittenOut(), AnyLayout(), OneDevice(self)]
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
+        self.entered += 1
         stack, name = self._stacks[-1], self.names.get(id(module))
         self._stacks.append(stack if name is None else {**stack, name: (name, type(module))})
 
@@ -158,20 +165,14 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if takes_itself_apart(types):
             return NotImplemented
-        kwargs = kwargs or {}
+        # What is fake and what is real is decided here, so nobody may say something else about it.
+        with torch._C.DisableTorchFunction():
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         node_args, node_kwargs = tree_map(self._as_written, (tuple(args), dict(kwargs)))
         run_args, run_kwargs = tree_map_only(Tensor, self.twin, (tuple(args), dict(kwargs)))
-        if not isinstance(func, torch._ops.OpOverload):
-            run_args, run_kwargs = tree_map(_without_modules, (run_args, run_kwargs))
-        result = run_mixed(
-            func,
-            run_args,
-            run_kwargs,
-            keep_real=self._keep_real,
-            taint=self._taint,
-            canned=self.canned,
-            number=self._number,
-        )
+        result = run_mixed(func, run_args, run_kwargs, taint=self._taint, canned=self.canned, number=self._number)
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
@@ -263,9 +264,10 @@ class Recorder(TorchDispatchMode):
             return
         original = tensor.untyped_storage()
         if key not in self._parameters:
-            storage = original if tensor.is_meta else original.cpu().clone()
+            small = original.nbytes() <= available_memory() // 4
+            storage = original if tensor.is_meta else original.cpu().clone() if small else _fake_storage(original)
         elif self.way == "hybrid":
-            storage = original if tensor.is_meta else torch.UntypedStorage(original.nbytes(), device="meta")
+            storage = original if tensor.is_meta else _fake_storage(original)
         elif tensor.is_meta:
             numbers = torch.randn(original.nbytes() // tensor.element_size()) * 0.02
             storage = numbers.to(tensor.dtype).untyped_storage()
@@ -276,42 +278,38 @@ class Recorder(TorchDispatchMode):
 
     def _taint(self, tensor: Tensor) -> Tensor:
         """A real tensor receives fake values in place: from now on all of its storage is fake."""
-        storage = torch.UntypedStorage(tensor.untyped_storage().nbytes(), device="meta")
+        storage = _fake_storage(tensor.untyped_storage())
         self._twins[storage_of(tensor)] = storage
         self.alive.append(tensor)
         return window_on(storage, tensor)
 
+    def fake(self, tensor: Tensor) -> Tensor:
+        """A fake tensor that is the given one in the graph."""
+        twin, node = self.twin(tensor), self.node(tensor)
+        if not twin.is_meta:
+            twin = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device="meta")
+        self._remember(twin, node)
+        return twin
 
-class _Devices(TorchFunctionMode):
-    """Keeps apart what is fake and what is real where PyTorch looks at the devices of tensors before any op runs.
+    def made_up(self, tensor: Tensor) -> Any:
+        """A made-up number in place of each of a fake tensor's, as `tolist` gives them."""
+        numeric = tensor.is_floating_point() or tensor.is_complex()
+        self.canned.append(NUMBER if numeric else "tolist")
+        value = self._number if numeric else False if tensor.dtype == torch.bool else 1
 
-    Numbers that Python hands over become tensors on the CPU: on the device of a fake tensor they would be lost. Lists
-    in `x[..., [0, 2]]`, and `torch.tensor(3.0, device=x.device)`. Attention on a buffer that fake keys were written
-    into is given a view of it, which is fake as its contents are.
-    """
+        def nested(shape: Sequence[int]) -> Any:
+            return [nested(shape[1:]) for _ in range(shape[0])] if shape else value
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if func in (torch.tensor, torch.as_tensor) and device is not None and torch.device(device).type == "meta":
-            kwargs = {**kwargs, "device": "cpu"}
-        if func is scaled_dot_product_attention and len({t.device for t in args[:3] if isinstance(t, Tensor)}) > 1:
-            args = (*(t.view(t.shape) for t in args[:3]), *args[3:])
-        if func in (Tensor.__getitem__, Tensor.__setitem__) and len(args) > 1:
-            index = args[1]
-            index = tuple(map(_as_index, index)) if isinstance(index, tuple) else _as_index(index)
-            args = (args[0], index, *args[2:])
-        return func(*args, **kwargs)
-
-
-def _as_index(item: Any) -> Any:
-    integers = isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
-    return torch.tensor(item) if integers else item
+        return nested(tensor.shape)
 
 
 def _getitem(sequence: Sequence[Any], index: int) -> Any:
     """Element of an op's tuple of results (a function of its own so that generated code can name it)."""
     return sequence[index]
+
+
+def _fake_storage(like: torch.UntypedStorage) -> torch.UntypedStorage:
+    return torch.UntypedStorage(like.nbytes(), device="meta")
 
 
 def _within(path: str, name: str) -> str:
@@ -322,11 +320,6 @@ def _tensors(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     tree_map_only(Tensor, found.append, tree)
     return found
-
-
-def _without_modules(value: Any) -> Any:
-    """What a higher-order op is run with: it is stood in for, and its sub-graphs are not needed."""
-    return None if _is_code(value) else value
 
 
 def _is_code(value: Any) -> bool:

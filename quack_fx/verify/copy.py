@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quack_fx.errors import VerifyError
+from quack_fx.machine import available_memory
 
 
 class CannotRun(VerifyError):
@@ -25,16 +27,24 @@ class TooLarge(CannotRun):
 
 
 SIZE_LIMIT = 500_000_000
-"""Parameters of a model that is still copied and run."""
+"""Parameters of a model that is still copied and run, where memory is no question."""
 
 
 def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in evaluation mode, on real float32 tensors, with random weights."""
     total = sum(p.numel() for p in model.parameters())
-    if total > SIZE_LIMIT:
+    tensors = list(chain(model.parameters(), model.buffers()))
+    # A copy in the model's precision becomes one in float32, which then runs; half of the memory is left for the run.
+    needed = sum(t.numel() * (t.element_size() + 4) for t in tensors)
+    room = available_memory() // 2
+    if total > SIZE_LIMIT or needed > room:
+        why = (
+            f"has {total:,} parameters, a proof copies at most {SIZE_LIMIT:,}"
+            if total > SIZE_LIMIT
+            else f"takes {needed / 2**30:.1f} GiB to copy, and a proof takes at most half of what memory is left"
+        )
         raise TooLarge(
-            f"{type(model).__name__} has {total:,} parameters, a proof copies at most {SIZE_LIMIT:,}; "
-            "verify the same architecture with fewer layers and a smaller width"
+            f"{type(model).__name__} {why}; verify the same architecture with fewer layers and a smaller width"
         )
     try:
         copy = deepcopy(model).eval()
@@ -62,10 +72,11 @@ def _random(parameter: Tensor, kernel: bool, generator: torch.Generator) -> Tens
 
 
 def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
-    """Contents for a buffer whose values were never made: positive numbers, index 0, a mask that hides nothing."""
+    """Contents for a buffer whose values were never made: positive numbers, a count of 1, index 0, a mask that hides
+    nothing."""
     if buffer.is_floating_point():
         return torch.rand(buffer.shape, generator=generator) + 0.5
-    return torch.full(buffer.shape, buffer.dtype == torch.bool, dtype=buffer.dtype)
+    return torch.full(buffer.shape, not buffer.ndim or buffer.dtype == torch.bool, dtype=buffer.dtype)
 
 
 def as_float32(value: Any) -> Any:
