@@ -34,7 +34,7 @@ from quack_fx.errors import CaptureError, TargetError
 from quack_fx.recording import Capture, capture
 from quack_fx.targets import hf
 from quack_fx.targets.files import Namespace, evaluate, load, one_line
-from quack_fx.targets.inputs import Inputs, infer
+from quack_fx.targets.inputs import Attempts, Inputs, infer
 from quack_fx.targets.pick import Recipe, pick
 
 __all__ = ["Target", "resolve", "settle"]
@@ -243,12 +243,14 @@ def _try(
     name = type(model).__name__
     candidates = [_given_inputs(inputs, namespace, model)] if inputs else infer(model, name)
     first: BaseException | None = None
-    for candidate in candidates:
+    attempts = Attempts(model, candidates)
+    for candidate in [*candidates] if inputs else attempts:
         say(f"recording the forward of {name} on {candidate.text}")
         try:
             return candidate, capture(model, candidate.args, candidate.kwargs, layers_once=True)
         except CaptureError as error:
             first = first or error.__cause__ or error
+            attempts.failed(candidate, error)
             for failure in filter(None, (error, error.__cause__)):
                 traceback.clear_frames(failure.__traceback__)  # they hold the recording and its tensors
     assert first is not None  # there is at least one candidate

@@ -1,7 +1,7 @@
 """DOOR: example inputs from the signature of a model's forward, its source and its layers.
 
-In: a model. Out: `Inputs`, most likely first; the caller keeps the first for which the forward runs, and may ask
-`retry` what to change after one has failed. They are tiny: batches of 2, 4 tokens. A parameter of forward with a
+In: a model. Out: `Inputs`, most likely first; the caller keeps the first for which the forward runs, and goes
+through `Attempts`, which adds what the error of a failed one suggests. They are tiny: batches of 2, 4 tokens. A parameter of forward with a
 default keeps it, so optional targets and labels are left out. What a layer takes is told by the layer that the forward
 gives a parameter to; where the source does not say, the first parameter goes to the model's first layer.
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -26,11 +25,11 @@ from quack_fx.errors import TargetError
 from quack_fx.targets import hf
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
 from quack_fx.targets.inputs.reading import read_uses
-from quack_fx.targets.inputs.repair import retry
+from quack_fx.targets.inputs.repair import Attempts, retry
 from quack_fx.targets.inputs.uses import Use
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
 
-__all__ = ["LIMIT", "Inputs", "infer", "retry"]
+__all__ = ["LIMIT", "Attempts", "Inputs", "infer", "retry"]
 
 _CONDITION = re.compile(rf"{TIME.pattern}|class_(ids?|labels?)|classes")
 """What diffusion models call optional and cannot do without."""
@@ -80,7 +79,7 @@ def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: in
     found: list[Inputs] = []
     seen: set[str] = set()
     for data in options(first.name, first.annotation, uses[first.name], Context(model)):
-        data, sizes = _shared(data)
+        sizes = _shared(data)
         context = Context(model, _array(data))
         others = [options(p.name, p.annotation, uses[p.name], context) for p in parameters if p is not first]
         for combined in cheapest_first([[data], *others], max(limit // 2, limit - len(found))):
@@ -99,15 +98,10 @@ def _leading(parameters: list[inspect.Parameter], uses: dict[str, Use]) -> inspe
     return next((p for p in parameters if uses[p.name].taken or uses[p.name].parts), parameters[0])
 
 
-def _shared(data: Spec) -> tuple[Spec, Sizes]:
-    """The data, whose number of tokens is that of all arguments, and the sizes that all share."""
-    if isinstance(data, Array) and len(data.shape) in (1, 2, 3):
-        place = {("ids", 1): 0, ("ids", 2): 1, ("float", 3): 1}.get((data.kind, len(data.shape)))
-        if place is not None and isinstance(size := data.shape[place], int):
-            shape = list(data.shape)
-            shape[place] = "T"
-            return replace(data, shape=tuple(shape)), Sizes(tokens=size)
-    return data, Sizes()
+def _shared(data: Spec) -> Sizes:
+    """The sizes that all arguments share: the data's number of tokens is that of all."""
+    array = _array(data)
+    return Sizes(tokens=(array.tokens if isinstance(array, Array) else None) or TOKENS)
 
 
 def _array(data: Spec) -> Spec:

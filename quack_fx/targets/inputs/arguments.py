@@ -56,6 +56,7 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
         use: What was read about it.
         context: The model, and the data unless it is them.
     """
+    name = use.name or name
     hint = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     lower = name.lower()
     plain = [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
@@ -98,27 +99,25 @@ def _fitted(found: list[Array], use: Use) -> list[Array]:
         if shape is None:
             other.append(array)
             continue
+        array = replace(array, shape=shape)
         for axis, relation, number in use.sizes:
             if -len(shape) <= axis < len(shape):
-                shape = _with_size(shape, axis, relation, number)
-        fitting.append(replace(array, shape=shape))
+                array = _with_size(array, axis, relation, number)
+        fitting.append(array)
     return [*dict.fromkeys(fitting), *other]
 
 
-def _with_size(shape: tuple[Size, ...], axis: int, relation: str, number: int) -> tuple[Size, ...]:
-    size = shape[axis]
-    count = Sizes().of((size,))[0]
-    if relation == "==":
-        size = number
-    elif relation == "%" and count % number:
-        size = number
-    elif relation == "<=" and count > number:
-        size = number
-    else:
-        return shape
-    changed = list(shape)
-    changed[axis] = size
-    return tuple(changed)
+def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
+    """An array with the size that is asked for: "==" it, "%" a multiple of it, "<=" it at most."""
+    count = Sizes(tokens=array.tokens or TOKENS).of(array.shape)[axis]
+    fits = {"==": count == number, "%": count % number == 0, "<=": count <= number}
+    if fits[relation]:
+        return array
+    if array.shape[axis] == "T":
+        return replace(array, tokens=number)
+    changed = list(array.shape)
+    changed[axis] = number
+    return replace(array, shape=tuple(changed))
 
 
 # ---- the data --------------------------------------------------------------------------------------------------------
@@ -189,6 +188,8 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
     if re.search(r"start_pos|offset|start_index", name) or (hint == "int" and not _NUMBER.fullmatch(name)):
         return [Constant(0)]
     if hint == "int" or "number" in use.marks or (_NUMBER.fullmatch(name) and not (use.taken or use.marks or use.steps)):
+        if re.search("Tensor", annotation):
+            return [Array("ones", (), dtype=torch.int64)]
         return [Constant(TOKENS if re.search(r"len|size|seq", name) or hint != "int" else 1), Constant(1)]
     if hint == "float":
         return [Constant(1.0)]
@@ -198,7 +199,7 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
         return _times(use, told, data)
     if _CACHE.fullmatch(name) and not told:
         count = max((len(m) for m in context.model.modules() if isinstance(m, nn.ModuleList)), default=1)
-        return [Constant(None), Constant([None] * count), Constant([])]
+        return [Constant(None), Group("list", tuple((str(i), Constant(None)) for i in range(count))), Group("list", ())]
     if _POSITIONS.fullmatch(name) and (not told or told[0].kind == "ids"):
         shapes: list[tuple[Size, ...]] = [("T",), ("B", "T")]
         shapes.sort(key=lambda shape: use.rank is not None and len(shape) != use.rank)

@@ -183,7 +183,8 @@ def combined(op: ast.operator, left: Value, right: Value) -> Value:
         for axis in (-1, -2):
             if other.value.dim() >= -axis and other.value.shape[axis] > 1:
                 data.known_size(axis, "==", other.value.shape[axis])
-    return data
+    # What is computed from elsewhere may be larger: the result is no longer the caller's.
+    return UNKNOWN if data is right and isinstance(other, type(UNKNOWN)) else data
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,10 @@ def read_uses(model: nn.Module, given: list[str]) -> dict[str, Use]:
         reader = Reader()
         forward = inspect.unwrap(model.forward)
         function = forward if isinstance(forward, types.FunctionType) else forward.__func__
-        bound = {name: Data(use) for name, use in uses.items()}
+        for name, parameter in inspect.signature(model.forward).parameters.items():
+            if name in uses and parameter.kind is parameter.VAR_POSITIONAL:
+                uses[name].marks.add("iterated")
+        bound: Scope = {name: Data(use) for name, use in uses.items()}
         reader.run(function, model if forward is not function or function is not model.forward else None, bound)
     except Exception:
         pass  # this is a hint; what was read until here stands
@@ -204,6 +207,8 @@ class Frame:
             case ast.Tuple() | ast.List():
                 starred = any(isinstance(element, ast.Starred) for element in target.elts)
                 for element, part in zip(target.elts, self.unpacked(value, len(target.elts), starred), strict=True):
+                    if isinstance(value, Data) and isinstance(part, Data) and isinstance(element, ast.Name):
+                        part.use.name = part.use.name or element.id
                     self.assign(element, part)
 
     def unpacked(self, value: Value, count: int, starred: bool) -> list[Value]:

@@ -41,6 +41,7 @@ class Use:
             target of a cross-entropy, "iterated", "tensor" where a method of tensors is called, "broadcast" where it
             masks attention scores as it is.
         steps: Steps that lead from it to anything.
+        name: What the forward calls it, where it is a part without a name.
     """
 
     taken: list[Taken] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Use:
     optional: set[tuple[str, Any]] = field(default_factory=set)
     marks: set[str] = field(default_factory=set)
     steps: set[tuple[View, ...]] = field(default_factory=set)
+    name: str = ""
 
     def part(self, kind: str, name: Any) -> Use:
         """A part of this piece of data; what is asked for a part is a group of parts."""

@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
 
@@ -50,6 +50,7 @@ class Array:
         high: Number of different ids.
         dtype: Type of its elements, where the kind leaves a choice.
         numpy: Whether the forward makes a tensor of it itself.
+        tokens: What "T" must be.
     """
 
     kind: Kind
@@ -57,9 +58,11 @@ class Array:
     high: int = 2
     dtype: torch.dtype = torch.float32
     numpy: bool = False
+    tokens: int | None = None
 
     def make(self, sizes: Sizes) -> Any:
         """The value."""
+        sizes = replace(sizes, tokens=self.tokens or sizes.tokens)
         high = sizes.tokens if self.kind == "count" else self.high
         value = fill(self.kind, sizes.of(self.shape), high, self.dtype)
         if not self.numpy:
@@ -76,7 +79,7 @@ class Constant:
 
     def make(self, sizes: Sizes) -> Any:
         """The value."""
-        return list(self.value) if isinstance(self.value, list) else self.value
+        return self.value
 
 
 @dataclass(frozen=True)
