@@ -6,8 +6,6 @@ from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
-import torch
-from torch import nn
 
 from quack_fx.targets import resolve
 
@@ -18,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor, nn
 
 class Block(nn.Module):
     def __init__(self, width=8, heads=2):
@@ -33,9 +31,8 @@ class Block(nn.Module):
     def forward(self, x, mask=None, freqs_cis=None, cos=None, sin=None, past=None):
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
         if freqs_cis is not None:
-            q, k = (
-                torch.view_as_real(torch.view_as_complex(i.unflatten(-1, (-1, 2))) * freqs_cis).flatten(3) for i in (q, k)
-            )
+            q, k = (torch.view_as_complex(i.unflatten(-1, (-1, 2))) * freqs_cis for i in (q, k))
+            q, k = (torch.view_as_real(i).flatten(3) for i in (q, k))
         if cos is not None:
             (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
             q, k = torch.cat((q1 * cos - q2 * sin, q1 * sin), -1), torch.cat((k1 * cos, k2 * sin), -1)
@@ -52,9 +49,9 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 """
 
-LM = "self.e = nn.Embedding(50, 8); self.layers = nn.ModuleList(Block() for _ in range(2)); self.head = nn.Linear(8, 50)"
+LM = "self.e, self.head = nn.Embedding(50, 8), nn.Linear(8, 50); self.layers = nn.ModuleList([Block(), Block()])"
 
-CASES: dict[str, tuple[str, str, str, str]] = {
+CASES: dict[str, tuple[str, str, str, str | None]] = {
     # ---- language models ---------------------------------------------------------------------------------------------
     "targets are required": (
         LM,
@@ -196,7 +193,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
     ),
     "Flux": (
         "self.img_in, self.txt_in, self.vec_in, self.b = nn.Linear(6, 8), nn.Linear(10, 8), Mlp(12), Block()",
-        "img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None",
+        "img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, y: Tensor, guidance=None",
         """
         if img.ndim != 3 or txt.ndim != 3:
             raise ValueError("Input img and txt tensors must have 3 dimensions.")
@@ -300,7 +297,7 @@ CASES: dict[str, tuple[str, str, str, str]] = {
         "seq=int64[2, 4], coords=float32[2, 4, 3], mask=bool[2, 4]",
     ),
     "decisions": (
-        "self.et, self.er, self.es, self.ea = nn.Embedding(100, 8), nn.Linear(1, 8), nn.Linear(17, 8), nn.Linear(6, 8)\n"
+        "self.et, self.er, self.es, self.ea = nn.Embedding(9, 8), nn.Linear(1, 8), nn.Linear(17, 8), nn.Linear(6, 8)\n"
         "self.b = Block()",
         "states, actions, rewards, returns_to_go, timesteps, attention_mask=None",
         """
@@ -378,6 +375,58 @@ CASES: dict[str, tuple[str, str, str, str]] = {
         "a, b",
         "return self.b(self.parts['a'](a) + self.parts['b'](b))",
         "a=float32[2, 4, 5], b=float32[2, 4, 6]",
+    ),
+    # ---- told by the error of a first try ----------------------------------------------------------------------------
+    "learned positions of every token": (
+        "self.l, self.b = nn.Linear(5, 8), Block(); self.pos = nn.Parameter(torch.zeros(1, 12, 8))",
+        "x",
+        "return self.b(self.l(x) + self.pos)",
+        "x=float32[2, 12, 5]",
+    ),
+    "offsets of fields": (
+        "self.e, self.b = nn.Embedding(50, 8), Block(); self.register_buffer('offsets', torch.arange(3))",
+        "x",
+        "offsets = self.offsets.clone().unsqueeze(0); return self.b(self.e(x + offsets))",
+        "x=int64[2, 3]",
+    ),
+    "an image that is flattened behind a convolution": (
+        "self.c, self.l, self.b = nn.Conv2d(3, 8, 4, 4), nn.Linear(288, 8), Block()",
+        "x",
+        "return self.b(self.l(self.c(x).flatten(1))[:, None])",
+        "x=float32[2, 3, 24, 24]",
+    ),
+    "a multiple far from the parameters": (
+        "self.l, self.b, self.window = nn.Linear(5, 8), Block(), 6",
+        "x",
+        """
+        x = self.l(x)
+        n = x.size(1)
+        if n % self.window != 0:
+            raise ValueError("not a multiple of the window")
+        return self.b(x)
+        """,
+        "x=float32[2, 6, 5]",
+    ),
+    "a shape that is unpacked far from the parameters": (
+        "self.c, self.b = nn.Conv2d(3, 8, 8, 8), Block()",
+        "x, other",
+        """
+        batch, frames, channels, height, width = torch.stack([other, other])[0].shape
+        return self.b(self.c(x).flatten(2).mT)
+        """,
+        "x=float32[2, 3, 32, 32], other=float32[2, 4, 3, 32, 32]",
+    ),
+    "a size that the message names": (
+        "self.l, self.b, self.seq_len = nn.Linear(5, 8), Block(), 10",
+        "x",
+        """
+        n = len(list(self.l(x)[0]))
+        ok = n == self.seq_len
+        if not ok:
+            raise RuntimeError(f"Input has length {n}, expected {self.seq_len}")
+        return self.b(self.l(x))
+        """,
+        "x=float32[2, 10, 5]",
     ),
     # ---- dtypes ------------------------------------------------------------------------------------------------------
     "weights of bfloat16": (

@@ -1,9 +1,9 @@
 """DOOR: example inputs from the signature of a model's forward, its source and its layers.
 
 In: a model. Out: `Inputs`, most likely first; the caller keeps the first for which the forward runs, and goes
-through `Attempts`, which adds what the error of a failed one suggests. They are tiny: batches of 2, 4 tokens. A parameter of forward with a
-default keeps it, so optional targets and labels are left out. What a layer takes is told by the layer that the forward
-gives a parameter to; where the source does not say, the first parameter goes to the model's first layer.
+through `Attempts`, which adds what the error of a failed one suggests. They are tiny: batches of 2, 4 tokens. A
+parameter of forward with a default keeps it, so optional targets and labels are left out. What a parameter is, the
+layer tells that the forward gives it to; where the source does not say, the first one goes to the model's first layer.
 
     reading.py    the source of a forward -> what it does with each parameter; calls.py knows single operations
     uses.py       what is noted of each

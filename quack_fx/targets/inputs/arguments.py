@@ -59,7 +59,9 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
     name = use.name or name
     hint = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     lower = name.lower()
-    plain = [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
+    plain = (
+        [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
+    )
     groups = _groups(use, context)
     is_tuple = re.match(r"(typing\.)?(tuple|list|dict|mapping|sequence)", str(annotation), re.I) is not None
     ordered = [*groups, *plain] if is_tuple or not plain else [*plain, *groups]
@@ -86,13 +88,17 @@ def _plain(name: str, hint: str, annotation: str, use: Use, context: Context) ->
     if "ids" in use.marks:
         told = [_ids_like(array) for array in data[:1]]
     if told and told[0].kind == "float" and use.rank is None:
-        told.sort(key=lambda a: a.kind == "float" and bool(re.match(r"pooled|vec|cond$|global|y$", name)) != (len(a.shape) == 2))
+        told.sort(
+            key=lambda a: (
+                a.kind == "float" and bool(re.match(r"pooled|vec|cond$|global|y$", name)) != (len(a.shape) == 2)
+            )
+        )
     rest = [array for array in layers.any_layer(context.model, LIMIT) if array not in data][:3]
     return [*_fitted([*told, *data, *rest], use)]
 
 
 def _fitted(found: list[Array], use: Use) -> list[Array]:
-    """Arrays with the number of dimensions and the sizes that the forward asks for; those that cannot have them last."""
+    """Arrays with the number of dimensions and the sizes that the forward asks for, then those that cannot be so."""
     fitting, other = [], []
     for array in found:
         shape = layers.with_rank(array, list(array.shape), use.rank)
@@ -128,7 +134,9 @@ def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Arra
     found = [*layers.any_layer(model, LIMIT), *layers.own_parameters(model)]
     kind = "ids" if _IDS.fullmatch(name) else "float" if _IMAGE.fullmatch(name) else ""
     if _IMAGE.fullmatch(name):
-        found.sort(key=lambda a: not (a.kind == "float" and len(a.shape) == 4))  # stable: the model's own order otherwise
+        found.sort(
+            key=lambda a: not (a.kind == "float" and len(a.shape) == 4)
+        )  # stable: the model's own order otherwise
     elif kind:
         found.sort(key=lambda a: a.kind != kind)
     if "numpy" in use.marks:
@@ -187,7 +195,11 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
         return [Constant(False)]
     if re.search(r"start_pos|offset|start_index", name) or (hint == "int" and not _NUMBER.fullmatch(name)):
         return [Constant(0)]
-    if hint == "int" or "number" in use.marks or (_NUMBER.fullmatch(name) and not (use.taken or use.marks or use.steps)):
+    if (
+        hint == "int"
+        or "number" in use.marks
+        or (_NUMBER.fullmatch(name) and not (use.taken or use.marks or use.steps))
+    ):
         if re.search("Tensor", annotation):
             return [Array("ones", (), dtype=torch.int64)]
         return [Constant(TOKENS if re.search(r"len|size|seq", name) or hint != "int" else 1), Constant(1)]
@@ -212,19 +224,18 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
         return [Array("ids", (2, "T"), 2)]
     if re.fullmatch(r"(img|txt|image|text|latent)_ids", name) and not told:
         return [Array("zeros", shape) for shape in (("B", "T", 3), ("T", 3))]
-    if _CLASS.fullmatch(name) and not (ids and not re.match("class|user", name)):
-        if not told or told[0].kind == "ids":
-            high = told[0].high if told else 1
-            shapes = [flat, ("B", "T")] if use.rank is None else [flat if use.rank == 1 else ("B", "T")]
-            classes = [Array("zeros", shape, dtype=torch.int64) for shape in shapes]
-            return [*(replace(a, kind="ids", high=high) if len(a.shape) > 1 else a for a in classes)]
+    is_class = _CLASS.fullmatch(name) and not (ids and not re.match("class|user", name))
+    if is_class and (not told or told[0].kind == "ids"):
+        of_sequences: Spec = Array("zeros", flat, dtype=torch.int64)
+        of_tokens: Spec = Array("ids", ("B", "T"), told[0].high if told else 1)
+        return [of_sequences, of_tokens] if use.rank is None else [of_sequences if use.rank == 1 else of_tokens]
     return []
 
 
 def _times(use: Use, told: list[Array], data: Spec | None) -> list[Spec]:
     """A time step of each sequence, or of each token."""
     ids = told[:1] if told and told[0].kind == "ids" else []
-    steps = [Array("ones", ("B",)), Array("ones", ("B",), dtype=torch.int64)]
+    steps: list[Spec] = [Array("ones", ("B",)), Array("ones", ("B",), dtype=torch.int64)]
     if use.rank == 2 or (ids and use.rank is None and isinstance(data, Array) and len(data.shape) == 3):
         of_tokens = [*ids, Array("ones", ("B", "T"), dtype=torch.int64), Array("ones", ("B", "T"))]
         return [*of_tokens, *steps] if use.rank == 2 else [steps[1], *of_tokens[:1], steps[0]]
@@ -260,7 +271,7 @@ def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec
     if not number and not added and rank is None and not told:
         found.insert(2, Array("zeros", ("T", "T")))
     tensor = re.fullmatch(r"(torch\.)?(Tensor|BoolTensor|LongTensor)|<class 'torch\.Tensor'>", annotation)
-    needed = tensor or ({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks
+    needed = tensor or (({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks)
     found = list(dict.fromkeys(found))[:4]
     return [*found, Constant(None)] if needed else [Constant(None), *found]
 

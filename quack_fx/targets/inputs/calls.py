@@ -22,7 +22,9 @@ _SAME = set(
     "masked_fill masked_fill_ fill_ pow add mul div sub log exp sqrt softmax round floor nan_to_num relu sigmoid tanh "
     "clip dropout fillna copy eq ne gt lt ge le normalize rsqrt neg add_ mul_ div_ sub_ roll flip".split()
 )
-_RESHAPED = set("view reshape flatten unflatten squeeze expand repeat repeat_interleave unfold tile ravel expand_as".split())
+_RESHAPED = set(
+    "view reshape flatten unflatten squeeze expand repeat repeat_interleave unfold tile ravel expand_as".split()
+)
 _KEPT_BY = (
     nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid,
     nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout1d, nn.Dropout2d,
@@ -76,7 +78,8 @@ def subscript(value: Value, node: ast.expr, of: Callable[[ast.expr], Value]) -> 
         try:
             if isinstance(node, ast.Slice):
                 return value  # its first element may be another one: as good for this purpose
-            return Known(value.value[index.value if isinstance(index, Known) else 0])
+            key: Any = index.value if isinstance(index, Known) else 0
+            return Known(value.value[key])
         except Exception:
             return UNKNOWN
     return UNKNOWN

@@ -151,7 +151,9 @@ def before(array: Array, views: tuple[tuple[Any, ...], ...], use: Use) -> tuple[
             if not 0 <= axis < len(shape):
                 return None
             is_features = array.kind == "float" and number == len(views) - 1 and axis == len(shape) - 1
-            if is_features and last != 1 or (not is_features and shape[axis] == last and isinstance(last, int) and last > 1):
+            if is_features and last != 1:
+                return None
+            if not is_features and shape[axis] == last and isinstance(last, int) and last > 1:
                 return None
             if array.kind == "float" and last == 1 and axis < len(shape) - 1 and isinstance(shape[axis], str) and axis:
                 return None  # the axis of one feature is the new one

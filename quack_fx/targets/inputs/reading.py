@@ -52,7 +52,7 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 
 def read_uses(model: nn.Module, given: list[str]) -> dict[str, Use]:
-    """What the forward of a model does with those of its parameters that are `given`; nothing where it has no source."""
+    """What the forward of a model does with those of its parameters that are `given`, as far as it has a source."""
     uses = {name: Use() for name in given}
     try:
         reader = Reader()
@@ -279,7 +279,7 @@ class Frame:
                 self.equal(Dim(value.data, value.start + axis), size)
         if not isinstance(other, Known) or not isinstance(other.value, int | tuple | list):
             return
-        if isinstance(value, Shape):
+        if isinstance(value, Shape) and not isinstance(other.value, int):
             self.equal(value, Items(tuple(Known(size) for size in other.value)))
         elif isinstance(value, Rank) and isinstance(other.value, int):
             value.data.known_rank(other.value)
@@ -329,8 +329,8 @@ class Frame:
                 test = self.of(node.test)
                 if isinstance(test, Known):
                     return self.of(node.body if test.value else node.orelse)
-                values = [self.of(node.body), self.of(node.orelse)]
-                return next((v for v in values if isinstance(v, Data)), UNKNOWN)
+                either = [self.of(node.body), self.of(node.orelse)]
+                return next((v for v in either if isinstance(v, Data)), UNKNOWN)
             case ast.NamedExpr():
                 value = self.of(node.value)
                 self.assign(node.target, value)
@@ -338,8 +338,8 @@ class Frame:
             case ast.ListComp() | ast.GeneratorExp() | ast.SetComp():
                 return self.comprehension(node)
             case ast.Dict():
-                for value_node in node.values:
-                    self.of(value_node)
+                for entry in node.values:
+                    self.of(entry)
             case ast.Starred():
                 return self.of(node.value)
         return UNKNOWN
@@ -421,7 +421,11 @@ class Frame:
         """A call: of a layer, a method of data, a function of torch, or one that is read in turn."""
         if isinstance(node.func, ast.Name) and node.func.id == "super" and "__class__" in self.outer:
             owner = self.scope[next(iter(self.scope))]
-            return Known(super(self.outer["__class__"].cell_contents, owner.value)) if isinstance(owner, Known) else UNKNOWN
+            return (
+                Known(super(self.outer["__class__"].cell_contents, owner.value))
+                if isinstance(owner, Known)
+                else UNKNOWN
+            )
         receiver = self.of(node.func.value) if isinstance(node.func, ast.Attribute) else UNKNOWN
         args = [self.of(a) for a in node.args if not isinstance(a, ast.Starred)]
         kwargs = {k.arg: self.of(k.value) for k in node.keywords if k.arg is not None}
@@ -431,7 +435,9 @@ class Frame:
             return calls.method(receiver, node.func.attr, args)
         if isinstance(receiver, Items | Shape | Dim | Rank):
             return UNKNOWN
-        function = calls.attribute(receiver, node.func.attr) if isinstance(node.func, ast.Attribute) else self.of(node.func)
+        function = (
+            calls.attribute(receiver, node.func.attr) if isinstance(node.func, ast.Attribute) else self.of(node.func)
+        )
         if isinstance(function, Data):
             return UNKNOWN
         if not isinstance(function, Known):
@@ -439,7 +445,7 @@ class Frame:
                 calls.masks(node.func.attr, args, kwargs)
             return UNKNOWN
         for value in spread:
-            args += value.values if isinstance(value, Items) else []
+            args += list(value.values) if isinstance(value, Items) else []
         names, values = spread_of(function.value, spread, spread_names, len(args), set(kwargs))
         return self.apply(function.value, args, {**kwargs, **dict(zip(names, values, strict=True))})
 
@@ -449,7 +455,9 @@ class Frame:
             return self.apply(args[0].value, args[1:], {})
         if isinstance(function, functools.partial):
             given = [Known(a) for a in function.args]
-            return self.apply(function.func, [*given, *args], {**{k: Known(v) for k, v in function.keywords.items()}, **kwargs})
+            return self.apply(
+                function.func, [*given, *args], {**{k: Known(v) for k, v in function.keywords.items()}, **kwargs}
+            )
         if isinstance(function, nn.Module):
             if isinstance(function, nn.Sequential):
                 value = args[0] if args else UNKNOWN
@@ -466,15 +474,17 @@ class Frame:
 
     def follow(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
         """Read a function of the user's, if it is given anything that comes from the caller."""
-        if not any(map(_from_caller, (*args, *kwargs.values()))):
-            if not isinstance(function, types.FunctionType | types.MethodType) or args or kwargs:
-                return UNKNOWN
+        # A method without arguments may read what was kept in the module.
+        if (args or kwargs) and not any(map(_from_caller, (*args, *kwargs.values()))):
+            return UNKNOWN
         owner = getattr(function, "__self__", None) if isinstance(function, types.MethodType) else None
         plain = inspect.unwrap(function.__func__ if isinstance(function, types.MethodType) else function)
         if not isinstance(plain, types.FunctionType) or plain.__module__.split(".")[0] in ("torch", "numpy", "einops"):
             return UNKNOWN
         try:
-            call = inspect.signature(plain).bind_partial(*([Known(owner)] if owner is not None else []), *args, **kwargs)
+            call = inspect.signature(plain).bind_partial(
+                *([Known(owner)] if owner is not None else []), *args, **kwargs
+            )
         except TypeError:
             return UNKNOWN
         bound: Scope = {}
@@ -505,8 +515,11 @@ def spread_of(
         parameters = list(inspect.signature(target).parameters.values())[given:]
     except (TypeError, ValueError):
         return [], []
-    left = [p.name for p in parameters if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    left = [
+        p.name
+        for p in parameters
+        if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     if data:
         return left, [Data(data[0].use.part("at", number)) for number in range(len(left))]
     return left, [Data(data_names[0].use.part("key", name)) for name in left]
-

@@ -55,7 +55,8 @@ class Attempts:
         self.model = model
         self.likely, self.others = deque(candidates[:FIRST]), deque(candidates[FIRST:])
         self.repairs: deque[Inputs] = deque()
-        self.seen = {candidate.text for candidate in candidates}
+        self.inferred = {candidate.text for candidate in candidates}
+        self.seen = set(self.inferred)
         self.left = REPAIRS
 
     def __iter__(self) -> Iterator[Inputs]:
@@ -72,7 +73,7 @@ class Attempts:
                 self.left -= 1
                 found.append(repaired)
         # What comes of a repair goes on from there; what comes of a candidate waits for its turn.
-        if self.likely:
+        if inputs.text in self.inferred:
             self.repairs.extend(found)
         else:
             self.repairs.extendleft(reversed(found))
@@ -123,9 +124,7 @@ def _statement(frame: FrameType, line: int) -> Iterator[Change]:
     """What the statement that failed asks for."""
     text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
     tree = ast.parse(text)
-    around = [
-        n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)
-    ]
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)]
     if not around:
         return
 
@@ -143,6 +142,7 @@ def _statement(frame: FrameType, line: int) -> Iterator[Change]:
             data, count = value(source.value), len(statement.targets[0].elts)
             if isinstance(data, Tensor):
                 yield _with_rank(data.dim(), count)
+                yield from (_only(number, _with_rank(data.dim(), count)) for number in range(2))
 
 
 def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
@@ -198,7 +198,7 @@ def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Ch
         if not isinstance(given, Tensor):
             return
         if isinstance(layer, nn.Embedding) and not given.is_floating_point():
-            yield lambda x: None if x.is_floating_point() or x.dtype == torch.bool else x % layer.num_embeddings
+            yield _below(layer.num_embeddings)
         for array in layers.taken_by(layer, model):
             made = array.make(Sizes())
             same_rank = made.dim() == given.dim()
@@ -207,6 +207,10 @@ def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Ch
                 made = _refilled(made, (*given.shape[:-1], array.shape[-1]))  # type: ignore[arg-type]
             yield _instead(given, made)
         return
+
+
+def _below(number: int) -> Change:
+    return lambda x: None if x.is_floating_point() or x.dtype == torch.bool else x % number
 
 
 def _instead(given: Tensor, made: Tensor) -> Change:
@@ -232,7 +236,9 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
     rank = re.search(r"[Ee]xpected (\d)D.*?got (\d)D", text)
     if rank:
         yield _with_rank(int(rank.group(2)), int(rank.group(1)))
-    numbers = list(dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text)))))
+    numbers = list(
+        dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
+    )
     for old, new in itertools.islice(itertools.permutations(numbers, 2), 12):
         if old in known and 0 < new < 1 << 16:
             yield _resize(old, new)
@@ -303,6 +309,18 @@ def _with_rank(rank: int, wanted: int) -> Change:
     return change
 
 
+def _only(number: int, change: Change) -> Change:
+    """A change of one alone of the tensors that it changes, counted from the first."""
+    changed: list[Tensor] = []
+
+    def one(x: Tensor) -> Tensor | None:
+        made = change(x)
+        changed.extend([x] if made is not None else [])
+        return made if made is not None and len(changed) == number + 1 else None
+
+    return one
+
+
 def _refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of another shape with the same elements, repeated."""
     if tuple(x.shape) == shape or not x.numel():
@@ -312,7 +330,9 @@ def _refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _changed(inputs: Inputs, change: Change) -> Inputs:
     args = tuple(_in(value, change) for value in inputs.args)
-    return named(args, {name: _in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args))
+    return named(
+        args, {name: _in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
+    )
 
 
 def _in(value: Any, change: Change) -> Any:

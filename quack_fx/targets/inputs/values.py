@@ -1,7 +1,8 @@
 """Example values: what is to be made, the values themselves, and Python that makes them again.
 
-In: a `Spec`, which says what one argument is (an `Array` of some kind and shape, a `Constant`, a `Group` of others), and
-the `Sizes` that all arguments of a call share. Out: the value; `shown` names it in a few words, `expression` writes it.
+In: a `Spec`, which says what one argument is (an `Array` of some kind and shape, a `Constant`, a `Group` of others),
+and the `Sizes` that all arguments of a call share. Out: the value; `shown` names it in a few words, `expression` writes
+it.
 """
 
 from __future__ import annotations
