@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # private, but the d
 from quack_fx.errors import CaptureError, TargetError
 from quack_fx.recording import Capture, capture
 from quack_fx.targets.files import Namespace, evaluate, one_line, without
-from quack_fx.targets.inputs import Inputs, infer
+from quack_fx.targets.inputs import Attempts, Inputs, infer
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.world import StandInUsed, World
 
@@ -292,11 +292,13 @@ def _try(
     name = type(model).__name__
     candidates = [_given_inputs(inputs, namespace, model)] if inputs else infer(model, name)
     first: BaseException | None = None
-    for candidate in candidates:
+    attempts = Attempts(model, candidates)
+    for candidate in [*candidates] if inputs else attempts:
         say(f"recording the forward of {name} on {candidate.text}")
         try:
             return candidate, capture(model, candidate.args, candidate.kwargs, layers_once=True)
         except CaptureError as error:
+            attempts.failed(candidate, error)
             if first is None or isinstance(error.__cause__, StandInUsed):
                 first = error.__cause__ or error
             for failure in filter(None, (error, error.__cause__)):

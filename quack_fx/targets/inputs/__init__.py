@@ -1,0 +1,130 @@
+"""DOOR: example inputs from the signature of a model's forward, its source and its layers.
+
+In: a model. Out: `Inputs`, most likely first; the caller keeps the first for which the forward runs, and goes
+through `Attempts`, which adds what the error of a failed one suggests. They are tiny: batches of 2, 4 tokens. A
+parameter of forward with a default keeps it, so optional targets and labels are left out. What a parameter is, the
+layer tells that the forward gives it to; where the source does not say, the first one goes to the model's first layer.
+
+    reading.py    the source of a forward -> what it does with each parameter; calls.py knows single operations
+    uses.py       what is noted of each
+    layers.py     what a layer takes
+    arguments.py  what one argument may be: by its use, its name, its annotation
+    repair.py     the error of a forward -> inputs that avoid it
+    values.py     the values, and Python that makes them again
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+from quack_fx.errors import TargetError
+from quack_fx.targets import hf
+from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
+from quack_fx.targets.inputs.reading import read_uses
+from quack_fx.targets.inputs.repair import Attempts, retry
+from quack_fx.targets.inputs.uses import Use
+from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
+
+__all__ = ["LIMIT", "Attempts", "Inputs", "infer", "retry"]
+
+_CONDITION = re.compile(rf"{TIME.pattern}|class_(ids?|labels?)|classes")
+"""What diffusion models call optional and cannot do without."""
+
+
+def infer(model: nn.Module, name: str) -> list[Inputs]:
+    """Example inputs that the forward may take, most likely first; at least one.
+
+    Arguments:
+        model: The model, on any device.
+        name: What to call it in an error.
+
+    Raises:
+        TargetError: Nothing can be inferred.
+    """
+    if hf.is_pretrained(model):
+        return [named((), kwargs) for kwargs in hf.inputs(model, BATCH, TOKENS)]
+    wanted = _wanted(model)
+    if not wanted:
+        return [named((), {})]
+    optional = [p for p in signature(model) if p.default is None and p not in wanted]
+    conditions = [p for p in optional if _CONDITION.fullmatch(p.name.lower())]
+    found = _candidates(model, wanted, LIMIT // 2 if conditions else LIMIT)
+    if conditions:
+        found += _candidates(model, [*wanted, *conditions], LIMIT // 2)
+    if not found:
+        raise TargetError(
+            f"no inputs can be inferred for forward{inspect.signature(model.forward)} of {name}; "
+            'give them, for example --inputs "torch.randn(2, 16, 64)"'
+        )
+    return found
+
+
+def _wanted(model: nn.Module) -> list[inspect.Parameter]:
+    """Parameters of forward to fill: the required ones; where there are none, the first one that takes data."""
+    parameters = signature(model)
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if required:
+        return required
+    return [p for p in parameters if p.default is None or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][:1]
+
+
+def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: int) -> list[Inputs]:
+    """Inputs with a value for each of these parameters."""
+    uses = read_uses(model, [p.name for p in parameters])
+    first = _leading(parameters, uses)
+    found: list[Inputs] = []
+    seen: set[str] = set()
+    for data in options(first.name, first.annotation, uses[first.name], Context(model)):
+        sizes = _shared(data)
+        context = Context(model, _array(data))
+        others = [options(p.name, p.annotation, uses[p.name], context) for p in parameters if p is not first]
+        for combined in cheapest_first([[data], *others], max(limit // 2, limit - len(found))):
+            chosen = iter(combined[1:])
+            inputs = _assign(parameters, [combined[0] if p is first else next(chosen) for p in parameters], sizes)
+            if inputs.text not in seen:
+                seen.add(inputs.text)
+                found.append(inputs)
+        if len(found) >= limit:
+            break
+    return found[:limit]
+
+
+def _leading(parameters: list[inspect.Parameter], uses: dict[str, Use]) -> inspect.Parameter:
+    """The parameter that the others go with: the first, unless it is no data by its name and use."""
+    return next((p for p in parameters if uses[p.name].taken or uses[p.name].parts), parameters[0])
+
+
+def _shared(data: Spec) -> Sizes:
+    """The sizes that all arguments share: the data's number of tokens is that of all."""
+    array = _array(data)
+    return Sizes(tokens=(array.tokens if isinstance(array, Array) else None) or TOKENS)
+
+
+def _array(data: Spec) -> Spec:
+    """The array that other arguments are like: in a group, the first of its parts."""
+    while isinstance(data, Group):
+        data = next((part for _, part in data.parts if isinstance(part, Array)), data.parts[0][1])
+    return data
+
+
+def _assign(parameters: list[inspect.Parameter], specs: list[Spec], sizes: Sizes) -> Inputs:
+    args: list[Any] = []
+    names: list[str] = []
+    kwargs: dict[str, Any] = {}
+    for parameter, spec in zip(parameters, specs, strict=True):
+        value = spec.make(sizes)
+        if parameter.kind is parameter.VAR_KEYWORD and isinstance(spec, Group):
+            kwargs.update(value)
+        elif parameter.kind is parameter.VAR_POSITIONAL and isinstance(spec, Group):
+            args += value
+            names += [""] * len(value)
+        elif parameter.kind is parameter.KEYWORD_ONLY or parameter.default is None:
+            kwargs[parameter.name] = value
+        else:
+            args.append(value)
+            names.append(parameter.name)
+    return named(tuple(args), kwargs, names)

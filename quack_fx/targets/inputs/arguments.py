@@ -1,0 +1,313 @@
+"""What one argument of a forward may be.
+
+In: its name and annotation, the `Use` that was read of it, the model, and what the first argument (the data) is. Out:
+`Spec`s, most likely first. A layer that an argument is given to says most. Names decide what no layer tells: a mask,
+a time step, positions, a class, rotations, a cache. What nothing is known about is more data.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quack_fx.targets.inputs import layers
+from quack_fx.targets.inputs.uses import Use
+from quack_fx.targets.inputs.values import TOKENS, Array, Constant, Group, Size, Sizes, Spec, cheapest_first
+
+LIMIT = 24
+"""Candidates that are tried at most."""
+
+TIME = re.compile(r"t|ts|time|times|(diffusion_)?timesteps?|time_?steps?|sigmas?|noise_levels?|guidance(_scale)?|t_emb")
+_CLASS = re.compile(r"y|labels?|class_(ids?|labels?)|classes|user_?ids?|users?")
+_IDS = re.compile(r"(.*_)?(ids?|idx|tokens?|input_ids|seqs?|items?|indices)$")
+_IMAGE = re.compile(r"(.*_)?(img|imgs|images?|pixel_values|pixels)$")
+_CACHE = re.compile(r"(.*_)?(caches?|past|pasts|past_key_values?|kvs?|mems|states?_cache|layer_past)$")
+_LENGTHS = re.compile(r".*(lengths?|lens)$")
+_POSITIONS = re.compile(r"(input_|token_|cache_)?pos(ition)?s?(_ids?)?")
+_ROTATION = re.compile(r"(freqs|rope|rotary|cos|sin|freq).*|.*_(freqs|rope|rotary|cos|sin|cis)|pe")
+_FLAG = re.compile(r"(is|use|return|causal|output|training|train|do|with)(_|$).*")
+_NUMBER = re.compile(r"(.*_)?(num|number|size|len|n|count|height|width|h|w|depth|frames?|steps?|blocks?)(_.*)?")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all arguments of a call are told by.
+
+    Attributes:
+        model: The model.
+        data: What the first argument is; None while it is that one itself.
+    """
+
+    model: nn.Module
+    data: Spec | None = None
+
+
+def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec]:
+    """What an argument may be, most likely first.
+
+    Arguments:
+        name: Its name, or the key or attribute where it is a part of another.
+        annotation: Its annotation.
+        use: What was read about it.
+        context: The model, and the data unless it is them.
+    """
+    name = use.name or name
+    hint = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    lower = name.lower()
+    plain = (
+        [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
+    )
+    groups = _groups(use, context)
+    is_tuple = re.match(r"(typing\.)?(tuple|list|dict|mapping|sequence)", str(annotation), re.I) is not None
+    ordered = [*groups, *plain] if is_tuple or not plain else [*plain, *groups]
+    if "iterated" in use.marks and groups == [] and is_tuple:
+        ordered = [Group("list", (("0", spec), ("1", spec))) for spec in ordered[:2]] + ordered
+    return list(dict.fromkeys(_as_numpy(spec, use) for spec in ordered))
+
+
+def _as_numpy(spec: Spec, use: Use) -> Spec:
+    return replace(spec, numpy=True) if isinstance(spec, Array) and "numpy" in use.marks else spec
+
+
+def _plain(name: str, hint: str, annotation: str, use: Use, context: Context) -> list[Spec]:
+    """What it may be if it is one value."""
+    told = layers.evidence(use, context.model)
+    if context.data is None:
+        return [*_fitted(_data(name, told, use, context.model), use)]
+    special = _special(name, hint, annotation, use, context, told)
+    if special:
+        return special
+    data = [context.data] if isinstance(context.data, Array) else []
+    if _IDS.fullmatch(name) and not told:
+        data.sort(key=lambda a: a.kind != "ids")
+    if "ids" in use.marks:
+        told = [_ids_like(array) for array in data[:1]]
+    if told and told[0].kind == "float" and use.rank is None:
+        told.sort(
+            key=lambda a: (
+                a.kind == "float" and bool(re.match(r"pooled|vec|cond$|global|y$", name)) != (len(a.shape) == 2)
+            )
+        )
+    rest = [array for array in layers.any_layer(context.model, LIMIT) if array not in data][:3]
+    return [*_fitted([*told, *data, *rest], use)]
+
+
+def _fitted(found: list[Array], use: Use) -> list[Array]:
+    """Arrays with the number of dimensions and the sizes that the forward asks for, then those that cannot be so."""
+    fitting, other = [], []
+    for array in found:
+        shape = layers.with_rank(array, list(array.shape), use.rank)
+        if shape is None:
+            other.append(array)
+            continue
+        array = replace(array, shape=shape)
+        for axis, relation, number in use.sizes:
+            if -len(shape) <= axis < len(shape):
+                array = _with_size(array, axis, relation, number)
+        fitting.append(array)
+    return [*dict.fromkeys(fitting), *other]
+
+
+def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
+    """An array with the size that is asked for: "==" it, "%" a multiple of it, "<=" it at most."""
+    count = Sizes(tokens=array.tokens or TOKENS).of(array.shape)[axis]
+    fits = {"==": count == number, "%": count % number == 0, "<=": count <= number}
+    if fits[relation]:
+        return array
+    if array.shape[axis] == "T":
+        return replace(array, tokens=number)
+    changed = list(array.shape)
+    changed[axis] = number
+    return replace(array, shape=tuple(changed))
+
+
+# ---- the data --------------------------------------------------------------------------------------------------------
+
+
+def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Array]:
+    """What the first argument may be, most likely first."""
+    found = [*layers.any_layer(model, LIMIT), *layers.own_parameters(model)]
+    kind = "ids" if _IDS.fullmatch(name) else "float" if _IMAGE.fullmatch(name) else ""
+    if _IMAGE.fullmatch(name):
+        found.sort(
+            key=lambda a: not (a.kind == "float" and len(a.shape) == 4)
+        )  # stable: the model's own order otherwise
+    elif kind:
+        found.sort(key=lambda a: a.kind != kind)
+    if "numpy" in use.marks:
+        found.sort(key=lambda a: a.kind != "ids")
+    return [*told, *(array for array in found if array not in told)]
+
+
+def _ids_like(array: Array) -> Array:
+    """Ids of the same batch and tokens."""
+    if array.kind == "ids":
+        return array
+    return Array("ids", array.shape[:-1] if len(array.shape) < 4 else array.shape[:1])
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def _groups(use: Use, context: Context) -> list[Spec]:
+    """A dict, a namespace or a tuple with the parts that are read, told by what is read of each."""
+    found: list[Spec] = []
+    for kind, form in (("key", "dict"), ("attr", "namespace"), ("at", "tuple")):
+        parts = [(part, name) for part, name in use.parts if part == kind]
+        needed = [part for part in parts if part not in use.optional] or parts
+        for chosen in (needed, parts) if len(needed) < len(parts) else (needed,):
+            found += _group(form, [(str(name), use.parts[kind, name]) for _, name in chosen], context)
+    return found
+
+
+def _group(form: Any, parts: list[tuple[str, Use]], context: Context) -> list[Spec]:
+    if not parts:
+        return []
+    choices: list[list[tuple[str, Spec]]] = []
+    data = context.data
+    # The part that a layer takes is the data that the others go with.
+    order = sorted(parts, key=lambda part: not part[1].taken or bool(re.search("mask|time|label|target", part[0])))
+    for name, use in order:
+        specs = options(name, "", use, replace(context, data=data))[:4] or [Constant(None)]
+        data = data or specs[0]
+        choices.append([(name, spec) for spec in specs])
+    places = {name: place for place, (name, _) in enumerate(parts)}
+    return [
+        Group(form, tuple(sorted(combined, key=lambda part: places[part[0]])))
+        for combined in cheapest_first(choices, 8)
+    ]
+
+
+# ---- what names say --------------------------------------------------------------------------------------------------
+
+
+def _special(name: str, hint: str, annotation: str, use: Use, context: Context, told: list[Array]) -> list[Spec]:
+    """What an argument is by its name and annotation, or nothing where those do not say."""
+    data = context.data
+    ids = isinstance(data, Array) and data.kind == "ids"
+    flat: tuple[Size, ...] = ("B",)
+    if hint == "bool" or (_FLAG.fullmatch(name) and not use.taken):
+        return [Constant(False)]
+    if re.search(r"start_pos|offset|start_index", name) or (hint == "int" and not _NUMBER.fullmatch(name)):
+        return [Constant(0)]
+    if (
+        hint == "int"
+        or "number" in use.marks
+        or (_NUMBER.fullmatch(name) and not (use.taken or use.marks or use.steps))
+    ):
+        if re.search("Tensor", annotation):
+            return [Array("ones", (), dtype=torch.int64)]
+        return [Constant(TOKENS if re.search(r"len|size|seq", name) or hint != "int" else 1), Constant(1)]
+    if hint == "float":
+        return [Constant(1.0)]
+    if "mask" in name:
+        return _masks(name, annotation, use, told)
+    if TIME.fullmatch(name):
+        return _times(use, told, data)
+    if _CACHE.fullmatch(name) and not told:
+        count = max((len(m) for m in context.model.modules() if isinstance(m, nn.ModuleList)), default=1)
+        return [Constant(None), Group("list", tuple((str(i), Constant(None)) for i in range(count))), Group("list", ())]
+    if _POSITIONS.fullmatch(name) and (not told or told[0].kind == "ids"):
+        shapes: list[tuple[Size, ...]] = [("T",), ("B", "T")]
+        shapes.sort(key=lambda shape: use.rank is not None and len(shape) != use.rank)
+        return [Array("index", shape) for shape in shapes]
+    if _LENGTHS.fullmatch(name) and not told:
+        return [Array("count", flat)]
+    if _ROTATION.fullmatch(name) and not told:
+        return _rotations(name, context.model)
+    if name.endswith("edge_index"):
+        return [Array("ids", (2, "T"), 2)]
+    if re.fullmatch(r"(img|txt|image|text|latent)_ids", name) and not told:
+        return [Array("zeros", shape) for shape in (("B", "T", 3), ("T", 3))]
+    is_class = _CLASS.fullmatch(name) and not (ids and not re.match("class|user", name))
+    if is_class and (not told or told[0].kind == "ids"):
+        of_sequences: Spec = Array("zeros", flat, dtype=torch.int64)
+        of_tokens: Spec = Array("ids", ("B", "T"), told[0].high if told else 1)
+        return [of_sequences, of_tokens] if use.rank is None else [of_sequences if use.rank == 1 else of_tokens]
+    return []
+
+
+def _times(use: Use, told: list[Array], data: Spec | None) -> list[Spec]:
+    """A time step of each sequence, or of each token."""
+    ids = told[:1] if told and told[0].kind == "ids" else []
+    steps: list[Spec] = [Array("ones", ("B",)), Array("ones", ("B",), dtype=torch.int64)]
+    if use.rank == 2 or (ids and use.rank is None and isinstance(data, Array) and len(data.shape) == 3):
+        of_tokens = [*ids, Array("ones", ("B", "T"), dtype=torch.int64), Array("ones", ("B", "T"))]
+        return [*of_tokens, *steps] if use.rank == 2 else [steps[1], *of_tokens[:1], steps[0]]
+    narrow = [array for array in told if array.kind == "float" and all(size == "B" for size in array.shape)]
+    wide = [array for array in told if array.kind == "float" and array not in narrow]
+    if wide and use.rank is None and not narrow:
+        steps = [*steps, *[array for array in wide if len(array.shape) == 2]]
+        if any(array.shape[-1] == 1 for array in wide):  # given to a Linear as it is
+            return [Array("ones", ("B", 1)), *steps]
+    return [steps[1], steps[0]] if ids else steps
+
+
+def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec]:
+    """A mask: None if the forward may do without, of the kind and shape that its use tells."""
+    number = "number-mask" in use.marks and "bool" not in use.marks
+    shapes: list[tuple[Size, ...]] = [("B", "T"), ("T", "T"), ("B", 1, 1, "T"), ("B", "T", "T")]
+    news = [[step for step in views if step[0] == "new"] for views in use.steps]
+    added = max(map(len, news), default=0)
+    rank = use.rank
+    if rank is not None:
+        shapes.sort(key=lambda shape: len(shape) != rank)
+        shapes = [("B", 1, "T"), *shapes] if rank == 3 else [("B", 1, "T", "T"), *shapes] if rank == 4 else shapes
+    elif added == 1 and ("new", -1) not in [step for steps in news for step in steps]:
+        shapes = [("B", "T", "T"), ("B", "T"), ("B", 1, "T")]
+    elif not added and "broadcast" in use.marks and "padding" not in name:
+        shapes = [("T", "T"), ("B", 1, 1, "T"), ("B", "T")]
+    found: list[Spec] = [*told]
+    for shape in shapes:
+        if number:
+            found.append(Array("zeros" if "broadcast" in use.marks or not use.steps else "ones", shape))
+        else:
+            found.append(Array("padding" if "padding" in name else "bool", shape))
+    if not number and not added and rank is None and not told:
+        found.insert(2, Array("zeros", ("T", "T")))
+    tensor = re.fullmatch(r"(torch\.)?(Tensor|BoolTensor|LongTensor)|<class 'torch\.Tensor'>", annotation)
+    needed = tensor or (({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks)
+    found = list(dict.fromkeys(found))[:4]
+    return [*found, Constant(None)] if needed else [Constant(None), *found]
+
+
+def _rotations(name: str, model: nn.Module) -> list[Spec]:
+    """Angles of rotary embeddings: complex numbers of half a head's width, or cosines and sines."""
+    width = head_width(model)
+    halves: list[Spec] = [Array("float", ("T", width // 2)), Array("float", ("T", width))]
+    wide: list[Spec] = [Array("float", ("B", "T", width)), Array("float", (1, 1, "T", width))]
+    complexes: list[Spec] = [Array("complex", ("T", width // 2))]
+    if re.search("cos|sin", name):
+        return [*halves, *wide]
+    pair = [Group("tuple", (("cos", spec), ("sin", spec))) for spec in (*halves, wide[0])]
+    if re.search("cis", name):
+        return [*complexes, *halves, pair[0]]
+    if "freqs" in name:
+        return [*complexes, *halves, *pair]
+    return [*pair, *complexes, *halves]
+
+
+def head_width(model: nn.Module) -> int:
+    """Width of an attention head, as a module or its config says, or as its width and number of heads tell."""
+    for module in model.modules():
+        for owner in (module, getattr(module, "config", None), getattr(module, "args", None)):
+            for name in ("head_dim", "d_head", "dim_head", "head_size", "d_k", "head_width", "qk_rope_head_dim"):
+                if isinstance(width := getattr(owner, name, None), int) and width > 1:
+                    return width
+    for module in model.modules():
+        for name in ("n_heads", "num_heads", "n_head", "heads", "nheads", "num_attention_heads"):
+            heads = getattr(module, name, None)
+            linear = next((m for m in module.children() if isinstance(m, nn.Linear)), None)
+            if isinstance(heads, int) and heads and linear is not None and linear.in_features % heads == 0:
+                return linear.in_features // heads
+    return 64
+
+
+def signature(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of a model's forward."""
+    return list(inspect.signature(model.forward).parameters.values())

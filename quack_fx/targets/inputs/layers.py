@@ -1,0 +1,217 @@
+"""What the layers of a model take: the arrays that an Embedding, a Linear or a convolution is given.
+
+In: a layer, and the model for the sizes of images. Out: `Array`s, most likely first. `before` goes back from what a
+layer takes to what the caller gave, through the transposes and new axes between them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.targets.inputs.uses import Taken, Use
+from quack_fx.targets.inputs.values import Array, Size
+
+_SIDES = ("img_size", "image_size", "input_size")
+
+
+def taken_by(module: nn.Module, model: nn.Module) -> Iterator[Array]:
+    """Data that a layer takes, told by its type or by the attributes that hold its width."""
+    dtype = _dtype(module, model)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        yield Array("ids", ("B", "T"), module.num_embeddings)
+    elif isinstance(module, nn.Conv2d):
+        for side in sides(model, module):
+            yield Array("float", ("B", module.in_channels, side, side), dtype=dtype)
+    elif isinstance(module, nn.Conv1d):
+        for length in ("T", 64, 1024):
+            yield Array("float", ("B", module.in_channels, length), dtype=dtype)
+    elif isinstance(module, nn.Conv3d):
+        frames = max(4, int(module.kernel_size[0]))
+        for side in sides(model, module):
+            yield Array("float", ("B", module.in_channels, frames, side, side), dtype=dtype)
+    elif isinstance(width := _width(module), int):
+        patch = math.isqrt(width // 3)
+        if width == 3 * patch**2 and patch > 1:  # a Linear on flattened patches
+            for side in declared_sides(model):
+                yield Array("float", ("B", 3, side, side), dtype=dtype)
+        yield Array("float", ("B", "T", width), dtype=dtype)
+        yield Array("float", ("B", width), dtype=dtype)
+
+
+def _width(module: nn.Module) -> Any:
+    """Number of features that a Linear, a norm, an attention or a recurrent layer takes."""
+    shape = getattr(module, "normalized_shape", None)
+    if isinstance(shape, tuple) and shape:
+        return shape[-1]
+    return next((v for a in ("in_features", "embed_dim") if isinstance(v := getattr(module, a, None), int)), None)
+
+
+def _dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
+    """Type of the weights that a layer multiplies data with."""
+    for source in (module, model):
+        weight = next((p for p in source.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            # Weights of eight bits are quantized; they are multiplied with data of more.
+            return weight.dtype if weight.element_size() > 1 else torch.float32
+    return torch.float32
+
+
+def any_layer(model: nn.Module, limit: int) -> list[Array]:
+    """What any layer of the model takes, in the order of the layers, without repeats."""
+    found: dict[tuple[Any, ...], Array] = {}
+    for module in model.modules():
+        for array in taken_by(module, model):
+            same_ids = (array.kind, array.high) if array.kind == "ids" else (array.kind, array.shape)
+            found.setdefault(same_ids, array)
+        if len(found) > limit:
+            break
+    return list(found.values())
+
+
+def own_parameters(model: nn.Module) -> list[Array]:
+    """Data for models that multiply with parameters of their own: rows may be tokens, either axis may be features."""
+    dtype = _dtype(model, model)
+    found: list[Array] = []
+    for rows, columns in [p.shape for p in model.parameters() if p.dim() == 2 and min(p.shape) > 1][:2]:
+        found += [Array("float", ("B", "T", n), dtype=dtype) for n in dict.fromkeys((rows, columns))]
+        found.append(Array("ids", ("B", "T"), rows))
+    return found
+
+
+def evidence(use: Use, model: nn.Module) -> list[Array]:
+    """What the layers that data are given to say about them."""
+    found: list[Array] = []
+    highest = [a.high for t in use.taken for a in _of(t, model) if a.kind == "ids"]
+    for taken in use.taken:
+        for array in _of(taken, model):
+            shape = before(array, taken.views, use)
+            if shape is not None:
+                array = replace(array, shape=shape)
+                found.append(replace(array, high=min(highest)) if array.kind == "ids" else array)
+    # An index that says most about an axis: the last of the fields of a table.
+    return list(dict.fromkeys(found))
+
+
+def _of(taken: Taken, model: nn.Module) -> list[Array]:
+    """What a layer, or a matrix that stands for one, takes."""
+    by = taken.by
+    if isinstance(by, Tensor):
+        if taken.how == "rows":
+            return [Array("ids", ("B", "T"), by.shape[0])]
+        dtype = by.dtype if by.is_floating_point() else torch.float32
+        width = by.shape[-2 if taken.how == "matrix" else -1]
+        return [Array("float", ("B", "T", width), dtype=dtype), Array("float", ("B", width), dtype=dtype)]
+    if "mask" in taken.how:
+        padding = "padding" in taken.how
+        return [Array("padding" if padding else "bool", ("B", "T") if padding else ("T", "T"))]
+    if isinstance(by, nn.RNNBase) and taken.how == "input":
+        return [Array("float", ("B", "T", by.input_size), dtype=_dtype(by, model))]
+    if isinstance(by, nn.RNNBase) or taken.how in ("hx", "output_size", "offsets"):
+        return []
+    if isinstance(by, nn.Bilinear):
+        width = by.in1_features if taken.how == "input1" else by.in2_features
+        return [Array("float", ("B", "T", width), dtype=_dtype(by, model))]
+    if isinstance(by, nn.MultiheadAttention):
+        width = {"key": by.kdim, "value": by.vdim}.get(taken.how, by.embed_dim)
+        return [Array("float", ("B", "T", width), dtype=_dtype(by, model))]
+    layers = by.modules() if type(by).forward.__module__.startswith("torch.nn.modules.transformer") else [by]
+    return next((found for layer in layers if (found := list(taken_by(layer, model)))), [])
+
+
+def before(array: Array, views: tuple[tuple[Any, ...], ...], use: Use) -> tuple[Size, ...] | None:
+    """The shape that data had before these steps, after which they are as `array` says; None if that cannot be."""
+    shape: list[Size] = list(array.shape)
+    last = shape[-1]
+    if array.kind == "ids" and any(step[0] == "drop" for step in views):
+        shape = ["B"]  # one field of a table, one id of each sequence
+    for number, (step, *given) in reversed(list(enumerate(views))):
+        if step == "reshape":
+            return with_rank(array, list(array.shape), use.rank)
+        if step == "swap":
+            a, b = given
+            if not all(-len(shape) <= axis < len(shape) for axis in given):
+                return None
+            shape[a], shape[b] = shape[b], shape[a]
+        elif step == "permute":
+            if len(given[0]) != len(shape):
+                return None
+            moved = list(shape)
+            for to, origin in enumerate(given[0]):
+                moved[origin] = shape[to]
+            shape = moved
+        elif step == "new":
+            axis = given[0] if given[0] >= 0 else len(shape) + given[0]
+            if not 0 <= axis < len(shape):
+                return None
+            is_features = array.kind == "float" and number == len(views) - 1 and axis == len(shape) - 1
+            if is_features and last != 1:
+                return None
+            if not is_features and shape[axis] == last and isinstance(last, int) and last > 1:
+                return None
+            if array.kind == "float" and last == 1 and axis < len(shape) - 1 and isinstance(shape[axis], str) and axis:
+                return None  # the axis of one feature is the new one
+            del shape[axis]
+        elif step == "drop":
+            axis = given[0] if given[0] >= 0 else len(shape) + 1 + given[0]
+            if not 0 <= axis <= len(shape):
+                return None
+            count = _fields(use, number, given[0])
+            shape.insert(axis, count if count > 1 else "T")
+    return with_rank(array, shape, use.rank)
+
+
+def _fields(use: Use, number: int, axis: int) -> int:
+    """How many entries an axis has at least that is indexed with a number, as a table's columns are."""
+    steps = [views[number] for views in use.steps if len(views) > number and views[number][:2] == ("drop", axis)]
+    return max((step[2] + 1 if step[2] >= 0 else -step[2] for step in steps), default=1)
+
+
+def with_rank(array: Array, shape: list[Size], rank: int | None) -> tuple[Size, ...] | None:
+    """A shape with as many dimensions as the forward says: with more tokens, or without."""
+    if rank is None or rank == len(shape):
+        return tuple(shape)
+    if array.kind == "ids":
+        return ("T",) if rank == 1 else ("B", *[3] * (rank - 2), "T") if rank else ()
+    if len(array.shape) > 3:  # an image: frames come first, one channel may be left out
+        if rank == len(shape) + 1:
+            return (shape[0], 4, *shape[1:])
+        return (shape[0], *shape[2:]) if rank == len(shape) - 1 and shape[1] == 1 else None
+    if rank > len(shape):
+        extra = rank - len(shape)
+        return (*shape[:1], *["T"] * extra, *shape[1:])
+    return (*shape[:1], *shape[len(shape) - rank + 1 :]) if rank else None
+
+
+# ---- sizes of images -------------------------------------------------------------------------------------------------
+
+
+def sides(model: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> list[int]:
+    """Sides of a square image: as declared, as the number of learned positions tells, and usual ones."""
+    stride = conv.stride[-1]
+    learned = []
+    for parameter in model.parameters():
+        if parameter.dim() in (2, 3) and parameter.shape[-1] == conv.out_channels:
+            for extra in (0, 1):  # a class token
+                count = parameter.shape[-2] - extra
+                if count > 1 and math.isqrt(count) ** 2 == count:
+                    learned.append(math.isqrt(count) * int(stride))
+    return list(dict.fromkeys([*declared_sides(model), *learned, 32, 224, 64]))
+
+
+def declared_sides(model: nn.Module) -> list[int]:
+    """Sizes that a module says its images have."""
+    found = []
+    for module in itertools.islice(model.modules(), 8):
+        for name in _SIDES:
+            size = getattr(module, name, None) or getattr(getattr(module, "config", None), name, None)
+            size = size[0] if isinstance(size, tuple | list) and size else size
+            if isinstance(size, int):
+                found.append(size)
+    return found

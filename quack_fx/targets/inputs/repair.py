@@ -1,0 +1,363 @@
+"""What the error of a forward says about its inputs.
+
+In: a model, inputs for which its forward failed, and the error. Out: inputs that avoid that error, most likely first.
+Three things are read. The statement that failed: an `assert`, a raise below an `if`, a shape that is unpacked; its
+sides are evaluated where it stands, so that `T % self.block == 0` tells the multiple. The layer that failed: it says
+what it takes. The message: torch writes the two sizes that differ.
+
+A change goes through the values of all arguments: where one size is too small, all that have it get the other one.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import linecache
+import math
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, SimpleNamespace, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.targets.inputs import layers
+from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, named
+
+FIRST, REPAIRS, EACH = 3, 12, 4
+"""Candidates that are tried before any repair, repairs in all, repairs of one failure."""
+
+Change = Callable[[Tensor], Tensor | None]
+"""What becomes of each tensor among the arguments; None where it stays."""
+
+
+class Attempts:
+    """Candidates in the order in which they are to be tried: the likeliest, then repairs of them, then the others.
+
+    Arguments:
+        model: The model.
+        candidates: What was inferred, most likely first.
+
+    Example:
+        >>> attempts = Attempts(model, infer(model, "GPT"))
+        >>> for inputs in attempts:
+        ...     try:
+        ...         model(*inputs.args, **inputs.kwargs)
+        ...         break
+        ...     except Exception as error:
+        ...         attempts.failed(inputs, error)
+    """
+
+    def __init__(self, model: nn.Module, candidates: list[Inputs]) -> None:
+        self.model = model
+        self.likely, self.others = deque(candidates[:FIRST]), deque(candidates[FIRST:])
+        self.repairs: deque[Inputs] = deque()
+        self.inferred = {candidate.text for candidate in candidates}
+        self.seen = set(self.inferred)
+        self.left = REPAIRS
+
+    def __iter__(self) -> Iterator[Inputs]:
+        while self.likely or self.repairs or self.others:
+            queue = self.likely or self.repairs or self.others
+            yield queue.popleft()
+
+    def failed(self, inputs: Inputs, error: BaseException) -> None:
+        """Note that the forward failed with this error; its traceback must still be there."""
+        found: list[Inputs] = []
+        for repaired in retry(self.model, inputs, error):
+            if repaired.text not in self.seen and self.left > 0:
+                self.seen.add(repaired.text)
+                self.left -= 1
+                found.append(repaired)
+        # What comes of a repair goes on from there; what comes of a candidate waits for its turn.
+        if inputs.text in self.inferred:
+            self.repairs.extend(found)
+        else:
+            self.repairs.extendleft(reversed(found))
+
+
+def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:
+    """Inputs that avoid the error that a forward raised, most likely first; none where the error says nothing.
+
+    Arguments:
+        model: The model.
+        candidate: The inputs for which it failed.
+        error: What it raised, or an error that has it as its cause, with the traceback.
+    """
+    cause = error.__cause__ or error
+    found: dict[str, Inputs] = {}
+    try:
+        for change in itertools.islice(_changes(model, candidate, cause), 12):
+            changed = _changed(candidate, change)
+            if changed.text != candidate.text:
+                found.setdefault(changed.text, changed)
+    except Exception:  # looking at a frame of the user's may fail in any way; this is a hint
+        pass
+    return list(found.values())[:EACH]
+
+
+def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Iterator[Change]:
+    frames = list(_frames(error.__traceback__))
+    known = _sizes(candidate)
+    for frame, line in reversed(frames):
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "quack_fx.", "importlib")):
+            yield from _statement(frame, line)
+            break
+    yield from _layer(model, frames)
+    yield from _message(str(error), known)
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
+
+
+# ---- the statement ---------------------------------------------------------------------------------------------------
+
+
+def _statement(frame: FrameType, line: int) -> Iterator[Change]:
+    """What the statement that failed asks for."""
+    text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
+    tree = ast.parse(text)
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)]
+    if not around:
+        return
+
+    def value(node: ast.expr) -> Any:
+        return eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
+
+    statement = around[-1]
+    if isinstance(statement, ast.Assert):
+        yield from _condition(statement.test, True, value)
+    elif isinstance(statement, ast.Raise) and len(around) > 1 and isinstance(around[-2], ast.If):
+        yield from _condition(around[-2].test, False, value)
+    elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
+        source = statement.value.func if isinstance(statement.value, ast.Call) else statement.value
+        if isinstance(source, ast.Attribute) and source.attr in ("shape", "size"):
+            data, count = value(source.value), len(statement.targets[0].elts)
+            if isinstance(data, Tensor):
+                yield _with_rank(data.dim(), count)
+                yield from (_only(number, _with_rank(data.dim(), count)) for number in range(2))
+
+
+def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
+    """Changes that make a condition hold, or not hold."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        yield from _condition(test.operand, not holds, value)
+    if isinstance(test, ast.BoolOp):
+        for part in test.values:
+            yield from _condition(part, holds, value)
+    if not isinstance(test, ast.Compare):
+        if isinstance(test, ast.BinOp) and isinstance(test.op, ast.Mod) and not holds:
+            yield from _multiple(test, value)
+        return
+    left, right = test.left, test.comparators[0]
+    if isinstance(left, ast.BinOp) and isinstance(left.op, ast.Mod):
+        yield from _multiple(left, value)
+    have, want = value(left), value(right)
+    if isinstance(have, tuple | list) and isinstance(want, tuple | list):
+        if len(have) == len(want):
+            for old, new in zip(have, want, strict=True):
+                yield _resize(old, new)
+        return
+    if not isinstance(have, int) or not isinstance(want, int) or isinstance(have, bool):
+        return
+    if re.search(r"\.(ndim|dim\(\))|len\(.*(shape|size\(\))\)", ast.unparse(left)):
+        yield _with_rank(have, want)
+        return
+    op = test.ops[0]
+    strict = (ast.Lt, ast.Gt) if holds else (ast.LtE, ast.GtE)
+    less = isinstance(op, ast.Lt | ast.LtE) == holds and not isinstance(op, ast.Eq | ast.NotEq)
+    step = (-1 if less else 1) if isinstance(op, strict) else 0
+    yield _resize(have, want + step)
+    yield _resize(want, have - step)
+
+
+def _multiple(node: ast.BinOp, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
+    size, factor = value(node.left), value(node.right)
+    if isinstance(size, int) and isinstance(factor, int) and factor:
+        yield _resize(size, math.ceil(size / factor) * factor)
+
+
+# ---- the layer -------------------------------------------------------------------------------------------------------
+
+
+def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Change]:
+    """What the layer takes that failed, instead of each argument that has the shape that it was given."""
+    for frame, _ in reversed(frames):
+        layer = frame.f_locals.get("self")
+        if frame.f_code.co_name != "forward" or not isinstance(layer, nn.Module):
+            continue
+        first = frame.f_code.co_varnames[1] if frame.f_code.co_argcount > 1 else ""
+        given = frame.f_locals.get(first)
+        if not isinstance(given, Tensor):
+            return
+        if isinstance(layer, nn.Embedding) and not given.is_floating_point():
+            yield _below(layer.num_embeddings)
+        for array in layers.taken_by(layer, model):
+            made = array.make(Sizes())
+            same_rank = made.dim() == given.dim()
+            if same_rank and made.dim() < 4 and array.kind == "float":
+                # Only the width differs: the number of tokens stays.
+                made = _refilled(made, (*given.shape[:-1], array.shape[-1]))  # type: ignore[arg-type]
+            yield _instead(given, made)
+        return
+
+
+def _below(number: int) -> Change:
+    return lambda x: None if x.is_floating_point() or x.dtype == torch.bool else x % number
+
+
+def _instead(given: Tensor, made: Tensor) -> Change:
+    return lambda x: made if x.shape == given.shape and x.is_floating_point() == given.is_floating_point() else None
+
+
+# ---- the message -----------------------------------------------------------------------------------------------------
+
+
+def _message(text: str, known: set[int]) -> Iterator[Change]:
+    """Changes for the sizes and types that a message names."""
+    yield from _types(text)
+    shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
+    for given, wanted in itertools.pairwise(shapes):
+        if len(given) == len(wanted):
+            yield _reshape(given, wanted)
+    product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
+    if product:
+        old, new = (int(n) for n in product.groups() if n is not None)
+        yield _resize(old, new, last=True)
+        yield _resize(old, new)
+        yield from _scaled(old, new, known)
+    rank = re.search(r"[Ee]xpected (\d)D.*?got (\d)D", text)
+    if rank:
+        yield _with_rank(int(rank.group(2)), int(rank.group(1)))
+    numbers = list(
+        dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
+    )
+    for old, new in itertools.islice(itertools.permutations(numbers, 2), 12):
+        if old in known and 0 < new < 1 << 16:
+            yield _resize(old, new)
+    for old, new in itertools.islice(itertools.permutations(numbers, 2), 6):
+        yield from _scaled(old, new, known)
+
+
+def _types(text: str) -> Iterator[Change]:
+    """Changes for messages about types."""
+    if "bool tensor" in text:  # 1 - mask
+        yield lambda x: x.float() if x.dtype == torch.bool else None
+    if re.search(r"invert|only implemented on integer|boolean|Bool", text):
+        yield lambda x: x > 0 if x.is_floating_point() and x.dim() < 5 else None
+    names = {"BFloat16": torch.bfloat16, "Half": torch.half, "Double": torch.double, "Float": torch.float}
+    names |= {"c10::" + name: dtype for name, dtype in names.items()}
+    for name in re.findall(r"BFloat16|Half|Double|Float", text) if "dtype" in text or "type" in text else []:
+        wanted = names[name]
+        yield lambda x, wanted=wanted: x.to(wanted) if x.is_floating_point() else None  # type: ignore[misc]
+    if re.search(r"'indices'|scalar types: Long|expected.*Long|tensors used as indices", text):
+        yield lambda x: torch.zeros(x.shape, dtype=torch.int64) if x.is_floating_point() else None
+    if re.search(r"from Long|Long to|not implemented for 'Long'|only Tensors of floating|floating point", text):
+        yield lambda x: x.float() if x.dtype == torch.int64 else None
+
+
+def _scaled(old: int, new: int, known: set[int]) -> Iterator[Change]:
+    """Changes for a size that is a product: pixels of an image, or its patches and maybe a class token."""
+    for extra in (0, 1):
+        if old - extra <= 0 or new - extra <= 0:
+            continue
+        for power in (0.5, 1.0):
+            ratio = ((new - extra) / (old - extra)) ** power
+            for size in sorted(known, reverse=True)[:2]:
+                other = size * ratio
+                if size > TOKENS and abs(other - round(other)) < 1e-6 and 1 < round(other) < 4096:
+                    yield _resize(size, round(other))
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+
+def _resize(old: int, new: int, last: bool = False) -> Change:
+    """Give the axes of one size another; the last axis alone, or all."""
+
+    def change(x: Tensor) -> Tensor | None:
+        start = x.dim() - 1 if last else 0
+        shape = [new if size == old and axis >= start else size for axis, size in enumerate(x.shape)]
+        return _refilled(x, tuple(shape))
+
+    return change if new > 0 else lambda x: None
+
+
+def _reshape(given: tuple[int, ...], wanted: tuple[int, ...]) -> Change:
+    return lambda x: _refilled(x, wanted) if tuple(x.shape) == given else None
+
+
+def _with_rank(rank: int, wanted: int) -> Change:
+    """Give what has one number of dimensions another: more tokens behind the batch, or fewer."""
+
+    def change(x: Tensor) -> Tensor | None:
+        if x.dim() != rank:
+            return None
+        shape = list(x.shape)
+        if wanted == 4 and rank == 3 and x.is_floating_point():
+            return _refilled(x, (shape[0], 3, 32, 32))
+        shape[1:1] = [TOKENS] * (wanted - rank)
+        return _refilled(x, tuple(shape[:1] + shape[1 + max(rank - wanted, 0) :] if wanted > 0 else []))
+
+    return change
+
+
+def _only(number: int, change: Change) -> Change:
+    """A change of one alone of the tensors that it changes, counted from the first."""
+    changed: list[Tensor] = []
+
+    def one(x: Tensor) -> Tensor | None:
+        made = change(x)
+        changed.extend([x] if made is not None else [])
+        return made if made is not None and len(changed) == number + 1 else None
+
+    return one
+
+
+def _refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of another shape with the same elements, repeated."""
+    if tuple(x.shape) == shape or not x.numel():
+        return x
+    return x.flatten()[torch.arange(math.prod(shape)) % x.numel()].view(shape)
+
+
+def _changed(inputs: Inputs, change: Change) -> Inputs:
+    args = tuple(_in(value, change) for value in inputs.args)
+    return named(
+        args, {name: _in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
+    )
+
+
+def _in(value: Any, change: Change) -> Any:
+    """A value with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        changed = change(value)
+        return value if changed is None else changed
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{name: _in(part, change) for name, part in vars(value).items()})
+    if isinstance(value, Mapping):
+        return {name: _in(part, change) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_in(part, change) for part in value)
+    if type(value).__module__ == "numpy" and importlib.util.find_spec("numpy"):
+        return _in(torch.from_numpy(value), change).numpy()
+    return value
+
+
+def _sizes(inputs: Inputs) -> set[int]:
+    """All sizes of all tensors."""
+    found: set[int] = set()
+
+    def note(x: Tensor) -> None:
+        found.update(x.shape)
+
+    for value in (*inputs.args, *inputs.kwargs.values()):
+        _in(value, note)
+    return found

@@ -1,0 +1,218 @@
+"""Example values: what is to be made, the values themselves, and Python that makes them again.
+
+In: a `Spec`, which says what one argument is (an `Array` of some kind and shape, a `Constant`, a `Group` of others),
+and the `Sizes` that all arguments of a call share. Out: the value; `shown` names it in a few words, `expression` writes
+it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+BATCH, TOKENS = 2, 4
+_T = TypeVar("_T")
+
+Kind = Literal["float", "ids", "index", "bool", "complex", "ones", "zeros", "padding", "count"]
+Size = int | str
+"""A number, or "B" or "T" for the batch and the number of tokens that all arguments of a call share."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that the arguments of one call share."""
+
+    batch: int = BATCH
+    tokens: int = TOKENS
+
+    def of(self, shape: Iterable[Size]) -> tuple[int, ...]:
+        """The shape in numbers."""
+        known = {"B": self.batch, "T": self.tokens}
+        return tuple(known[size] if isinstance(size, str) else size for size in shape)
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor or, with `numpy`, an array.
+
+    Attributes:
+        kind: "float" is noise, "ids" are below `high`, "index" counts along the last axis, "bool" is all true,
+            "padding" is all false, "ones" and "zeros" are what they say, "count" is
+            the number of tokens everywhere.
+        shape: Its sizes.
+        high: Number of different ids.
+        dtype: Type of its elements, where the kind leaves a choice.
+        numpy: Whether the forward makes a tensor of it itself.
+        tokens: What "T" must be.
+    """
+
+    kind: Kind
+    shape: tuple[Size, ...]
+    high: int = 2
+    dtype: torch.dtype = torch.float32
+    numpy: bool = False
+    tokens: int | None = None
+
+    def make(self, sizes: Sizes) -> Any:
+        """The value."""
+        sizes = replace(sizes, tokens=self.tokens or sizes.tokens)
+        high = sizes.tokens if self.kind == "count" else self.high
+        value = fill(self.kind, sizes.of(self.shape), high, self.dtype)
+        if not self.numpy:
+            return value
+        # torch does without numpy; a forward that calls torch.LongTensor takes lists as well.
+        return value.numpy() if importlib.util.find_spec("numpy") else value.tolist()
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A value that is no tensor: None, a flag, a number."""
+
+    value: Any
+
+    def make(self, sizes: Sizes) -> Any:
+        """The value."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Group:
+    """Several values in one argument: a dict, a namespace of attributes, a tuple or a list."""
+
+    form: Literal["dict", "namespace", "tuple", "list"]
+    parts: tuple[tuple[str, Spec], ...]
+
+    def make(self, sizes: Sizes) -> Any:
+        """The value."""
+        made = {name: spec.make(sizes) for name, spec in self.parts}
+        if self.form == "namespace":
+            return SimpleNamespace(**made)
+        return made if self.form == "dict" else (tuple if self.form == "tuple" else list)(made.values())
+
+
+Spec = Array | Constant | Group
+
+
+def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of a kind; the random state of the user stays as it was."""
+    if kind == "ids":
+        return torch.arange(1, math.prod(shape) + 1).remainder(max(high, 1)).view(shape)
+    if kind == "count":
+        return torch.full(shape, high)
+    if kind == "index":
+        return torch.arange(shape[-1]).expand(shape)
+    if kind in ("bool", "padding"):
+        return torch.full(shape, kind == "bool")
+    if kind in ("ones", "zeros"):
+        return torch.full(shape, int(kind == "ones"), dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    if kind == "complex":
+        return torch.polar(torch.ones(shape), torch.randn(shape, generator=generator))
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Arguments of one forward call, and how to show them: "idx=int64[2, 4]"."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    text: str
+    names: tuple[str, ...] = field(default=(), kw_only=True)
+    """Parameters that the positional arguments are given to, as far as they are known."""
+
+    def expression(self) -> str:
+        """Python that makes inputs like these, for a user to change."""
+        args = ", ".join(expression(value) for value in self.args)
+        kwargs = f"dict({', '.join(f'{name}={expression(value)}' for name, value in self.kwargs.items())})"
+        if not self.kwargs:
+            # A lone dict would be read as keyword arguments, a lone tuple as several arguments.
+            alone = len(self.args) == 1 and not isinstance(self.args[0], tuple | Mapping)
+            return args if alone else f"({args},)" if len(self.args) == 1 else f"({args})"
+        return kwargs if not self.args else f"(({args},), {kwargs})"
+
+
+def named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Iterable[str] = ()) -> Inputs:
+    """Inputs with their text; `names` are the parameters that the positional arguments are given to."""
+    names = tuple(names)
+    parts = [f"{name}={shown(value)}" if name else shown(value) for name, value in zip(names, args, strict=True)]
+    parts += [f"{name}={shown(value)}" for name, value in kwargs.items()]
+    return Inputs(args, kwargs, ", ".join(parts) or "nothing", names=names)
+
+
+def expression(value: Any) -> str:
+    """Python that makes a value like this one; torch is in scope."""
+    if isinstance(value, SimpleNamespace):
+        parts = ", ".join(f"{name}={expression(part)}" for name, part in vars(value).items())
+        return f"__import__('types').SimpleNamespace({parts})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {expression(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        parts = ", ".join(expression(part) for part in value)
+        if isinstance(value, list):
+            return f"[{parts}]"
+        return f"({parts},)" if len(value) == 1 else f"({parts})"
+    if _is_array(value):
+        return f"{expression(torch.from_numpy(value))}.numpy()"
+    if not isinstance(value, Tensor):
+        return repr(value)
+    sizes = ", ".join(map(str, value.shape)) or "()"
+    dtype = "" if value.dtype == torch.float32 else f", dtype={value.dtype}"
+    if value.is_floating_point() or value.is_complex():
+        return f"torch.randn({sizes}{dtype})"
+    if value.dtype == torch.bool:
+        return f"torch.{'ones' if bool(value.all()) else 'zeros'}({sizes}, dtype=torch.bool)"
+    if value.dtype != torch.int64:
+        return f"torch.ones({sizes}{dtype})"
+    return f"torch.randint(0, {int(value.max()) + 1 if value.numel() else 1}, {tuple(value.shape)})"
+
+
+def shown(value: Any) -> str:
+    """A value in a few words: "int64[2, 4]"."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, SimpleNamespace):
+        return f"namespace({', '.join(f'{name}={shown(part)}' for name, part in vars(value).items())})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {shown(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        same = len(value) > 2 and all(shown(part) == shown(value[0]) for part in value)
+        if isinstance(value, list):
+            return f"[{shown(value[0])}] * {len(value)}" if same else f"[{', '.join(map(shown, value))}]"
+        return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
+    if _is_array(value):
+        return f"numpy {value.dtype}{list(value.shape)}"
+    return repr(value)
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and hasattr(value, "shape")
+
+
+def cheapest_first(choices: list[list[_T]], limit: int) -> list[tuple[_T, ...]]:
+    """One of each list, combinations of early ones first: at most `limit`."""
+    found: list[tuple[_T, ...]] = []
+    for total in range(sum(len(options) - 1 for options in choices) + 1):
+        for places in _places([len(options) for options in choices], total):
+            found.append(tuple(options[place] for options, place in zip(choices, places, strict=True)))
+            if len(found) == limit:
+                return found
+    return found
+
+
+def _places(lengths: list[int], total: int) -> Iterable[tuple[int, ...]]:
+    """Places in lists of these lengths that add up to `total`."""
+    if not lengths:
+        return [()] if total == 0 else []
+    return itertools.chain.from_iterable(
+        ((place, *rest) for rest in _places(lengths[1:], total - place))
+        for place in range(min(lengths[0] - 1, total), -1, -1)
+    )
