@@ -7,13 +7,17 @@ In: a target, one of
     path/model.py:NAME          that factory, module or class
     package.module[:NAME]       the same for anything importable
     path/config.json            a Hugging Face config, or the folder that holds it
+    path/model.pt2, model.pt    a program of torch.export, or a pickled module
+    timm:NAME and the like      a model of another library, by the name it has there
 
 and, where the defaults do not do, expressions that build the model or its inputs. Out: a `Target`. Models are built on
 the meta device when that works, so size does not matter. A target that is not clear is refused, with what to type.
 
     files.py    a Python file or module becomes a namespace, its own errors become one line
     pick.py     the model among the names of a namespace
-    hf.py       a Hugging Face config becomes a model; the inputs of such models
+    adapters/   every other kind of target, one a file
+    hf.py       models of transformers: how they are built, and their inputs
+    shrink.py   a small config with the structure of a large one
     inputs.py   example inputs from the forward's signature and the model's first layers
 """
 
@@ -32,7 +36,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from quack_fx.errors import CaptureError, TargetError
 from quack_fx.recording import Capture, capture
-from quack_fx.targets import hf
+from quack_fx.targets.adapters import adapt
+from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, load, one_line
 from quack_fx.targets.inputs import Inputs, infer
 from quack_fx.targets.pick import Recipe, pick
@@ -78,8 +83,8 @@ def resolve(
     """The model and the example inputs that `target` stands for.
 
     Arguments:
-        target: A file, a file and a name, a module and a name, or a Hugging Face config; see the docstring of
-            this package.
+        target: A file, a file and a name, a module and a name, or what an adapter takes (a Hugging Face config,
+            timm:NAME); see the docstring of this package.
         build: Expression that makes the model, evaluated in the file's namespace (torch and nn are there too).
         inputs: Expression that makes the inputs, evaluated there too (with `model`): a tuple holds positional
             arguments, a dict keyword arguments, a pair of a tuple and a dict both; anything else is the one argument.
@@ -98,16 +103,14 @@ def resolve(
         'GPT(GPTConfig(layers=2)) of examples/gpt.py'
     """
     say = progress or (lambda _: None)
-    config = hf.config_path(target)
     say(f"loading {target}")
-    if config is not None:
-        namespace = hf.namespace(config, target)
-        recipe = _given(build, namespace) if build else hf.recipe(namespace)
-    else:
-        namespace, name = load(target)
-        if build and name:
-            raise TargetError(f"{target!r} names {name!r} and --build {build!r} is given too; give one of them")
-        recipe = _given(build, namespace) if build else pick(namespace, name)
+    if (adapted := adapt(target)) is not None:
+        recipe = _given(build, adapted.namespace) if build else adapted.recipe
+        return settle(recipe, adapted.namespace, inputs, real, say, adapted.examples)
+    namespace, name = load(target)
+    if build and name:
+        raise TargetError(f"{target!r} names {name!r} and --build {build!r} is given too; give one of them")
+    recipe = _given(build, namespace) if build else pick(namespace, name)
     return settle(recipe, namespace, inputs, real, say)
 
 
@@ -128,7 +131,14 @@ def _kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
-def settle(recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool, say: Callable[[str], None]) -> Target:
+def settle(
+    recipe: Recipe,
+    namespace: Namespace,
+    inputs: str | None,
+    real: bool,
+    say: Callable[[str], None],
+    examples: Examples | None = None,
+) -> Target:
     """Build the model, on meta if that works, and find inputs for which its forward runs.
 
     Arguments:
@@ -137,6 +147,7 @@ def settle(recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool,
         inputs: Expression that gives the inputs; None to infer them.
         real: Whether to build on real numbers only.
         say: Called with a few words before what takes time.
+        examples: Gives a model's own inputs, where its source has some; none are inferred then.
 
     Returns:
         The target.
@@ -148,11 +159,12 @@ def settle(recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool,
     for device, model in _builds(recipe, namespace, real, say):
         where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
         try:
-            chosen, recording = _try(model, namespace, inputs, say)
+            own = examples(model) if examples and not inputs else []
+            chosen, recording = _try(model, namespace, inputs, say, own)
         except TargetError as error:
             refusal = error  # that of the last build: it has the most real numbers
             continue
-        origin = "given" if inputs else "inferred"
+        origin = "given" if inputs else "its own" if own else "inferred"
         return Target(
             model=model,
             args=chosen.args,
@@ -237,11 +249,15 @@ def _memory() -> int:
 
 
 def _try(
-    model: nn.Module, namespace: Namespace, inputs: str | None, say: Callable[[str], None]
+    model: nn.Module,
+    namespace: Namespace,
+    inputs: str | None,
+    say: Callable[[str], None],
+    own: list[Inputs],
 ) -> tuple[Inputs, Capture]:
-    """The first inputs for which the forward runs, with the recording of that run."""
+    """The first inputs for which the forward runs, with the recording of that run; a model's own are not guessed at."""
     name = type(model).__name__
-    candidates = [_given_inputs(inputs, namespace, model)] if inputs else infer(model, name)
+    candidates = [_given_inputs(inputs, namespace, model)] if inputs else own or infer(model, name)
     first: BaseException | None = None
     for candidate in candidates:
         say(f"recording the forward of {name} on {candidate.text}")
@@ -256,6 +272,8 @@ def _try(
     tried = "; ".join(c.text for c in candidates[:3]) + (f"; {len(candidates) - 3} more" if len(candidates) > 3 else "")
     if inputs:
         raise TargetError(f"the forward of {name} fails on --inputs {inputs!r}: {reason}") from first
+    if own:
+        raise TargetError(f"the forward of {name} fails on its own inputs ({tried}): {reason}") from first
     raise TargetError(
         f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason}; "
         f'give them, for example --inputs "{candidates[0].expression()}"'
