@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quack_fx.errors import TargetError
 
@@ -56,25 +56,14 @@ def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, s
 
 
 def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | None:
-    """A small model of a target's config and its size in words; None where the target is no config."""
-    from quack_fx.targets import hf, settle
-    from quack_fx.targets.files import Namespace
-    from quack_fx.targets.shrink import shrunk
+    """A small model with the structure of a target's and its size in words; None where the target has none."""
+    from quack_fx.targets import settle
+    from quack_fx.targets.adapters import adapt
 
-    path = hf.config_path(target.source)
-    if path is None:
+    adapted = adapt(target.source)
+    if adapted is None or adapted.smaller is None:
         return None
-    names = hf.namespace(path, target.source).names
-    for config in shrunk(names["config"]):
-        space = Namespace(target.source, {**names, "config": config})
+    for small, size in adapted.smaller():
         with suppress(TargetError):  # the next one is less small
-            return settle([hf.recipe(space)], space, None, True, say), _size(config)
+            return settle([small.recipe], small.namespace, None, True, say, examples=small.examples), size
     return None
-
-
-def _size(config: Any) -> str:
-    """ "2 layers, width 64": a config in words."""
-    text = config.get_text_config()
-    layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
-    parts = [f"{layers} layers"] * bool(layers) + [f"width {width}"] * bool(width)
-    return ", ".join(parts) or "a small config"

@@ -7,6 +7,8 @@ In: a target, one of
     path/model.py:NAME          that factory, module or class
     package.module[:NAME]       the same for anything importable
     path/config.json            a Hugging Face config, or the folder that holds it
+    path/model.pt2, model.pt    a program of torch.export, or a pickled module
+    timm:NAME and the like      a model of another library, by the name it has there
 
 and, where the defaults do not do, expressions that build the model or its inputs. Out: a `Target`. Models are built on
 the meta device when that works, so size does not matter. What this machine lacks is stood in for while the target is
@@ -18,8 +20,10 @@ open. A target that is not clear is refused, with what to type.
     pick.py      the model among the names of a namespace
     sizes/       values for constructors that ask for some: found in the repository, or assumed
     settle.py    a model is built, and inputs are found for which it runs
-    hf.py        a Hugging Face config becomes a model; the inputs of such models
-    inputs.py    example inputs from the forward's signature and the model's first layers
+    adapters/    every other kind of target, one a file
+    hf.py        models of transformers: how they are built, and their inputs
+    shrink.py    a small config with the structure of a large one
+    inputs/      example inputs from the forward's signature, its source and its layers
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from quack_fx.errors import TargetError
-from quack_fx.targets import hf
+from quack_fx.targets.adapters import adapt
 from quack_fx.targets.files import load
 from quack_fx.targets.pick import pick
 from quack_fx.targets.settle import Target, given, settle
@@ -48,8 +52,8 @@ def resolve(
     """The model and the example inputs that `target` stands for.
 
     Arguments:
-        target: A file, a file and a name, a module and a name, or a Hugging Face config; see the docstring of
-            this package.
+        target: A file, a file and a name, a module and a name, or what an adapter takes (a Hugging Face config,
+            timm:NAME); see the docstring of this package.
         build: Expression that makes the model, evaluated in the file's namespace (torch, nn, SimpleNamespace and
             `changed(config, field=value)` are there too).
         inputs: Expression that makes the inputs, evaluated there too (with `model`): a tuple holds positional
@@ -107,14 +111,12 @@ def opened(
 def _in_world(
     target: str, build: str | None, inputs: str | None, real: bool, say: Callable[[str], None], world: World
 ) -> Target:
-    config = hf.config_path(target)
     say(f"loading {target}")
-    if config is not None:
-        namespace = hf.namespace(config, target)
-        recipes = iter([given(build, namespace) if build else hf.recipe(namespace)])
-    else:
-        namespace, name = load(target, world)
-        if build and name:
-            raise TargetError(f"{target!r} names {name!r} and --build {build!r} is given too; give one of them")
-        recipes = iter([given(build, namespace)]) if build else pick(namespace, name, world)
+    if (adapted := adapt(target)) is not None:
+        recipe = given(build, adapted.namespace) if build else adapted.recipe
+        return settle([recipe], adapted.namespace, inputs, real, say, world, adapted.examples)
+    namespace, name = load(target, world)
+    if build and name:
+        raise TargetError(f"{target!r} names {name!r} and --build {build!r} is given too; give one of them")
+    recipes = [given(build, namespace)] if build else pick(namespace, name, world)
     return settle(recipes, namespace, inputs, real, say, world)

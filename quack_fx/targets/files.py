@@ -67,7 +67,9 @@ def load(target: str, world: World) -> tuple[Namespace, str | None]:
         raise TargetError(f"{place!r} is a folder without a config.json; give one that has it, or a Python file")
     if path.exists():
         if path.suffix != ".py":
-            raise TargetError(f"{place!r} is neither a Python file (.py) nor a Hugging Face config (.json)")
+            raise TargetError(
+                f"{place!r} is neither a Python file (.py) nor a Hugging Face config (.json) nor a model (.pt2, .pt)"
+            )
         return _file(path, place, world), name or None
     if path.suffix == ".py" or os.sep in place:
         raise TargetError(f"no file {place!r} (seen from {Path.cwd()})")

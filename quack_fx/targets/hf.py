@@ -1,73 +1,21 @@
-"""DOOR: a Hugging Face config -> its model at full size on meta; the inputs that such models take.
+"""DOOR: models of transformers: how one is built from its config, and the inputs that they take.
 
-In: a config.json or the folder that holds it. Out: a `Recipe`. The class is the one that the config's `architectures`
-names, so that parameters have the names they have in its checkpoints. transformers is imported here, and only for such
-a target. No weights are read and no code that a config points at is run.
+In: a class and a config, or a model of transformers, wherever it comes from. Out: the model; keyword arguments of its
+forward. transformers is imported here, and only to build a model.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quack_fx.errors import TargetError
-from quack_fx.targets.files import Namespace, name_and_text
-from quack_fx.targets.pick import Recipe
-
 _SUB_CONFIGS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "backbone_config")
-
-
-def config_path(target: str) -> Path | None:
-    """The config file that a target names, or None where it names something else."""
-    path = Path(target).expanduser()
-    if path.is_dir() and (path / "config.json").exists():
-        return path / "config.json"
-    return path if path.suffix == ".json" and not path.is_dir() else None
-
-
-def namespace(path: Path, typed: str) -> Namespace:
-    """Names for the expressions of a config target: `config`, `transformers`.
-
-    Raises:
-        TargetError: The file is no config, its model is unknown, or transformers is missing.
-    """
-    fields = _read(path, typed)
-    try:
-        import transformers
-    except ImportError as error:
-        raise TargetError(
-            f'{typed!r} is a Hugging Face config and needs transformers: pip install "quack-fx[hf]"'
-        ) from error
-    kind = fields["model_type"]
-    if kind not in transformers.CONFIG_MAPPING:
-        remote = " (its own code, named in auto_map, is not run)" if "auto_map" in fields else ""
-        raise TargetError(
-            f"{typed!r} has model_type {kind!r}, which transformers {transformers.__version__} does not know{remote}; "
-            "build the model in a Python file and give that"
-        )
-    try:
-        with _quiet(transformers):
-            config = transformers.CONFIG_MAPPING[kind].from_dict(fields)
-    except Exception as error:
-        raise TargetError(f"{typed!r} is refused by transformers: {name_and_text(error)}") from error
-    return Namespace(typed, {"config": config, "transformers": transformers})
-
-
-def recipe(space: Namespace) -> Recipe:
-    """How to build the model of a config."""
-    config, transformers = space.names["config"], space.names["transformers"]
-    named = next(iter(getattr(config, "architectures", None) or ()), "")
-    cls = getattr(transformers, named, None)
-
-    return Recipe(named if cls is not None else "", lambda: build_model(cls or transformers.AutoModel, config))
 
 
 def build_model(cls: Any, config: Any) -> Any:
@@ -76,7 +24,7 @@ def build_model(cls: Any, config: Any) -> Any:
 
     make = cls.from_config if cls is transformers.AutoModel else cls
     _without_cache(config)
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             return make(config)
         except (ValueError, ImportError, NotImplementedError):
@@ -114,27 +62,8 @@ def inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
     return [*both, *base] if any(_has_part(config, n) for n in other) else [*base, *both]
 
 
-def _read(path: Path, typed: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise TargetError(f"no file {typed!r} (seen from {Path.cwd()})") from error
-    except OSError as error:
-        raise TargetError(f"{typed!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise TargetError(f"{typed!r} is not JSON: {error}") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        name = fields.get("_class_name") if isinstance(fields, dict) else None
-        library = f" (it is that of {name} in diffusers)" if name else ""
-        raise TargetError(
-            f'{typed!r} is not a Hugging Face config: it has no "model_type"{library}; '
-            "give a transformers config.json, or build the model in a Python file"
-        )
-    return fields
-
-
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without the remarks that transformers logs about configs."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()

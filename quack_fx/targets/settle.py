@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # private, but the d
 
 from quack_fx.errors import CaptureError, TargetError
 from quack_fx.recording import Capture, capture
+from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, one_line, without
 from quack_fx.targets.inputs import Attempts, Inputs, infer
 from quack_fx.targets.pick import Recipe
@@ -98,6 +99,7 @@ def settle(
     real: bool,
     say: Callable[[str], None],
     world: World | None = None,
+    examples: Examples | None = None,
 ) -> Target:
     """Build the model, on meta if that works, and find inputs for which its forward runs.
 
@@ -108,6 +110,7 @@ def settle(
         real: Whether to build on real numbers only.
         say: Called with a few words before what takes time.
         world: What the model's files find around them; by default nothing that is not there.
+        examples: Gives a model's own inputs, where its source has some; none are inferred then.
 
     Returns:
         The target, made by the first recipe that leads to one.
@@ -120,7 +123,7 @@ def settle(
     try:
         for recipe in recipes:
             try:
-                return _settled(recipe, namespace, inputs, real, say, world)
+                return _settled(recipe, Given(namespace, inputs, examples), real, say, world)
             except TargetError as error:
                 furthest = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
                 first = error if first is None or furthest else first
@@ -130,19 +133,33 @@ def settle(
     raise first
 
 
-def _settled(
-    recipe: Recipe, namespace: Namespace, inputs: str | None, real: bool, say: Callable[[str], None], world: World
-) -> Target:
+@dataclass(frozen=True)
+class Given:
+    """What is known of the inputs: names for expressions, such an expression, or what the model's source says."""
+
+    namespace: Namespace
+    expression: str | None
+    examples: Examples | None
+
+    def candidates(self, model: nn.Module) -> tuple[str, list[Inputs]]:
+        """Inputs to try for a model, and where they come from."""
+        if self.expression is not None:
+            return "given", [_given_inputs(self.expression, self.namespace, model)]
+        own = self.examples(model) if self.examples else []
+        return ("its own", own) if own else ("inferred", infer(model, type(model).__name__))
+
+
+def _settled(recipe: Recipe, inputs: Given, real: bool, say: Callable[[str], None], world: World) -> Target:
     """The target that one recipe makes."""
+    namespace = inputs.namespace
     refusal: TargetError | None = None
     for device, model in _builds(recipe, namespace, real, say, world):
         where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
         try:
-            chosen, recording, cast = _tried(model, namespace, inputs, say, world, recipe)
+            chosen, origin, recording, cast = _tried(model, inputs, say, world, recipe)
         except TargetError as error:
             refusal = error  # that of the last build: it has the most real numbers
             continue
-        origin = "given" if inputs else "inferred"
         call = recipe.call
         return Target(
             model=model,
@@ -266,37 +283,31 @@ def _memory() -> int:
 
 
 def _tried(
-    model: nn.Module,
-    namespace: Namespace,
-    inputs: str | None,
-    say: Callable[[str], None],
-    world: World,
-    recipe: Recipe,
-) -> tuple[Inputs, Capture, str]:
-    """The first inputs for which the forward runs, the recording of that run, and what was done to the model for it."""
+    model: nn.Module, inputs: Given, say: Callable[[str], None], world: World, recipe: Recipe
+) -> tuple[Inputs, str, Capture, str]:
+    """The first inputs for which the forward runs, where they come from, the recording of that run, and what was done
+    to the model for it."""
     try:
-        return *_try(model, namespace, inputs, say, world), ""
+        return *_try(model, inputs, say, world), ""
     except TargetError:
         # Layers of several types run under autocast only; in one type they compute the same.
         floating = {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
         if recipe.made or len(floating) < 2:
             raise
         model.float()
-        return *_try(model, namespace, inputs, say, world), " and cast to float32, since its layers have several types"
+        return *_try(model, inputs, say, world), " and cast to float32, since its layers have several types"
 
 
-def _try(
-    model: nn.Module, namespace: Namespace, inputs: str | None, say: Callable[[str], None], world: World
-) -> tuple[Inputs, Capture]:
-    """The first inputs for which the forward runs, with the recording of that run."""
+def _try(model: nn.Module, inputs: Given, say: Callable[[str], None], world: World) -> tuple[Inputs, str, Capture]:
+    """The first inputs for which the forward runs, where they come from, and the recording of that run."""
     name = type(model).__name__
-    candidates = [_given_inputs(inputs, namespace, model)] if inputs else infer(model, name)
+    origin, candidates = inputs.candidates(model)
     first: BaseException | None = None
     attempts = Attempts(model, candidates)
-    for candidate in [*candidates] if inputs else attempts:
+    for candidate in attempts if origin == "inferred" else candidates:
         say(f"recording the forward of {name} on {candidate.text}")
         try:
-            return candidate, capture(model, candidate.args, candidate.kwargs, layers_once=True)
+            return candidate, origin, capture(model, candidate.args, candidate.kwargs, layers_once=True)
         except CaptureError as error:
             attempts.failed(candidate, error)
             if first is None or isinstance(error.__cause__, StandInUsed):
@@ -306,11 +317,13 @@ def _try(
     assert first is not None  # there is at least one candidate
     if isinstance(first, StandInUsed):
         raise StandInUsed(first.name) from first
-    reason = str(first) if isinstance(first, CaptureError) else one_line(first, namespace)
+    reason = str(first) if isinstance(first, CaptureError) else one_line(first, inputs.namespace)
     reason += without(world)
     tried = "; ".join(c.text for c in candidates[:3]) + (f"; {len(candidates) - 3} more" if len(candidates) > 3 else "")
-    if inputs:
-        raise ForwardFails(f"the forward of {name} fails on --inputs {inputs!r}: {reason}") from first
+    if origin == "given":
+        raise ForwardFails(f"the forward of {name} fails on --inputs {inputs.expression!r}: {reason}") from first
+    if origin == "its own":
+        raise ForwardFails(f"the forward of {name} fails on its own inputs ({tried}): {reason}") from first
     raise ForwardFails(
         f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason}; "
         f'give them, for example --inputs "{candidates[0].expression()}"'

@@ -1,0 +1,118 @@
+"""DOOR: what an adapter is, and what adapters share: importing a package, telling the nearest name, example inputs.
+
+In: what a user typed. Out: `Adapted`: the names that expressions may use, how the model is made, and, where the source
+knows better than the forward's signature does, inputs of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from quack_fx.errors import TargetError
+from quack_fx.targets.files import Namespace, name_and_text
+from quack_fx.targets.inputs import Inputs
+from quack_fx.targets.pick import Recipe
+
+Examples = Callable[[nn.Module], list[Inputs]]
+"""Inputs for a model, most likely first; empty where the source knows none, and they are inferred."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What an adapter makes of a target.
+
+    Attributes:
+        namespace: The names for --build and --inputs: the package, and what the adapter made of the target.
+        recipe: How the model is made.
+        examples: Inputs for a model; None to infer them.
+        smaller: Small targets of the same structure, the smallest first, each with its size in words ("2 layers,
+            width 64"), to prove on what is too large itself; None where there are none.
+    """
+
+    namespace: Namespace
+    recipe: Recipe
+    examples: Examples | None = None
+    smaller: Callable[[], Iterator[tuple[Adapted, str]]] | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A way to write a target.
+
+    Attributes:
+        form: How such a target is written: "timm:NAME".
+        open: Makes an `Adapted` of what follows the prefix and of the whole target as typed, which errors quote.
+        prefix: What stands before the colon; empty where a target of this kind has none.
+        takes: Whether a target without a prefix is this adapter's; None where none is.
+    """
+
+    form: str
+    open: Callable[[str, str], Adapted]
+    prefix: str = ""
+    takes: Callable[[str], bool] | None = None
+
+
+def package(name: str, typed: str) -> ModuleType:
+    """A package, imported now that a target asks for it.
+
+    Arguments:
+        name: The package or a module in it; the distribution on PyPI has the name of the package.
+        typed: The target, for the error.
+
+    Raises:
+        TargetError: It is not installed, or does not import; with what to type.
+    """
+    root = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        if error.name == root:
+            raise TargetError(f"{typed!r} needs {root}: pip install {root}") from error
+        raise _broken(root, typed, error) from error
+    except Exception as error:
+        raise _broken(root, typed, error) from error
+
+
+def _broken(root: str, typed: str, error: Exception) -> TargetError:
+    return TargetError(f"{typed!r} needs {root}, whose import fails: {name_and_text(error)}; try pip install {root}")
+
+
+def saved_file(rest: str, typed: str) -> Path:
+    """The file that a target without a prefix names; it may hold one model and no names to choose from.
+
+    Raises:
+        TargetError: There is no such file, or a name follows it.
+    """
+    path = Path(rest).expanduser()
+    place, _, name = rest.rpartition(":")
+    if place and not path.is_file():
+        raise TargetError(f"{typed!r}: {place!r} holds one model; leave ':{name}' away or take a part with --build")
+    if not path.is_file():
+        raise TargetError(f"{typed!r} is a folder" if path.is_dir() else f"no file {rest!r} (seen from {Path.cwd()})")
+    return path
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to type in place of an unknown name: the nearest known ones, or else another hint."""
+    close = difflib.get_close_matches(name, list(known), 3)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
+def example(*args: Any, **kwargs: Any) -> Inputs:
+    """Inputs that an adapter gives: "float32[2, 3, 224, 224]"."""
+    parts = [*map(_shown, args), *(f"{name}={_shown(value)}" for name, value in kwargs.items())]
+    return Inputs(args, kwargs, ", ".join(parts) or "nothing")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__

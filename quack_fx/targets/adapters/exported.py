@@ -1,0 +1,55 @@
+"""ADAPTER: `model.pt2` -> the program that torch.export.save wrote, as a module, and its own example inputs.
+
+In: the file. Out: `Adapted`. Modules and parameters have the names of the model that was exported, and the inputs are
+those it was exported with. A program without numbers (exported on the meta device) will do.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from quack_fx.errors import TargetError
+from quack_fx.targets.adapters.base import Adapted, Adapter, example, saved_file
+from quack_fx.targets.files import Namespace, name_and_text
+from quack_fx.targets.inputs import Inputs
+from quack_fx.targets.pick import Recipe
+
+
+def _open(rest: str, typed: str) -> Adapted:
+    path = saved_file(rest, typed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.load(path)
+            _tell_apart(program.state_dict)
+            model = torch.export.unflatten(program)
+    except Exception as error:
+        raise TargetError(
+            f"{typed!r} is no program of torch.export.save that torch {torch.__version__} reads: {name_and_text(error)}"
+        ) from error
+
+    def examples(_: nn.Module) -> list[Inputs]:
+        if program.example_inputs is None:
+            raise TargetError(f"{typed!r} was saved without its example inputs; give them with --inputs")
+        args, kwargs = program.example_inputs
+        return [example(*args, **kwargs)]
+
+    names = {"program": program, "model": model}
+    return Adapted(Namespace(typed, names), Recipe("the program", lambda: model, made=True), examples)
+
+
+ADAPTER = Adapter("FILE.pt2", _open, takes=lambda target: re.search(r"\.pt2(:.*)?$", target) is not None)
+
+
+def _tell_apart(state: dict[str, Any]) -> None:
+    """Give every weight without numbers a storage of its own: torch.export.load gives all of them the same one, and
+    whoever compares storages, as `unflatten` does, takes them for one tied weight."""
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            own = torch.empty_like(tensor)
+            state[name] = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own

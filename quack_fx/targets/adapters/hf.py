@@ -1,0 +1,101 @@
+"""ADAPTER: a Hugging Face config -> its model at full size on meta, or a small one of the same structure.
+
+In: a config.json or the folder that holds it, with or without the prefix `hf:`. Out: `Adapted`. The class is the one
+that the config's `architectures` names, so that parameters have the names they have in its checkpoints. No weights are
+read, nothing is downloaded, and no code that a config points at is run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from quack_fx.errors import TargetError
+from quack_fx.targets.adapters.base import Adapted, Adapter
+from quack_fx.targets.files import Namespace, name_and_text
+from quack_fx.targets.hf import build_model, quiet
+from quack_fx.targets.pick import Recipe
+from quack_fx.targets.shrink import shrunk
+
+
+def _is_config(target: str) -> bool:
+    path = Path(target).expanduser()
+    return (path / "config.json").exists() if path.is_dir() else path.suffix == ".json"
+
+
+def _open(rest: str, typed: str) -> Adapted:
+    path = Path(rest).expanduser()
+    if path.is_dir() and not (path / "config.json").exists():
+        raise TargetError(f"{typed!r} is a folder without a config.json; give one that has it")
+    names = _names(path / "config.json" if path.is_dir() else path, typed)
+
+    def smaller() -> Iterator[tuple[Adapted, str]]:
+        for config in shrunk(names["config"]):
+            yield _adapted({**names, "config": config}, typed), _size(config)
+
+    adapted = _adapted(names, typed)
+    return Adapted(adapted.namespace, adapted.recipe, smaller=smaller)
+
+
+ADAPTER = Adapter("hf:CONFIG, a config.json or its folder", _open, prefix="hf", takes=_is_config)
+
+
+def _names(path: Path, typed: str) -> dict[str, Any]:
+    """Names for the expressions of a config target: `config`, `transformers`."""
+    fields = _read(path, typed)
+    try:
+        import transformers
+    except ImportError as error:
+        raise TargetError(
+            f'{typed!r} is a Hugging Face config and needs transformers: pip install "quack-fx[hf]"'
+        ) from error
+    kind = fields["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        remote = " (its own code, named in auto_map, is not run)" if "auto_map" in fields else ""
+        raise TargetError(
+            f"{typed!r} has model_type {kind!r}, which transformers {transformers.__version__} does not know{remote}; "
+            "build the model in a Python file and give that"
+        )
+    try:
+        with quiet(transformers):
+            config = transformers.CONFIG_MAPPING[kind].from_dict(fields)
+    except Exception as error:
+        raise TargetError(f"{typed!r} is refused by transformers: {name_and_text(error)}") from error
+    return {"config": config, "transformers": transformers}
+
+
+def _adapted(names: dict[str, Any], typed: str) -> Adapted:
+    config, transformers = names["config"], names["transformers"]
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    cls = getattr(transformers, named, None)
+    recipe = Recipe(named if cls is not None else "", lambda: build_model(cls or transformers.AutoModel, config))
+    return Adapted(Namespace(typed, names), recipe)
+
+
+def _size(config: Any) -> str:
+    """ "2 layers, width 64": a config in words."""
+    text = config.get_text_config()
+    layers, width = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    parts = [f"{layers} layers"] * bool(layers) + [f"width {width}"] * bool(width)
+    return ", ".join(parts) or "a small config"
+
+
+def _read(path: Path, typed: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise TargetError(f"no file {str(path)!r} (seen from {Path.cwd()})") from error
+    except OSError as error:
+        raise TargetError(f"{typed!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TargetError(f"{typed!r} is not JSON: {error}") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        name = fields.get("_class_name") if isinstance(fields, dict) else None
+        library = f" (it is that of {name} in diffusers)" if name else ""
+        raise TargetError(
+            f'{typed!r} is not a Hugging Face config: it has no "model_type"{library}; '
+            "give a transformers config.json, or build the model in a Python file"
+        )
+    return fields

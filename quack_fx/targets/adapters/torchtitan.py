@@ -1,0 +1,82 @@
+"""ADAPTER: `torchtitan:llama3/debugmodel` -> that flavor of that model of torchtitan, and tokens with its masks.
+
+In: the names that `--module` and the model registries of torchtitan 0.3 know. Out: `Adapted`. The attention is the one
+that the registry chooses, flex attention mostly; its block mask is the model's own, for one document.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from quack_fx.errors import TargetError
+from quack_fx.targets.adapters.base import Adapted, Adapter, example, nearest, package
+from quack_fx.targets.files import Namespace, name_and_text
+from quack_fx.targets.inputs import BATCH, TOKENS, Inputs
+from quack_fx.targets.pick import Recipe
+
+_FORM = "torchtitan:MODEL/FLAVOR"
+
+
+def _open(rest: str, typed: str) -> Adapted:
+    torchtitan, models = package("torchtitan", typed), package("torchtitan.models", typed)
+    name, _, flavor = rest.partition("/")
+    known = [m.name for m in pkgutil.iter_modules(models.__path__) if m.ispkg and m.name != "common"]
+    if name not in known:
+        raise TargetError(f"torchtitan has no model {name!r}; {nearest(name, known, f'it has {_list(known)}')}")
+    module = package(f"torchtitan.models.{name}", typed)
+    if not hasattr(module, "model_registry"):
+        raise TargetError(f"{typed!r} needs the model_registry of torchtitan 0.3: pip install --upgrade torchtitan")
+    flavors = _flavors(module)
+    if not flavor:
+        raise TargetError(f"{typed!r} names no flavor of {name}, which has {_list(flavors)}; type {_FORM}")
+    if flavor not in flavors:
+        hint = nearest(flavor, flavors, f"it has {_list(flavors)}")
+        raise TargetError(f"torchtitan's {name} has no flavor {flavor!r}; {hint}")
+    try:
+        config = module.model_registry(flavor).model
+    except Exception as error:
+        raise TargetError(f"{typed!r} is refused by torchtitan: {name_and_text(error)}") from error
+    names = {"torchtitan": torchtitan, "config": config}
+    return Adapted(Namespace(typed, names), Recipe("", lambda: _built(config)), _tokens)
+
+
+ADAPTER = Adapter(_FORM, _open, prefix="torchtitan")
+
+
+def _flavors(module: ModuleType) -> list[str]:
+    """Flavors of a model, from the table beside its `model_registry`, whose name is each model's own."""
+    tables = [v for n, v in vars(module).items() if n.endswith("_configs") and isinstance(v, dict)]
+    return [flavor for table in tables for flavor in table]
+
+
+def _built(config: Any) -> Any:
+    model = config.build()
+    if not any(p.is_meta for p in model.parameters()):
+        model.init_states()  # constructors leave the weights as the memory was
+    return model
+
+
+def _tokens(model: Any) -> list[Inputs]:
+    """Token ids of one document a sequence, and what torchtitan's trainer gives beside them."""
+    parameters = inspect.signature(model.forward).parameters
+    if not {"tokens", "positions", "attention_masks"} <= {*parameters}:
+        return []
+    tokens = torch.arange(1, BATCH * TOKENS + 1).view(BATCH, TOKENS)
+    positions = torch.arange(TOKENS).expand(BATCH, TOKENS)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # the mask of a few tokens needs no compiler
+            masks = model.get_attention_masks(positions)
+    except Exception as error:
+        raise TargetError(
+            f"the masks of {type(model).__name__} cannot be made: {name_and_text(error)}; give inputs with --inputs"
+        ) from error
+    return [example(tokens, positions=positions, attention_masks=masks)]
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names)
