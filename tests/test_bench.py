@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quack_fx import find_qk_pairs
 from quack_fx.bench import MEANING, Case, compare, findings, markdown
@@ -30,6 +32,11 @@ def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
 
 def half_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        return loss_of(model, tokens, targets)
+
+
+def double_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):  # torch 2.11's own kernel for CPUs fails on float64
         return loss_of(model, tokens, targets)
 
 
@@ -88,7 +95,10 @@ def test_a_way_that_cannot_be_taken_is_told() -> None:
 
 @pytest.mark.slow
 def test_all_ways_take_the_same_step(case: Case) -> None:
-    """All but QK norm's; the table has a row for each, with what they cost."""
+    """All but QK norm's; the table has a row for each, with what they cost.
+
+    In fp64: they sum up in other orders, and Adam makes much of a rounding where a gradient is little.
+    """
     comparison = compare(case, [*MEANING], rounds=1)
     assert comparison.ways.keys() == MEANING.keys() and not comparison.missing
     for name, way in comparison.ways.items():
@@ -97,7 +107,7 @@ def test_all_ways_take_the_same_step(case: Case) -> None:
     text = markdown(comparison)
     assert all(f"| {name} | {meaning} |" in text for name, meaning in MEANING.items())
     assert "update" in next(iter(findings(comparison)))
-    case = replace(case, lr=3e-3)
+    case = replace(case, model=copy.deepcopy(case.model).double(), loss=double_loss, lr=3e-3)
     made, _ = arms([*MEANING], case)
     weights = {}
     for name in (name for name in MEANING if name not in ("e", "f", "quack")):
@@ -105,10 +115,10 @@ def test_all_ways_take_the_same_step(case: Case) -> None:
             made[name].step()
         weights[name] = torch.cat([p.detach().flatten() for p in made[name].model.parameters()])
     for name in ("b", "c", "plain"):
-        assert torch.allclose(weights[name], weights["a"], rtol=0, atol=1e-5)
+        assert torch.allclose(weights[name], weights["a"], rtol=0, atol=1e-9)
     made, _ = arms(["quack"], case)
     for _ in range(5):
         made["quack"].step()
     ours = torch.cat([p.detach().flatten() for p in made["quack"].model.parameters()])
-    assert torch.allclose(ours, weights["whole"], rtol=0, atol=1e-5)
-    assert torch.allclose(ours, weights["d"], rtol=0, atol=1e-5) and not torch.allclose(ours, weights["a"], atol=1e-4)
+    assert torch.allclose(ours, weights["whole"], rtol=0, atol=1e-9)
+    assert torch.allclose(ours, weights["d"], rtol=0, atol=1e-9) and not torch.allclose(ours, weights["a"], atol=1e-4)

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
@@ -46,7 +47,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (HEADS, DIM)).transpose(-2, -3) for t in (self.q(x), x @ self.k, self.v(x)))
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2))
+        with sdpa_kernel(SDPBackend.MATH):  # torch 2.11's own kernel for CPUs fails on float64
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.out(out.transpose(-2, -3).flatten(-2))
 
 
 class Model(nn.Module):
@@ -91,6 +94,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range = range(STEPS)) -
     losses = []
     for step in steps:
         x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(step))
+        x = x.to(next(model.parameters()).dtype)
         optimizer.zero_grad()
         loss = F.mse_loss(model(x), x.roll(1, -1).sin())
         loss.backward()
@@ -104,17 +108,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def equal_to_one_process(shard: Callable[[Model], nn.Module], norm: Any = "frobenius") -> None:
-    """The sharded run against the plain one: losses, weights and factors to fp32 rounding."""
-    plain, model = Model(), shard(Model())
+    """The sharded run against the plain one: losses, weights and factors.
+
+    In fp64: what is cut is summed up in another order, and Adam makes much of a rounding where a gradient is little.
+    """
+    plain, model = Model().double(), shard(Model().double())
     optimizer, sharded = adamw(plain), adamw(model)
     expected = QuacK(optimizer, plain, LAYOUT, tau=0.5, norm=norm)
     quack = QuacK(sharded, model, LAYOUT, tau=0.5, norm=norm)
-    torch.testing.assert_close(train(model, sharded), train(plain, optimizer), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(train(model, sharded), train(plain, optimizer), rtol=1e-12, atol=0.0)
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(whole(ours), theirs.detach(), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(whole(ours), theirs.detach(), rtol=0.0, atol=1e-11)
     report, wanted = quack.factors(), expected.factors()
     for name, scales in report.items():
-        assert scales == pytest.approx(wanted[name], rel=1e-5)
+        assert scales == pytest.approx(wanted[name], rel=1e-6)
         assert max(abs(s - 0.5) for s in scales.values()) > 1e-4
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, report)
