@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes  # private: there is no public way out of a mode
 
+from quack_fx.inference import without_inference_mode
+
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
@@ -30,7 +32,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # A model wrapped in torch.compile, or that compiles a part of itself, must run op by op to be seen.
-        with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.random.fork_rng(devices=[]), eager, without_inference_mode():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -2,8 +2,9 @@
 
 In: a `Namespace` and, maybe, a name. Out: `Recipe`s that make the model, the likeliest first. Without a name the first
 of these that the file has: a zero-argument factory, a module that the file made, the one nn.Module class that no other
-class of the file contains, a factory with arguments. Of several of a kind the one counts that the repository uses most; where
-none stands out, the user says which. What a class or factory needs and has no default of, `sizes` finds or makes up.
+class of the file contains, a factory with arguments. Of several of a kind the one counts that the repository uses most;
+where none stands out, the user says which. What a class or factory needs and has no default of, `sizes` finds or makes
+up.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, one_line, without
 from quack_fx.targets.inputs import Attempts, Inputs, infer
 from quack_fx.targets.pick import Recipe
+from quack_fx.targets.setup import set_up
 from quack_fx.targets.world import StandInUsed, World
 
 RETRY_LIMIT_BYTES = 1 << 30
@@ -156,6 +157,7 @@ def _settled(recipe: Recipe, inputs: Given, real: bool, say: Callable[[str], Non
     for device, model in _builds(recipe, namespace, real, say, world):
         where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
         try:
+            prepared = _prepared(model, device, world)
             chosen, origin, recording, cast = _tried(model, inputs, say, world, recipe)
         except TargetError as error:
             refusal = error  # that of the last build: it has the most real numbers
@@ -167,7 +169,7 @@ def _settled(recipe: Recipe, inputs: Given, real: bool, say: Callable[[str], Non
             kwargs=chosen.kwargs,
             title=f"{_short(recipe) or type(model).__name__} of {namespace.source}",
             source=namespace.source,
-            how=f"built {where}{cast}; inputs {chosen.text} ({origin})",
+            how=f"built {where}{prepared}{cast}; inputs {chosen.text} ({origin})",
             recording=recording,
             assumed=call.account.assumed if call else {},
             build=call.text if call and (call.account.assumed or call.account.found) else "",
@@ -175,6 +177,16 @@ def _settled(recipe: Recipe, inputs: Given, real: bool, say: Callable[[str], Non
         )
     assert refusal is not None  # the last build either raised or was tried
     raise refusal
+
+
+def _prepared(model: nn.Module, device: str, world: World) -> str:
+    """What had to be called on the model before its forward, in words."""
+    try:
+        with world.building("meta" if device == "meta" else "cpu"), torch.device("meta" if device == "meta" else "cpu"):
+            done = set_up(model)
+    except Exception:  # its forward then says what is missing
+        return ""
+    return f", {', '.join(done)} called" if done else ""
 
 
 def _short(recipe: Recipe) -> str:

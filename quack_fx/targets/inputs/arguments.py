@@ -17,7 +17,17 @@ from torch import nn
 
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.uses import Use
-from quack_fx.targets.inputs.values import TOKENS, Array, Constant, Group, Size, Sizes, Spec, cheapest_first
+from quack_fx.targets.inputs.values import (
+    TOKENS,
+    Array,
+    CausalBlocks,
+    Constant,
+    Group,
+    Size,
+    Sizes,
+    Spec,
+    cheapest_first,
+)
 
 LIMIT = 24
 """Candidates that are tried at most."""
@@ -59,6 +69,8 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
     name = use.name or name
     hint = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     lower = name.lower()
+    if "BlockMask" in str(annotation):
+        return [CausalBlocks()]
     plain = (
         [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
     )

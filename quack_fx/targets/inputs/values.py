@@ -98,7 +98,22 @@ class Group:
         return made if self.form == "dict" else (tuple if self.form == "tuple" else list)(made.values())
 
 
-Spec = Array | Constant | Group
+@dataclass(frozen=True)
+class CausalBlocks:
+    """A causal `BlockMask` of torch's flex attention."""
+
+    def make(self, sizes: Sizes) -> Any:
+        """The value."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(_is_causal, None, None, sizes.tokens, sizes.tokens, device="cpu")
+
+
+def _is_causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+Spec = Array | Constant | Group | CausalBlocks
 
 
 def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> Tensor:
@@ -152,7 +167,7 @@ def expression(value: Any) -> str:
     """Python that makes a value like this one; torch is in scope."""
     if isinstance(value, SimpleNamespace):
         parts = ", ".join(f"{name}={expression(part)}" for name, part in vars(value).items())
-        return f"__import__('types').SimpleNamespace({parts})"
+        return f"SimpleNamespace({parts})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {expression(part)}" for key, part in value.items()) + "}"
     if isinstance(value, tuple | list):
@@ -162,6 +177,10 @@ def expression(value: Any) -> str:
         return f"({parts},)" if len(value) == 1 else f"({parts})"
     if _is_array(value):
         return f"{expression(torch.from_numpy(value))}.numpy()"
+    if _is_blocks(value):
+        flex = "__import__('torch.nn.attention.flex_attention', fromlist=['*'])"
+        sizes = ", ".join(map(str, value.seq_lengths))
+        return f"{flex}.create_block_mask(lambda b, h, q, k: q >= k, None, None, {sizes}, device='cpu')"
     if not isinstance(value, Tensor):
         return repr(value)
     sizes = ", ".join(map(str, value.shape)) or "()"
@@ -190,7 +209,13 @@ def shown(value: Any) -> str:
         return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
     if _is_array(value):
         return f"numpy {value.dtype}{list(value.shape)}"
+    if _is_blocks(value):
+        return f"BlockMask{list(value.seq_lengths)}"
     return repr(value)
+
+
+def _is_blocks(value: Any) -> bool:
+    return type(value).__name__ == "BlockMask" and hasattr(value, "seq_lengths")
 
 
 def _is_array(value: Any) -> bool:

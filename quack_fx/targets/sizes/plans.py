@@ -362,6 +362,8 @@ class Planner:
             if name in self._chosen():
                 for word in words:
                     yield {**dict.fromkeys(undefined, WITHOUT), name: word}
+        if stated := self._stated():
+            yield {**dict.fromkeys(undefined, WITHOUT), **stated}
         absent = self._absent()
         if absent - set(undefined):
             yield dict.fromkeys([*undefined, *absent], WITHOUT)
@@ -378,6 +380,14 @@ class Planner:
             return dict(vars(default[1]()))
         except Exception:
             return {}
+
+    def _stated(self) -> dict[str, Any]:
+        """What the repository gives the fields of the config instead of their defaults."""
+        defaults = self._defaults()
+        classes = {c[1].__name__ for n in self._required if (c := self.config_class(n)) is not None}
+        best = self._best_source(set(defaults), [s for s in self._sources if s.of not in classes])
+        stated = best.values if best is not None else {}
+        return {n: v for n, v in stated.items() if n in defaults and v is not None and v != defaults[n]}
 
     def _undefined(self) -> list[str]:
         """Fields of the config that say that they are not defined yet: below zero, or None and asserted not to be."""

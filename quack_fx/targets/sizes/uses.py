@@ -46,7 +46,7 @@ class Uses:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("len", "sum", "zip"):
             self.lists.update(filter(None, map(read_name, node.args)))
         elif isinstance(node, ast.Assert):
-            self.needed |= {n for test in _tested(node.test) if (n := _not_none(test))}
+            self.needed |= set(asserted(node))
 
     def _compare(self, node: ast.Compare) -> None:
         for left, operator, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
@@ -61,6 +61,12 @@ class Uses:
         for value in values:
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 self.words[name].setdefault(value.value)
+
+
+def asserted(tree: ast.AST) -> list[str]:
+    """Names that the code asserts not to be None, in order."""
+    tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    return [name for test in tests for part in _tested(test) if (name := _not_none(part))]
 
 
 def read_name(node: ast.AST | None) -> str:

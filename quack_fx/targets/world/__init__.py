@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401: it lists functions of torch when it is imported: before any is replaced here
+import torch._dynamo  # noqa: F401 (it lists functions of torch when it is imported: before any is replaced here)
 
 from quack_fx.targets.packages import LocalImports, Place, is_installed
 from quack_fx.targets.world.devices import Device, no_gpu

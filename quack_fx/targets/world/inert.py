@@ -53,6 +53,7 @@ class Inert:
         self.__dict__[name] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Give back what is decorated; else something inert: a module where a class is called."""
         self._use()
         if len(args) == 1 and not kwargs and _is_decorated(args[0]):
             return args[0]
