@@ -95,7 +95,10 @@ def evidence(use: Use, model: nn.Module) -> list[Array]:
             if shape is not None:
                 array = replace(array, shape=shape)
                 found.append(replace(array, high=min(highest)) if array.kind == "ids" else array)
-    # An index that says most about an axis: the last of the fields of a table.
+    if found and found[0].kind == "float" and len(found[0].shape) == 3 and isinstance(found[0].shape[1], int):
+        layer = use.taken[0].by
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 1:  # frames of 80 mel bins, as one channel
+            found.insert(0, replace(found[0], shape=("B", 64, 80)))
     return list(dict.fromkeys(found))
 
 

@@ -266,9 +266,9 @@ class Frame:
             case ast.Compare():
                 self.of(test)
             case _:
-                value = self.of(test)
-                if isinstance(value, Dim) and value.modulo is not None and not holds:
-                    value.data.known_size(value.axis, "%", value.modulo)
+                rest = self.of(test)
+                if isinstance(rest, Dim) and rest.modulo is not None and not holds:
+                    rest.data.known_size(rest.axis, "%", rest.modulo)
 
     def equal(self, value: Value, other: Value) -> None:
         """Note that a size is a number that is known."""
