@@ -14,7 +14,7 @@ the meta device when that works, so size does not matter. A target that is not c
     files.py    a Python file or module becomes a namespace, its own errors become one line
     pick.py     the model among the names of a namespace
     hf.py       a Hugging Face config becomes a model; the inputs of such models
-    inputs.py   example inputs from the forward's signature and the model's first layers
+    inputs/     example inputs from the forward's signature and source and from the model's layers
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ operation tells about the data is noted in their `Use`.
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -325,3 +326,26 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
     if name in ("cat", "stack", "matmul", "bmm", "einsum", "cross_entropy", "where", "scaled_dot_product_attention"):
         return UNKNOWN
     return method(first, name, args[1:])
+
+
+def spread_of(
+    function: Any, spread: list[Value], spread_names: list[Value], given: int, named: set[str]
+) -> tuple[list[str], list[Value]]:
+    """Parameters that `*args` and `**batch` of the caller fill: the required ones that nothing else is given to."""
+    data = [v for v in spread if isinstance(v, Data)]
+    data_names = [v for v in spread_names if isinstance(v, Data)]
+    if not data and not data_names:
+        return [], []
+    target = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[given:]
+    except (TypeError, ValueError):
+        return [], []
+    left = [
+        p.name
+        for p in parameters
+        if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if data:
+        return left, [Data(data[0].use.part("at", number)) for number in range(len(left))]
+    return left, [Data(data_names[0].use.part("key", name)) for name in left]
