@@ -23,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 class Block(nn.Module):
@@ -176,6 +177,13 @@ CASES: dict[str, tuple[str, str, str, str | None]] = {
         "pts",
         "return self.b(self.c(pts.transpose(1, 2)).transpose(1, 2))",
         "pts=float32[2, 4, 3]",
+    ),
+    "patches by einops, and positions": (
+        "self.p = nn.Sequential(Rearrange('b c (h p1) (w p2) -> b (h w) (p1 p2 c)', p1=4, p2=4), nn.Linear(48, 8))\n"
+        "self.b, self.pos = Block(), nn.Parameter(torch.zeros(1, 37, 8))",
+        "img",
+        "x = self.p(img); return self.b(torch.cat((x[:, :1], x), 1) + self.pos)",
+        "img=float32[2, 3, 24, 24]",
     ),
     "patches by reshaping": (
         "self.p, self.image_size = 4, 32; self.l = nn.Linear(48, 8); self.b = Block()",

@@ -236,7 +236,7 @@ def function(called: Any, args: list[Value], kwargs: dict[str, Value]) -> Value 
                 value.use.marks.add("numpy")
         return data[0] if data else UNKNOWN
     if module == "einops" and name in ("rearrange", "reduce", "repeat"):
-        return _einops(args)
+        return rearranged(args[0], args[1], kwargs) if len(args) > 1 else UNKNOWN
     if module in ("torch", "_VariableFunctionsClass") or isinstance(called, type(torch.add)):
         return _torch(name, args, kwargs)
     return None
@@ -285,14 +285,16 @@ def _first(value: Value) -> Value:
     return UNKNOWN
 
 
-def _einops(args: list[Value]) -> Value:
-    """The pattern says how many dimensions data have: "b c (h p) w -> ..."."""
-    if len(args) < 2 or not isinstance(args[0], Data) or not isinstance(args[1], Known):
+def rearranged(data: Value, pattern: Value, lengths: Mapping[str, Value]) -> Value:
+    """Data behind einops' rearrange, whose pattern says what dimensions they have: "b c (h p) w -> ...\"."""
+    if not isinstance(data, Data) or not isinstance(pattern, Known):
         return UNKNOWN
-    left = str(args[1].value).split("->")[0]
-    if "..." not in left:
-        args[0].known_rank(len(re.sub(r"\([^)]*\)", "x", left).split()))
-    return args[0].then("reshape")
+    left = str(pattern.value).split("->")[0]
+    if "..." in left:
+        return data.then("reshape")
+    data.known_rank(len(re.findall(r"\([^)]*\)|\S+", left)))
+    known = {n: v.value for n, v in lengths.items() if isinstance(v, Known) and isinstance(v.value, int)}
+    return data.then("einops", str(pattern.value), tuple(sorted(known.items())))
 
 
 def masks(name: str, args: list[Value], kwargs: dict[str, Value]) -> None:

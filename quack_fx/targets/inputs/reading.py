@@ -17,7 +17,7 @@ import inspect
 import operator
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -459,6 +459,9 @@ class Frame:
                 function.func, [*given, *args], {**{k: Known(v) for k, v in function.keywords.items()}, **kwargs}
             )
         if isinstance(function, nn.Module):
+            pattern, lengths = getattr(function, "pattern", None), getattr(function, "axes_lengths", None)
+            if isinstance(pattern, str) and isinstance(lengths, Mapping) and args:  # a layer of einops
+                return calls.rearranged(args[0], Known(pattern), {name: Known(n) for name, n in lengths.items()})
             if isinstance(function, nn.Sequential):
                 value = args[0] if args else UNKNOWN
                 for layer in function:
