@@ -272,7 +272,7 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
     "no inferred input fits": (
         {
             "model.py": MODEL.replace(
-                "def forward(self, x):", "def forward(self, x):\n        assert x.shape[1] == 7, 'seven'"
+                "def forward(self, x):", "def forward(self, x):\n        assert x is None, 'seven'"
             )
         },
         "inspect model.py",

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from textwrap import dedent, indent
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from quack_fx.targets import resolve
+from quack_fx.targets.inputs import Attempts, infer
+from quack_fx.targets.inputs.values import named
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -16,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 class Block(nn.Module):
@@ -170,6 +178,13 @@ CASES: dict[str, tuple[str, str, str, str | None]] = {
         "return self.b(self.c(pts.transpose(1, 2)).transpose(1, 2))",
         "pts=float32[2, 4, 3]",
     ),
+    "patches by einops, and positions": (
+        "self.p = nn.Sequential(Rearrange('b c (h p1) (w p2) -> b (h w) (p1 p2 c)', p1=4, p2=4), nn.Linear(48, 8))\n"
+        "self.b, self.pos = Block(), nn.Parameter(torch.zeros(1, 37, 8))",
+        "img",
+        "x = self.p(img); return self.b(torch.cat((x[:, :1], x), 1) + self.pos)",
+        "img=float32[2, 3, 24, 24]",
+    ),
     "patches by reshaping": (
         "self.p, self.image_size = 4, 32; self.l = nn.Linear(48, 8); self.b = Block()",
         "img",
@@ -217,6 +232,12 @@ CASES: dict[str, tuple[str, str, str, str | None]] = {
         "mel",
         "return self.b(self.c(mel).transpose(1, 2))",
         "mel=float32[2, 10, 4]",
+    ),
+    "mel frames as an image of one channel": (
+        "self.c, self.l, self.b = nn.Conv2d(1, 8, 3, 2), nn.Linear(312, 8), Block()",
+        "inputs, input_lengths",
+        "x = self.c(inputs.unsqueeze(1)); return self.b(self.l(x.permute(0, 2, 1, 3).flatten(2)))",
+        "inputs=float32[2, 64, 80], input_lengths=int64[2]",
     ),
     "a waveform": (
         "self.c = nn.Conv1d(1, 8, 10, 5); self.b = Block()",
@@ -460,3 +481,75 @@ def test_inputs_are_inferred(case: str) -> None:
         assert f"inputs {text} (inferred)" in target.how
     real = resolve("model.py", build="Model()", real=True).model
     real(*target.args, **target.kwargs)  # true for the module itself, not only for its recording
+
+
+VALUES: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "a tensor": ((torch.ones(2, 3),), {}),
+    "ids and a keyword": ((torch.ones(2, 3, dtype=torch.int64),), {"mask": torch.zeros(4, dtype=torch.bool)}),
+    "a dict alone": (({"ids": torch.ones(2, 3, dtype=torch.int64), "size": 3},), {}),
+    "a tuple alone": (((torch.ones(2, dtype=torch.complex64), None),), {}),
+    "a list of caches": (([None, None, None], torch.ones(())), {}),
+    "a namespace": ((SimpleNamespace(x=torch.ones(2, dtype=torch.bfloat16)), False), {}),
+    "an array": ((np.ones((2, 4), dtype=np.int64),), {}),
+    "keywords alone": ((), {"x": torch.ones(2, 3, dtype=torch.int32)}),
+}
+
+
+def kinds(value: Any) -> Any:
+    """Types and shapes in a value."""
+    if isinstance(value, SimpleNamespace):
+        return kinds(vars(value))
+    if isinstance(value, dict):
+        return {name: kinds(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(map(kinds, value))
+    return (type(value), value.dtype, tuple(value.shape)) if hasattr(value, "shape") else value
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_the_expression_makes_such_inputs_again(case: str) -> None:
+    args, kwargs = VALUES[case]
+    expression = named(args, kwargs, [""] * len(args)).expression()
+    Path("model.py").write_text(
+        "import torch\nfrom torch import nn\nclass M(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.l = nn.Linear(2, 2)\n"
+        "    def forward(self, *args, **kwargs):\n        return self.l(torch.ones(2))\n"
+    )
+    target = resolve("model.py", inputs=expression)
+    assert kinds(target.args) == kinds(args) and kinds(target.kwargs) == kinds(kwargs)
+
+
+def test_few_candidates_are_tried() -> None:
+    class Refuses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Conv2d(3, 8, 8, 8)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError(f"no {len(x)} but 3 or 5, 7, 9, 11, 13")
+
+    model = Refuses()
+    attempts = Attempts(model, infer(model, "Refuses"))
+    tried = []
+    for inputs in attempts:
+        tried.append(inputs.text)
+        try:
+            model(*inputs.args, **inputs.kwargs)
+        except RuntimeError as error:
+            attempts.failed(inputs, error)
+    assert len(tried) == len(set(tried)) <= 36
+
+
+def test_the_model_stays_as_it_was() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.calls = nn.Linear(5, 8), 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.layer(x)
+
+    model = Counts()
+    assert infer(model, "Counts")[0].text == "x=float32[2, 4, 5]"
+    assert model.calls == 0

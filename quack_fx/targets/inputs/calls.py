@@ -7,6 +7,7 @@ operation tells about the data is noted in their `Use`.
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -235,7 +236,7 @@ def function(called: Any, args: list[Value], kwargs: dict[str, Value]) -> Value 
                 value.use.marks.add("numpy")
         return data[0] if data else UNKNOWN
     if module == "einops" and name in ("rearrange", "reduce", "repeat"):
-        return _einops(args)
+        return rearranged(args[0], args[1], kwargs) if len(args) > 1 else UNKNOWN
     if module in ("torch", "_VariableFunctionsClass") or isinstance(called, type(torch.add)):
         return _torch(name, args, kwargs)
     return None
@@ -284,14 +285,16 @@ def _first(value: Value) -> Value:
     return UNKNOWN
 
 
-def _einops(args: list[Value]) -> Value:
-    """The pattern says how many dimensions data have: "b c (h p) w -> ..."."""
-    if len(args) < 2 or not isinstance(args[0], Data) or not isinstance(args[1], Known):
+def rearranged(data: Value, pattern: Value, lengths: Mapping[str, Value]) -> Value:
+    """Data behind einops' rearrange, whose pattern says what dimensions they have: "b c (h p) w -> ...\"."""
+    if not isinstance(data, Data) or not isinstance(pattern, Known):
         return UNKNOWN
-    left = str(args[1].value).split("->")[0]
-    if "..." not in left:
-        args[0].known_rank(len(re.sub(r"\([^)]*\)", "x", left).split()))
-    return args[0].then("reshape")
+    left = str(pattern.value).split("->")[0]
+    if "..." in left:
+        return data.then("reshape")
+    data.known_rank(len(re.findall(r"\([^)]*\)|\S+", left)))
+    known = {n: v.value for n, v in lengths.items() if isinstance(v, Known) and isinstance(v.value, int)}
+    return data.then("einops", str(pattern.value), tuple(sorted(known.items())))
 
 
 def masks(name: str, args: list[Value], kwargs: dict[str, Value]) -> None:
@@ -325,3 +328,26 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
     if name in ("cat", "stack", "matmul", "bmm", "einsum", "cross_entropy", "where", "scaled_dot_product_attention"):
         return UNKNOWN
     return method(first, name, args[1:])
+
+
+def spread_of(
+    function: Any, spread: list[Value], spread_names: list[Value], given: int, named: set[str]
+) -> tuple[list[str], list[Value]]:
+    """Parameters that `*args` and `**batch` of the caller fill: the required ones that nothing else is given to."""
+    data = [v for v in spread if isinstance(v, Data)]
+    data_names = [v for v in spread_names if isinstance(v, Data)]
+    if not data and not data_names:
+        return [], []
+    target = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[given:]
+    except (TypeError, ValueError):
+        return [], []
+    left = [
+        p.name
+        for p in parameters
+        if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if data:
+        return left, [Data(data[0].use.part("at", number)) for number in range(len(left))]
+    return left, [Data(data_names[0].use.part("key", name)) for name in left]

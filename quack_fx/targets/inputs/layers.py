@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs.uses import Taken, Use
-from quack_fx.targets.inputs.values import Array, Size
+from quack_fx.targets.inputs.values import Array, Size, Sizes
 
 _SIDES = ("img_size", "image_size", "input_size")
 
@@ -95,7 +96,10 @@ def evidence(use: Use, model: nn.Module) -> list[Array]:
             if shape is not None:
                 array = replace(array, shape=shape)
                 found.append(replace(array, high=min(highest)) if array.kind == "ids" else array)
-    # An index that says most about an axis: the last of the fields of a table.
+    if found and found[0].kind == "float" and len(found[0].shape) == 3 and isinstance(found[0].shape[1], int):
+        layer = use.taken[0].by
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 1:  # frames of 80 mel bins, as one channel
+            found.insert(0, replace(found[0], shape=("B", 64, 80)))
     return list(dict.fromkeys(found))
 
 
@@ -134,6 +138,11 @@ def before(array: Array, views: tuple[tuple[Any, ...], ...], use: Use) -> tuple[
     for number, (step, *given) in reversed(list(enumerate(views))):
         if step == "reshape":
             return with_rank(array, list(array.shape), use.rank)
+        if step == "einops":
+            made = _before_einops(shape, *given)
+            if made is None:
+                return None
+            shape = made
         if step == "swap":
             a, b = given
             if not all(-len(shape) <= axis < len(shape) for axis in given):
@@ -165,6 +174,30 @@ def before(array: Array, views: tuple[tuple[Any, ...], ...], use: Use) -> tuple[
             count = _fields(use, number, given[0])
             shape.insert(axis, count if count > 1 else "T")
     return with_rank(array, shape, use.rank)
+
+
+def _before_einops(shape: list[Size], pattern: str, lengths: tuple[tuple[str, int], ...]) -> list[Size] | None:
+    """The shape that becomes `shape` by einops' rearrange; axes that nothing is known of have a few entries."""
+    left, right = (
+        [re.findall(r"\w+", axis) for axis in re.findall(r"\([^)]*\)|\S+", side)] for side in pattern.split("->")
+    )
+    if len(right) != len(shape):
+        return None
+    known: dict[str, Size] = {"1": 1, **dict(lengths)}
+    for names, size in zip(right, shape, strict=True):
+        unknown = [name for name in names if name not in known]
+        if len(names) == 1:
+            known.setdefault(names[0], size)
+        elif isinstance(size, int) and len(unknown) == 1:
+            others = math.prod(Sizes().of(known[name] for name in names if name in known))
+            if size % others:
+                return None
+            known[unknown[0]] = size // others
+    made: list[Size] = []
+    for names in left:
+        sizes: list[Size] = [known.get(name, "T") for name in names]
+        made.append(sizes[0] if len(sizes) == 1 else math.prod(Sizes().of(sizes)))
+    return made
 
 
 def _fields(use: Use, number: int, axis: int) -> int:

@@ -17,7 +17,7 @@ import inspect
 import operator
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -266,9 +266,9 @@ class Frame:
             case ast.Compare():
                 self.of(test)
             case _:
-                value = self.of(test)
-                if isinstance(value, Dim) and value.modulo is not None and not holds:
-                    value.data.known_size(value.axis, "%", value.modulo)
+                rest = self.of(test)
+                if isinstance(rest, Dim) and rest.modulo is not None and not holds:
+                    rest.data.known_size(rest.axis, "%", rest.modulo)
 
     def equal(self, value: Value, other: Value) -> None:
         """Note that a size is a number that is known."""
@@ -446,7 +446,7 @@ class Frame:
             return UNKNOWN
         for value in spread:
             args += list(value.values) if isinstance(value, Items) else []
-        names, values = spread_of(function.value, spread, spread_names, len(args), set(kwargs))
+        names, values = calls.spread_of(function.value, spread, spread_names, len(args), set(kwargs))
         return self.apply(function.value, args, {**kwargs, **dict(zip(names, values, strict=True))})
 
     def apply(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
@@ -459,6 +459,9 @@ class Frame:
                 function.func, [*given, *args], {**{k: Known(v) for k, v in function.keywords.items()}, **kwargs}
             )
         if isinstance(function, nn.Module):
+            pattern, lengths = getattr(function, "pattern", None), getattr(function, "axes_lengths", None)
+            if isinstance(pattern, str) and isinstance(lengths, Mapping) and args:  # a layer of einops
+                return calls.rearranged(args[0], Known(pattern), {name: Known(n) for name, n in lengths.items()})
             if isinstance(function, nn.Sequential):
                 value = args[0] if args else UNKNOWN
                 for layer in function:
@@ -500,26 +503,3 @@ def _from_caller(value: Value) -> bool:
     if isinstance(value, Items):
         return any(map(_from_caller, value.values))
     return isinstance(value, Data | Shape | Dim | Rank)
-
-
-def spread_of(
-    function: Any, spread: list[Value], spread_names: list[Value], given: int, named: set[str]
-) -> tuple[list[str], list[Value]]:
-    """Parameters that `*args` and `**batch` of the caller fill: the required ones that nothing else is given to."""
-    data = [v for v in spread if isinstance(v, Data)]
-    data_names = [v for v in spread_names if isinstance(v, Data)]
-    if not data and not data_names:
-        return [], []
-    target = function.forward if isinstance(function, nn.Module) else function
-    try:
-        parameters = list(inspect.signature(target).parameters.values())[given:]
-    except (TypeError, ValueError):
-        return [], []
-    left = [
-        p.name
-        for p in parameters
-        if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    if data:
-        return left, [Data(data[0].use.part("at", number)) for number in range(len(left))]
-    return left, [Data(data_names[0].use.part("key", name)) for name in left]

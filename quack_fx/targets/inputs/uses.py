@@ -12,7 +12,8 @@ from typing import Any
 
 View = tuple[Any, ...]
 """One step between the caller's data and where they are used: ("swap", 1, 2), ("permute", (0, 2, 1)), ("new", 1) for a
-new axis, ("drop", 0, 3) for index 3 of axis 0, ("reshape",) for anything that changes the number of dimensions."""
+new axis, ("drop", 0, 3) for index 3 of axis 0, ("einops", pattern, lengths), ("reshape",) for anything else that
+changes the number of dimensions."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Data:
     def known_rank(self, rank: int) -> None:
         """Note the number of dimensions that these data have here."""
         for view in reversed(self.views):
-            if view[0] == "reshape":
+            if view[0] in ("reshape", "einops"):
                 return
             rank += {"new": -1, "drop": 1}.get(view[0], 0)
         if self.use.rank is None and rank >= 0:
