@@ -21,7 +21,7 @@ _REFUSED = "view size is not compatible"
 
 
 def is_flex(func: Any) -> bool:
-    """Whether a function that a mode of torch sees is the op inside `flex_attention`, which has no public name."""
+    """Whether a function is the op inside `flex_attention`, which has no public name."""
     return getattr(func, "__name__", "") == "flex_attention"
 
 

@@ -334,6 +334,17 @@ def test_little_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
         copy.random_copy(Model(run), torch.Generator())
 
 
+def test_a_buffer_that_memory_cannot_hold_twice_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quack_fx.recording.recorder, "available_memory", lambda: 1000)
+
+    def run(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(m, ids, q, k, v) * float(m.angles[0, 0]) * m.sizes.tolist()[0]
+
+    recorded = capture(Model(run), [IDS])
+    fake = {str(n.target): n.meta["val"].is_meta for n in recorded.graph_module.graph.nodes if n.op == "get_attr"}
+    assert fake["angles"] and recorded.made_up and "tolist" not in recorded.canned
+
+
 def test_the_error_is_that_of_the_attempt_that_came_furthest() -> None:
     class Late(nn.Module):
         def __init__(self) -> None:

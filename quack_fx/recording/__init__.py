@@ -21,6 +21,7 @@ small, it runs on real numbers instead.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,8 +41,8 @@ from quack_fx.recording.recorder import Recorder
 __all__ = ["Capture", "RepeatedLayer", "capture"]
 
 REAL_LIMIT_BYTES = 4 << 30
-"""Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed; less where the
-machine has less than four times as much memory left."""
+"""Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed; less on a machine
+that has less than four times as much memory left."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,11 @@ def capture(
             return _run(model, args, kwargs, recorder)
         except Exception as error:
             failures.append((recorder.entered, error))
-    reason = first_line(failures[0][1]) if failures else None
+            traceback.clear_frames(error.__traceback__)  # they hold the recording
+    reason = first_line(failures[-1][1]) if failures else None
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if size > min(REAL_LIMIT_BYTES, available_memory() // 4):
+    room = available_memory()
+    if size > (room // 2 if real else min(REAL_LIMIT_BYTES, room // 4)):
         refusal = f"cannot be recorded with fake weights ({reason}), and at" if reason else "cannot be run for real: at"
         raise CaptureError(
             f"the forward of {type(model).__name__} {refusal} {size / 2**30:.0f} GiB it is too large to run for real; "

@@ -40,6 +40,7 @@ class _WithGradients(Recorder):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "real")
+        self.most = None
         self.parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._trained = {storage_of(p) for p in model.parameters() if p.requires_grad}
         self._computed, self._differentiable = set[Node](), set[Node]()

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from quack_fx.machine import available_memory
 
 REAL_LIMIT = 1 << 24
-"""Factories larger than this many elements stay fake: a table that large is never worth its memory here."""
+"""Tables of more elements than this are fake where weights are: one that large is never worth its memory here."""
 
 # Uninitialised ones are not among them: they are always about to be filled, mostly with fake values.
 _LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"})
@@ -42,6 +42,7 @@ def run_mixed(
     taint: Callable[[Tensor], Tensor],
     canned: list[str],
     number: float,
+    most: int | None,
 ) -> Any:
     """Run `func` by the rules above.
 
@@ -52,6 +53,8 @@ def run_mixed(
         taint: Called with a real tensor that is about to receive fake values in place; gives back its fake twin.
         canned: Names of ops that got a canned answer are appended here.
         number: What a fake tensor of floating point answers when it is asked for its one number.
+        most: Elements of the largest table that is made for real; no other result may take more than a part of the
+            memory that is left. None: all of that is real.
 
     Returns:
         The op's result; an in-place op returns the very tensor it was given (its twin after `taint`).
@@ -63,7 +66,7 @@ def run_mixed(
     if not isinstance(func, torch._ops.OpOverload):
         return _higher_order(func, name, args, kwargs, fake)
     if not fake:
-        return _real(func, name, args, kwargs, leaves)
+        return _real(func, name, args, kwargs, leaves, most)
     if name in _LIKE or name in _NEW:
         return _value_free(func, name, args, kwargs)
     if name in _NUMBERS and args[0].is_floating_point():
@@ -79,14 +82,16 @@ def run_mixed(
     return _on_meta(func, args, kwargs)
 
 
-def _real(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> Any:
-    if _may_be_large(name, leaves) and _is_large(func, args, kwargs, leaves):
+def _real(
+    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], most: int | None
+) -> Any:
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    if most is not None and _may_be_large(name, leaves) and _is_large(func, args, kwargs, leaves, most):
         return _on_meta(func, args, kwargs)
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != "cpu":
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if kwargs.get("pin_memory"):
-        kwargs = {**kwargs, "pin_memory": False}
     return func(*args, **kwargs)
 
 
@@ -96,16 +101,16 @@ def _may_be_large(name: str, leaves: list[Any]) -> bool:
     return math.prod(max(1, n) for n in sizes) ** (2 if name == "eye" else 1) > REAL_LIMIT
 
 
-def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> bool:
-    """Whether an op makes more numbers than should be made: a table, or what this machine cannot hold."""
+def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], most: int) -> bool:
+    """Whether an op makes more numbers than should be made: of a table, or than this machine can hold."""
     if func.is_view or func._schema.is_mutable:
         return False
     try:
         made = [t for t in tree_leaves(_on_meta(func, args, kwargs)) if isinstance(t, Tensor)]
     except Exception:  # its size depends on numbers: it is at most that of what holds them
         return False
-    if not any(isinstance(x, Tensor) for x in leaves):
-        return sum(t.numel() for t in made) > REAL_LIMIT
+    if not any(isinstance(x, Tensor) for x in leaves) and sum(t.numel() for t in made) > most:
+        return True
     size = sum(t.numel() * t.element_size() for t in made)
     return size > REAL_LIMIT and size > available_memory() // 8
 

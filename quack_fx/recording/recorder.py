@@ -9,6 +9,7 @@ tensor (hybrid) or, for parameters that have no numbers, a random tensor (real);
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from quack_fx.jagged import JaggedWrittenOut, takes_itself_apart
 from quack_fx.machine import available_memory
 from quack_fx.recording.devices import OneDevice
 from quack_fx.recording.equal import EqualGroup
-from quack_fx.recording.hybrid import NUMBER, run_mixed
+from quack_fx.recording.hybrid import NUMBER, REAL_LIMIT, run_mixed
 from quack_fx.recording.isolate import no_autocast
 from quack_fx.recording.layers import EqualLayers
 from quack_fx.recording.memory import Place, place_of, storage_of, window_on
@@ -49,6 +50,7 @@ class Recorder(TorchDispatchMode):
         self.canned: list[str] = []
         self.way = way
         self.entered = 0
+        self.most: int | None = REAL_LIMIT if way == "hybrid" else sys.maxsize
         self._number = number
         self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
@@ -172,7 +174,15 @@ class Recorder(TorchDispatchMode):
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         node_args, node_kwargs = tree_map(self._as_written, (tuple(args), dict(kwargs)))
         run_args, run_kwargs = tree_map_only(Tensor, self.twin, (tuple(args), dict(kwargs)))
-        result = run_mixed(func, run_args, run_kwargs, taint=self._taint, canned=self.canned, number=self._number)
+        result = run_mixed(
+            func,
+            run_args,
+            run_kwargs,
+            taint=self._taint,
+            canned=self.canned,
+            number=self._number,
+            most=self.most,
+        )
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
