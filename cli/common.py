@@ -31,7 +31,9 @@ TargetArgument = Annotated[
     str,
     typer.Argument(
         metavar="TARGET",
-        help="model.py, model.py:NAME, package.module:NAME, or a Hugging Face config.json or its folder.",
+        help="model.py, model.py:NAME, package.module:NAME, a Hugging Face config.json or its folder, timm:NAME, "
+        "litgpt:NAME, torchtitan:MODEL/FLAVOR, model.pt2 (torch.export), or model.pt (a pickled module: reading it "
+        "runs code).",
         show_default=False,
     ),
 ]

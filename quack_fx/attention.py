@@ -370,6 +370,16 @@ def _fused(df: Dataflow, node: Node, misses: list[NearMiss]) -> list[Logits]:
     return [Logits((product,), (node,), node, 3, node)]
 
 
+def fused_scale(df: Dataflow, product: Product) -> float | None:
+    """The number by which fused attention multiplies its product; None where it is no number."""
+    node = product.node
+    positional = node.args[5:6] if df.op[node].name == "flex_attention" else ()  # after score_mod and block_mask
+    given = node.kwargs.get("scale", positional[0] if positional else None)
+    if given is None:
+        return float(df.shape(product.left)[-1] ** -0.5)
+    return float(given) if isinstance(given, int | float) else None
+
+
 def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:
     """Products of products without a softmax between them: linear attention, recurrences."""
     misses: dict[str, NearMiss] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from quack_fx.attention import Logits, Product
+from quack_fx.attention import Logits, Product, fused_scale
 from quack_fx.dataflow import Dataflow
 from quack_fx.find import Pairs, attentions_of, pairs_of
 
@@ -73,8 +73,8 @@ def _of_fused(df: Dataflow, product: Product) -> Tensor | None:
         q, k = q.transpose(-2, -3), k.transpose(-2, -3)
     if q.dim() > 2 and q.shape[-3] != k.shape[-3]:
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
-    scale = product.node.kwargs.get("scale")
-    return q @ k.mT * (scale if isinstance(scale, int | float) else q.shape[-1] ** -0.5)
+    scale = fused_scale(df, product)
+    return None if scale is None else q @ k.mT * scale
 
 
 def _numbers(df: Dataflow, node: Node) -> Tensor | None:

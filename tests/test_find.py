@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from tiny_models import example, heads, site
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention.flex_attention import flex_attention
 from toy import Toy
 
 from quack_fx.find import find, find_in_graph, find_qk_pairs
@@ -444,3 +445,18 @@ def test_a_chain_ends_where_a_nonlinear_function_stands(bend: nn.Module, params:
     parts = {"q": linear(INNER), "v": linear(INNER), "down": linear(INNER), "k": linear(INNER, of=INNER)}
     (found,) = find_qk_pairs(Toy(run, bend=bend, **parts), X).sites
     assert [block.param for block in found.key] == params
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("factor", "scale"), [(None, 8**-0.5), (0.5, 0.5)])
+def test_the_scale_given_to_flex_attention(factor: float | None, scale: float) -> None:
+    class Flex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x_BTD: Tensor) -> Tensor:
+            q, k, v = (f(x_BTD).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            return flex_attention(q, k, v, scale=factor)
+
+    assert find_qk_pairs(Flex(), torch.ones(1, 4, 16)).sites[0].logit_scale == pytest.approx(scale)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from quack_fx.attention import Logits, Product
+from quack_fx.attention import Logits, Product, fused_scale
 from quack_fx.dataflow import Dataflow
 from quack_fx.grouped import Groups, is_gathered_by
 from quack_fx.provenance.labels import NOTHING, UNKNOWN, compact, reshape, shrink
@@ -438,8 +438,7 @@ def _product_scale(df: Dataflow, product: Product, flows: dict[Node, Flow], afte
     factors = [flows[product.left].scale, flows[product.right].scale, after]
     node = product.node
     if product.form.startswith("fused"):
-        given = node.kwargs.get("scale")
-        factors.append(float(given) if isinstance(given, int | float) else df.shape(product.left)[-1] ** -0.5)
+        factors.append(fused_scale(df, product))
     alpha = node.kwargs.get("alpha", 1.0)
     factors.append(float(alpha) if isinstance(alpha, int | float) else None)
     result = 1.0

@@ -73,16 +73,14 @@ def package(name: str, typed: str) -> ModuleType:
     root = name.partition(".")[0]
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        if error.name == root:
-            raise TargetError(f"{typed!r} needs {root}: pip install {root}") from error
-        raise _broken(root, typed, error) from error
     except Exception as error:
-        raise _broken(root, typed, error) from error
-
-
-def _broken(root: str, typed: str, error: Exception) -> TargetError:
-    return TargetError(f"{typed!r} needs {root}, whose import fails: {name_and_text(error)}; try pip install {root}")
+        if isinstance(error, ModuleNotFoundError) and error.name == root:
+            raise TargetError(f"{typed!r} needs {root}: pip install {root}") from error
+        if isinstance(error, ModuleNotFoundError):
+            raise TargetError(
+                f"{typed!r} needs the module {error.name!r}, which {name} imports and is not installed; install it, too"
+            ) from error
+        raise TargetError(f"{typed!r} needs {root}, whose import fails: {name_and_text(error)}") from error
 
 
 def saved_file(rest: str, typed: str) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from quack_fx.targets.pick import Recipe
 
 def _open(rest: str, typed: str) -> Adapted:
     path = saved_file(rest, typed)
+    if not zipfile.is_zipfile(path):  # torch.export.load would log pages about it
+        raise TargetError(f"{typed!r} is no archive of torch.export.save")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(path)
             _tell_apart(program.state_dict)
-            model = torch.export.unflatten(program)
+            model = _without_values(torch.export.unflatten(program))
     except Exception as error:
         raise TargetError(
             f"{typed!r} is no program of torch.export.save that torch {torch.__version__} reads: {name_and_text(error)}"
@@ -44,6 +47,15 @@ def _open(rest: str, typed: str) -> Adapted:
 
 
 ADAPTER = Adapter("FILE.pt2", _open, takes=lambda target: re.search(r"\.pt2(:.*)?$", target) is not None)
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """Drop the fake results that the program's graphs carry; copies of the model would carry them, too."""
+    for module in model.modules():
+        graph = getattr(module, "graph", None)
+        for node in graph.nodes if isinstance(graph, torch.fx.Graph) else ():
+            node.meta.pop("val", None)
+    return model
 
 
 def _tell_apart(state: dict[str, Any]) -> None:

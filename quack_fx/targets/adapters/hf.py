@@ -86,7 +86,8 @@ def _read(path: Path, typed: str) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise TargetError(f"no file {str(path)!r} (seen from {Path.cwd()})") from error
+        hub = "; nothing is downloaded: give a config.json or its folder" if path.suffix != ".json" else ""
+        raise TargetError(f"no file {str(path)!r} (seen from {Path.cwd()}){hub}") from error
     except OSError as error:
         raise TargetError(f"{typed!r} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -1,7 +1,8 @@
 """ADAPTER: `torchtitan:llama3/debugmodel` -> that flavor of that model of torchtitan, and tokens with its masks.
 
-In: the names that `--module` and the model registries of torchtitan 0.3 know. Out: `Adapted`. The attention is the one
-that the registry chooses, flex attention mostly; its block mask is the model's own, for one document.
+In: the names that `--module` and the model registries of torchtitan 0.3 know. Out: `Adapted`. The attention is flex
+attention, which every language model there has and most begin with; other kernels read the same weights. Its block mask
+is the model's own, for one document a sequence.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def _open(rest: str, typed: str) -> Adapted:
         hint = nearest(flavor, flavors, f"it has {_list(flavors)}")
         raise TargetError(f"torchtitan's {name} has no flavor {flavor!r}; {hint}")
     try:
-        config = module.model_registry(flavor).model
+        backends = inspect.signature(module.model_registry).parameters.keys() & {"attn_backend"}
+        config = module.model_registry(flavor, **dict.fromkeys(backends, "flex")).model
     except Exception as error:
         raise TargetError(f"{typed!r} is refused by torchtitan: {name_and_text(error)}") from error
     names = {"torchtitan": torchtitan, "config": config}
@@ -62,7 +64,7 @@ def _built(config: Any) -> Any:
 
 
 def _tokens(model: Any) -> list[Inputs]:
-    """Token ids of one document a sequence, and what torchtitan's trainer gives beside them."""
+    """Token ids, each sequence one document, and what torchtitan's trainer gives beside them."""
     parameters = inspect.signature(model.forward).parameters
     if not {"tokens", "positions", "attention_masks"} <= {*parameters}:
         return []
