@@ -9,7 +9,7 @@ projection, and so on: a chain. It is followed while its data serves this attent
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -378,11 +378,18 @@ def _finish(tracer: Tracer, block: _Block) -> WeightBlock:
     axes, shape = block.projection.axes, tracer.df.weight_shapes[block.param]
     for i, axis in enumerate(axes):
         if all(_covers(rows, i, axes, shape) for rows in block.rows):
-            heads = tuple(_ranges({row[i] for row in rows}) for rows in block.rows)
+            gathered = block.projection.gathered.get(axis)
+            heads = tuple(_ranges(_along(rows, i, gathered)) for rows in block.rows)
             return WeightBlock(block.param, block.role, axis, heads, _bias(block) if len(axes) == 1 else None)
     raise Refused(
         "rows-on-two-axes", f"a head reads a part of {block.param!r} that is no set of whole rows along one axis"
     )
+
+
+def _along(rows: _Rows, i: int, gathered: Mapping[int, tuple[int, ...]] | None) -> set[int]:
+    """Coordinates of rows along axis i."""
+    firsts = {row[i] for row in rows}
+    return firsts if gathered is None else {one for first in firsts for one in gathered[first]}
 
 
 def _covers(rows: _Rows, i: int, axes: tuple[int, ...], shape: tuple[int, ...]) -> bool:

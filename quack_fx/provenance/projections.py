@@ -35,6 +35,8 @@ class Projection:
         names: Parameter of each feature.
         axes: Axes of the parameter that are not summed over: they number its output features (one axis, mostly).
         rows: Coordinates of each feature along `axes`, int64 [features, len(axes)].
+        gathered: For each axis of the parameter that is summed over part by part (the rows of each head by themselves,
+            as in absorbed MLA): by the coordinate that stands in `rows`, all that are summed.
         biases: Bias parameter of each feature, None where there is none or its entries are not the same rows.
     """
 
@@ -45,6 +47,7 @@ class Projection:
     names: list[str]
     axes: tuple[int, ...]
     rows: Tensor
+    gathered: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
     biases: list[str | None] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -137,12 +140,16 @@ class Projections:
             out_axis = planes[0].dim() - (2 if on_left else 1)
             summed = [planes[0].dim() - (1 if on_left else 2)]
             x_axis = (-2 if len(df.shape(x)) > 1 else -1) if on_left else -1
-        axes = []
+        axes, gathered = [], dict[int, dict[int, tuple[int, ...]]]()
         for axis, plane in enumerate(planes[1:]):
             if all(constant_along(plane, d) for d in summed):
                 axes.append(axis)
             elif not all(constant_along(plane, d) for d in range(plane.dim()) if d not in summed):
-                return None
+                parts = _parts_along(plane, summed)
+                if parts is None:
+                    return None
+                axes.append(axis)
+                gathered[axis] = parts
         if not all(constant_along(planes[0], d) for d in summed):
             return None
         axes = [axis for axis in axes if not self._is_thin(coordinates, axis)] or axes[:1]
@@ -164,6 +171,7 @@ class Projections:
             names=[coordinates.names[i] for i in distinct[0].tolist()],
             axes=tuple(axes),
             rows=distinct[1:].t().contiguous(),
+            gathered=gathered,
             biases=[None] * distinct.shape[1],
         )
         self._firsts.append(first)
@@ -313,6 +321,16 @@ def _is_transposed(node: Node) -> bool:
 def _groups(node: Node) -> int:
     groups = node.args[8] if len(node.args) > 8 else 1
     return groups if isinstance(groups, int) else 1
+
+
+def _parts_along(plane: Tensor, summed: list[int]) -> dict[int, tuple[int, ...]] | None:
+    """Coordinates that are summed together, by the first of them; None where one is summed with others now and then."""
+    if len(summed) != 1:
+        return None
+    parts = torch.unique(compact(plane).movedim(summed[0], -1).flatten(0, -2), dim=0)
+    if torch.unique(parts).numel() != parts.numel():
+        return None
+    return {part[0]: tuple(part) for part in parts.tolist()}
 
 
 def _first_along(plane: Tensor, dims: list[int]) -> Tensor:

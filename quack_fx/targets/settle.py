@@ -7,8 +7,10 @@ on the meta device, if that will do, then for real, if memory holds it; the firs
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,9 @@ from quack_fx.targets.world import StandInUsed, World
 
 RETRY_LIMIT_BYTES = 1 << 30
 """Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
+
+SAME_FAILURES = 5
+"""Inputs on which a forward fails in the very same way, after which others are not tried: it is not for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +133,8 @@ def settle(
             except TargetError as error:
                 furthest = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
                 first = error if first is None or furthest else first
+                if world.is_late():
+                    break
     except TargetError as error:  # no recipe is left, or there was none
         first = first or error
     assert first is not None  # there is at least one recipe
@@ -158,7 +165,7 @@ def _settled(recipe: Recipe, inputs: Given, real: bool, say: Callable[[str], Non
         where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
         try:
             prepared = _prepared(model, device, world)
-            chosen, origin, recording, cast = _tried(model, inputs, say, world, recipe)
+            chosen, origin, recording, cast = _try(model, inputs, say, world, recipe.made)
         except TargetError as error:
             refusal = error  # that of the last build: it has the most real numbers
             continue
@@ -294,52 +301,58 @@ def _memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _tried(
-    model: nn.Module, inputs: Given, say: Callable[[str], None], world: World, recipe: Recipe
+def _try(
+    model: nn.Module, inputs: Given, say: Callable[[str], None], world: World, keep: bool
 ) -> tuple[Inputs, str, Capture, str]:
     """The first inputs for which the forward runs, where they come from, the recording of that run, and what was done
-    to the model for it."""
-    try:
-        return *_try(model, inputs, say, world), ""
-    except TargetError:
-        # Layers of several types run under autocast only; in one type they compute the same.
-        floating = {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
-        if recipe.made or len(floating) < 2:
-            raise
-        model.float()
-        return *_try(model, inputs, say, world), " and cast to float32, since its layers have several types"
-
-
-def _try(model: nn.Module, inputs: Given, say: Callable[[str], None], world: World) -> tuple[Inputs, str, Capture]:
-    """The first inputs for which the forward runs, where they come from, and the recording of that run."""
-    name = type(model).__name__
+    to the model for it; `keep`: the model stays as it is."""
+    name, cast = type(model).__name__, ""
     origin, candidates = inputs.candidates(model)
     first: BaseException | None = None
+    failures: Counter[str] = Counter()
     attempts = Attempts(model, candidates)
     for candidate in attempts if origin == "inferred" else candidates:
         say(f"recording the forward of {name} on {candidate.text}")
         try:
-            return candidate, origin, capture(model, candidate.args, candidate.kwargs, layers_once=True)
+            try:
+                return candidate, origin, capture(model, candidate.args, candidate.kwargs, layers_once=True), cast
+            except CaptureError as error:
+                if keep or cast or not _is_about_types(model, error):
+                    raise
+                # Layers of several types run under autocast only; in one type they compute the same.
+                model.float()
+                cast = " and cast to float32, since its layers have several types"
+                return candidate, origin, capture(model, candidate.args, candidate.kwargs, layers_once=True), cast
         except CaptureError as error:
             attempts.failed(candidate, error)
-            if first is None or isinstance(error.__cause__, StandInUsed):
-                first = error.__cause__ or error
+            reason = error.__cause__ or error
+            if first is None or isinstance(reason, StandInUsed):
+                first = reason
+            failures[one_line(reason, inputs.namespace)] += 1
             for failure in filter(None, (error, error.__cause__)):
                 traceback.clear_frames(failure.__traceback__)  # they hold the recording and its tensors
+        if max(failures.values()) >= SAME_FAILURES or world.is_late():
+            break
     assert first is not None  # there is at least one candidate
     if isinstance(first, StandInUsed):
         raise StandInUsed(first.name) from first
-    reason = str(first) if isinstance(first, CaptureError) else one_line(first, inputs.namespace)
-    reason += without(world)
+    reason_text = str(first) if isinstance(first, CaptureError) else one_line(first, inputs.namespace)
+    reason_text += without(world)
     tried = "; ".join(c.text for c in candidates[:3]) + (f"; {len(candidates) - 3} more" if len(candidates) > 3 else "")
     if origin == "given":
-        raise ForwardFails(f"the forward of {name} fails on --inputs {inputs.expression!r}: {reason}") from first
+        raise ForwardFails(f"the forward of {name} fails on --inputs {inputs.expression!r}: {reason_text}") from first
     if origin == "its own":
-        raise ForwardFails(f"the forward of {name} fails on its own inputs ({tried}): {reason}") from first
+        raise ForwardFails(f"the forward of {name} fails on its own inputs ({tried}): {reason_text}") from first
     raise ForwardFails(
-        f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason}; "
+        f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason_text}; "
         f'give them, for example --inputs "{candidates[0].expression()}"'
     ) from first
+
+
+def _is_about_types(model: nn.Module, error: CaptureError) -> bool:
+    """Whether a forward failed since its layers have several types of numbers."""
+    floating = {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
+    return len(floating) > 1 and re.search("dtype|scalar type|same type", str(error)) is not None
 
 
 def _given_inputs(expression: str, namespace: Namespace, model: nn.Module) -> Inputs:

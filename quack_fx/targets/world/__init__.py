@@ -15,6 +15,7 @@ nothing behind: no module, no path, no process group, no argument.
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,9 @@ from quack_fx.targets.world.script import TrainingBegins, as_script
 
 __all__ = ["StandInUsed", "TrainingBegins", "World"]
 
+PATIENCE = 60.0
+"""Seconds for which sizes and inputs are guessed; what is going on then is brought to its end."""
+
 
 class World:
     """What the files of one target find around them; see the docstring of this package.
@@ -42,6 +46,7 @@ class World:
 
     def __init__(self, guarded: bool = False, group: bool = False) -> None:
         self._guarded, self._group = guarded, group
+        self._until = time.monotonic() + PATIENCE
         self._place: Place | None = None
         self._stack = ExitStack()
         self.imports = Imports(self.is_own, self._look_elsewhere, guarded)
@@ -65,6 +70,10 @@ class World:
             for name in set(sys.modules) - before:
                 if self.is_own(getattr(sys.modules[name], "__file__", None) or ""):
                     del sys.modules[name]
+
+    def is_late(self) -> bool:
+        """Whether guessing has gone on for so long that a person would rather be told what is missing."""
+        return time.monotonic() > self._until
 
     def settle_at(self, place: Place) -> None:
         """Say where the target lies; from here on the imports of its files are looked after."""
