@@ -112,7 +112,17 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         {"model.py": "import torch\nimport no_such_package\n"},
         "inspect model.py",
         2,
-        r"model.py does not run: model.py:2: ModuleNotFoundError: No module named 'no_such_package'",
+        r"no model in model.py: .* \(not importable here, and stood in for: no_such_package\)",
+    ),
+    "an import that fails and is needed": (
+        {
+            "model.py": MODEL.replace("import torch\n", "import torch\nimport no_such_package\n", 1).replace(
+                "return F", "x = no_such_package.rotate(x)\n        return F"
+            )
+        },
+        "inspect model.py",
+        2,
+        r"the forward needs no_such_package.rotate, and no_such_package cannot be imported here; install it",
     ),
     "a file that raises": (
         {"model.py": "\n1 / 0\n"},
@@ -158,10 +168,18 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         r"model.py has 2 models \(a, b\); type model.py:a or model.py:b",
     ),
     "a constructor that needs arguments": (
-        {"model.py": MODEL.replace("width=8", "width, depth")},
+        {"model.py": MODEL.replace("width=8", "width, odd").replace("super()", "assert odd == 3; super()")},
         "inspect model.py",
         2,
-        r'Attention of model.py needs arguments \(width, depth\) without a default; type --build "Attention\(width',
+        r"building Attention\(width=64, odd=4\) of model.py fails: model.py:8: AssertionError; say what it is: "
+        r"--build 'Attention\(width=64, odd=4\)'",
+    ),
+    "sizes that nobody gives": (
+        {"model.py": MODEL.replace("width=8", "width")},
+        "convert model.py -o out.py",
+        2,
+        r"the sizes width=64 of Attention\(width=64\) of model.py are assumed, .* --build 'Attention\(width=64\)', or "
+        r"add --assume",
     ),
     "a config that needs arguments": (
         {
@@ -170,13 +188,13 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         },
         "inspect model.py",
         2,
-        r"needs arguments \(width\) without a default \(Config has no default for width\); type --build",
+        r"building Attention\(\.\.\.\) of model.py fails: model.py:13: TypeError: .* --build 'Attention\(Config\(width=",
     ),
     "a factory that needs arguments": (
         {"model.py": "def build_model(width, *, bias): pass\n"},
         "inspect model.py",
         2,
-        r'build_model\(\) of model.py needs arguments \(width, bias\); type --build "build_model\(width',
+        r"build_model\(\) of model.py gives a NoneType, not an nn.Module",
     ),
     "a constructor that raises": (
         {"model.py": MODEL.replace("super().__init__()", "raise ValueError('7 is odd')")},

@@ -119,12 +119,13 @@ def capture(
     groups = list(equal_groups(model)) if layers_once and not real else []
     # A forward that fails because layers were left out is run again with all of them.
     for equal in () if real else [groups, []] if groups else [[]]:
+        for _, earlier in failures:
+            traceback.clear_frames(earlier.__traceback__)  # they hold the recording
         recorder = Recorder(model, "hybrid", equal, number)
         try:
             return _run(model, args, kwargs, recorder)
         except Exception as error:
             failures.append((recorder.entered, error))
-            traceback.clear_frames(error.__traceback__)  # they hold the recording
     reason = first_line(failures[-1][1]) if failures else None
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     room = available_memory()
@@ -133,7 +134,9 @@ def capture(
         raise CaptureError(
             f"the forward of {type(model).__name__} {refusal} {size / 2**30:.0f} GiB it is too large to run for real; "
             "pass a smaller configuration of the model"
-        )
+        ) from (failures[-1][1] if failures else None)
+    for _, earlier in failures:
+        traceback.clear_frames(earlier.__traceback__)
     recorder = Recorder(model, "real")
     try:
         return _run(model, args, kwargs, recorder, reason)

@@ -190,11 +190,11 @@ class LocalImports:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Context in which the repository's modules can be imported."""
-        sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, self)
         try:
             yield
         finally:
-            sys.meta_path.remove(self)  # type: ignore[arg-type]
+            sys.meta_path.remove(self)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """The spec of a top-level module of the repository; None for all others."""

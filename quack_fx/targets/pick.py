@@ -17,6 +17,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +25,7 @@ import networkx as nx
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.files import Namespace
+from quack_fx.targets.files import Namespace, without
 from quack_fx.targets.packages import python_files, repository_of
 from quack_fx.targets.sizes import Call, calls
 from quack_fx.targets.sizes.plans import needs_nothing, required
@@ -89,7 +90,8 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
     foreign = [n for n, v in namespace.names.items() if _is_model_class(v) and v.__module__.split(".")[0] != "torch"]
     hint = f"it imports {_list(foreign)}: type {namespace.source}:{foreign[0]}" if foreign else "type --build EXPR"
     raise TargetError(
-        f"no model in {namespace.source}: neither a zero-argument factory (build_model) nor an nn.Module; {hint}"
+        f"no model in {namespace.source}: neither a zero-argument factory (build_model) nor an nn.Module"
+        f"{without(world)}; {hint}"
     )
 
 
@@ -116,16 +118,19 @@ def _recipes(namespace: Namespace, name: str, value: Any, world: World) -> Itera
         kind = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
         raise TargetError(f"{name!r} of {namespace.source} is {kind}, not an nn.Module, a class of one or a factory")
 
-    def checked(model: Any) -> Any:
-        if not isinstance(model, nn.Module):
-            raise TargetError(f"{name}() of {namespace.source} gives a {type(model).__name__}, not an nn.Module")
-        return model
-
     if not required(value):
-        yield Recipe(f"{name}()", lambda: checked(value()))
+        yield Recipe(f"{name}()", partial(_checked, value, name, namespace))
         return
     for call in calls(name, value, namespace.names, namespace.file, world.own_files()):
-        yield Recipe(call.text, lambda call=call: checked(call()), call=call)
+        yield Recipe(call.text, partial(_checked, call, name, namespace), call=call)
+
+
+def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:
+    """What a class or factory makes, if it is a model."""
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"{name}() of {namespace.source} gives a {type(model).__name__}, not an nn.Module")
+    return model
 
 
 def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str]:

@@ -23,7 +23,7 @@ from quack_fx.errors import CaptureError, TargetError
 from quack_fx.recording import Capture, capture
 from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, one_line, without
-from quack_fx.targets.inputs import Attempts, Inputs, infer
+from quack_fx.targets.inputs import Attempts, Inputs, infer, with_optional
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.setup import set_up
 from quack_fx.targets.world import StandInUsed, World
@@ -31,7 +31,7 @@ from quack_fx.targets.world import StandInUsed, World
 RETRY_LIMIT_BYTES = 1 << 30
 """Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
 
-SAME_FAILURES = 5
+SAME_FAILURES = 12
 """Inputs on which a forward fails in the very same way, after which others are not tried: it is not for them."""
 
 
@@ -159,31 +159,45 @@ class Given:
 
 def _settled(recipe: Recipe, inputs: Given, real: bool, say: Callable[[str], None], world: World) -> Target:
     """The target that one recipe makes."""
-    namespace = inputs.namespace
     refusal: TargetError | None = None
-    for device, model in _builds(recipe, namespace, real, say, world):
-        where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
-        try:
-            prepared = _prepared(model, device, world)
-            chosen, origin, recording, cast = _try(model, inputs, say, world, recipe.made)
-        except TargetError as error:
-            refusal = error  # that of the last build: it has the most real numbers
-            continue
-        call = recipe.call
-        return Target(
-            model=model,
-            args=chosen.args,
-            kwargs=chosen.kwargs,
-            title=f"{_short(recipe) or type(model).__name__} of {namespace.source}",
-            source=namespace.source,
-            how=f"built {where}{prepared}{cast}; inputs {chosen.text} ({origin})",
-            recording=recording,
-            assumed=call.account.assumed if call else {},
-            build=call.text if call and (call.account.assumed or call.account.found) else "",
-            notes=tuple(_notes(recipe, world)),
-        )
+    settled: Target | None = None
+    try:
+        for device, model in _builds(recipe, inputs.namespace, real, say, world):
+            try:
+                settled = _with_inputs(model, device, recipe, inputs, say, world)
+            except TargetError as error:
+                refusal = error  # that of the last build: it has the most real numbers
+                continue
+            if settled.recording is not None and not settled.recording.canned:
+                break  # else its buffers, built for real, may have the numbers that were asked for
+    except TargetError as error:
+        refusal = error
+    if settled is not None:
+        return settled
     assert refusal is not None  # the last build either raised or was tried
     raise refusal
+
+
+def _with_inputs(
+    model: nn.Module, device: str, recipe: Recipe, inputs: Given, say: Callable[[str], None], world: World
+) -> Target:
+    """The target that one build makes, with inputs for which its forward runs."""
+    prepared = _prepared(model, device, world)
+    chosen, origin, recording, cast = _try(model, inputs, say, world, recipe.made)
+    where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
+    source, call = inputs.namespace.source, recipe.call
+    return Target(
+        model=model,
+        args=chosen.args,
+        kwargs=chosen.kwargs,
+        title=f"{_short(recipe) or type(model).__name__} of {source}",
+        source=source,
+        how=f"built {where}{prepared}{cast}; inputs {chosen.text} ({origin})",
+        recording=recording,
+        assumed=call.account.assumed if call else {},
+        build=call.text if call and (call.account.assumed or call.account.found) else "",
+        notes=tuple(_notes(recipe, world)),
+    )
 
 
 def _prepared(model: nn.Module, device: str, world: World) -> str:
@@ -310,7 +324,7 @@ def _try(
     origin, candidates = inputs.candidates(model)
     first: BaseException | None = None
     failures: Counter[str] = Counter()
-    attempts = Attempts(model, candidates)
+    attempts = Attempts(model, candidates, with_optional)
     for candidate in attempts if origin == "inferred" else candidates:
         say(f"recording the forward of {name} on {candidate.text}")
         try:

@@ -11,7 +11,7 @@ from torch import nn
 from quack_fx.errors import TargetError
 from quack_fx.targets.adapters.base import Adapted, Adapter, example, nearest, package
 from quack_fx.targets.files import Namespace
-from quack_fx.targets.inputs import BATCH, Inputs
+from quack_fx.targets.inputs.values import BATCH, Inputs
 from quack_fx.targets.pick import Recipe
 
 

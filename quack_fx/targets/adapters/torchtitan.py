@@ -17,7 +17,7 @@ import torch
 from quack_fx.errors import TargetError
 from quack_fx.targets.adapters.base import Adapted, Adapter, example, nearest, package
 from quack_fx.targets.files import Namespace, name_and_text
-from quack_fx.targets.inputs import BATCH, TOKENS, Inputs
+from quack_fx.targets.inputs.values import BATCH, TOKENS, Inputs
 from quack_fx.targets.pick import Recipe
 
 _FORM = "torchtitan:MODEL/FLAVOR"

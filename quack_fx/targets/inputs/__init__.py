@@ -25,11 +25,11 @@ from quack_fx.errors import TargetError
 from quack_fx.targets import hf
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
 from quack_fx.targets.inputs.reading import read_uses
-from quack_fx.targets.inputs.repair import Attempts, retry
+from quack_fx.targets.inputs.repair import Attempts, failing_names, retry
 from quack_fx.targets.inputs.uses import Use
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
 
-__all__ = ["LIMIT", "Attempts", "Inputs", "infer", "retry"]
+__all__ = ["LIMIT", "Attempts", "Inputs", "infer", "retry", "with_optional"]
 
 _CONDITION = re.compile(rf"{TIME.pattern}|class_(ids?|labels?)|classes")
 """What diffusion models call optional and cannot do without."""
@@ -52,7 +52,8 @@ def infer(model: nn.Module, name: str) -> list[Inputs]:
         return [named((), {})]
     optional = [p for p in signature(model) if p.default is None and p not in wanted]
     conditions = [p for p in optional if _CONDITION.fullmatch(p.name.lower())]
-    found = _candidates(model, wanted, LIMIT // 2 if conditions else LIMIT)
+    found = _several(model, wanted)
+    found += _candidates(model, wanted, LIMIT // 2 if conditions else LIMIT)
     if conditions:
         found += _candidates(model, [*wanted, *conditions], LIMIT // 2)
     if not found:
@@ -61,6 +62,38 @@ def infer(model: nn.Module, name: str) -> list[Inputs]:
             'give them, for example --inputs "torch.randn(2, 16, 64)"'
         )
     return found
+
+
+def _several(model: nn.Module, wanted: list[inspect.Parameter]) -> list[Inputs]:
+    """Inputs of several kinds (pictures and words) for a forward that requires none and has layers for several."""
+    if wanted[0].default is not None:
+        return []
+    optional = [p for p in signature(model) if p.default is None]
+    uses = read_uses(model, [p.name for p in optional])
+    given = [p for p in optional if uses[p.name].taken]
+    return _candidates(model, given, 3) if len(given) > 1 else []
+
+
+def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list[Inputs]:
+    """Inputs with one more of the optional arguments, for a forward that failed on a None.
+
+    Arguments:
+        model: The model.
+        given: The inputs for which it failed.
+        error: What it raised, or an error that has it as its cause.
+
+    Returns:
+        The inputs, those first whose new argument stands in the statement that failed.
+    """
+    cause = error.__cause__ or error
+    if "None" not in str(cause):
+        return []
+    parameters = signature(model)
+    optional = [p for p in parameters if p.default is None and p.name not in given.kwargs]
+    named = [p for p in optional if p.name in failing_names(cause)]
+    filled = [p for p in parameters if p.default is p.empty or p.name in given.kwargs]
+    filled = [p for p in filled if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [inputs for p in (named or optional)[:4] for inputs in _candidates(model, [*filled, p], 2)]
 
 
 def _wanted(model: nn.Module) -> list[inspect.Parameter]:

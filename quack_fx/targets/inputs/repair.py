@@ -30,6 +30,7 @@ from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, named
 FIRST, REPAIRS, EACH = 3, 12, 4
 """Candidates that are tried before any repair, repairs in all, repairs of one failure."""
 
+More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
 Change = Callable[[Tensor], Tensor | None]
 """What becomes of each tensor among the arguments; None where it stays."""
 
@@ -40,6 +41,7 @@ class Attempts:
     Arguments:
         model: The model.
         candidates: What was inferred, most likely first.
+        more: Gives inputs with more arguments for a model, inputs that it failed on, and the error.
 
     Example:
         >>> attempts = Attempts(model, infer(model, "GPT"))
@@ -51,13 +53,14 @@ class Attempts:
         ...         attempts.failed(inputs, error)
     """
 
-    def __init__(self, model: nn.Module, candidates: list[Inputs]) -> None:
+    def __init__(self, model: nn.Module, candidates: list[Inputs], more: More | None = None) -> None:
         self.model = model
         self.likely, self.others = deque(candidates[:FIRST]), deque(candidates[FIRST:])
         self.repairs: deque[Inputs] = deque()
         self.inferred = {candidate.text for candidate in candidates}
         self.seen = set(self.inferred)
         self.left = REPAIRS
+        self._more = more
 
     def __iter__(self) -> Iterator[Inputs]:
         while self.likely or self.repairs or self.others:
@@ -67,7 +70,8 @@ class Attempts:
     def failed(self, inputs: Inputs, error: BaseException) -> None:
         """Note that the forward failed with this error; its traceback must still be there."""
         found: list[Inputs] = []
-        for repaired in retry(self.model, inputs, error):
+        more = self._more(self.model, inputs, error) if self._more is not None else []
+        for repaired in [*more, *retry(self.model, inputs, error)]:
             if repaired.text not in self.seen and self.left > 0:
                 self.seen.add(repaired.text)
                 self.left -= 1
@@ -109,6 +113,15 @@ def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Itera
             break
     yield from _layer(model, frames)
     yield from _message(str(error), known)
+
+
+def failing_names(error: BaseException) -> set[str]:
+    """Names that are None where a forward failed, in its statement and those that led to it."""
+    found: set[str] = set()
+    for frame, line in _frames(error.__traceback__):
+        text = linecache.getline(frame.f_code.co_filename, line)
+        found |= {word for word in re.findall(r"\w+", text) if frame.f_locals.get(word, 0) is None}
+    return found
 
 
 def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:

@@ -22,7 +22,7 @@ import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def calls(
     """
     planner = Planner(name, function, names, file, own_files)
     for change in itertools.islice(planner.changes(), _TRIES):
-        yield Call(name, function, lambda account, change=change: planner.plan(account, change))
+        yield Call(name, function, partial(planner.plan, change=change))
 
 
 def needs_nothing(name: str, function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
@@ -210,7 +210,8 @@ class Planner:
                 return next((n for n, v in self._names.items() if v is option), option.__name__), option
         if hint is not None or len(self._required) > 1:
             return None
-        found = {n: v for n, v in self._names.items() if dataclasses.is_dataclass(v) and _is_config_class(v)}
+        classes: dict[str, Any] = {n: v for n, v in self._names.items() if _is_config_class(v)}
+        found = {n: v for n, v in classes.items() if dataclasses.is_dataclass(v)}
         if len(found) > 1:
             found = {n: v for n, v in found.items() if n.startswith(self._function.__name__)}
         return next(iter(found.items())) if len(found) == 1 else None

@@ -272,6 +272,10 @@ def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
     if isinstance(node, ast.List | ast.Tuple):
         items = [value_of(item, scope) for item in node.elts]
         return UNKNOWN if UNKNOWN in items else type(node.elts)(items) if isinstance(node, ast.List) else tuple(items)
+    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
+        values = [value_of(value, scope) for value in node.values]
+        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+        return UNKNOWN if UNKNOWN in values else dict(zip(keys, values, strict=True))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = value_of(node.operand, scope)
         return -value if isinstance(value, int | float) else UNKNOWN

@@ -63,7 +63,8 @@ def flash_attn_qkvpacked_func(
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_qkvpacked_func`: [B, T, 3, H, D] -> [B, T, H, D]."""
-    return _returned(_attend(*qkv.unbind(2), softmax_scale, causal), kwargs)
+    q, k, v = qkv.unbind(2)
+    return _returned(_attend(q, k, v, softmax_scale, causal), kwargs)
 
 
 def flash_attn_kvpacked_func(
@@ -76,7 +77,8 @@ def flash_attn_kvpacked_func(
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_kvpacked_func`: q [B, T, H, D], kv [B, S, 2, K, D] -> [B, T, H, D]."""
-    return _returned(_attend(q, *kv.unbind(2), softmax_scale, causal), kwargs)
+    k, v = kv.unbind(2)
+    return _returned(_attend(q, k, v, softmax_scale, causal), kwargs)
 
 
 def flash_attn_varlen_func(
@@ -116,14 +118,9 @@ def flash_attn_varlen_qkvpacked_func(
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_varlen_qkvpacked_func`: [N, 3, H, D] -> [N, H, D]."""
-    return flash_attn_varlen_func(
-        *qkv.unbind(1),
-        cu_seqlens,
-        cu_seqlens,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        **kwargs,
-    )
+    q, k, v = qkv.unbind(1)
+    starts = cu_seqlens
+    return flash_attn_varlen_func(q, k, v, starts, starts, softmax_scale=softmax_scale, causal=causal, **kwargs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -140,8 +137,9 @@ def flash_attn_varlen_kvpacked_func(
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_varlen_kvpacked_func`: q [N, H, D], kv [N, 2, K, D] -> [N, H, D]."""
+    k, v = kv.unbind(1)
     return flash_attn_varlen_func(
-        q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, **kwargs
+        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, **kwargs
     )
 
 
@@ -164,13 +162,11 @@ def flash_attn_with_kvcache(
 
 
 class FlashAttention(nn.Module):
-    """`flash_attn.flash_attention.FlashAttention` of version 1, and `FlashSelfAttention` of version 2."""
+    """`flash_attn.flash_attention.FlashAttention` of version 1."""
 
-    def __init__(
-        self, *args: Any, softmax_scale: float | None = None, causal: bool = False, pair: bool = True, **kwargs: Any
-    ) -> None:
+    def __init__(self, softmax_scale: float | None = None, *args: Any, causal: bool = False, **kwargs: Any) -> None:
         super().__init__()
-        self.scale, self.causal, self.pair = softmax_scale, causal, pair
+        self.scale, self.causal = softmax_scale, causal
 
     def forward(
         self,
@@ -188,14 +184,15 @@ class FlashAttention(nn.Module):
             out = flash_attn_qkvpacked_func(qkv, softmax_scale=self.scale, causal=causal)
         else:
             out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, softmax_scale=self.scale, causal=causal)
-        return (out, None) if self.pair else out
+        return out, None
 
 
-class FlashSelfAttention(FlashAttention):
+class FlashSelfAttention(nn.Module):
     """`flash_attn.modules.mha.FlashSelfAttention`."""
 
     def __init__(self, causal: bool = False, softmax_scale: float | None = None, *args: Any, **kwargs: Any) -> None:
-        super().__init__(softmax_scale=softmax_scale, causal=causal, pair=False)
+        super().__init__()
+        self.inner = FlashAttention(softmax_scale=softmax_scale, causal=causal)
 
     def forward(
         self,
@@ -206,7 +203,7 @@ class FlashSelfAttention(FlashAttention):
         **kwargs: Any,
     ) -> Any:
         """As `FlashAttention`, without weights."""
-        return super().forward(qkv, None, causal, cu_seqlens)
+        return self.inner(qkv, None, causal, cu_seqlens)[0]
 
 
 class FlashCrossAttention(nn.Module):
@@ -222,12 +219,12 @@ class FlashCrossAttention(nn.Module):
 
 
 def unpad_input(hidden_states: Tensor, attention_mask: Tensor, *args: Any) -> Any:
-    """`flash_attn.bert_padding.unpad_input`: [B, T, ...] -> ([N, ...], indices, starts, longest, lengths)."""
+    """`flash_attn.bert_padding.unpad_input`: [B, T, ...] -> ([N, ...], indices, starts, longest)."""
     lengths = attention_mask.sum(-1, dtype=torch.int32)
     indices = attention_mask.flatten().nonzero().flatten()
     starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     rows = hidden_states.flatten(0, 1)[indices]
-    return rows, indices, starts, int(lengths.max()), lengths
+    return rows, indices, starts, int(lengths.max())
 
 
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:

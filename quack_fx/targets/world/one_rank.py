@@ -41,7 +41,8 @@ def one_rank(ready: bool) -> Iterator[None]:
 
         def init_process_group(*args: Any, **kwargs: Any) -> None:
             if not dist.is_initialized():
-                initialise("gloo", store=dist.HashStore(), rank=0, world_size=1)
+                store = dist.HashStore()  # type: ignore[attr-defined]
+                initialise("gloo", store=store, rank=0, world_size=1)
 
         stack.enter_context(patch.object(dist, "init_process_group", init_process_group))
         for name, stand_in in _COLLECTIVES.items():
