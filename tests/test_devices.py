@@ -168,7 +168,7 @@ def decides(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def lists(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = torch.tensor([m.scale, 1.0], device=q.device)
+    weights = torch.tensor(data=[m.scale, 1.0], device=q.device)
     return attend(m, ids, q, k, v) * weights.sum() * len(f"{m.scale:.2f} {m.flag} {m.sizes}")
 
 
@@ -270,6 +270,15 @@ def by_hand(m: Model, ids: Tensor) -> BlockMask:
 def test_a_block_mask_made_in_the_forward(device: str, run: Run, key_heads: int) -> None:
     found = check(run, device, key_heads)
     assert not found.canned
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_of_numbers_runs() -> None:
+    model = Model(flex(by_hand)).eval()
+    graph = capture(model, [IDS], real=True).graph_module.graph
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    with torch.no_grad():
+        assert torch.equal(output.args[0][0].meta["val"], model(IDS))
 
 
 @pytest.mark.filterwarnings("ignore")

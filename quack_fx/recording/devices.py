@@ -40,7 +40,8 @@ class Twins(Protocol):
 
 def _type(tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:
-        return torch.empty(0, dtype=tensor.dtype).type()
+        with unrecorded():
+            return torch.empty(0, dtype=tensor.dtype, device=_CPU).type()
     return Tensor.type(tensor, dtype, *args, **kwargs)
 
 
@@ -79,8 +80,8 @@ class OneDevice(TorchFunctionMode):
                 return self._twins.made_up(args[0])
         elif func is Tensor.__format__ and not args[0].dim() and (twin := self._twin(args[0])).is_meta:
             return self._twins.made_up(twin).__format__(*args[1:])
-        elif func in (torch.tensor, torch.as_tensor) and isinstance(args[0], list | tuple):
-            args = (tree_map_only(Tensor, self._number, args[0]), *args[1:])  # they would be read unseen
+        elif func in (torch.tensor, torch.as_tensor) and isinstance((*args, kwargs.get("data"))[0], list | tuple):
+            args, kwargs = tree_map_only(Tensor, self._number, (args, kwargs))  # they would be read unseen
         elif func in (Tensor.__getitem__, Tensor.__setitem__) and len(args) > 1:
             index = args[1]
             index = tuple(map(_as_index, index)) if isinstance(index, tuple) else _as_index(index)
@@ -134,4 +135,4 @@ def _on_two_devices(tree: Any) -> bool:
 def _as_index(item: Any) -> Any:
     """Places that Python hands over, as a tensor on the CPU: on the device of a fake tensor they would be lost."""
     integers = isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
-    return torch.tensor(item) if integers else item
+    return torch.tensor(item, device=_CPU) if integers else item
