@@ -153,6 +153,23 @@ def test_outside_of_a_recording_tensors_are_where_they_are() -> None:
     assert seen == ["cpu"] and model.angles.device.type == "meta" and model.angles.is_meta
 
 
+def test_weights_without_numbers_meet_numbers_where_everything_is_recorded_for_real() -> None:
+    """PyTorch's own checks see the devices that there are: those of the weights on meta, and of what they made."""
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.empty(1, 2, 3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.queries, x, x)
+
+    with torch.device("meta"):
+        model = Learned()
+    graph = capture(model, [torch.randn(1, 2, 3, 4)], real=True).graph_module.graph
+    assert not any(t.is_meta for n in graph.nodes for t in [n.meta.get("val")] if isinstance(t, Tensor))
+
+
 # ---- numbers of buffers ----------------------------------------------------------------------------------------------
 
 

@@ -31,8 +31,8 @@ class Twins(Protocol):
     def twin(self, tensor: Tensor) -> Tensor:
         """What ops get in place of a tensor."""
 
-    def fake(self, tensor: Tensor) -> Tensor:
-        """A fake tensor that is the given one in the graph."""
+    def stand_in(self, tensor: Tensor, fake: bool) -> Tensor:
+        """A tensor that is the given one in the graph: its twin, or, where `fake`, a tensor on meta in any case."""
 
     def made_up(self, tensor: Tensor) -> Any:
         """A made-up number in place of each of a fake tensor's."""
@@ -94,8 +94,20 @@ class OneDevice(TorchFunctionMode):
             if "device" not in str(error) or _writes(func, kwargs) or not _on_two_devices((args, kwargs)):
                 raise
         # It refuses tensors of different devices before any op runs, as attention and the recurrent layers do.
-        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
+        args, kwargs = self._on_one_device((args, kwargs))
         return func(*args, **kwargs)
+
+    def _on_one_device(self, tree: Any) -> Any:
+        """Arguments with tensors that are all fake where one is, and all real otherwise."""
+
+        def plain(of: Callable[[Tensor], Any]) -> Any:
+            return tree_map_only(Tensor, lambda t: of(t) if type(t) in (Tensor, nn.Parameter) else t, tree)
+
+        with unrecorded():
+            real = plain(lambda t: self._twins.stand_in(t, fake=False))
+            if not any(t.is_meta for t in tree_leaves(real) if isinstance(t, Tensor)):
+                return real
+            return plain(lambda t: self._twins.stand_in(t, fake=True))
 
     def _score(self, query: Tensor, _key: Tensor, _value: Tensor, modify: Callable[..., Any]) -> None:
         """Call the function that flex attention modifies scores by once, so that the weights in it are seen."""
@@ -110,16 +122,6 @@ class OneDevice(TorchFunctionMode):
     def _number(self, tensor: Tensor) -> Any:
         twin = self._twin(tensor)
         return self._twins.made_up(twin) if twin.is_meta else tensor
-
-    def _fake(self, tensor: Tensor) -> Tensor:
-        if not _is_plain(tensor) or tensor.is_meta:
-            return tensor
-        with unrecorded():
-            return self._twins.fake(tensor)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
