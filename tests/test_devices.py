@@ -153,6 +153,23 @@ def test_outside_of_a_recording_tensors_are_where_they_are() -> None:
     assert seen == ["cpu"] and model.angles.device.type == "meta" and model.angles.is_meta
 
 
+def test_weights_without_numbers_meet_numbers_where_everything_is_recorded_for_real() -> None:
+    """PyTorch's own checks see the devices that there are: those of the weights on meta, and of what they made."""
+
+    class Learned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.empty(1, 2, 3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(self.queries, x, x)
+
+    with torch.device("meta"):
+        model = Learned()
+    graph = capture(model, [torch.randn(1, 2, 3, 4)], real=True).graph_module.graph
+    assert not any(t.is_meta for n in graph.nodes for t in [n.meta.get("val")] if isinstance(t, Tensor))
+
+
 # ---- numbers of buffers ----------------------------------------------------------------------------------------------
 
 
@@ -168,7 +185,7 @@ def decides(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def lists(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    weights = torch.tensor([m.scale, 1.0], device=q.device)
+    weights = torch.tensor(data=[m.scale, 1.0], device=q.device)
     return attend(m, ids, q, k, v) * weights.sum() * len(f"{m.scale:.2f} {m.flag} {m.sizes}")
 
 
@@ -270,6 +287,15 @@ def by_hand(m: Model, ids: Tensor) -> BlockMask:
 def test_a_block_mask_made_in_the_forward(device: str, run: Run, key_heads: int) -> None:
     found = check(run, device, key_heads)
     assert not found.canned
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_of_numbers_runs() -> None:
+    model = Model(flex(by_hand)).eval()
+    graph = capture(model, [IDS], real=True).graph_module.graph
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    with torch.no_grad():
+        assert torch.equal(output.args[0][0].meta["val"], model(IDS))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -31,8 +31,8 @@ class Twins(Protocol):
     def twin(self, tensor: Tensor) -> Tensor:
         """What ops get in place of a tensor."""
 
-    def fake(self, tensor: Tensor) -> Tensor:
-        """A fake tensor that is the given one in the graph."""
+    def stand_in(self, tensor: Tensor, fake: bool) -> Tensor:
+        """A tensor that is the given one in the graph: its twin, or, where `fake`, a tensor on meta in any case."""
 
     def made_up(self, tensor: Tensor) -> Any:
         """A made-up number in place of each of a fake tensor's."""
@@ -40,7 +40,8 @@ class Twins(Protocol):
 
 def _type(tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:
-        return torch.empty(0, dtype=tensor.dtype).type()
+        with unrecorded():
+            return torch.empty(0, dtype=tensor.dtype, device=_CPU).type()
     return Tensor.type(tensor, dtype, *args, **kwargs)
 
 
@@ -79,8 +80,8 @@ class OneDevice(TorchFunctionMode):
                 return self._twins.made_up(args[0])
         elif func is Tensor.__format__ and not args[0].dim() and (twin := self._twin(args[0])).is_meta:
             return self._twins.made_up(twin).__format__(*args[1:])
-        elif func in (torch.tensor, torch.as_tensor) and isinstance(args[0], list | tuple):
-            args = (tree_map_only(Tensor, self._number, args[0]), *args[1:])  # they would be read unseen
+        elif func in (torch.tensor, torch.as_tensor) and isinstance((*args, kwargs.get("data"))[0], list | tuple):
+            args, kwargs = tree_map_only(Tensor, self._number, (args, kwargs))  # they would be read unseen
         elif func in (Tensor.__getitem__, Tensor.__setitem__) and len(args) > 1:
             index = args[1]
             index = tuple(map(_as_index, index)) if isinstance(index, tuple) else _as_index(index)
@@ -93,8 +94,20 @@ class OneDevice(TorchFunctionMode):
             if "device" not in str(error) or _writes(func, kwargs) or not _on_two_devices((args, kwargs)):
                 raise
         # It refuses tensors of different devices before any op runs, as attention and the recurrent layers do.
-        args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
+        args, kwargs = self._on_one_device((args, kwargs))
         return func(*args, **kwargs)
+
+    def _on_one_device(self, tree: Any) -> Any:
+        """Arguments with tensors that are all fake where one is, and all real otherwise."""
+
+        def plain(of: Callable[[Tensor], Any]) -> Any:
+            return tree_map_only(Tensor, lambda t: of(t) if type(t) in (Tensor, nn.Parameter) else t, tree)
+
+        with unrecorded():
+            real = plain(lambda t: self._twins.stand_in(t, fake=False))
+            if not any(t.is_meta for t in tree_leaves(real) if isinstance(t, Tensor)):
+                return real
+            return plain(lambda t: self._twins.stand_in(t, fake=True))
 
     def _score(self, query: Tensor, _key: Tensor, _value: Tensor, modify: Callable[..., Any]) -> None:
         """Call the function that flex attention modifies scores by once, so that the weights in it are seen."""
@@ -110,16 +123,6 @@ class OneDevice(TorchFunctionMode):
         twin = self._twin(tensor)
         return self._twins.made_up(twin) if twin.is_meta else tensor
 
-    def _fake(self, tensor: Tensor) -> Tensor:
-        if not _is_plain(tensor) or tensor.is_meta:
-            return tensor
-        with unrecorded():
-            return self._twins.fake(tensor)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a function may write into what it is given; what it wrote into a stand-in would be lost."""
@@ -134,4 +137,4 @@ def _on_two_devices(tree: Any) -> bool:
 def _as_index(item: Any) -> Any:
     """Places that Python hands over, as a tensor on the CPU: on the device of a fake tensor they would be lost."""
     integers = isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
-    return torch.tensor(item) if integers else item
+    return torch.tensor(item, device=_CPU) if integers else item

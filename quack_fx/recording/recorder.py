@@ -293,10 +293,10 @@ class Recorder(TorchDispatchMode):
         self.alive.append(tensor)
         return window_on(storage, tensor)
 
-    def fake(self, tensor: Tensor) -> Tensor:
-        """A fake tensor that is the given one in the graph."""
-        twin, node = self.twin(tensor), self.node(tensor)
-        if not twin.is_meta:
+    def stand_in(self, tensor: Tensor, fake: bool) -> Tensor:
+        """A tensor that is the given one in the graph: its twin, or, where `fake`, a tensor on meta in any case."""
+        node, twin = self.node(tensor), self.twin(tensor)
+        if fake and not twin.is_meta:
             twin = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device="meta")
         self._remember(twin, node)
         return twin
