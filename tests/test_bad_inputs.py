@@ -188,7 +188,7 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         },
         "inspect model.py",
         2,
-        r"building Attention\(\.\.\.\) of model.py fails: model.py:13: TypeError: .* --build 'Attention\(Config\(width=",
+        r"building Attention\(Config\(width=64\)\) of model.py fails: model.py:\d+: TypeError: .* --build 'Attention\(",
     ),
     "a factory that needs arguments": (
         {"model.py": "def build_model(width, *, bias): pass\n"},

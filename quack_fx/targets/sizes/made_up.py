@@ -39,7 +39,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"vocab|n_?(src|trg|tgt|tokens?|words?|items?|users?)|(num|number_of)_?(tokens?|items?|users?|embeddings)|ntokens?|"
      r"(item|user|word)_(num|count|size)|dict(ionary)?_size|alphabet_size|n_entities|field_dims?", VOCABULARY),
     (r"class(es)?|n_?labels?|num_?labels|n_?out$|out_?classes|categories|n_cls", 10),
-    (r"(img|image|input|picture)_?(size|res|resolution)|resolution|^image_(h|w)|^(height|width)$", 32),
+    (r"(img|image|input|picture)_?(size|res|resolution)|resolution|^image_(h|w)|^height$", 32),
     (r"patch", 8),
     (r"in_?chan\w*|(img|image|input|num|n)_?channels?|^channels?$|^in_c(hannels)?$|^c$", 3),
     (r"enc_in|dec_in|c_out|c_in|n_?(vars?|variates?|features?)|num_?(variables|features|sensors|nodes)|"

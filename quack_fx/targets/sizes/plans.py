@@ -211,10 +211,11 @@ class Planner:
         if hint is not None or len(self._required) > 1:
             return None
         classes: dict[str, Any] = {n: v for n, v in self._names.items() if _is_config_class(v)}
-        found = {n: v for n, v in classes.items() if dataclasses.is_dataclass(v)}
+        found: dict[str, Any] = {n: v for n, v in classes.items() if dataclasses.is_dataclass(v)}
         if len(found) > 1:
             found = {n: v for n, v in found.items() if n.startswith(self._function.__name__)}
-        return next(iter(found.items())) if len(found) == 1 else None
+        only: tuple[str, type] | None = next(iter(found.items())) if len(found) == 1 else None
+        return only
 
     def _constructed(self, name: str, config: type, account: Account, change: Change) -> Value:
         """An object of a config class, with values for its own required fields."""

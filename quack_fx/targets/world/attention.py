@@ -230,7 +230,8 @@ def unpad_input(hidden_states: Tensor, attention_mask: Tensor, *args: Any) -> An
 def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """`flash_attn.bert_padding.pad_input`: [N, ...] -> [B, T, ...]."""
     full = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
-    return full.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    padded: Tensor = full.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
+    return padded
 
 
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
