@@ -13,7 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from quack_fx.targets.inputs import Attempts, Inputs, infer, with_optional
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.setup import set_up
 from quack_fx.targets.world import StandInUsed, World
+from quack_fx.targets.world.inert import InertModule
 
 RETRY_LIMIT_BYTES = 1 << 30
 """Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
@@ -126,10 +127,11 @@ def settle(
     """
     world = world or World()
     first: TargetError | None = None
+    known = Given(namespace, inputs, examples)
     try:
-        for recipe in recipes:
+        for recipe, devices in _in_turn(recipes, real):
             try:
-                return _settled(recipe, Given(namespace, inputs, examples), real, say, world)
+                return _settled(recipe, devices, known, say, world)
             except TargetError as error:
                 furthest = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
                 first = error if first is None or furthest else first
@@ -139,6 +141,23 @@ def settle(
         first = first or error
     assert first is not None  # there is at least one recipe
     raise first
+
+
+Devices = tuple[Literal["meta", "cpu"], ...]
+"""Where a model is built, in turn, until its forward runs."""
+
+
+def _in_turn(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recipe, Devices]]:
+    """Recipes with where each is built: those with values that are doubtful all on meta first, which is quick."""
+    again: list[Recipe] = []
+    for recipe in recipes:
+        if recipe.made or recipe.call is None or real:
+            yield recipe, ("cpu",) if recipe.made or real else ("meta", "cpu")
+        else:
+            again.append(recipe)
+            yield recipe, ("meta",)
+    for recipe in again:
+        yield recipe, ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -157,12 +176,12 @@ class Given:
         return ("its own", own) if own else ("inferred", infer(model, type(model).__name__))
 
 
-def _settled(recipe: Recipe, inputs: Given, real: bool, say: Callable[[str], None], world: World) -> Target:
+def _settled(recipe: Recipe, devices: Devices, inputs: Given, say: Callable[[str], None], world: World) -> Target:
     """The target that one recipe makes."""
     refusal: TargetError | None = None
     settled: Target | None = None
     try:
-        for device, model in _builds(recipe, inputs.namespace, real, say, world):
+        for device, model in _builds(recipe, devices, inputs.namespace, say, world):
             try:
                 settled = _with_inputs(model, device, recipe, inputs, say, world)
             except TargetError as error:
@@ -182,6 +201,8 @@ def _with_inputs(
     model: nn.Module, device: str, recipe: Recipe, inputs: Given, say: Callable[[str], None], world: World
 ) -> Target:
     """The target that one build makes, with inputs for which its forward runs."""
+    if isinstance(model, InertModule):
+        raise StandInUsed(model.stands_for)
     prepared = _prepared(model, device, world)
     chosen, origin, recording, cast = _try(model, inputs, say, world, recipe.made)
     where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
@@ -235,9 +256,9 @@ def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
 
 
 def _builds(
-    recipe: Recipe, namespace: Namespace, real: bool, say: Callable[[str], None], world: World
+    recipe: Recipe, devices: Devices, namespace: Namespace, say: Callable[[str], None], world: World
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The model on meta, if that will do, then for real; whichever can be built and may help."""
+    """The model on each of these devices; whichever can be built and may help."""
     if recipe.made:
         with world.building("cpu"):
             model = recipe.make()
@@ -245,7 +266,7 @@ def _builds(
         return
     what = _short(recipe) or "the model"
     on_meta, on_meta_fails = None, ""
-    if not real:
+    if "meta" in devices:
         say(f"building {what} on the meta device")
         try:
             with world.building("meta"), torch.device("meta"):
@@ -254,6 +275,8 @@ def _builds(
             raise
         except (Exception, SystemExit) as error:
             # Constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything.
+            if "cpu" not in devices:
+                raise TargetError(_build_fails(recipe, namespace, world, error)) from error
             on_meta_fails = (
                 f", and on the meta device, where size does not matter, it fails: {one_line(error, namespace)}"
             )
@@ -261,6 +284,8 @@ def _builds(
         yield "meta", on_meta
         if sum(p.numel() * p.element_size() for p in on_meta.parameters()) > RETRY_LIMIT_BYTES:
             return
+    if "cpu" not in devices:
+        return
     say(f"building {what} for real")
     try:
         with world.building("cpu"), _AtMost(limit := _memory() // 4):
@@ -273,11 +298,15 @@ def _builds(
             "build a smaller one with --build"
         ) from error
     except (Exception, SystemExit) as error:
-        hint = f"; say what it is: --build {shlex.quote(recipe.call.text)}" if recipe.call else ""
-        raise TargetError(
-            f"building {_short(recipe) or 'the model'} of {namespace.source} fails: {one_line(error, namespace)}{without(world)}{hint}"
-        ) from error
+        raise TargetError(_build_fails(recipe, namespace, world, error)) from error
     yield "real", model
+
+
+def _build_fails(recipe: Recipe, namespace: Namespace, world: World, error: BaseException) -> str:
+    """The one line about a constructor that raised."""
+    hint = f"; say what it is: --build {shlex.quote(recipe.call.text)}" if recipe.call else ""
+    what = _short(recipe) or "the model"
+    return f"building {what} of {namespace.source} fails: {one_line(error, namespace)}{without(world)}{hint}"
 
 
 class ForwardFails(TargetError):

@@ -144,9 +144,11 @@ class Planner:
 
         if self._file is None:
             return []
-        parameters = tuple(p for p in inspect.signature(self._function).parameters)
+        callees = {self._function.__name__: tuple(inspect.signature(self._function).parameters)}
+        for config in filter(None, map(self.config_class, self._required)):
+            callees[config[1].__name__] = tuple(p.name for p in _parameters(config[1]))
         repository = repository_of(self._file, self._file.parent)
-        return sources(repository, self._file, self._function.__name__, parameters)
+        return sources(repository, self._file, self._function.__name__, callees)
 
     # ---- one call ----------------------------------------------------------------------------------------------------
 
@@ -220,7 +222,9 @@ class Planner:
     def _constructed(self, name: str, config: type, account: Account, change: Change) -> Value:
         """An object of a config class, with values for its own required fields."""
         needed, hints = required(config), hints_of(config)
-        source = self._best_source(set(needed), [s for s in self._sources if s.of != config.__name__])
+        source = self._best_source(
+            set(needed), [s for s in self._sources if s.of != config.__name__ or s.kind == "call"]
+        )
         arguments: dict[str, Any] = {}
         defaults = {p.name: p.default for p in _parameters(config)}
         for entry in dict.fromkeys([*needed, *(n for n in change if n in defaults)]):
@@ -342,14 +346,18 @@ class Planner:
             return {}
         known = inspect.signature(self._function).parameters
         found: dict[str, tuple[Any, str]] = {}
-        mentioning = [s for s in self._sources if s.kind == "call" and s.values.keys() & set(plain)]
+        name = self._function.__name__
+        mentioning = [s for s in self._sources if s.kind == "call" and s.of == name and s.values.keys() & set(plain)]
         mentioning.sort(key=lambda s: -len(s.values.keys() & set(plain)))
         for source in mentioning[:1]:
             found = {n: (v, source.where) for n, v in source.values.items() if n in known}
-        beside = [s for s in self._sources if s.mentions and s.kind in ("options", "class", "dict", "assignments")]
+        beside = [s for s in self._sources if s.mentions and s.kind != "call"]
         best = self._best_source(set(plain) - found.keys(), beside)
         if best is not None:
-            found |= {n: (best.values[n], best.where) for n in plain if n in best.values and n not in found}
+            # A file that holds nothing but arguments of this holds those that have a default, too.
+            all_its = best.kind == "file" and best.values.keys() <= set(known)
+            wanted = [n for n in (known if all_its else plain) if n in best.values and n not in found]
+            found |= {n: (best.values[n], best.where) for n in wanted}
         return {n: v for n, v in found.items() if v[0] is not None}
 
     # ---- what else to try --------------------------------------------------------------------------------------------

@@ -58,14 +58,14 @@ class Source:
     of: str = ""
 
 
-def sources(repository: Path, near: Path, callee: str, parameters: tuple[str, ...]) -> list[Source]:
+def sources(repository: Path, near: Path, callee: str, callees: Mapping[str, tuple[str, ...]]) -> list[Source]:
     """All sources of a repository, those of near files first.
 
     Arguments:
         repository: Its folder.
         near: The target's file.
         callee: Name of the class or function that is to be called.
-        parameters: Names of its parameters, in order.
+        callees: The names of that and of its config classes, each with the names of its parameters, in order.
     """
     found: list[Source] = []
     for path in python_files(repository, near)[:PARSED]:
@@ -78,11 +78,11 @@ def sources(repository: Path, near: Path, callee: str, parameters: tuple[str, ..
             continue
         shown = str(path.relative_to(repository)) if path.is_relative_to(repository) else path.name
         mentions = path == near or callee in text or f"import {near.stem}" in text or f".{near.stem} " in text
-        found += _in_python(tree, path, shown, mentions, callee, parameters)
+        found += _in_python(tree, path, shown, mentions, callees)
     for count, path in enumerate(walk(repository, (".json", ".yaml", ".yml"))):
         if count >= DATA_FILES:
             break
-        found += _in_data(path, str(path.relative_to(repository)))
+        found += _in_data(path, str(path.relative_to(repository)), callee)
     return found
 
 
@@ -97,7 +97,7 @@ def _text(path: Path) -> str | None:
 
 
 def _in_python(
-    tree: ast.Module, path: Path, shown: str, mentions: bool, callee: str, parameters: tuple[str, ...]
+    tree: ast.Module, path: Path, shown: str, mentions: bool, callees: Mapping[str, tuple[str, ...]]
 ) -> Iterator[Source]:
     options, assigned = _options(tree), _assignments(tree)
     names = dict(assigned.pop("", {}))
@@ -118,10 +118,10 @@ def _in_python(
             values = _pairs(node, scope)
             if len(values) > 1:
                 yield Source("dict", f"{shown}:{node.lineno}", values, path, mentions)
-        elif isinstance(node, ast.Call) and read_name(node.func) == callee:
-            values = _arguments(node, parameters, scope, _dicts(tree, scope))
+        elif isinstance(node, ast.Call) and (name := read_name(node.func)) in callees:
+            values = _arguments(node, callees[name], scope, _dicts(tree, scope))
             if values:
-                yield Source("call", f"{shown}:{node.lineno}", values, path, True, callee)
+                yield Source("call", f"{shown}:{node.lineno}", values, path, True, name)
 
 
 def _options(tree: ast.Module) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
 # ---- data files ------------------------------------------------------------------------------------------------------
 
 
-def _in_data(path: Path, shown: str) -> Iterator[Source]:
+def _in_data(path: Path, shown: str, callee: str) -> Iterator[Source]:
     """The dicts of a JSON or YAML file: each by itself, and all of them together."""
     text = _text(path)
     if text is None:
@@ -303,7 +303,7 @@ def _in_data(path: Path, shown: str) -> Iterator[Source]:
         return
     parts = [{str(k): v for k, v in part.items() if _is_plain(v)} for part in _dicts_in(data)]
     for part in [p for p in parts if len(p) > 1]:
-        yield Source("file", shown, part, path)
+        yield Source("file", shown, part, path, callee in text)
     if len(parts) > 1:
         yield Source("file", shown, {k: v for part in reversed(parts) for k, v in part.items()}, path)
 

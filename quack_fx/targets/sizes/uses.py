@@ -56,6 +56,8 @@ class Uses:
                         self._add(name, [other])
             elif isinstance(operator, ast.In | ast.NotIn) and (name := read_name(left)):
                 self._add(name, right.elts if isinstance(right, ast.List | ast.Tuple | ast.Set) else [])
+            if isinstance(operator, ast.In | ast.NotIn) and not isinstance(left, ast.Constant):
+                self.lists.update(filter(None, [read_name(right)]))
 
     def _add(self, name: str, values: Iterable[ast.AST | None]) -> None:
         for value in values:

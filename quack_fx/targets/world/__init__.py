@@ -8,6 +8,7 @@ nothing behind: no module, no path, no process group, no argument.
     known.py      names of missing packages whose meaning is known ...
     attention.py  ... and what fused attention computes
     devices.py    tensors that are asked for on a GPU
+    old_names.py  names that Python and numpy have given up
     one_rank.py   torch.distributed, with one rank
     script.py     arguments, and no training
 """
@@ -27,6 +28,7 @@ from quack_fx.targets.packages import LocalImports, Place, is_installed
 from quack_fx.targets.world.devices import Device, no_gpu
 from quack_fx.targets.world.imports import Imports
 from quack_fx.targets.world.inert import Phase, StandInUsed
+from quack_fx.targets.world.old_names import old_names
 from quack_fx.targets.world.one_rank import one_rank
 from quack_fx.targets.world.script import TrainingBegins, as_script
 
@@ -61,6 +63,7 @@ class World:
         Phase.strict = False
         try:
             with self._stack, warnings.catch_warnings(action="ignore"):
+                self._stack.enter_context(old_names())
                 self._stack.enter_context(no_gpu())
                 self._stack.enter_context(one_rank(self._group))
                 yield self

@@ -8,6 +8,7 @@ that names it: nothing may be left out of a graph in silence.
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -93,11 +94,8 @@ class Inert:
         return False
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        """What a class gets as its base: a module, if no other base is one, since most such classes are models."""
-        if next(b for b in bases if isinstance(b, Inert)) is not self:
-            return ()
-        others = [b for b in bases if isinstance(b, type)]
-        return (InertMixin,) if any(issubclass(b, nn.Module) for b in others) else (InertBase,)
+        """What a class gets as its base, once."""
+        return (InertBase,) if next(b for b in bases if isinstance(b, Inert)) is self else ()
 
     def __or__(self, other: Any) -> Any:
         return self
@@ -127,32 +125,31 @@ for _name in "lt le gt ge".split():
     setattr(Inert, f"__{_name}__", _compares)
 
 
-class InertMixin:
+class _WithForward(ABCMeta):
+    """Makes a class whose base is missing a module if it has a forward: then it is a model."""
+
+    def __new__(mcs, name: str, bases: tuple[type, ...], body: dict[str, Any], **kwargs: Any) -> Any:
+        if "forward" in body and not any(issubclass(base, nn.Module) for base in bases):
+            bases = (*bases, nn.Module)
+        return super().__new__(mcs, name, bases, body)
+
+    def __init__(cls, name: str, bases: tuple[type, ...], body: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(name, bases, body)
+
+
+class InertBase(metaclass=_WithForward):
     """Base of a class whose own base is missing; it takes any arguments."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__()
-
-
-class InertBase(nn.Module):
-    """Base of a class whose own base is missing and no other base is a module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__()
 
-
-class InertModule(InertBase):
+class InertModule(nn.Module):
     """What calling a missing class makes: it can be a part of a model, as long as nobody runs it."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self._name = name
+        self.stands_for = name
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -160,11 +157,11 @@ class InertModule(InertBase):
         except AttributeError:
             if name.startswith("__"):
                 raise
-            return Inert(f"{self._name}.{name}")
+            return Inert(f"{self.stands_for}.{name}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Say what is missing."""
-        raise StandInUsed(self._name)
+        raise StandInUsed(self.stands_for)
 
 
 class InertPackage(ModuleType):
