@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from roundings import off
 from test_optim import LAYOUT, Lion, Model, batch, relative_error
-from test_step import batches, optimizer_of, relative, small
+from test_step import batches, optimizer_of, plain_loss, small
 from test_update import assert_equal, loss_of_part, muon_and_adamw, schedule
 from torch import Tensor, fx, nn
 from torch._prims.rng_prims import run_and_save_rng_state
@@ -25,8 +28,10 @@ from quack_fx import find_qk_pairs
 from quack_fx.bench.measure import peak_bytes
 from quack_fx.errors import OptimizerError, StepError
 from quack_fx.layout import QKLayout
-from quack_fx.step import compile_train_step
+from quack_fx.step import TrainStep, compile_train_step
 from quack_fx.step.joint import _draw_nothing
+from quack_fx.step.masters import MASTER
+from quack_fx.step.rules import muon
 
 pytestmark = pytest.mark.skipif(not torch.__version__ >= "2.13", reason="refused there")
 
@@ -59,24 +64,67 @@ MAKERS: dict[str, tuple[Make, float]] = {
     "AdamW": (each_kind(partial(AdamW, lr=3e-3, weight_decay=0.1, amsgrad=True)), 1e-9),
     "SGD": (each_kind(partial(SGD, lr=0.03, momentum=0.9, nesterov=True)), 1e-9),
     "Lion": (each_kind(partial(Lion, lr=1e-3, weight_decay=0.1)), 1e-9),
-    "Muon and AdamW": (muon_and_adamw, 2**-7),  # its orthogonalisation rounds to bfloat16, elsewhere in one graph
+    "Muon and AdamW": (muon_and_adamw, 0.0),  # see `rounding_of_muon`
 }
+
+
+def orthogonalised(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Newton-Schulz as torch's, in fp64."""
+    a, b, c = coefficients
+    x = gradient.double()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if gradient.shape[0] > gradient.shape[1] else x
+
+
+Run = tuple[TrainStep, list[Optimizer], list[torch.optim.lr_scheduler.LambdaLR]]
+
+
+def run_of(model: nn.Module, make: Make, **way: Any) -> Run:
+    optimizers = make(model)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
+    options = {"layout": LAYOUT, "tau": 0.7, "clip_grad_norm": 0.05, "skip_nonfinite": True}
+    return compile_train_step(model, optimizers, scaled_loss, **options, **way), optimizers, schedules
+
+
+def factor_of(step: int) -> Tensor:
+    return torch.tensor(float("inf") if step == 7 else 1.0, dtype=torch.float64)
+
+
+def rounding_of_muon(model: nn.Module, make: Make) -> float:
+    """How far the few graphs come to be from what they would be, did Muon's products not round to bfloat16."""
+    ends = []
+    for exact in (False, True):
+        one = copy.deepcopy(model)
+        with patch.object(muon, "_zeropower_via_newtonschulz", orthogonalised) if exact else nullcontext():
+            step, _, schedules = run_of(one, make, compile=False)
+            for i in range(20):
+                step(batch(i).double(), factor_of(i))
+                for each in schedules:
+                    each.step()
+        ends.append(one)
+    return max(relative_error(a, b) for a, b in zip(*(one.parameters() for one in ends), strict=True))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_does_what_the_few_graphs_do(name: str) -> None:
-    """In fp64: weights, state, norms, a schedule, clipping, and a step whose gradients are not finite."""
+    """In fp64: weights, state, norms, a schedule, clipping, and a step whose gradients are not finite.
+
+    Muon rounds to bfloat16, elsewhere in one graph: that comes no farther from the few graphs than three times what
+    those are from exact ones.
+    """
     torch._dynamo.reset()
     (make, tolerance), model = MAKERS[name], Model().double()
+    if not tolerance:
+        tolerance = 3 * rounding_of_muon(model, make)
+        assert 0 < tolerance < 0.05
     twin = copy.deepcopy(model)
-    options = {"layout": LAYOUT, "tau": 0.7, "clip_grad_norm": 0.05, "skip_nonfinite": True}
-    runs = []
-    for one, way in ((model, {"whole_graph": True}), (twin, {"compile": False})):
-        optimizers = make(one)
-        schedules = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
-        runs.append((compile_train_step(one, optimizers, scaled_loss, **options, **way), optimizers, schedules))
+    runs = [run_of(one, make, **way) for one, way in ((model, {"whole_graph": True}), (twin, {"compile": False}))]
     for i in range(20):
-        factor = torch.tensor(float("inf") if i == 7 else 1.0, dtype=torch.float64)
+        factor = factor_of(i)
         before = copy.deepcopy((model.state_dict(), [o.state_dict() for o in runs[0][1]])) if i == 7 else None
         losses = [step(batch(i).double(), factor) for step, _, _ in runs]
         assert i == 7 or relative_error(*losses) < max(1e-12, tolerance)
@@ -100,14 +148,23 @@ def test_does_what_the_few_graphs_do(name: str) -> None:
         assert relative_error(a["quack_squares"], b["quack_squares"]) < tolerance
 
 
+def masters_of(model: nn.Module, step: TrainStep) -> dict[str, Tensor]:
+    """The masters of those weights that have one, by name."""
+    state = step._optimizers[0].state
+    return {n: state[p][MASTER] for n, p in model.named_parameters() if MASTER in state.get(p, {})}
+
+
 def test_buffers_masters_frozen_and_unused_parameters() -> None:
-    """A batch norm's statistics; bfloat16 weights with masters; weights without gradient stay as they are."""
+    """A batch norm's statistics; bfloat16 weights with masters; weights without gradient stay as they are.
+
+    Gradients in bfloat16 differ by roundings, of which Adam makes no more than they are: its eps is far above them.
+    """
     torch._dynamo.reset()
     model = Normed()
     model.model.layers.bfloat16()
     model.model.layers[1].kv.weight.requires_grad_(False)
     model.register_parameter("unused", nn.Parameter(torch.ones(3)))
-    twin = copy.deepcopy(model)
+    start, twin = copy.deepcopy(model), copy.deepcopy(model)
     layout = find_qk_pairs(Normed(), batch(0))
 
     def loss(m: Any, x: Tensor) -> Tensor:
@@ -118,7 +175,9 @@ def test_buffers_masters_frozen_and_unused_parameters() -> None:
         return out
 
     steps = [
-        compile_train_step(one, AdamW(one.parameters(), lr=1e-2), loss, layout=layout, master_weights=True, **way)
+        compile_train_step(
+            one, AdamW(one.parameters(), lr=0.5, eps=0.5), loss, layout=layout, master_weights=True, **way
+        )
         for one, way in ((model, {"whole_graph": True}), (twin, {"compile": False}))
     ]
     for i in range(5):
@@ -127,10 +186,14 @@ def test_buffers_masters_frozen_and_unused_parameters() -> None:
     assert model.first.num_batches_tracked == 5
     assert torch.equal(model.unused, torch.ones(3))
     assert torch.equal(model.model.layers[1].kv.weight, twin.model.layers[1].kv.weight)
-    for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        assert relative_error(a.double(), b.double()) < 0.02, name
-    for p, master in ((p, steps[0]._optimizers[0].state[p].get("master_param")) for p in model.parameters()):
-        assert master is None or torch.equal(p, master.bfloat16())
+    states = [{**one.state_dict(), **masters_of(one, step)} for one, step in zip((model, twin), steps, strict=True)]
+    for name, old in start.state_dict().items():
+        ours, theirs, old = (value.double() for value in (states[0][name], states[1][name], old))
+        assert (ours - theirs).norm() <= 0.05 * (theirs - old).norm(), name
+    for name, master in masters_of(model, steps[0]).items():
+        assert torch.equal(model.get_parameter(name), master.bfloat16())
+        moved = relative_error(master, start.get_parameter(name))
+        assert moved > 1e-3 if model.get_parameter(name).requires_grad else moved == 0
 
 
 def test_gradients_that_are_there_are_added_to() -> None:
@@ -196,31 +259,44 @@ def test_refuses_dropout_in_attention_that_is_computed_again() -> None:
         _draw_nothing(graph)
 
 
-def half_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+def again_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
     """Under autocast, with layers that are computed again in the backward pass."""
-
-    def run(x: Tensor, y: Tensor) -> Tensor:
-        loss: Tensor = model(x, y)[1]
-        return loss
-
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return checkpoint(run, x, y, use_reentrant=False)
+        loss: Tensor = checkpoint(plain_loss, model, x, y, use_reentrant=False)
+        return loss
 
 
 @pytest.mark.slow
 def test_autocast_and_checkpoints() -> None:
-    """As the few graphs; their products round to bfloat16 elsewhere, and Adam makes much of little."""
+    """One graph rounds products to bfloat16 elsewhere than the few do, and comes no farther from a step in fp64 than
+    twice what they do. By SGD, whose step is the gradient; each step from the same weights."""
     torch._dynamo.reset()
     model = small("gpt")
-    start, twin = copy.deepcopy(model), copy.deepcopy(model)
+    twin, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     layout = find_qk_pairs(model, *batches(1)[0])
-    for one, whole in ((model, True), (twin, False)):
-        step = compile_train_step(
-            one, optimizer_of(one), half_loss, layout=layout, clip_grad_norm=0.5, whole_graph=whole
+
+    def exact_loss(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return plain_loss(m, x, y)
+
+    ways = ((model, again_loss, {"whole_graph": True}), (twin, again_loss, {}), (exact, exact_loss, {"compile": False}))
+    steps = [
+        compile_train_step(
+            one, SGD(one.parameters(), lr=1.0), loss, layout=layout, tau=0.5, clip_grad_norm=0.5, **options
         )
-        for tokens in batches(10):
+        for one, loss, options in ways
+    ]
+    for tokens in batches(10):
+        start = [p.detach().double() for p in model.parameters()]
+        for step in steps:
             step(*tokens)
-    assert relative(model, twin) < 0.1 * relative(start, twin)
+        ours, theirs, right = (
+            [p.detach().double() - q for p, q in zip(one.parameters(), start, strict=True)]
+            for one in (model, twin, exact)
+        )
+        assert off(ours, right) < 2 * off(theirs, right) < 0.1
+        for one in (twin, exact):
+            one.load_state_dict(model.state_dict())
 
 
 @pytest.mark.slow
