@@ -103,17 +103,14 @@ class AwayFromZero:
 
     def of(self, model: Model, step: int) -> list[Tensor]:
         grads = [grad.double() for grad in given(model, step)]
-        clip = 1.0
-        for _ in range(2):  # what is moved changes the norm a little
-            signed = [m.lerp(clip * g, 0.1) for m, g in zip(self.momenta, grads, strict=True)]
-            grads = [
-                torch.where(s.abs() < 1e-4 * s.abs().mean(), g + g.abs().mean(), g)
-                for s, g in zip(signed, grads, strict=True)
-            ]
-            grads = [grad.float().double() for grad in grads]
+        while True:  # what is moved changes the norm a little
             clip = min(1.0, CLIP / float(torch.cat([g.flatten() for g in grads]).norm()))
-        signed = [m.lerp(clip * g, 0.1) for m, g in zip(self.momenta, grads, strict=True)]
-        assert all((s.abs() > 1e-5 * s.abs().mean()).all() for s in signed)
+            signed = [m.lerp(clip * g, 0.1) for m, g in zip(self.momenta, grads, strict=True)]
+            near = [s.abs() < 1e-4 * s.abs().mean() for s in signed]
+            if not any(n.any() for n in near):
+                break
+            moved = [torch.where(n, g + g.abs().mean(), g) for n, g in zip(near, grads, strict=True)]
+            grads = [g.float().double() for g in moved]
         self.momenta = [m.lerp(clip * g, 0.01) for m, g in zip(self.momenta, grads, strict=True)]
         return [grad.float() for grad in grads]
 
