@@ -164,7 +164,8 @@ def test_lion_differs_where_a_rounding_turns_a_sign(compile: bool) -> None:
         theirs.zero_grad()
         step.update()
         for p, q, signed in zip(model.parameters(), twin.parameters(), between, strict=True):
-            other = (p - q).abs() > 1e-5 * q.abs().mean()
+            # A turned sign moves by twice the rate, tau and scale included; roundings of 200 steps are far below.
+            other = (p - q).abs() > 0.3 * ours.param_groups[0]["lr"]
             assert (signed[other].abs() < 1e-4 * signed.abs().mean()).all()
             turned += int(other.sum())
             if other.any():
