@@ -97,7 +97,8 @@ def test_a_way_that_cannot_be_taken_is_told() -> None:
 def test_all_ways_take_the_same_step(case: Case) -> None:
     """All but QK norm's; the table has a row for each, with what they cost.
 
-    In fp64: they sum up in other orders, and Adam makes much of a rounding where a gradient is little.
+    In fp64: they sum up in other orders, and Adam makes much of a rounding where a gradient is little. What is left is
+    that torch, where it compiles its own AdamW, corrects its moments in fp32.
     """
     comparison = compare(case, [*MEANING], rounds=1)
     assert comparison.ways.keys() == MEANING.keys() and not comparison.missing
@@ -115,10 +116,10 @@ def test_all_ways_take_the_same_step(case: Case) -> None:
             made[name].step()
         weights[name] = torch.cat([p.detach().flatten() for p in made[name].model.parameters()])
     for name in ("b", "c", "plain"):
-        assert torch.allclose(weights[name], weights["a"], rtol=0, atol=1e-9)
+        assert torch.allclose(weights[name], weights["a"], rtol=0, atol=1e-5 if name == "c" else 1e-9)
     made, _ = arms(["quack"], case)
     for _ in range(5):
         made["quack"].step()
     ours = torch.cat([p.detach().flatten() for p in made["quack"].model.parameters()])
     assert torch.allclose(ours, weights["whole"], rtol=0, atol=1e-9)
-    assert torch.allclose(ours, weights["d"], rtol=0, atol=1e-9) and not torch.allclose(ours, weights["a"], atol=1e-4)
+    assert torch.allclose(ours, weights["d"], rtol=0, atol=1e-5) and not torch.allclose(ours, weights["a"], atol=1e-4)

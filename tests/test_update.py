@@ -103,17 +103,14 @@ class AwayFromZero:
 
     def of(self, model: Model, step: int) -> list[Tensor]:
         grads = [grad.double() for grad in given(model, step)]
-        clip = 1.0
-        for _ in range(2):  # what is moved changes the norm a little
-            signed = [m.lerp(clip * g, 0.1) for m, g in zip(self.momenta, grads, strict=True)]
-            grads = [
-                torch.where(s.abs() < 1e-4 * s.abs().mean(), g + g.abs().mean(), g)
-                for s, g in zip(signed, grads, strict=True)
-            ]
-            grads = [grad.float().double() for grad in grads]
+        while True:  # what is moved changes the norm a little
             clip = min(1.0, CLIP / float(torch.cat([g.flatten() for g in grads]).norm()))
-        signed = [m.lerp(clip * g, 0.1) for m, g in zip(self.momenta, grads, strict=True)]
-        assert all((s.abs() > 1e-5 * s.abs().mean()).all() for s in signed)
+            signed = [m.lerp(clip * g, 0.1) for m, g in zip(self.momenta, grads, strict=True)]
+            near = [s.abs() < 1e-4 * s.abs().mean() for s in signed]
+            if not any(n.any() for n in near):
+                break
+            moved = [torch.where(n, g + g.abs().mean(), g) for n, g in zip(near, grads, strict=True)]
+            grads = [g.float().double() for g in moved]
         self.momenta = [m.lerp(clip * g, 0.01) for m, g in zip(self.momenta, grads, strict=True)]
         return [grad.float() for grad in grads]
 
@@ -167,7 +164,8 @@ def test_lion_differs_where_a_rounding_turns_a_sign(compile: bool) -> None:
         theirs.zero_grad()
         step.update()
         for p, q, signed in zip(model.parameters(), twin.parameters(), between, strict=True):
-            other = (p - q).abs() > 1e-5 * q.abs().mean()
+            # A turned sign moves by twice the rate, tau and scale included; roundings of 200 steps are far below.
+            other = (p - q).abs() > 0.3 * ours.param_groups[0]["lr"]
             assert (signed[other].abs() < 1e-4 * signed.abs().mean()).all()
             turned += int(other.sum())
             if other.any():
