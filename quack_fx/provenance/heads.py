@@ -277,6 +277,8 @@ class _Meeting:
 
 def _met(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: Tensor) -> _Meeting:
     """Pairs of vectors that meet, as they stand in the softmax's input."""
+    if not left.numel() or not right.numel():
+        raise Refused("one-key", "no query or no key is left on these inputs")
     count = int(compact(right).max()) + 1
     # Most axes (samples, tokens) are one and the same throughout: on large pictures only a fraction is worth a number.
     codes = shrink((compact(left) * count + compact(right)).expand(torch.broadcast_shapes(left.shape, right.shape)))

@@ -136,8 +136,14 @@ class _Match:
             return True
         ours, theirs = df.constant(a), df.constant(b)
         if ours is None or theirs is None:
-            return ours is theirs and (a in df.from_weight) == (b in df.from_weight) and a.target == b.target
+            return ours is theirs and (a in df.from_weight) == (b in df.from_weight) and self._same_unknown(a, b)
         return torch.equal(ours, theirs)
+
+    def _same_unknown(self, a: Node, b: Node) -> bool:
+        """Whether constants whose numbers nobody knows are made alike: by one op, or buffers (caches) of each layer."""
+        if a.op == b.op == "get_attr":
+            return self._pair(str(a.target), str(b.target))
+        return a.target == b.target
 
     def _same_users(self, node: Node, image: Node) -> bool:
         """Whether the users that were looked at correspond, and there are no others on one side alone."""

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from quack_fx.fused import AnyLayout
+from quack_fx.gpus import OnThisMachine
 from quack_fx.jagged import JaggedWrittenOut, takes_itself_apart
 from quack_fx.machine import available_memory
 from quack_fx.recording.devices import OneDevice
@@ -101,8 +102,8 @@ class Recorder(TorchDispatchMode):
     def _contexts(self) -> list[AbstractContextManager[Any]]:
         """What the forward is told about its tensors; see the files that these come from."""
         if self.way == "real":
-            return [JaggedWrittenOut(), OneDevice(self)]
-        return [no_autocast(), JaggedWrittenOut(), AnyLayout(), OneDevice(self)]
+            return [OnThisMachine(), JaggedWrittenOut(), OneDevice(self)]
+        return [no_autocast(), OnThisMachine(), JaggedWrittenOut(), AnyLayout(), OneDevice(self)]
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
         self.entered += 1

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quack_fx.errors import TargetError
+from quack_fx.gpus import OnThisMachine
 from quack_fx.targets.packages import Place, place_of, repository_of
 from quack_fx.targets.world import TrainingBegins, World
 
@@ -104,7 +105,8 @@ def _run(place: Place, tree: ast.Module, world: World) -> ModuleType:
     package, _, leaf = place.name.rpartition(".")
     if package or place.file.name == "__init__.py":
         try:
-            importlib.import_module(place.name if place.file.name == "__init__.py" else package)
+            with OnThisMachine():
+                importlib.import_module(place.name if place.file.name == "__init__.py" else package)
         except (Exception, SystemExit, TrainingBegins) as error:
             if place.file.name == "__init__.py":
                 raise
@@ -146,13 +148,14 @@ def _execute(module: ModuleType, tree: ast.Module, place: Place, world: World) -
     """
     names, file = vars(module), str(place.file)
     try:
-        exec(compile(tree, file, "exec"), names)
+        with OnThisMachine():
+            exec(compile(tree, file, "exec"), names)
     except (Exception, SystemExit, TrainingBegins) as error:
         line = _line_in(file, error)
         rest = [node for node in tree.body if node.lineno > line and _defines(node)]
         for node in rest:
             # A definition that needs what is missing is missing itself.
-            with suppress(Exception, SystemExit, TrainingBegins):
+            with OnThisMachine(), suppress(Exception, SystemExit, TrainingBegins):
                 exec(compile(ast.Module([node], []), file, "exec"), names)
         if not any(isinstance(v, type) and v.__module__ == module.__name__ for v in names.values()):
             raise
@@ -197,7 +200,8 @@ def _module(name: str, world: World) -> Namespace:
         base = file.parents[len(parts) - 1]
         world.settle_at(Place(file, base, name, repository_of(file, base)))
     try:
-        module = importlib.import_module(name)
+        with OnThisMachine():
+            module = importlib.import_module(name)
     except (Exception, SystemExit, TrainingBegins) as error:
         raise TargetError(_does_not_run(name, error, space, world)) from error
     origin = getattr(module, "__file__", None)

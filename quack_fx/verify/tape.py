@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # private, but the d
 from torch.utils._pytree import tree_leaves
 
 from quack_fx.fused import AnyLayout
+from quack_fx.gpus import OnThisMachine
 from quack_fx.inference import without_inference_mode
 from quack_fx.jagged import JaggedWrittenOut, takes_itself_apart
 from quack_fx.verify.opaque import written_out
@@ -163,6 +164,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_fast_path())
         stack.enter_context(without_inference_mode())
+        stack.enter_context(OnThisMachine())
         stack.enter_context(JaggedWrittenOut())
         stack.enter_context(AnyLayout())
         stack.enter_context(_module_stack(model, watch))

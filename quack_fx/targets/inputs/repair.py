@@ -70,8 +70,12 @@ class Attempts:
     def failed(self, inputs: Inputs, error: BaseException) -> None:
         """Note that the forward failed with this error; its traceback must still be there."""
         found: list[Inputs] = []
-        more = self._more(self.model, inputs, error) if self._more is not None else []
-        for repaired in [*more, *retry(self.model, inputs, error)]:
+        for one in self._more(self.model, inputs, error) if self._more is not None else []:
+            if one.text not in self.seen and self.left > 0:
+                self.seen.add(one.text)
+                self.left -= 1
+                self.likely.appendleft(one)
+        for repaired in retry(self.model, inputs, error):
             if repaired.text not in self.seen and self.left > 0:
                 self.seen.add(repaired.text)
                 self.left -= 1
@@ -109,7 +113,7 @@ def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Itera
     for frame, line in reversed(frames):
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "quack_fx.", "importlib")):
-            yield from _statement(frame, line)
+            yield from _statement(frame, line, "Boolean value of Tensor with more" in str(error))
             break
     yield from _layer(model, frames)
     yield from _message(str(error), known)
@@ -133,7 +137,13 @@ def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
 # ---- the statement ---------------------------------------------------------------------------------------------------
 
 
-def _statement(frame: FrameType, line: int) -> Iterator[Change]:
+def _as_number(given: Tensor) -> Change:
+    """One whole number in place of a tensor that is asked for its truth."""
+    shape = tuple(given.shape)
+    return lambda x: torch.ones((), dtype=torch.int64) if tuple(x.shape) == shape and x.dtype == given.dtype else None
+
+
+def _statement(frame: FrameType, line: int, asks_for_number: bool) -> Iterator[Change]:
     """What the statement that failed asks for."""
     text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
     tree = ast.parse(text)
@@ -145,6 +155,11 @@ def _statement(frame: FrameType, line: int) -> Iterator[Change]:
         return eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
 
     statement = around[-1]
+    if isinstance(statement, ast.If | ast.While | ast.Assert | ast.Expr | ast.Assign | ast.Return):
+        whole = [
+            v for n in ast.walk(statement) if isinstance(n, ast.Name) and (v := frame.f_locals.get(n.id)) is not None
+        ]
+        yield from (_as_number(v) for v in whole if isinstance(v, Tensor) and asks_for_number)
     if isinstance(statement, ast.Assert):
         yield from _condition(statement.test, True, value)
     elif isinstance(statement, ast.Raise) and len(around) > 1 and isinstance(around[-2], ast.If):
@@ -177,12 +192,19 @@ def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) ->
         if len(have) == len(want):
             for old, new in zip(have, want, strict=True):
                 yield _resize(old, new)
+            # A size that a stride or a patch has divided before.
+            for old, new in zip(have, want, strict=True):
+                if isinstance(old, int) and isinstance(new, int) and old != new and old > 0:
+                    yield from (_resize(old * times, new * times) for times in (2, 4, 8))
         return
     if not isinstance(have, int) or not isinstance(want, int) or isinstance(have, bool):
         return
     if re.search(r"\.(ndim|dim\(\))|len\(.*(shape|size\(\))\)", ast.unparse(left)):
         yield _with_rank(have, want)
         return
+    if re.search(r"^len\(", ast.unparse(left)):  # a list of the axes that are left
+        for rank in range(1, 5):
+            yield _with_rank(rank, rank + want - have)
     op = test.ops[0]
     strict = (ast.Lt, ast.Gt) if holds else (ast.LtE, ast.GtE)
     less = isinstance(op, ast.Lt | ast.LtE) == holds and not isinstance(op, ast.Eq | ast.NotEq)

@@ -301,7 +301,8 @@ class Planner:
         wanted = self._fields_read(name) - _METHODS | set(unpacked)
         source = self._best_source(wanted, self._sources)
         values = dict(source.values) if source is not None else {}
-        known = {n: v for n, v in values.items() if n not in change}
+        # None stands where a script fills a size in later.
+        known = {n: v for n, v in values.items() if n not in change and not (v is None and by_name(n))}
 
         def give(entry: str) -> Any:
             if entry in change and change[entry] is not WITHOUT:

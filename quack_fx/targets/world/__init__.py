@@ -7,7 +7,7 @@ nothing behind: no module, no path, no process group, no argument.
     inert.py      what a name of a missing package is: nothing that does anything
     known.py      names of missing packages whose meaning is known ...
     attention.py  ... and what fused attention computes
-    devices.py    tensors that are asked for on a GPU
+    devices.py    what torch.cuda says without a GPU
     old_names.py  names that Python and numpy have given up
     one_rank.py   torch.distributed, with one rank
     script.py     arguments, and no training
@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401 (it lists functions of torch when it is imported: before any is replaced here)
 
+from quack_fx.gpus import Device, OnThisMachine
 from quack_fx.targets.packages import LocalImports, Place, is_installed
-from quack_fx.targets.world.devices import Device, no_gpu
+from quack_fx.targets.world.devices import no_gpu
 from quack_fx.targets.world.imports import Imports
 from quack_fx.targets.world.inert import Phase, StandInUsed
 from quack_fx.targets.world.old_names import old_names
@@ -34,7 +35,7 @@ from quack_fx.targets.world.script import TrainingBegins, as_script
 
 __all__ = ["StandInUsed", "TrainingBegins", "World"]
 
-PATIENCE = 60.0
+PATIENCE = 90.0
 """Seconds for which sizes and inputs are guessed; what is going on then is brought to its end."""
 
 
@@ -91,7 +92,8 @@ class World:
         """Context in which the model is built on "cpu" or "meta"; afterwards stand-ins may not be used any more."""
         Phase.strict, Device.now = False, device
         try:
-            yield
+            with OnThisMachine():
+                yield
         finally:
             Phase.strict, Device.now = True, "cpu"
 

@@ -1,8 +1,8 @@
-"""A machine without a GPU for code that asks for one.
+"""What `torch.cuda` says on a machine without a GPU.
 
-In: nothing. Out: a context in which tensors and modules that are asked for on a GPU are made where the model is built
-(on the meta device while it is built there, on the CPU else), and what is asked of `torch.cuda` is answered as by one
-small GPU that nobody sees. `torch.cuda.is_available()` stays false: code that has a way for CPUs takes it.
+In: nothing. Out: a context in which what is asked of `torch.cuda` is answered as by one small GPU that nobody sees.
+`torch.cuda.is_available()` stays false: code that has a way for CPUs takes it. Where the tensors go that are asked for
+on a GPU, `quack_fx.gpus` decides.
 
 On a machine with a GPU nothing is changed.
 """
@@ -17,51 +17,8 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-_GPUS = ("cuda", "hip", "npu", "xpu", "mps")
-
-
-class Device:
-    """Where tensors go that are asked for on a GPU: "cpu", or "meta" while a model is built there."""
-
-    now = "cpu"
-
-
-class OnThisMachine(TorchFunctionMode):
-    """Sends what is asked for on a GPU to `Device.now`."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _TO_GPU:
-            return _moved(args[0], Device.now)
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": _here(kwargs["device"])}
-        if func in _TO and len(args) > 1:
-            args = (args[0], *(_here(a) for a in args[1:]))
-        return func(*args, **kwargs)
-
-
-_TO_GPU = {torch.Tensor.cuda, torch.Tensor.pin_memory}
-_TO = {torch.Tensor.to, torch.Tensor.type}
-
-
-def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A tensor on a device; a meta tensor has nothing to be moved."""
-    return tensor if tensor.is_meta or tensor.device.type == device else tensor.to(device)
-
-
-def _here(device: Any) -> Any:
-    """A device that this machine has."""
-    if isinstance(device, int) and not isinstance(device, bool):
-        return Device.now
-    if isinstance(device, str):
-        kind = device.split(":")[0]
-        if device.startswith("torch.cuda."):
-            return device.replace("torch.cuda.", "torch.")
-    else:
-        kind = device.type if isinstance(device, torch.device) else ""
-    return Device.now if kind in _GPUS else device
+from quack_fx.gpus import here
 
 
 @contextmanager
@@ -75,12 +32,11 @@ def no_gpu() -> Iterator[None]:
             if hasattr(torch.cuda, name):
                 stack.enter_context(patch.object(torch.cuda, name, answer))
         default = torch.set_default_device
-        stack.enter_context(patch.object(torch, "set_default_device", lambda device: default(_here(device))))
+        stack.enter_context(patch.object(torch, "set_default_device", lambda device: default(here(device))))
         stack.callback(default, torch.get_default_device() if torch.get_default_device().type != "cpu" else None)
         stack.enter_context(patch.object(torch, "set_default_tensor_type", _set_default_tensor_type))
         stack.enter_context(patch.object(nn.Module, "to_empty", _to_empty(nn.Module.to_empty)))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
-        stack.enter_context(OnThisMachine())
         yield
 
 
@@ -93,7 +49,7 @@ def _set_default_tensor_type(kind: Any) -> None:
 
 def _to_empty(original: Any) -> Any:
     def to_empty(self: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
-        result: nn.Module = original(self, device=_here(device), recurse=recurse)
+        result: nn.Module = original(self, device=here(device), recurse=recurse)
         return result
 
     return to_empty
