@@ -206,19 +206,22 @@ def compare_rows(entry: Entry, layout: Any, shapes: Any) -> tuple[int, list[str]
             if not re.search(pattern, site.name):
                 continue
             checked += 1
-            if not all(_same(getattr(site, side), *told, site.head_dim, shapes) for side, told in sides.items()):
+            if not all(_same(site, side, *told, shapes) for side, told in sides.items()):
                 wrong.append(site.name)
     return checked, wrong
 
 
-def _same(blocks: Any, end: str, rows: str, d: int, shapes: Any) -> bool:
-    """Whether a side of a site is the one block that was written down."""
-    if len(blocks) != 1 or not blocks[0].param.endswith(end):
+def _same(site: Any, side: str, end: str, rows: str, shapes: Any) -> bool:
+    """Whether the one block of a side that is next to the logits is the one that was written down."""
+    outer = {getattr(term, side)[0] for term in site.terms}
+    if len(outer) != 1:
         return False
-    block = blocks[0]
-    n = shapes[block.param][block.axis]
+    block = getattr(site, side)[outer.pop()]
+    if not block.param.endswith(end):
+        return False
+    names = {"d": site.head_dim, "n": shapes[block.param][block.axis]}
     for h, ranges in enumerate(block.heads):
-        start, stop = (eval(part, {"__builtins__": {}}, {"h": h, "d": d, "n": n}) for part in rows.split(":"))
+        start, stop = (eval(part, {"__builtins__": {}}, {"h": h, **names}) for part in rows.split(":"))
         if ranges != ((start, stop),):
             return False
     return True

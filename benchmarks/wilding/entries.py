@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 Rows = Mapping[str, Mapping[str, tuple[str, str]]]
-"""By a regular expression for the names of sites: for "query" and "key" the end of the parameter's name, and the rows
-of a head as "start:stop" in h (the head), d (the width of a head) and n (the rows of the parameter)."""
+"""By a regular expression for the names of sites: for "query" and "key" the end of the name of the parameter next to
+the logits, and the rows of a head as "start:stop" in h (the head), d (its width) and n (the rows of the parameter)."""
 
 
 @dataclass(frozen=True)

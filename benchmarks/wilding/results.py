@@ -118,8 +118,10 @@ class Result:
     @property
     def wrong(self) -> list[str]:
         """What is wrong in any try: claims that a proof refuted, rows that are not those written down by hand."""
-        refuted = [row["wrong"] for row in self.tries if row["wrong"]]
-        return refuted + [f"rows of {name!r} are not those read by hand" for name in self.best["rows_wrong"]]
+        wrong = [row["wrong"] for row in self.tries if row["wrong"]]
+        if names := self.best["rows_wrong"]:
+            wrong.append(f"rows of {len(names)} attentions are not those read by hand, the first {names[0]!r}")
+        return wrong
 
     @property
     def tracebacks(self) -> list[str]:
