@@ -5,6 +5,7 @@
 #   make slow                 the slow ones
 #   make fuzz                 10,000 random attentions with known rows, tried on the finder
 #   make sweep                every model class of other packages: found, proved, counted; writes docs/sweep.md
+#   make wild REPOS=folder    what a first command does on public repositories as they are; writes docs/wild.md
 #   make strip                those with QK norm, stripped both ways; after a sweep; writes docs/qk_norm.md
 #   make bench                a training step with and without QuacK, and other ways to take it, on this CPU
 #   make lint                 ruff and mypy
@@ -17,7 +18,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-with-torch-$(TORCH)
 
-.PHONY: demo test slow fuzz sweep strip bench lint format setup clean
+.PHONY: demo test slow fuzz sweep wild strip bench lint format setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -61,6 +62,13 @@ ONLY ?=
 sweep: $(SWEEP_STAMP)
 	OMP_NUM_THREADS=1 $(SWEEP_VENV)/bin/python -m benchmarks.sweep --jobs $(JOBS) --only "$(ONLY)" \
 		$(if $(RESUME),--resume) $(if $(ONLY),,--markdown docs/sweep.md)
+
+# REPOS holds checkouts named owner+name of the repositories in benchmarks/wild.json; ONLY, RESUME and JOBS as above.
+REPOS ?=
+wild: $(STAMP)
+	test -d "$(REPOS)" || { echo "make wild REPOS=folder-of-checkouts" >&2; exit 2; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.wild --repos "$(REPOS)" --jobs $(JOBS) --only "$(ONLY)" \
+		$(if $(RESUME),--resume) $(if $(ONLY),,--markdown docs/wild.md)
 
 strip: $(SWEEP_STAMP)
 	$(SWEEP_VENV)/bin/python -m pytest -q -W ignore -k timm tests/test_strip_models.py tests/test_insert.py
