@@ -54,7 +54,11 @@ def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
         copy = copy.to_empty(device="cpu")
         for buffer in copy.buffers():
             buffer.copy_(_plausible(buffer, generator))
-    copy = copy.to(torch.float32)
+    for module in copy.modules():
+        for name, value in vars(module).items():  # tables that are no buffers
+            if isinstance(value, Tensor) and value.is_meta:
+                setattr(module, name, _plausible(value, generator))
+    copy = copy.float()  # complex numbers (rotations) stay complex
     kernels = {id(m.weight) for m in copy.modules() if isinstance(m, _ConvNd)}
     with torch.no_grad():
         for parameter in copy.parameters():
@@ -74,6 +78,9 @@ def _random(parameter: Tensor, kernel: bool, generator: torch.Generator) -> Tens
 def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
     """Contents for a buffer whose values were never made: positive numbers, a count of 1, index 0, a mask that hides
     nothing."""
+    if buffer.is_complex():
+        angles = torch.rand(buffer.shape, generator=generator)
+        return torch.polar(torch.ones(buffer.shape), angles).to(buffer.dtype)
     if buffer.is_floating_point():
         return torch.rand(buffer.shape, generator=generator) + 0.5
     return torch.full(buffer.shape, not buffer.ndim or buffer.dtype == torch.bool, dtype=buffer.dtype)

@@ -155,11 +155,9 @@ def _statement(frame: FrameType, line: int, asks_for_number: bool) -> Iterator[C
         return eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
 
     statement = around[-1]
-    if isinstance(statement, ast.If | ast.While | ast.Assert | ast.Expr | ast.Assign | ast.Return):
-        whole = [
-            v for n in ast.walk(statement) if isinstance(n, ast.Name) and (v := frame.f_locals.get(n.id)) is not None
-        ]
-        yield from (_as_number(v) for v in whole if isinstance(v, Tensor) and asks_for_number)
+    if asks_for_number and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        read = [frame.f_locals.get(n.id) for n in ast.walk(statement) if isinstance(n, ast.Name)]
+        yield from (_as_number(v) for v in read if isinstance(v, Tensor))
     if isinstance(statement, ast.Assert):
         yield from _condition(statement.test, True, value)
     elif isinstance(statement, ast.Raise) and len(around) > 1 and isinstance(around[-2], ast.If):
