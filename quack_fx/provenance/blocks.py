@@ -68,6 +68,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
         readers[k].extend(heads.query[h])
     key = _side(heads, heads.key, [_joined(tuple(vectors)) for vectors in readers])
     _follow_chains(tracer, logits, query, key)
+    _cut_at_input(tracer, logits, query, key)
     absorbed = _absorbed(tracer, logits, heads, query, key)
     mla = _give_roles_absorbed(query, key, absorbed) if absorbed else _give_roles(query, key)
     query_norms, key_norms = (_of_logits_alone(tracer, uses, norms) for norms in heads.norms)
@@ -178,6 +179,33 @@ def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: lis
                     break
                 link.latent_norms = flow.norms
                 link.behind, link, depth = behind, behind, depth + 1
+
+
+def _cut_at_input(tracer: Tracer, logits: Logits, query: list[_Block], key: list[_Block]) -> None:
+    """Cut chains at a projection that queries, keys and values are all made of: it is the layer before the attention.
+
+    A latent of MLA makes keys and values alone; an adapter stands beside a weight, not before it.
+    """
+    sources = [
+        {b.behind.projection.node for b in side if b.behind is not None and not b.parallel} for side in (query, key)
+    ]
+    shared = sources[0] & sources[1]
+    if shared:
+        shared &= _value_sources(tracer, logits)
+    for block in (*query, *key):
+        if block.behind is not None and not block.parallel and block.behind.projection.node in shared:
+            block.behind, block.latent_norms = None, ()
+
+
+def _value_sources(tracer: Tracer, logits: Logits) -> set[Node]:
+    """The projections that the projections of the values read."""
+    by_feature = tracer.projections.by_feature
+    found: set[Node] = set()
+    for node in {projection.x for projection, _ in _value_features(tracer, logits)} & tracer.df.activation:
+        flow = tracer.trace([node], lambda n: not tracer.basis.serves_alone(tracer.df, n, logits)).get(node)
+        features = tracer.labels.features(flow.label) - {UNKNOWN} if flow is not None else set()
+        found |= {by_feature(f)[0].node for f in features}
+    return found
 
 
 def _upstream(tracer: Tracer, logits: Logits, block: _Block) -> tuple[Flow, list[set[int]]] | None:
@@ -311,11 +339,16 @@ def _absorbed(
 
 def _value_rows(tracer: Tracer, logits: Logits) -> set[Row]:
     """Rows of the projections that the values are made of, as far as they are known."""
+    found = _value_features(tracer, logits)
+    return {(projection.names[i], tuple(projection.rows[i].tolist())) for projection, i in found}
+
+
+def _value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int]]:
+    """The features that the values are made of, each with its projection, as far as they are known."""
     values = [value for part in logits.parts or (logits,) for value in values_of(tracer, part)]
     flows = tracer.trace(values)
     features = set().union(*(tracer.labels.features(flows[n].label) for n in values if n in flows)) - {UNKNOWN}
-    found = map(tracer.projections.by_feature, features)
-    return {(projection.names[i], tuple(projection.rows[i].tolist())) for projection, i in found}
+    return [tracer.projections.by_feature(feature) for feature in features]
 
 
 def values_of(tracer: Tracer, logits: Logits) -> list[Node]:

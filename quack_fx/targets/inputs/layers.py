@@ -76,12 +76,16 @@ def any_layer(model: nn.Module, limit: int) -> list[Array]:
     return list(found.values())
 
 
+WIDEST = 1 << 20
+"""Features of a token that are tried at most where no layer asks for them: more is a table, such as a vocabulary."""
+
+
 def own_parameters(model: nn.Module) -> list[Array]:
     """Data for models that multiply with parameters of their own: rows may be tokens, either axis may be features."""
     dtype = _dtype(model, model)
     found: list[Array] = []
     for rows, columns in [p.shape for p in model.parameters() if p.dim() == 2 and min(p.shape) > 1][:2]:
-        found += [Array("float", ("B", "T", n), dtype=dtype) for n in dict.fromkeys((rows, columns))]
+        found += [Array("float", ("B", "T", n), dtype=dtype) for n in dict.fromkeys((rows, columns)) if n <= WIDEST]
         found.append(Array("ids", ("B", "T"), rows))
     return found
 
