@@ -182,30 +182,35 @@ def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: lis
 
 
 def _cut_at_input(tracer: Tracer, logits: Logits, query: list[_Block], key: list[_Block]) -> None:
-    """Cut chains at a projection that queries, keys and values are all made of: it is the layer before the attention.
+    """Cut chains at features that queries, keys and values are all made of: those of the layer before the attention.
 
     A latent of MLA makes keys and values alone; an adapter stands beside a weight, not before it.
     """
-    sources = [
-        {b.behind.projection.node for b in side if b.behind is not None and not b.parallel} for side in (query, key)
-    ]
-    shared = sources[0] & sources[1]
-    if shared:
-        shared &= _value_sources(tracer, logits)
+    both = _behind_rows(query).items() & _behind_rows(key).items()
+    shared = {node for node, _ in both & _value_sources(tracer, logits).items()} if both else set()
     for block in (*query, *key):
         if block.behind is not None and not block.parallel and block.behind.projection.node in shared:
             block.behind, block.latent_norms = None, ()
 
 
-def _value_sources(tracer: Tracer, logits: Logits) -> set[Node]:
-    """The projections that the projections of the values read."""
-    by_feature = tracer.projections.by_feature
-    found: set[Node] = set()
+def _behind_rows(blocks: list[_Block]) -> dict[Node, frozenset[tuple[int, ...]]]:
+    """For each projection behind some blocks its rows that they read."""
+    found: dict[Node, set[tuple[int, ...]]] = {}
+    for block in blocks:
+        if block.behind is not None and not block.parallel:
+            found.setdefault(block.behind.projection.node, set()).update(*block.behind.rows)
+    return {node: frozenset(rows) for node, rows in found.items()}
+
+
+def _value_sources(tracer: Tracer, logits: Logits) -> dict[Node, frozenset[tuple[int, ...]]]:
+    """For each projection behind those of the values its rows that they read."""
+    found: dict[Node, set[tuple[int, ...]]] = {}
     for node in {projection.x for projection, _ in _value_features(tracer, logits)} & tracer.df.activation:
         flow = tracer.trace([node], lambda n: not tracer.basis.serves_alone(tracer.df, n, logits)).get(node)
         features = tracer.labels.features(flow.label) - {UNKNOWN} if flow is not None else set()
-        found |= {by_feature(f)[0].node for f in features}
-    return found
+        for projection, i in map(tracer.projections.by_feature, features):
+            found.setdefault(projection.node, set()).add(tuple(projection.rows[i].tolist()))
+    return {node: frozenset(rows) for node, rows in found.items()}
 
 
 def _upstream(tracer: Tracer, logits: Logits, block: _Block) -> tuple[Flow, list[set[int]]] | None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs import layers
-from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, named
+from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks, named
 
 FIRST, REPAIRS, EACH = 3, 12, 4
 """Candidates that are tried before any repair, repairs in all, repairs of one failure."""
@@ -70,7 +70,8 @@ class Attempts:
     def failed(self, inputs: Inputs, error: BaseException) -> None:
         """Note that the forward failed with this error; its traceback must still be there."""
         found: list[Inputs] = []
-        for one in self._more(self.model, inputs, error) if self._more is not None else []:
+        more = self._more(self.model, inputs, error) if self._more is not None else []
+        for one in [*_with_blocks(inputs, error), *more]:
             if one.text not in self.seen and self.left > 0:
                 self.seen.add(one.text)
                 self.left -= 1
@@ -117,6 +118,17 @@ def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Itera
             break
     yield from _layer(model, frames)
     yield from _message(str(error), known)
+
+
+def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
+    """Inputs with block masks of the size that flex attention asks for."""
+    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(error.__cause__ or error))
+    if wanted is None:
+        return []
+    mask = causal_blocks(int(wanted[1]), int(wanted[2]))
+    args = tuple(mask if is_blocks(value) else value for value in inputs.args)
+    kwargs = {name: mask if is_blocks(value) else value for name, value in inputs.kwargs.items()}
+    return [named(args, kwargs, inputs.names or [""] * len(args))]
 
 
 def failing_names(error: BaseException) -> set[str]:

@@ -104,9 +104,19 @@ class CausalBlocks:
 
     def make(self, sizes: Sizes) -> Any:
         """The value."""
-        from torch.nn.attention.flex_attention import create_block_mask
+        return causal_blocks(sizes.tokens, sizes.tokens)
 
-        return create_block_mask(_is_causal, None, None, sizes.tokens, sizes.tokens, device="cpu")
+
+def causal_blocks(queries: int, keys: int) -> Any:
+    """A causal `BlockMask` for so many queries and keys."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(_is_causal, None, None, queries, keys, device="cpu")
+
+
+def is_blocks(value: Any) -> bool:
+    """Whether a value is a `BlockMask`."""
+    return type(value).__name__ == "BlockMask" and hasattr(value, "seq_lengths")
 
 
 def _is_causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -177,7 +187,7 @@ def expression(value: Any) -> str:
         return f"({parts},)" if len(value) == 1 else f"({parts})"
     if _is_array(value):
         return f"{expression(torch.from_numpy(value))}.numpy()"
-    if _is_blocks(value):
+    if is_blocks(value):
         flex = "__import__('torch.nn.attention.flex_attention', fromlist=['*'])"
         sizes = ", ".join(map(str, value.seq_lengths))
         return f"{flex}.create_block_mask(lambda b, h, q, k: q >= k, None, None, {sizes}, device='cpu')"
@@ -209,13 +219,9 @@ def shown(value: Any) -> str:
         return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
     if _is_array(value):
         return f"numpy {value.dtype}{list(value.shape)}"
-    if _is_blocks(value):
+    if is_blocks(value):
         return f"BlockMask{list(value.seq_lengths)}"
     return repr(value)
-
-
-def _is_blocks(value: Any) -> bool:
-    return type(value).__name__ == "BlockMask" and hasattr(value, "seq_lengths")
 
 
 def _is_array(value: Any) -> bool:

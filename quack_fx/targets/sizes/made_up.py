@@ -28,7 +28,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"pad_(token_)?(id|idx)|padding_idx|(pad|bos|eos|sos|unk|cls|sep|mask)(_token)?_(id|idx)|_idx$", 0),
     (r"^(device|rank)$", "cpu"),
     (r"dtype", torch.float32),
-    (r"^(max_)?batch(_size)?$|max_batch_size|^bsz$", 8),
+    (r"^(max_)?batch(_size)?$|max_batch_size|^bsz$", 2),
     (r"(kv|key_value)_?heads?|n_kv|num_kv|heads?_kv|query_groups|n_local_heads", HEADS),
     (r"heads?_?dim|dim_?heads?|d_head|head_size|^d_?(k|v|q|kv)$|d_keys|d_values|kv_channels|(qk|v)_head_dim", HEAD_DIM),
     (r"(n|num|number)(_of)?_?\w*heads?|^heads?$|\w*_heads?$|^h$|nheads?|attn_?heads", HEADS),
