@@ -275,7 +275,8 @@ def _builds(
     except (Exception, SystemExit) as error:
         hint = f"; say what it is: --build {shlex.quote(recipe.call.text)}" if recipe.call else ""
         raise TargetError(
-            f"building {_short(recipe) or 'the model'} of {namespace.source} fails: {one_line(error, namespace)}{without(world)}{hint}"
+            f"building {_short(recipe) or 'the model'} of {namespace.source} fails: "
+            f"{one_line(error, namespace)}{without(world)}{hint}"
         ) from error
     yield "real", model
 
