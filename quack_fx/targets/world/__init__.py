@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401 (it lists functions of torch when it is imported: before any is replaced here)
+import torch._dynamo
 
 from quack_fx.targets.packages import LocalImports, Place, is_installed
 from quack_fx.targets.world.devices import Device, no_gpu
@@ -57,7 +57,7 @@ class World:
     @contextmanager
     def open(self) -> Iterator[World]:
         """Context in which the world is there."""
-        before, path = set(sys.modules), list(sys.path)
+        before, path, random = set(sys.modules), list(sys.path), torch.random.get_rng_state()
         Phase.strict = False
         try:
             with self._stack, warnings.catch_warnings(action="ignore"):
@@ -67,6 +67,7 @@ class World:
         finally:
             Phase.strict = False
             sys.path[:] = path
+            torch.random.set_rng_state(random)
             for name in set(sys.modules) - before:
                 if self.is_own(getattr(sys.modules[name], "__file__", None) or ""):
                     del sys.modules[name]
