@@ -1,4 +1,4 @@
-"""The world that a target's files run in: missing packages, no GPU, one rank, scripts; and that nothing of it is left."""
+"""The world that a target's files run in: missing packages, no GPU, one rank, scripts; nothing of it is left."""
 
 from __future__ import annotations
 
@@ -152,10 +152,10 @@ LEFT = {
     "a tuple": "try:\n    from missing_one import x\n    HAS = True\nexcept (ImportError, OSError):\n    HAS = False\n",
     "anything": "try:\n    from missing_one.x import y\n    HAS = True\nexcept:\n    HAS = False\n",
     "Exception": "HAS = False\ntry:\n    import missing_one.x\n    HAS = True\nexcept Exception as e:\n    print(e)\n",
-    "ModuleNotFoundError": "try:\n    import missing_one\n    HAS = True\nexcept ModuleNotFoundError:\n    HAS = False\n",
+    "ModuleNotFoundError": "HAS = 1\ntry:\n    import missing_one\nexcept ModuleNotFoundError:\n    HAS = 0\n",
     "builtins": "try:\n    import missing_one\n    HAS = True\nexcept builtins.ImportError:\n    HAS = False\n",
     "find_spec": "import importlib.util\nHAS = importlib.util.find_spec('missing_one') is not None\n",
-    "suppress": "from contextlib import suppress\nHAS = False\nwith suppress(ImportError):\n    import missing_one\n    HAS = True\n",
+    "suppress": "import contextlib as c\nHAS = 0\nwith c.suppress(ImportError):\n    import missing_one\n    HAS = 1\n",
     "in a function": "def f():\n    try:\n        import missing_one\n        return True\n    except ImportError:\n"
     "        return False\nHAS = f()\n",
     "import_module": "import importlib\ntry:\n    importlib.import_module('missing_one')\n    HAS = True\n"
@@ -413,30 +413,46 @@ GPU = {
     "parameters are moved": ("", "self.cuda(); self.q.to('cuda'); self.to(torch.device('cuda:0'))", "pass"),
     "factories": (
         "",
-        "self.register_buffer('b', torch.ones(8, device='cuda')); self.p = torch.zeros(3, device=torch.device('cuda', 0))",
+        "self.register_buffer('b', torch.ones(8, device='cuda')); self.p = torch.zeros(3, device=torch.device('cuda'))",
         "y = y + torch.zeros(8, device='cuda') + self.b + self.p.sum()",
     ),
-    "the layer's device": ("", "self.q = nn.Linear(8, 8, device='cuda'); self.k = nn.Linear(8, 8, device='cuda:1')", "pass"),
+    "the layer's device": (
+        "",
+        "self.q = nn.Linear(8, 8, device='cuda'); self.k = nn.Linear(8, 8, device='cuda:1')",
+        "pass",
+    ),
     "moved in the forward": ("", "pass", "y = y.cuda() + x.to('cuda').to(device='cuda', dtype=y.dtype)"),
     "to with types": ("", "pass", "y = y.to('cuda', torch.float32, non_blocking=True).to(x)"),
     "the default device": ("torch.set_default_device('cuda')", "self.b = torch.zeros(8)", "y = y + torch.zeros(8)"),
     "the default type": ("torch.set_default_tensor_type('torch.cuda.FloatTensor')", "pass", "pass"),
-    "a context": ("", "with torch.device('cuda'): self.b = torch.zeros(8)", "with torch.device('cuda'): y = y + torch.zeros(8)"),
+    "a context": (
+        "",
+        "with torch.device('cuda'): self.b = torch.zeros(8)",
+        "with torch.device('cuda'): y = y + torch.zeros(8)",
+    ),
     "a context at the top": ("with torch.device('cuda'): B = torch.zeros(8)", "pass", "y = y + B"),
-    "a device that is current": ("torch.cuda.set_device(0)", "self.d = torch.cuda.current_device(); self.to(self.d)", "y = y.to(self.d)"),
+    "a device that is current": (
+        "torch.cuda.set_device(0)",
+        "self.d = torch.cuda.current_device(); self.to(self.d)",
+        "y = y.to(self.d)",
+    ),
     "what the GPU is": (
         "N = torch.cuda.get_device_properties(0).total_memory; C = torch.cuda.get_device_capability()",
         "assert C[0] >= 7 and N",
         "torch.cuda.synchronize()",
     ),
-    "streams": ("S = torch.cuda.Stream()", "pass", "with torch.cuda.stream(S): y = y + 1\ntorch.cuda.current_stream().wait_stream(S)"),
+    "streams": (
+        "S = torch.cuda.Stream()",
+        "pass",
+        "with torch.cuda.stream(S): y = y + 1\ntorch.cuda.current_stream().wait_stream(S)",
+    ),
     "to_empty": ("", "self.to_empty(device='cuda') if self.q.weight.is_meta else self", "pass"),
     "type": ("", "pass", "y = y.type(torch.FloatTensor)"),
     "new tensors": ("", "pass", "y = y + y.new_zeros(8, device='cuda') + torch.arange(8, device='cuda')"),
     "pinned": ("P = torch.zeros(8).pin_memory().cuda(non_blocking=True)", "pass", "y = y + P"),
     "generators": ("", "nn.init.normal_(self.q.weight)", "pass"),
     "a way for CPUs": ("D = 'cuda' if torch.cuda.is_available() else 'cpu'", "assert D == 'cpu'", "y = y.to(D)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -456,7 +472,7 @@ def test_code_for_a_gpu(case: str, real: bool) -> None:
 COLLECTIVES = {
     "all_reduce": "dist.all_reduce(y)",
     "all_reduce, waited for": "w = dist.all_reduce(y, op=dist.ReduceOp.SUM, async_op=True); w.wait()",
-    "all_gather": "o = [torch.empty_like(y) for _ in range(dist.get_world_size())]; dist.all_gather(o, y); y = torch.cat(o)",
+    "all_gather": "o = [torch.empty_like(y)] * dist.get_world_size(); dist.all_gather(o, y); y = torch.cat(o)",
     "all_gather_into_tensor": "o = torch.empty_like(y); dist.all_gather_into_tensor(o, y); y = o",
     "reduce_scatter": "o = torch.empty_like(y); dist.reduce_scatter(o, [y]); y = o",
     "reduce_scatter_tensor": "o = torch.empty_like(y); dist.reduce_scatter_tensor(o, y); y = o",

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch._dynamo
 
@@ -68,9 +69,9 @@ class World:
             Phase.strict = False
             sys.path[:] = path
             torch.random.set_rng_state(random)
-            for name in set(sys.modules) - before:
-                if self.is_own(getattr(sys.modules[name], "__file__", None) or ""):
-                    del sys.modules[name]
+            # All are looked at before any goes: the path of a folder without __init__.py is told by what is above it.
+            for name in [n for n in set(sys.modules) - before if any(map(self.is_own, _places(sys.modules[n])))]:
+                del sys.modules[name]
 
     def is_late(self) -> bool:
         """Whether guessing has gone on for so long that a person would rather be told what is missing."""
@@ -130,6 +131,11 @@ class World:
 
     def _look_elsewhere(self, name: str) -> bool:
         return self._local is not None and self._local.look_elsewhere(name)
+
+
+def _places(module: ModuleType) -> list[str]:
+    """The file of a module, and the folders of a package."""
+    return [str(getattr(module, "__file__", None) or ""), *map(str, getattr(module, "__path__", None) or ())]
 
 
 def _text(file: Path) -> str:
