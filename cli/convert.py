@@ -117,9 +117,9 @@ def convert(
     if output is not None:
         check_output(output, force)
     finding = find(target, build, inputs, layout)
-    note_notes(finding)
     if not assume:
         finding.target.check_sizes("--assume")
+    note_notes(finding)
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to convert")
         return 1

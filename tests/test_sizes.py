@@ -74,6 +74,11 @@ CASES = {
         net("config['d_model'] if 'd_model' in config else 24", "config['n_heads']"), width=24, assumed={"n_heads"}
     ),
     "parameters": Case(PLAIN, assumed=SIZES),
+    "a parameter by name alone": Case(net("d_model", "n_heads", "*, d_model, n_heads=2"), heads=2, assumed={"d_model"}),
+    "a parameter behind another": Case(
+        net("d_model", "n_heads", "n_heads=2, *, d_model"), heads=2, assumed={"d_model"}
+    ),
+    "a config by name alone": Case(net("config.d_model", "config.n_heads", "*, config"), assumed=SIZES),
     "parameters with types": Case(net("d_model", "n_heads", "d_model: int, n_heads: int"), assumed=SIZES),
     "parameters beside defaults": Case(net("d_model", "n_heads", "d_model, n_heads=2"), heads=2, assumed={"d_model"}),
     "a flag": Case(

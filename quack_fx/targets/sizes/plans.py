@@ -74,7 +74,8 @@ class Call:
             return self._function(**{name: value.make() for name, value in values.items()})
         finally:
             self.account = account
-            alone = len(values) == 1
+            by_place = [p.name for p in _parameters(self._function) if p.kind is not p.KEYWORD_ONLY][:1]
+            alone = list(values) == by_place
             parts = [value.text() if alone else f"{name}={value.text()}" for name, value in values.items()]
             self.text = f"{self._name}({', '.join(parts)})"
 
