@@ -573,6 +573,43 @@ def absorbed() -> Made:
     return made(run, expected, **parts, up=torch.ones(HEADS, DIM, rank), out=torch.ones(HEADS, rank, DIM))
 
 
+def absorbed_together() -> Made:
+    """Absorbed MLA whose up projection is one 2-D weight for the keys and values of all heads, cut inside each head."""
+    rank, rope, value = 5, 2, 3
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, q_rope = m.q(x).unflatten(-1, (HEADS, DIM + rope)).split((DIM, rope), -1)
+        latent, k_rope = m.down(x).split((rank, rope), -1)
+        latent = m.norm(latent)
+        up = m.up.weight.view(HEADS, -1, rank)
+        q = torch.einsum("bshd,hdc->bshc", q, up[:, :DIM])
+        logits = torch.einsum("bshc,btc->bsht", q, latent) + torch.einsum("bshr,btr->bsht", q_rope, k_rope)
+        out = torch.einsum("bsht,btc->bshc", (logits * SCALE).softmax(-1), latent)
+        return torch.einsum("bshc,hdc->bshd", out, up[:, -value:]).flatten(2)
+
+    query = (
+        WeightBlock("q.weight", "uq", 0, heads(HEADS, DIM, 0, DIM + rope)),
+        WeightBlock("up.weight", "uk", 0, heads(HEADS, DIM, 0, DIM + value)),
+        WeightBlock("q.weight", "qr", 0, heads(HEADS, rope, DIM, DIM + rope)),
+    )
+    key = (
+        WeightBlock("down.weight", "dkv", 0, (((0, rank),),)),
+        WeightBlock("down.weight", "kr", 0, (((rank, rank + rope),),)),
+    )
+    expected = plain(
+        kind="mla",
+        key_heads=1,
+        head_dim=rank + rope,
+        head_map=(0,) * HEADS,
+        query=query,
+        key=key,
+        terms=(LogitTerm((1, 0), (0,)), LogitTerm((2,), (1,))),
+        latent_norm=(Norm("key", "rms", rank, "norm", "norm.weight"),),
+    )
+    parts = {"q": linear(HEADS * (DIM + rope)), "down": linear(rank + rope), "norm": nn.RMSNorm(rank)}
+    return made(run, expected, **parts, up=linear(HEADS * (DIM + value), of=rank))
+
+
 def pruned() -> Made:
     """A weight under a mask keeps its rows."""
 
@@ -807,6 +844,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "lora_fused": low_rank_branch_of_a_fused_weight,
     "factors_of_each_head": factors_of_each_head,
     "absorbed": absorbed,
+    "absorbed_together": absorbed_together,
     "pruned": pruned,
     "behind_a_rotation": behind_a_computed_rotation,
     "scaled_by_its_size": scaled_by_its_size,

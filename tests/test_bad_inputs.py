@@ -178,8 +178,7 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         {"model.py": MODEL.replace("width=8", "width")},
         "convert model.py -o out.py",
         2,
-        r"the sizes width=64 of Attention\(width=64\) of model.py are assumed, .* --build 'Attention\(width=64\)', or "
-        r"add --assume",
+        r"the sizes width=64 of Attention\(64\) of model.py are assumed, .* --build 'Attention\(64\)', or add --assume",
     ),
     "a config that needs arguments": (
         {

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import absorbed_together
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CASES, EXAMPLES, IDS, Case, gpt2, heads, hugging_face, llama, our_gpt, site
@@ -354,6 +355,15 @@ class Normed(nn.Module):
             logits = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) if self.by_hand else q @ k.mT
             x = x + logits.softmax(-1) @ v
         return x
+
+
+def test_absorbed_attention_whose_up_projection_is_one_weight_is_proved() -> None:
+    model, inputs, expected = absorbed_together()
+    assert verify_qk_pairs(model, QKLayout((expected,)), *inputs).complete
+    assert verify_qk_pairs(model, find_qk_pairs(model, *inputs), *inputs).complete
+    query = (replace(expected.query[0], heads=expected.query[0].heads[::-1]), *expected.query[1:])
+    with pytest.raises(VerifyError, match=r"query side: 'q.weight' .* rows 0-5"):
+        verify_qk_pairs(model, QKLayout((replace(expected, query=query),)), *inputs)
 
 
 @pytest.mark.parametrize("by_hand", [False, True])

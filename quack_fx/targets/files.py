@@ -214,8 +214,10 @@ def _does_not_run(typed: str, error: BaseException, space: Namespace, world: Wor
 
 
 def without(world: World) -> str:
-    """What an error's line says of the packages that are missing."""
-    return f" (not importable here, and stood in for: {', '.join(world.missing)})" if world.missing else ""
+    """What an error's line says of the packages that are missing, and of what else did not run."""
+    stops = [note for note in world.notes if " stops at line " in note or " left out" in note]
+    missing = [f"not importable here, and stood in for: {', '.join(world.missing)}"] if world.missing else []
+    return f" ({'; '.join(missing + stops)})" if missing + stops else ""
 
 
 def evaluate(expression: str, option: str, namespace: Namespace, extra: Mapping[str, Any] | None = None) -> Any:

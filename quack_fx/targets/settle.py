@@ -350,7 +350,10 @@ def _try(
     """The first inputs for which the forward runs, where they come from, the recording of that run, and what was done
     to the model for it; `keep`: the model stays as it is."""
     name, cast = type(model).__name__, ""
-    origin, candidates = inputs.candidates(model)
+    try:
+        origin, candidates = inputs.candidates(model)
+    except TargetError as error:
+        raise TargetError(f"{error}{without(world)}") from error
     first: BaseException | None = None
     failures: Counter[str] = Counter()
     attempts = Attempts(model, candidates, with_optional)

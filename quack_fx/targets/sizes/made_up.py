@@ -54,7 +54,7 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"kernel|conv_size|filter_size", 3),
     (r"stride|padding|dilation|groups?$|factor|moving_avg", 1),
     (r"dim|width|hidden|embed|d_?model|n_?embd?|channels|units|size$|features|^d$|filters|planes|emb$", WIDTH),
-    (r"norm|act(ivation)?|pos(ition)?_?(emb|enc)\w*|type|mode|name|kind|method|freq$|embed$", ""),
+    (r"norm|act(ivation)?|pos(ition)?_?(emb|enc)\w*|type|mode(?!l)|name|kind|method|freq$|embed$", ""),
     (r"^(n|num|number)_|_(num|count)$", 4),
 )  # fmt: skip
 _TYPED: dict[Any, Any] = {bool: False, str: "", float: 0.0, dict: {}, list: [], tuple: ()}

@@ -74,7 +74,8 @@ class Call:
             return self._function(**{name: value.make() for name, value in values.items()})
         finally:
             self.account = account
-            alone = len(values) == 1
+            by_place = [p.name for p in _parameters(self._function) if p.kind is not p.KEYWORD_ONLY][:1]
+            alone = list(values) == by_place
             parts = [value.text() if alone else f"{name}={value.text()}" for name, value in values.items()]
             self.text = f"{self._name}({', '.join(parts)})"
 
@@ -210,7 +211,7 @@ class Planner:
         for option in (hint, *typing.get_args(hint)):
             if _is_config_class(option):
                 return next((n for n, v in self._names.items() if v is option), option.__name__), option
-        if hint is not None or len(self._required) > 1:
+        if hint is not None or len(self._required) > 1 or self._unpacked(parameter):
             return None
         classes: dict[str, Any] = {n: v for n, v in self._names.items() if _is_config_class(v)}
         found: dict[str, Any] = {n: v for n, v in classes.items() if dataclasses.is_dataclass(v)}
@@ -309,8 +310,9 @@ class Planner:
                 value = account.assumed[entry] = change[entry]
                 return value
             value = self._made_up(entry)
-            if by_name(entry) is None and value == 4 and not self._uses.words.get(entry):
-                value = Guess.of(4, give)
+            plain = isinstance(value, int) and not isinstance(value, bool) and not self._uses.words.get(entry)
+            if plain and (by_name(entry) is None or self._fields_read(entry)):
+                value = Guess.of(value, give)
             account.assumed[entry] = value
             return value
 

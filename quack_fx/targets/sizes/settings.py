@@ -102,7 +102,9 @@ class Guess(int):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or _only_asks(1):
             raise AttributeError(name)
-        return getattr(self._as_part(), name)
+        part = self._as_part()
+        part.__dict__["_by_name"] = True
+        return part._value(name)
 
     def __getitem__(self, name: str) -> Any:
         return self._as_part()[name]

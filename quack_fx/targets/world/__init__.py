@@ -21,8 +21,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 
-import torch._dynamo  # noqa: F401 (it lists functions of torch when it is imported: before any is replaced here)
+import torch._dynamo
 
 from quack_fx.gpus import Device, OnThisMachine
 from quack_fx.targets.packages import LocalImports, Place, is_installed
@@ -60,7 +61,7 @@ class World:
     @contextmanager
     def open(self) -> Iterator[World]:
         """Context in which the world is there."""
-        before, path = set(sys.modules), list(sys.path)
+        before, path, random = set(sys.modules), list(sys.path), torch.random.get_rng_state()
         Phase.strict = False
         try:
             with self._stack, warnings.catch_warnings(action="ignore"):
@@ -71,9 +72,10 @@ class World:
         finally:
             Phase.strict = False
             sys.path[:] = path
-            for name in set(sys.modules) - before:
-                if self.is_own(getattr(sys.modules[name], "__file__", None) or ""):
-                    del sys.modules[name]
+            torch.random.set_rng_state(random)
+            # All are looked at before any goes: the path of a folder without __init__.py is told by what is above it.
+            for name in [n for n in set(sys.modules) - before if any(map(self.is_own, _places(sys.modules[n])))]:
+                del sys.modules[name]
 
     def is_late(self) -> bool:
         """Whether guessing has gone on for so long that a person would rather be told what is missing."""
@@ -134,6 +136,11 @@ class World:
 
     def _look_elsewhere(self, name: str) -> bool:
         return self._local is not None and self._local.look_elsewhere(name)
+
+
+def _places(module: ModuleType) -> list[str]:
+    """The file of a module, and the folders of a package."""
+    return [str(getattr(module, "__file__", None) or ""), *map(str, getattr(module, "__path__", None) or ())]
 
 
 def _text(file: Path) -> str:

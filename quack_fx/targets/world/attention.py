@@ -1,7 +1,8 @@
 """Fused attention functions of packages for GPUs, written out in torch: what they compute, not how.
 
 In: the arguments that the packages' own functions take. Out: what those return. They stand in where the package is not
-installed, so that a model's attention can be seen on any machine. Each goes through `scaled_dot_product_attention`.
+installed, so that a model's attention can be seen on any machine. Each goes through `scaled_dot_product_attention`,
+unless its logits are capped. What is not written out here is refused, never left out.
 
 Letters at the end of a tensor's name are its shape: B sequences, T queries, S keys, N tokens of all sequences in a row,
 H heads of queries, K heads of keys, D features of a head.
@@ -19,25 +20,110 @@ from quack_fx.targets.world.inert import Inert
 
 
 def _attend(
-    q_BTHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, scale: float | None, causal: bool, mask: Tensor | None = None
+    q_BTHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    scale: float | None,
+    causal: bool,
+    mask: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """Softmax attention; the queries are the last ones of the sequence where there are fewer than keys."""
+    """Softmax attention; the queries are the last ones of the sequence where there are fewer than keys.
+
+    `mask` says where there is attention, or is added to the logits. A query that sees no key gives zeros.
+    """
     t, s = q_BTHD.shape[1], k_BSKD.shape[1]
     if causal and t != s:
-        mask, causal = torch.ones(t, s, dtype=torch.bool).tril(s - t), False
-    out_BHTD = F.scaled_dot_product_attention(
-        q_BTHD.transpose(1, 2),
-        k_BSKD.transpose(1, 2),
-        v_BSKD.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q_BTHD.shape[2] != k_BSKD.shape[2],
-    )
+        below = _distance(t, s) >= 0
+        mask, causal = below if mask is None else _both(mask, below), False
+    elif causal and (mask is not None or softcap):
+        mask, causal = _both(mask, _distance(t, s) >= 0), False
+    q_BHTD, k_BKSD, v_BKSD = (x.transpose(1, 2) for x in (q_BTHD, k_BSKD, v_BSKD))
+    grouped = q_BTHD.shape[2] != k_BSKD.shape[2]
+    if softcap:
+        out_BHTD = _capped(q_BHTD, k_BKSD, v_BKSD, scale, mask, softcap)
+    else:
+        out_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
     return out_BHTD.transpose(1, 2)
 
 
+def _capped(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, softcap: float) -> Tensor:
+    """Attention whose logits are bent to stay below a number; heads before tokens."""
+    each = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(each, 1), v.repeat_interleave(each, 1)
+    logits = softcap * torch.tanh(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(-1).nan_to_num() @ v
+
+
+def _distance(t: int, s: int) -> Tensor:
+    """How far each of s keys lies before each of t queries, the last ones side by side."""
+    return torch.arange(t)[:, None] + (s - t) - torch.arange(s)
+
+
+def _both(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A mask that lets through what both do."""
+    if mask is None:
+        return seen
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
+
+
 # ---- flash_attn ------------------------------------------------------------------------------------------------------
+
+Window = tuple[int, int] | None
+
+
+def _flash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    causal: bool,
+    window: Window,
+    softcap: float,
+    slopes: Tensor | None,
+    given: dict[str, Any],
+    mask: Tensor | None = None,
+    distance: Tensor | None = None,
+) -> Any:
+    """Attention with what flash_attn's functions share.
+
+    Arguments:
+        q, k, v: [B, T, H, D], [B, S, K, D] twice.
+        scale: Of the logits.
+        causal: Whether queries see no later keys.
+        window: How many keys before and after each query are seen; below zero, all.
+        softcap: Bound of the logits, if not zero.
+        slopes: ALiBi slope of each head, [H] or [B, H].
+        given: Other arguments by name.
+        mask: Where else attention is.
+        distance: How far each key lies before each query, if not by their places.
+    """
+    for name in _UNKNOWN & given.keys():
+        if given[name] is not None:
+            raise NotImplementedError(f"flash attention with {name} has no stand-in")
+    left, right = window if window is not None else (-1, -1)
+    if distance is None and (slopes is not None or left >= 0 or right >= 0):
+        distance = _distance(q.shape[1], k.shape[1])
+    if distance is not None and left >= 0:
+        mask = _both(mask, distance <= left)
+    if distance is not None and (right >= 0 or (causal and mask is not None)):
+        mask, causal = _both(mask, distance >= (0 if causal else -right)), False
+    if slopes is not None and distance is not None:
+        bias = -slopes[..., None, None] * distance.abs()
+        seen = mask if mask is not None else torch.ones_like(distance, dtype=torch.bool)
+        mask = bias.to(q.dtype).masked_fill(~seen, float("-inf"))
+    out = _attend(q, k, v, scale, causal, mask, softcap)
+    return (out, None, None) if given.get("return_attn_probs") else out
+
+
+_UNKNOWN = frozenset(
+    {"block_table", "page_table", "qv", "rotary_cos", "rotary_sin", "attention_chunk", "sinks", "s_aux"}
+)
+"""Arguments that change what is computed, in ways that are not written out here."""
 
 
 def flash_attn_func(
@@ -47,11 +133,14 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: Window = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_func`: q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]."""
-    return _returned(_attend(q, k, v, softmax_scale, causal), kwargs)
+    return _flash(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, kwargs)
 
 
 def flash_attn_qkvpacked_func(
@@ -59,12 +148,15 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: Window = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_qkvpacked_func`: [B, T, 3, H, D] -> [B, T, H, D]."""
     q, k, v = qkv.unbind(2)
-    return _returned(_attend(q, k, v, softmax_scale, causal), kwargs)
+    return _flash(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, kwargs)
 
 
 def flash_attn_kvpacked_func(
@@ -73,12 +165,15 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: Window = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_kvpacked_func`: q [B, T, H, D], kv [B, S, 2, K, D] -> [B, T, H, D]."""
     k, v = kv.unbind(2)
-    return _returned(_attend(q, k, v, softmax_scale, causal), kwargs)
+    return _flash(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, kwargs)
 
 
 def flash_attn_varlen_func(
@@ -92,6 +187,9 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
+    window_size: Window = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -101,26 +199,33 @@ def flash_attn_varlen_func(
     """
     of_query, of_key = _sequence_of(cu_seqlens_q, q.shape[0]), _sequence_of(cu_seqlens_k, k.shape[0])
     mask = of_query[0][:, None] == of_key[0][None]
-    if causal:  # the last query of a sequence sees its last key
-        mask = mask & (of_key[1][None] <= of_query[1][:, None])
-    out = _attend(q[None], k[None], v[None], softmax_scale, False, mask)[0]
-    return _returned(out, kwargs)
+    distance = of_query[1][:, None] - of_key[1][None]  # the last query of a sequence is beside its last key
+    if alibi_slopes is not None and alibi_slopes.dim() == 2:
+        raise NotImplementedError("ALiBi slopes of each sequence have no stand-in for joined sequences")
+    out = _flash(
+        *(q[None], k[None], v[None]),
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        kwargs,
+        mask,
+        distance,
+    )
+    return (out[0][0], *out[1:]) if isinstance(out, tuple) else out[0]
 
 
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int = 0,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_varlen_qkvpacked_func`: [N, 3, H, D] -> [N, H, D]."""
     q, k, v = qkv.unbind(1)
-    starts = cu_seqlens
-    return flash_attn_varlen_func(q, k, v, starts, starts, softmax_scale=softmax_scale, causal=causal, **kwargs)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -130,17 +235,12 @@ def flash_attn_varlen_kvpacked_func(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
     """`flash_attn.flash_attn_varlen_kvpacked_func`: q [N, H, D], kv [N, 2, K, D] -> [N, H, D]."""
     k, v = kv.unbind(1)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale=softmax_scale, causal=causal, **kwargs
-    )
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs)
 
 
 def flash_attn_with_kvcache(
@@ -149,16 +249,60 @@ def flash_attn_with_kvcache(
     v_cache: Tensor,
     k: Tensor | None = None,
     v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Any = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = None,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
     *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`flash_attn.flash_attn_with_kvcache`: new keys and values are appended to an empty cache; without new ones the
+    whole cache is attended to."""
+    beside = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "block_table": block_table}
+    beside |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
+    for name, value in beside.items():
+        if value is not None:
+            raise NotImplementedError(f"flash_attn_with_kvcache with {name} has no stand-in")
+    if k is None and cache_seqlens is not None:
+        raise NotImplementedError("flash_attn_with_kvcache on a part of its cache has no stand-in")
+    keys, values = (k_cache, v_cache) if k is None or v is None else (k, v)
+    return _flash(q, keys, values, softmax_scale, causal, window_size, softcap, alibi_slopes, kwargs)
+
+
+def flash_attn_3_func(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False, **kwargs: Any
+) -> Any:
+    """`flash_attn_interface.flash_attn_func` of version 3: no dropout among its arguments."""
+    return flash_attn_func(q, k, v, 0.0, softmax_scale, causal, **kwargs)
+
+
+def flash_attn_3_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """`flash_attn.flash_attn_with_kvcache`: new keys and values are appended to an empty cache."""
-    if any(kwargs.get(name) is not None for name in ("rotary_cos", "rotary_sin")):
-        raise NotImplementedError("flash_attn_with_kvcache with rotary embeddings inside has no stand-in")
-    keys, values = (k_cache, v_cache) if k is None or v is None else (k, v)
-    return _returned(_attend(q, keys, values, softmax_scale, causal), kwargs)
+    """`flash_attn_interface.flash_attn_varlen_func` of version 3."""
+    if seqused_q is not None or seqused_k is not None:
+        raise NotImplementedError("flash attention with seqused_q or seqused_k has no stand-in")
+    starts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return flash_attn_varlen_func(q, k, v, *starts, 0.0, softmax_scale, causal, **kwargs)
 
 
 class FlashAttention(nn.Module):
@@ -180,8 +324,13 @@ class FlashAttention(nn.Module):
     ) -> Any:
         """[B, T, 3, H, D] or, with `cu_seqlens`, [N, 3, H, D]."""
         causal = self.causal if causal is None else causal
+        if need_weights:
+            raise NotImplementedError("weights of fused attention have no stand-in")
         if cu_seqlens is None:
-            out = flash_attn_qkvpacked_func(qkv, softmax_scale=self.scale, causal=causal)
+            q, k, v = qkv.unbind(2)
+            kept = None if key_padding_mask is None else key_padding_mask.bool()
+            out = _attend(q, k, v, self.scale, causal, None if kept is None else kept[:, None, None])
+            out = out if kept is None else out * kept[..., None, None]
         else:
             out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, softmax_scale=self.scale, causal=causal)
         return out, None
@@ -213,9 +362,22 @@ class FlashCrossAttention(nn.Module):
         super().__init__()
         self.scale, self.causal = softmax_scale, causal
 
-    def forward(self, q: Tensor, kv: Tensor, causal: bool | None = None, **kwargs: Any) -> Any:
-        """Queries [B, T, H, D], keys and values [B, S, 2, K, D]."""
-        return flash_attn_kvpacked_func(q, kv, 0.0, self.scale, self.causal if causal is None else causal)
+    def forward(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        causal: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_k: int | None = None,
+    ) -> Any:
+        """Queries [B, T, H, D], keys and values [B, S, 2, K, D]; with `cu_seqlens` sequences joined to one row."""
+        causal = self.causal if causal is None else causal
+        if cu_seqlens is None or cu_seqlens_k is None:
+            return flash_attn_kvpacked_func(q, kv, 0.0, self.scale, causal)
+        starts = cu_seqlens, cu_seqlens_k
+        return flash_attn_varlen_kvpacked_func(q, kv, *starts, softmax_scale=self.scale, causal=causal)
 
 
 def unpad_input(hidden_states: Tensor, attention_mask: Tensor, *args: Any) -> Any:
@@ -239,23 +401,31 @@ def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     return x[indices]
 
 
-def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, *args: Any, **kwargs: Any) -> Any:
+def apply_rotary_emb(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: Any = 0,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Any:
     """`flash_attn.layers.rotary.apply_rotary_emb`: x [B, T, H, D], cos and sin [T, R / 2]; R features are rotated."""
+    if cu_seqlens is not None or not isinstance(seqlen_offsets, int):
+        raise NotImplementedError("apply_rotary_emb on joined sequences or from several places on has no stand-in")
     width = 2 * cos.shape[-1]
     turned, rest = x[..., :width], x[..., width:]
-    cos, sin = cos[: x.shape[1], None], sin[: x.shape[1], None]
+    at = slice(seqlen_offsets, seqlen_offsets + x.shape[1])
+    cos, sin = cos[at, None], sin[at, None]
     if interleaved:
         a, b = turned[..., ::2], turned[..., 1::2]
         out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
     else:
         a, b = turned.chunk(2, -1)
         out = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
-    return torch.cat((out, rest), -1)
-
-
-def _returned(out: Tensor, kwargs: dict[str, Any]) -> Any:
-    """The output, with the numbers that flash_attn gives back beside it when asked for weights."""
-    return (out, None, None) if kwargs.get("return_attn_probs") else out
+    out = torch.cat((out, rest), -1)
+    return x.copy_(out) if inplace else out
 
 
 def _sequence_of(starts: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -276,6 +446,18 @@ class LowerTriangularMask:
         pass
 
 
+class LowerTriangularFromBottomRightMask:
+    """`xformers.ops.fmha.attn_bias.LowerTriangularFromBottomRightMask`: causal, the last query beside the last key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _of_group(mask: Tensor | None, group: int) -> Tensor | None:
+    """The part of a bias [B, G, H, T, S] for one group."""
+    return mask[:, group] if mask is not None and mask.dim() == 5 else mask
+
+
 def memory_efficient_attention(
     query: Tensor,
     key: Tensor,
@@ -287,16 +469,21 @@ def memory_efficient_attention(
     **kwargs: Any,
 ) -> Tensor:
     """`xformers.ops.memory_efficient_attention`: [B, T, H, D], [B, T, D] (one head) or [B, T, G, H, D] (groups)."""
-    causal = isinstance(attn_bias, LowerTriangularMask)
+    causal = isinstance(attn_bias, LowerTriangularFromBottomRightMask)
     mask = attn_bias if isinstance(attn_bias, Tensor) else None
-    if not (causal or mask is not None or attn_bias is None or isinstance(attn_bias, Inert)):
-        raise NotImplementedError(f"attn_bias={type(attn_bias).__name__} has no stand-in")
+    if isinstance(attn_bias, LowerTriangularMask):  # counted from the first query and the first key
+        mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril()
+        causal, mask = (True, None) if query.shape[1] == key.shape[1] else (False, mask)
+    elif not (causal or mask is not None or attn_bias is None):
+        what = attn_bias if isinstance(attn_bias, Inert) else type(attn_bias).__name__
+        raise NotImplementedError(f"attn_bias={what} has no stand-in")
     if query.dim() == 3:
         mask = mask[:, None] if mask is not None and mask.dim() == 3 else mask
         return _attend(query[:, :, None], key[:, :, None], value[:, :, None], scale, causal, mask)[:, :, 0]
     if query.dim() == 5:  # groups of query heads, each with a key head that is repeated
         parts = [
-            _attend(query[:, :, g], key[:, :, g], value[:, :, g], scale, causal, mask) for g in range(query.shape[2])
+            _attend(query[:, :, g], key[:, :, g], value[:, :, g], scale, causal, _of_group(mask, g))
+            for g in range(query.shape[2])
         ]
         return torch.stack(parts, 2)
     return _attend(query, key, value, scale, causal, mask)
@@ -312,9 +499,12 @@ def sageattn(
     tensor_layout: str = "HND",
     is_causal: bool = False,
     sm_scale: float | None = None,
+    return_lse: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     """`sageattention.sageattn`: [B, H, T, D], or [B, T, H, D] with the layout "NHD"."""
+    if return_lse or kwargs.get("attn_mask") is not None:
+        raise NotImplementedError("sageattn with a mask or with sums has no stand-in")
     if tensor_layout == "NHD":
         return _attend(q, k, v, sm_scale, is_causal)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -36,6 +36,7 @@ def no_gpu() -> Iterator[None]:
         stack.callback(default, torch.get_default_device() if torch.get_default_device().type != "cpu" else None)
         stack.enter_context(patch.object(torch, "set_default_tensor_type", _set_default_tensor_type))
         stack.enter_context(patch.object(nn.Module, "to_empty", _to_empty(nn.Module.to_empty)))
+        stack.enter_context(patch.object(nn.Module, "to", _to(nn.Module.to)))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         yield
 
@@ -45,6 +46,19 @@ def _set_default_tensor_type(kind: Any) -> None:
     name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
     types = {"Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64}
     torch.set_default_dtype(next((t for n, t in types.items() if n in name), torch.float32))
+
+
+def _to(original: Any) -> Any:
+    """`nn.Module.to`, to which a device may be a number."""
+
+    def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        args = tuple(here(a) if isinstance(a, int) else a for a in args)
+        if isinstance(kwargs.get("device"), int):
+            kwargs = {**kwargs, "device": here(kwargs["device"])}
+        result: nn.Module = original(self, *args, **kwargs)
+        return result
+
+    return to
 
 
 def _to_empty(original: Any) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 from quack_fx.targets.packages import is_installed
+from quack_fx.targets.sizes.uses import read_name
 from quack_fx.targets.world.inert import InertPackage, inert
 from quack_fx.targets.world.known import meaning
 
@@ -139,7 +140,7 @@ def _is_guarded(frame: FrameType | None) -> bool:
     """Whether a `try` around this import, or around one that led to it, goes on without what is imported."""
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith("<") and not is_installed(file):
+        if not file.startswith("<") and file != __file__ and not is_installed(file):
             if frame.f_globals.get("__name__", "").startswith("quack_fx"):
                 return False
             if any(first <= frame.f_lineno <= last for first, last in _guards(file)):
@@ -158,14 +159,25 @@ def _guards(file: str) -> tuple[tuple[int, int], ...]:
     return tuple(
         (node.body[0].lineno, node.body[-1].end_lineno or node.body[-1].lineno)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Try) and any(_goes_on(handler) for handler in node.handlers)
+        if (isinstance(node, ast.Try) and any(_goes_on(handler) for handler in node.handlers))
+        or (isinstance(node, ast.With) and any(_suppresses(item.context_expr) for item in node.items))
     )
+
+
+def _suppresses(context: ast.expr) -> bool:
+    """Whether a context is `contextlib.suppress` of what a failed import raises."""
+    if not isinstance(context, ast.Call) or read_name(context.func) != "suppress":
+        return False
+    return bool({read_name(kind) for kind in context.args} & _CAUGHT)
+
+
+_CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
 def _goes_on(handler: ast.ExceptHandler) -> bool:
     """Whether a handler catches a failed import and does not end the program."""
-    caught = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)} if handler.type else set()
-    if caught and not caught & {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}:
+    caught = {read_name(node) for node in ast.walk(handler.type)} if handler.type else set()
+    if caught and not caught & _CAUGHT:
         return False
     return not any(_ends(statement) for statement in handler.body)
 

@@ -72,13 +72,40 @@ class Inert:
         return iter(())
 
     def __len__(self) -> int:
+        self._use()
         return 0
 
     def __bool__(self) -> bool:
+        self._use()
         return True
 
     def __contains__(self, item: Any) -> bool:
+        self._use()
         return False
+
+    def __eq__(self, other: object) -> bool:
+        if other is not self:
+            self._use()
+        return other is self
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __float__(self) -> float:
+        self._use()
+        raise TypeError(f"{self._name} cannot be imported here, so it is no number")
+
+    __int__ = __float__
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Functions of torch use what they are given."""
+        given = [*args, *(kwargs or {}).values()]
+        one = next((value for value in given if isinstance(value, Inert)), None)
+        if one is None:
+            raise TypeError(f"{func} is given something that cannot be imported here")
+        one._use()
+        return one
 
     def __enter__(self) -> Any:
         self._use()
@@ -141,7 +168,11 @@ class InertBase(metaclass=_WithForward):
     """Base of a class whose own base is missing; it takes any arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+        following = super().__init__
+        if getattr(following, "__func__", None) in (None, nn.Module.__init__):
+            super().__init__()
+        else:  # a base of the user's, behind this one
+            following(*args, **kwargs)
 
 
 class InertModule(nn.Module):

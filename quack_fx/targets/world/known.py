@@ -64,18 +64,38 @@ class ParallelEmbedding(nn.Embedding):
         super().__init__(num_embeddings, embedding_dim, padding_idx=kwargs.get("padding_idx"))
 
 
+class PairedLinear(ParallelLinear):
+    """Megatron's, which gives back a bias to be added later beside its output."""
+
+    def forward(self, input: Tensor) -> Any:
+        """The output, with the bias added, and no bias."""
+        return super().forward(input), None
+
+
 class RMSNorm(nn.RMSNorm):
     """A fused RMS norm with whatever options its package gives it."""
 
-    def __init__(self, normalized_shape: Any, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(normalized_shape, eps=eps)
+    def __init__(
+        self, normalized_shape: Any, eps: float = 1e-5, elementwise_affine: Any = True, *args: Any, **kwargs: Any
+    ) -> None:
+        _check_plain(kwargs)
+        super().__init__(normalized_shape, eps=eps, elementwise_affine=elementwise_affine is not False)
 
 
 class LayerNorm(nn.LayerNorm):
     """A fused layer norm with whatever options its package gives it."""
 
-    def __init__(self, normalized_shape: Any, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(normalized_shape, eps=eps)
+    def __init__(
+        self, normalized_shape: Any, eps: float = 1e-5, elementwise_affine: Any = True, *args: Any, **kwargs: Any
+    ) -> None:
+        _check_plain(kwargs)
+        super().__init__(normalized_shape, eps=eps, elementwise_affine=elementwise_affine is not False)
+
+
+def _check_plain(options: dict[str, Any]) -> None:
+    """Refuse norms whose weight is not what multiplies."""
+    if options.get("zero_centered_gamma"):
+        raise NotImplementedError("a norm with zero_centered_gamma has no stand-in")
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -160,6 +180,10 @@ _NORMS = {
     "MixedFusedRMSNorm": RMSNorm,
     "FastLayerNorm": LayerNorm,
 }
+_FLASH_3 = _FLASH | {
+    "flash_attn_func": fused.flash_attn_3_func,
+    "flash_attn_varlen_func": fused.flash_attn_3_varlen_func,
+}
 _PARALLEL = {
     "ColumnParallelLinear": ParallelLinear,
     "RowParallelLinear": ParallelLinear,
@@ -193,16 +217,17 @@ _TIMM = {
 _LIGHTNING = {"LightningModule": LightningModule}
 _KNOWN: dict[str, dict[str, Any]] = {
     "flash_attn": _FLASH,
-    "flash_attn_interface": _FLASH,
+    "flash_attn_interface": _FLASH_3,
     "flash_attn_2_cuda": {},
     "xformers": {
         "memory_efficient_attention": fused.memory_efficient_attention,
         "LowerTriangularMask": fused.LowerTriangularMask,
+        "LowerTriangularFromBottomRightMask": fused.LowerTriangularFromBottomRightMask,
     },
     "sageattention": {"sageattn": fused.sageattn},
     "apex": _NORMS,
     "fairscale": _PARALLEL,
-    "megatron": _PARALLEL,
+    "megatron": _PARALLEL | {"ColumnParallelLinear": PairedLinear, "RowParallelLinear": PairedLinear},
     "transformer_engine": {"Linear": ParallelLinear, "LayerNorm": LayerNorm, "RMSNorm": RMSNorm},
     "timm": _TIMM,
     "triton": {"jit": _kernel, "autotune": _around_kernel, "heuristics": _around_kernel},

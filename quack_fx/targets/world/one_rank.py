@@ -99,6 +99,12 @@ def _from_list(output: Tensor, given: Sequence[Tensor], *args: Any, **kwargs: An
     return _handle(kwargs)
 
 
+def _scatter(output: Tensor, given: Sequence[Tensor] | None = None, *args: Any, **kwargs: Any) -> Any:
+    if given:
+        output.copy_(given[0])
+    return _handle(kwargs)
+
+
 def _objects(outputs: list[Any], given: Any, *args: Any, **kwargs: Any) -> None:
     outputs[0] = given
 
@@ -125,4 +131,5 @@ _COLLECTIVES: dict[str, Any] = {
     "all_to_all_single": _into,
     "all_to_all": lambda outputs, given, *args, **kwargs: _into_list(outputs, given[0], **kwargs),
     "gather": _gather,
+    "scatter": _scatter,
 }

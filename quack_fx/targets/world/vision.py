@@ -88,6 +88,8 @@ class Mlp(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if kwargs.get("use_conv"):
+            raise NotImplementedError("timm's Mlp with use_conv has no stand-in; install timm")
         hidden = hidden_features or in_features
         self.fc1 = nn.Linear(in_features, hidden, bias=bias)
         self.act = act_layer()
@@ -115,6 +117,9 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        for option in ("qk_scale", "scale_norm", "dim_out", "gate"):
+            if kwargs.get(option):
+                raise NotImplementedError(f"timm's Attention with {option} has no stand-in; install timm")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.scale, self.fused_attn = self.head_dim**-0.5, True
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -150,8 +155,8 @@ class Block(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if init_values:
-            raise NotImplementedError("timm's Block with init_values has no stand-in; install timm")
+        if init_values or kwargs.get("qk_scale"):
+            raise NotImplementedError("timm's Block with init_values or qk_scale has no stand-in; install timm")
         self.norm1 = norm_layer(dim)
         self.attn = Attention(dim, num_heads, qkv_bias, qk_norm, norm_layer=norm_layer)
         self.norm2 = norm_layer(dim)
