@@ -35,7 +35,7 @@ from quack_fx.errors import TargetError
 from quack_fx.targets.adapters import adapt
 from quack_fx.targets.files import load
 from quack_fx.targets.pick import pick
-from quack_fx.targets.settle import Target, given, settle
+from quack_fx.targets.settle import ForwardFails, Target, given, settle
 from quack_fx.targets.world import StandInUsed, World
 
 __all__ = ["Target", "opened", "resolve", "settle"]
@@ -98,8 +98,10 @@ def opened(
             try:
                 resolved = _in_world(target, build, inputs, real, say, world)
             except TargetError as error:
-                # What needs a package that is missing says less than what the code does without it.
-                first = error if first is None or isinstance(first, StandInUsed) else first
+                # What needs a package that is missing says less than what the code does without it, and an error of
+                # a constructor less than one of the forward behind it.
+                further = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
+                first = error if first is None or isinstance(first, StandInUsed) or further else first
                 worlds += world.others()
                 if world is worlds[-1] or len(worlds) > 4:
                     raise first from first.__cause__
