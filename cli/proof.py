@@ -36,11 +36,14 @@ def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, s
         CannotRun: There is nothing to prove on.
     """
     from quack_fx.verify import TooLarge, carried_over, verify_qk_pairs
+    from quack_fx.verify.copy import SIZE_LIMIT
 
     target = finding.target
     say(f"proving {len(finding.layout.sites)} attentions on random weights")
+    fits = sum(p.numel() for p in target.model.parameters()) <= SIZE_LIMIT
+    model = target.with_numbers() if fits else target.model
     try:
-        report = verify_qk_pairs(target.model, finding.layout, *target.args, **target.kwargs)
+        report = verify_qk_pairs(model, finding.layout, *target.args, **target.kwargs)
         return report, "a copy with random weights"
     except TooLarge:
         small = _small(target, say)

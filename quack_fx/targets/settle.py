@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,7 @@ class Target:
         assumed: Sizes that nobody gave and that were made up, by name.
         build: The --build expression that makes this model; "" where the target says it all by itself.
         notes: What else a person should know: pairs of a word that says what it is about, and a sentence.
+        again: Builds the model once more, for real; only while the world of the target is open.
     """
 
     model: nn.Module
@@ -64,6 +66,16 @@ class Target:
     assumed: Mapping[str, Any] = field(default_factory=dict)
     build: str = ""
     notes: tuple[tuple[str, str], ...] = ()
+    again: Callable[[], nn.Module] | None = None
+
+    def with_numbers(self) -> nn.Module:
+        """The model built for real, if it is on meta and that can be done: its masks and tables then have numbers."""
+        if self.again is None or not any(p.is_meta for p in self.model.parameters()):
+            return self.model
+        try:
+            return self.again()
+        except Exception:  # a model that can be built on meta alone stays there
+            return self.model
 
     def check_sizes(self, allow: str) -> None:
         """Refuse a model whose sizes were assumed.
@@ -218,7 +230,17 @@ def _with_inputs(
         assumed=call.account.assumed if call else {},
         build=call.text if call and (call.account.assumed or call.account.found) else "",
         notes=tuple(_notes(recipe, world)),
+        again=None if recipe.made else partial(_for_real, recipe, world, bool(prepared), bool(cast)),
     )
+
+
+def _for_real(recipe: Recipe, world: World, prepared: bool, cast: bool) -> nn.Module:
+    """The model of a recipe, built for real, as far as memory allows, and made ready as the one on meta was."""
+    with torch.random.fork_rng(devices=[]), world.building("cpu"), _AtMost(_memory() // 4):
+        model: nn.Module = recipe.make()
+    if prepared:
+        _prepared(model, "cpu", world)
+    return model.float() if cast else model
 
 
 def _prepared(model: nn.Module, device: str, world: World) -> str:
