@@ -511,6 +511,19 @@ def shared_factor() -> Made:
     return made(run, expected, down=linear(rank), up=linear(3 * INNER, of=rank))
 
 
+def layer_before() -> Made:
+    """Queries, keys and values of one layer's output, as wide as they are: an embedding is no factor of theirs."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.embed(x)
+        return attend(split(m.q(x)), split(m.k(x)), split(m.v(x)))
+
+    query = (WeightBlock("q.weight", "q", 0, heads(HEADS, DIM)),)
+    key = (WeightBlock("k.weight", "k", 0, heads(HEADS, DIM)),)
+    own = {name: linear(INNER, of=INNER) for name in "qkv"}
+    return made(run, plain(query=query, key=key), embed=linear(INNER), **own)
+
+
 def low_rank_branch_of_a_fused_weight() -> Made:
     """LoRA on a fused weight: its first factor serves both sides."""
     rank = 2
@@ -841,6 +854,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "sdpa_scale": lambda: sdpa(0.3),
     "torch_layer": torch_layer,
     "shared_factor": shared_factor,
+    "layer_before": layer_before,
     "lora_fused": low_rank_branch_of_a_fused_weight,
     "factors_of_each_head": factors_of_each_head,
     "absorbed": absorbed,

@@ -106,6 +106,7 @@ NO_PLACE = {
     "tiny-fusion": "another attention has the same product",
     "hand-rope_matrices": "a norm before its product is not seen as a QK norm there",
     "hand-absorbed": "a norm before its product is not seen as a QK norm there",
+    "hand-absorbed_together": "its logits are the sum of products with a part of the features each",
     "hand-lora": "its query features have no one scale (a learned factor, parts scaled unlike)",
     **dict.fromkeys(
         ("hand-product_then_sum", "hand-edges", "hand-edges_with_features", "hand-edges_by_index_add"),

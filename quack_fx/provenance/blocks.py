@@ -184,9 +184,12 @@ def _follow_chains(tracer: Tracer, logits: Logits, query: list[_Block], key: lis
 def _cut_at_input(tracer: Tracer, logits: Logits, query: list[_Block], key: list[_Block]) -> None:
     """Cut chains at features that queries, keys and values are all made of: those of the layer before the attention.
 
-    A latent of MLA makes keys and values alone; an adapter stands beside a weight, not before it.
+    A latent of MLA makes keys and values alone, and one of all three is narrower than what is made of it; an adapter
+    stands beside a weight, not before it.
     """
     both = _behind_rows(query).items() & _behind_rows(key).items()
+    wide = max((len(set().union(*block.rows)) for block in query), default=0)
+    both = {(node, rows) for node, rows in both if len(rows) >= wide}
     shared = {node for node, _ in both & _value_sources(tracer, logits).items()} if both else set()
     for block in (*query, *key):
         if block.behind is not None and not block.parallel and block.behind.projection.node in shared:
