@@ -136,8 +136,16 @@ class Planner:
         self._name, self._function, self._names, self._file = name, function, names, file
         self._required = required(function)
         self._hints = hints_of(function)
-        self._trees = {path: tree for path in own_files if (tree := _tree(path)) is not None}
-        self._uses = Uses(self._trees.values())
+        self._own_files = own_files
+
+    @cached_property
+    def _trees(self) -> dict[Path, ast.Module]:
+        """Source of the repository's files that are loaded."""
+        return {path: tree for path in self._own_files if (tree := _tree(path)) is not None}
+
+    @cached_property
+    def _uses(self) -> Uses:
+        return Uses(self._trees.values())
 
     @cached_property
     def _sources(self) -> list[Source]:
@@ -148,8 +156,10 @@ class Planner:
         callees = {self._function.__name__: tuple(inspect.signature(self._function).parameters)}
         for config in filter(None, map(self.config_class, self._required)):
             callees[config[1].__name__] = tuple(p.name for p in _parameters(config[1]))
+        words = {*self._required, *(n for names in list(callees.values())[1:] for n in names)}
+        words.update(*(self._fields_read(n) | set(self._unpacked(n)) for n in self._required if self._is_config(n)))
         repository = repository_of(self._file, self._file.parent)
-        return sources(repository, self._file, self._function.__name__, callees)
+        return sources(repository, self._file, self._function.__name__, callees, words)
 
     # ---- one call ----------------------------------------------------------------------------------------------------
 
@@ -223,9 +233,9 @@ class Planner:
     def _constructed(self, name: str, config: type, account: Account, change: Change) -> Value:
         """An object of a config class, with values for its own required fields."""
         needed, hints = required(config), hints_of(config)
-        source = self._best_source(
-            set(needed), [s for s in self._sources if s.of != config.__name__ or s.kind == "call"]
-        )
+        # Reading the repository takes seconds: only where something is needed.
+        elsewhere = [s for s in self._sources if s.of != config.__name__ or s.kind == "call"] if needed else []
+        source = self._best_source(set(needed), elsewhere)
         arguments: dict[str, Any] = {}
         defaults = {p.name: p.default for p in _parameters(config)}
         for entry in dict.fromkeys([*needed, *(n for n in change if n in defaults)]):
@@ -344,7 +354,7 @@ class Planner:
 
     def _passed_somewhere(self) -> dict[str, tuple[Any, str]]:
         """Values for plain parameters: of a call in the repository, or of options and classes beside one."""
-        plain = [n for n in self._required if not self._is_config(n) and self.config_class(n) is None]
+        plain = [n for n in self._required if self.config_class(n) is None and not self._is_config(n)]
         if not plain:
             return {}
         known = inspect.signature(self._function).parameters

@@ -58,7 +58,9 @@ class Source:
     of: str = ""
 
 
-def sources(repository: Path, near: Path, callee: str, callees: Mapping[str, tuple[str, ...]]) -> list[Source]:
+def sources(
+    repository: Path, near: Path, callee: str, callees: Mapping[str, tuple[str, ...]], words: set[str]
+) -> list[Source]:
     """All sources of a repository, those of near files first.
 
     Arguments:
@@ -66,11 +68,12 @@ def sources(repository: Path, near: Path, callee: str, callees: Mapping[str, tup
         near: The target's file.
         callee: Name of the class or function that is to be called.
         callees: The names of that and of its config classes, each with the names of its parameters, in order.
+        words: Names that values are wanted for; a file with fewer than two of them and no callee is not read.
     """
     found: list[Source] = []
     for path in python_files(repository, near)[:PARSED]:
         text = _text(path)
-        if text is None:
+        if text is None or not (any(name in text for name in callees) or sum(word in text for word in words) > 1):
             continue
         try:
             tree = ast.parse(text)
