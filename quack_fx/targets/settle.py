@@ -6,7 +6,6 @@ on the meta device, if that will do, then for real, if memory holds it; the firs
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import traceback
@@ -21,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
 
 from quack_fx.errors import CaptureError, TargetError
+from quack_fx.machine import available_memory
 from quack_fx.recording import Capture, capture
 from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, one_line, without
@@ -236,7 +236,7 @@ def _with_inputs(
 
 def _for_real(recipe: Recipe, world: World, prepared: bool, cast: bool) -> nn.Module:
     """The model of a recipe, built for real, as far as memory allows, and made ready as the one on meta was."""
-    with torch.random.fork_rng(devices=[]), world.building("cpu"), _AtMost(_memory() // 4):
+    with torch.random.fork_rng(devices=[]), world.building("cpu"), _AtMost(available_memory() // 4):
         model: nn.Module = recipe.make()
     if prepared:
         _prepared(model, "cpu", world)
@@ -246,7 +246,8 @@ def _for_real(recipe: Recipe, world: World, prepared: bool, cast: bool) -> nn.Mo
 def _prepared(model: nn.Module, device: str, world: World) -> str:
     """What had to be called on the model before its forward, in words."""
     try:
-        with world.building("meta" if device == "meta" else "cpu"), torch.device("meta" if device == "meta" else "cpu"):
+        where = "meta" if device == "meta" else "cpu"
+        with world.building(where), torch.device(where):
             done = set_up(model)
     except Exception:  # its forward then says what is missing
         return ""
@@ -310,7 +311,7 @@ def _builds(
         return
     say(f"building {what} for real")
     try:
-        with world.building("cpu"), _AtMost(limit := _memory() // 4):
+        with world.building("cpu"), _AtMost(limit := available_memory() // 4):
             model = recipe.make()
     except TargetError:
         raise
@@ -357,13 +358,6 @@ class _AtMost(TorchDispatchMode):
 
 _FACTORIES = {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}
 _FACTORIES |= {torch.ops.aten.empty_strided.default, torch.ops.aten.randn.default, torch.ops.aten.full.default}
-
-
-def _memory() -> int:
-    """Bytes of memory of this machine; where the system does not say (Windows), those of a small one."""
-    if not hasattr(os, "sysconf"):
-        return 16 << 30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _try(
