@@ -76,7 +76,7 @@ class Evidence:
         self, graph: Graph, site: AttentionSite, softmax: Softmax, attention: Set[Op], generator: torch.Generator
     ) -> None:
         self.graph, self.site, self.softmax = graph, site, softmax
-        self._attention, self.generator = attention, generator
+        self._softmax, self._attention, self.generator = softmax, attention, generator
         self.blocks: dict[Side, tuple[WeightBlock, ...]] = {"query": site.query, "key": site.key}
         self.claimed: dict[Side, frozenset[str]] = {
             side: frozenset(b.param for b in blocks) for side, blocks in self.blocks.items()
@@ -247,7 +247,21 @@ class Evidence:
         or its weight is computed (a rotation made of parameters), so that none of its features is made by a row.
         """
         inside = self.site.name in factor.product.op.modules
-        return factor.linear and factor.sole and inside and not self.graph.is_computed(factor)
+        if not (factor.linear and factor.sole and inside) or self.graph.is_computed(factor):
+            return False
+        return not self._is_layer_before(factor)
+
+    def _is_layer_before(self, factor: Factor) -> bool:
+        """Whether queries, keys and values are all made of a product's features, which are no fewer than the queries.
+
+        A latent of MLA makes keys and values alone; one of all three is narrower than what is made of it.
+        """
+        features = self.graph.features(factor)
+        queries = max(len(set().union(*map(indices, block.heads))) for block in self.site.query)
+        if features is None or features < queries:
+            return False
+        behind = ({f.product.op for part in self.parts for f in all_factors(part.around[side])} for side in SIDES)
+        return factor.product.op in set.intersection(*behind, set(self.graph.values_behind(self._softmax)))
 
     def _keeps_features(self, factor: Factor, side: Side) -> bool:
         """Whether a product with a weight sums claimed features over tokens: each of its elements is of one feature."""

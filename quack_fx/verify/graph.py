@@ -171,6 +171,31 @@ class Graph:
                     found.append(op)
         return found
 
+    def values_behind(self, softmax: Softmax) -> Set[Op]:
+        """The products with weights behind what a softmax weighs, near and far."""
+        weighed = [
+            (value, product.reader)
+            for product in self._weighs.get(softmax, ())
+            for value in product.factors
+            if softmax.op not in self._behind_weights(value, product.reader)
+        ]
+        found: set[Op] = set()
+        todo = [p for place in weighed for p in self._back(*place).products]
+        while todo:
+            product = todo.pop()
+            if product.op not in found:
+                found.add(product.op)
+                todo += [p for source in self._factor(product).sources for p in self._back(source, product.reader).products]
+        return found
+
+    def features(self, factor: Factor) -> int | None:
+        """How many features a product with a weight makes, or None where it does not sum over one axis of each."""
+        product = factor.product
+        if product.axes is None or len(factor.weights) != 1:
+            return None
+        axis = product.axes[product.factors.index(factor.weights[0])]
+        return factor.weights[0].tensor.numel() // factor.weights[0].tensor.shape[axis]
+
     def _of_two_sides(self, product: Product) -> bool:
         """Whether a product multiplies data with data, or with what a projection makes of parameters alone."""
         data = [self.tape.is_data(v, product.reader) for v in product.factors]
