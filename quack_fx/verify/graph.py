@@ -185,7 +185,8 @@ class Graph:
             product = todo.pop()
             if product.op not in found:
                 found.add(product.op)
-                todo += [p for source in self._factor(product).sources for p in self._back(source, product.reader).products]
+                sources = self._factor(product).sources
+                todo += [p for source in sources for p in self._back(source, product.reader).products]
         return found
 
     def features(self, factor: Factor) -> int | None:
