@@ -298,6 +298,12 @@ def rotated_in_halves(x: Tensor) -> Tensor:
     return x * angle.cos() + torch.cat((-b, a), -1) * angle.sin()
 
 
+def scaled_by_angles(x: Tensor) -> Tensor:
+    """Half of a rotation: features times cosines and sines of their place, which at place 0 are 1 and 0."""
+    angles = torch.arange(float(x.shape[-2])).unsqueeze(-1) / torch.arange(1.0, 1 + x.shape[-1] // 2)
+    return torch.stack((x[..., ::2] * angles.cos(), x[..., 1::2] * angles.sin()), -1).flatten(-2)
+
+
 def rotated_as_complex(x: Tensor) -> Tensor:
     angle = torch.arange(x.shape[-2]).unsqueeze(-1) / 10 ** torch.arange(x.shape[-1] // 2)
     turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
@@ -830,6 +836,7 @@ CASES: dict[str, Callable[[], Made]] = {
     "lora": low_rank_branches,
     "rope_pairs": lambda: rotary(rotated_in_pairs),
     "rope_halves": lambda: rotary(rotated_in_halves),
+    "scaled_by_angles": lambda: rotary(scaled_by_angles),
     "rope_complex": lambda: rotary(rotated_as_complex),
     "rope_matrices": lambda: rotary(rotated_by_matrices),
     "rope_table": rotated_by_a_table,

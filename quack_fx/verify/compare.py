@@ -152,23 +152,31 @@ def _is_finest(
         That, and whether an axis splits them into channels, which are no heads.
     """
     channels = False
-    for axis in range(len(cut.tensor.shape)):
+    for axis, length in enumerate(cut.tensor.shape):
         if cut is evidence.softmax.logits and axis == evidence.softmax.dim:
             continue
-        part = _first_along(evidence, cut, labels, axis)
-        for side, rows in part.items():
-            if any(first[side].get(name) != one for name, one in rows.items()):
-                if not _is_channel(evidence, part, first, side):
-                    return False, False
-                channels = True
+        part = _at_index(evidence, cut, labels, axis, 0)
+        split = [side for side in SIDES if _is_less(part[side], first[side])]
+        if split and not all(_is_channel(evidence, part, first, side) for side in split):
+            # A sine of position 0 is 0, and takes features of that place out: another place reads all of them.
+            last = _at_index(evidence, cut, labels, axis, length - 1)
+            if any(_is_less(last[side], first[side]) for side in SIDES):
+                return False, False
+        else:
+            channels |= bool(split)
     return True, channels
 
 
-def _first_along(evidence: Evidence, cut: Value, labels: Tensor, axis: int) -> dict[Side, dict[str, Rows]]:
-    """Rows that the logits of head 0 at the first index of an axis read."""
+def _is_less(part: Mapping[str, Rows], whole: Mapping[str, Rows]) -> bool:
+    """Whether a part of the logits reads other rows of a parameter than all of them do."""
+    return any(whole.get(name) != rows for name, rows in part.items())
+
+
+def _at_index(evidence: Evidence, cut: Value, labels: Tensor, axis: int, index: int) -> dict[Side, dict[str, Rows]]:
+    """Rows that the logits of head 0 at an index of an axis read."""
     shape = cut.tensor.shape
     outside = torch.ones(shape[axis], dtype=torch.bool)
-    outside[0] = False
+    outside[index] = False
     one = labels.masked_fill(outside.view([-1 if a == axis else 1 for a in range(len(shape))]), -1)
     return evidence.rows_of_head(cut, one, 0)
 
@@ -212,7 +220,7 @@ def _check_channels(evidence: Evidence) -> int:
         count = max(map(len, whole[side].values()))
         if count != evidence.site.head_dim:
             raise evidence.error(f"its heads compare {count} channels, the layout claims {evidence.site.head_dim}")
-    key = _first_along(evidence, cut, labels, evidence.softmax.dim) if cut is evidence.softmax.logits else whole
+    key = _at_index(evidence, cut, labels, evidence.softmax.dim, 0) if cut is evidence.softmax.logits else whole
     if not _is_channel(evidence, key, whole, "key"):
         raise CannotTell("its queries are channels, its keys are not")
     return 1
