@@ -364,8 +364,9 @@ def _fused(df: Dataflow, node: Node, misses: list[NearMiss]) -> list[Logits]:
     if not isinstance(query, Node) or not isinstance(key, Node) or not df.shape(query) or not df.shape(key):
         misses.append(NearMiss(node, "opaque-attention", f"the op {node.target} does not say which input is which"))
         return []
-    tokens_first = "flash_attn" in df.op[node].name or "_flash_attention_forward" in df.op[node].name
-    tokens_first |= "efficient_attention" in df.op[node].name and "scaled_dot_product" not in df.op[node].name
+    name = df.op[node].name
+    tokens_first = any(kernel in name for kernel in ("flash_attn", "_flash_attention_forward", "varlen_attn"))
+    tokens_first |= "efficient_attention" in name and "scaled_dot_product" not in name
     product = Product(node, query, key, "fused-tokens-first" if tokens_first else "fused")
     return [Logits((product,), (node,), node, 3, node)]
 
@@ -373,11 +374,22 @@ def _fused(df: Dataflow, node: Node, misses: list[NearMiss]) -> list[Logits]:
 def fused_scale(df: Dataflow, product: Product) -> float | None:
     """The number by which fused attention multiplies its product; None where it is no number."""
     node = product.node
-    positional = node.args[5:6] if df.op[node].name == "flex_attention" else ()  # after score_mod and block_mask
-    given = node.kwargs.get("scale", positional[0] if positional else None)
+    given = node.kwargs.get("scale")
+    place = _place_of_scale(node.target, df.op[node].name)
+    if place is not None and len(node.args) > place:
+        given = node.args[place]
     if given is None:
         return float(df.shape(product.left)[-1] ** -0.5)
     return float(given) if isinstance(given, int | float) else None
+
+
+def _place_of_scale(target: object, name: str) -> int | None:
+    """Which positional argument of an attention op its scale is."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return 5 if name == "flex_attention" else None  # after score_mod and block_mask
+    names = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+    return names.index("scale") if "scale" in names else None
 
 
 def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:

@@ -68,7 +68,7 @@ NORM = frozenset(
 )
 # Names of attention ops of torch and of the flash kernels that register themselves as ops: arguments are q, k, v.
 _ATTENTION_MARKS: tuple[str, ...] = ("scaled_dot_product", "flex_attention", "flash_attn", "_flash_attention_forward")
-_ATTENTION_MARKS += ("_efficient_attention_forward", "memory_efficient_attention")
+_ATTENTION_MARKS += ("_efficient_attention_forward", "memory_efficient_attention", "varlen_attn")
 
 
 @lru_cache(maxsize=4096)

@@ -225,7 +225,7 @@ def _operand_planes(df: Dataflow, product: Product, flows: dict[Node, Flow]) -> 
     """Labels of both operands as [*shape of the product's logits, head dimension]."""
     left, right = flows[product.left].label, flows[product.right].label
     if product.form == "fused-tokens-first":
-        left, right = left.transpose(1, 2), right.transpose(1, 2)
+        left, right = left.transpose(-3, -2), right.transpose(-3, -2)
     if product.form in ("fused", "fused-tokens-first"):
         if left.shape[-3] != right.shape[-3]:  # grouped heads inside the op: each key head serves a block of queries
             right = right.repeat_interleave(left.shape[-3] // right.shape[-3], dim=-3)

@@ -36,11 +36,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from quack_fx.errors import VerifyError
+from quack_fx.errors import VerifyError, first_line
 from quack_fx.factors import check_layout
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.verify.compare import check_site
-from quack_fx.verify.copy import CannotRun, TooLarge, as_float32, first_line, random_copy
+from quack_fx.verify.copy import CannotRun, TooLarge, as_float32, random_copy
 from quack_fx.verify.evidence import CannotTell, Evidence, NothingWeighed
 from quack_fx.verify.form import carried_over
 from quack_fx.verify.graph import Graph

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from quack_fx.errors import VerifyError
+from quack_fx.errors import VerifyError, first_line
 from quack_fx.machine import available_memory
 
 
@@ -93,8 +93,3 @@ def as_float32(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().to(torch.float32)
     return value
-
-
-def first_line(error: Exception) -> str:
-    """Type of an error and the first line of its text."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

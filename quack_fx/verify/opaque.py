@@ -22,6 +22,8 @@ def written_out(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         return _flex_attention if func.name() == "flex_attention" else None
     if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
         return _flash_attention
+    if str(func) == "torch_attn._varlen_attn.default":  # registered when `varlen_attn` is first imported
+        return _packed_attention
     if func.namespace in _OWN_NAMESPACES:
         # What autograd would have taken apart comes whole where it was switched off, as inside one of these functions.
         composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
@@ -78,6 +80,45 @@ def _flash_attention(
     if attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+
+def _packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: list[int] | None = None,
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`varlen_attn` as its documentation defines it: sequences in a row, [tokens, heads, features], each by itself."""
+    if seqused_k is not None or block_table is not None:
+        raise NotImplementedError("varlen_attn with a cache of pages is not written out here")
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = query.transpose(0, 1), *(t.repeat_interleave(groups, 1).transpose(0, 1) for t in (key, value))
+    scores = q @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    ends = cu_seq_q[1:], (cu_seq_q if cu_seq_k is None else cu_seq_k)[1:]
+    of_q, of_k = (
+        torch.searchsorted(e, torch.arange(len(t)), right=True) for e, t in zip(ends, (q[0], k[0]), strict=True)
+    )
+    # Places are counted from a sequence's end: the last query and the last key lie side by side.
+    from_end_q, from_end_k = (e[of] - torch.arange(len(of)) for e, of in zip(ends, (of_q, of_k), strict=True))
+    later = from_end_q[:, None] - from_end_k
+    left, right = window_size or (-1, -1)
+    right = 0 if is_causal else right
+    allowed = of_q[:, None] == of_k
+    allowed &= (later <= right) | torch.tensor(right < 0)
+    allowed &= (-later <= left) | torch.tensor(left < 0)
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    out = scores.softmax(-1).nan_to_num() @ v
+    return out.transpose(0, 1), scores.logsumexp(-1), torch.empty(0)
 
 
 def _over_all(function: Callable[..., Tensor], first: tuple[int, ...], buffers: int) -> Callable[..., Tensor]:
