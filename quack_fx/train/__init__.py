@@ -1,0 +1,4 @@
+"""USER: from a layout to a training step.
+
+program/    the step written down for one model
+"""

@@ -1,0 +1,290 @@
+"""From a layout to its kinds of attention: plain data, names and numbers only.
+
+In: a `QKLayout` and the shapes of its parameters. Out: one `Kind` for all attentions that are the same but for the
+numbers in their parameters' names. Attentions that share a weight (keys that several layers read, a block that is
+called twice with adapters of its own) are taken together: their factors depend on each other.
+
+A *block* is what the paper gives one learning rate per head: rows of one parameter, head by head, each head's rows
+once. Blocks that have rows in common as whole heads are one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from quack_fx.errors import EmitError, LayoutError
+from quack_fx.layout import AttentionSite, QKLayout, Ranges, Role, WeightBlock
+
+Names = tuple[int, ...]
+"""The numbers in the names of one instance's parameters."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor with rows of queries or keys.
+
+    Attributes:
+        name: Its name, the numbers in it as fields of `str.format`.
+        axis: Axis that counts the rows.
+        count: Number of rows.
+    """
+
+    name: str
+    axis: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows that share a learning rate, head by head.
+
+    Attributes:
+        role: Role in the layout.
+        tensors: The tensors that hold its rows, as indices into the kind's: a weight, and its bias if it has one.
+        heads: For each head the ranges of its rows, sorted, none touching the next. Every head has as many rows.
+    """
+
+    role: Role
+    tensors: tuple[int, ...]
+    heads: tuple[Ranges, ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product of blocks in the logits, for several query heads at once.
+
+    Attributes:
+        factors: For each factor its block, as an index into the kind's, and which head of the block each query head
+            reads.
+    """
+
+    factors: tuple[tuple[int, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Attentions that are the same but for the numbers in the names of their parameters.
+
+    Attributes:
+        title: What they are, in a few words.
+        tensors: The tensors that hold their rows.
+        blocks: The blocks.
+        terms: The terms of all of one instance's logits.
+        instances: The numbers in the names, for each instance.
+    """
+
+    title: str
+    tensors: tuple[Rows, ...]
+    blocks: tuple[Block, ...]
+    terms: tuple[Term, ...]
+    instances: tuple[Names, ...]
+
+
+def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kind, ...]:
+    """The kinds of attention in a layout; those that keep a QK norm are none.
+
+    Arguments:
+        layout: Where the pairs are.
+        shapes: Shape of every parameter that the layout names.
+
+    Raises:
+        LayoutError: A parameter is missing, its rows do not fit its shape, or it has rows along two axes.
+        EmitError: There is no pair.
+
+    Example:
+        >>> kind, = kinds_of(find_qk_pairs(model, ids), {name: p.shape for name, p in model.named_parameters()})
+    """
+    found: dict[Kind, list[Names]] = {}
+    for sites in _connected([site for site in layout.sites if site.terms and not site.qk_norm]):
+        kind = _kind(sites, shapes)
+        numbers: list[int] = []
+        tensors = tuple(replace(tensor, name=_template(tensor.name, numbers)) for tensor in kind.tensors)
+        found.setdefault(replace(kind, tensors=tensors), []).append(tuple(numbers))
+    if not found:
+        raise EmitError(_why_empty(layout))
+    return tuple(replace(kind, instances=tuple(sorted(instances))) for kind, instances in found.items())
+
+
+def _why_empty(layout: QKLayout) -> str:
+    if layout.sites:
+        return (
+            f"all {len(layout.sites)} attentions keep their QK norm, so their logits do not depend on the norms of the "
+            "weights; take it out first (--qk-norm strip, or quack_fx.strip_qk_norm)"
+        )
+    reasons = "; ".join(f"{skipped.name!r}: {skipped.reason}" for skipped in layout.skipped[:3])
+    return f"no query/key pairs to write a training step for{f' ({reasons})' if reasons else ''}"
+
+
+def _connected(sites: Sequence[AttentionSite]) -> list[list[AttentionSite]]:
+    """Sites together with those that they share a tensor with, in the layout's order."""
+    together: list[list[AttentionSite]] = []
+    owner: dict[str, list[AttentionSite]] = {}
+    for site in sites:
+        names = {name for _, block in site.blocks() for name in (block.param, block.bias) if name is not None}
+        joined = [site]
+        for group in {id(owner[name]): owner[name] for name in names if name in owner}.values():
+            joined = [*group, *joined]
+            together.remove(group)
+        joined.sort(key=sites.index)
+        together.append(joined)
+        for one in joined:
+            for _, block in one.blocks():
+                owner.update(dict.fromkeys(filter(None, (block.param, block.bias)), joined))
+    return sorted(together, key=lambda group: sites.index(group[0]))
+
+
+_NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
+
+
+def _template(name: str, numbers: list[int]) -> str:
+    """A name for `str.format` in which every number is a field; the numbers are appended to `numbers`."""
+
+    def take(match: re.Match[str]) -> str:
+        numbers.append(int(match[0]))
+        return f"{{{len(numbers) - 1}}}"
+
+    # Twice the braces: one pair less after str.format, and then the f-string in the program takes the other.
+    return _NUMBER.sub(take, name.replace("{", "{{{{").replace("}", "}}}}"))
+
+
+# ---- one instance ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One head's rows of a block."""
+
+    param: str
+    bias: str | None
+    ranges: Ranges
+
+    @property
+    def size(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+
+_Product = tuple[_Unit, ...]
+
+
+def _kind(sites: Sequence[AttentionSite], shapes: Mapping[str, Sequence[int]]) -> Kind:
+    """The kind of some sites that belong together, its names those of their parameters."""
+    tensors = _Tensors(shapes)
+    for site in sites:
+        for _, block in site.blocks():
+            tensors.add(site, block)
+    products = [_products(site) for site in sites]
+    blocks = _blocks(sites, products)
+    home = {unit: (b, h) for b, (_, units) in enumerate(blocks) for h, unit in enumerate(units)}
+    terms = list(dict.fromkeys(term for own in products for product in own for term in _terms(product, home)))
+    made = tuple(Block(role, tensors.of(units[0]), tuple(unit.ranges for unit in units)) for role, units in blocks)
+    return Kind(" and ".join(dict.fromkeys(map(_title, sites))), tensors.all(), made, tuple(terms), ())
+
+
+def _title(site: AttentionSite) -> str:
+    """What an attention is: 'GQA, 32 query heads on 8 key heads'."""
+    heads = f"{site.query_heads} head{'s' if site.query_heads > 1 else ''}"
+    if site.key_heads != site.query_heads:
+        heads = f"{site.query_heads} query heads on {site.key_heads} key head{'s' if site.key_heads > 1 else ''}"
+    kind = "attention" if site.kind == "other" else site.kind.upper()
+    return f"{kind}{' across two sequences' if site.cross else ''}, {heads}"
+
+
+class _Tensors:
+    """The tensors of an instance, each checked against its shape."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._shapes = shapes
+        self._found: dict[str, Rows] = {}
+
+    def add(self, site: AttentionSite, block: WeightBlock) -> None:
+        where = f"site {site.name!r}: block of {block.param!r}"
+        self._add(where, block.param, block.axis, block)
+        if block.bias is not None:
+            self._add(where, block.bias, 0, block)
+
+    def _add(self, where: str, name: str, axis: int, block: WeightBlock) -> None:
+        if name not in self._shapes:
+            raise LayoutError(f"{where}: the model has no parameter {name!r}; find the pairs of this very model")
+        shape = tuple(self._shapes[name])
+        if axis >= len(shape):
+            raise LayoutError(f"{where} has axis {axis}, but the shape of {name!r} is {list(shape)}")
+        last = max((stop for ranges in block.heads for _, stop in ranges), default=0)
+        if last > shape[axis]:
+            raise LayoutError(f"{where} goes up to row {last}, but axis {axis} of {list(shape)} has {shape[axis]}")
+        known = self._found.setdefault(name, Rows(name, axis, shape[axis]))
+        if known.axis != axis:
+            raise LayoutError(
+                f"layout counts the output features of {name!r} along axis {known.axis} and along axis {axis}; "
+                "one parameter can have head rows along one axis only"
+            )
+
+    def of(self, unit: _Unit) -> tuple[int, ...]:
+        numbers = {name: i for i, name in enumerate(self._found)}
+        return tuple(numbers[name] for name in (unit.param, unit.bias) if name is not None)
+
+    def all(self) -> tuple[Rows, ...]:
+        return tuple(self._found.values())
+
+
+def _merged(ranges: Ranges) -> Ranges:
+    """The same rows in ascending order, neighbours joined."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _products(site: AttentionSite) -> list[list[_Product]]:
+    """For each term of a site the product of each of its query heads that has one."""
+    found: list[list[_Product]] = []
+    for term in site.terms:
+        own = []
+        for head, key_head in enumerate(site.head_map):
+            parts = [(site.query[b], site.query[b].heads[head]) for b in term.query]
+            parts += [(site.key[b], site.key[b].heads[key_head]) for b in term.key]
+            if all(ranges for _, ranges in parts):
+                own.append(tuple(_Unit(block.param, block.bias, _merged(ranges)) for block, ranges in parts))
+        found.append(own)
+    return found
+
+
+def _blocks(sites: Sequence[AttentionSite], products: Sequence[list[list[_Product]]]) -> list[tuple[Role, list[_Unit]]]:
+    """The units of all terms, those of one place in a term together; places that share a unit are one."""
+    blocks: list[tuple[Role, dict[_Unit, None]]] = []
+    for site, own in zip(sites, products, strict=True):
+        for term, heads in zip(site.terms, own, strict=True):
+            roles = [site.query[b].role for b in term.query] + [site.key[b].role for b in term.key]
+            for role, column in zip(roles, zip(*heads, strict=True), strict=bool(heads)):
+                for units in _alike(column):
+                    shared = [block for block in blocks if not block[1].keys().isdisjoint(units)]
+                    if not shared:
+                        blocks.append((role, units))
+                        continue
+                    for other in shared[1:]:
+                        shared[0][1].update(other[1])
+                        blocks = [block for block in blocks if block is not other]
+                    shared[0][1].update(units)
+    return [(role, sorted(units, key=lambda unit: unit.ranges)) for role, units in blocks]
+
+
+def _alike(column: Iterable[_Unit]) -> Iterator[dict[_Unit, None]]:
+    """Units of one tensor and one number of rows together."""
+    groups: dict[tuple[str, str | None, int], dict[_Unit, None]] = {}
+    for unit in column:
+        groups.setdefault((unit.param, unit.bias, unit.size), {})[unit] = None
+    yield from groups.values()
+
+
+def _terms(products: Sequence[_Product], home: Mapping[_Unit, tuple[int, int]]) -> Iterator[Term]:
+    """The products of many heads as terms: one for all heads whose units are of the same blocks."""
+    by_blocks: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for product in products:
+        places = [home[unit] for unit in product]
+        by_blocks.setdefault(tuple(b for b, _ in places), {})[tuple(h for _, h in places)] = None
+    for blocks, heads in by_blocks.items():
+        yield Term(tuple((block, column) for block, column in zip(blocks, zip(*heads, strict=True), strict=True)))

@@ -1,0 +1,128 @@
+"""Rows of heads as expressions: `torch.arange(768, 1536).view(12, 64)`, the way one would cut the weight itself.
+
+In: for each head the ranges of its rows. Out: text that evaluates to their numbers, int64 [heads, rows of a head].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from quack_fx.layout import Ranges
+from quack_fx.train.program.text import Tables, as_ranges
+
+Loop = tuple[int, int]
+"""How many numbers, and how far apart."""
+
+
+def index_of(heads: Sequence[Ranges], tables: Tables) -> str:
+    """The numbers of the rows of each head; each head has as many.
+
+    Arguments:
+        heads: The ranges of each head.
+        tables: Takes lists that are long.
+
+    Example:
+        >>> index_of([((0, 4),), ((12, 16),)], Tables("ROWS"))
+        'torch.arange(24).view(2, 12)[:, :4]'
+        >>> index_of([((0, 1), (3, 4)), ((1, 2), (2, 3))], Tables("ROWS"))
+        'torch.tensor([[0, 3], [1, 2]])'
+    """
+    numbers = [[row for start, stop in ranges for row in range(start, stop)] for ranges in heads]
+    loops = _loops(numbers)
+    text = None if loops is None else _view(numbers[0][0], loops, len(heads), len(numbers[0]))
+    if text is not None:
+        return text
+    return f"torch.tensor({tables.text([tables.text(as_ranges(own)) for own in numbers])})"
+
+
+def _loops(numbers: list[list[int]]) -> list[Loop] | None:
+    """Nested loops that run through the rows, head by head; None where they are none."""
+    inner = _nested(numbers[0])
+    starts = [own[0] for own in numbers]
+    if inner is None or any([n - own[0] for n in own] != [n - starts[0] for n in numbers[0]] for own in numbers):
+        return None
+    outer = _nested(starts)
+    return None if outer is None else [*outer, *inner]
+
+
+def _nested(values: list[int]) -> list[Loop] | None:
+    """Nested loops that run through some numbers, from their first; the outermost first; at most two."""
+    if len(values) == 1:
+        return []
+    step = values[1] - values[0]
+    count = next((i for i in range(1, len(values)) if values[i] - values[i - 1] != step), len(values))
+    if count == len(values):
+        return [(count, step)]
+    firsts = values[::count]
+    whole = len(values) % count == 0
+    if not whole or any(values[i] - values[i - i % count] != step * (i % count) for i in range(len(values))):
+        return None
+    distance = firsts[1] - firsts[0]
+    even = all(b - a == distance for a, b in pairwise(firsts))
+    return [(len(firsts), distance), (count, step)] if even else None
+
+
+def _view(first: int, loops: list[Loop], heads: int, rows: int) -> str | None:
+    """Nested loops as a view of consecutive numbers; None where the strides do not divide each other."""
+    if any(step <= 0 for _, step in loops):
+        return None
+    order = sorted(range(len(loops)), key=lambda i: -loops[i][1])
+    ordered = [loops[i] for i in order]
+    joined = _joined(ordered) if order == sorted(order) else ordered
+    steps = [step for _, step in joined] + [1]
+    if any(a % b for a, b in pairwise(steps)):
+        return None
+    counts = [count for count, _ in joined]
+    sizes = [a // b for a, b in pairwise(steps)]  # of all axes but the first
+    offsets, rest = [], first % steps[0]
+    for step in steps[1:]:
+        offsets.append(rest // step)
+        rest %= step
+    needed = [*counts[1:], 1]
+    if any(offset + count > size for offset, count, size in zip(offsets, needed, sizes, strict=True)):
+        return None
+    begin = first - first % steps[0]
+    end = begin + counts[0] * steps[0]
+    text = f"torch.arange({f'{begin}, ' if begin else ''}{end})"
+    cuts = [_cut(o, n, size) for o, n, size in zip(offsets, needed, sizes, strict=True)]
+    shape = [counts[0], *(size for size in sizes if size > 1)]
+    if len(shape) > 1:
+        text += f".view({', '.join(map(str, shape))})"
+        kept = [cut for cut, size in zip(cuts, sizes, strict=True) if size > 1]
+        while kept and kept[-1] == ":":
+            kept.pop()
+        text += f"[:, {', '.join(kept)}]" if kept else ""
+        shape = [counts[0], *(n for n, size in zip(needed, sizes, strict=True) if size > 1 and n > 1)]
+    return _as_heads(text, shape, order, loops, heads, rows)
+
+
+def _as_heads(text: str, shape: list[int], order: list[int], loops: list[Loop], heads: int, rows: int) -> str | None:
+    """The view as [heads, rows of a head]."""
+    if order == sorted(order):
+        if shape == [heads, rows]:
+            return text
+        return f"{text}.{'reshape' if '[' in text else 'view'}({heads}, {rows})"
+    return f"{text}.T" if len(loops) == 2 and shape == [rows, heads] else None
+
+
+def _joined(loops: list[Loop]) -> list[Loop]:
+    """Loops without those of one turn; one that goes on where the next one ends is one with it."""
+    joined: list[Loop] = []
+    for count, step in loops:
+        if count == 1:
+            continue
+        if joined and joined[-1][1] == count * step:
+            joined[-1] = (joined[-1][0] * count, step)
+        else:
+            joined.append((count, step))
+    return joined or [(1, 1)]
+
+
+def _cut(offset: int, count: int, size: int) -> str:
+    """Part of an axis."""
+    if count == size:
+        return ":"
+    if count == 1:
+        return str(offset)
+    return f"{offset or ''}:{offset + count if offset + count < size else ''}"

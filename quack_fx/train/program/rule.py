@@ -1,0 +1,118 @@
+"""The one rule in a kind's own names, as the paper writes its algorithms: `uq=1 / (n.dq * n.uk * n.dkv)`.
+
+In: a `Kind` and a name for each of its blocks. Out: for each block the expression of its factor,
+
+    factor(block) = min over the terms that contain it of  1 / product of the norms of the other blocks of that term,
+
+over tensors [instances, heads] of norms, n.q and so on; those of a block that all heads share are [instances, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quack_fx.train.program.kinds import Kind, Term
+from quack_fx.train.program.text import INDENT, Tables, as_ranges, bracketed
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The factor of one block.
+
+    Attributes:
+        block: Name of the block.
+        ways: What it is multiplied with in each of its terms, as norms; its factor is 1 / the largest.
+    """
+
+    block: str
+    ways: tuple[str, ...]
+
+    def lines(self, depth: int) -> list[str]:
+        """The factor as an argument of a call, indented: the smallest where there are several ways."""
+        inverse = [f"1 / {way}" if _binds(way) else f"1 / ({way})" for way in self.ways]
+        if len(inverse) == 1:
+            return [f"{INDENT * depth}{self.block}={inverse[0]},"]
+        smallest = "torch.minimum" if len(inverse) == 2 else "smallest"
+        return bracketed(depth, f"{self.block}={smallest}(", inverse, "),")
+
+
+def factors_of(kind: Kind, names: Sequence[str], tables: Tables) -> list[Factor]:
+    """The factor of every block of a kind.
+
+    Arguments:
+        kind: The kind.
+        names: A name for each of its blocks.
+        tables: Takes lists that are long.
+    """
+    found: list[list[str]] = [[] for _ in kind.blocks]
+    for term in kind.terms:
+        for place, (block, _) in enumerate(term.factors):
+            found[block].append(_others(kind, names, term, place, tables))
+    return [Factor(name, tuple(dict.fromkeys(ways))) for name, ways in zip(names, found, strict=True)]
+
+
+def _binds(text: str) -> bool:
+    """Whether an expression binds closer than a division: a name with calls and indices behind it."""
+    depth = 0
+    for c in text:
+        depth += (c in "([") - (c in ")]")
+        if depth == 0 and c in " ":
+            return False
+    return True
+
+
+def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Tables) -> str:
+    """Product of the norms of a term's other factors, the largest one that a head of the block at `place` meets."""
+    heads = len(term.factors[0][1])
+    own, target = term.factors[place]
+    size = len(kind.blocks[own].heads)
+    others = [factor for i, factor in enumerate(term.factors) if i != place]
+    wide = any(_spreads(len(kind.blocks[b].heads), column) for b, column in others)
+    # In the order of the blocks, so that equal products read alike.
+    parts = [_read(f"n.{names[b]}", len(kind.blocks[b].heads), column, tables) for b, column in sorted(others)]
+    product = " * ".join(parts)
+    if target == tuple(range(size)):
+        return (
+            product
+            if wide or size == 1
+            else f"({product}).expand(-1, {size})"
+            if len(parts) > 1
+            else (f"{product}.expand(-1, {size})")
+        )
+    whole = f"({product})" if len(parts) > 1 else product
+    if not wide:  # every head meets the same
+        covered = set(target) == set(range(size))
+        return (
+            (product if size == 1 else f"{whole}.expand(-1, {size})")
+            if covered
+            else (f"largest({whole}.expand(-1, {heads}), {tables.text(as_ranges(target))}, {size})")
+        )
+    if size == 1:
+        return f"{whole}.amax(-1, keepdim=True)"
+    groups = heads // size
+    if target == tuple(h // groups for h in range(heads)) and groups * size == heads:
+        return f"{whole}.unflatten(-1, ({size}, {groups})).amax(-1)"
+    if target == tuple(h % size for h in range(heads)) and groups * size == heads:
+        return f"{whole}.unflatten(-1, ({groups}, {size})).amax(-2)"
+    return f"largest({whole}, {tables.text(as_ranges(target))}, {size})"
+
+
+def _spreads(size: int, column: tuple[int, ...]) -> bool:
+    """Whether a factor, as the query heads read it, is a number for each of them."""
+    return size > 1 or len(column) == 1
+
+
+def _read(norms: str, size: int, column: tuple[int, ...], tables: Tables) -> str:
+    """Norms of a block as the query heads read them."""
+    heads = len(column)
+    if column == tuple(range(size)) or size == 1:
+        return norms
+    groups = heads // size
+    if groups * size == heads and column == tuple(h // groups for h in range(heads)):
+        return f"{norms}.repeat_interleave({groups}, -1)"
+    if groups * size == heads and column == tuple(h % size for h in range(heads)):
+        return f"{norms}.repeat(1, {groups})"
+    if column == tuple(range(column[0], column[0] + heads)):
+        return f"{norms}[:, {column[0]}:{column[-1] + 1}]"
+    return f"{norms}[:, {tables.text(as_ranges(column))}]"

@@ -1,0 +1,92 @@
+"""Small pieces of Python source, laid out as `ruff format` lays them out at 120 columns.
+
+In: numbers, names, expressions. Out: text that a formatter leaves alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+WIDTH = 120
+INDENT = "    "
+
+_LONG = 60
+"""Characters of a list that stands where it is used."""
+
+
+def quoted(text: str, fields: bool = False) -> str:
+    """A string literal; an f-string where `fields` says that the text holds replacement fields."""
+    escaped = text.replace("\\", "\\\\")
+    quote = "'" if '"' in escaped and "'" not in escaped else '"'
+    return ("f" if fields else "") + quote + escaped.replace(quote, "\\" + quote) + quote
+
+
+def bracketed(depth: int, opening: str, entries: Sequence[str], closing: str) -> list[str]:
+    """`opening`, the entries with commas between them, `closing`: on one line if it fits, else on several.
+
+    Arguments:
+        depth: Levels of indentation.
+        opening: Text up to and including the bracket, `"x = f("`.
+        entries: What stands in the brackets.
+        closing: The closing bracket and what follows, `"):"`.
+    """
+    pad = INDENT * depth
+    line = f"{pad}{opening}{', '.join(entries)}{closing}"
+    if len(line) <= WIDTH:
+        return [line]
+    inner = f"{pad}{INDENT}{', '.join(entries)}"
+    if len(inner) <= WIDTH and re.search(r"\w\($", opening):  # the arguments of a call; other entries go one a line
+        return [f"{pad}{opening}", inner, f"{pad}{closing}"]
+    return [f"{pad}{opening}", *(f"{pad}{INDENT}{entry}," for entry in entries), f"{pad}{closing}"]
+
+
+class Tables:
+    """Lists of a program: the short ones stand where they are used, the long ones are constants.
+
+    Arguments:
+        prefix: What the names of the constants begin with.
+
+    Attributes:
+        lines: The constants.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.lines: list[str] = []
+        self._names: dict[tuple[str, ...], str] = {}
+        self._prefix = prefix
+
+    def text(self, entries: Sequence[str]) -> str:
+        """A list as an expression."""
+        text = f"[{', '.join(entries)}]"
+        if len(text) <= _LONG:
+            return text
+        key = tuple(entries)
+        if key not in self._names:
+            self._names[key] = name = f"{self._prefix}_{len(self._names) + 1}"
+            self.lines += [*bracketed(0, f"{name} = [", entries, "]"), "", ""]
+        return self._names[key]
+
+
+def as_ranges(values: Sequence[int]) -> list[str]:
+    """Whole numbers as entries of a list, three or more in even steps as a range: `0, 5, *range(8, 12)`."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and (len(runs[-1]) < 2 or value - runs[-1][-1] == runs[-1][1] - runs[-1][0]):
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    parts = []
+    for run in runs:
+        step = run[1] - run[0] if len(run) > 1 else 0
+        parts += [f"*{range_of(run)}"] if len(run) > 2 and step > 0 else list(map(str, run))
+    return parts
+
+
+def range_of(values: Sequence[int]) -> str:
+    """Ascending numbers in even steps as a range."""
+    step = values[1] - values[0]
+    start, stop = values[0], values[-1] + step
+    if step == 1:
+        return f"range({start}, {stop})" if start else f"range({stop})"
+    return f"range({start}, {stop}, {step})"

@@ -1,0 +1,197 @@
+"""From the kinds of attention to the part of a program that is about the model.
+
+In: `Kind`s. Out: the lines of `weights`, `rows` and `factors` of each, and of `KINDS`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+
+from quack_fx.train.program.kinds import Kind
+from quack_fx.train.program.rows import index_of
+from quack_fx.train.program.rule import factors_of
+from quack_fx.train.program.text import INDENT, Tables, as_ranges, bracketed, quoted, range_of
+
+_LETTERS = "ijkmpqrstuvwxyz"
+_RESERVED = {"at", "n", "self", *_LETTERS, *keyword.kwlist, *dir(builtins)}
+
+
+def write_kinds(kinds: Sequence[Kind]) -> list[str]:
+    """The classes and functions that say what the attentions of a model are, and the table of them, as lines.
+
+    Example:
+        >>> print("\\n".join(write_kinds(kinds_of(layout, shapes))))
+    """
+    names = _kind_names(kinds)
+    lines: list[str] = []
+    table = []
+    for kind, name in zip(kinds, names, strict=True):
+        tables = Tables(f"{name.upper()}_TABLE")
+        own = _kind_lines(kind, name, tables)
+        axes = [f"{quoted(v)}: {t.axis}" for v, t in zip(_variables(kind), kind.tensors, strict=True) if t.axis]
+        entries = [_numbers(_independent(kind)[1], tables)]
+        entries += [f"{name.lower()}_{part}" for part in ("weights", "rows", "factors")]
+        entries += [f"axes={{{', '.join(axes)}}}"] if axes else []
+        table += bracketed(1, "Kind(", entries, "),")
+        lines += [*tables.lines, *own]
+    lines += ["KINDS = [", *table, "]"]
+    return lines
+
+
+def _kind_names(kinds: Sequence[Kind]) -> list[str]:
+    """A class name for every kind: MHA, GQA, MLA2."""
+    names: list[str] = []
+    for kind in kinds:
+        name = re.sub(r"\W", "", kind.title.split(",")[0].split(" across")[0]).capitalize()
+        names.append(name if name not in names else f"{name}{sum(n.rstrip('0123456789') == name for n in names) + 1}")
+    return names
+
+
+def _kind_lines(kind: Kind, name: str, tables: Tables) -> list[str]:
+    """The class and the three functions of one kind."""
+    count = len(kind.instances)
+    variables, blocks = _variables(kind), _block_names(kind)
+    attentions = f"{count} attentions" if count > 1 else "one attention"
+    lines = [
+        f"class {name}(NamedTuple):",
+        f'{INDENT}"""A number for every head of each block, in {attentions}: {kind.title}."""',
+        "",
+        *(f"{INDENT}{block}: Any" for block in blocks),
+    ]
+    parts = (
+        lines,
+        _weights_lines(kind, name.lower(), variables),
+        _rows_lines(kind, name, variables, blocks, tables),
+        _factors_lines(kind, name, blocks, tables),
+    )
+    return [line for part in parts for line in (*part, "", "")]
+
+
+def _weights_lines(kind: Kind, low: str, variables: Sequence[str]) -> list[str]:
+    fields, rows = _independent(kind)
+    letters = ", ".join(f"{letter}: int" for letter in _LETTERS[: len(rows[0])])
+    texts = [tensor.name.format(*fields) for tensor in kind.tensors]
+    prefix = _common_prefix(texts)
+    short = len(texts) > 1 and bool(prefix)
+    lines = [f"def {low}_weights({letters}) -> dict[str, str]:"]
+    lines += [f'{INDENT}"""Names of the weights and biases of one attention."""']
+    if short:
+        lines.append(f"{INDENT}at = {_named(prefix)}")
+    entries = []
+    for variable, text in zip(variables, texts, strict=True):
+        text = "{at}" + text.removeprefix(prefix) if short else text
+        entries.append(f"{quoted(variable)}: {_named(text)}")
+    return lines + bracketed(1, "return {", entries, "}")
+
+
+def _rows_lines(kind: Kind, name: str, variables: Sequence[str], blocks: Sequence[str], tables: Tables) -> list[str]:
+    lines = [f"def {name.lower()}_rows() -> {name}:"]
+    lines += [f'{INDENT}"""The rows of the heads of each block, [heads, rows of a head], and where they lie."""']
+    entries = []
+    for block, own in zip(blocks, kind.blocks, strict=True):
+        where = ", ".join(quoted(variables[t]) for t in own.tensors)
+        entries.append(f"{block}=({index_of(own.heads, tables)}, {where})")
+    return [*lines, f"{INDENT}return {name}(", *(f"{INDENT * 2}{entry}," for entry in entries), f"{INDENT})"]
+
+
+def _factors_lines(kind: Kind, name: str, blocks: Sequence[str], tables: Tables) -> list[str]:
+    latent = any(len(term.factors) > 2 for term in kind.terms)
+    summary = f"Algorithm {2 if latent else 1} of the paper, for all heads at once; n are the norms of the blocks."
+    lines = [f"def {name.lower()}_factors(n: {name}) -> {name}:", f'{INDENT}"""{summary}"""']
+    lines.append(f"{INDENT}return {name}(")
+    for factor in factors_of(kind, blocks, tables):
+        lines += factor.lines(2)
+    return [*lines, f"{INDENT})"]
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def _block_names(kind: Kind) -> list[str]:
+    """A name for every block: its role, with that of its weight in front where two have the same role."""
+    roles = [block.role for block in kind.blocks]
+    variables = _variables(kind)
+    names: list[str] = []
+    for block in kind.blocks:
+        name = block.role if roles.count(block.role) == 1 and block.role != "other" else variables[block.tensors[0]]
+        unique, n = name, 2
+        while unique in names:
+            unique, n = f"{name}_{n}", n + 1
+        names.append(unique)
+    return names
+
+
+def _variables(kind: Kind) -> list[str]:
+    """A name for every tensor, after the module that holds it."""
+    taken = set(_RESERVED)
+    names: list[str] = []
+    for tensor in kind.tensors:
+        path = [re.sub(r"\{.*?\}|\W", "", part).strip("_") for part in tensor.name.split(".")]
+        path = [part for part in path if part and not part.isdigit()] or ["weight"]
+        tail = path.pop() if len(path) > 1 and path[-1] in ("weight", "bias") else ""
+        name = path.pop().removesuffix("_weight")
+        name = f"{name}_bias" if tail == "bias" else name
+        while path and (name in taken or not name.isidentifier()):
+            name = f"{path.pop()}_{name}"
+        name = name if name.isidentifier() else f"w_{name}"
+        unique, n = name, 2
+        while unique in taken:
+            unique, n = f"{name}_{n}", n + 1
+        taken.add(unique)
+        names.append(unique)
+    return names
+
+
+def _named(text: str) -> str:
+    """A name with fields in single braces, and its own braces doubled, as a literal."""
+    fields = "{" in text.replace("{{", "").replace("}}", "")
+    return quoted(text, fields=True) if fields else quoted(text.replace("{{", "{").replace("}}", "}"))
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """The module path that all names start with."""
+    common = []
+    for level in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _independent(kind: Kind) -> tuple[list[str], list[tuple[int, ...]]]:
+    """What stands for each number in the names, and the numbers that vary by themselves, for each attention."""
+    instances = kind.instances
+    columns: list[int] = []
+    fields = []
+    for column in range(len(instances[0])):
+        values = [own[column] for own in instances]
+        if len(set(values)) == 1:
+            fields.append(str(values[0]))
+            continue
+        for place, other in enumerate(columns):
+            offsets = {value - own[other] for value, own in zip(values, instances, strict=True)}
+            if len(offsets) == 1:
+                offset = offsets.pop()
+                sign = "" if offset == 0 else f" {'+' if offset > 0 else '-'} {abs(offset)}"
+                fields.append(f"{{{_LETTERS[place]}{sign}}}")
+                break
+        else:
+            columns.append(column)
+            fields.append(f"{{{_LETTERS[len(columns) - 1]}}}")
+    return fields, [tuple(own[column] for column in columns) for own in instances]
+
+
+def _numbers(rows: Sequence[tuple[int, ...]], tables: Tables) -> str:
+    """The numbers of each attention as an expression: `[(i,) for i in range(12)]`."""
+    if len(rows[0]) == 1 and len(rows) > 2:
+        values = [value for (value,) in rows]
+        even = len({b - a for a, b in pairwise(values)}) == 1
+        return f"[(i,) for i in {range_of(values) if even else tables.text(as_ranges(values))}]"
+    return tables.text([str(row) for row in rows])
