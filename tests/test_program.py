@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import by_hand
 import emit_cases
@@ -170,6 +171,42 @@ def test_a_step_that_is_not_finite_changes_nothing_and_a_pruned_head_stays_finit
         if block.bias is not None:
             dict(model.named_parameters())[block.bias][slice(*block.heads[0][0])] = 0
     assert all(t.isfinite().all() for t in update(0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_goes_on_from_a_saved_state_to_the_bit(dtype: torch.dtype) -> None:
+    model, layout = CASES["tiny-our_mla"]()
+    program = load(write_program(layout, shapes_of(model), ""))
+    model = model.to(dtype)
+
+    def train(model: nn.Module, step: Any, updates: range) -> None:
+        for i in updates:
+            generator = torch.Generator().manual_seed(i)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            step.update()
+
+    def made(model: nn.Module) -> tuple[torch.optim.AdamW, Any]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return optimizer, program.TrainStep(model, optimizer, compile=False)
+
+    optimizer, step = made(model)
+    train(model, step, range(3))
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, step, range(3, 6))
+    resumed = CASES["tiny-our_mla"]()[0].to(dtype)
+    shuffle(resumed, 7)
+    optimizer, step = made(resumed)
+    resumed.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    train(resumed, step, range(3, 6))
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+
+    for own in state["state"].values():
+        own.pop("quack", None)
+    optimizer.load_state_dict(state)
+    with pytest.raises(ValueError, match="make the step after loading it"):
+        train(resumed, step, range(1))
 
 
 def test_bad_layouts_are_refused() -> None:

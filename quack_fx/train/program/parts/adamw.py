@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as plain_adamw
 
 from quack_fx.train.program.parts.look import Look
+from quack_fx.train.program.parts.sharded import local
 
 
 def adamw(weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, scale: Tensor, numbers: Tensor) -> None:
@@ -43,6 +44,12 @@ def adamw_numbers(group: Mapping[str, Any], steps: Tensor, look: Look) -> Tensor
     return torch.stack((lr / unbias1, decay, rest1, keep2, rest2, unbias2.rsqrt(), eps, clip, finite), -1)
 
 
+def start_adamw(weight: Tensor) -> dict[str, Tensor]:
+    """The state of a weight before its first step."""
+    zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), device=weight.device), **zeros}
+
+
 def step_adamw(
     group: Mapping[str, Any],
     state: Mapping[Tensor, dict[str, Tensor]],
@@ -52,11 +59,6 @@ def step_adamw(
 ) -> None:
     """One step on a group of the optimizer: torch's own kernel for weights without heads, `adamw` for the others."""
     weights = [weight for weight in group["params"] if weight.grad is not None]
-    for weight in weights:
-        if "exp_avg" not in state[weight]:
-            zeros = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
-            state[weight].update(step=torch.zeros((), device=weight.device), **zeros)
-
     plain = [weight for weight in weights if weight not in scales]
     plain_adamw(
         params=plain,
@@ -81,7 +83,9 @@ def step_adamw(
     if headed:
         steps = torch.stack([state[weight]["step"] for weight in headed]) + 1
         for weight, numbers in zip(headed, adamw_numbers(group, steps, look).unbind(), strict=True):
-            own, scale = state[weight], scales[weight]
-            arithmetic(weight.detach(), weight.grad, own["exp_avg"], own["exp_avg_sq"], scale, numbers.to(scale.dtype))
+            assert weight.grad is not None
+            tensors = [weight.detach(), weight.grad, state[weight]["exp_avg"], state[weight]["exp_avg_sq"]]
+            tensors = [local(tensor) for tensor in tensors]  # if sharded
+            arithmetic(*tensors, scales[weight], numbers.to(scales[weight].dtype))
         for weight in headed:
             state[weight]["step"] += 1 if look.finite is None else look.finite

@@ -54,6 +54,7 @@ class QuacK:
             self.stacks.append(stacks)
             self.rows.append(type(rows := kind.rows())(*((index.to(device), *where) for index, *where in rows)))
         self.first = self.factors()
+        self.kept: dict[Tensor, Tensor] = {}
         for kind, factors in zip(KINDS, self.first, strict=True):
             for block, factor in zip(factors._fields, factors, strict=True):
                 for numbers, dead in zip(kind.numbers, factor.isinf().any(-1).tolist(), strict=True):
@@ -72,6 +73,30 @@ class QuacK:
         add_up(squares, next(iter(self.stacks[0].values())).weights[0])  # if sharded
         norms = [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
         return [kind.factors(own) for kind, own in zip(KINDS, norms, strict=True)]
+
+    @torch.no_grad()
+    def keep(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """Keep the first factors in the state of each weight, and take over those of a state that was loaded."""
+        for stacks, rows, first in zip(self.stacks, self.rows, self.first, strict=True):
+            for name, stack in stacks.items():
+                blocks = [factor for (_, home, *_), factor in zip(rows, first, strict=True) if home == name]
+                for i, weight in enumerate(stack.weights):
+                    if not blocks or weight not in state:
+                        continue
+                    own = [factor[i] for factor in blocks]
+                    saved = state[weight].get("quack")
+                    if saved is None and weight in self.kept:
+                        raise ValueError(
+                            "the state that was loaded has no first factors; make the step after loading it"
+                        )
+                    if saved is None:  # as bytes: load_state_dict would round other numbers to the type of the weight
+                        state[weight]["quack"] = saved = torch.cat(own).view(torch.uint8)
+                    elif saved is not self.kept.get(weight):
+                        for factor, value in zip(
+                            own, saved.to(torch.uint8).view(torch.float64).split(list(map(len, own))), strict=True
+                        ):
+                            factor.copy_(value)
+                    self.kept[weight] = saved
 
     @torch.no_grad()
     def scales(self) -> dict[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quack_fx.train.program.parts.adamw import adamw, step_adamw
+from quack_fx.train.program.parts.adamw import adamw, start_adamw, step_adamw
 from quack_fx.train.program.parts.look import look_at
 from quack_fx.train.program.parts.quack import QuacK
 
@@ -54,12 +54,16 @@ class TrainStep:
     @torch.no_grad()
     def update(self) -> None:
         """Change the weights by the gradients that are there, and drop those."""
-        groups = self.optimizer.param_groups
-        grads = [weight.grad for group in groups for weight in group["params"] if weight.grad is not None]
-        look = look_at(grads, self.clip_grad_norm, self.skip_nonfinite)
+        groups, state = self.optimizer.param_groups, self.optimizer.state
+        weights = [weight for group in groups for weight in group["params"] if weight.grad is not None]
+        for weight in weights:
+            if not state[weight]:
+                state[weight] = start_adamw(weight)
+        look = look_at([weight.grad for weight in weights], self.clip_grad_norm, self.skip_nonfinite)
+        self.quack.keep(state)
         scales = self.quack.scales()
         for group in groups:
-            step_adamw(group, self.optimizer.state, scales, look, self.adamw)
+            step_adamw(group, state, scales, look, self.adamw)
         self.optimizer.zero_grad()
 
     def loss_of(self, *batch: Any, **named: Any) -> Tensor:
