@@ -31,6 +31,7 @@ from quack_fx.distributed import LocalStrip, UnitNorms
 from quack_fx.errors import LayoutError
 from quack_fx.factors import FactorPlan, Strip, check_layout, layout_params, plan_params, unit_norms
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, WeightBlock
+from quack_fx.train.program.source import write_program
 
 HEADS, DIM, WIDTH, STEPS = 3, 5, 8, 8  # 15 rows: two ranks hold 8 and 7, and the second head is cut
 
@@ -126,6 +127,25 @@ def equal_to_one_process(shard: Callable[[Model], nn.Module], norm: Any = "frobe
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, report)
     assert all(other == report for other in everywhere)  # bit for bit the same on every rank, or replicas would drift
+
+
+def program_equals_one_process(shard: Callable[[Model], nn.Module]) -> None:
+    """The same of the program that is written for sharded weights; one collective a step for each axis of the mesh."""
+    plain, model = Model().double(), shard(Model().double())
+    shapes = {name: tuple(p.shape) for name, p in Model().named_parameters()}
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    optimizer = AdamW(plain.parameters(), foreach=False, **options)
+    QuacK(optimizer, plain, LAYOUT, tau=0.5)
+    names: dict[str, Any] = {}
+    exec(write_program(LAYOUT, shapes, "Model", sharded=True), names)
+    step = names["TrainStep"](model, AdamW(model.parameters(), **options), tau=0.5, compile=False)
+    for i in range(STEPS):
+        x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(i)).double()
+        F.mse_loss(model(x), x.roll(1, -1).sin()).backward()
+        step.update()
+        train(plain, optimizer, range(i, i + 1))
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours), theirs.detach(), rtol=0.0, atol=1e-11)
 
 
 def mesh(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
@@ -252,6 +272,11 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
         "FSDP2 on one layer": lambda: equal_to_one_process(one_layer_sharded),
         "FSDP2, spectral norm": lambda: equal_to_one_process(fsdp, norm="spectral"),
         "tensor parallel": lambda: equal_to_one_process(tensor_parallel),
+        "program, FSDP2": lambda: program_equals_one_process(fsdp),
+        "program, FSDP2 with replicas": lambda: program_equals_one_process(hybrid),
+        "program, FSDP2 on one layer": lambda: program_equals_one_process(one_layer_sharded),
+        "program, tensor parallel": lambda: program_equals_one_process(tensor_parallel),
+        "program, DistributedDataParallel": lambda: program_equals_one_process(data_parallel),
         "DistributedDataParallel": lambda: equal_to_one_process(data_parallel),
         "rows": rows_are_where_the_tensors_say,
         "norms": norms_are_those_of_the_whole,
@@ -259,6 +284,7 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
         "refused": what_has_no_rows_is_refused,
     },
     4: {
+        "program, FSDP2 over tensor parallel": lambda: program_equals_one_process(fsdp_over_tensor_parallel),
         "FSDP2 over tensor parallel": lambda: equal_to_one_process(fsdp_over_tensor_parallel),
         "FSDP2 with replicas": lambda: equal_to_one_process(hybrid),
         "strided rows": strided_rows_are_where_the_tensors_say,

@@ -60,11 +60,15 @@ def step_adamw(
     """One step on a group of the optimizer: torch's own kernel for weights without heads, `adamw` for the others."""
     weights = [weight for weight in group["params"] if weight.grad is not None]
     plain = [weight for weight in weights if weight not in scales]
+    columns: list[list[Tensor]] = [plain, [weight.grad for weight in plain if weight.grad is not None]]
+    columns += [[state[weight][name] for weight in plain] for name in ("exp_avg", "exp_avg_sq")]
+    columns = [[local(tensor) for tensor in column] for column in columns]  # if sharded
+    params, grads, means, squares = columns
     plain_adamw(
-        params=plain,
-        grads=[weight.grad for weight in plain if weight.grad is not None],
-        exp_avgs=[state[weight]["exp_avg"] for weight in plain],
-        exp_avg_sqs=[state[weight]["exp_avg_sq"] for weight in plain],
+        params,
+        grads,
+        means,
+        squares,
         max_exp_avg_sqs=[],
         state_steps=[state[weight]["step"] for weight in plain],
         fused=True,

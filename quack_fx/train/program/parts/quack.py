@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from quack_fx.train.program.parts.sharded import add_up, held, is_first, local
+from quack_fx.train.program.parts.sharded import add_up, held, local, meshes_of, spread
 
 
 class Kind(NamedTuple):
@@ -47,12 +48,18 @@ class QuacK:
         params = {bare(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
         self.stacks: list[dict[str, Stack]] = []
         self.rows: list[Any] = []
+        self.meshes: list[DeviceMesh] = []  # if sharded
         for kind in KINDS:
             names = [kind.weights(*numbers) for numbers in kind.numbers]
             stacks = {w: Stack([params[n[w]] for n in names], kind.axes.get(w, 0)) for w in names[0]}
+            for stack in stacks.values():  # if sharded
+                stack.meshes = self.meshes  # if sharded
             device = next(iter(stacks.values())).weights[0].device
             self.stacks.append(stacks)
             self.rows.append(type(rows := kind.rows())(*((index.to(device), *where) for index, *where in rows)))
+        self.meshes += meshes_of(
+            weight for own in self.stacks for s in own.values() for weight in s.weights
+        )  # if sharded
         self.first = self.factors()
         self.kept: dict[Tensor, Tensor] = {}
         for kind, factors in zip(KINDS, self.first, strict=True):
@@ -68,9 +75,9 @@ class QuacK:
         squares = []
         for stacks, rows in zip(self.stacks, self.rows, strict=True):
             of = {name: stack.squares() for name, stack in stacks.items()}
-            sums = [torch.stack([of[name][:, index].sum(-1) for name in names]).sum(0) for index, *names in rows]
+            sums = [torch.stack([of[name][..., index].sum(-1) for name in names]).sum(0) for index, *names in rows]
             squares.append(sums)
-        add_up(squares, next(iter(self.stacks[0].values())).weights[0])  # if sharded
+        add_up(squares, self.meshes)  # if sharded
         norms = [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
         return [kind.factors(own) for kind, own in zip(KINDS, norms, strict=True)]
 
@@ -117,6 +124,8 @@ class QuacK:
 class Stack:
     """One weight of all attentions of a kind; `axis` counts its rows."""
 
+    meshes: list[DeviceMesh]  # if sharded
+
     def __init__(self, weights: list[Tensor], axis: int) -> None:
         self.weights, self.axis = weights, axis
         self.others = [d for d in range(weights[0].dim()) if d != axis]
@@ -129,14 +138,11 @@ class Stack:
         weights = [local(weight) for weight in weights]  # if sharded
         norms = [torch.linalg.vector_norm(w, dim=self.others, dtype=self.exact) if self.others else w for w in weights]
         squares = [norm.double().square() for norm in norms]
-        squares = [self.spread(i, own) for i, own in enumerate(squares)]  # if sharded
-        return torch.stack(squares)
-
-    def spread(self, i: int, squares: Tensor) -> Tensor:  # if sharded
-        """Squares of the rows of this rank among those of all, each counted by one rank."""  # if sharded
-        everywhere = squares.new_zeros(self.weights[i].shape[self.axis])  # if sharded
-        everywhere[self.held[i]] = squares if is_first(self.weights[i]) else 0.0  # if sharded
-        return everywhere  # if sharded
+        places = zip(self.weights, self.held, strict=True)  # if sharded
+        squares = [
+            spread(x, *place, self.axis, self.meshes) for x, place in zip(squares, places, strict=True)
+        ]  # if sharded
+        return torch.stack(squares, -2)
 
     def ones(self) -> Tensor:
         """A scale of 1 for every row, [attentions, rows]."""

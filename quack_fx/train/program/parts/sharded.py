@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -31,20 +32,33 @@ def held(weight: Tensor, axis: int) -> Tensor:
     return rows
 
 
-def is_first(weight: Tensor) -> bool:
-    """Whether this rank counts what it holds of a weight: of ranks that hold the same the first one does."""
+def meshes_of(weights: Iterable[Tensor]) -> list[DeviceMesh]:
+    """The meshes that some weights are sharded over."""
+    return list(dict.fromkeys(weight.device_mesh for weight in weights if isinstance(weight, DTensor)))
+
+
+def spread(squares: Tensor, weight: Tensor, held: Tensor, axis: int, meshes: Sequence[DeviceMesh]) -> Tensor:
+    """Squared norms of the rows here among those of all, [1 + meshes, rows]; of copies on several ranks one counts.
+
+    Those of a weight that is not sharded stand first: no other rank adds to them.
+    """
+    everywhere = squares.new_zeros(1 + len(meshes), weight.shape[axis])
     if not isinstance(weight, DTensor):
-        return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        everywhere[0, held] = squares
+        return everywhere
     mesh = weight.device_mesh
-    return all(mesh.get_local_rank(d) == 0 for d, placement in enumerate(weight.placements) if placement.is_replicate())
+    copies = [d for d, placement in enumerate(weight.placements) if placement.is_replicate()]
+    if all(mesh.get_local_rank(d) == 0 for d in copies):
+        everywhere[1 + meshes.index(mesh), held] = squares
+    return everywhere
 
 
-def add_up(squares: Sequence[list[Tensor]], weight: Tensor) -> None:
-    """Add the squared norms of all ranks, in place: one collective."""
-    if isinstance(weight, DTensor):
-        everything = torch.cat([x.flatten() for own in squares for x in own])
-        for dim in range(weight.device_mesh.ndim):
-            torch.distributed.all_reduce(everything, group=weight.device_mesh.get_group(dim))
-        sums = iter(everything.split([x.numel() for own in squares for x in own]))
-        for own in squares:
-            own[:] = [next(sums).view_as(x) for x in own]
+def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> None:
+    """Add up the squared norms of all ranks, in place, [1 + meshes, attentions, heads] each to [attentions, heads]."""
+    sums = torch.cat([x.flatten(1) for own in squares for x in own], 1)
+    for mesh, part in zip(meshes, sums[1:], strict=True):
+        for dim in range(mesh.ndim):
+            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+    each = iter(sums.sum(0).split([x[0].numel() for own in squares for x in own]))
+    for own in squares:
+        own[:] = [next(each).view(x.shape[1:]) for x in own]
