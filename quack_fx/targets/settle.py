@@ -274,7 +274,7 @@ def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
         yield "edit", f"--build {shlex.quote(call.text)}"
     if world.missing:
         yield "missing", f"{', '.join(world.missing)} cannot be imported here and had stand-ins"
-    for text in world.notes:
+    for text in (*world.notes, *filter(None, [recipe.note])):
         yield "loaded", text
 
 

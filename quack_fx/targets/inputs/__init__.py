@@ -25,7 +25,7 @@ from quack_fx.errors import TargetError
 from quack_fx.targets import hf
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
 from quack_fx.targets.inputs.reading import read_uses
-from quack_fx.targets.inputs.repair import Attempts, failing_names, retry
+from quack_fx.targets.inputs.repair import Attempts, asks_for_more, failing_names, retry, unmet_names
 from quack_fx.targets.inputs.uses import Use
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
 
@@ -75,7 +75,7 @@ def _several(model: nn.Module, wanted: list[inspect.Parameter]) -> list[Inputs]:
 
 
 def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list[Inputs]:
-    """Inputs with one more of the optional arguments, for a forward that failed on a None.
+    """Inputs with one more of the optional arguments, for a forward that failed on a None, or in a statement with one.
 
     Arguments:
         model: The model.
@@ -86,11 +86,11 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
         The inputs, those first whose new argument stands in the statement that failed.
     """
     cause = error.__cause__ or error
-    if "None" not in str(cause):
-        return []
     parameters = signature(model)
     optional = [p for p in parameters if p.default is None and p.name not in given.kwargs]
-    named = [p for p in optional if p.name in failing_names(cause)]
+    named = [p for p in optional if p.name in (unmet_names(cause) or failing_names(cause))]
+    if not named and not asks_for_more(cause):
+        return []
     filled = [p for p in parameters if p.default is p.empty or p.name in given.kwargs]
     filled = [p for p in filled if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return [inputs for p in (named or optional)[:4] for inputs in _candidates(model, [*filled, p], 2)]

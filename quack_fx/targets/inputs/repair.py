@@ -71,12 +71,16 @@ class Attempts:
         """Note that the forward failed with this error; its traceback must still be there."""
         found: list[Inputs] = []
         more = self._more(self.model, inputs, error) if self._more is not None else []
-        for one in [*_with_blocks(inputs, error), *more]:
-            if one.text not in self.seen and self.left > 0:
+        certain = asks_for_more(error)
+        for one in [*_with_blocks(inputs, error), *(more if certain else [])]:
+            if (waiting := next((o for o in self.others if o.text == one.text), None)) is not None:
+                self.others.remove(waiting)
+                self.likely.appendleft(waiting)
+            elif one.text not in self.seen and self.left > 0:
                 self.seen.add(one.text)
                 self.left -= 1
                 self.likely.appendleft(one)
-        for repaired in retry(self.model, inputs, error):
+        for repaired in [*retry(self.model, inputs, error), *([] if certain else more)]:
             if repaired.text not in self.seen and self.left > 0:
                 self.seen.add(repaired.text)
                 self.left -= 1
@@ -129,6 +133,28 @@ def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
     args = tuple(mask if is_blocks(value) else value for value in inputs.args)
     kwargs = {name: mask if is_blocks(value) else value for name, value in inputs.kwargs.items()}
     return [named(args, kwargs, inputs.names or [""] * len(args))]
+
+
+def asks_for_more(error: BaseException) -> bool:
+    """Whether a forward failed since something is None, by what the error or the condition in front of it says."""
+    cause = error.__cause__ or error
+    return "None" in str(cause) or bool(unmet_names(cause))
+
+
+def unmet_names(error: BaseException) -> set[str]:
+    """Names that are None where the forward checks what it is given, and says that it cannot do with it."""
+    for frame, line in list(_frames(error.__traceback__))[-1:]:
+        text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
+        try:
+            within = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.If | ast.Assert | ast.Raise)]
+        except SyntaxError:
+            return set()
+        around = [n for n in within if n.lineno <= line <= (n.end_lineno or n.lineno)]
+        if around and isinstance(around[-1], ast.Raise | ast.Assert):
+            tests = [n.test for n in around[-2:] if not isinstance(n, ast.Raise)]
+            names = {part.id for test in tests for part in ast.walk(test) if isinstance(part, ast.Name)}
+            return {name for name in names if frame.f_locals.get(name, 0) is None}
+    return set()
 
 
 def failing_names(error: BaseException) -> set[str]:
