@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -170,6 +171,28 @@ def _is_taken(name: str, folder: Path) -> bool:
 def is_installed(file: str) -> bool:
     """Whether a file is one of Python's own or of an installed package."""
     return "site-packages" in file or "dist-packages" in file or file.startswith(_INSTALLED)
+
+
+@lru_cache(maxsize=256)
+def moved(module: str, name: str) -> str | None:
+    """The module of an installed package that defines a name now which older code imports from another one: one that
+    lies beside that or above it. None where there is none, or more than one."""
+    top = sys.modules.get(module.split(".")[0])
+    roots = [Path(p) for p in getattr(top, "__path__", ())]
+    if not roots or not is_installed(str(roots[0])):
+        return None
+    defines = re.compile(rf"^(def|class) {re.escape(name)}\b", re.MULTILINE)
+    inner = module.split(".")[1:-1]
+    for depth in range(len(inner), -1, -1):
+        folder = roots[0].joinpath(*inner[:depth])
+        files = sorted(folder.glob("*.py")) if folder.is_dir() else []
+        found = [f for f in files if defines.search(f.read_text("utf-8", errors="ignore"))]
+        if len(found) == 1:
+            stem = [] if found[0].stem == "__init__" else [found[0].stem]
+            return ".".join([module.split(".")[0], *inner[:depth], *stem])
+        if found:
+            return None
+    return None
 
 
 class LocalImports:

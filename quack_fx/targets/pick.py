@@ -27,7 +27,8 @@ from quack_fx.targets.files import Namespace, without
 from quack_fx.targets.outline import contains, instances, is_model_class, makers, own_names, roots, varied
 from quack_fx.targets.packages import python_files, repository_of, walk
 from quack_fx.targets.sizes import Call, calls
-from quack_fx.targets.sizes.plans import needs_nothing, required
+from quack_fx.targets.sizes.plans import needs_nothing
+from quack_fx.targets.sizes.signatures import required
 from quack_fx.targets.sizes.sources import DATA_FILES, LARGEST, PARSED
 from quack_fx.targets.world import World
 

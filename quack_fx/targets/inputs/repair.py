@@ -30,6 +30,10 @@ from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks,
 FIRST, REPAIRS, EACH = 3, 12, 4
 """Candidates that are tried before any repair, repairs in all, repairs of one failure."""
 
+LARGEST = 1 << 22
+"""Numbers in the inputs of a repair at most: where an error speaks of all pixels or tokens, and not of a side, the forward
+would take all memory."""
+
 More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
 Change = Callable[[Tensor], Tensor | None]
 """What becomes of each tensor among the arguments; None where it stays."""
@@ -105,7 +109,7 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
     try:
         for change in itertools.islice(_changes(model, candidate, cause), 12):
             changed = _changed(candidate, change)
-            if changed.text != candidate.text:
+            if changed.text != candidate.text and _numbers(changed) <= max(LARGEST, _numbers(candidate)):
                 found.setdefault(changed.text, changed)
     except Exception:  # looking at a frame of the user's may fail in any way; this is a hint
         pass
@@ -404,6 +408,18 @@ def _changed(inputs: Inputs, change: Change) -> Inputs:
     return named(
         args, {name: _in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
     )
+
+
+def _numbers(inputs: Inputs) -> int:
+    """How many numbers inputs hold."""
+    count = 0
+
+    def counted(tensor: Tensor) -> None:
+        nonlocal count
+        count += tensor.numel()
+
+    _changed(inputs, counted)
+    return count
 
 
 def _in(value: Any, change: Change) -> Any:

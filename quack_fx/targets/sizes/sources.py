@@ -261,6 +261,10 @@ _OPERATORS: dict[type[ast.operator], Any] = {
 }
 
 
+_SAME = ("int", "float", "FieldReference")
+"""Calls that give back what they are given, as far as sizes are concerned."""
+
+
 def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
     """The value that an expression has by its text alone, or `UNKNOWN`."""
     if isinstance(node, ast.Constant):
@@ -279,6 +283,8 @@ def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
         values = [value_of(value, scope) for value in node.values]
         keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
         return UNKNOWN if UNKNOWN in values else dict(zip(keys, values, strict=True))
+    if isinstance(node, ast.Call) and len(node.args) == 1 and read_name(node.func) in _SAME:
+        return value_of(node.args[0], scope)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = value_of(node.operand, scope)
         return -value if isinstance(value, int | float) else UNKNOWN

@@ -195,13 +195,34 @@ class InertModule(nn.Module):
         raise StandInUsed(self.stands_for)
 
 
+class _AsWanted(str):
+    """The version of a package that is not there: whichever the code asks for."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, str)
+
+    __le__ = __ge__ = __eq__
+    __lt__ = __gt__ = __ne__
+
+    __hash__ = str.__hash__
+
+    def startswith(self, *args: Any) -> bool:
+        """It begins as asked."""
+        return True
+
+
 class InertPackage(ModuleType):
     """Stands in for a module; its names are known ones (`known`), or inert."""
 
     def __init__(self, name: str, known: Callable[[str], Any]) -> None:
         super().__init__(name)
         self.__path__: list[str] = []  # submodules can be asked for
-        self.__version__ = "0"
+        self.__version__ = _AsWanted("0")
         self._known = known
 
     def __getattr__(self, name: str) -> Any:

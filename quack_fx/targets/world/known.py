@@ -11,10 +11,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.world import attention as fused
-from quack_fx.targets.world import vision
+from quack_fx.targets.world import timm_vit, vision
+from quack_fx.targets.world.fields import Fields, Loader
 from quack_fx.targets.world.inert import Inert, StandInUsed
 
 
@@ -104,6 +106,49 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         known = inspect.signature(nn.CrossEntropyLoss).parameters
         super().__init__(**{n: v for n, v in kwargs.items() if n in known})
+
+
+class Registry:
+    """A table of classes by their names, as `mmcv` and `fvcore` have it."""
+
+    def __init__(self, name: str = "", *args: Any, **kwargs: Any) -> None:
+        self.name, self._known = name, dict[str, Any]()
+
+    def register_module(self, name: Any = None, *args: Any, module: Any = None, **kwargs: Any) -> Any:
+        """Note a class: as a decorator, with a name or without, or as a call."""
+        given = module if module is not None else name if callable(name) else None
+        if given is None:
+            return lambda made: self.register_module(made)
+        self._known[given.__name__] = given
+        return given
+
+    register = register_module
+
+    def get(self, name: str) -> Any:
+        """The class of that name."""
+        return self._known.get(name)
+
+    __getitem__ = get
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+    def build(self, config: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a config describes that names its class as its type."""
+        given = dict(config)
+        return self._known[given.pop("type")](**given, **kwargs)
+
+
+class _Truncated:
+    """`scipy.stats.truncnorm`, by which layers draw their first weights: all of them zero here."""
+
+    def rvs(self, *args: Any, size: Any = 1, **kwargs: Any) -> Any:
+        """Numbers, as many as asked for."""
+        return torch.zeros(size).numpy()
+
+    def std(self, *args: Any, **kwargs: Any) -> float:
+        """The spread of a whole normal."""
+        return 1.0
 
 
 class LightningModule(nn.Module):
@@ -213,7 +258,15 @@ _TIMM = {
     "Mlp": vision.Mlp,
     "Attention": vision.Attention,
     "Block": vision.Block,
+    "VisionTransformer": timm_vit.VisionTransformer,
+    "create_model": timm_vit.create_model,
 }
+_FIELDS: dict[str, Any] = {
+    name: Fields for name in ("ConfigDict", "FrozenConfigDict", "EasyDict", "DictConfig", "CfgNode", "Munch")
+}
+_FIELDS |= {name: Fields for name in ("Dict", "AttrDict", "DefaultMunch", "Box")} | {"OmegaConf": Loader}
+_HOLDERS = ("ml_collections", "omegaconf", "easydict", "addict", "munch", "attrdict", "box", "yacs", "fvcore", "mmcv")
+_REGISTRY = {"Registry": Registry}
 _LIGHTNING = {"LightningModule": LightningModule}
 _KNOWN: dict[str, dict[str, Any]] = {
     "flash_attn": _FLASH,
@@ -233,4 +286,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "triton": {"jit": _kernel, "autotune": _around_kernel, "heuristics": _around_kernel},
     "pytorch_lightning": _LIGHTNING,
     "lightning": _LIGHTNING,
+    **dict.fromkeys(_HOLDERS, _FIELDS | _REGISTRY),
+    **dict.fromkeys(("mmengine", "detectron2", "iopath"), _REGISTRY),
+    "scipy": {"truncnorm": _Truncated()},
 }
