@@ -31,8 +31,8 @@ FIRST, REPAIRS, EACH = 3, 12, 4
 """Candidates that are tried before any repair, repairs in all, repairs of one failure."""
 
 LARGEST = 1 << 22
-"""Numbers in the inputs of a repair at most: where an error speaks of all pixels or tokens, and not of a side, the forward
-would take all memory."""
+"""Numbers in an input of a repair at most. Where an error speaks of all pixels or tokens and not of a side, the
+forward would take all memory."""
 
 More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
 Change = Callable[[Tensor], Tensor | None]
@@ -109,7 +109,7 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
     try:
         for change in itertools.islice(_changes(model, candidate, cause), 12):
             changed = _changed(candidate, change)
-            if changed.text != candidate.text and _numbers(changed) <= max(LARGEST, _numbers(candidate)):
+            if changed.text != candidate.text:
                 found.setdefault(changed.text, changed)
     except Exception:  # looking at a frame of the user's may fail in any way; this is a hint
         pass
@@ -398,7 +398,7 @@ def _only(number: int, change: Change) -> Change:
 
 def _refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of another shape with the same elements, repeated."""
-    if tuple(x.shape) == shape or not x.numel():
+    if tuple(x.shape) == shape or not x.numel() or math.prod(shape) > max(LARGEST, x.numel()):
         return x
     return x.flatten()[torch.arange(math.prod(shape)) % x.numel()].view(shape)
 
@@ -408,18 +408,6 @@ def _changed(inputs: Inputs, change: Change) -> Inputs:
     return named(
         args, {name: _in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
     )
-
-
-def _numbers(inputs: Inputs) -> int:
-    """How many numbers inputs hold."""
-    count = 0
-
-    def counted(tensor: Tensor) -> None:
-        nonlocal count
-        count += tensor.numel()
-
-    _changed(inputs, counted)
-    return count
 
 
 def _in(value: Any, change: Change) -> Any:
