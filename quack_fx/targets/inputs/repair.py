@@ -76,7 +76,7 @@ class Attempts:
         found: list[Inputs] = []
         more = self._more(self.model, inputs, error) if self._more is not None else []
         certain = asks_for_more(error)
-        for one in [*_with_blocks(inputs, error), *(more if certain else [])]:
+        for one in reversed([*_with_blocks(inputs, error), *(more if certain else [])]):
             if (waiting := next((o for o in self.others if o.text == one.text), None)) is not None:
                 self.others.remove(waiting)
                 self.likely.appendleft(waiting)

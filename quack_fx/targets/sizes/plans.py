@@ -31,7 +31,7 @@ from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.sizes.made_up import by_name, made_up
-from quack_fx.targets.sizes.ready import Quoted, naming, part_class, ready_made
+from quack_fx.targets.sizes.ready import Wanted, naming, part_class, ready_made
 from quack_fx.targets.sizes.settings import Guess, Settings
 from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_config_class, parameters, plain_type, required
 from quack_fx.targets.sizes.sources import Source, sources
@@ -309,12 +309,12 @@ class Planner:
             return False
         return bool(_CONFIG.fullmatch(name)) or bool(self._fields_read(name)) or hint is dict
 
-    def _fields_read(self, name: str) -> set[str]:
+    def _fields_read(self, name: str, kind: Any = ast.Attribute | ast.Subscript) -> set[str]:
         """Fields that the files read off what is called `name` there, as attributes or keys."""
         found: set[str] = set()
         for tree in self._trees.values():
             for node in ast.walk(tree):
-                if isinstance(node, ast.Attribute | ast.Subscript) and read_name(node.value) == name:
+                if isinstance(node, kind) and read_name(node.value) == name:
                     found.add(node.attr if isinstance(node, ast.Attribute) else read_name(node))
         found.discard("")
         return found if not found <= _METHODS else set()
@@ -333,16 +333,20 @@ class Planner:
 
     def _ready(self, name: str, account: Account, change: Change) -> Value | None:
         """A config that the file has made, if it has at least as many of the fields as stand together elsewhere."""
-        wanted = self._fields_read(name) - _METHODS | set(self._unpacked(name))
-        found = ready_made(self._names, wanted) if wanted and not change else None
-        if found is None:
+        unpacked = set(self._unpacked(name))
+        read = {kind: self._fields_read(name, kind) - _METHODS for kind in (ast.Attribute, ast.Subscript)}
+        wanted = Wanted(read[ast.Attribute], read[ast.Subscript] | unpacked)
+        ready = ready_made(self._names, wanted) if len(wanted) and not change else None
+        if ready is None:
             return None
-        text, config, share = found
-        source = self._best_source(wanted, self._sources)
-        if source is not None and len(wanted & source.values.keys()) / len(wanted) > share:
+        every = wanted.attributes | wanted.keys
+        source = self._best_source(every, self._sources)
+        if source is not None and len(every & source.values.keys()) > len(ready.fields):
             return None
-        account.found[name] = (Quoted(text), self._file.name if self._file else "")
-        return Value(lambda: copy.deepcopy(config), lambda: text)
+        where = f"{ready.text} in {self._file.name}" if self._file else ready.text
+        plain = (bool, int, float, str, list, tuple)
+        account.found |= {n: (v, where) for n, v in sorted(ready.fields.items()) if isinstance(v, plain)}
+        return Value(lambda: copy.deepcopy(ready.config), lambda: ready.text)
 
     def _filled(self, name: str, account: Account, change: Change) -> Value:
         """A config that is filled in as it is read, from the best source in the repository."""
@@ -351,7 +355,8 @@ class Planner:
         source = self._best_source(wanted, self._sources)
         values = dict(source.values) if source is not None else {}
         # None stands where a script fills a size in later.
-        values |= self._set_later({n for n, v in values.items() if v is None and n in wanted})
+        later = self._set_later({n for n, v in values.items() if v is None and n in wanted})
+        values |= {n: v for n, (v, _) in later.items()}
         known = {n: v for n, v in values.items() if n not in change and not (v is None and by_name(n))}
 
         def give(entry: str) -> Any:
@@ -374,16 +379,16 @@ class Planner:
         def text() -> str:
             for entry in settings._read:
                 if source is not None and entry in known:
-                    account.found[entry] = (known[entry], source.where)
+                    account.found[entry] = later.get(entry, (known[entry], source.where))
             return settings._expression()
 
         return Value(make, text)
 
-    def _set_later(self, undecided: set[str]) -> dict[str, Any]:
+    def _set_later(self, undecided: set[str]) -> dict[str, tuple[Any, str]]:
         """Values that assignments in one place give to what has none at first."""
         assigned = [s for s in self._sources if s.kind == "assignments" and s.of]
         best = self._best_source(undecided, assigned)
-        return {n: best.values[n] for n in undecided & best.values.keys()} if best is not None else {}
+        return {n: (best.values[n], best.where) for n in undecided & best.values.keys()} if best is not None else {}
 
     # ---- sources -----------------------------------------------------------------------------------------------------
 

@@ -8,44 +8,64 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from quack_fx.targets.sizes.signatures import required
+from quack_fx.targets.world.inert import Inert
 
 
-class Quoted(str):
-    """An expression that is shown as it stands."""
+@dataclass(frozen=True)
+class Wanted:
+    """Fields that code reads off a config: as attributes, and as keys."""
 
-    __slots__ = ()
+    attributes: set[str]
+    keys: set[str]
 
-    def __repr__(self) -> str:
-        return str(self)
+    def of(self, value: Any) -> dict[str, Any]:
+        """Those of them that a value has."""
+        if callable(value) or isinstance(value, ModuleType | nn.Module | Tensor | Inert):
+            return {}
+        found = {name: value[name] for name in self.keys if isinstance(value, Mapping) and name in value}
+        return found | {name: getattr(value, name) for name in self.attributes if hasattr(value, name)}
+
+    def __len__(self) -> int:
+        return len(self.attributes | self.keys)
 
 
-def ready_made(names: Mapping[str, Any], wanted: set[str]) -> tuple[str, Any, float] | None:
-    """The object that has most of the wanted fields, at least half of them and two: with its expression and share.
+@dataclass(frozen=True)
+class Ready:
+    """A config that is there: the expression that names it, and those of its fields that are wanted."""
+
+    text: str
+    config: Any
+    fields: dict[str, Any]
+
+
+def ready_made(names: Mapping[str, Any], wanted: Wanted) -> Ready | None:
+    """The object that has most of the wanted fields, at least half of them and two.
 
     Objects of the file count, what its functions without arguments give that are called after a config, and the first
     that does of those in a dict (`CONFIGS["small"]`).
     """
     best = None
-    for text, value, share in _sharing(names, wanted):
-        if best is None or share > best[2]:
-            best = (text, value, share)
+    for ready in _sharing(names, wanted):
+        if best is None or len(ready.fields) > len(best.fields):
+            best = ready
     return best
 
 
-def _sharing(names: Mapping[str, Any], wanted: set[str]) -> Iterator[tuple[str, Any, float]]:
+def _sharing(names: Mapping[str, Any], wanted: Wanted) -> Iterator[Ready]:
     """Objects that have enough of the wanted fields."""
     for name, value in _objects(names):
         inside = [(f"{name}[{key!r}]", item) for key, item in value.items()] if isinstance(value, Mapping) else []
         for text, item in [(name, value), *inside]:
-            have = wanted & _fields(item)
+            have = wanted.of(item)
             if len(have) > 1 and 2 * len(have) >= len(wanted):
-                yield text, item, len(have) / len(wanted)
+                yield Ready(text, item, have)
                 break
 
 
@@ -59,15 +79,6 @@ def _objects(names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                     continue
         elif not name.startswith("__"):
             yield name, value
-
-
-def _fields(value: Any) -> set[str]:
-    """Names of a value's fields; none for what is no config."""
-    if isinstance(value, Mapping):
-        return {key for key in value if isinstance(key, str)}
-    if isinstance(value, ModuleType | type | nn.Module | Tensor) or callable(value):
-        return set()
-    return set(getattr(value, "__dict__", ()))
 
 
 def part_class(kind: type, is_own: Callable[[str], bool]) -> type | None:
