@@ -22,7 +22,6 @@ import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from typing import Any
 from torch import nn
 
 from quack_fx.errors import TargetError
+from quack_fx.targets.sizes.call import Account, Call, Value
 from quack_fx.targets.sizes.made_up import by_name, made_up
 from quack_fx.targets.sizes.ready import Wanted, naming, part_class, ready_made
 from quack_fx.targets.sizes.settings import Guess, Settings
@@ -38,57 +38,9 @@ from quack_fx.targets.sizes.sources import Source, sources
 from quack_fx.targets.sizes.uses import Uses, read_name
 
 _CONFIG = re.compile(r"(\w*_)?(config|configs|cfg|conf|args|arguments|opts?|options|hparams?|hps?|params|settings)$")
+_MANY = 6
 _TRIES = 10
 """Calls that are tried at most, one after the other."""
-
-
-@dataclass
-class Account:
-    """What a call was made with.
-
-    Attributes:
-        found: Values that stand in the repository, with their place.
-        assumed: Values that were made up.
-    """
-
-    found: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    assumed: dict[str, Any] = field(default_factory=dict)
-
-
-class Call:
-    """A call of a class or factory.
-
-    Arguments:
-        name: How the file calls it.
-        function: The class or factory.
-        plan: A fresh value and its text for each parameter, and an account of where they come from.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any], plan: Callable[[Account], dict[str, Value]]) -> None:
-        self._name, self._function, self._plan = name, function, plan
-        self.account = Account()
-        self.text = f"{name}(...)"
-
-    def __call__(self) -> Any:
-        """Make the model; `text` and `account` then say with what."""
-        account = Account()
-        values = self._plan(account)
-        try:
-            return self._function(**{name: value.make() for name, value in values.items()})
-        finally:
-            self.account = account
-            by_place = [p.name for p in parameters(self._function) if p.kind is not p.KEYWORD_ONLY][:1]
-            alone = list(values) == by_place
-            parts = [value.text() if alone else f"{name}={value.text()}" for name, value in values.items()]
-            self.text = f"{self._name}({', '.join(parts)})"
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value of a parameter, and the expression that makes it (asked for after `make`)."""
-
-    make: Callable[[], Any]
-    text: Callable[[], str]
 
 
 def calls(
@@ -121,6 +73,9 @@ def needs_nothing(name: str, function: Callable[..., Any], names: Mapping[str, A
 Change = Mapping[str, Any]
 """Values of fields and parameters that differ from the first call's."""
 
+NEAR: Change = {}
+"""No change, but without what stands in files that say nothing of the callable."""
+
 WITHOUT = object()
 """A field that gets a made-up value instead of the None or the negative number that it has."""
 
@@ -137,7 +92,7 @@ class Planner:
         own_files: Sequence[Path],
         depth: int = 0,
     ) -> None:
-        self._depth = depth
+        self._depth, self._far = depth, False
         self._name, self._function, self._names, self._file = name, function, names, file
         self._required = required(function)
         self._hints = hints_of(function)
@@ -174,7 +129,7 @@ class Planner:
         Raises:
             TargetError: A parameter can be given none.
         """
-        given = self._passed_somewhere()
+        given = self._passed_somewhere(anywhere=change is not NEAR)
         names = self._required + [n for n in given if n not in self._required]
         return {name: self._value(name, account, change, given) for name in names}
 
@@ -402,8 +357,12 @@ class Planner:
                 best, most = source, usable
         return best
 
-    def _passed_somewhere(self) -> dict[str, tuple[Any, str]]:
-        """Values for plain parameters: of a call in the repository, or of options and classes beside one."""
+    def _passed_somewhere(self, anywhere: bool = True) -> dict[str, tuple[Any, str]]:
+        """Values for plain parameters: of a call in the repository, or of options and classes beside one.
+
+        Arguments:
+            anywhere: Whether values count that stand in a file that says nothing of the callable.
+        """
         plain = [n for n in self._required if self.config_class(n) is None and not self._is_config(n)]
         if not plain:
             return {}
@@ -416,6 +375,13 @@ class Planner:
             found = {n: (v, source.where) for n, v in source.values.items() if n in known}
         beside = [s for s in self._sources if s.mentions and s.kind != "call"]
         best = self._best_source(set(plain) - found.keys(), beside)
+        if best is None and anywhere and len(plain) >= _MANY:
+            # So many of the names together are no chance, wherever they stand.
+            every = [s for s in self._sources if s.kind != "call"]
+            best = max(every, key=lambda s: len(s.values.keys() & set(plain)), default=None)
+            if best is not None and len(best.values.keys() & set(plain)) < 0.75 * len(plain):
+                best = None
+            self._far = best is not None
         if best is not None:
             # A file that holds nothing but arguments of this holds those that have a default, too.
             all_its = best.kind == "file" and best.values.keys() <= known
@@ -437,6 +403,8 @@ class Planner:
                     yield {**dict.fromkeys(undefined, WITHOUT), name: word}
         if stated := self._stated():
             yield {**dict.fromkeys(undefined, WITHOUT), **stated}
+        if self._far:
+            yield NEAR
         absent = self._absent()
         if absent - set(undefined):
             yield dict.fromkeys([*undefined, *absent], WITHOUT)

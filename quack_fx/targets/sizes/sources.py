@@ -10,17 +10,22 @@ names that the same file gives such values).
     a dict        {"emb_dim": 768, ...} or dict(emb_dim=768, ...)
     assignments   config.n_layer = 12, all to one object in a file; n_layer = 12 at the top of a file
     a file        JSON, YAML
+    a page        code in Markdown, of which calls count
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, Literal
 
 import torch
@@ -30,7 +35,8 @@ from quack_fx.targets.sizes.uses import read_name
 
 PARSED = 300
 """Python files that are read at most, the nearest first."""
-DATA_FILES = 300
+DATA_FILES, READ_ME = 300, 20
+_CODE = re.compile(r"^```(?:python|py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LARGEST = 400_000
 """Bytes of a file that is read; larger ones are data."""
 
@@ -82,6 +88,15 @@ def sources(
         shown = str(path.relative_to(repository)) if path.is_relative_to(repository) else path.name
         mentions = path == near or callee in text or f"import {near.stem}" in text or f".{near.stem} " in text
         found += _in_python(tree, path, shown, mentions, callees)
+    for path in itertools.islice(walk(repository, (".md",)), READ_ME):
+        # Only calls: what else stands on such pages shows how things are used, not how they are.
+        shown = str(path.relative_to(repository))
+        text = _text(path) or ""
+        for block in _CODE.findall(text) if any(name in text for name in callees) else ():
+            with suppress(SyntaxError, ValueError, RecursionError):
+                found += [
+                    s for s in _in_python(ast.parse(dedent(block)), path, shown, True, callees) if s.kind == "call"
+                ]
     for count, path in enumerate(walk(repository, (".json", ".yaml", ".yml"))):
         if count >= DATA_FILES:
             break
