@@ -6,6 +6,8 @@ with what, as an expression.
 
 from __future__ import annotations
 
+import linecache
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +41,8 @@ class Call:
         self._name, self._function, self._plan = name, function, plan
         self.account = Account()
         self.text = f"{name}(...)"
+        self.lacked: dict[str, bool] = {}
+        """Parameters that were None where making the model failed for that, and whether they should have had fields."""
 
     def __call__(self) -> Any:
         """Make the model; `text` and `account` then say with what."""
@@ -46,6 +50,9 @@ class Call:
         values = self._plan(account)
         try:
             return self._function(**{name: value.make() for name, value in values.items()})
+        except Exception as error:
+            self.lacked = lacking(error, {p.name for p in parameters(self._function) if p.default is None})
+            raise
         finally:
             self.account = account
             by_place = [p.name for p in parameters(self._function) if p.kind is not p.KEYWORD_ONLY][:1]
@@ -60,3 +67,17 @@ class Value:
 
     make: Callable[[], Any]
     text: Callable[[], str]
+
+
+def lacking(error: BaseException, optional: set[str]) -> dict[str, bool]:
+    """Optional parameters that are None in the statements that failed, where the error says that this was the matter,
+    and whether it says that they have no items or attributes."""
+    found: dict[str, bool] = {}
+    step = error.__traceback__ if "NoneType" in str(error) else None
+    while step is not None:
+        frame = step.tb_frame
+        words = re.findall(r"\w+", linecache.getline(frame.f_code.co_filename, step.tb_lineno))
+        fields = re.search("not subscriptable|has no attribute", str(error)) is not None
+        found |= {w: fields for w in words if w in optional and frame.f_locals.get(w, 0) is None}
+        step = step.tb_next
+    return found

@@ -60,7 +60,11 @@ def calls(
     """
     planner = Planner(name, function, names, file, own_files)
     for change in itertools.islice(planner.changes(), _TRIES):
-        yield Call(name, function, partial(planner.plan, change=change))
+        call = Call(name, function, partial(planner.plan, change=change))
+        yield call
+        while call.lacked and planner.give_also(call.lacked):
+            call = Call(name, function, partial(planner.plan, change=change))
+            yield call
 
 
 def needs_nothing(name: str, function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
@@ -93,6 +97,7 @@ class Planner:
         depth: int = 0,
     ) -> None:
         self._depth, self._far = depth, False
+        self._with_fields: set[str] = set()
         self._name, self._function, self._names, self._file = name, function, names, file
         self._required = required(function)
         self._hints = hints_of(function)
@@ -120,6 +125,14 @@ class Planner:
         words.update(*(self._fields_read(n) | set(self._unpacked(n)) for n in self._required if self._is_config(n)))
         repository = repository_of(self._file, self._file.parent)
         return sources(repository, self._file, self._function.__name__, callees, words)
+
+    def give_also(self, names: Mapping[str, bool]) -> bool:
+        """Give values to parameters that have a default, too, from here on, those with fields to some; whether any of
+        them is new."""
+        new = [n for n in names if n not in self._required]
+        self._required += new
+        self._with_fields |= {n for n in new if names[n]}
+        return bool(new)
 
     # ---- one call ----------------------------------------------------------------------------------------------------
 
@@ -262,7 +275,8 @@ class Planner:
         hint = self._hints.get(name)
         if hint in (int, float, bool, str):
             return False
-        return bool(_CONFIG.fullmatch(name)) or bool(self._fields_read(name)) or hint is dict
+        told = name in self._with_fields or bool(_CONFIG.fullmatch(name))
+        return told or bool(self._fields_read(name)) or hint is dict
 
     def _fields_read(self, name: str, kind: Any = ast.Attribute | ast.Subscript) -> set[str]:
         """Fields that the files read off what is called `name` there, as attributes or keys."""
