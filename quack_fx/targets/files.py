@@ -153,7 +153,7 @@ def _execute(module: ModuleType, tree: ast.Module, place: Place, world: World) -
     except (Exception, SystemExit, TrainingBegins) as error:
         line = _line_in(file, error)
         wanted = _names_of_classes(tree)
-        rest = [node for node in tree.body if node.lineno > line and (_defines(node) or _gives(node) & wanted)]
+        rest = [node for node in tree.body if node.lineno > line and (defines(node) or _gives(node) & wanted)]
         for node in rest:
             # A definition that needs what is missing is missing itself.
             with OnThisMachine(), suppress(Exception, SystemExit, TrainingBegins):
@@ -170,12 +170,12 @@ def _line_in(file: str, error: BaseException) -> int:
     return (frames[0].lineno or 0) if frames else 0
 
 
-def _defines(node: ast.stmt) -> bool:
+def defines(node: ast.stmt) -> bool:
     """Whether a statement only defines: imports, functions, classes, plain values, and choices among those."""
     if isinstance(node, ast.If | ast.Try):
         handlers = node.handlers if isinstance(node, ast.Try) else []
         inner = [*node.body, *node.orelse, *(s for h in handlers for s in h.body)]
-        return all(map(_defines, inner))
+        return all(map(defines, inner))
     if isinstance(node, ast.Assign | ast.AnnAssign):
         return not any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(node))
     return isinstance(

@@ -15,7 +15,7 @@ from typing import Any
 import networkx as nx
 from torch import nn
 
-from quack_fx.targets.files import Namespace
+from quack_fx.targets.files import Namespace, defines
 from quack_fx.targets.world.inert import Inert, InertModule
 
 
@@ -88,6 +88,25 @@ def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
         if len(found) == before:
             break
     return found
+
+
+def makers_in(text: str, of: str) -> list[str]:
+    """Functions at the top of another file that give back a model of that class; none where importing the file would do
+    more than define things."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    if not all(defines(node) or _is_idle(node) for node in tree.body):
+        return []
+    return [n for n, node in _definitions(tree.body) if not isinstance(node, ast.ClassDef) and of in _given_back(node)]
+
+
+def _is_idle(node: ast.stmt) -> bool:
+    """Whether a statement does nothing where its file is imported: a docstring, what runs in a script alone."""
+    if isinstance(node, ast.If):
+        return any(isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test))
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _is_made(name: str, value: Any, namespace: Namespace) -> bool:

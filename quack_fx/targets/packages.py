@@ -179,7 +179,7 @@ def moved(module: str, name: str) -> str | None:
     lies beside that or above it. None where there is none, or more than one."""
     top = sys.modules.get(module.split(".")[0])
     roots = [Path(p) for p in getattr(top, "__path__", ())]
-    if not roots or not is_installed(str(roots[0])):
+    if not roots:
         return None
     defines = re.compile(rf"^(def|class) {re.escape(name)}\b", re.MULTILINE)
     inner = module.split(".")[1:-1]

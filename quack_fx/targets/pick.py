@@ -10,8 +10,10 @@ up.
 from __future__ import annotations
 
 import difflib
+import importlib
 import itertools
 import re
+import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,13 +26,13 @@ from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.files import Namespace, without
-from quack_fx.targets.outline import contains, instances, is_model_class, makers, own_names, roots, varied
+from quack_fx.targets.outline import contains, instances, is_model_class, makers, makers_in, own_names, roots, varied
 from quack_fx.targets.packages import python_files, repository_of, walk
 from quack_fx.targets.sizes import Call, calls
 from quack_fx.targets.sizes.plans import needs_nothing
 from quack_fx.targets.sizes.signatures import required
-from quack_fx.targets.sizes.sources import DATA_FILES, LARGEST, PARSED
-from quack_fx.targets.world import World
+from quack_fx.targets.sizes.sources import DATA_FILES, PARSED, read
+from quack_fx.targets.world import TrainingBegins, World
 
 _FACTORY = re.compile(
     r"(build|make|create|get|init|load)(_\w+)?_(model|net|network|transformer|lm)|(build|model|make_model)"
@@ -78,11 +80,12 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
     whole = roots(namespace)
     ready_roots = [n for n in whole if needs_nothing(n, own[n], namespace.names)] or whole
     made = makers(namespace)
-    for names in (ready, instances(namespace), ready_roots, factories, list(made)):
+    unnamed = list(made)
+    for names in (ready, instances(namespace), ready_roots, factories, unnamed):
         chosen = names if len(names) < 2 else _most_used(namespace, names, world)
         if names is ready_roots:
             chosen = _meant(namespace, whole, chosen)
-        if names and len(chosen) > 1 and len({made.get(n, n) for n in chosen}) == 1:
+        if names is unnamed and len({made[n] for n in chosen}) == 1:
             chosen = chosen[:1]  # sizes of one model
         if len(chosen) == 1:
             others = [n for n in names if n != chosen[0]]
@@ -92,6 +95,7 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
             for recipe in _recipes(namespace, chosen[0], namespace.names[chosen[0]], world):
                 yield replace(recipe, note=note)
             yield from _by_makers(namespace, chosen[0])
+            yield from _by_makers_elsewhere(namespace, chosen[0], world)
             return
         if names:
             typed = " or ".join(f"{namespace.source}:{n}" for n in names[:4])
@@ -118,6 +122,29 @@ def _by_makers(namespace: Namespace, name: str) -> Iterator[Recipe]:
         note = f"{maker} was taken of the functions that make a {name}; others: {_list(others)}" if others else ""
         value = namespace.names[maker]
         yield Recipe(f"{maker}()", partial(_checked, value, maker, namespace), note=note)
+
+
+def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Iterator[Recipe]:
+    """Recipes by functions of other files that make a model of a class of this one, the nearest first."""
+    if namespace.file is None:
+        return
+    count = 0
+    for path in python_files(repository_of(namespace.file, namespace.file.parent), namespace.file)[:PARSED]:
+        text = read(path) if path != namespace.file else ""
+        module = world.module_of(path) if f"{name}(" in text and namespace.file.stem in text else ""
+        for maker in makers_in(text, name) if module else ():
+            try:
+                with world.building("cpu"):
+                    function = getattr(importlib.import_module(module), maker)
+            except (Exception, SystemExit, TrainingBegins):  # it may read data or look for a GPU
+                break
+            shown = f"__import__({module!r}, fromlist=['']).{maker}"
+            note = f"{name} is made by {maker} of {path.name}"
+            for call in itertools.islice(calls(shown, function, vars(sys.modules[module]), path, world.own_files()), 2):
+                yield Recipe(call.text, partial(_checked, call, maker, namespace), call=call, note=note)
+            count += 1
+        if count >= _MAKERS_TRIED:
+            return
 
 
 def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[str]:
@@ -204,12 +231,7 @@ def _uses_elsewhere(namespace: Namespace, names: list[str]) -> Counter[str]:
     repository = repository_of(namespace.file, namespace.file.parent)
     others = itertools.islice(walk(repository, (".yaml", ".yml", ".json", ".gin", ".md")), DATA_FILES)
     for path in (*python_files(repository, namespace.file)[:PARSED], *others):
-        if path == namespace.file or path.stat().st_size > LARGEST:
-            continue
-        try:
-            text = path.read_text("utf-8", errors="ignore")
-        except OSError:
-            continue
+        text = read(path) if path != namespace.file else ""
         if namespace.file.stem in text:
             found.update(name for name, word in words.items() if word.search(text))
     return found

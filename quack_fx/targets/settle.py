@@ -257,7 +257,7 @@ def _prepared(model: nn.Module, device: str, world: World) -> str:
 def _short(recipe: Recipe) -> str:
     """The expression that makes the model, without its arguments where they are many."""
     text = recipe.call.text if recipe.call else recipe.text
-    return text if len(text) <= 80 or not recipe.call else f"{text.split('(')[0]}(...)"
+    return text if len(text) <= 80 or not recipe.call else f"{recipe.call.function.__name__}(...)"
 
 
 def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:

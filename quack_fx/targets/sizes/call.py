@@ -38,7 +38,7 @@ class Call:
     """
 
     def __init__(self, name: str, function: Callable[..., Any], plan: Callable[[Account], dict[str, Value]]) -> None:
-        self._name, self._function, self._plan = name, function, plan
+        self._name, self.function, self._plan = name, function, plan
         self.account = Account()
         self.text = f"{name}(...)"
         self.lacked: dict[str, bool] = {}
@@ -49,13 +49,13 @@ class Call:
         account = Account()
         values = self._plan(account)
         try:
-            return self._function(**{name: value.make() for name, value in values.items()})
+            return self.function(**{name: value.make() for name, value in values.items()})
         except Exception as error:
-            self.lacked = lacking(error, {p.name for p in parameters(self._function) if p.default is None})
+            self.lacked = lacking(error, {p.name for p in parameters(self.function) if p.default is None})
             raise
         finally:
             self.account = account
-            by_place = [p.name for p in parameters(self._function) if p.kind is not p.KEYWORD_ONLY][:1]
+            by_place = [p.name for p in parameters(self.function) if p.kind is not p.KEYWORD_ONLY][:1]
             alone = list(values) == by_place
             parts = [value.text() if alone else f"{name}={value.text()}" for name, value in values.items()]
             self.text = f"{self._name}({', '.join(parts)})"

@@ -380,7 +380,7 @@ class Planner:
         plain = [n for n in self._required if self.config_class(n) is None and not self._is_config(n)]
         if not plain:
             return {}
-        known = {p.name for p in parameters(self._function)}
+        known = [p.name for p in parameters(self._function)]
         found: dict[str, tuple[Any, str]] = {}
         name = self._function.__name__
         mentioning = [s for s in self._sources if s.kind == "call" and s.of == name and s.values.keys() & set(plain)]
@@ -397,8 +397,9 @@ class Planner:
                 best = None
             self._far = best is not None
         if best is not None:
-            # A file that holds nothing but arguments of this holds those that have a default, too.
-            all_its = best.kind == "file" and best.values.keys() <= known
+            # What holds nothing but arguments of this, or nearly all of them, holds those that have a default, too.
+            its = len(best.values.keys() & set(known))
+            all_its = (best.kind == "file" and its == len(best.values)) or its >= max(_MANY, 0.8 * len(known))
             wanted = [n for n in (known if all_its else plain) if n in best.values and n not in found]
             found |= {n: (best.values[n], best.where) for n in wanted}
         return {n: v for n, v in found.items() if v[0] is not None}

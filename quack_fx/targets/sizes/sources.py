@@ -104,6 +104,11 @@ def sources(
     return found
 
 
+def read(path: Path) -> str:
+    """The text of a file; "" for one that is no text or too large."""
+    return _text(path) or ""
+
+
 def _text(path: Path) -> str | None:
     try:
         return path.read_text("utf-8") if path.stat().st_size <= LARGEST else None

@@ -115,6 +115,14 @@ class World:
         files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
         return list(dict.fromkeys([self._place.file, *(Path(f) for f in files if f and self.is_own(f))]))
 
+    def module_of(self, file: Path) -> str:
+        """The name by which the target's files import another file of the repository; "" where they cannot."""
+        base = self._place.base if self._place else None
+        if base is None or not file.is_relative_to(base):
+            return ""
+        parts = file.relative_to(base).with_suffix("").parts
+        return ".".join(parts) if all(part.isidentifier() for part in parts) else ""
+
     @property
     def missing(self) -> list[str]:
         """Packages that were stood in for."""
