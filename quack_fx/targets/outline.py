@@ -16,6 +16,7 @@ import networkx as nx
 from torch import nn
 
 from quack_fx.targets.files import Namespace, defines
+from quack_fx.targets.sizes.uses import read_name
 from quack_fx.targets.world.inert import Inert, InertModule
 
 
@@ -57,6 +58,25 @@ def varied(namespace: Namespace, names: list[str]) -> list[str]:
     own = own_names(namespace)
     bases = {base for name in names if isinstance(own.get(name), type) for base in own[name].__mro__[1:]}
     return [n for n, v in own.items() if v in bases and is_model_class(v) and _runs(v)]
+
+
+def sizes_of_one(namespace: Namespace, names: list[str]) -> bool:
+    """Whether classes of the file are one model in several sizes: they have a base in common and only construct it."""
+    if namespace.file is None:
+        return False
+    nodes = dict(_definitions(_tree(namespace).body))
+    bases = {tuple(getattr(namespace.names[name], "__bases__", ())) for name in names}
+    return len(bases) == 1 and all(_only_constructs(nodes.get(name)) for name in names)
+
+
+def _only_constructs(node: ast.AST | None) -> bool:
+    """Whether a class has a constructor, which gives that of its base values, and no other method."""
+    methods = [n for n in node.body if isinstance(n, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+    if [method.name for method in methods] != ["__init__"]:
+        return False
+    given = [c for c in ast.walk(methods[0]) if isinstance(c, ast.Call) and read_name(c.func) == "__init__"]
+    values = [v for c in given for v in (*c.args, *(k.value for k in c.keywords))]
+    return any(isinstance(part, ast.Constant) for value in values for part in ast.walk(value))
 
 
 def contains(namespace: Namespace, name: str) -> set[str]:

@@ -28,6 +28,8 @@ _INSTALLED = tuple(
 )
 _ROOT_MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "environment.yml", "LICENSE")
 _SKIPPED = frozenset({".git", "node_modules", "__pycache__", "site-packages", "build", "dist", ".venv", "venv"})
+EXPRESSIONS = ("--build", "--inputs")
+"""Names of the expressions of the command line, which see what the target's file sees."""
 _FILES = 4000
 """Python files of a repository that are looked at, at most."""
 
@@ -209,6 +211,8 @@ class LocalImports:
         below = [place.repository / "src"] if (place.repository / "src").is_dir() else []
         self._bases = list(dict.fromkeys([place.base, *above, *below, Path.cwd()]))
         self._extra: dict[str, Path] = {}
+        self.asked = ""
+        """A top-level module of the repository that is imported for itself, and by none of its files."""
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -223,8 +227,10 @@ class LocalImports:
         """The spec of a top-level module of the repository; None for all others."""
         if path is not None or "." in name or name in sys.builtin_module_names:
             return None
-        first = name == self._place.name.split(".")[0]
+        first = name in (self._place.name.split(".")[0], self.asked)
         importer = _importer()
+        if importer in EXPRESSIONS:
+            importer = str(self._place.file)
         if not first and (importer is None or not self._is_own(importer)):
             return None
         wanted = _imported_by(importer, name) if importer else set()

@@ -10,7 +10,6 @@ up.
 from __future__ import annotations
 
 import difflib
-import importlib
 import itertools
 import re
 import sys
@@ -26,10 +25,21 @@ from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.files import Namespace, without
-from quack_fx.targets.outline import contains, instances, is_model_class, makers, makers_in, own_names, roots, varied
+from quack_fx.targets.outline import (
+    contains,
+    instances,
+    is_model_class,
+    makers,
+    makers_in,
+    own_names,
+    roots,
+    sizes_of_one,
+    varied,
+)
 from quack_fx.targets.packages import python_files, repository_of, walk
 from quack_fx.targets.sizes import Call, calls
 from quack_fx.targets.sizes.plans import needs_nothing
+from quack_fx.targets.sizes.ready import named_in
 from quack_fx.targets.sizes.signatures import required
 from quack_fx.targets.sizes.sources import DATA_FILES, PARSED, read
 from quack_fx.targets.world import TrainingBegins, World
@@ -80,13 +90,14 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
     whole = roots(namespace)
     ready_roots = [n for n in whole if needs_nothing(n, own[n], namespace.names)] or whole
     made = makers(namespace)
-    unnamed = list(made)
+    unnamed = [n for n in made if not required(namespace.names[n])] or list(made)
     for names in (ready, instances(namespace), ready_roots, factories, unnamed):
         chosen = names if len(names) < 2 else _most_used(namespace, names, world)
         if names is ready_roots:
             chosen = _meant(namespace, whole, chosen)
-        if names is unnamed and len({made[n] for n in chosen}) == 1:
-            chosen = chosen[:1]  # sizes of one model
+        alike = len({made[n] for n in chosen}) == 1 if names is unnamed else sizes_of_one(namespace, chosen)
+        if names and alike:
+            chosen = chosen[:1]
         if len(chosen) == 1:
             others = [n for n in names if n != chosen[0]]
             note = (
@@ -135,10 +146,10 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
         for maker in makers_in(text, name) if module else ():
             try:
                 with world.building("cpu"):
-                    function = getattr(importlib.import_module(module), maker)
+                    function = getattr(world.import_own(module), maker)
             except (Exception, SystemExit, TrainingBegins):  # it may read data or look for a GPU
                 break
-            shown = f"__import__({module!r}, fromlist=['']).{maker}"
+            shown = named_in(module, maker)
             note = f"{name} is made by {maker} of {path.name}"
             for call in itertools.islice(calls(shown, function, vars(sys.modules[module]), path, world.own_files()), 2):
                 yield Recipe(call.text, partial(_checked, call, maker, namespace), call=call, note=note)
@@ -223,13 +234,13 @@ def _plain(name: str) -> str:
 
 
 def _uses_elsewhere(namespace: Namespace, names: list[str]) -> Counter[str]:
-    """In how many other files of the repository each name stands: Python, configs that name classes, pages to read."""
+    """In how many other files of the repository each name stands: Python, and configs that name classes."""
     found: Counter[str] = Counter()
     if namespace.file is None:
         return found
     words = {name: re.compile(rf"\b{re.escape(name)}\b") for name in names}
     repository = repository_of(namespace.file, namespace.file.parent)
-    others = itertools.islice(walk(repository, (".yaml", ".yml", ".json", ".gin", ".md")), DATA_FILES)
+    others = itertools.islice(walk(repository, (".yaml", ".yml", ".json", ".gin")), DATA_FILES)
     for path in (*python_files(repository, namespace.file)[:PARSED], *others):
         text = read(path) if path != namespace.file else ""
         if namespace.file.stem in text:

@@ -27,6 +27,7 @@ from quack_fx.targets.files import Namespace, evaluate, one_line, without
 from quack_fx.targets.inputs import Attempts, Inputs, infer, with_optional
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.setup import set_up
+from quack_fx.targets.sizes.ready import plainly
 from quack_fx.targets.world import StandInUsed, World
 from quack_fx.targets.world.inert import InertModule
 
@@ -256,7 +257,7 @@ def _prepared(model: nn.Module, device: str, world: World) -> str:
 
 def _short(recipe: Recipe) -> str:
     """The expression that makes the model, without its arguments where they are many."""
-    text = recipe.call.text if recipe.call else recipe.text
+    text = plainly(recipe.call.text) if recipe.call else recipe.text
     return text if len(text) <= 80 or not recipe.call else f"{recipe.call.function.__name__}(...)"
 
 

@@ -468,6 +468,7 @@ class Planner:
 
 
 _METHODS = frozenset("get keys values items copy update pop to_dict __dict__ shape size device dtype T".split())
+_METHODS |= frozenset("split strip lower upper startswith endswith format replace append".split())
 
 
 def _tree(path: Path) -> ast.Module | None:

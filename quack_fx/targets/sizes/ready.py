@@ -6,6 +6,7 @@ objects and classes that do, each with the expression that names it.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -111,4 +112,14 @@ def _file(made: type) -> str:
 def naming(made: type, names: Mapping[str, Any]) -> str:
     """The expression by which a file that has these names can name a class."""
     known = next((n for n, v in names.items() if v is made), None)
-    return known or f"__import__({made.__module__!r}, fromlist=['']).{made.__qualname__}"
+    return known or named_in(made.__module__, made.__qualname__)
+
+
+def named_in(module: str, name: str) -> str:
+    """The expression for a name of a module that is not imported yet."""
+    return f"__import__({module!r}, fromlist=['']).{name}"
+
+
+def plainly(text: str) -> str:
+    """An expression without what tells where its names lie, as a title."""
+    return re.sub(r"__import__\('[\w.]+', fromlist=\[''\]\)\.", "", text)

@@ -15,6 +15,7 @@ nothing behind: no module, no path, no process group, no argument.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 import warnings
@@ -122,6 +123,12 @@ class World:
             return ""
         parts = file.relative_to(base).with_suffix("").parts
         return ".".join(parts) if all(part.isidentifier() for part in parts) else ""
+
+    def import_own(self, name: str) -> ModuleType:
+        """Another module of the repository, by a name that `module_of` gave."""
+        if self._local is not None:
+            self._local.asked = name.split(".")[0]
+        return importlib.import_module(name)
 
     @property
     def missing(self) -> list[str]:
