@@ -212,6 +212,61 @@ CASES = {
         6,
         SIZES,
     ),
+    "a table of configs in the file": Case(
+        BY_NAME
+        + "\nclass Sizes: pass\ndef made(w):\n    s = Sizes()\n    s.d_model, s.n_heads = w, w // 8\n    return s\n"
+        "TABLE = {'small': made(48), 'large': made(96)}\n",
+        {},
+        48,
+        6,
+        SIZES,
+    ),
+    "a config that a function of the file gives": Case(
+        BY_NAME + "\nclass Sizes: pass\ndef small_config():\n    s = Sizes()\n    s.d_model, s.n_heads = 48, 3 * 2\n"
+        "    return s\n",
+        {},
+        48,
+        6,
+        SIZES,
+    ),
+    "options that a script sets later": Case(
+        net("config.d_model", "config.n_heads", more="int(config.seed)"),
+        {
+            "options.py": PARSER
+            + "p.add_argument('--d_model')\np.add_argument('--n_heads', default=None)\n"
+            "p.add_argument('--seed', default=None)\n".replace("'--d_model'", "'--d_model', default=None"),
+            "presets.py": "def preset(args):\n    args.d_model = 48\n    args.n_heads = 6\n    args.seed = 0\n",
+        },
+        48,
+        6,
+        {*SIZES, "seed"},
+    ),
+    "a call in a page": Case(
+        PLAIN,
+        {"README.md": "# Net\n```python\nfrom model import Net\nNet(d_model = 48, n_heads = 6)\n```\n"},
+        48,
+        6,
+        SIZES,
+    ),
+    "many options of a file that does not name the model": Case(
+        net("d_model", "n_heads", "d_model, n_heads, d_ff, n_layers, vocab, max_len"),
+        {
+            "conf/base.py": "size = 8 * int(6)\n"
+            "cfg = dict(d_model=size, n_heads=6, d_ff=96, n_layers=3, vocab=99, max_len=12)\n"
+        },
+        48,
+        6,
+        {*SIZES, "d_ff", "n_layers", "vocab", "max_len"},
+    ),
+    "an optional parameter without which it fails": Case(
+        net("d_model", "n_heads", "d_model, n_heads=2, vocab=None, bins=None", more="vocab['<pad>'] + bins"),
+        heads=2,
+        assumed={"d_model", "<pad>", "bins"},
+    ),
+    "a vocabulary of which the length is asked": Case(
+        net("d_model", "n_heads", "d_model, n_heads, alphabet", more="alphabet.pad_idx; assert len(alphabet) > 1"),
+        assumed={*SIZES, "pad_idx"},
+    ),
     "hasattr of what is found": Case(
         net("config.d_model if hasattr(config, 'd_model') else 24", "config.n_heads"),
         {"c.json": '{"d_model": 48, "n_heads": 6}'},

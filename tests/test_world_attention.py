@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quack_fx.find import find, find_qk_pairs
 from quack_fx.targets import resolve
 from quack_fx.targets.world import attention as fused
-from quack_fx.targets.world import vision
+from quack_fx.targets.world import timm_vit, vision
 from quack_fx.targets.world.known import _KNOWN, meaning
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -399,3 +399,24 @@ class Net(nn.Module):
         assert [b.param for b in (*site.query, *site.key)] == ["q.weight", "k.weight"]
         assert [h[0] for h in site.query[0].heads] == [(4 * i, 4 * i + 4) for i in range(4)]
         assert ("missing", "flash_attn cannot be imported here and had stand-ins") in target.notes
+
+
+@pytest.mark.parametrize("more", [{}, {"distilled": True}, {"global_pool": "avg", "qk_norm": True}, {"num_classes": 0}])
+def test_the_transformer_of_timm(more: dict[str, Any]) -> None:
+    model = timm_vit.VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=4, **{"num_classes": 7, **more})
+    x = torch.randn(2, 3, 32, 32)
+    assert model(x).shape == (2, more.get("num_classes", 7) or 16)
+    front = 2 if "distilled" in more else 1
+    assert model.forward_features(x).shape == (2, 16 + front, 16) == model.pos_embed.expand(2, -1, -1).shape
+    assert [(s.name, s.query_heads) for s in find_qk_pairs(model, x).sites] == [(f"blocks.{i}.attn", 4) for i in (0, 1)]
+
+
+def test_models_of_timm_by_name() -> None:
+    with torch.device("meta"):
+        model = timm_vit.create_model("vit_deit_tiny_distilled_patch16_384", pretrained=True, num_classes=None)
+    assert isinstance(model, timm_vit.VisionTransformer) and model.pos_embed.shape == (1, 578, 192)
+    for name in ("resnet50", "vit_small_patch16_224"):
+        with pytest.raises(NotImplementedError, match="install timm"):
+            timm_vit.create_model(name)
+    with pytest.raises(NotImplementedError, match="reg_tokens"):
+        timm_vit.VisionTransformer(reg_tokens=4)

@@ -71,13 +71,15 @@ class Value:
 
 def lacking(error: BaseException, optional: set[str]) -> dict[str, bool]:
     """Optional parameters that are None in the statements that failed, where the error says that this was the matter,
-    and whether it says that they have no items or attributes."""
+    and whether items or attributes of them are asked for there."""
     found: dict[str, bool] = {}
     step = error.__traceback__ if "NoneType" in str(error) else None
+    asked = re.search("not subscriptable|has no attribute", str(error)) is not None
     while step is not None:
         frame = step.tb_frame
-        words = re.findall(r"\w+", linecache.getline(frame.f_code.co_filename, step.tb_lineno))
-        fields = re.search("not subscriptable|has no attribute", str(error)) is not None
-        found |= {w: fields for w in words if w in optional and frame.f_locals.get(w, 0) is None}
+        line = linecache.getline(frame.f_code.co_filename, step.tb_lineno)
+        absent = [w for w in re.findall(r"\w+", line) if w in optional and frame.f_locals.get(w, 0) is None]
+        with_fields = {w for w in absent if re.search(rf"\b{w}\s*[\[.]", line)}
+        found |= {w: w in with_fields for w in absent if not asked or not with_fields or w in with_fields}
         step = step.tb_next
     return found

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from quack_fx.targets.sizes.signatures import required
-from quack_fx.targets.world.inert import Inert
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Wanted:
 
     def of(self, value: Any) -> dict[str, Any]:
         """Those of them that a value has."""
-        if callable(value) or isinstance(value, ModuleType | nn.Module | Tensor | Inert):
+        if callable(value) or isinstance(value, ModuleType | nn.Module | Tensor):
             return {}
         found = {name: value[name] for name in self.keys if isinstance(value, Mapping) and name in value}
         return found | {name: getattr(value, name) for name in self.attributes if hasattr(value, name)}
