@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from quack_fx.targets import resolve
-from quack_fx.targets.inputs import Attempts, infer
+from quack_fx.targets.inputs import Attempts, infer, retry
+from quack_fx.targets.inputs.repair import LARGEST
 from quack_fx.targets.inputs.values import named
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -437,6 +438,16 @@ CASES: dict[str, tuple[str, str, str, str | None]] = {
         """,
         "x=float32[2, 3, 32, 32], other=float32[2, 4, 3, 32, 32]",
     ),
+    "an optional argument that a check asks for": (
+        "self.l, self.b = nn.Linear(5, 8), Block()",
+        "x, strength=None",
+        """
+        if strength is None:
+            raise ValueError("nothing says how strong")
+        return self.b(self.l(x)) * strength.mean()
+        """,
+        "x=float32[2, 4, 5], strength=float32[2, 4, 5]",
+    ),
     "a size that the message names": (
         "self.l, self.b, self.seq_len = nn.Linear(5, 8), Block(), 10",
         "x",
@@ -553,3 +564,17 @@ def test_the_model_stays_as_it_was() -> None:
     model = Counts()
     assert infer(model, "Counts")[0].text == "x=float32[2, 4, 5]"
     assert model.calls == 0
+
+
+def test_a_repair_makes_no_tensor_that_takes_all_memory() -> None:
+    def fails(x: torch.Tensor) -> None:
+        raise RuntimeError(
+            "The size of tensor a (4) must match the size of tensor b (40000) at non-singleton dimension 1"
+        )
+
+    given = named((torch.randn(2, 4, 64, 64),), {}, ["x"])
+    try:
+        fails(*given.args)
+    except RuntimeError as error:
+        repaired = retry(nn.Linear(4, 4), given, error)
+    assert repaired and all(max(x.numel() for x in inputs.args) <= LARGEST for inputs in repaired)
