@@ -99,6 +99,14 @@ CASES = {
         width=32,
         title="Wrapped(width=32, heads=4)",
     ),
+    "a factory that reads what is not there, beside one that asks for values": Case(
+        net("width, heads=2") + "def make_model(width): return Net(width)\n"
+        "def load_trained_model(): return make_model(len(open('weights').read()))\n",
+        {"run.py": "from model import make_model\nmake_model(32)\n"},
+        width=32,
+        title="make_model(",
+        told="make_model was taken, since load_trained_model does not work here",
+    ),
     "one model in several sizes": Case(
         net()
         + "".join(

@@ -107,6 +107,8 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
                 yield replace(recipe, note=note)
             yield from _by_makers(namespace, chosen[0])
             yield from _by_makers_elsewhere(namespace, chosen[0], world)
+            if names is ready:
+                yield from _by_others(namespace, chosen[0], [n for n in factories if required(own[n])], world)
             return
         if names:
             typed = " or ".join(f"{namespace.source}:{n}" for n in names[:4])
@@ -117,6 +119,16 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
         f"no model in {namespace.source}: neither a zero-argument factory (build_model) nor an nn.Module"
         f"{without(world)}; {hint}"
     )
+
+
+def _by_others(namespace: Namespace, first: str, factories: list[str], world: World) -> Iterator[Recipe]:
+    """Recipes by the factory that asks for values, where the one that asks for none does not work here: it may read
+    weights or data that are not there."""
+    chosen = factories if len(factories) < 2 else _most_used(namespace, factories, world)
+    if len(chosen) == 1:
+        note = f"{chosen[0]} was taken, since {first} does not work here"
+        for recipe in _recipes(namespace, chosen[0], namespace.names[chosen[0]], world):
+            yield replace(recipe, note=note)
 
 
 _MAKERS_TRIED = 3
