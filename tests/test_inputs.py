@@ -438,6 +438,17 @@ CASES: dict[str, tuple[str, str, str, str | None]] = {
         """,
         "x=float32[2, 3, 32, 32], other=float32[2, 4, 3, 32, 32]",
     ),
+    "tokens without a batch": (
+        "self.e, self.b = nn.Embedding(9, 8), Block()",
+        "x",
+        """
+        x = self.e(x)
+        n = x.shape[0]
+        assert x.shape == (n, 8)
+        return self.b(x[None])
+        """,
+        "x=int64[4]",
+    ),
     "an optional argument that a check asks for": (
         "self.l, self.b = nn.Linear(5, 8), Block()",
         "x, strength=None",

@@ -285,6 +285,12 @@ def test_a_name_that_has_moved_within_an_installed_package(tmp_path: Path, monke
     assert "moved_one.old.twice" in said(target, "missing") and "old.double" not in said(target, "missing")
 
 
+def test_a_module_that_an_installed_package_lacks() -> None:
+    target = resolve(write("model.py", net("from json.faster import loads\nimport json.other\nloads('3')")))
+    assert_rows(target)
+    assert said(target, "missing") == "json.faster, json.other cannot be imported here and had stand-ins"
+
+
 CONFIGS = {
     "ml_collections": """
 c = ml_collections.ConfigDict({'a': {'b': 8}})

@@ -153,7 +153,9 @@ def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Arra
         found.sort(key=lambda a: a.kind != kind)
     if "numpy" in use.marks:
         found.sort(key=lambda a: a.kind != "ids")
-    return [*told, *(array for array in found if array not in told)]
+    # Some serve one sequence at a time, without a batch.
+    alone = [replace(a, shape=("T",)) for a in told[:1] if a.kind == "ids" and a.shape == ("B", "T")]
+    return [*told, *(array for array in found if array not in told), *(alone if use.rank is None else [])]
 
 
 def _ids_like(array: Array) -> Array:

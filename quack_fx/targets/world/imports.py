@@ -123,7 +123,7 @@ class Imports:
         for i in range(1, len(parts) + 1):
             full = ".".join(parts[:i])
             if full not in self._modules:
-                self.missing.setdefault(parts[0], f"{type(error).__name__}: {error}".split("\n")[0])
+                self.missing.setdefault(_lacking(name, error), f"{type(error).__name__}: {error}".split("\n")[0])
                 self._modules[full] = InertPackage(full, meaning)
                 if i > 1:
                     setattr(self._modules[".".join(parts[: i - 1])], parts[i - 1], self._modules[full])
@@ -165,6 +165,15 @@ class Imports:
             return self._import_module(name)
         except Exception:
             return None
+
+
+def _lacking(name: str, error: Exception) -> str:
+    """What is not there where an import failed: a package, or, of one that is there, a module or what that needs."""
+    top = name.split(".")[0]
+    if top not in sys.modules:
+        return top
+    needed = getattr(error, "name", None) or name
+    return needed if needed.split(".")[0] == top else needed.split(".")[0]
 
 
 def _has(module: Any, name: str) -> bool:
