@@ -34,7 +34,7 @@ RETRY_LIMIT_BYTES = 1 << 30
 """Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
 
 SAME_FAILURES = 12
-"""Inputs on which a forward fails in the very same way, after which others are not tried: it is not for them."""
+"""Inputs on which a forward fails in the very same way, after which nothing else is guessed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -390,10 +390,12 @@ def _try(
             reason = error.__cause__ or error
             if first is None or isinstance(reason, StandInUsed):
                 first = reason
-            failures[one_line(reason, inputs.namespace)] += 1
+            failures[one_line(reason, inputs.namespace)] += not attempts.measuring
             for failure in filter(None, (error, error.__cause__)):
                 traceback.clear_frames(failure.__traceback__)  # they hold the recording and its tensors
-        if max(failures.values()) >= SAME_FAILURES or world.is_late():
+        if max(failures.values()) >= SAME_FAILURES:
+            attempts.guess_no_more()
+        if world.is_late():
             break
     assert first is not None  # there is at least one candidate
     if isinstance(first, StandInUsed):

@@ -11,32 +11,36 @@ A change goes through the values of all arguments: where one size is too small, 
 from __future__ import annotations
 
 import ast
-import importlib.util
+import functools
 import itertools
 import linecache
 import math
 import re
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from types import FrameType, SimpleNamespace, TracebackType
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs import layers
+from quack_fx.targets.inputs.changes import Change, changed, only, refilled, reshape, resize, sizes, with_rank
+from quack_fx.targets.inputs.measure import Answer, Search, mismatch
 from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks, named
 
 FIRST, REPAIRS, EACH = 3, 12, 4
 """Candidates that are tried before any repair, repairs in all, repairs of one failure."""
 
 More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
-Change = Callable[[Tensor], Tensor | None]
-"""What becomes of each tensor among the arguments; None where it stays."""
+SAME_RATIO = 3
+"""Inputs of several sizes that a view refuses in the same ratio, after which no size is to be expected to help."""
 
 
 class Attempts:
-    """Candidates in the order in which they are to be tried: the likeliest, then repairs of them, then the others.
+    """Candidates in the order in which they are to be tried: the likeliest, then repairs of them, then those that find
+    out which size is wrong, then the others.
 
     Arguments:
         model: The model.
@@ -61,14 +65,64 @@ class Attempts:
         self.seen = set(self.inferred)
         self.left = REPAIRS
         self._more = more
+        self._search = Search()
+        self._measured: Answer = None
+        self._ratios: dict[tuple[Any, Fraction], set[tuple[int, ...]]] = defaultdict(set)
+        self.measuring = False
+        """Whether the inputs that were given last are tried to measure."""
 
     def __iter__(self) -> Iterator[Inputs]:
-        while self.likely or self.repairs or self.others:
-            queue = self.likely or self.repairs or self.others
-            yield queue.popleft()
+        given: set[str] = set()
+        for inputs in self._in_turn():
+            if inputs.text not in given:
+                given.add(inputs.text)
+                yield inputs
+
+    def _in_turn(self) -> Iterator[Inputs]:
+        while not self._is_hopeless():
+            if self.likely:
+                yield self.likely.popleft()
+            elif (measure := next(self._measurements, None)) is not None:
+                yield measure
+            elif queue := self.repairs or self.others:
+                yield queue.popleft()
+            else:
+                return
+
+    @functools.cached_property
+    def _measurements(self) -> Iterator[Inputs]:
+        """Inputs that are tried to measure; `failed` notes what came of the last one."""
+        search = self._search.run()
+        try:
+            one = next(search)
+            while True:
+                self.measuring = True
+                yield one
+                one = search.send(self._measured)
+        except StopIteration:
+            self.measuring = False
+
+    def _is_hopeless(self) -> bool:
+        """Whether a view of the forward wants the same part too much whatever the inputs' sizes: the model's own
+        sizes do not go together."""
+        return any(len(sizes) >= SAME_RATIO for sizes in self._ratios.values())
+
+    def guess_no_more(self) -> None:
+        """Leave out all but what is measured."""
+        for queue in (self.likely, self.repairs, self.others):
+            queue.clear()
+        self.left = 0
 
     def failed(self, inputs: Inputs, error: BaseException) -> None:
         """Note that the forward failed with this error; its traceback must still be there."""
+        self._measured = found_sizes = mismatch(error)
+        self._search.note(inputs, found_sizes)
+        if found_sizes is not None and found_sizes.ratio not in (None, 1):
+            self._ratios[found_sizes.place, found_sizes.ratio].add(found_sizes.numbers)
+        if self.measuring:
+            return
+        if found_sizes is not None:
+            self._search.start(inputs, found_sizes)
         found: list[Inputs] = []
         more = self._more(self.model, inputs, error) if self._more is not None else []
         for one in [*_with_blocks(inputs, error), *more]:
@@ -100,9 +154,9 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
     found: dict[str, Inputs] = {}
     try:
         for change in itertools.islice(_changes(model, candidate, cause), 12):
-            changed = _changed(candidate, change)
-            if changed.text != candidate.text:
-                found.setdefault(changed.text, changed)
+            made = changed(candidate, change)
+            if made.text != candidate.text:
+                found.setdefault(made.text, made)
     except Exception:  # looking at a frame of the user's may fail in any way; this is a hint
         pass
     return list(found.values())[:EACH]
@@ -110,7 +164,7 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
 
 def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Iterator[Change]:
     frames = list(_frames(error.__traceback__))
-    known = _sizes(candidate)
+    known = sizes(candidate)
     for frame, line in reversed(frames):
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "quack_fx.", "importlib")):
@@ -179,8 +233,8 @@ def _statement(frame: FrameType, line: int, asks_for_number: bool) -> Iterator[C
         if isinstance(source, ast.Attribute) and source.attr in ("shape", "size"):
             data, count = value(source.value), len(statement.targets[0].elts)
             if isinstance(data, Tensor):
-                yield _with_rank(data.dim(), count)
-                yield from (_only(number, _with_rank(data.dim(), count)) for number in range(2))
+                yield with_rank(data.dim(), count)
+                yield from (only(number, with_rank(data.dim(), count)) for number in range(2))
 
 
 def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
@@ -201,32 +255,32 @@ def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) ->
     if isinstance(have, tuple | list) and isinstance(want, tuple | list):
         if len(have) == len(want):
             for old, new in zip(have, want, strict=True):
-                yield _resize(old, new)
+                yield resize(old, new)
             # A size that a stride or a patch has divided before.
             for old, new in zip(have, want, strict=True):
                 if isinstance(old, int) and isinstance(new, int) and old != new and old > 0:
-                    yield from (_resize(old * times, new * times) for times in (2, 4, 8))
+                    yield from (resize(old * times, new * times) for times in (2, 4, 8))
         return
     if not isinstance(have, int) or not isinstance(want, int) or isinstance(have, bool):
         return
     if re.search(r"\.(ndim|dim\(\))|len\(.*(shape|size\(\))\)", ast.unparse(left)):
-        yield _with_rank(have, want)
+        yield with_rank(have, want)
         return
     if re.search(r"^len\(", ast.unparse(left)):  # a list of the axes that are left
         for rank in range(1, 5):
-            yield _with_rank(rank, rank + want - have)
+            yield with_rank(rank, rank + want - have)
     op = test.ops[0]
     strict = (ast.Lt, ast.Gt) if holds else (ast.LtE, ast.GtE)
     less = isinstance(op, ast.Lt | ast.LtE) == holds and not isinstance(op, ast.Eq | ast.NotEq)
     step = (-1 if less else 1) if isinstance(op, strict) else 0
-    yield _resize(have, want + step)
-    yield _resize(want, have - step)
+    yield resize(have, want + step)
+    yield resize(want, have - step)
 
 
 def _multiple(node: ast.BinOp, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
     size, factor = value(node.left), value(node.right)
     if isinstance(size, int) and isinstance(factor, int) and factor:
-        yield _resize(size, math.ceil(size / factor) * factor)
+        yield resize(size, math.ceil(size / factor) * factor)
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------
@@ -249,7 +303,7 @@ def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Ch
             same_rank = made.dim() == given.dim()
             if same_rank and made.dim() < 4 and array.kind == "float":
                 # Only the width differs: the number of tokens stays.
-                made = _refilled(made, (*given.shape[:-1], array.shape[-1]))  # type: ignore[arg-type]
+                made = refilled(made, (*given.shape[:-1], array.shape[-1]))  # type: ignore[arg-type]
             yield _instead(given, made)
         return
 
@@ -271,22 +325,22 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
     shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
     for given, wanted in itertools.pairwise(shapes):
         if len(given) == len(wanted):
-            yield _reshape(given, wanted)
+            yield reshape(given, wanted)
     product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
     if product:
         old, new = (int(n) for n in product.groups() if n is not None)
-        yield _resize(old, new, last=True)
-        yield _resize(old, new)
+        yield resize(old, new, last=True)
+        yield resize(old, new)
         yield from _scaled(old, new, known)
     rank = re.search(r"[Ee]xpected (\d)D.*?got (\d)D", text)
     if rank:
-        yield _with_rank(int(rank.group(2)), int(rank.group(1)))
+        yield with_rank(int(rank.group(2)), int(rank.group(1)))
     numbers = list(
         dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
     )
     for old, new in itertools.islice(itertools.permutations(numbers, 2), 12):
         if old in known and 0 < new < 1 << 16:
-            yield _resize(old, new)
+            yield resize(old, new)
     for old, new in itertools.islice(itertools.permutations(numbers, 2), 6):
         yield from _scaled(old, new, known)
 
@@ -318,91 +372,4 @@ def _scaled(old: int, new: int, known: set[int]) -> Iterator[Change]:
             for size in sorted(known, reverse=True)[:2]:
                 other = size * ratio
                 if size > TOKENS and abs(other - round(other)) < 1e-6 and 1 < round(other) < 4096:
-                    yield _resize(size, round(other))
-
-
-# ---- changes ---------------------------------------------------------------------------------------------------------
-
-
-def _resize(old: int, new: int, last: bool = False) -> Change:
-    """Give the axes of one size another; the last axis alone, or all."""
-
-    def change(x: Tensor) -> Tensor | None:
-        start = x.dim() - 1 if last else 0
-        shape = [new if size == old and axis >= start else size for axis, size in enumerate(x.shape)]
-        return _refilled(x, tuple(shape))
-
-    return change if new > 0 else lambda x: None
-
-
-def _reshape(given: tuple[int, ...], wanted: tuple[int, ...]) -> Change:
-    return lambda x: _refilled(x, wanted) if tuple(x.shape) == given else None
-
-
-def _with_rank(rank: int, wanted: int) -> Change:
-    """Give what has one number of dimensions another: more tokens behind the batch, or fewer."""
-
-    def change(x: Tensor) -> Tensor | None:
-        if x.dim() != rank:
-            return None
-        shape = list(x.shape)
-        if wanted == 4 and rank == 3 and x.is_floating_point():
-            return _refilled(x, (shape[0], 3, 32, 32))
-        shape[1:1] = [TOKENS] * (wanted - rank)
-        return _refilled(x, tuple(shape[:1] + shape[1 + max(rank - wanted, 0) :] if wanted > 0 else []))
-
-    return change
-
-
-def _only(number: int, change: Change) -> Change:
-    """A change of one alone of the tensors that it changes, counted from the first."""
-    changed: list[Tensor] = []
-
-    def one(x: Tensor) -> Tensor | None:
-        made = change(x)
-        changed.extend([x] if made is not None else [])
-        return made if made is not None and len(changed) == number + 1 else None
-
-    return one
-
-
-def _refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of another shape with the same elements, repeated."""
-    if tuple(x.shape) == shape or not x.numel():
-        return x
-    return x.flatten()[torch.arange(math.prod(shape)) % x.numel()].view(shape)
-
-
-def _changed(inputs: Inputs, change: Change) -> Inputs:
-    args = tuple(_in(value, change) for value in inputs.args)
-    return named(
-        args, {name: _in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
-    )
-
-
-def _in(value: Any, change: Change) -> Any:
-    """A value with every tensor in it changed."""
-    if isinstance(value, Tensor):
-        changed = change(value)
-        return value if changed is None else changed
-    if isinstance(value, SimpleNamespace):
-        return SimpleNamespace(**{name: _in(part, change) for name, part in vars(value).items()})
-    if isinstance(value, Mapping):
-        return {name: _in(part, change) for name, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_in(part, change) for part in value)
-    if type(value).__module__ == "numpy" and importlib.util.find_spec("numpy"):
-        return _in(torch.from_numpy(value), change).numpy()
-    return value
-
-
-def _sizes(inputs: Inputs) -> set[int]:
-    """All sizes of all tensors."""
-    found: set[int] = set()
-
-    def note(x: Tensor) -> None:
-        found.update(x.shape)
-
-    for value in (*inputs.args, *inputs.kwargs.values()):
-        _in(value, note)
-    return found
+                    yield resize(size, round(other))

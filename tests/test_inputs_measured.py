@@ -1,0 +1,129 @@
+"""Inputs whose sizes no layer and no message tells: they are found by how what fails depends on each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import dedent, indent
+
+import pytest
+import torch
+from torch import nn
+
+from quack_fx.targets import resolve
+from quack_fx.targets.inputs import Attempts
+from quack_fx.targets.inputs.measure import mismatch
+from quack_fx.targets.inputs.values import named
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+HEAD = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+    def forward(self, x, y=None):
+        q, k, v = (l(i) for l, i in zip((self.q, self.k, self.v), (x, x if y is None else y, x if y is None else y)))
+        return (q @ k.mT).softmax(-1) @ v
+"""
+
+CASES = {
+    "frames behind a convolution that halves them, asserted": (
+        """
+        self.c, self.table = nn.Conv1d(5, 8, 3, 2, 1), nn.Parameter(torch.zeros(30, 8))
+        self.e, self.b, self.d = nn.Embedding(50, 8), Block(), Block()
+        """,
+        "mel, tokens",
+        """
+        x = F.gelu(self.c(mel)).permute(0, 2, 1)
+        assert x.shape[1:] == self.table.shape, "wrong shape"
+        return self.d(self.e(tokens), self.b(x + self.table))
+        """,
+        "mel=float32[2, 5, 60], tokens=int64[2, 4]",
+    ),
+    "a picture and a text, each with a table of its own": (
+        """
+        self.c, self.b, self.d = nn.Conv2d(3, 8, 8, 8), Block(), Block()
+        self.e, self.cls = nn.Embedding(50, 8), nn.Parameter(torch.zeros(1, 1, 8))
+        self.here, self.there = (nn.Parameter(torch.zeros(n, 8)) for n in (26, 13))
+        """,
+        "image, text",
+        """
+        x = self.c(image).flatten(2).mT
+        x = torch.cat((self.cls.expand(len(x), -1, -1), x), 1) + self.here
+        return self.b(x).mean(1) @ self.d(self.e(text) + self.there).mean(1).T
+        """,
+        "image=float32[2, 3, 40, 40], text=int64[2, 13]",
+    ),
+    "patches of a series, flattened for a head": (
+        "self.l, self.b, self.head = nn.Linear(16, 8), Block(), nn.Linear(88, 3)",
+        "x",
+        """
+        x = F.pad(x.permute(0, 2, 1), (0, 8)).unfold(-1, 16, 8)
+        x = self.b(self.l(x))
+        return self.head(x.flatten(-2))
+        """,
+        "x=float32[2, 88, 16]",
+    ),
+    "a table for each patch of each variable": (
+        "self.l, self.b, self.table = nn.Linear(4, 8), Block(), nn.Parameter(torch.zeros(1, 7, 6, 8))",
+        "x",
+        """
+        x = x.permute(0, 2, 1).unflatten(-1, (-1, 4))
+        x = self.l(x)
+        x += self.table
+        return self.b(x)
+        """,
+        "x=float32[2, 24, 7]",
+    ),
+}
+
+
+def write(init: str, parameters: str, body: str) -> None:
+    Path("model.py").write_text(
+        f"{HEAD}\nclass Model(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        f"{indent(dedent(init), ' ' * 8)}\n    def forward(self, {parameters}):\n{indent(dedent(body), ' ' * 8)}\n"
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sizes_are_measured(case: str) -> None:
+    init, parameters, body, text = CASES[case]
+    write(init, parameters, body)
+    target = resolve("model.py:Model")
+    assert f"inputs {text} (inferred)" in target.how
+    real = resolve("model.py:Model", real=True).model
+    real(*target.args, **target.kwargs)
+
+
+def test_sizes_of_the_model_itself_that_do_not_go_together_end_the_search() -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e = nn.Embedding(20, 16)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            b, t = ids.shape
+            out: torch.Tensor = self.e(ids).view(b, t, 3, 16 // 3)
+            return out
+
+    model = Uneven()
+    tried = 0
+    attempts = Attempts(model, [named((torch.zeros(2, n, dtype=torch.int64),), {}, ["ids"]) for n in range(3, 30)])
+    for inputs in attempts:
+        tried += 1
+        try:
+            model(*inputs.args)
+        except RuntimeError as error:
+            attempts.failed(inputs, error)
+    assert tried == 3
+
+
+def test_no_size_is_read_off_an_error_about_none() -> None:
+    try:
+        nn.Linear(2, 2)(torch.ones(1, 2).long())
+    except RuntimeError as error:
+        assert mismatch(error) is None
