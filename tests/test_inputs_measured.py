@@ -12,7 +12,7 @@ from torch import nn
 from quack_fx.targets import resolve
 from quack_fx.targets.inputs import Attempts
 from quack_fx.targets.inputs.measure import mismatch
-from quack_fx.targets.inputs.values import named
+from quack_fx.targets.inputs.values import expression, named
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -127,3 +127,75 @@ def test_no_size_is_read_off_an_error_about_none() -> None:
         nn.Linear(2, 2)(torch.ones(1, 2).long())
     except RuntimeError as error:
         assert mismatch(error) is None
+
+
+CARRY = """
+from dataclasses import dataclass
+
+@dataclass
+class Carry:
+    state: torch.Tensor
+    halted: torch.Tensor
+    data: dict[str, torch.Tensor]
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(20, 8))
+    def forward(self, ids):
+        return F.embedding(ids, self.weight.to(torch.float32))
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.task, self.b = Table(), nn.Embedding(3, 8), Block()
+    def forward(self, state, batch):
+        x = self.e(batch["inputs"].to(torch.int32)) + self.task(batch["task"])
+        return self.b(state + x)
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+    def initial_carry(self, batch):
+        n, data = len(batch["inputs"]), {k: torch.zeros_like(v) for k, v in batch.items()}
+        return Carry(torch.zeros(n, 6, 8), torch.ones(n, dtype=torch.bool), data)
+    def forward(self, carry: Carry, batch: dict[str, torch.Tensor]):
+        wide = carry.halted[:, None]
+        data = {k: torch.where(wide, batch[k], v) for k, v in carry.data.items()}
+        return self.inner(carry.state, data)
+"""
+
+HIDDEN = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.e, self.b = nn.Embedding(20, 8), Block()
+    def init_hidden(self, batch_size):
+        return [next(self.parameters()).new_zeros(batch_size, 3, 8) for _ in range(2)]
+    def forward(self, x, hidden):
+        x = self.e(x)
+        for h in hidden:
+            x = self.b(x, torch.cat((h, x), 1))
+        return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (
+            CARRY,
+            "carry=Carry(state=float32[2, 4, 8], halted=bool[2], data={'inputs': int64[2, 4], 'task': int64[2, 4]}), "
+            "batch={'inputs': int64[2, 4], 'task': int64[2, 4]}",
+        ),
+        (HIDDEN, "x=int64[2, 4], hidden=[float32[2, 3, 8], float32[2, 3, 8]]"),
+    ],
+    ids=["a carry of its own class", "a hidden state"],
+)
+def test_what_the_model_makes_itself_is_made_by_it(source: str, text: str) -> None:
+    Path("model.py").write_text(HEAD + source)
+    target = resolve("model.py:Model")
+    assert f"inputs {text} (inferred)" in target.how
+    again = resolve("model.py:Model", inputs=expression(target.args))
+    assert str(again.how).split("; inputs")[0] == target.how.split("; inputs")[0]

@@ -1,9 +1,10 @@
 """How the sizes that do not fit in a forward depend on the sizes of its inputs: one of these is changed at a time.
 
 In: inputs for which a forward failed, and the sizes that differed there (`Mismatch`). Out: inputs to try; each is
-answered with the mismatch that it leads to. A size that stands behind convolutions and patches is no size of the inputs, so
-that it cannot be read off the error; but two failures of one statement tell how it grows with an axis, and so which
-length of that axis makes it what is asked for. Lengths are taken to grow evenly, or as the area of a picture does.
+answered with the mismatch that it leads to. A size that stands behind convolutions and patches is no size of the
+inputs, so that it cannot be read off the error; but two failures of one statement tell how it grows with an axis, and
+so which length of that axis makes it what is asked for. Lengths are taken to grow evenly, or as the area of a picture
+does.
 """
 
 from __future__ import annotations

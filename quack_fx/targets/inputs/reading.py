@@ -340,6 +340,8 @@ class Frame:
             case ast.Dict():
                 for entry in node.values:
                     self.of(entry)
+            case ast.DictComp():
+                return self.same_keys(node)
             case ast.Starred():
                 return self.of(node.value)
         return UNKNOWN
@@ -367,6 +369,18 @@ class Frame:
             found.append(self.of(node.elt))
         self.scope = before
         return Items(tuple(found)) if any(isinstance(v, Data) for v in found) else UNKNOWN
+
+    def same_keys(self, node: ast.DictComp) -> Value:
+        """A dict with the keys of another, as far as it is the caller's: `{k: v.to(x) for k, v in batch.items()}`."""
+        parts = [inner for inner in ast.walk(node.value) if isinstance(inner, ast.Subscript)]
+        for part in parts if isinstance(node.key, ast.Name) else []:
+            found = self.of(part.value) if ast.unparse(part.slice) == ast.unparse(node.key) else UNKNOWN
+            if isinstance(found, Data):
+                return found
+        source = node.generators[0].iter
+        if isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute) and source.func.attr == "items":
+            return self.of(source.func.value)
+        return UNKNOWN
 
     def arithmetic(self, node: ast.BinOp) -> Value:
         """A sum, product or the like."""
@@ -451,6 +465,8 @@ class Frame:
 
     def apply(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
         """Call a function that is known."""
+        if (kept := calls.kept_tensor(function)) is not None:
+            return Known(kept)
         if calls.runs_another(function) and args and isinstance(args[0], Known):
             return self.apply(args[0].value, args[1:], {})
         if isinstance(function, functools.partial):

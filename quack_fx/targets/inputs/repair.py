@@ -63,7 +63,7 @@ class Attempts:
         self.repairs: deque[Inputs] = deque()
         self.inferred = {candidate.text for candidate in candidates}
         self.seen = set(self.inferred)
-        self.left = REPAIRS
+        self.left, self.added = REPAIRS, 0
         self._more = more
         self._search = Search()
         self._measured: Answer = None
@@ -84,8 +84,11 @@ class Attempts:
                 yield self.likely.popleft()
             elif (measure := next(self._measurements, None)) is not None:
                 yield measure
-            elif queue := self.repairs or self.others:
-                yield queue.popleft()
+            elif self.repairs and self.left > 0:
+                self.left -= 1
+                yield self.repairs.popleft()
+            elif self.others:
+                yield self.others.popleft()
             else:
                 return
 
@@ -111,7 +114,7 @@ class Attempts:
         """Leave out all but what is measured."""
         for queue in (self.likely, self.repairs, self.others):
             queue.clear()
-        self.left = 0
+        self.left, self.added = 0, REPAIRS
 
     def failed(self, inputs: Inputs, error: BaseException) -> None:
         """Note that the forward failed with this error; its traceback must still be there."""
@@ -126,14 +129,13 @@ class Attempts:
         found: list[Inputs] = []
         more = self._more(self.model, inputs, error) if self._more is not None else []
         for one in [*_with_blocks(inputs, error), *more]:
-            if one.text not in self.seen and self.left > 0:
+            if one.text not in self.seen and self.added < REPAIRS:
                 self.seen.add(one.text)
-                self.left -= 1
+                self.added += 1
                 self.likely.appendleft(one)
         for repaired in retry(self.model, inputs, error):
-            if repaired.text not in self.seen and self.left > 0:
+            if repaired.text not in self.seen:
                 self.seen.add(repaired.text)
-                self.left -= 1
                 found.append(repaired)
         # What comes of a repair goes on from there; what comes of a candidate waits for its turn.
         if inputs.text in self.inferred:
@@ -322,6 +324,7 @@ def _instead(given: Tensor, made: Tensor) -> Change:
 def _message(text: str, known: set[int]) -> Iterator[Change]:
     """Changes for the sizes and types that a message names."""
     yield from _types(text)
+    yield from _viewed(text)
     shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
     for given, wanted in itertools.pairwise(shapes):
         if len(given) == len(wanted):
@@ -343,6 +346,24 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
             yield resize(old, new)
     for old, new in itertools.islice(itertools.permutations(numbers, 2), 6):
         yield from _scaled(old, new, known)
+
+
+def _viewed(text: str) -> Iterator[Change]:
+    """Changes for a view with one size left open: the others are sizes of each token, or of each sequence."""
+    found = re.search(r"shape '\[([-\d, ]+)\]' is invalid for input of size (\d+)", text)
+    if found is None or "-1" not in found[1]:
+        return
+    wanted, count = [int(n) for n in found[1].split(",")], int(found[2])
+    for lead in (2, 1):
+
+        def change(x: Tensor, lead: int = lead, flat: bool = True) -> Tensor | None:
+            if x.numel() != count or (x.dim() <= lead and lead > 1):
+                return None
+            inner = [n for n in wanted[1:] if n > 0]
+            return refilled(x, (*x.shape[:lead], *([math.prod(inner)] if flat else inner)))
+
+        yield change
+        yield functools.partial(change, flat=False)
 
 
 def _types(text: str) -> Iterator[Change]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quack_fx.targets.world import attention as fused
-from quack_fx.targets.world import vision
+from quack_fx.targets.world import rotations, vision
 from quack_fx.targets.world.inert import Inert, StandInUsed
 
 
@@ -96,6 +96,35 @@ def _check_plain(options: dict[str, Any]) -> None:
     """Refuse norms whose weight is not what multiplies."""
     if options.get("zero_centered_gamma"):
         raise NotImplementedError("a norm with zero_centered_gamma has no stand-in")
+
+
+class SwiGLU(nn.Module):
+    """A gated layer: two linear layers side by side, packed into one or not, and one behind them."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        _pack_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias) if _pack_weights else None
+        self.w1 = None if _pack_weights else nn.Linear(in_features, hidden_features, bias=bias)
+        self.w2 = None if _pack_weights else nn.Linear(in_features, hidden_features, bias=bias)
+        self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        if self.w1 is None or self.w2 is None:
+            assert self.w12 is not None
+            gate, value = self.w12(x).chunk(2, -1)
+        else:
+            gate, value = self.w1(x), self.w2(x)
+        out: Tensor = self.w3(nn.functional.silu(gate) * value)
+        return out
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -223,8 +252,11 @@ _KNOWN: dict[str, dict[str, Any]] = {
         "memory_efficient_attention": fused.memory_efficient_attention,
         "LowerTriangularMask": fused.LowerTriangularMask,
         "LowerTriangularFromBottomRightMask": fused.LowerTriangularFromBottomRightMask,
+        "SwiGLU": SwiGLU,
     },
     "sageattention": {"sageattn": fused.sageattn},
+    "rotary_emb": {"apply_rotary": rotations.apply_rotary},
+    "pytorch3d": {n: getattr(rotations, n) for n in dir(rotations) if n.startswith("quaternion_")},
     "apex": _NORMS,
     "fairscale": _PARALLEL,
     "megatron": _PARALLEL | {"ColumnParallelLinear": PairedLinear, "RowParallelLinear": PairedLinear},
