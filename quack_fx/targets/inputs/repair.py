@@ -170,7 +170,7 @@ def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Itera
     for frame, line in reversed(frames):
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "quack_fx.", "importlib")):
-            yield from _statement(frame, line, "Boolean value of Tensor with more" in str(error))
+            yield from _statement(frame, line, str(error))
             break
     yield from _layer(model, frames)
     yield from _message(str(error), known)
@@ -211,7 +211,33 @@ def _as_number(given: Tensor) -> Change:
     return lambda x: torch.ones((), dtype=torch.int64) if tuple(x.shape) == shape and x.dtype == given.dtype else None
 
 
-def _statement(frame: FrameType, line: int, asks_for_number: bool) -> Iterator[Change]:
+def _as_index(given: Tensor) -> Change:
+    """Whole numbers in place of those of a tensor."""
+    shape = tuple(given.shape)
+    return lambda x: (
+        torch.zeros(shape, dtype=torch.int64) if x.is_floating_point() and tuple(x.shape) == shape else None
+    )
+
+
+def _with_axes(given: Tensor, rank: int) -> Change:
+    """Axes of one entry behind those of a tensor."""
+    shape = tuple(given.shape)
+    wider = (*shape, *[1] * (rank - len(shape)))
+    return lambda x: x.view(wider) if tuple(x.shape) == shape and x.dtype == given.dtype else None
+
+
+def _of_named(named: list[Tensor], message: str) -> Iterator[Change]:
+    """Changes of the tensors that the failed statement names."""
+    if "Boolean value of Tensor with more" in message:
+        yield from map(_as_number, named)
+    if re.search(r"dtype int32/int64 for index|tensors used as indices", message):
+        yield from (_as_index(v) for v in named if v.is_floating_point())
+    if "same number of dimensions" in message and named:
+        rank = max(v.dim() for v in named)
+        yield from (_with_axes(v, rank) for v in named if v.dim() < rank)
+
+
+def _statement(frame: FrameType, line: int, message: str) -> Iterator[Change]:
     """What the statement that failed asks for."""
     text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
     tree = ast.parse(text)
@@ -223,9 +249,9 @@ def _statement(frame: FrameType, line: int, asks_for_number: bool) -> Iterator[C
         return eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
 
     statement = around[-1]
-    if asks_for_number and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+    if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
         read = [frame.f_locals.get(n.id) for n in ast.walk(statement) if isinstance(n, ast.Name)]
-        yield from (_as_number(v) for v in read if isinstance(v, Tensor))
+        yield from _of_named([v for v in read if isinstance(v, Tensor)], message)
     if isinstance(statement, ast.Assert):
         yield from _condition(statement.test, True, value)
     elif isinstance(statement, ast.Raise) and len(around) > 1 and isinstance(around[-2], ast.If):
