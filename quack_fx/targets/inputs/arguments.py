@@ -247,7 +247,7 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
     if re.fullmatch(r"(img|txt|image|text|latent)_ids", name) and not told:
         return [Array("zeros", shape) for shape in (("B", "T", 3), ("T", 3))]
     is_class = _CLASS.fullmatch(name) and not (ids and not re.match("class|user", name))
-    if is_class and (not told or told[0].kind == "ids"):
+    if is_class and (use.rank or 0) < 3 and (not told or told[0].kind == "ids"):
         of_sequences: Spec = Array("zeros", flat, dtype=torch.int64)
         of_tokens: Spec = Array("ids", ("B", "T"), told[0].high if told else 1)
         return [of_sequences, of_tokens] if use.rank is None else [of_sequences if use.rank == 1 else of_tokens]

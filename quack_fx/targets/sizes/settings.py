@@ -27,6 +27,7 @@ class Settings:
     def __init__(self, give: Give, given: dict[str, Any]) -> None:
         self.__dict__["_give"], self.__dict__["_given"] = give, given
         self.__dict__["_read"], self.__dict__["_by_key"], self.__dict__["_by_name"] = {}, False, False
+        self.__dict__["_is_counted"] = False
 
     def _value(self, name: str) -> Any:
         if name not in self._read:
@@ -58,7 +59,14 @@ class Settings:
         return iter(self.keys())
 
     def __len__(self) -> int:
-        return len(self._given)
+        if self._given:
+            return len(self._given)
+        # A vocabulary, which says how many tokens it has.
+        self.__dict__["_is_counted"] = True
+        return int(self._value("vocab_size"))
+
+    def __bool__(self) -> bool:
+        return True
 
     def keys(self) -> list[str]:
         """Names of the fields that are there from the start."""
@@ -83,6 +91,8 @@ class Settings:
         fields = ", ".join(f"{name}={expression(value)}" for name, value in self._read.items() if name.isidentifier())
         if self._by_key and self._by_name:
             return f'type("Config", (dict,), {{"__getattr__": dict.__getitem__}})({fields})'
+        if self._is_counted:
+            return f'type("Config", (SimpleNamespace,), {{"__len__": lambda self: self.vocab_size}})({fields})'
         return f"dict({fields})" if self._by_key else f"SimpleNamespace({fields})"
 
 

@@ -26,6 +26,7 @@ from quack_fx.targets.packages import is_installed
 from quack_fx.targets.sizes.uses import read_name
 from quack_fx.targets.world.inert import InertPackage, inert
 from quack_fx.targets.world.known import meaning
+from quack_fx.targets.world.old_names import today
 
 
 class Imports:
@@ -115,18 +116,25 @@ class Imports:
         """The module, or, where an installed one lacks a name that is asked for, one that stands in for it."""
         if not names or isinstance(module, InertPackage) or "*" in names or self._has_own(name):
             return module
-        absent = {}
+        absent, otherwise = {}, {}
         for wanted in names:
             try:
                 getattr(module, wanted)
             except Exception as error:
                 absent[wanted] = error
-        if not absent or (not self._guarded and _is_guarded(frame)):
-            self.left |= bool(absent)
+            if (now := today(name, wanted, wanted not in absent)) is not None:
+                otherwise[wanted] = now
+                absent.pop(wanted, None)
+        if absent and not self._guarded and _is_guarded(frame):
+            self.left = True
+            return module
+        if not absent and not otherwise:
             return module
         proxy = ModuleType(name)
         for wanted in names:
-            if wanted in absent:
+            if wanted in otherwise:
+                setattr(proxy, wanted, otherwise[wanted])
+            elif wanted in absent:
                 full = f"{name}.{wanted}"
                 known = meaning(full)
                 self.missing.setdefault(full, f"{name} has no {wanted}")

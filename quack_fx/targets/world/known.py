@@ -135,6 +135,38 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         super().__init__(**{n: v for n, v in kwargs.items() if n in known})
 
 
+class Registry:
+    """A table of classes by name, filled by decorators."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._classes: dict[str, Any] = {}
+
+    def register_module(self, name: Any = None, force: bool = False, module: Any = None, **kwargs: Any) -> Any:
+        """Note a class, or give a decorator that does."""
+        if module is None and callable(name):
+            name, module = None, name
+        if module is None:
+            return lambda decorated: self.register_module(name, force, decorated)
+        for known in name if isinstance(name, list | tuple) else [name or module.__name__]:
+            self._classes[known] = module
+        return module
+
+    register = register_module
+
+    def get(self, name: str) -> Any:
+        """The class of a name, or None."""
+        return self._classes.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes
+
+    def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """An object of the class that a config names, made with its other fields."""
+        given = {**kwargs.get("default_args", {}), **cfg}
+        kind = given.pop("type")
+        return (self._classes[kind] if isinstance(kind, str) else kind)(**given)
+
+
 class LightningModule(nn.Module):
     """A LightningModule as far as a model's constructor and forward need one."""
 
@@ -243,6 +275,7 @@ _TIMM = {
     "Attention": vision.Attention,
     "Block": vision.Block,
 }
+_REGISTRY = {"Registry": Registry}
 _LIGHTNING = {"LightningModule": LightningModule}
 _KNOWN: dict[str, dict[str, Any]] = {
     "flash_attn": _FLASH,
@@ -263,6 +296,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "transformer_engine": {"Linear": ParallelLinear, "LayerNorm": LayerNorm, "RMSNorm": RMSNorm},
     "timm": _TIMM,
     "triton": {"jit": _kernel, "autotune": _around_kernel, "heuristics": _around_kernel},
+    **dict.fromkeys(("mmcv", "mmengine", "mmdet", "mmseg", "fvcore", "detectron2"), _REGISTRY),
     "pytorch_lightning": _LIGHTNING,
     "lightning": _LIGHTNING,
 }
