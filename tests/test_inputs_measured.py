@@ -81,6 +81,53 @@ CASES = {
     ),
 }
 
+TOLD = {
+    "records in a list": (
+        "self.c, self.b = nn.Conv2d(3, 8, 8, 8), Block(); self.img_size = 32",
+        "records: list[dict[str, torch.Tensor]]",
+        """
+        x = torch.stack([F.pad(r["image"].float(), (0, 0)) for r in records], 0)
+        x = self.b(self.c(x).flatten(2).mT)
+        return [F.interpolate(one[None], r["size"]) for r, one in zip(records, x)]
+        """,
+        "[{'image': float32[3, 32, 32], 'size': 4}, {'image': float32[3, 32, 32], 'size': 4}]",
+    ),
+    "lengths of packed tokens": (
+        "self.e, self.b = nn.Embedding(50, 8), Block()",
+        "ids: torch.Tensor, seqlens: list[int]",
+        """
+        (n,) = ids.shape
+        assert sum(seqlens) == n
+        return torch.cat([self.b(x) for x in self.e(ids).split(seqlens)])
+        """,
+        "ids=int64[4], seqlens=[2, 2]",
+    ),
+    "frames that are viewed, steps that index": (
+        """
+        self.c, self.e, self.b = nn.Conv2d(2, 8, 6, 6), nn.Embedding(50, 8), Block()
+        self.r, self.table = nn.Linear(1, 8), nn.Parameter(torch.zeros(1, 12, 8))
+        """,
+        "states, actions, returns=None, steps=None",
+        """
+        x = self.c(states.reshape(-1, 2, 6, 6)).reshape(states.shape[0], states.shape[1], 8)
+        x = x + self.r(returns.type(torch.float32)) + self.e(actions)
+        places = self.table.repeat_interleave(len(x), 0)
+        return self.b(x + torch.gather(places, 1, torch.repeat_interleave(steps, 8, dim=-1)))
+        """,
+        "states=float32[2, 4, 72], actions=int64[2, 4], returns=float32[2, 4, 1], steps=int64[2, 1, 1]",
+    ),
+    "a condition called y with more axes than a class has": (
+        "self.c, self.b, self.d = nn.Conv2d(3, 8, 8, 8), Block(), Block(); self.null = nn.Parameter(torch.zeros(6, 8))",
+        "x, y",
+        """
+        assert y.shape[2:] == self.null.shape
+        x = self.b(self.c(x).flatten(2).mT)
+        return self.d(x, y.view(len(x), 6, 8))
+        """,
+        "x=float32[2, 3, 32, 32], y=float32[2, 1, 6, 8]",
+    ),
+}
+
 
 def write(init: str, parameters: str, body: str) -> None:
     Path("model.py").write_text(
@@ -89,12 +136,12 @@ def write(init: str, parameters: str, body: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_sizes_are_measured(case: str) -> None:
-    init, parameters, body, text = CASES[case]
+@pytest.mark.parametrize("case", CASES | TOLD)
+def test_sizes_are_found(case: str) -> None:
+    init, parameters, body, text = (CASES | TOLD)[case]
     write(init, parameters, body)
     target = resolve("model.py:Model")
-    assert f"inputs {text} (inferred)" in target.how
+    assert f"{text} (inferred)" in target.how
     real = resolve("model.py:Model", real=True).model
     real(*target.args, **target.kwargs)
 

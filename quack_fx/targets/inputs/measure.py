@@ -47,9 +47,8 @@ class Mismatch:
     @property
     def ratio(self) -> Fraction | None:
         """How many elements a view asks for, of those that there are."""
-        if "is invalid for input of size" not in self.place[2] or min(self.numbers) <= 0:
-            return None
-        return Fraction(math.prod(self.numbers[:-1]), self.numbers[-1])
+        is_view = "is invalid for input of size" in self.place[2]
+        return Fraction(self.numbers[0], self.numbers[1]) if is_view and self.pairs else None
 
 
 def mismatch(error: BaseException) -> Mismatch | None:
@@ -82,7 +81,8 @@ def mismatch(error: BaseException) -> Mismatch | None:
     if len(numbers) < 2:
         return None
     if "is invalid for input of size" in text:
-        return Mismatch(place, numbers, ())
+        wanted = math.prod(numbers[:-1])
+        return Mismatch(place, (wanted, *numbers[::-1]), ((0, 1),) if min(numbers) > 0 else ())
     pairs = [(i, j) for i, j in itertools.combinations(range(len(numbers)), 2) if numbers[i] != numbers[j]]
     return Mismatch(place, numbers, tuple(pairs[:12]))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quack_fx.targets.world import attention as fused
 from quack_fx.targets.world import rotations, vision
+from quack_fx.targets.world.block_masks import BlockDiagonalCausalMask, BlockDiagonalMask
 from quack_fx.targets.world.inert import Inert, StandInUsed
 
 
@@ -285,6 +286,8 @@ _KNOWN: dict[str, dict[str, Any]] = {
         "memory_efficient_attention": fused.memory_efficient_attention,
         "LowerTriangularMask": fused.LowerTriangularMask,
         "LowerTriangularFromBottomRightMask": fused.LowerTriangularFromBottomRightMask,
+        "BlockDiagonalMask": BlockDiagonalMask,
+        "BlockDiagonalCausalMask": BlockDiagonalCausalMask,
         "SwiGLU": SwiGLU,
     },
     "sageattention": {"sageattn": fused.sageattn},
