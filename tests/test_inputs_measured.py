@@ -104,17 +104,17 @@ TOLD = {
     ),
     "frames that are viewed, steps that index": (
         """
-        self.c, self.e, self.b = nn.Conv2d(2, 8, 6, 6), nn.Embedding(50, 8), Block()
+        self.c, self.e, self.b = nn.Conv2d(2, 8, 6, 6), nn.Embedding(48, 8), Block()
         self.r, self.table = nn.Linear(1, 8), nn.Parameter(torch.zeros(1, 12, 8))
         """,
-        "states, actions, returns=None, steps=None",
+        "states, actions, returns=None, timesteps=None",
         """
         x = self.c(states.reshape(-1, 2, 6, 6)).reshape(states.shape[0], states.shape[1], 8)
         x = x + self.r(returns.type(torch.float32)) + self.e(actions)
         places = self.table.repeat_interleave(len(x), 0)
-        return self.b(x + torch.gather(places, 1, torch.repeat_interleave(steps, 8, dim=-1)))
+        return self.b(x + torch.gather(places, 1, torch.repeat_interleave(timesteps, 8, dim=-1)))
         """,
-        "states=float32[2, 4, 72], actions=int64[2, 4], returns=float32[2, 4, 1], steps=int64[2, 1, 1]",
+        "states=float32[2, 4, 72], actions=int64[2, 4], returns=float32[2, 4, 1], timesteps=int64[2, 1, 1]",
     ),
     "a condition called y with more axes than a class has": (
         "self.c, self.b, self.d = nn.Conv2d(3, 8, 8, 8), Block(), Block(); self.null = nn.Parameter(torch.zeros(6, 8))",

@@ -17,7 +17,7 @@ import linecache
 import math
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
 from types import FrameType, TracebackType
 from typing import Any
@@ -66,8 +66,9 @@ class Attempts:
         self.left, self.added = REPAIRS, 0
         self._more = more
         self._search = Search()
+        self._running: Generator[Inputs, Answer, None] | None = None
         self._measured: Answer = None
-        self._ratios: dict[tuple[Any, Fraction], set[tuple[int, ...]]] = defaultdict(set)
+        self._missed: dict[Any, dict[tuple[int, ...], Fraction]] = defaultdict(dict)
         self.measuring = False
         """Whether the inputs that were given last are tried to measure."""
 
@@ -80,9 +81,10 @@ class Attempts:
 
     def _in_turn(self) -> Iterator[Inputs]:
         while not self._is_hopeless():
+            self.measuring = False
             if self.likely:
                 yield self.likely.popleft()
-            elif (measure := next(self._measurements, None)) is not None:
+            elif (measure := self._measurement()) is not None:
                 yield measure
             elif self.repairs and self.left > 0:
                 self.left -= 1
@@ -92,23 +94,25 @@ class Attempts:
             else:
                 return
 
-    @functools.cached_property
-    def _measurements(self) -> Iterator[Inputs]:
-        """Inputs that are tried to measure; `failed` notes what came of the last one."""
-        search = self._search.run()
+    def _measurement(self) -> Inputs | None:
+        """Inputs to be tried to measure; `failed` has noted what came of the last ones."""
         try:
-            one = next(search)
-            while True:
-                self.measuring = True
-                yield one
-                one = search.send(self._measured)
+            if self._running is None:
+                self._running = self._search.run()
+                one = next(self._running)
+            else:
+                one = self._running.send(self._measured)
         except StopIteration:
-            self.measuring = False
+            self._running = None
+            return None
+        self.measuring = True
+        return one
 
     def _is_hopeless(self) -> bool:
         """Whether a view of the forward wants the same part too much whatever the inputs' sizes: the model's own
         sizes do not go together."""
-        return any(len(sizes) >= SAME_RATIO for sizes in self._ratios.values())
+        missed = self._missed.values()
+        return any(len(found) >= SAME_RATIO and len(set(found.values())) == 1 for found in missed)
 
     def guess_no_more(self) -> None:
         """Leave out all but what is measured."""
@@ -118,21 +122,19 @@ class Attempts:
 
     def failed(self, inputs: Inputs, error: BaseException) -> None:
         """Note that the forward failed with this error; its traceback must still be there."""
-        self._measured = found_sizes = mismatch(error)
-        self._search.note(inputs, found_sizes)
-        if found_sizes is not None and found_sizes.ratio not in (None, 1):
-            self._ratios[found_sizes.place, found_sizes.ratio].add(found_sizes.numbers)
+        sizes = mismatch(error)
+        self._search.note(inputs, sizes)
+        if sizes is not None and (ratio := sizes.ratio) not in (None, 1):
+            self._missed[sizes.place][sizes.numbers] = ratio
         if self.measuring:
+            self._measured = sizes
+            self._add(self._more(self.model, inputs, error) if self._more is not None and sizes is None else [])
             return
-        if found_sizes is not None:
-            self._search.start(inputs, found_sizes)
+        if sizes is not None:
+            self._search.start(inputs, sizes)
         found: list[Inputs] = []
         more = self._more(self.model, inputs, error) if self._more is not None else []
-        for one in [*_with_blocks(inputs, error), *more]:
-            if one.text not in self.seen and self.added < REPAIRS:
-                self.seen.add(one.text)
-                self.added += 1
-                self.likely.appendleft(one)
+        self._add([*_with_blocks(inputs, error), *more])
         for repaired in retry(self.model, inputs, error):
             if repaired.text not in self.seen:
                 self.seen.add(repaired.text)
@@ -142,6 +144,14 @@ class Attempts:
             self.repairs.extend(found)
         else:
             self.repairs.extendleft(reversed(found))
+
+    def _add(self, more: list[Inputs]) -> None:
+        """Try these next."""
+        for one in more:
+            if one.text not in self.seen and self.added < REPAIRS:
+                self.seen.add(one.text)
+                self.added += 1
+                self.likely.appendleft(one)
 
 
 def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:
