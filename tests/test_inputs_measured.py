@@ -114,7 +114,7 @@ TOLD = {
         places = self.table.repeat_interleave(len(x), 0)
         return self.b(x + torch.gather(places, 1, torch.repeat_interleave(timesteps, 8, dim=-1)))
         """,
-        "states=float32[2, 4, 72], actions=int64[2, 4], returns=float32[2, 4, 1], timesteps=int64[2, 1, 1]",
+        "states=float32[2, 1, 72], actions=int64[2, 4], returns=float32[2, 4, 1], timesteps=int64[2, 1, 1]",
     ),
     "a condition called y with more axes than a class has": (
         "self.c, self.b, self.d = nn.Conv2d(3, 8, 8, 8), Block(), Block(); self.null = nn.Parameter(torch.zeros(6, 8))",

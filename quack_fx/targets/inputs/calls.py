@@ -361,5 +361,8 @@ def spread_of(
         if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     if data:
-        return left, [Data(data[0].use.part("at", number)) for number in range(len(left))]
+        parts = [data[0].use.part("at", number) for number in range(len(left))]
+        for part, name in zip(parts, left, strict=True):
+            part.name = part.name or name
+        return left, [Data(part) for part in parts]
     return left, [Data(data_names[0].use.part("key", name)) for name in left]

@@ -64,7 +64,7 @@ def mismatch(error: BaseException) -> Mismatch | None:
     sides = _stated(frame, line)
     if sides is not None:
         return _of_pairs(place, sides) if sides else None
-    if not isinstance(cause, RuntimeError | ValueError | AssertionError):
+    if not isinstance(cause, RuntimeError | ValueError | AssertionError) or "values to unpack" in text:
         return None
     product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
     if product:
@@ -158,7 +158,7 @@ def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
         pictures = len(shape) >= 4 and shape[-1] == shape[-2]
         if pictures:
             found[frozenset({(number, len(shape) - 1), (number, len(shape) - 2)})] = shape[-1]
-        for axis in range(min(1, len(shape) - 1), len(shape) - (2 if pictures else 0)):
+        for axis in range(max(0, min(1, len(shape) - 1)), len(shape) - (2 if pictures else 0)):
             found[frozenset({(number, axis)})] = shape[axis]
     inner = [(number, axis) for number, shape in enumerate(shapes) for axis in range(1, len(shape))]
     for size in dict.fromkeys(shapes[number][axis] for number, axis in inner):

@@ -374,6 +374,9 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
     rank = re.search(r"[Ee]xpected (\d)D.*?got (\d)D", text)
     if rank:
         yield with_rank(int(rank.group(2)), int(rank.group(1)))
+    padded = re.search(r"Padding size \d+ is not supported for (\d)D input", text)
+    if padded:
+        yield with_rank(int(padded[1]), int(padded[1]) - 1)
     numbers = list(
         dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
     )
