@@ -265,7 +265,7 @@ CASES = {
     ),
     "a vocabulary of which the length is asked": Case(
         net("d_model", "n_heads", "d_model, n_heads, alphabet", more="alphabet.pad_idx; assert len(alphabet) > 1"),
-        assumed={*SIZES, "pad_idx"},
+        assumed={*SIZES, "pad_idx", "vocab_size"},
     ),
     "hasattr of what is found": Case(
         net("config.d_model if hasattr(config, 'd_model') else 24", "config.n_heads"),
@@ -330,6 +330,48 @@ def test_what_is_found_is_written(name: str) -> None:
 def test_sizes_that_are_given_are_nobodys_guess() -> None:
     target = resolve(write(CASES["options"]), build="Net(32, 2)")
     assert target.model.q.weight.shape == (32, 32) and not target.assumed and not target.notes
+
+
+VOCABULARY = (
+    HEADER + "class Net(nn.Module):\n    def __init__(self, words):\n        super().__init__()\n"
+    "        self.e = nn.Embedding(len(words), 8, padding_idx=words.padding_idx)\n"
+    "    def forward(self, ids):\n        return self.e(ids)\n"
+)
+NOTHING = (
+    HEADER + DATACLASS + "    width: int = 8\n    max_batch_size: int = 0\n    experts: int = 0\n"
+    "class Net(nn.Module):\n    def __init__(self, config: Config):\n        super().__init__()\n"
+    "        self.most, self.l = config.max_batch_size, nn.Linear(config.width, 8)\n"
+    "        assert not config.experts\n"
+    "    def forward(self, x):\n        assert len(x) <= self.most\n        return self.l(x)\n"
+)
+
+
+def test_a_vocabulary_that_is_counted_has_a_size() -> None:
+    Path("model.py").write_text(VOCABULARY)
+    target = resolve("model.py")
+    assert target.assumed["vocab_size"] == len(target.model.e.weight)
+    assert shapes(resolve("model.py", build=target.build)) == shapes(target)
+
+
+def test_none_of_what_there_must_be_some_of_is_no_size() -> None:
+    Path("model.py").write_text(NOTHING)
+    assert resolve("model.py").assumed == {"max_batch_size": 2}
+
+
+def test_what_stands_below_a_condition_that_holds_is_a_size() -> None:
+    source = HEADER + DATACLASS + "    d_model: int = 9\n    n_heads: int = 2\n"
+    source += (
+        "class Net(nn.Module):\n    def __init__(self, config: Config):\n        super().__init__()\n"
+        "        self.heads, self.l = config.n_heads, nn.Linear(config.d_model, config.d_model)\n"
+        "    def forward(self, x):\n        b, t, _ = x.shape\n"
+        "        return self.l(x).view(b, t, self.heads, self.l.out_features // self.heads)\n"
+    )
+    Path("model.py").write_text(source)
+    Path("train.py").write_text(
+        "from model import Config, Net\nif (1):\n    d_model = 9\n    n_heads = 3\n    steps = 10\n"
+    )
+    Path(".git").mkdir()
+    assert resolve("model.py").model.heads == 3
 
 
 REFUSED: dict[str, tuple[str, str]] = {

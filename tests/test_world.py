@@ -329,6 +329,21 @@ def test_config_objects_and_registries(package: str) -> None:
     assert not said(target, "loaded")
 
 
+def test_names_that_a_package_moved_mean_what_they_meant() -> None:
+    pytest.importorskip("transformers")
+    before = """
+    from transformers.modeling_utils import Conv1D
+    from transformers.file_utils import add_code_sample_docstrings, ModelOutput
+    assert Conv1D(8, 8)(torch.ones(2, 8)).shape == (2, 8)
+    @add_code_sample_docstrings(tokenizer_class="Old", checkpoint="old", no_such_option=3)
+    def documented(): return ModelOutput
+    assert documented() is ModelOutput
+    """
+    target = resolve(write("model.py", net(dedent(before))))
+    assert_rows(target)
+    assert not said(target, "missing") and not said(target, "loaded")
+
+
 @pytest.mark.parametrize(
     ("mine", "statement", "error"),
     [

@@ -409,6 +409,8 @@ class Planner:
     def changes(self) -> Iterator[Change]:
         """Changes to try, none at first."""
         yield {}
+        if empty := self._empty():
+            yield dict.fromkeys(empty, WITHOUT)
         undefined = self._undefined()
         if undefined:
             yield dict.fromkeys(undefined, WITHOUT)
@@ -453,6 +455,11 @@ class Planner:
             if (isinstance(v, int) and not isinstance(v, bool) and v < 0 and by_name(n) not in (None, False, 0))
             or (v is None and n in self._uses.needed)
         ]
+
+    def _empty(self) -> list[str]:
+        """Fields of the config that are 0 and say how many there are of what there must be some of."""
+        some = re.compile(r"batch|vocab|len(gth)?$|n_ctx|block_size|width|(^|_)dim$|heads?$")
+        return [n for n, v in self._defaults().items() if v == 0 and type(v) is int and some.search(n)]
 
     def _absent(self) -> set[str]:
         """Fields of the config that are None and sound like sizes."""

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from quack_fx.targets.sizes.made_up import VOCABULARY
-
 Give = Callable[[str], Any]
 """A value for a field; called once for each."""
 
@@ -61,9 +59,11 @@ class Settings:
         return iter(self.keys())
 
     def __len__(self) -> int:
-        """How many fields there are from the start; what has none and is asked how long it is, is a vocabulary."""
-        self.__dict__["_counted"] = not self._given
-        return len(self._given) or VOCABULARY
+        if self._given:
+            return len(self._given)
+        # A vocabulary, which says how many tokens it has.
+        self.__dict__["_counted"] = True
+        return int(self._value("vocab_size"))
 
     def __bool__(self) -> bool:
         return True
@@ -92,10 +92,10 @@ class Settings:
         fields = ", ".join(f"{name}={expression(value)}" for name, value in self._read.items() if name.isidentifier())
         keys = ", ".join(f"{name!r}: {expression(value)}" for name, value in self._read.items())
         given = fields if named else f"{{{keys}}}"
-        methods = ['"__getattr__": dict.__getitem__'] if self._by_name else []
-        methods += [f'"__len__": lambda self: {VOCABULARY}', '"__bool__": lambda self: True'] if self._counted else []
-        if (self._by_key and self._by_name) or self._counted:
-            return f'type("Config", (dict,), {{{", ".join(methods)}}})({given})'
+        if self._by_key and self._by_name:
+            return f'type("Config", (dict,), {{"__getattr__": dict.__getitem__}})({given})'
+        if self._counted:
+            return f'type("Config", (SimpleNamespace,), {{"__len__": lambda self: self.vocab_size}})({fields})'
         if self._by_key:
             return f"dict({fields})" if named else given
         return f"SimpleNamespace({fields})"

@@ -173,7 +173,7 @@ def _options(tree: ast.Module) -> dict[str, Any]:
 def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
     """Plain values that are given to names at the top of a file (under "") and to fields of one object anywhere."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
-    for node in tree.body:
+    for node in _certain(tree.body):
         for name, value in _assigned(node):
             if isinstance(name, ast.Name) and (known := value_of(value, found[""])) is not UNKNOWN:
                 found[""][name.id] = known
@@ -185,6 +185,14 @@ def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
                 if isinstance(name, ast.Attribute) and known is not UNKNOWN:
                     found[owner][name.attr] = known
     return found
+
+
+def _certain(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a file that run whatever happens, those below `if True:` included."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and node.test.value:
+            yield from _certain(node.body)
 
 
 def _assigned(node: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:

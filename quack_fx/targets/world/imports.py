@@ -27,6 +27,7 @@ from quack_fx.targets.packages import is_installed, moved
 from quack_fx.targets.sizes.uses import read_name
 from quack_fx.targets.world.inert import InertPackage, inert
 from quack_fx.targets.world.known import meaning
+from quack_fx.targets.world.old_names import today
 
 
 class Imports:
@@ -140,12 +141,17 @@ class Imports:
         absent = list(names)
         if not inside:
             absent = [wanted for wanted in names if not _has(module, wanted)]
-            if not absent or (not self._guarded and _is_guarded(frame)):
-                self.left |= bool(absent)
+            lacking = [wanted for wanted in absent if today(name, wanted, False) is None]
+            if lacking and not self._guarded and _is_guarded(frame):
+                self.left = True
+                return module
+            if not absent and all(today(name, wanted, True) is None for wanted in names):
                 return module
         proxy = ModuleType(name)
         for wanted in names:
-            if wanted not in absent:
+            if (now := today(name, wanted, wanted not in absent)) is not None:
+                value = now
+            elif wanted not in absent:
                 value = getattr(module, wanted)
             elif (place := moved(name, wanted)) is not None and _has(elsewhere := self._quietly(place), wanted):
                 value = getattr(elsewhere, wanted)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.world import attention as fused
-from quack_fx.targets.world import timm_vit, vision
+from quack_fx.targets.world import rotations, timm_vit, vision
+from quack_fx.targets.world.block_masks import BlockDiagonalCausalMask, BlockDiagonalMask
 from quack_fx.targets.world.fields import Fields, Loader
 from quack_fx.targets.world.inert import Inert, StandInUsed
 
@@ -100,6 +101,35 @@ def _check_plain(options: dict[str, Any]) -> None:
         raise NotImplementedError("a norm with zero_centered_gamma has no stand-in")
 
 
+class SwiGLU(nn.Module):
+    """A gated layer: two linear layers side by side, packed into one or not, and one behind them."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        _pack_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias) if _pack_weights else None
+        self.w1 = None if _pack_weights else nn.Linear(in_features, hidden_features, bias=bias)
+        self.w2 = None if _pack_weights else nn.Linear(in_features, hidden_features, bias=bias)
+        self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        if self.w1 is None or self.w2 is None:
+            assert self.w12 is not None
+            gate, value = self.w12(x).chunk(2, -1)
+        else:
+            gate, value = self.w1(x), self.w2(x)
+        out: Tensor = self.w3(nn.functional.silu(gate) * value)
+        return out
+
+
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """A fused cross-entropy; options that torch does not know are left out."""
 
@@ -109,34 +139,37 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class Registry:
-    """A table of classes by their names, as `mmcv` and `fvcore` have it."""
+    """A table of classes by name, filled by decorators."""
 
-    def __init__(self, name: str = "", *args: Any, **kwargs: Any) -> None:
-        self.name, self._known = name, dict[str, Any]()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._classes: dict[str, Any] = {}
 
-    def register_module(self, name: Any = None, *args: Any, module: Any = None, **kwargs: Any) -> Any:
-        """Note a class: as a decorator, with a name or without, or as a call."""
-        given = module if module is not None else name if callable(name) else None
-        if given is None:
-            return lambda made: self.register_module(made)
-        self._known[given.__name__] = given
-        return given
+    def register_module(self, name: Any = None, force: bool = False, module: Any = None, **kwargs: Any) -> Any:
+        """Note a class, or give a decorator that does."""
+        if module is None and callable(name):
+            name, module = None, name
+        if module is None:
+            return lambda decorated: self.register_module(name, force, decorated)
+        for known in name if isinstance(name, list | tuple) else [name or module.__name__]:
+            self._classes[known] = module
+        return module
 
     register = register_module
 
     def get(self, name: str) -> Any:
-        """The class of that name."""
-        return self._known.get(name)
+        """The class of a name, or None."""
+        return self._classes.get(name)
 
     __getitem__ = get
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._known
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes
 
-    def build(self, config: Any, *args: Any, **kwargs: Any) -> Any:
-        """What a config describes that names its class as its type."""
-        given = dict(config)
-        return self._known[given.pop("type")](**given, **kwargs)
+    def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """An object of the class that a config names, made with its other fields."""
+        given = {**kwargs.get("default_args", {}), **cfg}
+        kind = given.pop("type")
+        return (self._classes[kind] if isinstance(kind, str) else kind)(**given)
 
 
 class _Truncated:
@@ -276,17 +309,22 @@ _KNOWN: dict[str, dict[str, Any]] = {
         "memory_efficient_attention": fused.memory_efficient_attention,
         "LowerTriangularMask": fused.LowerTriangularMask,
         "LowerTriangularFromBottomRightMask": fused.LowerTriangularFromBottomRightMask,
+        "BlockDiagonalMask": BlockDiagonalMask,
+        "BlockDiagonalCausalMask": BlockDiagonalCausalMask,
+        "SwiGLU": SwiGLU,
     },
     "sageattention": {"sageattn": fused.sageattn},
+    "rotary_emb": {"apply_rotary": rotations.apply_rotary},
+    "pytorch3d": {n: getattr(rotations, n) for n in dir(rotations) if n.startswith("quaternion_")},
     "apex": _NORMS,
     "fairscale": _PARALLEL,
     "megatron": _PARALLEL | {"ColumnParallelLinear": PairedLinear, "RowParallelLinear": PairedLinear},
     "transformer_engine": {"Linear": ParallelLinear, "LayerNorm": LayerNorm, "RMSNorm": RMSNorm},
     "timm": _TIMM,
     "triton": {"jit": _kernel, "autotune": _around_kernel, "heuristics": _around_kernel},
+    **dict.fromkeys(("mmcv", "mmengine", "mmdet", "mmseg", "fvcore", "detectron2"), _REGISTRY),
     "pytorch_lightning": _LIGHTNING,
     "lightning": _LIGHTNING,
     **dict.fromkeys(_HOLDERS, _FIELDS | _REGISTRY),
-    **dict.fromkeys(("mmengine", "detectron2", "iopath"), _REGISTRY),
     "scipy": {"truncnorm": _Truncated()},
 }
