@@ -99,8 +99,10 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
         return []
     filled = [p for p in parameters if p.default is p.empty or p.name in given.kwargs]
     filled = [p for p in filled if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    # Where a check ended the forward, nothing was read of what comes behind it: all arguments are inferred again.
+    anew = bool(unmet_names(cause))
     return [
-        _with(given, p.name, inputs.kwargs[p.name])
+        inputs if anew else _with(given, p.name, inputs.kwargs[p.name])
         for p in (named or optional)[:4]
         for inputs in _candidates(model, [*filled, p], 2)
         if p.name in inputs.kwargs
