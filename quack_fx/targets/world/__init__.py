@@ -6,7 +6,9 @@ nothing behind: no module, no path, no process group, no argument.
     imports.py    imports that fail get stand-ins
     inert.py      what a name of a missing package is: nothing that does anything
     known.py      names of missing packages whose meaning is known ...
-    attention.py  ... and what fused attention computes
+    attention.py  ... what fused attention computes
+    vision.py     ... layers of timm, and timm_vit.py its transformer
+    fields.py     ... config objects
     devices.py    what torch.cuda says without a GPU
     old_names.py  names that Python and numpy have given up
     one_rank.py   torch.distributed, with one rank
