@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from quack_fx.targets import resolve
-from quack_fx.targets.inputs import Attempts, infer
+from quack_fx.targets.inputs import Attempts, infer, retry
+from quack_fx.targets.inputs.changes import LARGEST
 from quack_fx.targets.inputs.values import named
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -437,6 +438,27 @@ CASES: dict[str, tuple[str, str, str, str | None]] = {
         """,
         "x=float32[2, 3, 32, 32], other=float32[2, 4, 3, 32, 32]",
     ),
+    "tokens without a batch": (
+        "self.e, self.b = nn.Embedding(9, 8), Block()",
+        "x",
+        """
+        x = self.e(x)
+        n = x.shape[0]
+        assert x.shape == (n, 8)
+        return self.b(x[None])
+        """,
+        "x=int64[4]",
+    ),
+    "an optional argument that a check asks for": (
+        "self.l, self.b = nn.Linear(5, 8), Block()",
+        "x, strength=None",
+        """
+        if strength is None:
+            raise ValueError("nothing says how strong")
+        return self.b(self.l(x)) * strength.mean()
+        """,
+        "x=float32[2, 4, 5], strength=float32[2, 4, 5]",
+    ),
     "a size that the message names": (
         "self.l, self.b, self.seq_len = nn.Linear(5, 8), Block(), 10",
         "x",
@@ -537,7 +559,7 @@ def test_few_candidates_are_tried() -> None:
             model(*inputs.args, **inputs.kwargs)
         except RuntimeError as error:
             attempts.failed(inputs, error)
-    assert len(tried) == len(set(tried)) <= 36
+    assert len(tried) == len(set(tried)) <= 60
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -553,3 +575,13 @@ def test_the_model_stays_as_it_was() -> None:
     model = Counts()
     assert infer(model, "Counts")[0].text == "x=float32[2, 4, 5]"
     assert model.calls == 0
+
+
+@pytest.mark.parametrize(("size", "can"), [(16, True), (40000, False)])
+def test_a_repair_makes_no_tensor_that_takes_all_memory(size: int, can: bool) -> None:
+    given = named((torch.randn(2, 4, 64, 64),), {}, ["x"])
+    error = RuntimeError(
+        f"The size of tensor a (4) must match the size of tensor b ({size}) at non-singleton dimension 1"
+    )
+    repaired = retry(nn.Linear(4, 4), given, error)
+    assert bool(repaired) is can and all(inputs.args[0].numel() <= LARGEST for inputs in repaired)

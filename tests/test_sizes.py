@@ -212,6 +212,61 @@ CASES = {
         6,
         SIZES,
     ),
+    "a table of configs in the file": Case(
+        BY_NAME
+        + "\nclass Sizes: pass\ndef made(w):\n    s = Sizes()\n    s.d_model, s.n_heads = w, w // 8\n    return s\n"
+        "TABLE = {'small': made(48), 'large': made(96)}\n",
+        {},
+        48,
+        6,
+        SIZES,
+    ),
+    "a config that a function of the file gives": Case(
+        BY_NAME + "\nclass Sizes: pass\ndef small_config():\n    s = Sizes()\n    s.d_model, s.n_heads = 48, 3 * 2\n"
+        "    return s\n",
+        {},
+        48,
+        6,
+        SIZES,
+    ),
+    "options that a script sets later": Case(
+        net("config.d_model", "config.n_heads", more="int(config.seed)"),
+        {
+            "options.py": PARSER
+            + "p.add_argument('--d_model')\np.add_argument('--n_heads', default=None)\n"
+            "p.add_argument('--seed', default=None)\n".replace("'--d_model'", "'--d_model', default=None"),
+            "presets.py": "def preset(args):\n    args.d_model = 48\n    args.n_heads = 6\n    args.seed = 0\n",
+        },
+        48,
+        6,
+        {*SIZES, "seed"},
+    ),
+    "a call in a page": Case(
+        PLAIN,
+        {"README.md": "# Net\n```python\nfrom model import Net\nNet(d_model = 48, n_heads = 6)\n```\n"},
+        48,
+        6,
+        SIZES,
+    ),
+    "many options of a file that does not name the model": Case(
+        net("d_model", "n_heads", "d_model, n_heads, d_ff, n_layers, vocab, max_len"),
+        {
+            "conf/base.py": "size = 8 * int(6)\n"
+            "cfg = dict(d_model=size, n_heads=6, d_ff=96, n_layers=3, vocab=99, max_len=12)\n"
+        },
+        48,
+        6,
+        {*SIZES, "d_ff", "n_layers", "vocab", "max_len"},
+    ),
+    "an optional parameter without which it fails": Case(
+        net("d_model", "n_heads", "d_model, n_heads=2, vocab=None, bins=None", more="vocab['<pad>'] + bins"),
+        heads=2,
+        assumed={"d_model", "<pad>", "bins"},
+    ),
+    "a vocabulary of which the length is asked": Case(
+        net("d_model", "n_heads", "d_model, n_heads, alphabet", more="alphabet.pad_idx; assert len(alphabet) > 1"),
+        assumed={*SIZES, "pad_idx", "vocab_size"},
+    ),
     "hasattr of what is found": Case(
         net("config.d_model if hasattr(config, 'd_model') else 24", "config.n_heads"),
         {"c.json": '{"d_model": 48, "n_heads": 6}'},
@@ -275,6 +330,48 @@ def test_what_is_found_is_written(name: str) -> None:
 def test_sizes_that_are_given_are_nobodys_guess() -> None:
     target = resolve(write(CASES["options"]), build="Net(32, 2)")
     assert target.model.q.weight.shape == (32, 32) and not target.assumed and not target.notes
+
+
+VOCABULARY = (
+    HEADER + "class Net(nn.Module):\n    def __init__(self, words):\n        super().__init__()\n"
+    "        self.e = nn.Embedding(len(words), 8, padding_idx=words.padding_idx)\n"
+    "    def forward(self, ids):\n        return self.e(ids)\n"
+)
+NOTHING = (
+    HEADER + DATACLASS + "    width: int = 8\n    max_batch_size: int = 0\n    experts: int = 0\n"
+    "class Net(nn.Module):\n    def __init__(self, config: Config):\n        super().__init__()\n"
+    "        self.most, self.l = config.max_batch_size, nn.Linear(config.width, 8)\n"
+    "        assert not config.experts\n"
+    "    def forward(self, x):\n        assert len(x) <= self.most\n        return self.l(x)\n"
+)
+
+
+def test_a_vocabulary_that_is_counted_has_a_size() -> None:
+    Path("model.py").write_text(VOCABULARY)
+    target = resolve("model.py")
+    assert target.assumed["vocab_size"] == len(target.model.e.weight)
+    assert shapes(resolve("model.py", build=target.build)) == shapes(target)
+
+
+def test_none_of_what_there_must_be_some_of_is_no_size() -> None:
+    Path("model.py").write_text(NOTHING)
+    assert resolve("model.py").assumed == {"max_batch_size": 2}
+
+
+def test_what_stands_below_a_condition_that_holds_is_a_size() -> None:
+    source = HEADER + DATACLASS + "    d_model: int = 9\n    n_heads: int = 2\n"
+    source += (
+        "class Net(nn.Module):\n    def __init__(self, config: Config):\n        super().__init__()\n"
+        "        self.heads, self.l = config.n_heads, nn.Linear(config.d_model, config.d_model)\n"
+        "    def forward(self, x):\n        b, t, _ = x.shape\n"
+        "        return self.l(x).view(b, t, self.heads, self.l.out_features // self.heads)\n"
+    )
+    Path("model.py").write_text(source)
+    Path("train.py").write_text(
+        "from model import Config, Net\nif (1):\n    d_model = 9\n    n_heads = 3\n    steps = 10\n"
+    )
+    Path(".git").mkdir()
+    assert resolve("model.py").model.heads == 3
 
 
 REFUSED: dict[str, tuple[str, str]] = {

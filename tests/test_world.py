@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import importlib.util
 import os
 import subprocess
 import sys
@@ -135,6 +136,8 @@ MISSING: dict[str, str] = {
         "import sys\ntry:\n    import missing_one\nexcept ImportError:\n    print('please')\n    sys.exit(1)\n"
     ),
     "a guard for other errors": net("try:\n    import missing_one\nexcept KeyError:\n    pass\nmissing_one.x(3)"),
+    "a version that is asserted": net("import missing_one", "assert missing_one.__version__ == '0.4.5' <= '1'"),
+    "import_module": net('import importlib\nx = importlib.import_module("missing_one.x")\nx.y(3)'),
     "a guard around much": net("try:\n    import missing_one\nfinally:\n    pass\nmissing_one.x(3)"),
 }
 
@@ -267,6 +270,78 @@ def test_a_name_that_an_installed_package_lacks() -> None:
     target = resolve(write("model.py", net(before)))
     assert_rows(target)
     assert "json.faster_loads" in said(target, "missing")
+
+
+def test_a_name_that_has_moved_within_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("site-packages/moved_one/__init__.py", "")
+    write("site-packages/moved_one/old.py", "")
+    write("site-packages/moved_one/new.py", "def double(x): return 2 * x\n")
+    write("site-packages/moved_one/one.py", "def twice(x): return x\n")
+    write("site-packages/moved_one/two.py", "def twice(x): return x\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    before = "from moved_one.old import double, twice\nfrom moved_one.gone import double as again\nassert again(3) == 6"
+    target = resolve(write("repo/model.py", net(before, forward="assert double(3) == 6")))
+    assert_rows(target)
+    assert "moved_one.old.twice" in said(target, "missing") and "old.double" not in said(target, "missing")
+
+
+def test_a_module_that_an_installed_package_lacks() -> None:
+    target = resolve(write("model.py", net("from json.faster import loads\nimport json.other\nloads('3')")))
+    assert_rows(target)
+    assert said(target, "missing") == "json.faster, json.other cannot be imported here and had stand-ins"
+
+
+CONFIGS = {
+    "ml_collections": """
+c = ml_collections.ConfigDict({'a': {'b': 8}})
+with c.unlocked():
+    c.d = ml_collections.ConfigDict()
+c.d.e = 2
+assert c.a.b == c['a']['b'] == 8 and c.a.get('x') is None
+assert c.copy_and_resolve_references().d.e == 2 and c.to_dict()['d'] == {'e': 2}
+del c.a.b
+assert 'b' not in c.a
+""",
+    "omegaconf": """
+c = omegaconf.OmegaConf.merge({'a': {'b': 8, 'c': 1}}, {'a': {'b': 9}})
+assert c.a.b == 9 and c.a.c == 1
+assert omegaconf.OmegaConf.to_container(c) == {'a': {'b': 9, 'c': 1}}
+""",
+    "easydict": """
+c = easydict.EasyDict(a=[1], b={'c': 3})
+c.update(d={'e': 4})
+assert c.b.c == 3 and c.d.e == 4
+""",
+    "mmcv": """
+R = mmcv.Registry('models')
+@R.register_module()
+class A:
+    def __init__(self, n): self.n = n
+assert R.build(dict(type='A', n=3)).n == 3 and R.get('A') is A and 'B' not in R
+""",
+}
+
+
+@pytest.mark.parametrize("package", [p for p in CONFIGS if importlib.util.find_spec(p) is None])
+def test_config_objects_and_registries(package: str) -> None:
+    target = resolve(write("model.py", net(f"import {package}\n{CONFIGS[package]}")))
+    assert_rows(target)
+    assert not said(target, "loaded")
+
+
+def test_names_that_a_package_moved_mean_what_they_meant() -> None:
+    pytest.importorskip("transformers")
+    before = """
+    from transformers.modeling_utils import Conv1D
+    from transformers.file_utils import add_code_sample_docstrings, ModelOutput
+    assert Conv1D(8, 8)(torch.ones(2, 8)).shape == (2, 8)
+    @add_code_sample_docstrings(tokenizer_class="Old", checkpoint="old", no_such_option=3)
+    def documented(): return ModelOutput
+    assert documented() is ModelOutput
+    """
+    target = resolve(write("model.py", net(dedent(before))))
+    assert_rows(target)
+    assert not said(target, "missing") and not said(target, "loaded")
 
 
 @pytest.mark.parametrize(

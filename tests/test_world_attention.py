@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quack_fx.find import find, find_qk_pairs
 from quack_fx.targets import resolve
 from quack_fx.targets.world import attention as fused
-from quack_fx.targets.world import vision
+from quack_fx.targets.world import timm_vit, vision
 from quack_fx.targets.world.known import _KNOWN, meaning
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -165,7 +165,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "used parts": lambda: fused.flash_attn_3_varlen_func(Q, Q, Q, Q, Q, 3, 3, SLOPES),
     "weights of version 1": lambda: fused.FlashAttention()(torch.stack((Q, Q, Q), 2), need_weights=True),
     "an unknown bias": lambda: fused.memory_efficient_attention(Q, Q, Q, attn_bias=object()),
-    "a bias that is inert": lambda: fused.memory_efficient_attention(Q, Q, Q, meaning_or_inert("BlockDiagonalMask")),
+    "a bias that is inert": lambda: fused.memory_efficient_attention(Q, Q, Q, meaning_or_inert("SomeOtherMask")),
     "turned on joined sequences": lambda: fused.apply_rotary_emb(Q[0], Q, Q, cu_seqlens=starts([3])),
     "sums of sageattn": lambda: fused.sageattn(Q, Q, Q, return_lse=True),
     "a mask of sageattn": lambda: fused.sageattn(Q, Q, Q, attn_mask=Q),
@@ -287,6 +287,62 @@ def test_memory_efficient_attention(mask: str, t: int, s: int, scale: float | No
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_attend_to_themselves_alone(causal: bool) -> None:
+    of_q, of_k = [2, 3], [4, 3]
+    q, k, v = rows(1, 5, 2, DIM), rows(1, 7, 2, DIM), rows(1, 7, 2, DIM)
+    mask = meaning("xformers.ops.fmha.BlockDiagonalMask").from_seqlens(of_q, of_k)
+    mask = mask.make_causal() if causal else mask
+    out = fused.memory_efficient_attention(q, k, v, mask)
+    for qs, ks in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 7))):
+        alone = softmax_attention(q[0, qs], k[0, ks], v[0, ks], lambda i, j: not causal or j <= i, None)
+        torch.testing.assert_close(out[0, qs], alone, **EXACT)
+
+
+@pytest.mark.parametrize("conj", [False, True])
+def test_the_rotary_extension_writes_what_it_rotates(conj: bool) -> None:
+    (x1, x2), angles = rows(2, 1, 3, 2, 4), rows(3, 1, 4)
+    turned = torch.complex(x1, x2) * torch.polar(torch.ones_like(angles), -angles if conj else angles)
+    meaning("rotary_emb.apply_rotary")(x1, x2, angles.cos(), angles.sin(), x1, x2, conj)
+    torch.testing.assert_close(torch.complex(x1, x2), turned, **EXACT)
+
+
+def test_quaternions_rotate_as_their_matrices_do() -> None:
+    a, b, point = rows(5, 4), rows(5, 4), rows(5, 3)
+    apply, matrix = (meaning(f"pytorch3d.transforms.quaternion_{n}") for n in ("apply", "to_matrix"))
+    unit = torch.nn.functional.normalize(a, dim=-1)
+    torch.testing.assert_close(apply(unit, point), (matrix(a) @ point[..., None])[..., 0], **EXACT)
+    product = meaning("pytorch3d.transforms.quaternion_multiply")(a, b)
+    torch.testing.assert_close(matrix(product), matrix(a) @ matrix(b), **EXACT)
+    assert bool((product[..., 0] >= 0).all())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gated_layer(packed: bool) -> None:
+    layer = meaning("xformers.ops.SwiGLU")(8, 12, bias=False, _pack_weights=packed).double()
+    x = rows(2, 3, 8)
+    w1, w2 = layer.w12.weight.chunk(2) if packed else (layer.w1.weight, layer.w2.weight)
+    expected = (torch.nn.functional.silu(x @ w1.T) * (x @ w2.T)) @ layer.w3.weight.T
+    torch.testing.assert_close(layer(x), expected, **EXACT)
+
+
+def test_a_registry_makes_what_was_registered() -> None:
+    registry = meaning("mmcv.Registry")("models")
+
+    @registry.register_module()
+    class One:
+        def __init__(self, size: int = 1, other: int = 2) -> None:
+            self.size, self.other = size, other
+
+    @registry.register_module(name="second")
+    class Two(One):
+        pass
+
+    assert registry.get("One") is One and "second" in registry
+    made = registry.build({"type": "second", "size": 3}, default_args={"other": 4})
+    assert isinstance(made, Two) and (made.size, made.other) == (3, 4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_sageattn(causal: bool) -> None:
     q, k, v = rows(2, 4, HEADS, DIM), rows(2, 4, KEY_HEADS, DIM), rows(2, 4, KEY_HEADS, DIM)
     expected = batch(softmax_attention, q, k, v, scale=0.3, **({"sees": last_beside_last(4, 4)} if causal else {}))
@@ -399,3 +455,24 @@ class Net(nn.Module):
         assert [b.param for b in (*site.query, *site.key)] == ["q.weight", "k.weight"]
         assert [h[0] for h in site.query[0].heads] == [(4 * i, 4 * i + 4) for i in range(4)]
         assert ("missing", "flash_attn cannot be imported here and had stand-ins") in target.notes
+
+
+@pytest.mark.parametrize("more", [{}, {"distilled": True}, {"global_pool": "avg", "qk_norm": True}, {"num_classes": 0}])
+def test_the_transformer_of_timm(more: dict[str, Any]) -> None:
+    model = timm_vit.VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=4, **{"num_classes": 7, **more})
+    x = torch.randn(2, 3, 32, 32)
+    assert model(x).shape == (2, more.get("num_classes", 7) or 16)
+    front = 2 if "distilled" in more else 1
+    assert model.forward_features(x).shape == (2, 16 + front, 16) == model.pos_embed.expand(2, -1, -1).shape
+    assert [(s.name, s.query_heads) for s in find_qk_pairs(model, x).sites] == [(f"blocks.{i}.attn", 4) for i in (0, 1)]
+
+
+def test_models_of_timm_by_name() -> None:
+    with torch.device("meta"):
+        model = timm_vit.create_model("vit_deit_tiny_distilled_patch16_384", pretrained=True, num_classes=None)
+    assert isinstance(model, timm_vit.VisionTransformer) and model.pos_embed.shape == (1, 578, 192)
+    for name in ("resnet50", "vit_small_patch16_224"):
+        with pytest.raises(NotImplementedError, match="install timm"):
+            timm_vit.create_model(name)
+    with pytest.raises(NotImplementedError, match="reg_tokens"):
+        timm_vit.VisionTransformer(reg_tokens=4)

@@ -17,6 +17,7 @@ open. A target that is not clear is refused, with what to type.
     packages.py  where a file lies: its module name, the folders of its imports
     world/       what the user's files find around them: stand-ins for what is not installed, no GPU, one rank
     files.py     a Python file or module becomes a namespace, its own errors become one line
+    outline.py   what a file defines, and what uses what
     pick.py      the model among the names of a namespace
     sizes/       values for constructors that ask for some: found in the repository, or assumed
     settle.py    a model is built, and inputs are found for which it runs

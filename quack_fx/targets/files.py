@@ -152,7 +152,8 @@ def _execute(module: ModuleType, tree: ast.Module, place: Place, world: World) -
             exec(compile(tree, file, "exec"), names)
     except (Exception, SystemExit, TrainingBegins) as error:
         line = _line_in(file, error)
-        rest = [node for node in tree.body if node.lineno > line and _defines(node)]
+        wanted = _names_of_classes(tree)
+        rest = [node for node in tree.body if node.lineno > line and (defines(node) or _gives(node) & wanted)]
         for node in rest:
             # A definition that needs what is missing is missing itself.
             with OnThisMachine(), suppress(Exception, SystemExit, TrainingBegins):
@@ -169,17 +170,37 @@ def _line_in(file: str, error: BaseException) -> int:
     return (frames[0].lineno or 0) if frames else 0
 
 
-def _defines(node: ast.stmt) -> bool:
+def defines(node: ast.stmt) -> bool:
     """Whether a statement only defines: imports, functions, classes, plain values, and choices among those."""
     if isinstance(node, ast.If | ast.Try):
         handlers = node.handlers if isinstance(node, ast.Try) else []
         inner = [*node.body, *node.orelse, *(s for h in handlers for s in h.body)]
-        return all(map(_defines, inner))
+        return all(map(defines, inner))
     if isinstance(node, ast.Assign | ast.AnnAssign):
         return not any(isinstance(part, ast.Call | ast.Await) for part in ast.walk(node))
     return isinstance(
         node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Pass
     )
+
+
+def _names_of_classes(tree: ast.Module) -> set[str]:
+    """Names at the top of a file that its classes use, and those that their values are made of."""
+    made_of = {name: node for node in tree.body for name in _gives(node)}
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    left: list[ast.AST] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    found: set[str] = set()
+    while left:
+        for part in ast.walk(left.pop()):
+            if isinstance(part, ast.Name) and part.id not in found and part.id in {**functions, **made_of}:
+                found.add(part.id)
+                left.append({**functions, **made_of}[part.id])
+    return found
+
+
+def _gives(node: ast.stmt) -> set[str]:
+    """The names that a statement gives values to."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
 
 
 def _module(name: str, world: World) -> Namespace:

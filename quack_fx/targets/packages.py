@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ _INSTALLED = tuple(
 )
 _ROOT_MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "environment.yml", "LICENSE")
 _SKIPPED = frozenset({".git", "node_modules", "__pycache__", "site-packages", "build", "dist", ".venv", "venv"})
+EXPRESSIONS = ("--build", "--inputs")
+"""Names of the expressions of the command line, which see what the target's file sees."""
 _FILES = 4000
 """Python files of a repository that are looked at, at most."""
 
@@ -172,6 +175,28 @@ def is_installed(file: str) -> bool:
     return "site-packages" in file or "dist-packages" in file or file.startswith(_INSTALLED)
 
 
+@lru_cache(maxsize=256)
+def moved(module: str, name: str) -> str | None:
+    """The module of an installed package that defines a name now which older code imports from another one: one that
+    lies beside that or above it. None where there is none, or more than one."""
+    top = sys.modules.get(module.split(".")[0])
+    roots = [Path(p) for p in getattr(top, "__path__", ())]
+    if not roots:
+        return None
+    defines = re.compile(rf"^(def|class) {re.escape(name)}\b", re.MULTILINE)
+    inner = module.split(".")[1:-1]
+    for depth in range(len(inner), -1, -1):
+        folder = roots[0].joinpath(*inner[:depth])
+        files = sorted(folder.glob("*.py")) if folder.is_dir() else []
+        found = [f for f in files if defines.search(f.read_text("utf-8", errors="ignore"))]
+        if len(found) == 1:
+            stem = [] if found[0].stem == "__init__" else [found[0].stem]
+            return ".".join([module.split(".")[0], *inner[:depth], *stem])
+        if found:
+            return None
+    return None
+
+
 class LocalImports:
     """Finds the modules of a repository for its own files.
 
@@ -186,6 +211,8 @@ class LocalImports:
         below = [place.repository / "src"] if (place.repository / "src").is_dir() else []
         self._bases = list(dict.fromkeys([place.base, *above, *below, Path.cwd()]))
         self._extra: dict[str, Path] = {}
+        self.asked = ""
+        """A top-level module of the repository that is imported for itself, and by none of its files."""
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -200,8 +227,10 @@ class LocalImports:
         """The spec of a top-level module of the repository; None for all others."""
         if path is not None or "." in name or name in sys.builtin_module_names:
             return None
-        first = name == self._place.name.split(".")[0]
+        first = name in (self._place.name.split(".")[0], self.asked)
         importer = _importer()
+        if importer in EXPRESSIONS:
+            importer = str(self._place.file)
         if not first and (importer is None or not self._is_own(importer)):
             return None
         wanted = _imported_by(importer, name) if importer else set()

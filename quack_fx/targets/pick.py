@@ -9,29 +9,40 @@ up.
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
+import itertools
 import re
+import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType
 from typing import Any
 
-import networkx as nx
 from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.files import Namespace, without
-from quack_fx.targets.packages import python_files, repository_of
+from quack_fx.targets.outline import (
+    contains,
+    instances,
+    is_model_class,
+    makers,
+    makers_in,
+    own_names,
+    roots,
+    sizes_of_one,
+    varied,
+)
+from quack_fx.targets.packages import python_files, repository_of, walk
 from quack_fx.targets.sizes import Call, calls
-from quack_fx.targets.sizes.plans import needs_nothing, required
-from quack_fx.targets.sizes.sources import PARSED
-from quack_fx.targets.world import World
-from quack_fx.targets.world.inert import InertModule
+from quack_fx.targets.sizes.plans import needs_nothing
+from quack_fx.targets.sizes.ready import named_in
+from quack_fx.targets.sizes.signatures import required
+from quack_fx.targets.sizes.sources import DATA_FILES, PARSED, read
+from quack_fx.targets.world import TrainingBegins, World
 
 _FACTORY = re.compile(
     r"(build|make|create|get|init|load)(_\w+)?_(model|net|network|transformer|lm)|(build|model|make_model)"
@@ -49,12 +60,14 @@ class Recipe:
         make: Makes it.
         made: Whether the file has made it already, so that it is what it is.
         call: The call with which it is made, where the file does not say with which values.
+        note: What a person should know of how it was chosen.
     """
 
     text: str
     make: Callable[[], Any]
     made: bool = False
     call: Call | None = None
+    note: str = ""
 
 
 def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recipe]:
@@ -71,28 +84,101 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
     if name is not None:
         yield from _recipes(namespace, name, _lookup(namespace, name), world)
         return
-    own = {n: v for n, v in namespace.names.items() if _defined_here(v, namespace) and not n.startswith("__")}
+    own = own_names(namespace)
     factories = [n for n, v in own.items() if isinstance(v, FunctionType) and _makes_model(n, v)]
     ready = [n for n in factories if not required(own[n])]
-    roots = _roots(namespace, own)
-    ready_roots = [n for n in roots if needs_nothing(n, own[n], namespace.names)] or roots
-    for names in (ready, _instances(namespace), ready_roots, factories):
+    whole = roots(namespace)
+    ready_roots = [n for n in whole if needs_nothing(n, own[n], namespace.names)] or whole
+    made = makers(namespace)
+    unnamed = [n for n in made if not required(namespace.names[n])] or list(made)
+    for names in (ready, instances(namespace), ready_roots, factories, unnamed):
         chosen = names if len(names) < 2 else _most_used(namespace, names, world)
+        if names is ready_roots:
+            chosen = _meant(namespace, whole, chosen)
+        alike = len({made[n] for n in chosen}) == 1 if names is unnamed else sizes_of_one(namespace, chosen)
+        if names and alike:
+            chosen = chosen[:1]
         if len(chosen) == 1:
-            if len(names) > 1:
-                others = _list([n for n in names if n != chosen[0]])
-                world.notes.append(f"{chosen[0]} was taken of the models in {namespace.source}; others: {others}")
-            yield from _recipes(namespace, chosen[0], namespace.names[chosen[0]], world)
+            others = [n for n in names if n != chosen[0]]
+            note = (
+                f"{chosen[0]} was taken of the models in {namespace.source}; others: {_list(others)}" if others else ""
+            )
+            for recipe in _recipes(namespace, chosen[0], namespace.names[chosen[0]], world):
+                yield replace(recipe, note=note)
+            yield from _by_makers(namespace, chosen[0])
+            yield from _by_makers_elsewhere(namespace, chosen[0], world)
+            if names is ready:
+                yield from _by_others(namespace, chosen[0], [n for n in factories if required(own[n])], world)
             return
         if names:
             typed = " or ".join(f"{namespace.source}:{n}" for n in names[:4])
             raise TargetError(f"{namespace.source} has {len(names)} models ({_list(names)}); type {typed}")
-    foreign = [n for n, v in namespace.names.items() if _is_model_class(v) and v.__module__.split(".")[0] != "torch"]
+    foreign = [n for n, v in namespace.names.items() if is_model_class(v) and v.__module__.split(".")[0] != "torch"]
     hint = f"it imports {_list(foreign)}: type {namespace.source}:{foreign[0]}" if foreign else "type --build EXPR"
     raise TargetError(
         f"no model in {namespace.source}: neither a zero-argument factory (build_model) nor an nn.Module"
         f"{without(world)}; {hint}"
     )
+
+
+def _by_others(namespace: Namespace, first: str, factories: list[str], world: World) -> Iterator[Recipe]:
+    """Recipes by the factory that asks for values, where the one that asks for none does not work here: it may read
+    weights or data that are not there."""
+    chosen = factories if len(factories) < 2 else _most_used(namespace, factories, world)
+    if len(chosen) == 1:
+        note = f"{chosen[0]} was taken, since {first} does not work here"
+        for recipe in _recipes(namespace, chosen[0], namespace.names[chosen[0]], world):
+            yield replace(recipe, note=note)
+
+
+_MAKERS_TRIED = 3
+"""Functions that make a model that its class alone does not, of which that many are tried."""
+
+
+def _by_makers(namespace: Namespace, name: str) -> Iterator[Recipe]:
+    """Recipes by functions of the file that make the model called `name` and need nothing, the most used first: a
+    class that does not work with its own defaults may with theirs."""
+    able = [n for n in makers(namespace, name) if not required(namespace.names[n])]
+    used = _uses_elsewhere(namespace, able) if len(able) > 1 else {}
+    for maker in sorted(able, key=lambda n: -used.get(n, 0))[:_MAKERS_TRIED]:
+        others = [n for n in able if n != maker]
+        note = f"{maker} was taken of the functions that make a {name}; others: {_list(others)}" if others else ""
+        value = namespace.names[maker]
+        yield Recipe(f"{maker}()", partial(_checked, value, maker, namespace), note=note)
+
+
+def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Iterator[Recipe]:
+    """Recipes by functions of other files that make a model of a class of this one, the nearest first."""
+    if namespace.file is None:
+        return
+    count = 0
+    for path in python_files(repository_of(namespace.file, namespace.file.parent), namespace.file)[:PARSED]:
+        text = read(path) if path != namespace.file else ""
+        module = world.module_of(path) if f"{name}(" in text and namespace.file.stem in text else ""
+        for maker in makers_in(text, name) if module else ():
+            try:
+                with world.building("cpu"):
+                    function = getattr(world.import_own(module), maker)
+            except (Exception, SystemExit, TrainingBegins):  # it may read data or look for a GPU
+                break
+            shown = named_in(module, maker)
+            note = f"{name} is made by {maker} of {path.name}"
+            for call in itertools.islice(calls(shown, function, vars(sys.modules[module]), path, world.own_files()), 2):
+                yield Recipe(call.text, partial(_checked, call, maker, namespace), call=call, note=note)
+            count += 1
+        if count >= _MAKERS_TRIED:
+            return
+
+
+def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[str]:
+    """The class that the chosen ones only vary, where the repository uses it as much as any of them."""
+    bases = varied(namespace, whole)
+    if not bases:
+        return chosen
+    used = _uses_elsewhere(namespace, [*whole, *bases])
+    most = max(used[n] for n in whole)
+    first = [n for n in bases if used[n] >= max(most, 1)]
+    return first if len(first) == 1 else chosen
 
 
 def _lookup(namespace: Namespace, name: str) -> Any:
@@ -114,7 +200,7 @@ def _recipes(namespace: Namespace, name: str, value: Any, world: World) -> Itera
     if isinstance(value, nn.Module):
         yield Recipe(name, lambda: value, made=True)
         return
-    if not callable(value) or (isinstance(value, type) and not _is_model_class(value)):
+    if not callable(value) or (isinstance(value, type) and not is_model_class(value)):
         kind = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
         raise TargetError(f"{name!r} of {namespace.source} is {kind}, not an nn.Module, a class of one or a factory")
 
@@ -141,7 +227,7 @@ def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str
 
     def parts(name: str) -> int:
         value = namespace.names[name]
-        return len(_contains(namespace, name)) if isinstance(value, type) else 0
+        return len(contains(namespace, name)) if isinstance(value, type) else 0
 
     def called_alike(name: str) -> bool:
         return _plain(name) == _plain(stem)
@@ -160,98 +246,27 @@ def _plain(name: str) -> str:
 
 
 def _uses_elsewhere(namespace: Namespace, names: list[str]) -> Counter[str]:
-    """In how many other files of the repository each name stands."""
+    """In how many other files of the repository each name stands: Python, and configs that name classes."""
     found: Counter[str] = Counter()
     if namespace.file is None:
         return found
     words = {name: re.compile(rf"\b{re.escape(name)}\b") for name in names}
-    for path in python_files(repository_of(namespace.file, namespace.file.parent), namespace.file)[:PARSED]:
-        if path == namespace.file:
-            continue
-        try:
-            text = path.read_text("utf-8", errors="ignore")
-        except OSError:
-            continue
+    repository = repository_of(namespace.file, namespace.file.parent)
+    others = itertools.islice(walk(repository, (".yaml", ".yml", ".json", ".gin")), DATA_FILES)
+    for path in (*python_files(repository, namespace.file)[:PARSED], *others):
+        text = read(path) if path != namespace.file else ""
         if namespace.file.stem in text:
             found.update(name for name, word in words.items() if word.search(text))
     return found
-
-
-def _defined_here(value: Any, namespace: Namespace) -> bool:
-    return getattr(value, "__module__", None) == namespace.module
-
-
-def _is_model_class(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _makes_model(name: str, function: FunctionType) -> bool:
     if _FACTORY.fullmatch(name):
         return True
     try:
-        return _is_model_class(typing.get_type_hints(function).get("return"))
+        return is_model_class(typing.get_type_hints(function).get("return"))
     except Exception:
         return False
-
-
-def _instances(namespace: Namespace) -> list[str]:
-    """Modules that the file made, without those that are part of another."""
-    made = {n: v for n, v in namespace.names.items() if isinstance(v, nn.Module) and not isinstance(v, InertModule)}
-    parts = {id(part) for v in made.values() for part in v.modules() if part is not v}
-    unique = {id(v): n for n, v in reversed(made.items()) if id(v) not in parts}
-    return [n for n in made if n in unique.values()]
-
-
-def _roots(namespace: Namespace, own: dict[str, Any]) -> list[str]:
-    """Model classes with a forward that no other class of the file builds on or uses."""
-    classes = {n for n, v in own.items() if _is_model_class(v) and v.__name__ == n}
-    uses = _class_uses(namespace)
-    uses.add_nodes_from(classes)
-    contained = {inner for cls in classes for inner in nx.descendants(uses, cls) if not nx.has_path(uses, inner, cls)}
-    return [
-        n
-        for n in own
-        if n in classes - contained and own[n].forward is not nn.Module.forward and not inspect.isabstract(own[n])
-    ]
-
-
-def _contains(namespace: Namespace, name: str) -> set[str]:
-    """Classes and functions of the file that one uses, those that they use included."""
-    uses = _class_uses(namespace)
-    return set(nx.descendants(uses, name)) if name in uses else set()
-
-
-def _class_uses(namespace: Namespace) -> nx.DiGraph[str]:
-    """Which definition of a file names which other."""
-    uses: nx.DiGraph[str] = nx.DiGraph()
-    if namespace.file is not None:
-        for name, node in _definitions(ast.parse(namespace.file.read_bytes()).body):
-            uses.add_edges_from(
-                (name, other)
-                for other in _names_in(node)
-                if other != name and _defined_here(namespace.names.get(other), namespace)
-            )
-    return uses
-
-
-def _definitions(body: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """Classes and functions at the top of a file, those under `if` and `try` included."""
-    for node in body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node.name, node
-        for field in ("body", "orelse", "finalbody"):
-            if isinstance(node, ast.If | ast.Try | ast.With):
-                yield from _definitions(getattr(node, field, []))
-
-
-def _names_in(node: ast.AST) -> Iterator[str]:
-    """Names that a definition uses; asking `isinstance` is not using."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
-        return
-    if isinstance(node, ast.Name):
-        yield node.id
-    for child in ast.iter_child_nodes(node):
-        yield from _names_in(child)
 
 
 def _list(names: list[str]) -> str:

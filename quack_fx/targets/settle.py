@@ -27,14 +27,18 @@ from quack_fx.targets.files import Namespace, evaluate, one_line, without
 from quack_fx.targets.inputs import Attempts, Inputs, infer, with_optional
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.setup import set_up
+from quack_fx.targets.sizes.ready import plainly
 from quack_fx.targets.world import StandInUsed, World
 from quack_fx.targets.world.inert import InertModule
 
 RETRY_LIMIT_BYTES = 1 << 30
 """Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
 
+STAND_INS_USED = 3
+"""Inputs on which a forward uses what is stood in for, after which no others are tried."""
+
 SAME_FAILURES = 12
-"""Inputs on which a forward fails in the very same way, after which others are not tried: it is not for them."""
+"""Inputs on which a forward fails in the very same way, after which nothing else is guessed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,8 +260,8 @@ def _prepared(model: nn.Module, device: str, world: World) -> str:
 
 def _short(recipe: Recipe) -> str:
     """The expression that makes the model, without its arguments where they are many."""
-    text = recipe.call.text if recipe.call else recipe.text
-    return text if len(text) <= 80 or not recipe.call else f"{text.split('(')[0]}(...)"
+    text = plainly(recipe.call.text) if recipe.call else recipe.text
+    return text if len(text) <= 80 or not recipe.call else f"{recipe.call.function.__name__}(...)"
 
 
 def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
@@ -274,7 +278,7 @@ def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
         yield "edit", f"--build {shlex.quote(call.text)}"
     if world.missing:
         yield "missing", f"{', '.join(world.missing)} cannot be imported here and had stand-ins"
-    for text in world.notes:
+    for text in (*world.notes, *filter(None, [recipe.note])):
         yield "loaded", text
 
 
@@ -372,6 +376,7 @@ def _try(
         raise TargetError(f"{error}{without(world)}") from error
     first: BaseException | None = None
     failures: Counter[str] = Counter()
+    stand_ins = 0
     attempts = Attempts(model, candidates, with_optional)
     for candidate in attempts if origin == "inferred" else candidates:
         say(f"recording the forward of {name} on {candidate.text}")
@@ -390,10 +395,13 @@ def _try(
             reason = error.__cause__ or error
             if first is None or isinstance(reason, StandInUsed):
                 first = reason
-            failures[one_line(reason, inputs.namespace)] += 1
+            failures[one_line(reason, inputs.namespace)] += not attempts.measuring
+            stand_ins += isinstance(reason, StandInUsed)
             for failure in filter(None, (error, error.__cause__)):
                 traceback.clear_frames(failure.__traceback__)  # they hold the recording and its tensors
-        if max(failures.values()) >= SAME_FAILURES or world.is_late():
+        if max(failures.values()) >= SAME_FAILURES:
+            attempts.guess_no_more()
+        if world.is_late() or stand_ins >= STAND_INS_USED:
             break
     assert first is not None  # there is at least one candidate
     if isinstance(first, StandInUsed):

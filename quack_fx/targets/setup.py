@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from quack_fx.targets.sizes.made_up import made_up
-from quack_fx.targets.sizes.plans import hints_of, required
+from quack_fx.targets.sizes.signatures import hints_of, required
 from quack_fx.targets.sizes.uses import asserted
 
 

@@ -9,7 +9,10 @@ layer tells that the forward gives it to; where the source does not say, the fir
     uses.py       what is noted of each
     layers.py     what a layer takes
     arguments.py  what one argument may be: by its use, its name, its annotation
+    made.py       arguments that a method of the model makes
     repair.py     the error of a forward -> inputs that avoid it
+    measure.py    how a size that is wrong depends on the inputs' sizes
+    changes.py    other sizes for the tensors of inputs
     values.py     the values, and Python that makes them again
 """
 
@@ -17,15 +20,18 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets import hf
+from quack_fx.targets.inputs import values
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
+from quack_fx.targets.inputs.made import maker_of
 from quack_fx.targets.inputs.reading import read_uses
-from quack_fx.targets.inputs.repair import Attempts, failing_names, retry
+from quack_fx.targets.inputs.repair import Attempts, asks_for_more, failing_names, retry, unmet_names
 from quack_fx.targets.inputs.uses import Use
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
 
@@ -75,7 +81,7 @@ def _several(model: nn.Module, wanted: list[inspect.Parameter]) -> list[Inputs]:
 
 
 def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list[Inputs]:
-    """Inputs with one more of the optional arguments, for a forward that failed on a None.
+    """Inputs with one more of the optional arguments, for a forward that failed on a None, or in a statement with one.
 
     Arguments:
         model: The model.
@@ -86,14 +92,26 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
         The inputs, those first whose new argument stands in the statement that failed.
     """
     cause = error.__cause__ or error
-    if "None" not in str(cause):
-        return []
     parameters = signature(model)
     optional = [p for p in parameters if p.default is None and p.name not in given.kwargs]
-    named = [p for p in optional if p.name in failing_names(cause)]
+    named = [p for p in optional if p.name in (unmet_names(cause) or failing_names(cause))]
+    if not named and not asks_for_more(cause):
+        return []
     filled = [p for p in parameters if p.default is p.empty or p.name in given.kwargs]
     filled = [p for p in filled if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [inputs for p in (named or optional)[:4] for inputs in _candidates(model, [*filled, p], 2)]
+    # Where a check ended the forward, nothing was read of what comes behind it: all arguments are inferred again.
+    anew = bool(unmet_names(cause))
+    return [
+        inputs if anew else _with(given, p.name, inputs.kwargs[p.name])
+        for p in (named or optional)[:4]
+        for inputs in _candidates(model, [*filled, p], 2)
+        if p.name in inputs.kwargs
+    ]
+
+
+def _with(given: Inputs, name: str, value: Any) -> Inputs:
+    """Inputs with one more argument; the others stay as they came to be."""
+    return values.named(given.args, {**given.kwargs, name: value}, given.names or [""] * len(given.args))
 
 
 def _wanted(model: nn.Module) -> list[inspect.Parameter]:
@@ -107,17 +125,26 @@ def _wanted(model: nn.Module) -> list[inspect.Parameter]:
 
 def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: int) -> list[Inputs]:
     """Inputs with a value for each of these parameters."""
-    uses = read_uses(model, [p.name for p in parameters])
-    first = _leading(parameters, uses)
+    makers = {p.name: maker for p in parameters if p.default is p.empty and (maker := maker_of(model, p)) is not None}
+    inferred = [p for p in parameters if p.name not in makers]
+    if not inferred:
+        makers, inferred = {}, parameters
+    uses = read_uses(model, [p.name for p in inferred])
+    first = _leading(inferred, uses)
     found: list[Inputs] = []
     seen: set[str] = set()
     for data in options(first.name, first.annotation, uses[first.name], Context(model)):
         sizes = _shared(data)
         context = Context(model, _array(data))
-        others = [options(p.name, p.annotation, uses[p.name], context) for p in parameters if p is not first]
+        others = [options(p.name, p.annotation, uses[p.name], context) for p in inferred if p is not first]
         for combined in cheapest_first([[data], *others], max(limit // 2, limit - len(found))):
             chosen = iter(combined[1:])
-            inputs = _assign(parameters, [combined[0] if p is first else next(chosen) for p in parameters], sizes)
+            made = {p.name: (combined[0] if p is first else next(chosen)).make(sizes) for p in inferred}
+            try:
+                made |= {name: make(made) for name, make in makers.items()}
+            except Exception:  # these are not what the model makes it from
+                continue
+            inputs = _assign(parameters, made)
             if inputs.text not in seen:
                 seen.add(inputs.text)
                 found.append(inputs)
@@ -144,15 +171,16 @@ def _array(data: Spec) -> Spec:
     return data
 
 
-def _assign(parameters: list[inspect.Parameter], specs: list[Spec], sizes: Sizes) -> Inputs:
+def _assign(parameters: list[inspect.Parameter], made: Mapping[str, Any]) -> Inputs:
+    """The arguments of a call with these values."""
     args: list[Any] = []
     names: list[str] = []
     kwargs: dict[str, Any] = {}
-    for parameter, spec in zip(parameters, specs, strict=True):
-        value = spec.make(sizes)
-        if parameter.kind is parameter.VAR_KEYWORD and isinstance(spec, Group):
+    for parameter in parameters:
+        value = made[parameter.name]
+        if parameter.kind is parameter.VAR_KEYWORD and isinstance(value, Mapping):
             kwargs.update(value)
-        elif parameter.kind is parameter.VAR_POSITIONAL and isinstance(spec, Group):
+        elif parameter.kind is parameter.VAR_POSITIONAL and isinstance(value, tuple | list):
             args += value
             names += [""] * len(value)
         elif parameter.kind is parameter.KEYWORD_ONLY or parameter.default is None:

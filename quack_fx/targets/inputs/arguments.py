@@ -18,6 +18,7 @@ from torch import nn
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.uses import Use
 from quack_fx.targets.inputs.values import (
+    BATCH,
     TOKENS,
     Array,
     CausalBlocks,
@@ -75,10 +76,15 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
         [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
     )
     groups = _groups(use, context)
+    if "iterated" in use.marks and any(kind in ("key", "attr") for kind, _ in use.parts):
+        # What is looped over and has fields is one record for each of the batch.
+        records = [spec for spec in groups if isinstance(spec, Group) and spec.form in ("dict", "namespace")]
+        groups = [Group("list", (("0", spec), ("1", spec))) for spec in records] + groups
     is_tuple = re.match(r"(typing\.)?(tuple|list|dict|mapping|sequence)", str(annotation), re.I) is not None
     ordered = [*groups, *plain] if is_tuple or not plain else [*plain, *groups]
     if "iterated" in use.marks and groups == [] and is_tuple:
-        ordered = [Group("list", (("0", spec), ("1", spec))) for spec in ordered[:2]] + ordered
+        several = [spec for spec in ordered[:2] if not (isinstance(spec, Group) and spec.form == "list")]
+        ordered = [Group("list", (("0", spec), ("1", spec))) for spec in several] + ordered
     return list(dict.fromkeys(_as_numpy(spec, use) for spec in ordered))
 
 
@@ -153,7 +159,9 @@ def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Arra
         found.sort(key=lambda a: a.kind != kind)
     if "numpy" in use.marks:
         found.sort(key=lambda a: a.kind != "ids")
-    return [*told, *(array for array in found if array not in told)]
+    # Some serve one sequence at a time, without a batch.
+    alone = [replace(a, shape=("T",)) for a in told[:1] if a.kind == "ids" and a.shape == ("B", "T")]
+    return [*told, *(array for array in found if array not in told), *(alone if use.rank is None else [])]
 
 
 def _ids_like(array: Array) -> Array:
@@ -228,6 +236,10 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
         shapes: list[tuple[Size, ...]] = [("T",), ("B", "T")]
         shapes.sort(key=lambda shape: use.rank is not None and len(shape) != use.rank)
         return [Array("index", shape) for shape in shapes]
+    if _LENGTHS.fullmatch(name) and re.search(r"(list|sequence|tuple)\[int", annotation, re.I):
+        packed = isinstance(data, Array) and len(data.shape) == 1
+        each: Spec = Constant(TOKENS // BATCH if packed else TOKENS)
+        return [Group("list", tuple((str(n), each) for n in range(BATCH)))]
     if _LENGTHS.fullmatch(name) and not told:
         return [Array("count", flat)]
     if _ROTATION.fullmatch(name) and not told:
@@ -237,7 +249,7 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
     if re.fullmatch(r"(img|txt|image|text|latent)_ids", name) and not told:
         return [Array("zeros", shape) for shape in (("B", "T", 3), ("T", 3))]
     is_class = _CLASS.fullmatch(name) and not (ids and not re.match("class|user", name))
-    if is_class and (not told or told[0].kind == "ids"):
+    if is_class and (use.rank or 0) < 3 and (not told or told[0].kind == "ids"):
         of_sequences: Spec = Array("zeros", flat, dtype=torch.int64)
         of_tokens: Spec = Array("ids", ("B", "T"), told[0].high if told else 1)
         return [of_sequences, of_tokens] if use.rank is None else [of_sequences if use.rank == 1 else of_tokens]

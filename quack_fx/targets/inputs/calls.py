@@ -212,6 +212,12 @@ def layer(module: nn.Module, args: list[Value], kwargs: dict[str, Value]) -> Val
     return first if isinstance(module, _KEPT_BY) and isinstance(first, Data) else UNKNOWN
 
 
+def kept_tensor(function: Any) -> Tensor | None:
+    """The tensor of the model that a method of it gives back, in another type or place: `self.weight.to(x.dtype)`."""
+    owner = getattr(function, "__self__", None)
+    return owner if isinstance(owner, Tensor) and getattr(function, "__name__", "") in _SAME else None
+
+
 def runs_another(function: Any) -> bool:
     """Whether a function calls the one that it is given, with the rest of its arguments."""
     name, module = getattr(function, "__name__", ""), getattr(function, "__module__", "") or ""
@@ -314,6 +320,10 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
     if name in ("cross_entropy", "nll_loss") and isinstance(second, Data):
         second.use.marks.add("ids")
     masks(name, args, kwargs)
+    if name == "stack" and isinstance(first, Items) and first.values and isinstance(first.values[0], Data):
+        axis = args[1] if len(args) > 1 else kwargs.get("dim", Known(0))
+        is_first = isinstance(axis, Known) and axis.value == 0
+        return first.values[0].then("new", 0) if is_first else UNKNOWN
     if not isinstance(first, Data):
         return UNKNOWN
     if isinstance(second, Known) and isinstance(second.value, Tensor):
@@ -325,6 +335,8 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
         if isinstance(second, Known) and isinstance(second.value, tuple | list):
             first.taken_by(nn.LayerNorm(second.value, device="meta"), "input")
         return first
+    if name == "pad":
+        return first.then("pad")
     if name in ("cat", "stack", "matmul", "bmm", "einsum", "cross_entropy", "where", "scaled_dot_product_attention"):
         return UNKNOWN
     return method(first, name, args[1:])
@@ -349,5 +361,8 @@ def spread_of(
         if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     if data:
-        return left, [Data(data[0].use.part("at", number)) for number in range(len(left))]
+        parts = [data[0].use.part("at", number) for number in range(len(left))]
+        for part, name in zip(parts, left, strict=True):
+            part.name = part.name or name
+        return left, [Data(part) for part in parts]
     return left, [Data(data_names[0].use.part("key", name)) for name in left]

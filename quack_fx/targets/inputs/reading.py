@@ -6,6 +6,7 @@ that `self.layers[0].proj(x.transpose(1, 2))` says which layer takes `x`, and `a
 be. Both branches of an `if` are read where its condition is not known; of a loop over layers, the first and last.
 
     calls.py   what is known about calls of torch and of methods of tensors
+    loops.py   lists and dicts that are written as loops
     uses.py    what is noted
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 from torch import nn
 
 from quack_fx.targets.inputs import calls
+from quack_fx.targets.inputs.loops import comprehension, same_keys
 from quack_fx.targets.inputs.uses import UNKNOWN, Data, Dim, Items, Known, Rank, Shape, Unknown, Use, Value
 
 DEPTH, STATEMENTS = 16, 4000
@@ -336,10 +338,12 @@ class Frame:
                 self.assign(node.target, value)
                 return value
             case ast.ListComp() | ast.GeneratorExp() | ast.SetComp():
-                return self.comprehension(node)
+                return comprehension(self, node)
             case ast.Dict():
                 for entry in node.values:
                     self.of(entry)
+            case ast.DictComp():
+                return same_keys(self, node)
             case ast.Starred():
                 return self.of(node.value)
         return UNKNOWN
@@ -356,17 +360,6 @@ class Frame:
             builtins = self.function.__globals__.get("__builtins__")
             known = builtins if isinstance(builtins, dict) else vars(builtins)
             return Known(known[name]) if name in known else UNKNOWN
-
-    def comprehension(self, node: ast.ListComp | ast.GeneratorExp | ast.SetComp) -> Value:
-        """A list that is written as a loop, read for its first element and its last."""
-        before = dict(self.scope)
-        found: list[Value] = []
-        generator = node.generators[0]
-        for value in self.elements(self.of(generator.iter)):
-            self.assign(generator.target, value)
-            found.append(self.of(node.elt))
-        self.scope = before
-        return Items(tuple(found)) if any(isinstance(v, Data) for v in found) else UNKNOWN
 
     def arithmetic(self, node: ast.BinOp) -> Value:
         """A sum, product or the like."""
@@ -451,6 +444,8 @@ class Frame:
 
     def apply(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
         """Call a function that is known."""
+        if (kept := calls.kept_tensor(function)) is not None:
+            return Known(kept)
         if calls.runs_another(function) and args and isinstance(args[0], Known):
             return self.apply(args[0].value, args[1:], {})
         if isinstance(function, functools.partial):

@@ -11,32 +11,40 @@ A change goes through the values of all arguments: where one size is too small, 
 from __future__ import annotations
 
 import ast
-import importlib.util
+import functools
 import itertools
 import linecache
 import math
 import re
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from types import FrameType, SimpleNamespace, TracebackType
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator
+from fractions import Fraction
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs import layers
+from quack_fx.targets.inputs.changes import Change, changed, only, refilled, reshape, resize, sizes, with_rank
+from quack_fx.targets.inputs.measure import Answer, Search, mismatch
 from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks, named
 
 FIRST, REPAIRS, EACH = 3, 12, 4
 """Candidates that are tried before any repair, repairs in all, repairs of one failure."""
 
+LARGEST = 1 << 22
+"""Numbers in an input of a repair at most. Where an error speaks of all pixels or tokens and not of a side, the
+forward would take all memory."""
+
 More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
-Change = Callable[[Tensor], Tensor | None]
-"""What becomes of each tensor among the arguments; None where it stays."""
+SAME_RATIO = 3
+"""Inputs of several sizes that a view refuses in the same ratio, after which no size is to be expected to help."""
 
 
 class Attempts:
-    """Candidates in the order in which they are to be tried: the likeliest, then repairs of them, then the others.
+    """Candidates in the order in which they are to be tried: the likeliest, then repairs of them, then those that find
+    out which size is wrong, then the others.
 
     Arguments:
         model: The model.
@@ -59,33 +67,99 @@ class Attempts:
         self.repairs: deque[Inputs] = deque()
         self.inferred = {candidate.text for candidate in candidates}
         self.seen = set(self.inferred)
-        self.left = REPAIRS
+        self.left, self.added = REPAIRS, 0
         self._more = more
+        self._search = Search()
+        self._running: Generator[Inputs, Answer, None] | None = None
+        self._measured: Answer = None
+        self._missed: dict[Any, dict[tuple[int, ...], Fraction]] = defaultdict(dict)
+        self.measuring = False
+        """Whether the inputs that were given last are tried to measure."""
 
     def __iter__(self) -> Iterator[Inputs]:
-        while self.likely or self.repairs or self.others:
-            queue = self.likely or self.repairs or self.others
-            yield queue.popleft()
+        given: set[str] = set()
+        for inputs in self._in_turn():
+            if inputs.text not in given:
+                given.add(inputs.text)
+                yield inputs
+
+    def _in_turn(self) -> Iterator[Inputs]:
+        while not self._is_hopeless():
+            self.measuring = False
+            if self.likely:
+                yield self.likely.popleft()
+            elif (measure := self._measurement()) is not None:
+                yield measure
+            elif self.repairs and self.left > 0:
+                self.left -= 1
+                yield self.repairs.popleft()
+            elif self.others:
+                yield self.others.popleft()
+            else:
+                return
+
+    def _measurement(self) -> Inputs | None:
+        """Inputs to be tried to measure; `failed` has noted what came of the last ones."""
+        try:
+            if self._running is None:
+                self._running = self._search.run()
+                one = next(self._running)
+            else:
+                one = self._running.send(self._measured)
+        except StopIteration:
+            self._running = None
+            return None
+        self.measuring = True
+        return one
+
+    def _is_hopeless(self) -> bool:
+        """Whether a view of the forward wants the same part too much whatever the inputs' sizes: the model's own
+        sizes do not go together."""
+        missed = self._missed.values()
+        return any(len(found) >= SAME_RATIO and len(set(found.values())) == 1 for found in missed)
+
+    def guess_no_more(self) -> None:
+        """Leave out all but what is measured."""
+        for queue in (self.likely, self.repairs, self.others):
+            queue.clear()
+        self.left, self.added = 0, REPAIRS
 
     def failed(self, inputs: Inputs, error: BaseException) -> None:
         """Note that the forward failed with this error; its traceback must still be there."""
+        sizes = mismatch(error)
+        self._search.note(inputs, sizes)
+        if sizes is not None and (ratio := sizes.ratio) not in (None, 1):
+            self._missed[sizes.place][sizes.numbers] = ratio
+        if self.measuring:
+            self._measured = sizes
+            self._add(self._more(self.model, inputs, error) if self._more is not None and sizes is None else [])
+            return
+        if sizes is not None:
+            self._search.start(inputs, sizes)
         found: list[Inputs] = []
         more = self._more(self.model, inputs, error) if self._more is not None else []
-        for one in [*_with_blocks(inputs, error), *more]:
-            if one.text not in self.seen and self.left > 0:
-                self.seen.add(one.text)
-                self.left -= 1
-                self.likely.appendleft(one)
-        for repaired in retry(self.model, inputs, error):
-            if repaired.text not in self.seen and self.left > 0:
+        certain = asks_for_more(error)
+        self._add([*_with_blocks(inputs, error), *(more if certain else [])])
+        for repaired in [*retry(self.model, inputs, error), *([] if certain else more)]:
+            if repaired.text not in self.seen:
                 self.seen.add(repaired.text)
-                self.left -= 1
                 found.append(repaired)
         # What comes of a repair goes on from there; what comes of a candidate waits for its turn.
         if inputs.text in self.inferred:
             self.repairs.extend(found)
         else:
             self.repairs.extendleft(reversed(found))
+
+    def _add(self, more: list[Inputs]) -> None:
+        """Try these next, the first of them first."""
+        for one in reversed(more):
+            if (waiting := next((o for o in self.others if o.text == one.text), None)) is not None:
+                self.others.remove(waiting)
+                self.likely.appendleft(waiting)
+            elif one.text not in self.seen and self.added < REPAIRS:
+                self.seen.add(one.text)
+                self.added += 1
+                self.likely.appendleft(one)
 
 
 def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:
@@ -100,9 +174,9 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
     found: dict[str, Inputs] = {}
     try:
         for change in itertools.islice(_changes(model, candidate, cause), 12):
-            changed = _changed(candidate, change)
-            if changed.text != candidate.text:
-                found.setdefault(changed.text, changed)
+            made = changed(candidate, change)
+            if made.text != candidate.text:
+                found.setdefault(made.text, made)
     except Exception:  # looking at a frame of the user's may fail in any way; this is a hint
         pass
     return list(found.values())[:EACH]
@@ -110,11 +184,11 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
 
 def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Iterator[Change]:
     frames = list(_frames(error.__traceback__))
-    known = _sizes(candidate)
+    known = sizes(candidate)
     for frame, line in reversed(frames):
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("torch.", "quack_fx.", "importlib")):
-            yield from _statement(frame, line, "Boolean value of Tensor with more" in str(error))
+            yield from _statement(frame, line, str(error))
             break
     yield from _layer(model, frames)
     yield from _message(str(error), known)
@@ -129,6 +203,28 @@ def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
     args = tuple(mask if is_blocks(value) else value for value in inputs.args)
     kwargs = {name: mask if is_blocks(value) else value for name, value in inputs.kwargs.items()}
     return [named(args, kwargs, inputs.names or [""] * len(args))]
+
+
+def asks_for_more(error: BaseException) -> bool:
+    """Whether a forward failed since something is None, by what the error or the condition in front of it says."""
+    cause = error.__cause__ or error
+    return "None" in str(cause) or bool(unmet_names(cause))
+
+
+def unmet_names(error: BaseException) -> set[str]:
+    """Names that are None where the forward checks what it is given, and says that it cannot do with it."""
+    for frame, line in list(_frames(error.__traceback__))[-1:]:
+        text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
+        try:
+            within = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.If | ast.Assert | ast.Raise)]
+        except SyntaxError:
+            return set()
+        around = [n for n in within if n.lineno <= line <= (n.end_lineno or n.lineno)]
+        if around and isinstance(around[-1], ast.Raise | ast.Assert):
+            tests = [n.test for n in around[-2:] if not isinstance(n, ast.Raise)]
+            names = {part.id for test in tests for part in ast.walk(test) if isinstance(part, ast.Name)}
+            return {name for name in names if frame.f_locals.get(name, 0) is None}
+    return set()
 
 
 def failing_names(error: BaseException) -> set[str]:
@@ -155,7 +251,33 @@ def _as_number(given: Tensor) -> Change:
     return lambda x: torch.ones((), dtype=torch.int64) if tuple(x.shape) == shape and x.dtype == given.dtype else None
 
 
-def _statement(frame: FrameType, line: int, asks_for_number: bool) -> Iterator[Change]:
+def _as_index(given: Tensor) -> Change:
+    """Whole numbers in place of those of a tensor."""
+    shape = tuple(given.shape)
+    return lambda x: (
+        torch.zeros(shape, dtype=torch.int64) if x.is_floating_point() and tuple(x.shape) == shape else None
+    )
+
+
+def _with_axes(given: Tensor, rank: int) -> Change:
+    """Axes of one entry behind those of a tensor."""
+    shape = tuple(given.shape)
+    wider = (*shape, *[1] * (rank - len(shape)))
+    return lambda x: x.view(wider) if tuple(x.shape) == shape and x.dtype == given.dtype else None
+
+
+def _of_named(named: list[Tensor], message: str) -> Iterator[Change]:
+    """Changes of the tensors that the failed statement names."""
+    if "Boolean value of Tensor with more" in message:
+        yield from map(_as_number, named)
+    if re.search(r"dtype int32/int64 for index|tensors used as indices", message):
+        yield from (_as_index(v) for v in named if v.is_floating_point())
+    if "same number of dimensions" in message and named:
+        rank = max(v.dim() for v in named)
+        yield from (_with_axes(v, rank) for v in named if v.dim() < rank)
+
+
+def _statement(frame: FrameType, line: int, message: str) -> Iterator[Change]:
     """What the statement that failed asks for."""
     text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
     tree = ast.parse(text)
@@ -167,9 +289,9 @@ def _statement(frame: FrameType, line: int, asks_for_number: bool) -> Iterator[C
         return eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
 
     statement = around[-1]
-    if asks_for_number and not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+    if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
         read = [frame.f_locals.get(n.id) for n in ast.walk(statement) if isinstance(n, ast.Name)]
-        yield from (_as_number(v) for v in read if isinstance(v, Tensor))
+        yield from _of_named([v for v in read if isinstance(v, Tensor)], message)
     if isinstance(statement, ast.Assert):
         yield from _condition(statement.test, True, value)
     elif isinstance(statement, ast.Raise) and len(around) > 1 and isinstance(around[-2], ast.If):
@@ -179,8 +301,8 @@ def _statement(frame: FrameType, line: int, asks_for_number: bool) -> Iterator[C
         if isinstance(source, ast.Attribute) and source.attr in ("shape", "size"):
             data, count = value(source.value), len(statement.targets[0].elts)
             if isinstance(data, Tensor):
-                yield _with_rank(data.dim(), count)
-                yield from (_only(number, _with_rank(data.dim(), count)) for number in range(2))
+                yield with_rank(data.dim(), count)
+                yield from (only(number, with_rank(data.dim(), count)) for number in range(2))
 
 
 def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
@@ -201,32 +323,32 @@ def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) ->
     if isinstance(have, tuple | list) and isinstance(want, tuple | list):
         if len(have) == len(want):
             for old, new in zip(have, want, strict=True):
-                yield _resize(old, new)
+                yield resize(old, new)
             # A size that a stride or a patch has divided before.
             for old, new in zip(have, want, strict=True):
                 if isinstance(old, int) and isinstance(new, int) and old != new and old > 0:
-                    yield from (_resize(old * times, new * times) for times in (2, 4, 8))
+                    yield from (resize(old * times, new * times) for times in (2, 4, 8))
         return
     if not isinstance(have, int) or not isinstance(want, int) or isinstance(have, bool):
         return
     if re.search(r"\.(ndim|dim\(\))|len\(.*(shape|size\(\))\)", ast.unparse(left)):
-        yield _with_rank(have, want)
+        yield with_rank(have, want)
         return
     if re.search(r"^len\(", ast.unparse(left)):  # a list of the axes that are left
         for rank in range(1, 5):
-            yield _with_rank(rank, rank + want - have)
+            yield with_rank(rank, rank + want - have)
     op = test.ops[0]
     strict = (ast.Lt, ast.Gt) if holds else (ast.LtE, ast.GtE)
     less = isinstance(op, ast.Lt | ast.LtE) == holds and not isinstance(op, ast.Eq | ast.NotEq)
     step = (-1 if less else 1) if isinstance(op, strict) else 0
-    yield _resize(have, want + step)
-    yield _resize(want, have - step)
+    yield resize(have, want + step)
+    yield resize(want, have - step)
 
 
 def _multiple(node: ast.BinOp, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
     size, factor = value(node.left), value(node.right)
     if isinstance(size, int) and isinstance(factor, int) and factor:
-        yield _resize(size, math.ceil(size / factor) * factor)
+        yield resize(size, math.ceil(size / factor) * factor)
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------
@@ -249,7 +371,7 @@ def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Ch
             same_rank = made.dim() == given.dim()
             if same_rank and made.dim() < 4 and array.kind == "float":
                 # Only the width differs: the number of tokens stays.
-                made = _refilled(made, (*given.shape[:-1], array.shape[-1]))  # type: ignore[arg-type]
+                made = refilled(made, (*given.shape[:-1], array.shape[-1]))  # type: ignore[arg-type]
             yield _instead(given, made)
         return
 
@@ -268,27 +390,49 @@ def _instead(given: Tensor, made: Tensor) -> Change:
 def _message(text: str, known: set[int]) -> Iterator[Change]:
     """Changes for the sizes and types that a message names."""
     yield from _types(text)
+    yield from _viewed(text)
     shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
     for given, wanted in itertools.pairwise(shapes):
         if len(given) == len(wanted):
-            yield _reshape(given, wanted)
+            yield reshape(given, wanted)
     product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
     if product:
         old, new = (int(n) for n in product.groups() if n is not None)
-        yield _resize(old, new, last=True)
-        yield _resize(old, new)
+        yield resize(old, new, last=True)
+        yield resize(old, new)
         yield from _scaled(old, new, known)
     rank = re.search(r"[Ee]xpected (\d)D.*?got (\d)D", text)
     if rank:
-        yield _with_rank(int(rank.group(2)), int(rank.group(1)))
+        yield with_rank(int(rank.group(2)), int(rank.group(1)))
+    padded = re.search(r"Padding size \d+ is not supported for (\d)D input", text)
+    if padded:
+        yield with_rank(int(padded[1]), int(padded[1]) - 1)
     numbers = list(
         dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
     )
     for old, new in itertools.islice(itertools.permutations(numbers, 2), 12):
         if old in known and 0 < new < 1 << 16:
-            yield _resize(old, new)
+            yield resize(old, new)
     for old, new in itertools.islice(itertools.permutations(numbers, 2), 6):
         yield from _scaled(old, new, known)
+
+
+def _viewed(text: str) -> Iterator[Change]:
+    """Changes for a view with one size left open: the others are sizes of each token, or of each sequence."""
+    found = re.search(r"shape '\[([-\d, ]+)\]' is invalid for input of size (\d+)", text)
+    if found is None or "-1" not in found[1]:
+        return
+    wanted, count = [int(n) for n in found[1].split(",")], int(found[2])
+    for lead in (2, 1):
+
+        def change(x: Tensor, lead: int = lead, flat: bool = True) -> Tensor | None:
+            if x.numel() != count or (x.dim() <= lead and lead > 1):
+                return None
+            inner = [n for n in wanted[1:] if n > 0]
+            return refilled(x, (*x.shape[:lead], *([math.prod(inner)] if flat else inner)))
+
+        yield change
+        yield functools.partial(change, flat=False)
 
 
 def _types(text: str) -> Iterator[Change]:
@@ -318,91 +462,4 @@ def _scaled(old: int, new: int, known: set[int]) -> Iterator[Change]:
             for size in sorted(known, reverse=True)[:2]:
                 other = size * ratio
                 if size > TOKENS and abs(other - round(other)) < 1e-6 and 1 < round(other) < 4096:
-                    yield _resize(size, round(other))
-
-
-# ---- changes ---------------------------------------------------------------------------------------------------------
-
-
-def _resize(old: int, new: int, last: bool = False) -> Change:
-    """Give the axes of one size another; the last axis alone, or all."""
-
-    def change(x: Tensor) -> Tensor | None:
-        start = x.dim() - 1 if last else 0
-        shape = [new if size == old and axis >= start else size for axis, size in enumerate(x.shape)]
-        return _refilled(x, tuple(shape))
-
-    return change if new > 0 else lambda x: None
-
-
-def _reshape(given: tuple[int, ...], wanted: tuple[int, ...]) -> Change:
-    return lambda x: _refilled(x, wanted) if tuple(x.shape) == given else None
-
-
-def _with_rank(rank: int, wanted: int) -> Change:
-    """Give what has one number of dimensions another: more tokens behind the batch, or fewer."""
-
-    def change(x: Tensor) -> Tensor | None:
-        if x.dim() != rank:
-            return None
-        shape = list(x.shape)
-        if wanted == 4 and rank == 3 and x.is_floating_point():
-            return _refilled(x, (shape[0], 3, 32, 32))
-        shape[1:1] = [TOKENS] * (wanted - rank)
-        return _refilled(x, tuple(shape[:1] + shape[1 + max(rank - wanted, 0) :] if wanted > 0 else []))
-
-    return change
-
-
-def _only(number: int, change: Change) -> Change:
-    """A change of one alone of the tensors that it changes, counted from the first."""
-    changed: list[Tensor] = []
-
-    def one(x: Tensor) -> Tensor | None:
-        made = change(x)
-        changed.extend([x] if made is not None else [])
-        return made if made is not None and len(changed) == number + 1 else None
-
-    return one
-
-
-def _refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of another shape with the same elements, repeated."""
-    if tuple(x.shape) == shape or not x.numel():
-        return x
-    return x.flatten()[torch.arange(math.prod(shape)) % x.numel()].view(shape)
-
-
-def _changed(inputs: Inputs, change: Change) -> Inputs:
-    args = tuple(_in(value, change) for value in inputs.args)
-    return named(
-        args, {name: _in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
-    )
-
-
-def _in(value: Any, change: Change) -> Any:
-    """A value with every tensor in it changed."""
-    if isinstance(value, Tensor):
-        changed = change(value)
-        return value if changed is None else changed
-    if isinstance(value, SimpleNamespace):
-        return SimpleNamespace(**{name: _in(part, change) for name, part in vars(value).items()})
-    if isinstance(value, Mapping):
-        return {name: _in(part, change) for name, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_in(part, change) for part in value)
-    if type(value).__module__ == "numpy" and importlib.util.find_spec("numpy"):
-        return _in(torch.from_numpy(value), change).numpy()
-    return value
-
-
-def _sizes(inputs: Inputs) -> set[int]:
-    """All sizes of all tensors."""
-    found: set[int] = set()
-
-    def note(x: Tensor) -> None:
-        found.update(x.shape)
-
-    for value in (*inputs.args, *inputs.kwargs.values()):
-        _in(value, note)
-    return found
+                    yield resize(size, round(other))

@@ -12,8 +12,8 @@ from typing import Any
 
 View = tuple[Any, ...]
 """One step between the caller's data and where they are used: ("swap", 1, 2), ("permute", (0, 2, 1)), ("new", 1) for a
-new axis, ("drop", 0, 3) for index 3 of axis 0, ("einops", pattern, lengths), ("reshape",) for anything else that
-changes the number of dimensions."""
+new axis, ("drop", 0, 3) for index 3 of axis 0, ("einops", pattern, lengths), ("pad",) for other sizes of the same
+axes, ("reshape",) for anything else that changes the number of dimensions."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import math
@@ -178,6 +179,9 @@ def expression(value: Any) -> str:
     if isinstance(value, SimpleNamespace):
         parts = ", ".join(f"{name}={expression(part)}" for name, part in vars(value).items())
         return f"SimpleNamespace({parts})"
+    if _has_fields(value):
+        parts = ", ".join(f"{f.name}={expression(getattr(value, f.name))}" for f in dataclasses.fields(value))
+        return f"{type(value).__name__}({parts})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {expression(part)}" for key, part in value.items()) + "}"
     if isinstance(value, tuple | list):
@@ -210,6 +214,9 @@ def shown(value: Any) -> str:
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, SimpleNamespace):
         return f"namespace({', '.join(f'{name}={shown(part)}' for name, part in vars(value).items())})"
+    if _has_fields(value):
+        fields = ", ".join(f"{field.name}={shown(getattr(value, field.name))}" for field in dataclasses.fields(value))
+        return f"{type(value).__name__}({fields})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {shown(part)}" for key, part in value.items()) + "}"
     if isinstance(value, tuple | list):
@@ -222,6 +229,10 @@ def shown(value: Any) -> str:
     if is_blocks(value):
         return f"BlockMask{list(value.seq_lengths)}"
     return repr(value)
+
+
+def _has_fields(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _is_array(value: Any) -> bool:

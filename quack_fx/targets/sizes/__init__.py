@@ -7,11 +7,15 @@ makes a model and says with which values: those found in the repository, with th
     sources.py   sizes that stand somewhere in the repository
     made_up.py   a small value by a name
     settings.py  a config object that is filled in as it is read
+    ready.py     configs and parts that the files have ready
+    signatures.py  what a callable takes
     plans.py     a value for each parameter
+    call.py      a call with those values
 """
 
 from __future__ import annotations
 
-from quack_fx.targets.sizes.plans import Call, calls
+from quack_fx.targets.sizes.call import Call
+from quack_fx.targets.sizes.plans import calls
 
 __all__ = ["Call", "calls"]

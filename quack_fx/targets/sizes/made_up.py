@@ -22,6 +22,7 @@ _FLAG = re.compile(
 _RULES: tuple[tuple[str, Any], ...] = (
     # The first that is found in the name, in lower case, holds.
     (r"(^|_)(eps|epsilon)$|_eps_|layer_?norm_eps", 1e-5),
+    (r"^inf$", 1e9),
     (r"drop|(^|_)p$|prob(ability)?$|_pdrop", 0.0),
     (r"(^|_)(theta|rope_base|base)$|rope_theta|rotary_base", 10000.0),
     (r"init.*(std|range|scale)|(^|_)std$", 0.02),

@@ -15,77 +15,32 @@ that the code chooses by.
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import inspect
 import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quack_fx.errors import TargetError
+from quack_fx.targets.sizes.call import Account, Call, Value
 from quack_fx.targets.sizes.made_up import by_name, made_up
+from quack_fx.targets.sizes.ready import Wanted, naming, part_class, ready_made
 from quack_fx.targets.sizes.settings import Guess, Settings
+from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_config_class, parameters, plain_type, required
 from quack_fx.targets.sizes.sources import Source, sources
 from quack_fx.targets.sizes.uses import Uses, read_name
 
 _CONFIG = re.compile(r"(\w*_)?(config|configs|cfg|conf|args|arguments|opts?|options|hparams?|hps?|params|settings)$")
+_MANY = 6
 _TRIES = 10
 """Calls that are tried at most, one after the other."""
-
-
-@dataclass
-class Account:
-    """What a call was made with.
-
-    Attributes:
-        found: Values that stand in the repository, with their place.
-        assumed: Values that were made up.
-    """
-
-    found: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    assumed: dict[str, Any] = field(default_factory=dict)
-
-
-class Call:
-    """A call of a class or factory.
-
-    Arguments:
-        name: How the file calls it.
-        function: The class or factory.
-        plan: A fresh value and its text for each parameter, and an account of where they come from.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any], plan: Callable[[Account], dict[str, Value]]) -> None:
-        self._name, self._function, self._plan = name, function, plan
-        self.account = Account()
-        self.text = f"{name}(...)"
-
-    def __call__(self) -> Any:
-        """Make the model; `text` and `account` then say with what."""
-        account = Account()
-        values = self._plan(account)
-        try:
-            return self._function(**{name: value.make() for name, value in values.items()})
-        finally:
-            self.account = account
-            by_place = [p.name for p in _parameters(self._function) if p.kind is not p.KEYWORD_ONLY][:1]
-            alone = list(values) == by_place
-            parts = [value.text() if alone else f"{name}={value.text()}" for name, value in values.items()]
-            self.text = f"{self._name}({', '.join(parts)})"
-
-
-@dataclass(frozen=True)
-class Value:
-    """A value of a parameter, and the expression that makes it (asked for after `make`)."""
-
-    make: Callable[[], Any]
-    text: Callable[[], str]
 
 
 def calls(
@@ -105,7 +60,11 @@ def calls(
     """
     planner = Planner(name, function, names, file, own_files)
     for change in itertools.islice(planner.changes(), _TRIES):
-        yield Call(name, function, partial(planner.plan, change=change))
+        call = Call(name, function, partial(planner.plan, change=change))
+        yield call
+        while call.lacked and planner.give_also(call.lacked):
+            call = Call(name, function, partial(planner.plan, change=change))
+            yield call
 
 
 def needs_nothing(name: str, function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
@@ -117,6 +76,9 @@ def needs_nothing(name: str, function: Callable[..., Any], names: Mapping[str, A
 
 Change = Mapping[str, Any]
 """Values of fields and parameters that differ from the first call's."""
+
+NEAR: Change = {}
+"""No change, but without what stands in files that say nothing of the callable."""
 
 WITHOUT = object()
 """A field that gets a made-up value instead of the None or the negative number that it has."""
@@ -132,7 +94,10 @@ class Planner:
         names: Mapping[str, Any],
         file: Path | None,
         own_files: Sequence[Path],
+        depth: int = 0,
     ) -> None:
+        self._depth, self._far = depth, False
+        self._with_fields: set[str] = set()
         self._name, self._function, self._names, self._file = name, function, names, file
         self._required = required(function)
         self._hints = hints_of(function)
@@ -153,13 +118,21 @@ class Planner:
 
         if self._file is None:
             return []
-        callees = {self._function.__name__: tuple(inspect.signature(self._function).parameters)}
+        callees = {self._function.__name__: tuple(p.name for p in parameters(self._function))}
         for config in filter(None, map(self.config_class, self._required)):
-            callees[config[1].__name__] = tuple(p.name for p in _parameters(config[1]))
+            callees[config[1].__name__] = tuple(p.name for p in parameters(config[1]))
         words = {*self._required, *(n for names in list(callees.values())[1:] for n in names)}
         words.update(*(self._fields_read(n) | set(self._unpacked(n)) for n in self._required if self._is_config(n)))
         repository = repository_of(self._file, self._file.parent)
         return sources(repository, self._file, self._function.__name__, callees, words)
+
+    def give_also(self, names: Mapping[str, bool]) -> bool:
+        """Give values to parameters that have a default, too, from here on, those with fields to some; whether any of
+        them is new."""
+        new = [n for n in names if n not in self._required]
+        self._required += new
+        self._with_fields |= {n for n in new if names[n]}
+        return bool(new)
 
     # ---- one call ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +142,7 @@ class Planner:
         Raises:
             TargetError: A parameter can be given none.
         """
-        given = self._passed_somewhere()
+        given = self._passed_somewhere(anywhere=change is not NEAR)
         names = self._required + [n for n in given if n not in self._required]
         return {name: self._value(name, account, change, given) for name in names}
 
@@ -182,9 +155,9 @@ class Planner:
             if (default := self._default_config()) is not None and self._is_config(name):
                 return self._changed(*default, account, change)
             if isinstance(hint, type) and issubclass(hint, nn.Module):
-                raise TargetError(f"it is given a {hint.__name__}")
+                return self._part(name, hint, account)
             if self._is_config(name):
-                return self._filled(name, account, change)
+                return self._ready(name, account, change) or self._filled(name, account, change)
         return self._plain(name, hint, account, change, given)
 
     def _plain(
@@ -205,7 +178,7 @@ class Planner:
         words = self._uses.words.get(name)
         if words and hint not in (int, float, bool):
             return next(iter(words))
-        value = made_up(name, _plain_type(hint))
+        value = made_up(name, plain_type(hint))
         if hint is None and name in self._uses.flags and by_name(name) is None:
             return False
         if typing.get_origin(hint) in (list, tuple) or (hint is None and name in self._uses.lists and value != ""):
@@ -213,17 +186,37 @@ class Planner:
             return [item or 4, item or 4]
         return value
 
+    def _part(self, name: str, kind: type, account: Account) -> Value:
+        """A module that the model is given, made as a model would be.
+
+        Raises:
+            TargetError: It is not clear which.
+        """
+        made = part_class(kind, lambda file: Path(file) in self._own_files)
+        if made is None or self._depth > 2:
+            raise TargetError(f"it is given a {kind.__name__}")
+        text, file = naming(made, self._names), inspect.getsourcefile(made)
+        planner = Planner(text, made, self._names, Path(file) if file else None, self._own_files, self._depth + 1)
+        inner = Account()
+        values = planner.plan(inner, {})
+        account.found |= {f"{name}.{n}": v for n, v in inner.found.items()}
+        account.assumed |= {f"{name}.{n}": v for n, v in inner.assumed.items()}
+        return Value(
+            lambda: made(**{n: value.make() for n, value in values.items()}),
+            lambda: f"{text}({', '.join(f'{n}={value.text()}' for n, value in values.items())})",
+        )
+
     # ---- configs -----------------------------------------------------------------------------------------------------
 
     def config_class(self, parameter: str) -> tuple[str, type] | None:
         """The class of a parameter: its annotation, or else the one dataclass of the file."""
         hint = self._hints.get(parameter)
         for option in (hint, *typing.get_args(hint)):
-            if _is_config_class(option):
+            if is_config_class(option):
                 return next((n for n, v in self._names.items() if v is option), option.__name__), option
         if hint is not None or len(self._required) > 1 or self._unpacked(parameter):
             return None
-        classes: dict[str, Any] = {n: v for n, v in self._names.items() if _is_config_class(v)}
+        classes: dict[str, Any] = {n: v for n, v in self._names.items() if is_config_class(v)}
         found: dict[str, Any] = {n: v for n, v in classes.items() if dataclasses.is_dataclass(v)}
         if len(found) > 1:
             found = {n: v for n, v in found.items() if n.startswith(self._function.__name__)}
@@ -237,7 +230,7 @@ class Planner:
         elsewhere = [s for s in self._sources if s.of != config.__name__ or s.kind == "call"] if needed else []
         source = self._best_source(set(needed), elsewhere)
         arguments: dict[str, Any] = {}
-        defaults = {p.name: p.default for p in _parameters(config)}
+        defaults = {p.name: p.default for p in parameters(config)}
         for entry in dict.fromkeys([*needed, *(n for n in change if n in defaults)]):
             if entry in change and change[entry] is not WITHOUT:
                 arguments[entry] = account.assumed[entry] = change[entry]
@@ -245,7 +238,7 @@ class Planner:
                 arguments[entry] = source.values[entry]
                 account.found[entry] = (source.values[entry], source.where)
             else:
-                arguments[entry] = account.assumed[entry] = self._made_up(entry, _inner_hint(hints.get(entry)))
+                arguments[entry] = account.assumed[entry] = self._made_up(entry, inner_hint(hints.get(entry)))
         text = f"{name}({', '.join(f'{n}={v!r}' for n, v in arguments.items())})"
         return Value(lambda: config(**arguments), lambda: text)
 
@@ -282,14 +275,15 @@ class Planner:
         hint = self._hints.get(name)
         if hint in (int, float, bool, str):
             return False
-        return bool(_CONFIG.fullmatch(name)) or bool(self._fields_read(name)) or hint is dict
+        told = name in self._with_fields or bool(_CONFIG.fullmatch(name))
+        return told or bool(self._fields_read(name)) or hint is dict
 
-    def _fields_read(self, name: str) -> set[str]:
+    def _fields_read(self, name: str, kind: Any = ast.Attribute | ast.Subscript) -> set[str]:
         """Fields that the files read off what is called `name` there, as attributes or keys."""
         found: set[str] = set()
         for tree in self._trees.values():
             for node in ast.walk(tree):
-                if isinstance(node, ast.Attribute | ast.Subscript) and read_name(node.value) == name:
+                if isinstance(node, kind) and read_name(node.value) == name:
                     found.add(node.attr if isinstance(node, ast.Attribute) else read_name(node))
         found.discard("")
         return found if not found <= _METHODS else set()
@@ -306,6 +300,23 @@ class Planner:
                                 return required(target)
         return []
 
+    def _ready(self, name: str, account: Account, change: Change) -> Value | None:
+        """A config that the file has made, if it has at least as many of the fields as stand together elsewhere."""
+        unpacked = set(self._unpacked(name))
+        read = {kind: self._fields_read(name, kind) - _METHODS for kind in (ast.Attribute, ast.Subscript)}
+        wanted = Wanted(read[ast.Attribute], read[ast.Subscript] | unpacked)
+        ready = ready_made(self._names, wanted) if len(wanted) and not change else None
+        if ready is None:
+            return None
+        every = wanted.attributes | wanted.keys
+        source = self._best_source(every, self._sources)
+        if source is not None and len(every & source.values.keys()) > len(ready.fields):
+            return None
+        where = f"{ready.text} in {self._file.name}" if self._file else ready.text
+        plain = (bool, int, float, str, list, tuple)
+        account.found |= {n: (v, where) for n, v in sorted(ready.fields.items()) if isinstance(v, plain)}
+        return Value(lambda: copy.deepcopy(ready.config), lambda: ready.text)
+
     def _filled(self, name: str, account: Account, change: Change) -> Value:
         """A config that is filled in as it is read, from the best source in the repository."""
         unpacked = self._unpacked(name)
@@ -313,6 +324,8 @@ class Planner:
         source = self._best_source(wanted, self._sources)
         values = dict(source.values) if source is not None else {}
         # None stands where a script fills a size in later.
+        later = self._set_later({n for n, v in values.items() if v is None and n in wanted})
+        values |= {n: v for n, (v, _) in later.items()}
         known = {n: v for n, v in values.items() if n not in change and not (v is None and by_name(n))}
 
         def give(entry: str) -> Any:
@@ -335,10 +348,16 @@ class Planner:
         def text() -> str:
             for entry in settings._read:
                 if source is not None and entry in known:
-                    account.found[entry] = (known[entry], source.where)
+                    account.found[entry] = later.get(entry, (known[entry], source.where))
             return settings._expression()
 
         return Value(make, text)
+
+    def _set_later(self, undecided: set[str]) -> dict[str, tuple[Any, str]]:
+        """Values that assignments in one place give to what has none at first."""
+        assigned = [s for s in self._sources if s.kind == "assignments" and s.of]
+        best = self._best_source(undecided, assigned)
+        return {n: (best.values[n], best.where) for n in undecided & best.values.keys()} if best is not None else {}
 
     # ---- sources -----------------------------------------------------------------------------------------------------
 
@@ -352,12 +371,16 @@ class Planner:
                 best, most = source, usable
         return best
 
-    def _passed_somewhere(self) -> dict[str, tuple[Any, str]]:
-        """Values for plain parameters: of a call in the repository, or of options and classes beside one."""
+    def _passed_somewhere(self, anywhere: bool = True) -> dict[str, tuple[Any, str]]:
+        """Values for plain parameters: of a call in the repository, or of options and classes beside one.
+
+        Arguments:
+            anywhere: Whether values count that stand in a file that says nothing of the callable.
+        """
         plain = [n for n in self._required if self.config_class(n) is None and not self._is_config(n)]
         if not plain:
             return {}
-        known = inspect.signature(self._function).parameters
+        known = [p.name for p in parameters(self._function)]
         found: dict[str, tuple[Any, str]] = {}
         name = self._function.__name__
         mentioning = [s for s in self._sources if s.kind == "call" and s.of == name and s.values.keys() & set(plain)]
@@ -366,9 +389,17 @@ class Planner:
             found = {n: (v, source.where) for n, v in source.values.items() if n in known}
         beside = [s for s in self._sources if s.mentions and s.kind != "call"]
         best = self._best_source(set(plain) - found.keys(), beside)
+        if best is None and anywhere and len(plain) >= _MANY:
+            # So many of the names together are no chance, wherever they stand.
+            every = [s for s in self._sources if s.kind != "call"]
+            best = max(every, key=lambda s: len(s.values.keys() & set(plain)), default=None)
+            if best is not None and len(best.values.keys() & set(plain)) < 0.75 * len(plain):
+                best = None
+            self._far = best is not None
         if best is not None:
-            # A file that holds nothing but arguments of this holds those that have a default, too.
-            all_its = best.kind == "file" and best.values.keys() <= set(known)
+            # What holds nothing but arguments of this, or nearly all of them, holds those that have a default, too.
+            its = len(best.values.keys() & set(known))
+            all_its = (best.kind == "file" and its == len(best.values)) or its >= max(_MANY, 0.8 * len(known))
             wanted = [n for n in (known if all_its else plain) if n in best.values and n not in found]
             found |= {n: (best.values[n], best.where) for n in wanted}
         return {n: v for n, v in found.items() if v[0] is not None}
@@ -378,6 +409,8 @@ class Planner:
     def changes(self) -> Iterator[Change]:
         """Changes to try, none at first."""
         yield {}
+        if empty := self._empty():
+            yield dict.fromkeys(empty, WITHOUT)
         undefined = self._undefined()
         if undefined:
             yield dict.fromkeys(undefined, WITHOUT)
@@ -387,6 +420,8 @@ class Planner:
                     yield {**dict.fromkeys(undefined, WITHOUT), name: word}
         if stated := self._stated():
             yield {**dict.fromkeys(undefined, WITHOUT), **stated}
+        if self._far:
+            yield NEAR
         absent = self._absent()
         if absent - set(undefined):
             yield dict.fromkeys([*undefined, *absent], WITHOUT)
@@ -395,7 +430,7 @@ class Planner:
         """Fields of the config, if there is one, with their defaults."""
         for name in self._required:
             if (config := self.config_class(name)) is not None:
-                return {p.name: p.default for p in _parameters(config[1]) if p.default is not p.empty}
+                return {p.name: p.default for p in parameters(config[1]) if p.default is not p.empty}
         default = self._default_config()
         if default is None:
             return {}
@@ -421,6 +456,11 @@ class Planner:
             or (v is None and n in self._uses.needed)
         ]
 
+    def _empty(self) -> list[str]:
+        """Fields of the config that are 0 and say how many there are of what there must be some of."""
+        some = re.compile(r"batch|vocab|len(gth)?$|n_ctx|block_size|width|(^|_)dim$|heads?$")
+        return [n for n, v in self._defaults().items() if v == 0 and type(v) is int and some.search(n)]
+
     def _absent(self) -> set[str]:
         """Fields of the config that are None and sound like sizes."""
         return {n for n, v in self._defaults().items() if v is None and isinstance(by_name(n), int)}
@@ -435,61 +475,7 @@ class Planner:
 
 
 _METHODS = frozenset("get keys values items copy update pop to_dict __dict__ shape size device dtype T".split())
-
-
-def required(function: Callable[..., Any]) -> list[str]:
-    """Names of the parameters without a default."""
-    return [p.name for p in _parameters(function) if p.default is p.empty]
-
-
-def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (ValueError, TypeError):
-        return []
-    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of a function's parameters, or of a class's constructor; those that name what is not there are left
-    out."""
-    made = inspect.getattr_static(function, "__init__", None) if isinstance(function, type) else function
-    for owner in (made, function):
-        try:
-            if hints := typing.get_type_hints(owner):
-                return hints
-        except Exception:  # annotations may name what was never imported
-            continue
-    return {}
-
-
-def _is_config_class(option: Any) -> bool:
-    """Whether an annotation is a class of somebody's that can be made: no module, no tensor, none of Python's own."""
-    if not isinstance(option, type) or issubclass(option, nn.Module | Tensor):
-        return False
-    return option.__module__.split(".")[0] not in (
-        "builtins",
-        "types",
-        "typing",
-        "collections",
-        "torch",
-        "argparse",
-        "pathlib",
-        "enum",
-        "numpy",
-    )
-
-
-def _plain_type(hint: Any) -> Any:
-    hint = _inner_hint(hint)
-    return hint if hint in (int, float, str, bool, dict, list, tuple) else typing.get_origin(hint)
-
-
-def _inner_hint(hint: Any) -> Any:
-    """`Optional[int]` -> int."""
-    options = [o for o in typing.get_args(hint) if o is not type(None)]
-    is_union = type(None) in typing.get_args(hint)
-    return options[0] if is_union and len(options) == 1 else hint
+_METHODS |= frozenset("split strip lower upper startswith endswith format replace append".split())
 
 
 def _tree(path: Path) -> ast.Module | None:

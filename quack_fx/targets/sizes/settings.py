@@ -27,6 +27,7 @@ class Settings:
     def __init__(self, give: Give, given: dict[str, Any]) -> None:
         self.__dict__["_give"], self.__dict__["_given"] = give, given
         self.__dict__["_read"], self.__dict__["_by_key"], self.__dict__["_by_name"] = {}, False, False
+        self.__dict__["_counted"] = False
 
     def _value(self, name: str) -> Any:
         if name not in self._read:
@@ -58,7 +59,14 @@ class Settings:
         return iter(self.keys())
 
     def __len__(self) -> int:
-        return len(self._given)
+        if self._given:
+            return len(self._given)
+        # A vocabulary, which says how many tokens it has.
+        self.__dict__["_counted"] = True
+        return int(self._value("vocab_size"))
+
+    def __bool__(self) -> bool:
+        return True
 
     def keys(self) -> list[str]:
         """Names of the fields that are there from the start."""
@@ -80,10 +88,17 @@ class Settings:
 
     def _expression(self) -> str:
         """Python that makes an object with the fields that were read."""
+        named = all(name.isidentifier() for name in self._read)
         fields = ", ".join(f"{name}={expression(value)}" for name, value in self._read.items() if name.isidentifier())
+        keys = ", ".join(f"{name!r}: {expression(value)}" for name, value in self._read.items())
+        given = fields if named else f"{{{keys}}}"
         if self._by_key and self._by_name:
-            return f'type("Config", (dict,), {{"__getattr__": dict.__getitem__}})({fields})'
-        return f"dict({fields})" if self._by_key else f"SimpleNamespace({fields})"
+            return f'type("Config", (dict,), {{"__getattr__": dict.__getitem__}})({given})'
+        if self._counted:
+            return f'type("Config", (SimpleNamespace,), {{"__len__": lambda self: self.vocab_size}})({fields})'
+        if self._by_key:
+            return f"dict({fields})" if named else given
+        return f"SimpleNamespace({fields})"
 
 
 class Guess(int):

@@ -10,17 +10,22 @@ names that the same file gives such values).
     a dict        {"emb_dim": 768, ...} or dict(emb_dim=768, ...)
     assignments   config.n_layer = 12, all to one object in a file; n_layer = 12 at the top of a file
     a file        JSON, YAML
+    a page        code in Markdown, of which calls count
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, Literal
 
 import torch
@@ -30,7 +35,8 @@ from quack_fx.targets.sizes.uses import read_name
 
 PARSED = 300
 """Python files that are read at most, the nearest first."""
-DATA_FILES = 300
+DATA_FILES, READ_ME = 300, 20
+_CODE = re.compile(r"^```(?:python|py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LARGEST = 400_000
 """Bytes of a file that is read; larger ones are data."""
 
@@ -82,11 +88,25 @@ def sources(
         shown = str(path.relative_to(repository)) if path.is_relative_to(repository) else path.name
         mentions = path == near or callee in text or f"import {near.stem}" in text or f".{near.stem} " in text
         found += _in_python(tree, path, shown, mentions, callees)
+    for path in itertools.islice(walk(repository, (".md",)), READ_ME):
+        # Only calls: what else stands on such pages shows how things are used, not how they are.
+        shown = str(path.relative_to(repository))
+        text = _text(path) or ""
+        for block in _CODE.findall(text) if any(name in text for name in callees) else ():
+            with suppress(SyntaxError, ValueError, RecursionError):
+                found += [
+                    s for s in _in_python(ast.parse(dedent(block)), path, shown, True, callees) if s.kind == "call"
+                ]
     for count, path in enumerate(walk(repository, (".json", ".yaml", ".yml"))):
         if count >= DATA_FILES:
             break
         found += _in_data(path, str(path.relative_to(repository)), callee)
     return found
+
+
+def read(path: Path) -> str:
+    """The text of a file; "" for one that is no text or too large."""
+    return _text(path) or ""
 
 
 def _text(path: Path) -> str | None:
@@ -153,7 +173,7 @@ def _options(tree: ast.Module) -> dict[str, Any]:
 def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
     """Plain values that are given to names at the top of a file (under "") and to fields of one object anywhere."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
-    for node in tree.body:
+    for node in _certain(tree.body):
         for name, value in _assigned(node):
             if isinstance(name, ast.Name) and (known := value_of(value, found[""])) is not UNKNOWN:
                 found[""][name.id] = known
@@ -165,6 +185,14 @@ def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
                 if isinstance(name, ast.Attribute) and known is not UNKNOWN:
                     found[owner][name.attr] = known
     return found
+
+
+def _certain(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a file that run whatever happens, those below `if True:` included."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and node.test.value:
+            yield from _certain(node.body)
 
 
 def _assigned(node: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -261,6 +289,10 @@ _OPERATORS: dict[type[ast.operator], Any] = {
 }
 
 
+_SAME = ("int", "float", "FieldReference")
+"""Calls that give back what they are given, as far as sizes are concerned."""
+
+
 def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
     """The value that an expression has by its text alone, or `UNKNOWN`."""
     if isinstance(node, ast.Constant):
@@ -279,6 +311,8 @@ def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
         values = [value_of(value, scope) for value in node.values]
         keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
         return UNKNOWN if UNKNOWN in values else dict(zip(keys, values, strict=True))
+    if isinstance(node, ast.Call) and len(node.args) == 1 and read_name(node.func) in _SAME:
+        return value_of(node.args[0], scope)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = value_of(node.operand, scope)
         return -value if isinstance(value, int | float) else UNKNOWN

@@ -6,7 +6,9 @@ nothing behind: no module, no path, no process group, no argument.
     imports.py    imports that fail get stand-ins
     inert.py      what a name of a missing package is: nothing that does anything
     known.py      names of missing packages whose meaning is known ...
-    attention.py  ... and what fused attention computes
+    attention.py  ... what fused attention computes
+    vision.py     ... layers of timm, and timm_vit.py its transformer
+    fields.py     ... config objects
     devices.py    what torch.cuda says without a GPU
     old_names.py  names that Python and numpy have given up
     one_rank.py   torch.distributed, with one rank
@@ -15,6 +17,7 @@ nothing behind: no module, no path, no process group, no argument.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 import warnings
@@ -114,6 +117,20 @@ class World:
             return []
         files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
         return list(dict.fromkeys([self._place.file, *(Path(f) for f in files if f and self.is_own(f))]))
+
+    def module_of(self, file: Path) -> str:
+        """The name by which the target's files import another file of the repository; "" where they cannot."""
+        base = self._place.base if self._place else None
+        if base is None or not file.is_relative_to(base):
+            return ""
+        parts = file.relative_to(base).with_suffix("").parts
+        return ".".join(parts) if all(part.isidentifier() for part in parts) else ""
+
+    def import_own(self, name: str) -> ModuleType:
+        """Another module of the repository, by a name that `module_of` gave."""
+        if self._local is not None:
+            self._local.asked = name.split(".")[0]
+        return importlib.import_module(name)
 
     @property
     def missing(self) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from quack_fx.targets.world.block_masks import BlockDiagonalMask
 from quack_fx.targets.world.inert import Inert
 
 
@@ -474,6 +475,8 @@ def memory_efficient_attention(
     if isinstance(attn_bias, LowerTriangularMask):  # counted from the first query and the first key
         mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril()
         causal, mask = (True, None) if query.shape[1] == key.shape[1] else (False, mask)
+    elif isinstance(attn_bias, BlockDiagonalMask):
+        mask = attn_bias.mask()
     elif not (causal or mask is not None or attn_bias is None):
         what = attn_bias if isinstance(attn_bias, Inert) else type(attn_bias).__name__
         raise NotImplementedError(f"attn_bias={what} has no stand-in")

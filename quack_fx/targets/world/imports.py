@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,11 @@ from types import FrameType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from quack_fx.targets.packages import is_installed
+from quack_fx.targets.packages import is_installed, moved
 from quack_fx.targets.sizes.uses import read_name
 from quack_fx.targets.world.inert import InertPackage, inert
 from quack_fx.targets.world.known import meaning
+from quack_fx.targets.world.old_names import today
 
 
 class Imports:
@@ -40,6 +42,7 @@ class Imports:
     def __init__(self, is_own: Callable[[str], bool], elsewhere: Callable[[str], bool], guarded: bool = False) -> None:
         self._is_own, self._elsewhere, self._guarded = is_own, elsewhere, guarded
         self._import = builtins.__import__
+        self._import_module = importlib.import_module
         self.missing: dict[str, str] = {}
         """Packages that were stood in for, each with the reason why it cannot be imported."""
         # Not in sys.modules: installed packages would find them there, and believe in them.
@@ -50,8 +53,24 @@ class Imports:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Context in which imports of the user's files are seen."""
-        with patch.object(builtins, "__import__", self._wrapped):
+        with (
+            patch.object(builtins, "__import__", self._wrapped),
+            patch.object(importlib, "import_module", self._by_name),
+        ):
             yield
+
+    def _by_name(self, name: str, package: str | None = None) -> Any:
+        """`importlib.import_module`, by which files load what they have compiled."""
+        frame = sys._getframe(1)
+        file = frame.f_globals.get("__file__")
+        try:
+            return self._import_module(name, package)
+        except ModuleNotFoundError as error:
+            # A name that is made up while the file runs asks whether there is such a module.
+            written = file and self._is_own(file) and f'"{name}"' in Path(file).read_text("utf-8", errors="ignore")
+            if not written or package or not self._is_missing(name, error) or _is_guarded(frame):
+                raise
+            return self._stand_in(name, error, leaf=True)
 
     def _wrapped(
         self,
@@ -105,35 +124,71 @@ class Imports:
         for i in range(1, len(parts) + 1):
             full = ".".join(parts[:i])
             if full not in self._modules:
-                self.missing.setdefault(parts[0], f"{type(error).__name__}: {error}".split("\n")[0])
+                self.missing.setdefault(_lacking(name, error), f"{type(error).__name__}: {error}".split("\n")[0])
                 self._modules[full] = InertPackage(full, meaning)
                 if i > 1:
                     setattr(self._modules[".".join(parts[: i - 1])], parts[i - 1], self._modules[full])
         return self._modules[name if leaf else parts[0]]
 
     def _with_names(self, module: Any, name: str, names: Sequence[str], frame: FrameType) -> Any:
-        """The module, or, where an installed one lacks a name that is asked for, one that stands in for it."""
-        if not names or isinstance(module, InertPackage) or "*" in names or self._has_own(name):
+        """The module, or, where an installed one lacks a name that is asked for, one with what stands in for it: what
+        its package defines elsewhere by that name, or else a stand-in."""
+        if not names or "*" in names or self._has_own(name):
             return module
-        absent = {}
-        for wanted in names:
-            try:
-                getattr(module, wanted)
-            except Exception as error:
-                absent[wanted] = error
-        if not absent or (not self._guarded and _is_guarded(frame)):
-            self.left |= bool(absent)
+        inside = isinstance(module, InertPackage)
+        if inside and name.split(".")[0] not in sys.modules:
             return module
+        absent = list(names)
+        if not inside:
+            absent = [wanted for wanted in names if not _has(module, wanted)]
+            lacking = [wanted for wanted in absent if today(name, wanted, False) is None]
+            if lacking and not self._guarded and _is_guarded(frame):
+                self.left = True
+                return module
+            if not absent and all(today(name, wanted, True) is None for wanted in names):
+                return module
         proxy = ModuleType(name)
         for wanted in names:
-            if wanted in absent:
+            if (now := today(name, wanted, wanted not in absent)) is not None:
+                value = now
+            elif wanted not in absent:
+                value = getattr(module, wanted)
+            elif (place := moved(name, wanted)) is not None and _has(elsewhere := self._quietly(place), wanted):
+                value = getattr(elsewhere, wanted)
+            elif inside:
+                value = getattr(module, wanted)
+            else:
                 full = f"{name}.{wanted}"
                 known = meaning(full)
                 self.missing.setdefault(full, f"{name} has no {wanted}")
-                setattr(proxy, wanted, inert(full) if known is None else known)
-            else:
-                setattr(proxy, wanted, getattr(module, wanted))
+                value = inert(full) if known is None else known
+            setattr(proxy, wanted, value)
         return proxy
+
+    def _quietly(self, name: str) -> Any:
+        """An installed module; None where it cannot be imported."""
+        try:
+            return self._import_module(name)
+        except Exception:
+            return None
+
+
+def _lacking(name: str, error: Exception) -> str:
+    """What is not there where an import failed: a package, or, of one that is there, a module or what that needs."""
+    top = name.split(".")[0]
+    if top not in sys.modules:
+        return top
+    needed = getattr(error, "name", None) or name
+    return needed if needed.split(".")[0] == top else needed.split(".")[0]
+
+
+def _has(module: Any, name: str) -> bool:
+    """Whether a module has a name; one that raises where it is asked for has not."""
+    try:
+        getattr(module, name)
+    except Exception:
+        return False
+    return True
 
 
 def _is_guarded(frame: FrameType | None) -> bool:

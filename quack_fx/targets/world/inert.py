@@ -39,8 +39,8 @@ class Phase:
 class Inert:
     """Stands in for `name`; see the docstring of this file."""
 
-    def __init__(self, name: str) -> None:
-        self.__dict__["_name"] = name
+    def __init__(self, name: str, known: Callable[[str], Any] | None = None) -> None:
+        self.__dict__["_name"], self.__dict__["_known"] = name, known
 
     def __repr__(self) -> str:
         return f"<stand-in for {self._name}>"
@@ -48,7 +48,9 @@ class Inert:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copy, inspect and pickle look for
             raise AttributeError(name)
-        return inert(f"{self._name}.{name}")
+        # It may be a module that was never imported by itself: `xformers.ops.fmha`.
+        found = self._known(f"{self._name}.{name}") if self._known is not None else None
+        return inert(f"{self._name}.{name}", self._known) if found is None else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
@@ -195,13 +197,34 @@ class InertModule(nn.Module):
         raise StandInUsed(self.stands_for)
 
 
+class _AsWanted(str):
+    """The version of a package that is not there: whichever the code asks for."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, str)
+
+    __le__ = __ge__ = __eq__
+    __lt__ = __gt__ = __ne__
+
+    __hash__ = str.__hash__
+
+    def startswith(self, *args: Any) -> bool:
+        """It begins as asked."""
+        return True
+
+
 class InertPackage(ModuleType):
     """Stands in for a module; its names are known ones (`known`), or inert."""
 
     def __init__(self, name: str, known: Callable[[str], Any]) -> None:
         super().__init__(name)
         self.__path__: list[str] = []  # submodules can be asked for
-        self.__version__ = "0"
+        self.__version__ = _AsWanted("0")
         self._known = known
 
     def __getattr__(self, name: str) -> Any:
@@ -209,14 +232,14 @@ class InertPackage(ModuleType):
             raise AttributeError(name)
         full = f"{self.__name__}.{name}"
         found = self._known(full)
-        value = inert(full) if found is None else found
+        value = inert(full, self._known) if found is None else found
         setattr(self, name, value)
         return value
 
 
-def inert(name: str) -> Inert:
-    """The stand-in for a dotted name."""
-    return Inert(name)
+def inert(name: str, known: Callable[[str], Any] | None = None) -> Inert:
+    """The stand-in for a dotted name; `known` gives a meaning to names below it."""
+    return Inert(name, known)
 
 
 def _is_class_name(name: str) -> bool:

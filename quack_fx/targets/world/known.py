@@ -11,10 +11,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.world import attention as fused
-from quack_fx.targets.world import vision
+from quack_fx.targets.world import rotations, timm_vit, vision
+from quack_fx.targets.world.block_masks import BlockDiagonalCausalMask, BlockDiagonalMask
+from quack_fx.targets.world.fields import Fields, Loader
 from quack_fx.targets.world.inert import Inert, StandInUsed
 
 
@@ -98,12 +101,87 @@ def _check_plain(options: dict[str, Any]) -> None:
         raise NotImplementedError("a norm with zero_centered_gamma has no stand-in")
 
 
+class SwiGLU(nn.Module):
+    """A gated layer: two linear layers side by side, packed into one or not, and one behind them."""
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = True,
+        *,
+        _pack_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias) if _pack_weights else None
+        self.w1 = None if _pack_weights else nn.Linear(in_features, hidden_features, bias=bias)
+        self.w2 = None if _pack_weights else nn.Linear(in_features, hidden_features, bias=bias)
+        self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
+        if self.w1 is None or self.w2 is None:
+            assert self.w12 is not None
+            gate, value = self.w12(x).chunk(2, -1)
+        else:
+            gate, value = self.w1(x), self.w2(x)
+        out: Tensor = self.w3(nn.functional.silu(gate) * value)
+        return out
+
+
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """A fused cross-entropy; options that torch does not know are left out."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         known = inspect.signature(nn.CrossEntropyLoss).parameters
         super().__init__(**{n: v for n, v in kwargs.items() if n in known})
+
+
+class Registry:
+    """A table of classes by name, filled by decorators."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._classes: dict[str, Any] = {}
+
+    def register_module(self, name: Any = None, force: bool = False, module: Any = None, **kwargs: Any) -> Any:
+        """Note a class, or give a decorator that does."""
+        if module is None and callable(name):
+            name, module = None, name
+        if module is None:
+            return lambda decorated: self.register_module(name, force, decorated)
+        for known in name if isinstance(name, list | tuple) else [name or module.__name__]:
+            self._classes[known] = module
+        return module
+
+    register = register_module
+
+    def get(self, name: str) -> Any:
+        """The class of a name, or None."""
+        return self._classes.get(name)
+
+    __getitem__ = get
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes
+
+    def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """An object of the class that a config names, made with its other fields."""
+        given = {**kwargs.get("default_args", {}), **cfg}
+        kind = given.pop("type")
+        return (self._classes[kind] if isinstance(kind, str) else kind)(**given)
+
+
+class _Truncated:
+    """`scipy.stats.truncnorm`, by which layers draw their first weights: all of them zero here."""
+
+    def rvs(self, *args: Any, size: Any = 1, **kwargs: Any) -> Any:
+        """Numbers, as many as asked for."""
+        return torch.zeros(size).numpy()
+
+    def std(self, *args: Any, **kwargs: Any) -> float:
+        """The spread of a whole normal."""
+        return 1.0
 
 
 class LightningModule(nn.Module):
@@ -213,7 +291,15 @@ _TIMM = {
     "Mlp": vision.Mlp,
     "Attention": vision.Attention,
     "Block": vision.Block,
+    "VisionTransformer": timm_vit.VisionTransformer,
+    "create_model": timm_vit.create_model,
 }
+_FIELDS: dict[str, Any] = {
+    name: Fields for name in ("ConfigDict", "FrozenConfigDict", "EasyDict", "DictConfig", "CfgNode", "Munch")
+}
+_FIELDS |= {name: Fields for name in ("Dict", "AttrDict", "DefaultMunch", "Box")} | {"OmegaConf": Loader}
+_HOLDERS = ("ml_collections", "omegaconf", "easydict", "addict", "munch", "attrdict", "box", "yacs", "fvcore", "mmcv")
+_REGISTRY = {"Registry": Registry}
 _LIGHTNING = {"LightningModule": LightningModule}
 _KNOWN: dict[str, dict[str, Any]] = {
     "flash_attn": _FLASH,
@@ -223,14 +309,22 @@ _KNOWN: dict[str, dict[str, Any]] = {
         "memory_efficient_attention": fused.memory_efficient_attention,
         "LowerTriangularMask": fused.LowerTriangularMask,
         "LowerTriangularFromBottomRightMask": fused.LowerTriangularFromBottomRightMask,
+        "BlockDiagonalMask": BlockDiagonalMask,
+        "BlockDiagonalCausalMask": BlockDiagonalCausalMask,
+        "SwiGLU": SwiGLU,
     },
     "sageattention": {"sageattn": fused.sageattn},
+    "rotary_emb": {"apply_rotary": rotations.apply_rotary},
+    "pytorch3d": {n: getattr(rotations, n) for n in dir(rotations) if n.startswith("quaternion_")},
     "apex": _NORMS,
     "fairscale": _PARALLEL,
     "megatron": _PARALLEL | {"ColumnParallelLinear": PairedLinear, "RowParallelLinear": PairedLinear},
     "transformer_engine": {"Linear": ParallelLinear, "LayerNorm": LayerNorm, "RMSNorm": RMSNorm},
     "timm": _TIMM,
     "triton": {"jit": _kernel, "autotune": _around_kernel, "heuristics": _around_kernel},
+    **dict.fromkeys(("mmcv", "mmengine", "mmdet", "mmseg", "fvcore", "detectron2"), _REGISTRY),
     "pytorch_lightning": _LIGHTNING,
     "lightning": _LIGHTNING,
+    **dict.fromkeys(_HOLDERS, _FIELDS | _REGISTRY),
+    "scipy": {"truncnorm": _Truncated()},
 }

@@ -1,14 +1,17 @@
-"""Names that Python and numpy have given up and that older model files still use.
+"""Names that Python and packages have given up, moved or narrowed, and that older model files still use.
 
-In: nothing. Out: a context in which they are there: `numpy.float`, `collections.Iterable`. They mean what they meant.
+In: nothing, or a name that a user's file imports. Out: a context in which the names of Python and numpy are there:
+`numpy.float`, `collections.Iterable`; for one of another package, what it means today. They mean what they meant.
 """
 
 from __future__ import annotations
 
 import collections
 import collections.abc
+import importlib
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -35,3 +38,29 @@ def old_names() -> Iterator[None]:
     finally:
         for module, name in given:
             delattr(module, name)
+
+
+_MOVED = {"transformers": ("pytorch_utils", "utils", "modeling_utils", "cache_utils")}
+"""Where else a package keeps what its other modules had before."""
+_ONLY_DOCUMENTS = re.compile(r"(add|replace)_\w*docstrings\w*")
+"""Decorators that write documentation, whose options differ between versions."""
+
+
+def today(module: str, name: str, is_there: bool) -> Any:
+    """What a name imported from a module of a package means today, where that differs; None where it does not."""
+    package = module.split(".")[0]
+    if package not in _MOVED:
+        return None
+    if _ONLY_DOCUMENTS.fullmatch(name):
+        return _as_it_is
+    for place in () if is_there else _MOVED[package]:
+        try:
+            return getattr(importlib.import_module(f"{package}.{place}"), name)
+        except (ImportError, AttributeError):
+            continue
+    return None
+
+
+def _as_it_is(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+    """A decorator that is called with options."""
+    return lambda decorated: decorated

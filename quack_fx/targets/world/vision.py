@@ -1,7 +1,7 @@
 """Layers of timm that model files import to build their own models from, written out: what they compute.
 
 In: the arguments that timm's layers take. Out: modules with the parameters that timm's have, under the same names. They
-stand in where timm cannot be imported. Whole models of timm have no stand-in.
+stand in where timm cannot be imported. Of whole models its plain vision transformer alone has one (`timm_vit.py`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,124 @@
+"""Changes of the tensors in the arguments of a call: another size, another number of dimensions.
+
+In: inputs, and a `Change`, which says what becomes of a tensor. Out: inputs of which each tensor went through it,
+wherever it stands.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quack_fx.targets.inputs.values import TOKENS, Inputs, named
+
+Change = Callable[[Tensor], Tensor | None]
+"""What becomes of each tensor among the arguments; None where it stays."""
+
+LARGEST = 1 << 23
+"""Elements of the largest tensor that is tried."""
+
+
+def resize(old: int, new: int, last: bool = False) -> Change:
+    """Give the axes of one size another; the last axis alone, or all."""
+
+    def change(x: Tensor) -> Tensor | None:
+        start = x.dim() - 1 if last else 0
+        shape = [new if size == old and axis >= start else size for axis, size in enumerate(x.shape)]
+        return refilled(x, tuple(shape))
+
+    return change if new > 0 else lambda x: None
+
+
+def reshape(given: tuple[int, ...], wanted: tuple[int, ...]) -> Change:
+    """Give what has one shape another."""
+    return lambda x: refilled(x, wanted) if tuple(x.shape) == given else None
+
+
+def with_rank(rank: int, wanted: int) -> Change:
+    """Give what has one number of dimensions another: more tokens behind the batch, or fewer."""
+
+    def change(x: Tensor) -> Tensor | None:
+        if x.dim() != rank:
+            return None
+        shape = list(x.shape)
+        if wanted == 4 and rank == 3 and x.is_floating_point():
+            return refilled(x, (shape[0], 3, 32, 32))
+        shape[1:1] = [TOKENS] * (wanted - rank)
+        return refilled(x, tuple(shape[:1] + shape[1 + max(rank - wanted, 0) :] if wanted > 0 else []))
+
+    return change
+
+
+def only(number: int, change: Change) -> Change:
+    """A change of one alone of the tensors that it changes, counted from the first."""
+    changed: list[Tensor] = []
+
+    def one(x: Tensor) -> Tensor | None:
+        made = change(x)
+        changed.extend([x] if made is not None else [])
+        return made if made is not None and len(changed) == number + 1 else None
+
+    return one
+
+
+def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of another shape with the same elements, repeated; the same tensor where that would be too large."""
+    if tuple(x.shape) == shape or not x.numel() or math.prod(shape) > LARGEST:
+        return x
+    return x.flatten()[torch.arange(math.prod(shape)) % x.numel()].view(shape)
+
+
+def changed(inputs: Inputs, change: Change) -> Inputs:
+    """Inputs with every tensor in them changed."""
+    args = tuple(each_in(value, change) for value in inputs.args)
+    return named(
+        args, {name: each_in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
+    )
+
+
+def each_in(value: Any, change: Change) -> Any:
+    """A value with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        changed = change(value)
+        return value if changed is None else changed
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{name: each_in(part, change) for name, part in vars(value).items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: each_in(getattr(value, field.name), change) for field in dataclasses.fields(value)}
+        return _with_parts(value, parts)
+    if isinstance(value, Mapping):
+        return {name: each_in(part, change) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(each_in(part, change) for part in value)
+    if type(value).__module__ == "numpy" and importlib.util.find_spec("numpy"):
+        return each_in(torch.from_numpy(value), change).numpy()
+    return value
+
+
+def _with_parts(value: Any, parts: dict[str, Any]) -> Any:
+    """A copy of an object with other values in its fields; nothing of its class is run."""
+    made = copy.copy(value)
+    for name, part in parts.items():
+        object.__setattr__(made, name, part)
+    return made
+
+
+def tensors(inputs: Inputs) -> list[Tensor]:
+    """All tensors among the arguments, in the order in which they are changed."""
+    found: list[Tensor] = []
+    for value in (*inputs.args, *inputs.kwargs.values()):
+        each_in(value, found.append)
+    return found
+
+
+def sizes(inputs: Inputs) -> set[int]:
+    """All sizes of all tensors."""
+    return {size for x in tensors(inputs) for size in x.shape}

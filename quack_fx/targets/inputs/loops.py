@@ -1,0 +1,51 @@
+"""Lists and dicts that a forward writes as loops, read for what they make of the caller's data.
+
+In: a comprehension, and the frame in which it stands. Out: the value that it makes.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Protocol
+
+from quack_fx.targets.inputs.uses import UNKNOWN, Data, Items, Value
+
+
+class Frame(Protocol):
+    """What reading a loop needs of the function around it."""
+
+    scope: dict[str, Value]
+
+    def of(self, node: ast.expr) -> Value:
+        """The value of an expression."""
+
+    def assign(self, target: ast.expr, value: Value) -> None:
+        """Give names to a value."""
+
+    def elements(self, value: Value) -> list[Value]:
+        """What the name of a loop may stand for."""
+
+
+def comprehension(frame: Frame, node: ast.ListComp | ast.GeneratorExp | ast.SetComp) -> Value:
+    """A list that is written as a loop, read for its first element and its last."""
+    before = dict(frame.scope)
+    found: list[Value] = []
+    generator = node.generators[0]
+    for value in frame.elements(frame.of(generator.iter)):
+        frame.assign(generator.target, value)
+        found.append(frame.of(node.elt))
+    frame.scope = before
+    return Items(tuple(found)) if any(isinstance(v, Data) for v in found) else UNKNOWN
+
+
+def same_keys(frame: Frame, node: ast.DictComp) -> Value:
+    """A dict with the keys of another, as far as it is the caller's: `{k: v.to(x) for k, v in batch.items()}`."""
+    parts = [inner for inner in ast.walk(node.value) if isinstance(inner, ast.Subscript)]
+    for part in parts if isinstance(node.key, ast.Name) else []:
+        found = frame.of(part.value) if ast.unparse(part.slice) == ast.unparse(node.key) else UNKNOWN
+        if isinstance(found, Data):
+            return found
+    source = node.generators[0].iter
+    if isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute) and source.func.attr == "items":
+        return frame.of(source.func.value)
+    return UNKNOWN

@@ -1,0 +1,290 @@
+"""How the sizes that do not fit in a forward depend on the sizes of its inputs: one of these is changed at a time.
+
+In: inputs for which a forward failed, and the sizes that differed there (`Mismatch`). Out: inputs to try; each is
+answered with the mismatch that it leads to. A size that stands behind convolutions and patches is no size of the
+inputs, so that it cannot be read off the error; but two failures of one statement tell how it grows with an axis, and
+so which length of that axis makes it what is asked for. Lengths are taken to grow evenly, or as the area of a picture
+does.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import linecache
+import math
+import re
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from types import FrameType, TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from quack_fx.targets.inputs.changes import LARGEST, changed, refilled, tensors
+from quack_fx.targets.inputs.values import Inputs
+
+MEASUREMENTS, DEPTH = 90, 5
+"""Inputs that are tried at most to measure, and how many statements in turn are made to hold."""
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Sizes that do not fit.
+
+    Attributes:
+        place: The statement, and what the error says without its numbers, or which sizes of two shapes differ.
+        numbers: The sizes that it speaks of.
+        pairs: Places in `numbers` of those that should be equal, likeliest first.
+    """
+
+    place: tuple[str, int, str]
+    numbers: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def ratio(self) -> Fraction | None:
+        """How many elements a view asks for, of those that there are."""
+        is_view = "is invalid for input of size" in self.place[2]
+        return Fraction(self.numbers[0], self.numbers[1]) if is_view and self.pairs else None
+
+
+def mismatch(error: BaseException) -> Mismatch | None:
+    """The sizes that differ where a forward failed; None where it is about no sizes."""
+    cause = error.__cause__ or error
+    found = users_frame(cause.__traceback__)
+    if found is None:
+        return None
+    frame, line = found
+    text = str(cause)
+    without_numbers = re.sub(r"-?\d+", "#", text)
+    place = (frame.f_code.co_filename, line, f"{type(cause).__name__}: {without_numbers}")
+    sides = _stated(frame, line)
+    if sides is not None:
+        return _of_pairs(place, sides) if sides else None
+    if not isinstance(cause, RuntimeError | ValueError | AssertionError) or "values to unpack" in text:
+        return None
+    product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
+    if product:
+        return Mismatch(place, tuple(int(n) for n in product.groups() if n is not None), ((0, 1),))
+    one = re.search(r"tensor a \((\d+)\) must match .*tensor b \((\d+)\) at non-singleton dimension (\d+)", text)
+    if one:
+        return Mismatch((*place[:2], f"sizes [{one[3]}]"), (int(one[1]), int(one[2])), ((0, 1),))
+    shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
+    if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
+        return _of_pairs(place, list(zip(*shapes, strict=True)))
+    numbers = tuple(
+        map(int, re.findall(r"(?<![\w.])-?\d+(?![.\w]*[a-wyzA-Z])", re.sub(r"dim(ension)? -?\d+", "", text)))
+    )
+    if len(numbers) < 2:
+        return None
+    if "is invalid for input of size" in text:
+        wanted = math.prod(numbers[:-1])
+        return Mismatch(place, (wanted, *numbers[::-1]), ((0, 1),) if min(numbers) > 0 else ())
+    pairs = [(i, j) for i, j in itertools.combinations(range(len(numbers)), 2) if numbers[i] != numbers[j]]
+    return Mismatch(place, numbers, tuple(pairs[:12]))
+
+
+def _of_pairs(place: tuple[str, int, str], sides: list[tuple[int, int]]) -> Mismatch:
+    """Two shapes, of which errors tell in several ways."""
+    wrong = [n for n, pair in enumerate(sides) if pair[0] != pair[1]]
+    wrong = [n for n in wrong if 1 not in sides[n]] or wrong  # one entry is spread over many
+    numbers = tuple(itertools.chain.from_iterable(sides[n] for n in wrong))
+    return Mismatch((*place[:2], f"sizes {wrong}"), numbers, tuple((2 * n, 2 * n + 1) for n in range(len(wrong))))
+
+
+def users_frame(traceback: TracebackType | None) -> tuple[FrameType, int] | None:
+    """The innermost frame of the user's own code, and the line where it stands."""
+    found: tuple[FrameType, int] | None = None
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "quack_fx.", "importlib", "einops")):
+            found = traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
+    return found
+
+
+def _stated(frame: FrameType, line: int) -> list[tuple[int, int]] | None:
+    """The two sides of the condition that failed, where they are sizes; None where no condition did."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
+        around = [
+            n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)
+        ]
+        if around and isinstance(around[-1], ast.Assert):
+            test = around[-1].test
+        elif len(around) > 1 and isinstance(around[-1], ast.Raise) and isinstance(around[-2], ast.If):
+            test = around[-2].test
+        else:
+            return None
+        found: list[tuple[int, int]] = []
+        for part in test.values if isinstance(test, ast.BoolOp) else [test]:
+            if isinstance(part, ast.Compare) and isinstance(part.ops[0], ast.Eq | ast.NotEq):
+                sides = [
+                    eval(compile(ast.Expression(side), "<condition>", "eval"), frame.f_globals, frame.f_locals)
+                    for side in (part.left, part.comparators[0])
+                ]
+                # What must divide a size is no size itself: the statement tells it.
+                found += (
+                    [] if isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod) else _pairs(*sides)
+                )
+        return found
+    except Exception:  # the condition is of the user's own making; this is a hint
+        return None
+
+
+def _pairs(have: Any, want: Any) -> list[tuple[int, int]]:
+    if isinstance(have, int) and isinstance(want, int) and not isinstance(have, bool):
+        return [(have, want)]
+    if isinstance(have, tuple | list) and isinstance(want, tuple | list) and len(have) == len(want):
+        return [pair for sides in zip(have, want, strict=True) for pair in _pairs(*sides)]
+    return []
+
+
+# ---- what may be changed ---------------------------------------------------------------------------------------------
+
+Axes = frozenset[tuple[int, int]]
+"""Axes that have one size and are given another together: (number of the tensor, axis)."""
+
+
+def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
+    """What may be given another size, with the size that it has: single axes, the sides of pictures, what is equal
+    among all arguments, the batch."""
+    shapes = [tuple(x.shape) for x in tensors(inputs)]
+    found: dict[Axes, int] = {}
+    for number, shape in enumerate(shapes):
+        pictures = len(shape) >= 4 and shape[-1] == shape[-2]
+        if pictures:
+            found[frozenset({(number, len(shape) - 1), (number, len(shape) - 2)})] = shape[-1]
+        for axis in range(max(0, min(1, len(shape) - 1)), len(shape) - (2 if pictures else 0)):
+            found[frozenset({(number, axis)})] = shape[axis]
+    inner = [(number, axis) for number, shape in enumerate(shapes) for axis in range(1, len(shape))]
+    for size in dict.fromkeys(shapes[number][axis] for number, axis in inner):
+        found.setdefault(frozenset(place for place in inner if shapes[place[0]][place[1]] == size), size)
+    batch = [(number, 0) for number, shape in enumerate(shapes) if shape]
+    for size in dict.fromkeys(shapes[number][0] for number, _ in batch):
+        found.setdefault(frozenset(place for place in batch if shapes[place[0]][0] == size), size)
+    return [(axes, size) for axes, size in found.items() if size > 0]
+
+
+def _resized(inputs: Inputs, axes: Axes, size: int) -> Inputs | None:
+    """The inputs with another size of these axes; None where that is too much to try."""
+    number = itertools.count()
+    too_large = False
+
+    def change(x: Tensor) -> Tensor | None:
+        nonlocal too_large
+        this = next(number)
+        shape = tuple(size if (this, axis) in axes else old for axis, old in enumerate(x.shape))
+        too_large |= math.prod(shape) > LARGEST
+        return None if shape == tuple(x.shape) or math.prod(shape) > LARGEST else refilled(x, shape)
+
+    made = changed(inputs, change)
+    return None if too_large or made.text == inputs.text else made
+
+
+# ---- the search ------------------------------------------------------------------------------------------------------
+
+Answer = Mismatch | None
+
+
+class Search:
+    """Inputs that are tried to measure, and those that follow from what was measured."""
+
+    def __init__(self) -> None:
+        self._starts: deque[tuple[Inputs, Mismatch, int]] = deque()
+        self._places: set[tuple[str, int, str]] = set()
+        self._solved: set[tuple[str, int, str]] = set()
+        self._known: dict[str, Answer] = {}
+        self._left = MEASUREMENTS
+
+    def note(self, inputs: Inputs, answer: Answer) -> None:
+        """Note what inputs led to."""
+        self._known[inputs.text] = answer
+
+    def start(self, inputs: Inputs, sizes: Mismatch, depth: int = 0) -> None:
+        """Note inputs to start from: the first that fail at a place."""
+        if sizes.place not in self._places and depth < DEPTH:
+            self._places.add(sizes.place)
+            self._starts.append((inputs, sizes, depth))
+
+    def run(self) -> Generator[Inputs, Answer, None]:
+        """Inputs to try, each answered with the mismatch that they lead to."""
+        while self._starts and self._left > 0:
+            inputs, sizes, depth = self._starts.popleft()
+            yield from self._around(inputs, sizes, depth)
+
+    def _around(self, inputs: Inputs, sizes: Mismatch, depth: int) -> Generator[Inputs, Answer, None]:
+        """Measure along each axis of inputs."""
+        for axes, size in _axes(inputs):
+            yield from self._along(inputs, axes, size, sizes, depth)
+
+    def _try(self, inputs: Inputs, axes: Axes, size: int) -> Generator[Inputs, Answer, tuple[Inputs, Answer] | None]:
+        made = _resized(inputs, axes, size)
+        if made is None:
+            return None
+        if made.text not in self._known:
+            if self._left <= 0:
+                return None
+            self._left -= 1
+            self._known[made.text] = yield made
+        return made, self._known[made.text]
+
+    def _along(
+        self, inputs: Inputs, axes: Axes, size: int, sizes: Mismatch, depth: int
+    ) -> Generator[Inputs, Answer, None]:
+        """Measure along these axes, and try the sizes for which what differs would be equal."""
+        for other in (2 * size, 4 * size):
+            answer = yield from self._try(inputs, axes, other)
+            if answer is None or answer[1] is None:
+                continue
+            if answer[1].place == sizes.place:
+                break
+            self.start(*answer, depth + 1)  # type: ignore[arg-type]
+        else:
+            return
+        measured, is_area = answer[1], len({number for number, _ in axes}) < len(axes)
+        for best in _solutions(sizes, measured, size, other, is_area):
+            # Where a stride rounds, what is found is near: the next step starts from there.
+            for _ in range(3):
+                found = yield from self._try(inputs, axes, best)
+                if found is None or found[1] is None:
+                    break
+                if found[1].place != sizes.place:
+                    if found[1].place not in self._solved and depth + 1 < DEPTH:
+                        self._solved.add(found[1].place)
+                        yield from self._around(found[0], found[1], depth + 1)
+                    break
+                nearer = next(_solutions(sizes, found[1], size, best, is_area), best)
+                if nearer == best:
+                    break
+                best = nearer
+
+
+def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: bool) -> Iterator[int]:
+    """Sizes of an axis for which two numbers are equal that differ: `one` at `size`, `two` at `other`; `is_area`: the
+    numbers are likelier to grow with the square."""
+    seen = {size, other}
+    if len(one.numbers) != len(two.numbers):
+        return
+    for i, j in one.pairs:
+        before, after = _differences((one.numbers[i], one.numbers[j]), (two.numbers[i], two.numbers[j]))
+        if before == 0 or after == before:
+            continue
+        linear = size - before * (other - size) / (after - before)
+        square = size**2 - before * (other**2 - size**2) / (after - before)
+        exacts = (linear, math.sqrt(square) if square > 0 else 0.0)
+        for exact in reversed(exacts) if is_area else exacts:
+            found = round(exact)
+            if found > 0 and found not in seen and found < 1 << 16:
+                seen.add(found)
+                yield found
+
+
+def _differences(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
+    """How far two numbers are apart, before and after; an error may tell of them in either order."""
+    if one[0] != two[0] and one[1] != two[1] and set(one) & set(two):
+        two = two[::-1]
+    return one[0] - one[1], two[0] - two[1]

@@ -1,0 +1,198 @@
+"""What a Python file defines, and which definition uses which.
+
+In: a `Namespace`. Out: its model classes that are no parts of others (`roots`), those that they vary (`varied`), the
+functions that make a model (`makers`). The source tells what uses what; what a name is, the namespace tells.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import networkx as nx
+from torch import nn
+
+from quack_fx.targets.files import Namespace, defines
+from quack_fx.targets.sizes.uses import read_name
+from quack_fx.targets.world.inert import Inert, InertModule
+
+
+def defined_here(value: Any, namespace: Namespace) -> bool:
+    """Whether a class or function was defined by the file itself."""
+    return getattr(value, "__module__", None) == namespace.module
+
+
+def is_model_class(value: Any) -> bool:
+    """Whether a value is a class of modules."""
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def own_names(namespace: Namespace) -> dict[str, Any]:
+    """What the file itself defines."""
+    return {n: v for n, v in namespace.names.items() if defined_here(v, namespace) and not n.startswith("__")}
+
+
+def instances(namespace: Namespace) -> list[str]:
+    """Modules that the file made, without those that are part of another."""
+    made = {n: v for n, v in namespace.names.items() if isinstance(v, nn.Module) and not isinstance(v, InertModule)}
+    parts = {id(part) for v in made.values() for part in v.modules() if part is not v}
+    unique = {id(v): n for n, v in reversed(made.items()) if id(v) not in parts}
+    return [n for n in made if n in unique.values()]
+
+
+def roots(namespace: Namespace) -> list[str]:
+    """Model classes with a forward that no other class of the file builds on or uses."""
+    own = own_names(namespace)
+    classes = {n for n, v in own.items() if is_model_class(v) and v.__name__ == n}
+    uses = _class_uses(namespace)
+    uses.add_nodes_from(classes)
+    contained = {inner for cls in classes for inner in nx.descendants(uses, cls) if not nx.has_path(uses, inner, cls)}
+    return [n for n in own if n in classes - contained and _runs(own[n])]
+
+
+def varied(namespace: Namespace, names: list[str]) -> list[str]:
+    """Classes of the file that those of these names build on and that are models by themselves."""
+    own = own_names(namespace)
+    bases = {base for name in names if isinstance(own.get(name), type) for base in own[name].__mro__[1:]}
+    return [n for n, v in own.items() if v in bases and is_model_class(v) and _runs(v)]
+
+
+def sizes_of_one(namespace: Namespace, names: list[str]) -> bool:
+    """Whether classes of the file are one model in several sizes: they have a base in common and only construct it."""
+    if namespace.file is None:
+        return False
+    nodes = dict(_definitions(_tree(namespace).body))
+    bases = {tuple(getattr(namespace.names[name], "__bases__", ())) for name in names}
+    return len(bases) == 1 and all(_only_constructs(nodes.get(name)) for name in names)
+
+
+def _only_constructs(node: ast.AST | None) -> bool:
+    """Whether a class has a constructor, which gives that of its base values, and no other method."""
+    methods = [n for n in node.body if isinstance(n, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+    if [method.name for method in methods] != ["__init__"]:
+        return False
+    given = [c for c in ast.walk(methods[0]) if isinstance(c, ast.Call) and read_name(c.func) == "__init__"]
+    values = [v for c in given for v in (*c.args, *(k.value for k in c.keywords))]
+    return any(isinstance(part, ast.Constant) for value in values for part in ast.walk(value))
+
+
+def contains(namespace: Namespace, name: str) -> set[str]:
+    """Classes and functions of the file that one uses, those that they use included."""
+    uses = _class_uses(namespace)
+    return set(nx.descendants(uses, name)) if name in uses else set()
+
+
+def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
+    """Functions of the file that give back a model that they make, each with the name of its class.
+
+    Arguments:
+        namespace: The file's.
+        of: The class that is meant; None for any that the file knows.
+    """
+    made = {n: v for n, v in namespace.names.items() if _is_made(n, v, namespace) and of in (None, n)}
+    found: dict[str, str] = {}
+    if namespace.file is None:
+        return found
+    functions = [n for _, n in _definitions(_tree(namespace).body) if not isinstance(n, ast.ClassDef)]
+    for _ in functions:  # one that calls another that makes a model makes one
+        before = len(found)
+        for node in functions:
+            value = namespace.names.get(node.name)
+            called = _given_back(node) & (made.keys() | found.keys())
+            if node.name not in found and called and isinstance(value, FunctionType):
+                first = min(called)
+                found[node.name] = found.get(first, first)
+        if len(found) == before:
+            break
+    return found
+
+
+def makers_in(text: str, of: str) -> list[str]:
+    """Functions at the top of another file that give back a model of that class; none where importing the file would do
+    more than define things."""
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    if not all(defines(node) or _is_idle(node) for node in tree.body):
+        return []
+    return [n for n, node in _definitions(tree.body) if not isinstance(node, ast.ClassDef) and of in _given_back(node)]
+
+
+def _is_idle(node: ast.stmt) -> bool:
+    """Whether a statement does nothing where its file is imported: a docstring, what runs in a script alone."""
+    if isinstance(node, ast.If):
+        return any(isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test))
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _is_made(name: str, value: Any, namespace: Namespace) -> bool:
+    """Whether a name of the file is a class of somebody's models, no part that the file only uses."""
+    known = is_model_class(value) and not value.__module__.startswith("torch.")
+    return known and value.__name__ == name and not isinstance(value, Inert)
+
+
+def _given_back(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Names that a function calls for what it gives back: in `return Net(...)`, or in `net = Net(...); return net`."""
+    returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
+    names = {value.id for value in returned if isinstance(value, ast.Name)}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id in names for t in node.targets):
+            returned.append(node.value)
+    return {v.func.id for v in returned if isinstance(v, ast.Call) and isinstance(v.func, ast.Name)}
+
+
+def _runs(model: Any) -> bool:
+    """Whether a class has a forward that does something."""
+    if inspect.isabstract(model) or model.forward is nn.Module.forward:
+        return False
+    try:
+        tree = ast.parse(inspect.cleandoc(inspect.getsource(model.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    body = tree.body[0].body if isinstance(tree.body[0], ast.FunctionDef) else []
+    return not body or not isinstance(body[-1], ast.Raise)
+
+
+def _class_uses(namespace: Namespace) -> nx.DiGraph[str]:
+    """Which definition of a file names which other."""
+    uses: nx.DiGraph[str] = nx.DiGraph()
+    if namespace.file is not None:
+        for name, node in _definitions(_tree(namespace).body):
+            uses.add_edges_from(
+                (name, other)
+                for other in _names_in(node)
+                if other != name and defined_here(namespace.names.get(other), namespace)
+            )
+    return uses
+
+
+def _tree(namespace: Namespace) -> ast.Module:
+    assert namespace.file is not None  # asked for files only
+    return ast.parse(namespace.file.read_bytes())
+
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _definitions(body: list[ast.stmt]) -> Iterator[tuple[str, Definition]]:
+    """Classes and functions at the top of a file, those under `if` and `try` included."""
+    for node in body:
+        if isinstance(node, Definition):
+            yield node.name, node
+        for field in ("body", "orelse", "finalbody"):
+            if isinstance(node, ast.If | ast.Try | ast.With):
+                yield from _definitions(getattr(node, field, []))
+
+
+def _names_in(node: ast.AST) -> Iterator[str]:
+    """Names that a definition uses; asking `isinstance` is not using."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+        return
+    if isinstance(node, ast.Name):
+        yield node.id
+    for child in ast.iter_child_nodes(node):
+        yield from _names_in(child)

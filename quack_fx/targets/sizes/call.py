@@ -1,0 +1,85 @@
+"""A call of a class or factory: the values that it is made with, and an account of where they come from.
+
+In: a callable and a plan, which gives a value for each parameter. Out: a `Call`, which makes the model and then says
+with what, as an expression.
+"""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from quack_fx.targets.sizes.signatures import parameters
+
+
+@dataclass
+class Account:
+    """What a call was made with.
+
+    Attributes:
+        found: Values that stand in the repository, with their place.
+        assumed: Values that were made up.
+    """
+
+    found: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    assumed: dict[str, Any] = field(default_factory=dict)
+
+
+class Call:
+    """A call of a class or factory.
+
+    Arguments:
+        name: How the file calls it.
+        function: The class or factory.
+        plan: A fresh value and its text for each parameter, and an account of where they come from.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any], plan: Callable[[Account], dict[str, Value]]) -> None:
+        self._name, self.function, self._plan = name, function, plan
+        self.account = Account()
+        self.text = f"{name}(...)"
+        self.lacked: dict[str, bool] = {}
+        """Parameters that were None where making the model failed for that, and whether they should have had fields."""
+
+    def __call__(self) -> Any:
+        """Make the model; `text` and `account` then say with what."""
+        account = Account()
+        values = self._plan(account)
+        try:
+            return self.function(**{name: value.make() for name, value in values.items()})
+        except Exception as error:
+            self.lacked = lacking(error, {p.name for p in parameters(self.function) if p.default is None})
+            raise
+        finally:
+            self.account = account
+            by_place = [p.name for p in parameters(self.function) if p.kind is not p.KEYWORD_ONLY][:1]
+            alone = list(values) == by_place
+            parts = [value.text() if alone else f"{name}={value.text()}" for name, value in values.items()]
+            self.text = f"{self._name}({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of a parameter, and the expression that makes it (asked for after `make`)."""
+
+    make: Callable[[], Any]
+    text: Callable[[], str]
+
+
+def lacking(error: BaseException, optional: set[str]) -> dict[str, bool]:
+    """Optional parameters that are None in the statements that failed, where the error says that this was the matter,
+    and whether items or attributes of them are asked for there."""
+    found: dict[str, bool] = {}
+    step = error.__traceback__ if "NoneType" in str(error) else None
+    asked = re.search("not subscriptable|has no attribute", str(error)) is not None
+    while step is not None:
+        frame = step.tb_frame
+        line = linecache.getline(frame.f_code.co_filename, step.tb_lineno)
+        absent = [w for w in re.findall(r"\w+", line) if w in optional and frame.f_locals.get(w, 0) is None]
+        with_fields = {w for w in absent if re.search(rf"\b{w}\s*[\[.]", line)}
+        found |= {w: w in with_fields for w in absent if not asked or not with_fields or w in with_fields}
+        step = step.tb_next
+    return found

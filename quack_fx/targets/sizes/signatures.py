@@ -1,0 +1,108 @@
+"""What a class or a factory takes: its parameters and their types.
+
+In: a callable. Out: its parameters, those of the constructors that it passes `*args` and `**kwargs` on to included; the
+names of those without a default; their annotations.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    """Names of the parameters without a default."""
+    return [p.name for p in parameters(function) if p.default is p.empty]
+
+
+def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Parameters that may be given by name, those of the base class that a constructor passes all on to included."""
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except (ValueError, TypeError):
+        return []
+    own = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(own) == len(found) or not isinstance(function, type):
+        return own
+    by_place, by_name = (any(p.kind is kind for p in found) for kind in _VARIABLE)
+    for base in function.__mro__[1:] if by_name else ():
+        if "__init__" in vars(base) and base is not nn.Module and base is not object:
+            given = _passed_on(function)
+            if given is None:
+                break
+            count, names = given
+            behind = parameters(base)[count:]
+            names |= {p.name for p in own}
+            own += [p.replace(kind=p.KEYWORD_ONLY) if by_place else p for p in behind if p.name not in names]
+            break
+    return own
+
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _passed_on(made: type) -> tuple[int, set[str]] | None:
+    """What a constructor itself gives the one of its base: how many by place, and which by name. None where it does not
+    pass on whatever else it is given."""
+    owner = next(base for base in made.__mro__ if "__init__" in vars(base))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(vars(owner)["__init__"])))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "__init__"):
+            continue
+        if any(keyword.arg is None for keyword in node.keywords):
+            before = [a for a in node.args if not isinstance(a, ast.Starred)]
+            by_super = isinstance(node.func.value, ast.Call)
+            return len(before) - (not by_super), {k.arg for k in node.keywords if k.arg}
+    return None
+
+
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of a function's parameters, or of a class's constructor; those that name what is not there are left
+    out."""
+    made = inspect.getattr_static(function, "__init__", None) if isinstance(function, type) else function
+    for owner in (made, function):
+        try:
+            if hints := typing.get_type_hints(owner):
+                return hints
+        except Exception:  # annotations may name what was never imported
+            continue
+    return {}
+
+
+def is_config_class(option: Any) -> bool:
+    """Whether an annotation is a class of somebody's that can be made: no module, no tensor, none of Python's own."""
+    if not isinstance(option, type) or issubclass(option, nn.Module | Tensor):
+        return False
+    return option.__module__.split(".")[0] not in (
+        "builtins",
+        "types",
+        "typing",
+        "collections",
+        "torch",
+        "argparse",
+        "pathlib",
+        "enum",
+        "numpy",
+    )
+
+
+def plain_type(hint: Any) -> Any:
+    """The plain type that an annotation means, as far as it means one: `list[int]` -> list."""
+    hint = inner_hint(hint)
+    return hint if hint in (int, float, str, bool, dict, list, tuple) else typing.get_origin(hint)
+
+
+def inner_hint(hint: Any) -> Any:
+    """`Optional[int]` -> int."""
+    options = [o for o in typing.get_args(hint) if o is not type(None)]
+    is_union = type(None) in typing.get_args(hint)
+    return options[0] if is_union and len(options) == 1 else hint

@@ -1,0 +1,110 @@
+"""Config objects of packages that hold fields: dicts whose keys are attributes, too.
+
+In: what their constructors take. Out: `Fields`, which stands in for the classes of `ml_collections`, `omegaconf`,
+`easydict`, `addict`, `munch`, `yacs` and the like, and `Loader`, which stands in for `OmegaConf`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+
+class Fields(dict[str, Any]):
+    """A dict whose keys are attributes, too, and so are those of the dicts in it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = args[0] if args and args[0] is not None else {}
+        super().__init__()
+        for name, value in {**dict(given), **kwargs}.items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        plain = isinstance(value, Mapping) and not isinstance(value, Fields)
+        super().__setitem__(name, type(self)(value) if plain else value)
+
+    __setattr__ = __setitem__
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fields:
+        return type(self)({name: copy.deepcopy(value, memo) for name, value in self.items()})
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Set fields; dicts become objects with fields."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def clone(self) -> Fields:
+        """A copy with copies of what is in it."""
+        return copy.deepcopy(self)
+
+    copy_and_resolve_references = clone
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts."""
+        return {name: v.to_dict() if isinstance(v, Fields) else v for name, v in self.items()}
+
+    def lock(self, *args: Any, **kwargs: Any) -> Fields:
+        """Nothing is locked here."""
+        return self
+
+    unlock = freeze = defrost = lock
+
+    @contextmanager
+    def unlocked(self) -> Iterator[Fields]:
+        """Context in which fields may be set, as always here."""
+        yield self
+
+
+class Loader:
+    """`OmegaConf`, as far as configs are made of dicts and turned into dicts."""
+
+    @staticmethod
+    def create(given: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """A config of a dict, or a list of such."""
+        return [Loader.create(item) for item in given] if isinstance(given, list | tuple) else Fields(given)
+
+    structured = create
+
+    @staticmethod
+    def merge(*configs: Any) -> Fields:
+        """One config with the fields of several, those of the last where several have one."""
+        merged = Fields()
+        for config in configs:
+            for name, value in dict(config).items():
+                both = isinstance(value, Mapping) and isinstance(merged.get(name), Fields)
+                merged[name] = Loader.merge(merged[name], value) if both else value
+        return merged
+
+    @staticmethod
+    def to_container(config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Plain dicts."""
+        return config.to_dict() if isinstance(config, Fields) else config
+
+    to_object = to_container
+
+    @staticmethod
+    def is_config(config: Any) -> bool:
+        """Whether a value is such a config."""
+        return isinstance(config, Fields)
+
+    is_dict = is_config
+
+    @staticmethod
+    def set_struct(*args: Any) -> None:
+        """Nothing is locked here."""
+
+    set_readonly = register_new_resolver = set_struct
