@@ -74,7 +74,9 @@ def mismatch(error: BaseException) -> Mismatch | None:
     sides = _stated(frame, line)
     if sides is not None:
         return _of_pairs(place, sides) if sides else None
-    if not isinstance(cause, RuntimeError | ValueError | AssertionError) or "values to unpack" in text:
+    if not isinstance(cause, RuntimeError | ValueError | AssertionError):
+        return None
+    if re.search(r"values to unpack|satisfy the constraint", text):  # numbers of axes, numbers that are no sizes
         return None
     product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
     if product:
@@ -199,8 +201,8 @@ def declared_lengths(model: nn.Module) -> list[int]:
     """How many tokens or steps a model says that its inputs have."""
     found = []
     for module in itertools.islice(model.modules(), 8):
-        config = getattr(module, "config", None) or getattr(module, "configs", None)
-        for owner in filter(None, (vars(module), getattr(config, "__dict__", None))):
+        own = vars(module)  # what stands in for a layer minds being asked for more
+        for owner in filter(None, (own, getattr(own.get("config", own.get("configs")), "__dict__", None))):
             found += [v for n, v in owner.items() if _LENGTH.fullmatch(n) and type(v) is int and v < 4096]
     return list(dict.fromkeys(found))
 

@@ -149,12 +149,15 @@ class Attempts:
             self.repairs.extendleft(reversed(found))
 
     def _add(self, more: list[Inputs]) -> None:
-        """Try these next."""
+        """Try these next, in this order."""
+        new: list[Inputs] = []
         for one in more:
-            if one.text not in self.seen and self.added < REPAIRS:
+            # One that was inferred already waits among the others.
+            if (one.text not in self.seen or one.text in self.inferred) and self.added < REPAIRS:
                 self.seen.add(one.text)
                 self.added += 1
-                self.likely.appendleft(one)
+                new.append(one)
+        self.likely.extendleft(reversed(new))
 
 
 def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:
