@@ -24,7 +24,7 @@ from quack_fx.machine import available_memory
 from quack_fx.recording import Capture, capture
 from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, one_line, without
-from quack_fx.targets.inputs import Attempts, Inputs, infer, with_optional
+from quack_fx.targets.inputs import Attempts, Budget, Inputs, infer, with_optional
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.setup import set_up
 from quack_fx.targets.sizes.ready import plainly
@@ -183,6 +183,7 @@ class Given:
     namespace: Namespace
     expression: str | None
     examples: Examples | None
+    budget: Budget = field(default_factory=Budget)
 
     def candidates(self, model: nn.Module) -> tuple[str, list[Inputs]]:
         """Inputs to try for a model, and where they come from."""
@@ -377,7 +378,7 @@ def _try(
     first: BaseException | None = None
     failures: Counter[str] = Counter()
     stand_ins = 0
-    attempts = Attempts(model, candidates, with_optional)
+    attempts = Attempts(model, candidates, with_optional, inputs.budget)
     for candidate in attempts if origin == "inferred" else candidates:
         say(f"recording the forward of {name} on {candidate.text}")
         try:

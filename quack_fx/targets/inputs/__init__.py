@@ -30,12 +30,13 @@ from quack_fx.targets import hf
 from quack_fx.targets.inputs import values
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
 from quack_fx.targets.inputs.made import maker_of
+from quack_fx.targets.inputs.measure import Budget
 from quack_fx.targets.inputs.reading import read_uses
 from quack_fx.targets.inputs.repair import Attempts, asks_for_more, failing_names, retry, unmet_names
 from quack_fx.targets.inputs.uses import Use
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
 
-__all__ = ["LIMIT", "Attempts", "Inputs", "infer", "retry", "with_optional"]
+__all__ = ["LIMIT", "Attempts", "Budget", "Inputs", "infer", "retry", "with_optional"]
 
 _CONDITION = re.compile(rf"{TIME.pattern}|class_(ids?|labels?)|classes")
 """What diffusion models call optional and cannot do without."""

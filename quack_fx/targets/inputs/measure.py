@@ -21,13 +21,23 @@ from fractions import Fraction
 from types import FrameType, TracebackType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quack_fx.targets.inputs.changes import LARGEST, changed, refilled, tensors
 from quack_fx.targets.inputs.values import Inputs
 
-MEASUREMENTS, DEPTH = 90, 5
-"""Inputs that are tried at most to measure, and how many statements in turn are made to hold."""
+DEPTH = 5
+"""How many statements in turn are made to hold."""
+
+_LENGTH = re.compile(r"(max_?)?(seq|context|input|block|history)_?(len|length|window|size)|n_ctx|context_window")
+
+
+@dataclass
+class Budget:
+    """Inputs that may be tried to measure: for one model, and for all that are built for one target."""
+
+    each: int = 90
+    total: int = 240
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,9 @@ def mismatch(error: BaseException) -> Mismatch | None:
     sides = _stated(frame, line)
     if sides is not None:
         return _of_pairs(place, sides) if sides else None
-    if not isinstance(cause, RuntimeError | ValueError | AssertionError) or "values to unpack" in text:
+    if not isinstance(cause, RuntimeError | ValueError | AssertionError):
+        return None
+    if re.search(r"values to unpack|satisfy the constraint", text):  # numbers of axes, numbers that are no sizes
         return None
     product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
     if product:
@@ -185,6 +197,16 @@ def _resized(inputs: Inputs, axes: Axes, size: int) -> Inputs | None:
     return None if too_large or made.text == inputs.text else made
 
 
+def declared_lengths(model: nn.Module) -> list[int]:
+    """How many tokens or steps a model says that its inputs have."""
+    found = []
+    for module in itertools.islice(model.modules(), 8):
+        own = vars(module)  # what stands in for a layer minds being asked for more
+        for owner in filter(None, (own, getattr(own.get("config", own.get("configs")), "__dict__", None))):
+            found += [v for n, v in owner.items() if _LENGTH.fullmatch(n) and type(v) is int and v < 4096]
+    return list(dict.fromkeys(found))
+
+
 # ---- the search ------------------------------------------------------------------------------------------------------
 
 Answer = Mismatch | None
@@ -193,12 +215,13 @@ Answer = Mismatch | None
 class Search:
     """Inputs that are tried to measure, and those that follow from what was measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, budget: Budget) -> None:
+        self._lengths = declared_lengths(model)
         self._starts: deque[tuple[Inputs, Mismatch, int]] = deque()
         self._places: set[tuple[str, int, str]] = set()
         self._solved: set[tuple[str, int, str]] = set()
         self._known: dict[str, Answer] = {}
-        self._left = MEASUREMENTS
+        self._budget, self._left = budget, budget.each
 
     def note(self, inputs: Inputs, answer: Answer) -> None:
         """Note what inputs led to."""
@@ -212,7 +235,7 @@ class Search:
 
     def run(self) -> Generator[Inputs, Answer, None]:
         """Inputs to try, each answered with the mismatch that they lead to."""
-        while self._starts and self._left > 0:
+        while self._starts and self._may_try():
             inputs, sizes, depth = self._starts.popleft()
             yield from self._around(inputs, sizes, depth)
 
@@ -221,14 +244,18 @@ class Search:
         for axes, size in _axes(inputs):
             yield from self._along(inputs, axes, size, sizes, depth)
 
+    def _may_try(self) -> bool:
+        return self._left > 0 and self._budget.total > 0
+
     def _try(self, inputs: Inputs, axes: Axes, size: int) -> Generator[Inputs, Answer, tuple[Inputs, Answer] | None]:
         made = _resized(inputs, axes, size)
         if made is None:
             return None
         if made.text not in self._known:
-            if self._left <= 0:
+            if not self._may_try():
                 return None
             self._left -= 1
+            self._budget.total -= 1
             self._known[made.text] = yield made
         return made, self._known[made.text]
 
@@ -236,7 +263,8 @@ class Search:
         self, inputs: Inputs, axes: Axes, size: int, sizes: Mismatch, depth: int
     ) -> Generator[Inputs, Answer, None]:
         """Measure along these axes, and try the sizes for which what differs would be equal."""
-        for other in (2 * size, 4 * size):
+        declared = [length for length in self._lengths if length > size and all(axis for _, axis in axes)]
+        for other in (*declared[:1], 2 * size, 4 * size):
             answer = yield from self._try(inputs, axes, other)
             if answer is None or answer[1] is None:
                 continue

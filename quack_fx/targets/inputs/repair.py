@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.changes import Change, changed, only, refilled, reshape, resize, sizes, with_rank
-from quack_fx.targets.inputs.measure import Answer, Search, mismatch
+from quack_fx.targets.inputs.measure import Answer, Budget, Search, mismatch
 from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks, named
 
 FIRST, REPAIRS, EACH = 3, 12, 4
@@ -50,6 +50,7 @@ class Attempts:
         model: The model.
         candidates: What was inferred, most likely first.
         more: Gives inputs with more arguments for a model, inputs that it failed on, and the error.
+        budget: How many may be tried to measure; shared by the models that are built for one target.
 
     Example:
         >>> attempts = Attempts(model, infer(model, "GPT"))
@@ -61,7 +62,9 @@ class Attempts:
         ...         attempts.failed(inputs, error)
     """
 
-    def __init__(self, model: nn.Module, candidates: list[Inputs], more: More | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, candidates: list[Inputs], more: More | None = None, budget: Budget | None = None
+    ) -> None:
         self.model = model
         self.likely, self.others = deque(candidates[:FIRST]), deque(candidates[FIRST:])
         self.repairs: deque[Inputs] = deque()
@@ -69,7 +72,7 @@ class Attempts:
         self.seen = set(self.inferred)
         self.left, self.added = REPAIRS, 0
         self._more = more
-        self._search = Search()
+        self._search = Search(model, budget or Budget())
         self._running: Generator[Inputs, Answer, None] | None = None
         self._measured: Answer = None
         self._missed: dict[Any, dict[tuple[int, ...], Fraction]] = defaultdict(dict)
@@ -151,15 +154,15 @@ class Attempts:
             self.repairs.extendleft(reversed(found))
 
     def _add(self, more: list[Inputs]) -> None:
-        """Try these next, the first of them first."""
-        for one in reversed(more):
-            if (waiting := next((o for o in self.others if o.text == one.text), None)) is not None:
-                self.others.remove(waiting)
-                self.likely.appendleft(waiting)
-            elif one.text not in self.seen and self.added < REPAIRS:
+        """Try these next, in this order."""
+        new: list[Inputs] = []
+        for one in more:
+            # One that was inferred already waits among the others.
+            if (one.text not in self.seen or one.text in self.inferred) and self.added < REPAIRS:
                 self.seen.add(one.text)
                 self.added += 1
-                self.likely.appendleft(one)
+                new.append(one)
+        self.likely.extendleft(reversed(new))
 
 
 def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:

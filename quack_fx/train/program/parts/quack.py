@@ -57,9 +57,8 @@ class QuacK:
             device = next(iter(stacks.values())).weights[0].device
             self.stacks.append(stacks)
             self.rows.append(type(rows := kind.rows())(*((index.to(device), *where) for index, *where in rows)))
-        self.meshes += meshes_of(
-            weight for own in self.stacks for s in own.values() for weight in s.weights
-        )  # if sharded
+        stacked = (stack for own in self.stacks for stack in own.values())  # if sharded
+        self.meshes += meshes_of(weight for stack in stacked for weight in stack.weights)  # if sharded
         self.first = self.factors()
         self.kept: dict[Tensor, Tensor] = {}
         for kind, factors in zip(KINDS, self.first, strict=True):
