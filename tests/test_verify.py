@@ -479,3 +479,30 @@ def test_wrong_rows_do_not_carry_over() -> None:
     far = replace(first.key[0], heads=tuple(((2 * a, 2 * a + b - a),) for ((a, b),) in first.key[0].heads))
     report = carried_over(QKLayout((replace(first, key=(far,)), *layout.sites[1:])), small, proof)
     assert [entry.name for entry in report.not_proved] == [first.name]
+
+
+class TwiceInTraining(nn.Module):
+    """A forward that looks at its input once more while it trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2 if self.training else 1):
+            x = self.drop(x)
+            x = x + self.attend(x, x, x, need_weights=False)[0]
+        return x
+
+
+def test_an_attention_that_runs_more_often_in_training_is_proved_there() -> None:
+    model, x = TwiceInTraining(), torch.randn(2, 5, 8)
+    layout = find_qk_pairs(model, x)
+    assert layout.sites[0].calls == 2
+    assert verify_qk_pairs(model, layout, x).complete
+    wrong = replace(layout, sites=(replace(layout.sites[0], calls=3),))
+    with pytest.raises(VerifyError, match="runs 1 times in a forward pass, the layout claims 3"):
+        verify_qk_pairs(model, wrong, x)
+    with pytest.raises(VerifyError, match="runs 1 times in a forward pass, the layout claims 2"):
+        verify_qk_pairs(model.eval(), layout, x)

@@ -29,11 +29,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
 from quack_fx.errors import VerifyError, first_line
@@ -57,7 +59,8 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
     """Prove a layout by gradients: each head's logits depend on exactly the rows that the layout claims.
 
     A copy of the model runs once, in evaluation mode and on random weights, so zero-initialised or trained weights
-    hide nothing; the model itself is left as it is. A model on meta is filled with random numbers when it is small.
+    hide nothing (a model in training mode that attends more often there runs in that, without dropout); the model
+    itself is left as it is. A model on meta is filled with random numbers when it is small.
 
     Arguments:
         model: Model the layout belongs to.
@@ -88,16 +91,26 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
     """
     model = _bare(model, layout)
     with alone():
-        return prove(layout, run_copy(model, args, kwargs))
+        try:
+            return prove(layout, run_copy(model, args, kwargs))
+        except VerifyError:
+            # Some forwards attend more often in training than in evaluation.
+            if isinstance(model, nn.Module) and model.training and any(site.calls > 1 for site in layout.sites):
+                with suppress(VerifyError):
+                    return prove(layout, run_copy(model, args, kwargs, training=True))
+            raise
 
 
-def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
-    """Run a copy of a model on random weights.
+def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Graph:
+    """Run a copy of a model on random weights, in evaluation mode or, but for dropout and batch norms, as it is.
 
     Raises:
         CannotRun: It cannot be copied or run.
     """
     copy = random_copy(model, torch.Generator().manual_seed(0))
+    if training:
+        for module, original in zip(copy.modules(), model.modules(), strict=True):
+            module.training = original.training and not isinstance(module, (_DropoutNd, _BatchNorm))
     args, kwargs = tree_map(as_float32, (args, dict(kwargs)))
     try:
         return Graph(record(copy, args, kwargs))
