@@ -19,7 +19,7 @@ from quack_fx.train.program.write import write_kinds
 
 _PARTS = ("quack", "sharded", "look", "adamw", "step")
 _CONDITION = re.compile(r"  # if (\w+)$")
-"""Ends a line that only programs with a feature have."""
+"""Stands behind a statement that only programs with a feature have."""
 
 
 def write_program(layout: QKLayout, shapes: Mapping[str, Sequence[int]], title: str, *, sharded: bool = False) -> str:
@@ -60,9 +60,20 @@ def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            own = [(line, _CONDITION.search(line)) for line in lines[first - 1 : node.end_lineno]]
-            kept = [_CONDITION.sub("", line) for line, only in own if only is None or only[1] in features]
-            yield re.sub(r"\n{3,}", "\n\n", "\n".join(kept))
+            kept = dict(enumerate(lines[first - 1 : node.end_lineno], first))
+            for statement in ast.walk(node):
+                only = _CONDITION.search(lines[_last(statement) - 1]) if isinstance(statement, ast.stmt) else None
+                if isinstance(statement, ast.stmt) and only is not None and only[1] not in features:
+                    for number in range(statement.lineno, _last(statement) + 1):
+                        kept.pop(number, None)
+            text = "\n".join(_CONDITION.sub("", line) for line in kept.values())
+            yield re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _last(statement: ast.stmt) -> int:
+    """Number of the last line of a statement; of one with a body, of its first line."""
+    body = getattr(statement, "body", None)
+    return statement.lineno if body else (statement.end_lineno or statement.lineno)
 
 
 @cache

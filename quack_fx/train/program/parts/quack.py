@@ -137,10 +137,7 @@ class Stack:
         weights = [local(weight) for weight in weights]  # if sharded
         norms = [torch.linalg.vector_norm(w, dim=self.others, dtype=self.exact) if self.others else w for w in weights]
         squares = [norm.double().square() for norm in norms]
-        places = zip(self.weights, self.held, strict=True)  # if sharded
-        squares = [
-            spread(x, *place, self.axis, self.meshes) for x, place in zip(squares, places, strict=True)
-        ]  # if sharded
+        squares = spread(squares, self.weights, self.held, self.axis, self.meshes)  # if sharded
         return torch.stack(squares, -2)
 
     def ones(self) -> Tensor:

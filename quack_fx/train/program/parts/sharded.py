@@ -37,20 +37,24 @@ def meshes_of(weights: Iterable[Tensor]) -> list[DeviceMesh]:
     return list(dict.fromkeys(weight.device_mesh for weight in weights if isinstance(weight, DTensor)))
 
 
-def spread(squares: Tensor, weight: Tensor, held: Tensor, axis: int, meshes: Sequence[DeviceMesh]) -> Tensor:
+def spread(
+    squares: list[Tensor], weights: list[Tensor], held: list[Tensor], axis: int, meshes: list[DeviceMesh]
+) -> list[Tensor]:
     """Squared norms of the rows here among those of all, [1 + meshes, rows]; of copies on several ranks one counts.
 
     Those of a weight that is not sharded stand first: no other rank adds to them.
     """
-    everywhere = squares.new_zeros(1 + len(meshes), weight.shape[axis])
-    if not isinstance(weight, DTensor):
-        everywhere[0, held] = squares
-        return everywhere
-    mesh = weight.device_mesh
-    copies = [d for d, placement in enumerate(weight.placements) if placement.is_replicate()]
-    if all(mesh.get_local_rank(d) == 0 for d in copies):
-        everywhere[1 + meshes.index(mesh), held] = squares
-    return everywhere
+    found = []
+    for own, weight, rows in zip(squares, weights, held, strict=True):
+        everywhere, level, counts = own.new_zeros(1 + len(meshes), weight.shape[axis]), 0, True
+        if isinstance(weight, DTensor):
+            level, mesh = 1 + meshes.index(weight.device_mesh), weight.device_mesh
+            copies = [dim for dim, placement in enumerate(weight.placements) if placement.is_replicate()]
+            counts = all(mesh.get_local_rank(dim) == 0 for dim in copies)
+        if counts:
+            everywhere[level, rows] = own
+        found.append(everywhere)
+    return found
 
 
 def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> None:
