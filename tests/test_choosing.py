@@ -62,7 +62,11 @@ FACTORIES = (
 )
 FACTORIES += "    return model\n"
 PARTS = "from parts import Net\n"
+UNHASHABLE = "from dataclasses import dataclass\n@dataclass\nclass Options:\n    steps: int = 3\noptions = Options()\n"
 CASES = {
+    "a file with values that have no hash": Case(
+        net() + UNHASHABLE + SUB.format("Wider") + OWN_FORWARD, {"train.py": "from model import Net\nNet()\n"}
+    ),
     "a class that only its functions can make": Case(
         NEEDS_SCALE + FACTORIES, width=32, title="net_small()", told="net_small was taken .* net_large"
     ),

@@ -57,7 +57,7 @@ def varied(namespace: Namespace, names: list[str]) -> list[str]:
     """Classes of the file that those of these names build on and that are models by themselves."""
     own = own_names(namespace)
     bases = {base for name in names if isinstance(own.get(name), type) for base in own[name].__mro__[1:]}
-    return [n for n, v in own.items() if v in bases and is_model_class(v) and _runs(v)]
+    return [n for n, v in own.items() if is_model_class(v) and v in bases and _runs(v)]
 
 
 def sizes_of_one(namespace: Namespace, names: list[str]) -> bool:
