@@ -640,6 +640,12 @@ SCRIPTS = {
     "it trains behind the class": HEADER + NET + LOOP.format("Net()"),
     "it trains before the class": HEADER + MLP + LOOP.format("Small()") + NET.replace("Net", "Model"),
     "it trains by autograd": HEADER + NET + "torch.autograd.backward(Net()(torch.zeros(2, 3, 8)).sum())",
+    "it trains by gradients": HEADER
+    + NET
+    + "m = Net()\ntorch.autograd.grad(m(torch.zeros(2, 3, 8)).sum(), m.parameters())",
+    "it measures before it trains": HEADER
+    + NET
+    + "model = Net()\nwhile model(torch.zeros(2, 3, 8)).isfinite().all():\n    pass\n",
     "it trains in a try": HEADER
     + NET
     + "try:\n"

@@ -24,7 +24,7 @@ import torch
 from quack_fx.errors import TargetError
 from quack_fx.gpus import OnThisMachine
 from quack_fx.targets.packages import Place, place_of, repository_of
-from quack_fx.targets.world import TrainingBegins, World
+from quack_fx.targets.world import TrainingBegins, World, before_training
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _execute(module: ModuleType, tree: ast.Module, place: Place, world: World) -
     """
     names, file = vars(module), str(place.file)
     try:
-        with OnThisMachine():
+        with OnThisMachine(), before_training():
             exec(compile(tree, file, "exec"), names)
     except (Exception, SystemExit, TrainingBegins) as error:
         line = _line_in(file, error)

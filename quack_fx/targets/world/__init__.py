@@ -35,9 +35,9 @@ from quack_fx.targets.world.imports import Imports
 from quack_fx.targets.world.inert import Phase, StandInUsed
 from quack_fx.targets.world.old_names import old_names
 from quack_fx.targets.world.one_rank import one_rank
-from quack_fx.targets.world.script import TrainingBegins, as_script
+from quack_fx.targets.world.script import TrainingBegins, as_script, before_training
 
-__all__ = ["StandInUsed", "TrainingBegins", "World"]
+__all__ = ["StandInUsed", "TrainingBegins", "World", "before_training"]
 
 PATIENCE = 90.0
 """Seconds for which sizes and inputs are guessed; what is going on then is brought to its end."""

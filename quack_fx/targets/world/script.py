@@ -1,8 +1,9 @@
 """What a script may expect of the process that it runs in: arguments, and that it is not told to train.
 
-In: the target's file. Out: a context in which sys.argv is that of `python FILE`, a parser of arguments takes what it
-requires from their names, and the first gradient ends the file as an exception (`TrainingBegins`): the model is there
-by then.
+In: the target's file. Out: `as_script`, a context in which sys.argv is that of `python FILE`, a parser of arguments
+takes what it requires from their names, and the first gradient ends the file as an exception (`TrainingBegins`): the
+model is there by then. `before_training`, one in which a model that runs again and again does so, too: many losses may
+be measured before the first step.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
 from quack_fx.targets.sizes.made_up import made_up
 
+RUNS = 3
+"""Forward passes that a file may make while it is loaded: sizes are measured so, and examples shown."""
+
 
 class TrainingBegins(BaseException):
-    """A file that is being loaded asks for gradients. No Exception: a handler in the file must not stop it."""
+    """A file that is being loaded begins to train. No Exception: a handler in the file must not stop it."""
 
 
 @contextmanager
@@ -47,4 +52,25 @@ def as_script(file: str) -> Iterator[None]:
         stack.enter_context(patch.object(argparse.ArgumentParser, "parse_known_args", lenient))
         stack.enter_context(patch.object(torch.Tensor, "backward", begins))
         stack.enter_context(patch.object(torch.autograd, "backward", begins))
+        stack.enter_context(patch.object(torch.autograd, "grad", begins))
+        yield
+
+
+@contextmanager
+def before_training() -> Iterator[None]:
+    """Context in which a file is loaded as far as the model that it trains."""
+    run, depth, runs = nn.Module.__call__, 0, 0
+
+    def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal depth, runs
+        runs += depth == 0
+        if runs > RUNS:
+            raise TrainingBegins
+        depth += 1
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            depth -= 1
+
+    with patch.object(nn.Module, "__call__", counted):
         yield
