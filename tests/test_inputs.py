@@ -471,6 +471,16 @@ CASES: dict[str, tuple[str, str, str, str | None]] = {
         """,
         "x=float32[2, 10, 5]",
     ),
+    "a time step of each token of a trajectory": (
+        "self.s, self.a, self.t, self.b = nn.Linear(5, 8), nn.Linear(3, 8), nn.Embedding(50, 8), Block()",
+        "states, actions, rewards, timesteps",
+        """
+        t = self.t(timesteps)
+        assert t.shape == (*states.shape[:2], 8) or states.shape[0] != states.shape[1]
+        return self.b(torch.stack((self.s(states) + t, self.a(actions) + t), 2).flatten(1, 2))
+        """,
+        None,
+    ),
     # ---- dtypes ------------------------------------------------------------------------------------------------------
     "weights of bfloat16": (
         "self.l, self.b = nn.Linear(5, 8), Block(); self.to(torch.bfloat16)",

@@ -344,6 +344,40 @@ def test_names_that_a_package_moved_mean_what_they_meant() -> None:
     assert not said(target, "missing") and not said(target, "loaded")
 
 
+OLD_MODEL = """
+from transformers import GPT2Config, PreTrainedModel
+class Old(PreTrainedModel):
+    config_class = GPT2Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.register_buffer("seen", torch.ones(config.n_ctx, config.n_ctx).tril())
+        self.init_weights()
+    def forward(self, x, head_mask=None):
+        scale = self.get_head_mask(head_mask, 1)[0]
+        n = x.shape[1]
+        scores = self.q(x) @ self.k(x).mT
+        scores = scores.masked_fill(self.seen[:n, :n] == 0, -1e9).softmax(-1)
+        return (scores if scale is None else scores * scale) @ self.v(x)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.old = Old(GPT2Config(vocab_size=60000, n_positions=16))
+    def forward(self, x):
+        return self.old(x)
+"""
+
+
+def test_what_subclasses_of_before_rely_on_is_there_while_they_are_used() -> None:
+    transformers = pytest.importorskip("transformers")
+    source = HEADER + OLD_MODEL
+    with opened(write("model.py", source) + ":Net") as target:
+        (site,) = find(target.model, target.args, target.kwargs, recording=target.recording).layout.sites
+        assert site.query[0].param == "old.q.weight"
+    assert not hasattr(transformers.GPT2Config(), "n_ctx")
+    assert not hasattr(transformers.PreTrainedModel, "get_head_mask")
+
+
 @pytest.mark.parametrize(
     ("mine", "statement", "error"),
     [

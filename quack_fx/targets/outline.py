@@ -146,8 +146,8 @@ def _given_back(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
 
 
 def _runs(model: Any) -> bool:
-    """Whether a class has a forward that does something."""
-    if inspect.isabstract(model) or model.forward is nn.Module.forward:
+    """Whether a class has parts, and a forward that does something."""
+    if inspect.isabstract(model) or model.forward is nn.Module.forward or model.__init__ is nn.Module.__init__:
         return False
     try:
         tree = ast.parse(inspect.cleandoc(inspect.getsource(model.forward)))

@@ -269,6 +269,11 @@ def _with_axes(given: Tensor, rank: int) -> Change:
     return lambda x: x.view(wider) if tuple(x.shape) == shape and x.dtype == given.dtype else None
 
 
+def _of_tokens(length: int, batch: int) -> Change:
+    """A whole number for each token of a sequence in place of one for each sequence."""
+    return lambda x: refilled(x, (batch, length)) if tuple(x.shape) == (batch,) and not x.is_floating_point() else None
+
+
 def _of_named(named: list[Tensor], message: str) -> Iterator[Change]:
     """Changes of the tensors that the failed statement names."""
     if "Boolean value of Tensor with more" in message:
@@ -410,6 +415,9 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
     padded = re.search(r"Padding size \d+ is not supported for (\d)D input", text)
     if padded:
         yield with_rank(int(padded[1]), int(padded[1]) - 1)
+    beside = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\).*dimension 1", text)
+    if beside:  # what was looked up for each sequence is added to something of each token
+        yield from (_of_tokens(a, b) for a, b in (map(int, beside.groups()), map(int, beside.groups()[::-1])))
     numbers = list(
         dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
     )

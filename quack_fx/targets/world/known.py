@@ -321,6 +321,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "megatron": _PARALLEL | {"ColumnParallelLinear": PairedLinear, "RowParallelLinear": PairedLinear},
     "transformer_engine": {"Linear": ParallelLinear, "LayerNorm": LayerNorm, "RMSNorm": RMSNorm},
     "timm": _TIMM,
+    "torchvision": {"_is_tracing": lambda: False},
     "triton": {"jit": _kernel, "autotune": _around_kernel, "heuristics": _around_kernel},
     **dict.fromkeys(("mmcv", "mmengine", "mmdet", "mmseg", "fvcore", "detectron2"), _REGISTRY),
     "pytorch_lightning": _LIGHTNING,

@@ -38,6 +38,8 @@ def old_names() -> Iterator[None]:
     finally:
         for module, name in given:
             delattr(module, name)
+        while _LENT:
+            delattr(*_LENT.pop())
 
 
 _MOVED = {"transformers": ("pytorch_utils", "utils", "modeling_utils", "cache_utils")}
@@ -46,11 +48,42 @@ _ONLY_DOCUMENTS = re.compile(r"(add|replace)_\w*docstrings\w*")
 """Decorators that write documentation, whose options differ between versions."""
 
 
+_LENT: list[tuple[type, str]] = []
+"""Attributes that classes of packages have until `old_names` ends."""
+
+
+def _lend(package: str) -> None:
+    """Give classes of a package what subclasses and configs of before rely on."""
+    if package != "transformers" or _LENT:
+        return
+    models, configs = (
+        importlib.import_module(f"{package}.{name}") for name in ("modeling_utils", "configuration_utils")
+    )
+    length = property(lambda self: self.n_positions, lambda self, value: setattr(self, "n_positions", value))
+    lent: list[tuple[type, str, Any]] = [
+        (models.PreTrainedModel, "all_tied_weights_keys", {}),  # of `post_init`, which ends constructors only today
+        (models.PreTrainedModel, "get_head_mask", _no_head_mask),
+        (configs.PreTrainedConfig, "n_ctx", length),
+    ]
+    for cls, name, value in lent:
+        if not hasattr(cls, name):
+            setattr(cls, name, value)
+            _LENT.append((cls, name))
+
+
+def _no_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, *args: Any) -> list[None]:
+    """`PreTrainedModel.get_head_mask`, for a forward that is given none."""
+    if head_mask is not None:
+        raise NotImplementedError("masks of heads are gone from transformers; leave head_mask out")
+    return [None] * num_hidden_layers
+
+
 def today(module: str, name: str, is_there: bool) -> Any:
     """What a name imported from a module of a package means today, where that differs; None where it does not."""
     package = module.split(".")[0]
     if package not in _MOVED:
         return None
+    _lend(package)
     if _ONLY_DOCUMENTS.fullmatch(name):
         return _as_it_is
     for place in () if is_there else _MOVED[package]:
