@@ -28,6 +28,11 @@ class TrainingBegins(BaseException):
     """A file that is being loaded begins to train. No Exception: a handler in the file must not stop it."""
 
 
+def begins(*args: Any, **kwargs: Any) -> Any:
+    """Stands where gradients are asked for."""
+    raise TrainingBegins
+
+
 @contextmanager
 def as_script(file: str) -> Iterator[None]:
     """Context in which a file runs as a script of that name would."""
@@ -44,15 +49,11 @@ def as_script(file: str) -> Iterator[None]:
                     action.nargs = "?"
         return parse(self, args, namespace)
 
-    def begins(*args: Any, **kwargs: Any) -> Any:
-        raise TrainingBegins
-
     with ExitStack() as stack:
         stack.enter_context(patch.object(sys, "argv", [file]))
         stack.enter_context(patch.object(argparse.ArgumentParser, "parse_known_args", lenient))
         stack.enter_context(patch.object(torch.Tensor, "backward", begins))
         stack.enter_context(patch.object(torch.autograd, "backward", begins))
-        stack.enter_context(patch.object(torch.autograd, "grad", begins))
         yield
 
 
@@ -72,5 +73,5 @@ def before_training() -> Iterator[None]:
         finally:
             depth -= 1
 
-    with patch.object(nn.Module, "__call__", counted):
+    with patch.object(nn.Module, "__call__", counted), patch.object(torch.autograd, "grad", begins):
         yield
