@@ -130,6 +130,24 @@ CASES = {
         ),
         assumed=SIZES,
     ),
+    "a config class that the model declares": Case(
+        net("config.d_model", "config.n_heads", before="import settings").replace(
+            "class Net(nn.Module):\n", "class Net(nn.Module):\n    config_class = settings.Sizes\n"
+        ),
+        {
+            "settings.py": "class Sizes:\n    def __init__(self, d_model=48, n_heads=6):\n        vars(self).update(locals())\n"
+        },
+        48,
+        6,
+    ),
+    "a method of a package that sounds like a config": Case(
+        net("config.d_model", "config.n_heads", before="from torch import Tensor").replace(
+            "class Net(nn.Module):\n",
+            "class Base(nn.Module):\n    @classmethod\n    def get_config_dict(cls): raise ValueError\n"
+            "Base.__module__ = 'elsewhere.models'\nclass Net(Base):\n",
+        ),
+        assumed=SIZES,
+    ),
     "a default config with None": Case(
         net("config.d_model", "config.n_heads", before="from types import SimpleNamespace")
         .replace(

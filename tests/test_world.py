@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -344,6 +345,33 @@ def test_names_that_a_package_moved_mean_what_they_meant() -> None:
     assert not said(target, "missing") and not said(target, "loaded")
 
 
+ORDINARY = dataclasses.dataclass
+
+
+def test_defaults_of_dataclasses_without_a_hash_are_those_of_before() -> None:
+    before = """
+    from dataclasses import dataclass
+    @dataclass
+    class Part:
+        size: int = 3
+    @dataclass
+    class Whole:
+        part: Part = Part(4)
+        name: str = "whole"
+    assert Whole().part.size == 4 and Whole().part is Whole().part
+    """
+    target = resolve(write("model.py", net(dedent(before))))
+    assert_rows(target)
+    assert not said(target, "loaded")
+    assert dataclasses.dataclass is ORDINARY
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is not None, reason="scipy is there")
+def test_normal_numbers_with_bounds() -> None:
+    drawn = "import scipy.stats as stats\nassert stats.truncnorm(-2, 2, loc=1.0).rvs(3).shape == (3,)"
+    assert_rows(resolve(write("model.py", net(drawn))))
+
+
 OLD_MODEL = """
 from transformers import GPT2Config, PreTrainedModel
 class Old(PreTrainedModel):
@@ -356,7 +384,7 @@ class Old(PreTrainedModel):
     def forward(self, x, head_mask=None):
         scale = self.get_head_mask(head_mask, 1)[0]
         n = x.shape[1]
-        scores = self.q(x) @ self.k(x).mT
+        scores = self.q(x) @ self.k(x).mT + self.invert_attention_mask(torch.ones(x.shape[:2]))[:, 0]
         scores = scores.masked_fill(self.seen[:n, :n] == 0, -1e9).softmax(-1)
         return (scores if scale is None else scores * scale) @ self.v(x)
 class Net(nn.Module):

@@ -209,8 +209,11 @@ class Planner:
     # ---- configs -----------------------------------------------------------------------------------------------------
 
     def config_class(self, parameter: str) -> tuple[str, type] | None:
-        """The class of a parameter: its annotation, or else the one dataclass of the file."""
+        """The class of a parameter: its annotation, that which the model declares, or the one dataclass of the file."""
         hint = self._hints.get(parameter)
+        declared: Any = getattr(self._function, "config_class", None) if parameter == "config" else None
+        if hint is None and is_config_class(declared):
+            return f"{self._name}.config_class", declared
         for option in (hint, *typing.get_args(hint)):
             if is_config_class(option):
                 return next((n for n, v in self._names.items() if v is option), option.__name__), option
@@ -248,6 +251,9 @@ class Planner:
             return None
         for name, method in inspect.getmembers(self._function, callable):
             bound = inspect.isfunction(inspect.getattr_static(self._function, name))
+            owner = next(cls for cls in self._function.__mro__ if name in vars(cls))
+            if owner.__module__.split(".")[0] != self._function.__module__.split(".")[0]:
+                continue  # of a package that the class builds on
             if not bound and re.search(r"default_?(config|cfg|args|params)|get_config", name) and not required(method):
                 return f"{self._name}.{name}()", method
         return None

@@ -175,6 +175,10 @@ class Registry:
 class _Truncated:
     """`scipy.stats.truncnorm`, by which layers draw their first weights: all of them zero here."""
 
+    def __call__(self, *args: Any, **kwargs: Any) -> _Truncated:
+        """With bounds of its own."""
+        return self
+
     def rvs(self, *args: Any, size: Any = 1, **kwargs: Any) -> Any:
         """Numbers, as many as asked for."""
         return torch.zeros(size).numpy()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import dataclasses
+import functools
 import importlib
 import importlib.util
 import re
@@ -15,6 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
 
 _NUMPY: dict[str, Any] = {"float": float, "int": int, "bool": bool, "object": object, "complex": complex, "str": str}
 _COLLECTIONS = ("Callable", "Iterable", "Iterator", "Mapping", "MutableMapping", "Sequence", "Hashable", "Sized")
@@ -34,12 +40,31 @@ def old_names() -> Iterator[None]:
             setattr(module, name, value)
             given.append((module, name))
     try:
-        yield
+        with patch.object(dataclasses, "dataclass", _dataclass):
+            yield
     finally:
         for module, name in given:
             delattr(module, name)
         while _LENT:
             delattr(*_LENT.pop())
+
+
+_strict_dataclass = dataclasses.dataclass
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _dataclass(cls: Any = None, /, **options: Any) -> Any:
+    """`dataclasses.dataclass` as before Python 3.11: an object without a hash may be a default, a list may not."""
+    if cls is None:
+        return functools.partial(_dataclass, **options)
+    for name, value in list(vars(cls).items()) if isinstance(cls, type) else ():
+        plain = isinstance(value, list | dict | set | dataclasses.Field) or name.startswith("__")
+        if not plain and type(value).__hash__ is None and name in vars(cls).get("__annotations__", {}):
+            setattr(cls, name, dataclasses.field(default_factory=functools.partial(_same, value)))
+    return _strict_dataclass(cls, **options)
 
 
 _MOVED = {"transformers": ("pytorch_utils", "utils", "modeling_utils", "cache_utils")}
@@ -63,6 +88,7 @@ def _lend(package: str) -> None:
     lent: list[tuple[type, str, Any]] = [
         (models.PreTrainedModel, "all_tied_weights_keys", {}),  # of `post_init`, which ends constructors only today
         (models.PreTrainedModel, "get_head_mask", _no_head_mask),
+        (models.PreTrainedModel, "invert_attention_mask", _inverted_mask),
         (configs.PreTrainedConfig, "n_ctx", length),
     ]
     for cls, name, value in lent:
@@ -76,6 +102,13 @@ def _no_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, *args: Any)
     if head_mask is not None:
         raise NotImplementedError("masks of heads are gone from transformers; leave head_mask out")
     return [None] * num_hidden_layers
+
+
+def _inverted_mask(self: Any, encoder_attention_mask: Tensor) -> Tensor:
+    """`PreTrainedModel.invert_attention_mask`: what is added to logits for a mask of keys, [B, T] or [B, S, T]."""
+    seen = encoder_attention_mask.to(self.dtype)
+    seen = seen[:, None, None, :] if seen.dim() == 2 else seen[:, None]
+    return (1.0 - seen) * torch.finfo(self.dtype).min
 
 
 def today(module: str, name: str, is_there: bool) -> Any:
