@@ -134,11 +134,8 @@ CASES = {
         net("config.d_model", "config.n_heads", before="import settings").replace(
             "class Net(nn.Module):\n", "class Net(nn.Module):\n    config_class = settings.Sizes\n"
         ),
-        {
-            "settings.py": "class Sizes:\n    def __init__(self, d_model=48, n_heads=6):\n        vars(self).update(locals())\n"
-        },
-        48,
-        6,
+        {"settings.py": "class Sizes:\n    def __init__(self, d_model, n_heads=4): vars(self).update(locals())\n"},
+        assumed={"d_model"},
     ),
     "a method of a package that sounds like a config": Case(
         net("config.d_model", "config.n_heads", before="from torch import Tensor").replace(
