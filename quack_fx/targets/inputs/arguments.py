@@ -137,7 +137,7 @@ def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
     fits = {"==": count == number, "%": count % number == 0, "<=": count <= number}
     if fits[relation]:
         return array
-    if array.shape[axis] == "T":
+    if array.shape[axis] == "T" and array.shape.count("T") == 1:
         return replace(array, tokens=number)
     changed = list(array.shape)
     changed[axis] = number

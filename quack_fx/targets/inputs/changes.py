@@ -22,7 +22,7 @@ from quack_fx.targets.inputs.values import TOKENS, Inputs, named
 Change = Callable[[Tensor], Tensor | None]
 """What becomes of each tensor among the arguments; None where it stays."""
 
-LARGEST = 1 << 23
+LARGEST = 1 << 24
 """Elements of the largest tensor that is tried."""
 
 

@@ -62,6 +62,10 @@ class Array:
     numpy: bool = False
     tokens: int | None = None
 
+    def count(self, sizes: Sizes) -> int:
+        """How many numbers it has."""
+        return math.prod(replace(sizes, tokens=self.tokens or sizes.tokens).of(self.shape))
+
     def make(self, sizes: Sizes) -> Any:
         """The value."""
         sizes = replace(sizes, tokens=self.tokens or sizes.tokens)
@@ -79,6 +83,10 @@ class Constant:
 
     value: Any
 
+    def count(self, sizes: Sizes) -> int:
+        """How many numbers it has."""
+        return 1
+
     def make(self, sizes: Sizes) -> Any:
         """The value."""
         return self.value
@@ -91,6 +99,10 @@ class Group:
     form: Literal["dict", "namespace", "tuple", "list"]
     parts: tuple[tuple[str, Spec], ...]
 
+    def count(self, sizes: Sizes) -> int:
+        """How many numbers it has."""
+        return sum(spec.count(sizes) for _, spec in self.parts)
+
     def make(self, sizes: Sizes) -> Any:
         """The value."""
         made = {name: spec.make(sizes) for name, spec in self.parts}
@@ -102,6 +114,10 @@ class Group:
 @dataclass(frozen=True)
 class CausalBlocks:
     """A causal `BlockMask` of torch's flex attention."""
+
+    def count(self, sizes: Sizes) -> int:
+        """How many numbers it has."""
+        return sizes.tokens**2
 
     def make(self, sizes: Sizes) -> Any:
         """The value."""
