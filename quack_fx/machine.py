@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 SMALL_MACHINE = 8 << 30
@@ -46,24 +46,22 @@ def _limits() -> Iterator[int]:
 @contextmanager
 def bounded_memory() -> Iterator[None]:
     """Context in which an allocation fails that would take the last eighth of the memory that is left."""
-    try:
-        import resource  # not on Windows
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError, ValueError):  # macOS does not tell what a process has
+            import resource  # not on Windows
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (_own_data() + available_memory() // 8 * 7, hard))
-    except (ImportError, OSError, ValueError):  # nor does macOS tell what a process has
+            before = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (_own_data() + available_memory() // 8 * 7, before[1]))
+            stack.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
         yield
-        return
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _own_data() -> int:
     """Bytes of this process that count against its limit of data."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmData:")).split()[1]) << 10
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) << 10
+    raise OSError("the system does not tell")
 
 
 def _free() -> int | None:

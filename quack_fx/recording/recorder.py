@@ -32,6 +32,9 @@ from quack_fx.recording.isolate import no_autocast
 from quack_fx.recording.layers import EqualLayers
 from quack_fx.recording.memory import Place, place_of, storage_of, window_on
 
+LITTLE = 1 << 26
+"""Bytes that a recording may hold in any case."""
+
 
 class Recorder(TorchDispatchMode):
     """Records the ops that run while it is active; see the file's docstring."""
@@ -53,7 +56,7 @@ class Recorder(TorchDispatchMode):
         self.entered = 0
         self.most: int | None = REAL_LIMIT if way == "hybrid" else sys.maxsize
         self._number = number
-        self._room = self._left = available_memory() // 2
+        self._room = self._left = max(available_memory() // 2, LITTLE)
         self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
         self._places: dict[Place, Node] = {}

@@ -9,6 +9,7 @@ layer tells that the forward gives it to; where the source does not say, the fir
     uses.py       what is noted of each
     layers.py     what a layer takes
     arguments.py  what one argument may be: by its use, its name, its annotation
+    hints.py      what its name and its annotation say of its numbers and axes
     made.py       arguments that a method of the model makes
     repair.py     the error of a forward -> inputs that avoid it
     measure.py    how a size that is wrong depends on the inputs' sizes

@@ -73,6 +73,11 @@ def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of another shape with the same elements, repeated; the same tensor where that would be too large."""
     if tuple(x.shape) == shape or not x.numel() or math.prod(shape) > LARGEST:
         return x
+    if x.dtype == torch.bool and len(shape) == x.dim():
+        # A mask chooses as much of each sequence as before.
+        for axis, size in enumerate(shape):
+            x = x.index_select(axis, torch.arange(size) % x.shape[axis])
+        return x
     return x.flatten()[torch.arange(math.prod(shape)) % x.numel()].view(shape)
 
 
