@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        return _refuse(
+            "this machine has too little memory left; pass a smaller configuration of the model", 2, "--debug" in words
+        )
     except KeyboardInterrupt:
         return 130
     except typer.Abort:

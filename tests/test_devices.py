@@ -360,6 +360,24 @@ def test_little_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
         copy.random_copy(Model(run), torch.Generator())
 
 
+def test_a_recording_that_takes_what_memory_is_left_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quack_fx.recording.recorder, "available_memory", lambda: 1000)
+
+    def run(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(m, ids, q, k, v) + sum(float(torch.ones(1 << 22).sum()) for _ in range(8))
+
+    with pytest.raises(CaptureError, match=r"takes more than 0\.1 GiB"):
+        capture(Model(run), [IDS])
+
+
+def test_a_mask_that_is_too_small_is_refused_as_on_real_numbers() -> None:
+    def run(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(m, ids, q, k, v)[torch.ones(1, 1, dtype=torch.bool)]
+
+    with pytest.raises(CaptureError, match=r"shape of the mask .* does not match"):
+        capture(Model(run), [IDS])
+
+
 def test_a_buffer_that_memory_cannot_hold_twice_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quack_fx.recording.recorder, "available_memory", lambda: 1000)
 

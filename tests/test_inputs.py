@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quack_fx.targets import resolve
-from quack_fx.targets.inputs import Attempts, infer, retry
+from quack_fx.targets.inputs import ROOM, Attempts, infer, retry
 from quack_fx.targets.inputs.changes import LARGEST
 from quack_fx.targets.inputs.values import named
 
@@ -549,6 +549,22 @@ def test_the_expression_makes_such_inputs_again(case: str) -> None:
     )
     target = resolve("model.py", inputs=expression)
     assert kinds(target.args) == kinds(args) and kinds(target.kwargs) == kinds(kwargs)
+
+
+def test_no_candidate_takes_all_memory() -> None:
+    class Clip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.img_size = nn.Linear(512, 8), 512
+            self.layers = nn.ModuleList(nn.Conv3d(3, 8, (n, 8, 8), (n, 8, 8)) for n in range(2, 9))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            _, _, _, h, w = x.shape
+            assert h == 512 and w == 512
+            return self.layers[0](x)
+
+    made = [inputs.args[0] for inputs in infer(Clip(), "Clip")]
+    assert max(x.numel() for x in made) <= LARGEST and sum(x.numel() for x in made) <= ROOM
 
 
 def test_few_candidates_are_tried() -> None:

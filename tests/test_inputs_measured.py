@@ -79,6 +79,45 @@ CASES = {
         """,
         "x=float32[2, 24, 7]",
     ),
+    "a clip whose sides are asserted, a mask that chooses as many tokens of each": (
+        """
+        self.c, self.b, self.mask_token = nn.Conv3d(3, 8, (2, 8, 8), (2, 8, 8)), Block(), nn.Parameter(torch.ones(8))
+        self.table, self.img_size = torch.zeros(1, 72, 8), 24
+        """,
+        "x, mask",
+        """
+        b, c, t, h, w = x.shape
+        assert h == self.img_size and w == self.img_size
+        x = self.c(x).flatten(2).mT + self.table
+        hidden = self.table.expand(b, -1, -1)[mask].reshape(b, -1, 8) + self.mask_token
+        return self.b(torch.cat((x[~mask].reshape(b, -1, 8), hidden), 1))
+        """,
+        "x=float32[2, 3, 16, 24, 24], mask=bool[2, 72]",
+    ),
+    "a class and tokens, by their annotations and the letters of their axes": (
+        """
+        self.e, self.l, self.b = nn.Embedding(11, 8), nn.Linear(5, 8), Block()
+        self.table = nn.Parameter(torch.zeros(1, 30, 8))
+        """,
+        "label_B: torch.LongTensor, x_BLC: torch.Tensor",
+        """
+        label_B = torch.where(torch.rand(len(x_BLC)) < 0.1, 10, label_B)
+        x = torch.cat((self.e(label_B).unsqueeze(1), self.l(x_BLC.float())), 1)
+        return self.b(x + self.table)
+        """,
+        "label_B=int64[2], x_BLC=float32[2, 29, 5]",
+    ),
+    "a kind that no layer of its own tells": (
+        "self.l, self.b, self.kinds = nn.Linear(5, 8), Block(), nn.Parameter(torch.zeros(3, 8))",
+        "x: torch.FloatTensor, kind: torch.LongTensor",
+        """
+        x = self.l(x)
+        x = x + torch.stack([self.kinds[0] * kind[:, :, None], self.kinds[1] * (1 - kind[:, :, None])]).sum(0)
+        kind.bitwise_and(1)
+        return self.b(x)
+        """,
+        "x=float32[2, 4, 5], kind=int64[2, 4]",
+    ),
 }
 
 TOLD = {

@@ -160,10 +160,15 @@ def _host_copies(
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
     if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"):
         index: list[Tensor | None] = []
+        axis = 0
         for i in args[1]:
             if i is None or i.dtype not in (torch.bool, torch.uint8):
                 index.append(i)
-            elif i.is_meta:
+                axis += 1
+                continue
+            _check_mask(i, args[0], axis)
+            axis += i.dim()
+            if i.is_meta:
                 canned.append("boolean mask")
                 index.extend(torch.zeros(1, dtype=torch.long) for _ in range(i.dim()))
             else:
@@ -175,6 +180,20 @@ def _host_copies(
         sizes[-1] += args[0].shape[dim] - sum(sizes)
         args = (args[0], sizes, dim)
     return args, kwargs
+
+
+def _check_mask(mask: Tensor, indexed: Tensor, start: int) -> None:
+    """Refuse a boolean mask that torch would refuse: as indices, a small one would pass.
+
+    Raises:
+        IndexError: It has another shape than what it indexes.
+    """
+    for n, size in enumerate(mask.shape):
+        if size != indexed.shape[start + n]:
+            raise IndexError(
+                f"The shape of the mask {list(mask.shape)} at index {n} does not match the shape of the indexed "
+                f"tensor {list(indexed.shape)} at index {start + n}"
+            )
 
 
 def _mutation_targets(

@@ -32,6 +32,9 @@ from quack_fx.recording.isolate import no_autocast
 from quack_fx.recording.layers import EqualLayers
 from quack_fx.recording.memory import Place, place_of, storage_of, window_on
 
+LITTLE = 1 << 26
+"""Bytes that a recording may hold in any case."""
+
 
 class Recorder(TorchDispatchMode):
     """Records the ops that run while it is active; see the file's docstring."""
@@ -53,6 +56,7 @@ class Recorder(TorchDispatchMode):
         self.entered = 0
         self.most: int | None = REAL_LIMIT if way == "hybrid" else sys.maxsize
         self._number = number
+        self._room = self._left = max(available_memory() // 2, LITTLE)
         self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
         self._places: dict[Place, Node] = {}
@@ -184,6 +188,8 @@ class Recorder(TorchDispatchMode):
             number=self._number,
             most=self.most,
         )
+        if isinstance(func, torch._ops.OpOverload) and not func.is_view and not func._schema.is_mutable:
+            self._count(result)
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
@@ -203,6 +209,14 @@ class Recorder(TorchDispatchMode):
             return result
         self._take_apart(node, result)
         return result
+
+    def _count(self, result: Any) -> None:
+        """Note what an op has made for real, all of which is kept, before too much of that takes the last memory."""
+        for made in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(made, Tensor) and not made.is_meta:
+                self._left -= made.numel() * made.element_size()
+        if self._left < 0:
+            raise MemoryError(f"what it computes takes more than {self._room / 2**30:.1f} GiB, half of what is left")
 
     def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
         """Write down a node of our own that gives several tensors."""

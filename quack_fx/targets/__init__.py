@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from quack_fx.errors import TargetError
+from quack_fx.machine import bounded_memory
 from quack_fx.targets.adapters import adapt
 from quack_fx.targets.files import load
 from quack_fx.targets.pick import pick
@@ -97,7 +98,8 @@ def opened(
         with ExitStack() as stack:
             stack.enter_context(world.open())
             try:
-                resolved = _in_world(target, build, inputs, real, say, world)
+                with bounded_memory():
+                    resolved = _in_world(target, build, inputs, real, say, world)
             except TargetError as error:
                 # What needs a package that is missing says less than what the code does without it, and an error of
                 # a constructor less than one of the forward behind it.

@@ -346,19 +346,34 @@ class _TooLarge(RuntimeError):
 
 
 class _AtMost(TorchDispatchMode):
-    """Context in which no more than `limit` bytes of tensors are made: before they are filled, and memory is gone."""
+    """Context in which no more than `limit` bytes of tensors are made: before they are filled, and memory is gone.
+
+    What is computed from others may be freed again, so that it does not count; what it leaves of memory is looked at.
+    """
 
     def __init__(self, limit: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._limit, self._total = limit, 0
+        self._least, self._unseen = available_memory() - limit, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _FACTORIES and isinstance(result, torch.Tensor) and result.device.type != "meta":
-            self._total += result.numel() * result.element_size()
-            if self._total > self._limit:
+        if not isinstance(result, torch.Tensor) or result.device.type == "meta" or func.is_view:
+            return result
+        size = result.numel() * result.element_size()
+        self._total += size if func in _FACTORIES else 0
+        self._unseen += size
+        if self._unseen > _UNSEEN:
+            self._unseen = 0
+            if available_memory() < self._least:
                 raise _TooLarge
+        if self._total > self._limit:
+            raise _TooLarge
         return result
+
+
+_UNSEEN = 1 << 28
+"""Bytes of results after which memory is looked at again."""
 
 
 _FACTORIES = {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}

@@ -9,6 +9,7 @@ layer tells that the forward gives it to; where the source does not say, the fir
     uses.py       what is noted of each
     layers.py     what a layer takes
     arguments.py  what one argument may be: by its use, its name, its annotation
+    hints.py      what its name and its annotation say of its numbers and axes
     made.py       arguments that a method of the model makes
     repair.py     the error of a forward -> inputs that avoid it
     measure.py    how a size that is wrong depends on the inputs' sizes
@@ -29,6 +30,7 @@ from quack_fx.errors import TargetError
 from quack_fx.targets import hf
 from quack_fx.targets.inputs import values
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
+from quack_fx.targets.inputs.changes import LARGEST
 from quack_fx.targets.inputs.made import maker_of
 from quack_fx.targets.inputs.measure import Budget
 from quack_fx.targets.inputs.reading import read_uses
@@ -40,6 +42,10 @@ __all__ = ["LIMIT", "Attempts", "Budget", "Inputs", "infer", "retry", "with_opti
 
 _CONDITION = re.compile(rf"{TIME.pattern}|class_(ids?|labels?)|classes")
 """What diffusion models call optional and cannot do without."""
+
+
+ROOM = 8 * LARGEST
+"""Numbers in all candidates together: they wait in memory for their turn."""
 
 
 def infer(model: nn.Module, name: str) -> list[Inputs]:
@@ -134,11 +140,16 @@ def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: in
     first = _leading(inferred, uses)
     found: list[Inputs] = []
     seen: set[str] = set()
+    room = ROOM
     for data in options(first.name, first.annotation, uses[first.name], Context(model)):
         sizes = _shared(data)
         context = Context(model, _array(data))
         others = [options(p.name, p.annotation, uses[p.name], context) for p in inferred if p is not first]
         for combined in cheapest_first([[data], *others], max(limit // 2, limit - len(found))):
+            count = sum(spec.count(sizes) for spec in combined)
+            if count > min(LARGEST, room):
+                continue
+            room -= count
             chosen = iter(combined[1:])
             made = {p.name: (combined[0] if p is first else next(chosen)).make(sizes) for p in inferred}
             try:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quack_fx.targets.inputs import layers
+from quack_fx.targets.inputs.hints import hint_of
 from quack_fx.targets.inputs.uses import Use
 from quack_fx.targets.inputs.values import (
     BATCH,
@@ -67,7 +68,10 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
         use: What was read about it.
         context: The model, and the data unless it is them.
     """
-    name = use.name or name
+    told = hint_of(use.name or name, annotation)
+    name = told.name
+    if use.rank is None and told.axes:
+        use = replace(use, rank=len(told.axes))
     hint = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     lower = name.lower()
     if "BlockMask" in str(annotation):
@@ -75,6 +79,8 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
     plain = (
         [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
     )
+    if (told.numbers or told.axes) and all(isinstance(spec, Array) for spec in plain):
+        plain = [*told.first([spec for spec in plain if isinstance(spec, Array)], use.rank)]
     groups = _groups(use, context)
     if "iterated" in use.marks and any(kind in ("key", "attr") for kind, _ in use.parts):
         # What is looped over and has fields is one record for each of the batch.
@@ -137,7 +143,7 @@ def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
     fits = {"==": count == number, "%": count % number == 0, "<=": count <= number}
     if fits[relation]:
         return array
-    if array.shape[axis] == "T":
+    if array.shape[axis] == "T" and array.shape.count("T") == 1:
         return replace(array, tokens=number)
     changed = list(array.shape)
     changed[axis] = number
@@ -225,7 +231,7 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
         return [Constant(TOKENS if re.search(r"len|size|seq", name) or hint != "int" else 1), Constant(1)]
     if hint == "float":
         return [Constant(1.0)]
-    if "mask" in name:
+    if "mask" in name or {"index", "bool"} <= use.marks:
         return _masks(name, annotation, use, told)
     if TIME.fullmatch(name):
         return _times(use, told, data)
@@ -275,6 +281,10 @@ def _times(use: Use, told: list[Array], data: Spec | None) -> list[Spec]:
 def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec]:
     """A mask: None if the forward may do without, of the kind and shape that its use tells."""
     number = "number-mask" in use.marks and "bool" not in use.marks
+    if "index" in use.marks and not number and not told:
+        # What is chosen of each sequence is as much of all, and neither all nor nothing.
+        rows: list[tuple[Size, ...]] = [("T",), ("B", "T")] if use.rank == 1 else [("B", "T"), ("T",)]
+        return [*(Array("half", shape) for shape in rows), Constant(None)]
     shapes: list[tuple[Size, ...]] = [("B", "T"), ("T", "T"), ("B", 1, 1, "T"), ("B", "T", "T")]
     news = [[step for step in views if step[0] == "new"] for views in use.steps]
     added = max(map(len, news), default=0)

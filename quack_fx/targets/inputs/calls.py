@@ -65,14 +65,18 @@ def subscript(value: Value, node: ast.expr, of: Callable[[ast.expr], Value]) -> 
     """A part of a value."""
     if isinstance(value, Shape):
         return _of_shape(value, node, of)
+    index = of(node) if not isinstance(node, ast.Slice) else UNKNOWN
+    if isinstance(index, Data):
+        index.use.marks.add("index")
     if isinstance(value, Data):
         return _of_data(value, node, of)
-    index = of(node) if not isinstance(node, ast.Slice) else UNKNOWN
     if isinstance(value, Items) and isinstance(index, Known) and isinstance(index.value, int):
         return value.values[index.value] if -len(value.values) <= index.value < len(value.values) else UNKNOWN
     if not isinstance(value, Known):
         return UNKNOWN
     if isinstance(index, Data) and isinstance(value.value, Tensor) and value.value.dim() > 1:
+        if "bool" in index.use.marks:
+            return UNKNOWN
         index.taken_by(value.value, "rows")
         return UNKNOWN
     if isinstance(value.value, nn.ModuleList | nn.ParameterList | nn.ModuleDict | list | tuple | Mapping):
@@ -324,6 +328,11 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
         axis = args[1] if len(args) > 1 else kwargs.get("dim", Known(0))
         is_first = isinstance(axis, Known) and axis.value == 0
         return first.values[0].then("new", 0) if is_first else UNKNOWN
+    if name == "where" and len(args) == 3 and not isinstance(first, Data):
+        # Some of the data and one number elsewhere, as in a class that is left out at times.
+        given, other = args[1:] if isinstance(args[1], Data) else args[:0:-1]
+        number = isinstance(other, Known) and isinstance(other.value, int | float)
+        return given if isinstance(given, Data) and number else UNKNOWN
     if not isinstance(first, Data):
         return UNKNOWN
     if isinstance(second, Known) and isinstance(second.value, Tensor):

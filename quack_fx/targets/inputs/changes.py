@@ -22,7 +22,7 @@ from quack_fx.targets.inputs.values import TOKENS, Inputs, named
 Change = Callable[[Tensor], Tensor | None]
 """What becomes of each tensor among the arguments; None where it stays."""
 
-LARGEST = 1 << 23
+LARGEST = 1 << 24
 """Elements of the largest tensor that is tried."""
 
 
@@ -72,6 +72,11 @@ def only(number: int, change: Change) -> Change:
 def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of another shape with the same elements, repeated; the same tensor where that would be too large."""
     if tuple(x.shape) == shape or not x.numel() or math.prod(shape) > LARGEST:
+        return x
+    if x.dtype == torch.bool and len(shape) == x.dim():
+        # A mask chooses as much of each sequence as before.
+        for axis, size in enumerate(shape):
+            x = x.index_select(axis, torch.arange(size) % x.shape[axis])
         return x
     return x.flatten()[torch.arange(math.prod(shape)) % x.numel()].view(shape)
 

@@ -74,6 +74,10 @@ def mismatch(error: BaseException) -> Mismatch | None:
     sides = _stated(frame, line)
     if sides is not None:
         return _of_pairs(place, sides) if sides else None
+    mask = re.search(r"shape of the mask \[(.*?)\] at index (\d+) .*indexed tensor \[(.*?)\] at index (\d+)", text)
+    if mask:
+        numbers = tuple(int(mask[n].split(",")[int(mask[n + 1])]) for n in (1, 3))
+        return Mismatch((*place[:2], f"sizes [{mask[4]}]"), numbers, ((0, 1),))
     if not isinstance(cause, RuntimeError | ValueError | AssertionError):
         return None
     if re.search(r"values to unpack|satisfy the constraint", text):  # numbers of axes, numbers that are no sizes

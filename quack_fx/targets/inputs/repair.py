@@ -26,16 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs import layers
-from quack_fx.targets.inputs.changes import Change, changed, only, refilled, reshape, resize, sizes, with_rank
+from quack_fx.targets.inputs.changes import LARGEST, Change, changed, only, refilled, reshape, resize, sizes, with_rank
 from quack_fx.targets.inputs.measure import Answer, Budget, Search, mismatch
 from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks, named
 
 FIRST, REPAIRS, EACH = 3, 12, 4
 """Candidates that are tried before any repair, repairs in all, repairs of one failure."""
-
-LARGEST = 1 << 22
-"""Numbers in an input of a repair at most. Where an error speaks of all pixels or tokens and not of a side, the
-forward would take all memory."""
 
 More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
 SAME_RATIO = 3
@@ -375,6 +371,8 @@ def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Ch
         if isinstance(layer, nn.Embedding) and not given.is_floating_point():
             yield _below(layer.num_embeddings)
         for array in layers.taken_by(layer, model):
+            if array.count(Sizes()) > LARGEST:
+                continue
             made = array.make(Sizes())
             same_rank = made.dim() == given.dim()
             if same_rank and made.dim() < 4 and array.kind == "float":

@@ -22,7 +22,7 @@ from torch import Tensor
 BATCH, TOKENS = 2, 4
 _T = TypeVar("_T")
 
-Kind = Literal["float", "ids", "index", "bool", "complex", "ones", "zeros", "padding", "count"]
+Kind = Literal["float", "ids", "index", "bool", "half", "complex", "ones", "zeros", "padding", "count"]
 Size = int | str
 """A number, or "B" or "T" for the batch and the number of tokens that all arguments of a call share."""
 
@@ -46,6 +46,7 @@ class Array:
 
     Attributes:
         kind: "float" is noise, "ids" are below `high`, "index" counts along the last axis, "bool" is all true,
+            "half" is true in every other entry of the last axis,
             "padding" is all false, "ones" and "zeros" are what they say, "count" is
             the number of tokens everywhere.
         shape: Its sizes.
@@ -61,6 +62,10 @@ class Array:
     dtype: torch.dtype = torch.float32
     numpy: bool = False
     tokens: int | None = None
+
+    def count(self, sizes: Sizes) -> int:
+        """How many numbers it has."""
+        return math.prod(replace(sizes, tokens=self.tokens or sizes.tokens).of(self.shape))
 
     def make(self, sizes: Sizes) -> Any:
         """The value."""
@@ -79,6 +84,10 @@ class Constant:
 
     value: Any
 
+    def count(self, sizes: Sizes) -> int:
+        """How many numbers it has."""
+        return 1
+
     def make(self, sizes: Sizes) -> Any:
         """The value."""
         return self.value
@@ -91,6 +100,10 @@ class Group:
     form: Literal["dict", "namespace", "tuple", "list"]
     parts: tuple[tuple[str, Spec], ...]
 
+    def count(self, sizes: Sizes) -> int:
+        """How many numbers it has."""
+        return sum(spec.count(sizes) for _, spec in self.parts)
+
     def make(self, sizes: Sizes) -> Any:
         """The value."""
         made = {name: spec.make(sizes) for name, spec in self.parts}
@@ -102,6 +115,10 @@ class Group:
 @dataclass(frozen=True)
 class CausalBlocks:
     """A causal `BlockMask` of torch's flex attention."""
+
+    def count(self, sizes: Sizes) -> int:
+        """How many numbers it has."""
+        return sizes.tokens**2
 
     def make(self, sizes: Sizes) -> Any:
         """The value."""
@@ -135,6 +152,8 @@ def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> T
         return torch.full(shape, high)
     if kind == "index":
         return torch.arange(shape[-1]).expand(shape)
+    if kind == "half":
+        return torch.arange(shape[-1]).remainder(2).bool().repeat(*shape[:-1], 1)
     if kind in ("bool", "padding"):
         return torch.full(shape, kind == "bool")
     if kind in ("ones", "zeros"):
@@ -201,6 +220,8 @@ def expression(value: Any) -> str:
     dtype = "" if value.dtype == torch.float32 else f", dtype={value.dtype}"
     if value.is_floating_point() or value.is_complex():
         return f"torch.randn({sizes}{dtype})"
+    if value.dtype == torch.bool and value.any() and not value.all():
+        return f"torch.arange({value.shape[-1]}).remainder(2).bool().repeat({', '.join(map(str, value.shape[:-1]))}, 1)"
     if value.dtype == torch.bool:
         return f"torch.{'ones' if bool(value.all()) else 'zeros'}({sizes}, dtype=torch.bool)"
     if value.dtype != torch.int64:
