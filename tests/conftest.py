@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,11 @@ from emit_cases import SITES, layout_of, load
 from quack_fx.emit import emit
 
 torch.set_num_threads(1)
+
+# Inductor looks its code up by graph and not by instructions: what it made for AVX-512 gives NaN under
+# ATEN_CPU_CAPABILITY=avx2.
+_CAPABILITY = torch.backends.cpu.get_cpu_capability().lower()
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"quack_fx_inductor_{_CAPABILITY}")))
 
 
 @pytest.fixture(autouse=True)
