@@ -21,6 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+def looked_up(table, masks):
+    found = []
+    for m in masks:
+        found += [torch.gather(table, dim=1, index=m.unsqueeze(-1).repeat(1, 1, 8))]
+    return torch.cat(found)
+
 class Block(nn.Module):
     def __init__(self, width=8):
         super().__init__()
@@ -106,6 +112,26 @@ CASES = {
         return self.b(x + self.table)
         """,
         "label_B=int64[2], x_BLC=float32[2, 29, 5]",
+    ),
+    "indices called masks that must be there, one or a list of them": (
+        """
+        self.l, self.b, self.img_size = nn.Linear(3 * 4 * 4, 8), Block(), 32
+        self.table = nn.Parameter(torch.zeros(1, 20, 8))
+        """,
+        "context, target, masks_context, masks_target",
+        """
+        assert (masks_context is not None) and (masks_target is not None), "there must be masks"
+        if not isinstance(masks_context, list):
+            masks_context = [masks_context]
+        if not isinstance(masks_target, list):
+            masks_target = [masks_target]
+        table = self.table.expand(len(context), -1, -1)
+        x = self.l(context)
+        b, n, _ = x.shape
+        x += looked_up(table, masks_context)
+        return self.b(torch.cat((x, self.l(target) + looked_up(table, masks_target)), 1))
+        """,
+        "context=float32[2, 4, 48], target=float32[2, 4, 48], masks_context=int64[2, 4], masks_target=int64[2, 4]",
     ),
     "a kind that no layer of its own tells": (
         "self.l, self.b, self.kinds = nn.Linear(5, 8), Block(), nn.Parameter(torch.zeros(3, 8))",

@@ -284,7 +284,7 @@ def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec
     if "index" in use.marks and not number and not told:
         # What is chosen of each sequence is as much of all, and neither all nor nothing.
         rows: list[tuple[Size, ...]] = [("T",), ("B", "T")] if use.rank == 1 else [("B", "T"), ("T",)]
-        return [*(Array("half", shape) for shape in rows), Constant(None)]
+        return [*(Array("half", shape) for shape in rows), *([] if "needed" in use.marks else [Constant(None)])]
     shapes: list[tuple[Size, ...]] = [("B", "T"), ("T", "T"), ("B", 1, 1, "T"), ("B", "T", "T")]
     news = [[step for step in views if step[0] == "new"] for views in use.steps]
     added = max(map(len, news), default=0)
@@ -304,8 +304,13 @@ def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec
             found.append(Array("padding" if "padding" in name else "bool", shape))
     if not number and not added and rank is None and not told:
         found.insert(2, Array("zeros", ("T", "T")))
+    found = [Array("index", shape) for shape in (("B", "T"), ("T",))] + found if "long" in use.marks else found
     tensor = re.fullmatch(r"(torch\.)?(Tensor|BoolTensor|LongTensor)|<class 'torch\.Tensor'>", annotation)
-    needed = tensor or (({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks)
+    needed = (
+        tensor
+        or "needed" in use.marks
+        or (({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks)
+    )
     found = list(dict.fromkeys(found))[:4]
     return [*found, Constant(None)] if needed else [Constant(None), *found]
 

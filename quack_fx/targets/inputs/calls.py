@@ -307,8 +307,12 @@ def rearranged(data: Value, pattern: Value, lengths: Mapping[str, Value]) -> Val
     return data.then("einops", str(pattern.value), tuple(sorted(known.items())))
 
 
-def masks(name: str, args: list[Value], kwargs: dict[str, Value]) -> None:
-    """Note what masks scores: the argument of `masked_fill`, the mask of torch's attention."""
+def note(name: str, args: list[Value], kwargs: dict[str, Value]) -> None:
+    """Note what entries are looked up with, and what masks scores: the argument of `masked_fill`, the mask of torch's
+    attention."""
+    index = kwargs.get("index", kwargs.get("indices", args[-1] if args else UNKNOWN))
+    if name in ("gather", "index_select", "take_along_dim") and isinstance(index, Data):
+        index.use.marks.add("long")
     place = {"masked_fill": 0, "masked_fill_": 0, "where": 0, "scaled_dot_product_attention": 3}.get(name)
     if place is None:
         return
@@ -323,7 +327,7 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
     second = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("target", UNKNOWN))
     if name in ("cross_entropy", "nll_loss") and isinstance(second, Data):
         second.use.marks.add("ids")
-    masks(name, args, kwargs)
+    note(name, args, kwargs)
     if name == "stack" and isinstance(first, Items) and first.values and isinstance(first.values[0], Data):
         axis = args[1] if len(args) > 1 else kwargs.get("dim", Known(0))
         is_first = isinstance(axis, Known) and axis.value == 0

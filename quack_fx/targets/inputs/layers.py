@@ -96,6 +96,8 @@ def evidence(use: Use, model: nn.Module) -> list[Array]:
     highest = [a.high for t in use.taken for a in _of(t, model) if a.kind == "ids"]
     for taken in use.taken:
         for array in _of(taken, model):
+            if not _is_pictured(array, taken):
+                continue
             shape = before(array, taken.views, use)
             if shape is not None:
                 array = replace(array, shape=shape)
@@ -105,6 +107,12 @@ def evidence(use: Use, model: nn.Module) -> list[Array]:
         if isinstance(layer, nn.Conv2d) and layer.in_channels == 1:  # frames of 80 mel bins, as one channel
             found.insert(0, replace(found[0], shape=("B", 64, 80)))
     return list(dict.fromkeys(found))
+
+
+def _is_pictured(array: Array, taken: Taken) -> bool:
+    """Whether data may be pictures where a layer takes them: one that takes tokens must be given patches."""
+    is_patches = len(array.shape) == 4 and _width(taken.by) is not None if isinstance(taken.by, nn.Module) else False
+    return not is_patches or any(step in ("reshape", "einops") for step, *_ in taken.views)
 
 
 def _of(taken: Taken, model: nn.Module) -> list[Array]:

@@ -256,7 +256,9 @@ class Frame:
                 self.require(test.operand, not holds)
             case ast.Compare(ops=[op]):
                 left, right = self.of(test.left), self.of(test.comparators[0])
-                if isinstance(op, ast.Eq if holds else ast.NotEq):
+                if isinstance(op, ast.IsNot if holds else ast.Is) and calls.is_none(right) and isinstance(left, Data):
+                    left.use.marks.add("needed")
+                elif isinstance(op, ast.Eq if holds else ast.NotEq):
                     self.equal(left, right)
                     self.equal(right, left)
                 elif isinstance(left, Dim) and isinstance(right, Known) and isinstance(right.value, int):
@@ -435,7 +437,7 @@ class Frame:
             return UNKNOWN
         if not isinstance(function, Known):
             if isinstance(node.func, ast.Attribute):
-                calls.masks(node.func.attr, args, kwargs)
+                calls.note(node.func.attr, args, kwargs)
             return UNKNOWN
         for value in spread:
             args += list(value.values) if isinstance(value, Items) else []
@@ -489,8 +491,7 @@ class Frame:
         for name, value in call.arguments.items():
             kind = call.signature.parameters[name].kind
             bound[name] = Items(tuple(value)) if kind is inspect.Parameter.VAR_POSITIONAL else value
-            if kind is inspect.Parameter.VAR_KEYWORD:
-                bound[name] = UNKNOWN
+            bound[name] = UNKNOWN if kind is inspect.Parameter.VAR_KEYWORD else bound[name]
         return self.reader.run(plain, owner, bound)
 
 

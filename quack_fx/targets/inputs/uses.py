@@ -38,9 +38,10 @@ class Use:
         parts: Its parts: of a dict by ("key", name), of a namespace by ("attr", name), of a tuple by ("at", number).
         optional: Parts that are asked for with `get`.
         marks: "number" for one used as a Python number, "numpy" for one that a tensor is made of, "checked" where it is
-            compared with None, "bool", "number-mask" and "long" for operations that need such elements, "index" where
-            something is indexed with it, "ids" for the target of a cross-entropy, "iterated", "tensor" where a method
-            of tensors is called, "broadcast" where it masks attention scores as it is.
+            compared with None, "needed" where it must not be, "bool", "number-mask" and "long" for operations that need
+            such elements, "index" where something is indexed with it, "ids" for the target of a cross-entropy,
+            "iterated", "tensor" where a method of tensors is called, "broadcast" where it masks attention scores as it
+            is.
         steps: Steps that lead from it to anything.
         name: What the forward calls it, where it is a part without a name.
     """
