@@ -44,13 +44,15 @@ def instances(namespace: Namespace) -> list[str]:
 
 
 def roots(namespace: Namespace) -> list[str]:
-    """Model classes with a forward that no other class of the file builds on or uses."""
+    """Model classes with a forward that no other class of the file builds on or uses; one without a constructor, and so
+    without parts, only where there is no other."""
     own = own_names(namespace)
     classes = {n for n, v in own.items() if is_model_class(v) and v.__name__ == n}
     uses = _class_uses(namespace)
     uses.add_nodes_from(classes)
     contained = {inner for cls in classes for inner in nx.descendants(uses, cls) if not nx.has_path(uses, inner, cls)}
-    return [n for n in own if n in classes - contained and _runs(own[n])]
+    found = [n for n in own if n in classes - contained and _runs(own[n])]
+    return [n for n in found if own[n].__init__ is not nn.Module.__init__] or found
 
 
 def varied(namespace: Namespace, names: list[str]) -> list[str]:
@@ -146,8 +148,8 @@ def _given_back(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
 
 
 def _runs(model: Any) -> bool:
-    """Whether a class has parts, and a forward that does something."""
-    if inspect.isabstract(model) or model.forward is nn.Module.forward or model.__init__ is nn.Module.__init__:
+    """Whether a class has a forward that does something."""
+    if inspect.isabstract(model) or model.forward is nn.Module.forward:
         return False
     try:
         tree = ast.parse(inspect.cleandoc(inspect.getsource(model.forward)))
