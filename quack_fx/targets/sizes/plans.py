@@ -286,25 +286,30 @@ class Planner:
 
     def _fields_read(self, name: str, kind: Any = ast.Attribute | ast.Subscript) -> set[str]:
         """Fields that the files read off what is called `name` there, as attributes or keys."""
-        found: set[str] = set()
-        for tree in self._trees.values():
-            for node in ast.walk(tree):
-                if isinstance(node, kind) and read_name(node.value) == name:
-                    found.add(node.attr if isinstance(node, ast.Attribute) else read_name(node))
+        found = {field for read, field in self._reads.get(name, ()) if isinstance(read, kind)}
         found.discard("")
         return found if not found <= _METHODS else set()
 
+    @cached_property
+    def _reads(self) -> dict[str, list[tuple[ast.expr, str]]]:
+        """By name all attributes and keys that the files read off it; a package may have hundreds of files."""
+        found: dict[str, list[tuple[ast.expr, str]]] = {}
+        for node in (node for tree in self._trees.values() for node in ast.walk(tree)):
+            if isinstance(node, ast.Attribute | ast.Subscript):
+                field = node.attr if isinstance(node, ast.Attribute) else read_name(node)
+                found.setdefault(read_name(node.value), []).append((node, field))
+        return found
+
+    @cached_property
+    def _unpackings(self) -> list[tuple[ast.Call, str]]:
+        """All calls that something is unpacked into, with its name."""
+        nodes = (node for tree in self._trees.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
+        return [(node, read_name(k.value)) for node in nodes for k in node.keywords if k.arg is None]
+
     def _unpacked(self, name: str) -> list[str]:
         """Required fields of what a config is unpacked into: `Config(**config)` in the constructor."""
-        for tree in self._trees.values():
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Call):
-                    for keyword in node.keywords:
-                        if keyword.arg is None and read_name(keyword.value) == name:
-                            target = self._names.get(read_name(node.func))
-                            if isinstance(target, type):
-                                return required(target)
-        return []
+        targets = (self._names.get(read_name(call.func)) for call, given in self._unpackings if given == name)
+        return next((required(target) for target in targets if isinstance(target, type)), [])
 
     def _ready(self, name: str, account: Account, change: Change) -> Value | None:
         """A config that the file has made, if it has at least as many of the fields as stand together elsewhere."""
