@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr, what the user's own code prints
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -96,6 +97,18 @@ def progress() -> Iterator[Callable[[str], None]]:
             yield lambda text: status.update(text)
 
 
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Context in which no garbage is looked for: importing torch makes a million objects that all stay."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
 def find(
     target: str, build: str | None, inputs: str | None, layout_file: Path | None = None, real: bool = False
 ) -> Finding:
@@ -111,8 +124,10 @@ def find(
     with progress() as say:
         say("loading torch")
         start = time.perf_counter()
-        from quack_fx.report import Facts
-        from quack_fx.targets import opened, resolve
+        with _without_collecting():
+            from quack_fx.find import find as find_pairs
+            from quack_fx.report import Facts
+            from quack_fx.targets import opened, resolve
 
         if real:
             resolved = resolve(target, build=build, inputs=inputs, real=True, progress=say)
@@ -124,8 +139,6 @@ def find(
 
             check_layout(given, resolved.model)
             return Finding(resolved, given, Facts(resolved.title, resolved.how, shapes=shapes, notes=resolved.notes))
-        from quack_fx.find import find as find_pairs
-
         call = (resolved.model, resolved.args, resolved.kwargs)
         found = find_pairs(*call, progress=say, recording=resolved.recording)
     facts = Facts(

@@ -55,6 +55,7 @@ class World:
         self._guarded, self._group = guarded, group
         self._until = time.monotonic() + PATIENCE
         self._place: Place | None = None
+        self._own: dict[tuple[str, str], bool] = {}
         self._stack = ExitStack()
         self.imports = Imports(self.is_own, self._look_elsewhere, guarded)
         self.notes: list[str] = []
@@ -107,9 +108,10 @@ class World:
         if self._place is None or not file:
             return False
         repository = str(self._place.repository)
-        if not str(Path(file)).startswith(repository.rstrip("/") + "/"):
-            return False
-        return is_installed(repository) or not is_installed(file)
+        if (repository, file) not in self._own:  # asked at every import, of torch's own too
+            inside = str(Path(file)).startswith(repository.rstrip("/") + "/")
+            self._own[repository, file] = inside and (is_installed(repository) or not is_installed(file))
+        return self._own[repository, file]
 
     def own_files(self) -> list[Path]:
         """Files of the repository that are loaded, the target first."""
