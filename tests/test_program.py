@@ -7,6 +7,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -218,6 +219,10 @@ def test_bad_layouts_are_refused() -> None:
         write_program(layout, {name: tuple(1 for _ in shape) for name, shape in shapes.items()}, "")
     with pytest.raises(EmitError, match="no query/key pairs"):
         write_program(QKLayout(), shapes, "")
+    site = layout.sites[0]
+    moved = replace(site.query[0], heads=tuple(((a + 1, b + 1),) for ((a, b),) in site.query[0].heads))
+    with pytest.raises(EmitError, match="is part of two heads that are not the same"):
+        write_program(QKLayout((site, replace(site, name="other", query=(moved,)))), shapes, "")
     with torch.no_grad():
         for site in layout.sites:
             for _, block in site.blocks():

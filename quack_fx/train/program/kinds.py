@@ -91,7 +91,7 @@ def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kin
 
     Raises:
         LayoutError: A parameter is missing, its rows do not fit its shape, or it has rows along two axes.
-        EmitError: There is no pair.
+        EmitError: There is no pair, or two heads share a part of their rows.
 
     Example:
         >>> kind, = kinds_of(find_qk_pairs(model, ids), {name: p.shape for name, p in model.named_parameters()})
@@ -176,10 +176,20 @@ def _kind(sites: Sequence[AttentionSite], shapes: Mapping[str, Sequence[int]]) -
             tensors.add(site, block)
     products = [_products(site) for site in sites]
     blocks = _blocks(sites, products)
+    _check_apart(units for _, units in blocks)
     home = {unit: (b, h) for b, (_, units) in enumerate(blocks) for h, unit in enumerate(units)}
     terms = list(dict.fromkeys(term for own in products for product in own for term in _terms(product, home)))
     made = tuple(Block(role, tensors.of(units[0]), tuple(unit.ranges for unit in units)) for role, units in blocks)
     return Kind(" and ".join(dict.fromkeys(map(_title, sites))), tensors.all(), made, tuple(terms), ())
+
+
+def _check_apart(blocks: Iterable[Sequence[_Unit]]) -> None:
+    """Refuse rows that two heads share with others beside them: their scale would be the smaller one of both."""
+    owner: dict[tuple[str, int], _Unit] = {}
+    for unit in (unit for units in blocks for unit in units):
+        for row in (row for start, stop in unit.ranges for row in range(start, stop)):
+            if owner.setdefault((unit.param, row), unit) != unit:
+                raise EmitError(f"row {row} of {unit.param!r} is part of two heads that are not the same")
 
 
 def _title(site: AttentionSite) -> str:
