@@ -23,6 +23,23 @@ Range = tuple[int, int]
 """Half-open range [start, stop) of rows."""
 Ranges = tuple[Range, ...]
 
+
+def merged(ranges: Ranges) -> Ranges:
+    """The same rows in ascending order, neighbours joined.
+
+    Example:
+        >>> merged(((4, 8), (0, 4), (9, 10)))
+        ((0, 8), (9, 10))
+    """
+    found: list[Range] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
 Role = Literal["q", "k", "dq", "uq", "qr", "dkv", "uk", "kr", "other"]
 SiteKind = Literal["mha", "gqa", "mqa", "mla", "other"]
 Side = Literal["query", "key"]

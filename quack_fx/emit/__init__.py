@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from quack_fx.emit.norms import StandIn, norm_features, write_norms
 from quack_fx.emit.optimizers import Choice, OptimizerName, choice
 from quack_fx.emit.runtime import contents, imports, runtime
-from quack_fx.emit.source import WIDTH
 from quack_fx.emit.table import Table, write_table
 from quack_fx.errors import EmitError
 from quack_fx.layout import QKLayout
+from quack_fx.train.program.text import WIDTH
 
 if TYPE_CHECKING:
     from torch import nn

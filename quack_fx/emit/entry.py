@@ -9,14 +9,15 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from quack_fx.emit.heads import key_head, rule_of
 from quack_fx.emit.layers import VARIABLES, Row, loops, parts
-from quack_fx.emit.source import INDENT, WIDTH, bracketed, loop, quoted
+from quack_fx.emit.source import loop
 from quack_fx.layout import Ranges
+from quack_fx.train.program.names import common_prefix, variable_names
+from quack_fx.train.program.text import INDENT, WIDTH, bracketed, quoted
 
 _COMMENTS = {frozenset({"uq", "uk", "dkv"}): "  # content", frozenset({"qr", "kr"}): "  # position"}
 _RESERVED = {"at", "g", "h", "Weight", "Block", *VARIABLES, *keyword.kwlist, *dir(builtins)}
@@ -63,38 +64,17 @@ def write_entry(site: Plan, numbers: list[Row]) -> list[str]:
         fields, headers = loops(part)
         lines += headers
         depth = 1 + sum(header.endswith(":") for header in headers)
-        names = _weight_names([weight.name.format(*fields) for weight in site.weights])
+        names = variable_names([weight.name.format(*fields) for weight in site.weights], _RESERVED)
         lines += _weight_lines(depth, site, names, fields)
         lines += _head_lines(depth, site, names)
     return lines
-
-
-def _weight_names(full_names: Sequence[str]) -> list[str]:
-    """A variable for every weight, after the module that holds it."""
-    taken = set(_RESERVED)
-    names: list[str] = []
-    for full_name in full_names:
-        path = [re.sub(r"\{.*?\}|\W", "", part).strip("_") for part in full_name.split(".")]
-        path = [part for part in path if part and not part.isdigit()] or ["weight"]
-        if len(path) > 1 and path[-1] == "weight":
-            path.pop()
-        name = path.pop().removesuffix("_weight")
-        while path and (name in taken or not name.isidentifier()):
-            name = f"{path.pop()}_{name}"
-        name = name if name.isidentifier() else f"w_{name}"
-        unique, n = name, 2
-        while unique in taken:
-            unique, n = f"{name}_{n}", n + 1
-        taken.add(unique)
-        names.append(unique)
-    return names
 
 
 def _weight_lines(depth: int, site: Plan, names: list[str], fields: list[str]) -> list[str]:
     """`at = ...` and one assignment for every weight."""
     texts = [(weight.name.format(*fields), weight.bias and weight.bias.format(*fields)) for weight in site.weights]
     everything = [name for pair in texts for name in pair if name]
-    prefix = _common_prefix(everything)
+    prefix = common_prefix(everything)
     lines = []
     if len(everything) > 1 and (len(prefix) > 12 or "{" in prefix):
         lines.append(f"{INDENT * depth}at = {name_literal(prefix)}")
@@ -111,17 +91,6 @@ def _weight_lines(depth: int, site: Plan, names: list[str], fields: list[str]) -
             arguments.append(f"bias={name_literal(bias, prefix)}")
         lines += bracketed(depth, f"{variable} = Weight(", arguments, ")")
     return lines
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """The module path that all names start with."""
-    paths = [name.split(".")[:-1] for name in names]
-    common = []
-    for level in zip(*paths, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
 
 
 def name_literal(text: str, prefix: str = "") -> str:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from itertools import combinations
 from math import prod
 
-from quack_fx.emit.source import bracketed, linear, loop
+from quack_fx.emit.source import linear, loop
+from quack_fx.train.program.text import bracketed
 
 Row = tuple[int, ...]
 """The numbers in the names of one site."""

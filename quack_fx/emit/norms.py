@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from quack_fx.emit.entry import name_literal
 from quack_fx.emit.layers import Row, loops, parts
-from quack_fx.emit.source import INDENT
-from quack_fx.emit.table import name_template
+from quack_fx.train.program.names import name_template
+from quack_fx.train.program.text import INDENT
 
 
 class StandIn(NamedTuple):

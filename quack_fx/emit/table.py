@@ -9,14 +9,15 @@ linear rule become one loop over heads, and what follows no rule is written out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from quack_fx.emit.entry import Plan, PlanBlock, PlanWeight, write_entry
 from quack_fx.emit.layers import Row
 from quack_fx.errors import EmitError, LayoutError
-from quack_fx.layout import AttentionSite, QKLayout, Range, Ranges, WeightBlock
+from quack_fx.layout import AttentionSite, QKLayout, WeightBlock, merged
+from quack_fx.train.program.kinds import why_empty
+from quack_fx.train.program.names import name_template
 
 _KINDS = {
     "mha": "multi-head attention",
@@ -75,24 +76,13 @@ def write_table(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> Table:
         plan = Plan(_title(site), nameless, tuple(blocks), terms, site.head_map)
         groups.setdefault(plan, []).append(tuple(numbers))
     if not groups:
-        raise EmitError(_why_empty(layout))
+        raise EmitError(why_empty(layout))
 
     lines: list[str] = []
     for plan, rows_of_numbers in groups.items():
         lines += [""] * bool(lines) + write_entry(plan, sorted(set(rows_of_numbers)))
     lengths = {len(term) for plan in groups for term in plan.terms}
     return Table(tuple(lines), frozenset(features), max(lengths) > 2, 2 in lengths)
-
-
-def _why_empty(layout: QKLayout) -> str:
-    """Why a layout gives nothing to write."""
-    if layout.sites:
-        return (
-            f"all {len(layout.sites)} attentions keep their QK norm, so their logits do not depend on the norms of the "
-            "weights; take it out first (--qk-norm strip, or quack_fx.strip_qk_norm)"
-        )
-    reasons = "; ".join(f"{skipped.name!r}: {skipped.reason}" for skipped in layout.skipped[:3])
-    return f"no query/key pairs to write a training step for{f' ({reasons})' if reasons else ''}"
 
 
 def _title(site: AttentionSite) -> str:
@@ -120,10 +110,10 @@ def _read(
     blocks = []
     for block in (site.query[b] for b in queries):
         number = weights.setdefault(_fit(site, block, shapes), len(weights))
-        blocks.append(PlanBlock(number, block.role, tuple(map(_merge, block.heads))))
+        blocks.append(PlanBlock(number, block.role, tuple(map(merged, block.heads))))
     for block in (site.key[b] for b in keys):
         number = weights.setdefault(_fit(site, block, shapes), len(weights))
-        blocks.append(PlanBlock(number, block.role, tuple(_merge(block.heads[k]) for k in site.head_map)))
+        blocks.append(PlanBlock(number, block.role, tuple(merged(block.heads[k]) for k in site.head_map)))
     query_number = {b: n for n, b in enumerate(queries)}
     key_number = {b: n for n, b in enumerate(keys, start=len(queries))}
     terms = tuple((*(query_number[b] for b in t.query), *(key_number[b] for b in t.key)) for t in site.terms)
@@ -152,17 +142,6 @@ def _fit(site: AttentionSite, block: WeightBlock, shapes: Mapping[str, Sequence[
     return PlanWeight(block.param, shape, block.axis, block.bias)
 
 
-def _merge(ranges: Ranges) -> Ranges:
-    """The same rows in ascending order, neighbours joined."""
-    merged: list[Range] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return tuple(merged)
-
-
 def _features(weights: Iterable[PlanWeight], blocks: Iterable[PlanBlock]) -> Iterator[str]:
     """What the table makes use of."""
     for weight in weights:
@@ -172,17 +151,3 @@ def _features(weights: Iterable[PlanWeight], blocks: Iterable[PlanBlock]) -> Ite
             yield "bias"
     if any(len(ranges) > 1 for block in blocks for ranges in block.heads):
         yield "pieces"
-
-
-_NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
-
-
-def name_template(name: str, numbers: list[int]) -> str:
-    """A name for `str.format` in which every number is a field; the numbers are appended to `numbers`."""
-
-    def take(match: re.Match[str]) -> str:
-        numbers.append(int(match[0]))
-        return f"{{{len(numbers) - 1}}}"
-
-    # Twice the braces: one pair less after str.format, and then the f-string in the emitted file takes the other.
-    return _NUMBER.sub(take, name.replace("{", "{{{{").replace("}", "}}}}"))

@@ -13,7 +13,7 @@ import torch
 
 from quack_fx.errors import LayoutError
 from quack_fx.factors.tables import PlanTables
-from quack_fx.layout import QKLayout, Ranges, WeightBlock
+from quack_fx.layout import QKLayout, Ranges, WeightBlock, merged
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,7 @@ class Unit:
     @classmethod
     def of(cls, block: WeightBlock, ranges: Ranges) -> Unit:
         """Unit that these ranges of a block make; the same rows in another order make the same unit."""
-        merged: list[tuple[int, int]] = []
-        for start, stop in sorted(ranges):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-            else:
-                merged.append((start, stop))
-        return cls(block.param, block.axis, tuple(merged), block.bias)
+        return cls(block.param, block.axis, merged(ranges), block.bias)
 
     def parts(self) -> Iterator[tuple[str, int]]:
         """The tensors that hold the unit, as (name, axis): the parameter, then the bias if there is one."""

@@ -10,12 +10,12 @@ once. Blocks that have rows in common as whole heads are one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quack_fx.errors import EmitError, LayoutError
-from quack_fx.layout import AttentionSite, QKLayout, Ranges, Role, WeightBlock
+from quack_fx.layout import AttentionSite, QKLayout, Ranges, Role, WeightBlock, merged
+from quack_fx.train.program.names import name_template
 
 Names = tuple[int, ...]
 """The numbers in the names of one instance's parameters."""
@@ -100,14 +100,15 @@ def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kin
     for sites in _connected([site for site in layout.sites if site.terms and not site.qk_norm]):
         kind = _kind(sites, shapes)
         numbers: list[int] = []
-        tensors = tuple(replace(tensor, name=_template(tensor.name, numbers)) for tensor in kind.tensors)
+        tensors = tuple(replace(tensor, name=name_template(tensor.name, numbers)) for tensor in kind.tensors)
         found.setdefault(replace(kind, tensors=tensors), []).append(tuple(numbers))
     if not found:
-        raise EmitError(_why_empty(layout))
+        raise EmitError(why_empty(layout))
     return tuple(replace(kind, instances=tuple(sorted(instances))) for kind, instances in found.items())
 
 
-def _why_empty(layout: QKLayout) -> str:
+def why_empty(layout: QKLayout) -> str:
+    """Why a layout gives nothing to write."""
     if layout.sites:
         return (
             f"all {len(layout.sites)} attentions keep their QK norm, so their logits do not depend on the norms of the "
@@ -133,20 +134,6 @@ def _connected(sites: Sequence[AttentionSite]) -> list[list[AttentionSite]]:
             for _, block in one.blocks():
                 owner.update(dict.fromkeys(filter(None, (block.param, block.bias)), joined))
     return sorted(together, key=lambda group: sites.index(group[0]))
-
-
-_NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
-
-
-def _template(name: str, numbers: list[int]) -> str:
-    """A name for `str.format` in which every number is a field; the numbers are appended to `numbers`."""
-
-    def take(match: re.Match[str]) -> str:
-        numbers.append(int(match[0]))
-        return f"{{{len(numbers) - 1}}}"
-
-    # Twice the braces: one pair less after str.format, and then the f-string in the program takes the other.
-    return _NUMBER.sub(take, name.replace("{", "{{{{").replace("}", "}}}}"))
 
 
 # ---- one instance ----------------------------------------------------------------------------------------------------
@@ -238,17 +225,6 @@ class _Tensors:
         return tuple(self._found.values())
 
 
-def _merged(ranges: Ranges) -> Ranges:
-    """The same rows in ascending order, neighbours joined."""
-    merged: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-        else:
-            merged.append((start, stop))
-    return tuple(merged)
-
-
 def _products(site: AttentionSite) -> list[list[_Product]]:
     """For each term of a site the product of each of its query heads that has one."""
     found: list[list[_Product]] = []
@@ -258,7 +234,7 @@ def _products(site: AttentionSite) -> list[list[_Product]]:
             parts = [(site.query[b], site.query[b].heads[head]) for b in term.query]
             parts += [(site.key[b], site.key[b].heads[key_head]) for b in term.key]
             if all(ranges for _, ranges in parts):
-                own.append(tuple(_Unit(block.param, block.bias, _merged(ranges)) for block, ranges in parts))
+                own.append(tuple(_Unit(block.param, block.bias, merged(ranges)) for block, ranges in parts))
         found.append(own)
     return found
 

@@ -70,17 +70,23 @@ class Tables:
 
 def as_ranges(values: Sequence[int]) -> list[str]:
     """Whole numbers as entries of a list, three or more in even steps as a range: `0, 5, *range(8, 12)`."""
+    runs = even_runs(values)
+    parts = []
+    for run in runs:
+        step = run[1] - run[0] if len(run) > 1 else 0
+        parts += [f"*{range_of(run)}"] if len(run) > 2 and step > 0 else list(map(str, run))
+    return parts
+
+
+def even_runs(values: Sequence[int]) -> list[list[int]]:
+    """Whole numbers cut into stretches in even steps."""
     runs: list[list[int]] = []
     for value in values:
         if runs and (len(runs[-1]) < 2 or value - runs[-1][-1] == runs[-1][1] - runs[-1][0]):
             runs[-1].append(value)
         else:
             runs.append([value])
-    parts = []
-    for run in runs:
-        step = run[1] - run[0] if len(run) > 1 else 0
-        parts += [f"*{range_of(run)}"] if len(run) > 2 and step > 0 else list(map(str, run))
-    return parts
+    return runs
 
 
 def range_of(values: Sequence[int]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from quack_fx.train.program.kinds import Kind
+from quack_fx.train.program.names import common_prefix, unique_name, variable_names
 from quack_fx.train.program.rows import index_of
 from quack_fx.train.program.rule import factors_of
 from quack_fx.train.program.text import INDENT, Tables, as_ranges, bracketed, quoted, range_of
@@ -75,7 +76,7 @@ def _weights_lines(kind: Kind, low: str, variables: Sequence[str]) -> list[str]:
     fields, rows = _independent(kind)
     letters = ", ".join(f"{letter}: int" for letter in _LETTERS[: len(rows[0])])
     texts = [tensor.name.format(*fields) for tensor in kind.tensors]
-    prefix = _common_prefix(texts)
+    prefix = common_prefix(texts)
     short = len(texts) > 1 and bool(prefix)
     lines = [f"def {low}_weights({letters}) -> dict[str, str]:"]
     lines += [f'{INDENT}"""Names of the weights and biases of one attention."""']
@@ -118,48 +119,19 @@ def _block_names(kind: Kind) -> list[str]:
     names: list[str] = []
     for block in kind.blocks:
         name = block.role if roles.count(block.role) == 1 and block.role != "other" else variables[block.tensors[0]]
-        unique, n = name, 2
-        while unique in names:
-            unique, n = f"{name}_{n}", n + 1
-        names.append(unique)
+        names.append(unique_name(name, names))
     return names
 
 
 def _variables(kind: Kind) -> list[str]:
     """A name for every tensor, after the module that holds it."""
-    taken = set(_RESERVED)
-    names: list[str] = []
-    for tensor in kind.tensors:
-        path = [re.sub(r"\{.*?\}|\W", "", part).strip("_") for part in tensor.name.split(".")]
-        path = [part for part in path if part and not part.isdigit()] or ["weight"]
-        tail = path.pop() if len(path) > 1 and path[-1] in ("weight", "bias") else ""
-        name = path.pop().removesuffix("_weight")
-        name = f"{name}_bias" if tail == "bias" else name
-        while path and (name in taken or not name.isidentifier()):
-            name = f"{path.pop()}_{name}"
-        name = name if name.isidentifier() else f"w_{name}"
-        unique, n = name, 2
-        while unique in taken:
-            unique, n = f"{name}_{n}", n + 1
-        taken.add(unique)
-        names.append(unique)
-    return names
+    return variable_names([tensor.name for tensor in kind.tensors], _RESERVED, biases=True)
 
 
 def _named(text: str) -> str:
     """A name with fields in single braces, and its own braces doubled, as a literal."""
     fields = "{" in text.replace("{{", "").replace("}}", "")
     return quoted(text, fields=True) if fields else quoted(text.replace("{{", "{").replace("}}", "}"))
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """The module path that all names start with."""
-    common = []
-    for level in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

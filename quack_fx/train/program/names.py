@@ -1,0 +1,64 @@
+"""Names of parameters as a program writes them: numbers as fields, variables, what they have in common.
+
+In: fully qualified names. Out: templates, identifiers, prefixes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+_NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
+
+
+def name_template(name: str, numbers: list[int]) -> str:
+    """A name for `str.format` in which every number is a field; the numbers are appended to `numbers`."""
+
+    def take(match: re.Match[str]) -> str:
+        numbers.append(int(match[0]))
+        return f"{{{len(numbers) - 1}}}"
+
+    # Twice the braces: one pair less after str.format, and then the f-string in the program takes the other.
+    return _NUMBER.sub(take, name.replace("{", "{{{{").replace("}", "}}}}"))
+
+
+def variable_names(full_names: Sequence[str], reserved: Collection[str], biases: bool = False) -> list[str]:
+    """A variable for every parameter, after the module that holds it.
+
+    Arguments:
+        full_names: The names, with or without fields.
+        reserved: Names that are taken.
+        biases: Whether one called `bias` is `MODULE_bias`.
+    """
+    taken = set(reserved)
+    names: list[str] = []
+    for full_name in full_names:
+        path = [re.sub(r"\{.*?\}|\W", "", part).strip("_") for part in full_name.split(".")]
+        path = [part for part in path if part and not part.isdigit()] or ["weight"]
+        tails = ("weight", "bias") if biases else ("weight",)
+        tail = path.pop() if len(path) > 1 and path[-1] in tails else ""
+        name = path.pop().removesuffix("_weight")
+        name = f"{name}_bias" if tail == "bias" else name
+        while path and (name in taken or not name.isidentifier()):
+            name = f"{path.pop()}_{name}"
+        names.append(unique_name(name if name.isidentifier() else f"w_{name}", taken))
+        taken.add(names[-1])
+    return names
+
+
+def unique_name(name: str, taken: Collection[str]) -> str:
+    """The name, or the name with the first number that is free."""
+    unique, n = name, 2
+    while unique in taken:
+        unique, n = f"{name}_{n}", n + 1
+    return unique
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """The module path that all names start with."""
+    common = []
+    for level in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join(common)
