@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class Evidence:
         self, graph: Graph, site: AttentionSite, softmax: Softmax, attention: Set[Op], generator: torch.Generator
     ) -> None:
         self.graph, self.site, self.softmax = graph, site, softmax
-        self._softmax, self._attention, self.generator = softmax, attention, generator
+        self._attention, self.generator = attention, generator
         self.blocks: dict[Side, tuple[WeightBlock, ...]] = {"query": site.query, "key": site.key}
         self.claimed: dict[Side, frozenset[str]] = {
             side: frozenset(b.param for b in blocks) for side, blocks in self.blocks.items()
@@ -260,8 +261,13 @@ class Evidence:
         queries = max(len(set().union(*map(indices, block.heads))) for block in self.site.query)
         if features is None or features < queries:
             return False
+        return factor.product.op in self._behind_all
+
+    @cached_property
+    def _behind_all(self) -> Set[Op]:
+        """Products with weights behind queries, keys and values alike."""
         behind = ({f.product.op for part in self.parts for f in all_factors(part.around[side])} for side in SIDES)
-        return factor.product.op in set.intersection(*behind, set(self.graph.values_behind(self._softmax)))
+        return set.intersection(*behind, set(self.graph.values_behind(self.softmax)))
 
     def _keeps_features(self, factor: Factor, side: Side) -> bool:
         """Whether a product with a weight sums claimed features over tokens: each of its elements is of one feature."""

@@ -101,15 +101,16 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
     cause = error.__cause__ or error
     parameters = signature(model)
     optional = [p for p in parameters if p.default is None and p.name not in given.kwargs]
-    named = [p for p in optional if p.name in (unmet_names(cause) or failing_names(cause))]
+    unmet = unmet_names(cause)
+    failing = unmet or failing_names(cause)
+    named = [p for p in optional if p.name in failing]
     if not named and not asks_for_more(cause):
         return []
     filled = [p for p in parameters if p.default is p.empty or p.name in given.kwargs]
     filled = [p for p in filled if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     # Where a check ended the forward, nothing was read of what comes behind it: all arguments are inferred again.
-    anew = bool(unmet_names(cause))
     return [
-        inputs if anew else _with(given, p.name, inputs.kwargs[p.name])
+        inputs if unmet else _with(given, p.name, inputs.kwargs[p.name])
         for p in (named or optional)[:4]
         for inputs in _candidates(model, [*filled, p], 2)
         if p.name in inputs.kwargs

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quack_fx.targets.inputs.values import TOKENS, Inputs, named
+from quack_fx.targets.inputs.values import TOKENS, Inputs, has_fields, named
 
 Change = Callable[[Tensor], Tensor | None]
 """What becomes of each tensor among the arguments; None where it stays."""
@@ -96,7 +96,7 @@ def each_in(value: Any, change: Change) -> Any:
         return value if changed is None else changed
     if isinstance(value, SimpleNamespace):
         return SimpleNamespace(**{name: each_in(part, change) for name, part in vars(value).items()})
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if has_fields(value):
         parts = {field.name: each_in(getattr(value, field.name), change) for field in dataclasses.fields(value)}
         return _with_parts(value, parts)
     if isinstance(value, Mapping):

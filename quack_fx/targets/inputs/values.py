@@ -198,7 +198,7 @@ def expression(value: Any) -> str:
     if isinstance(value, SimpleNamespace):
         parts = ", ".join(f"{name}={expression(part)}" for name, part in vars(value).items())
         return f"SimpleNamespace({parts})"
-    if _has_fields(value):
+    if has_fields(value):
         parts = ", ".join(f"{f.name}={expression(getattr(value, f.name))}" for f in dataclasses.fields(value))
         return f"{type(value).__name__}({parts})"
     if isinstance(value, Mapping):
@@ -235,7 +235,7 @@ def shown(value: Any) -> str:
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     if isinstance(value, SimpleNamespace):
         return f"namespace({', '.join(f'{name}={shown(part)}' for name, part in vars(value).items())})"
-    if _has_fields(value):
+    if has_fields(value):
         fields = ", ".join(f"{field.name}={shown(getattr(value, field.name))}" for field in dataclasses.fields(value))
         return f"{type(value).__name__}({fields})"
     if isinstance(value, Mapping):
@@ -252,7 +252,8 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
-def _has_fields(value: Any) -> bool:
+def has_fields(value: Any) -> bool:
+    """Whether a value is an object of a dataclass."""
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 

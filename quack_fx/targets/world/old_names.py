@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -78,21 +79,20 @@ _LENT: list[tuple[type, str]] = []
 
 
 def _lend(package: str) -> None:
-    """Give classes of a package what subclasses and configs of before rely on."""
-    if package != "transformers" or _LENT:
+    """Give classes of a package what subclasses and configs of before rely on; only those that are loaded by now."""
+    if package != "transformers":
         return
-    models, configs = (
-        importlib.import_module(f"{package}.{name}") for name in ("modeling_utils", "configuration_utils")
-    )
     length = property(lambda self: self.n_positions, lambda self, value: setattr(self, "n_positions", value))
-    lent: list[tuple[type, str, Any]] = [
-        (models.PreTrainedModel, "all_tied_weights_keys", {}),  # of `post_init`, which ends constructors only today
-        (models.PreTrainedModel, "get_head_mask", _no_head_mask),
-        (models.PreTrainedModel, "invert_attention_mask", _inverted_mask),
-        (configs.PreTrainedConfig, "n_ctx", length),
+    lent: list[tuple[str, str, str, Any]] = [
+        # `post_init` sets them, which ends constructors only today.
+        ("modeling_utils", "PreTrainedModel", "all_tied_weights_keys", {}),
+        ("modeling_utils", "PreTrainedModel", "get_head_mask", _no_head_mask),
+        ("modeling_utils", "PreTrainedModel", "invert_attention_mask", _inverted_mask),
+        ("configuration_utils", "PreTrainedConfig", "n_ctx", length),
     ]
-    for cls, name, value in lent:
-        if not hasattr(cls, name):
+    for module, owner, name, value in lent:
+        cls = getattr(sys.modules.get(f"{package}.{module}"), owner, None)
+        if cls is not None and not hasattr(cls, name):
             setattr(cls, name, value)
             _LENT.append((cls, name))
 
