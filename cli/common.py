@@ -131,6 +131,7 @@ def find(
 
         if real:
             resolved = resolve(target, build=build, inputs=inputs, real=True, progress=say)
+            _command.enter_context(resolved.importable())
         else:
             resolved = _command.enter_context(opened(target, build=build, inputs=inputs, progress=say))
         shapes = {name: tuple(p.shape) for name, p in resolved.model.named_parameters()}

@@ -168,6 +168,13 @@ def test_bench_prints_the_table_and_writes_it(
     assert run(capfd, "bench", GPT, "--ways", "a", "-o", "table.md")[0] == 2  # it exists
 
 
+@pytest.mark.slow
+def test_bench_compiles_a_file_of_ones_own(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (own_folder / "mine_alone.py").write_text(Path(GPT).read_text())
+    status, out, _ = run(capfd, "bench", "mine_alone.py", "--rounds", "2", "--ways", "plain,quack")
+    assert status == 0 and "our step with QuacK" in out
+
+
 def test_verify_proves_what_was_found(capfd: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capfd, "verify", MLA)
     assert (status, err) == (0, "") and "proved" in out

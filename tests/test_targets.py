@@ -129,6 +129,18 @@ def test_a_real_model_is_given_when_asked_for() -> None:
     assert "built for real" in target.how and not any(p.is_meta for p in target.model.parameters())
 
 
+def test_a_real_model_is_compiled_while_its_files_can_be_imported() -> None:
+    file = write("mine_alone.py", ATTENTION + GPT.format("", ""))
+    target = resolve(file, real=True)
+    assert "mine_alone" not in sys.modules
+    with target.importable():
+        assert sys.modules["mine_alone"].GPT is type(target.model)
+        # A function of another file, as a loss is: its own file is imported, and those of what it calls.
+        loss = torch.compile(lambda *args, **kwargs: target.model(*args, **kwargs), backend="eager", fullgraph=True)
+        loss(*target.args, **target.kwargs)
+    assert "mine_alone" not in sys.modules
+
+
 def test_a_model_too_large_to_build_for_real_is_refused() -> None:
     source = """
     import torch

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from quack_fx.errors import TargetError
 from quack_fx.machine import bounded_memory
@@ -109,7 +110,7 @@ def opened(
                 if world is worlds[-1] or len(worlds) > 4:
                     raise first from first.__cause__
                 continue
-            yield resolved
+            yield replace(resolved, modules=world.modules)
             return
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -58,6 +61,7 @@ class Target:
         build: The --build expression that makes this model; "" where the target says it all by itself.
         notes: What else a person should know: pairs of a word that says what it is about, and a sentence.
         again: Builds the model once more, for real; only while the world of the target is open.
+        modules: The files that it is made of, by name, once that world is closed and they are modules no more.
     """
 
     model: nn.Module
@@ -71,6 +75,18 @@ class Target:
     build: str = ""
     notes: tuple[tuple[str, str], ...] = ()
     again: Callable[[], nn.Module] | None = None
+    modules: Mapping[str, ModuleType] = field(default_factory=dict)
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """Context in which its files are modules again: torch.compile imports those of what it compiles."""
+        added = {name: module for name, module in self.modules.items() if name not in sys.modules}
+        sys.modules.update(added)
+        try:
+            yield
+        finally:
+            for name in added:
+                sys.modules.pop(name, None)
 
     def with_numbers(self) -> nn.Module:
         """The model built for real, if it is on meta and that can be done: its masks and tables then have numbers."""

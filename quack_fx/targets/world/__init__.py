@@ -56,6 +56,8 @@ class World:
         self._until = time.monotonic() + PATIENCE
         self._place: Place | None = None
         self._own: dict[tuple[str, str], bool] = {}
+        self.modules: dict[str, ModuleType] = {}
+        """The target's own files by the names that they were imported by, once the world is closed."""
         self._stack = ExitStack()
         self.imports = Imports(self.is_own, self._look_elsewhere, guarded)
         self.notes: list[str] = []
@@ -79,7 +81,7 @@ class World:
             torch.random.set_rng_state(random)
             # All are looked at before any goes: the path of a folder without __init__.py is told by what is above it.
             for name in [n for n in set(sys.modules) - before if any(map(self.is_own, _places(sys.modules[n])))]:
-                del sys.modules[name]
+                self.modules[name] = sys.modules.pop(name)
 
     def is_late(self) -> bool:
         """Whether guessing has gone on for so long that a person would rather be told what is missing."""
