@@ -136,7 +136,7 @@ def find(
             resolved = _command.enter_context(opened(target, build=build, inputs=inputs, progress=say))
         shapes = {name: tuple(p.shape) for name, p in resolved.model.named_parameters()}
         if given is not None:
-            from quack_fx.factors import check_layout
+            from quack_fx.layout.fit import check_layout
 
             check_layout(given, resolved.model)
             return Finding(resolved, given, Facts(resolved.title, resolved.how, shapes=shapes, notes=resolved.notes))

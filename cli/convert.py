@@ -107,6 +107,12 @@ def convert(
     assume: Annotated[
         bool, typer.Option("--assume", help="Write the file even where sizes of the model had to be assumed.")
     ] = False,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="For weights that FSDP2 or tensor parallelism shard.")
+    ] = False,
+    master_weights: Annotated[
+        bool, typer.Option("--master-weights", help="Update parameters in half precision as fp32 copies of them.")
+    ] = False,
     layout: LayoutOption = None,
     build: BuildOption = None,
     inputs: InputsOption = None,
@@ -123,7 +129,7 @@ def convert(
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to convert")
         return 1
-    from quack_fx.emit import emit, surgery
+    from quack_fx.train.convert import emit, features_of, surgery
 
     # A given layout may call a tied parameter by any of its names.
     shapes = {name: tuple(p.shape) for name, p in finding.target.model.named_parameters(remove_duplicate=False)}
@@ -134,7 +140,10 @@ def convert(
             note(text)
     else:
         pairs, stand_ins = finding.layout, {}
-    source = emit(pairs, shapes, title=title, optimizer=optimizer.value, tau=tau, stand_ins=stand_ins)
+    features = features_of(sharded, master_weights)
+    source = emit(
+        pairs, shapes, title=title, optimizer=optimizer.value, tau=tau, features=features, stand_ins=stand_ins
+    )
     if output is None:
         typer.echo(source, nl=False)
     else:

@@ -17,23 +17,23 @@ _HOME = {
     "insert_qk_norm": "insert",
     "verify_qk_pairs": "verify",
     "strip_qk_norm": "strip",
-    "QuacK": "optim",
-    "compile_train_step": "step",
-    "convert": "emit",
+    "QuacK": "train.hooks",
+    "compile_train_step": "train.step",
+    "convert": "train.convert",
     "QuackError": "errors",
 }
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from quack_fx.emit import convert
     from quack_fx.errors import QuackError
     from quack_fx.find import find_qk_pairs
     from quack_fx.insert import insert_qk_norm
     from quack_fx.layout import QKLayout
-    from quack_fx.optim import QuacK
     from quack_fx.recording import capture
-    from quack_fx.step import compile_train_step
     from quack_fx.strip import strip_qk_norm
+    from quack_fx.train.convert import convert
+    from quack_fx.train.hooks import QuacK
+    from quack_fx.train.step import compile_train_step
     from quack_fx.verify import verify_qk_pairs
 
 

@@ -10,7 +10,7 @@ from mutations import meaning, mutations
 from torch import Tensor, nn
 
 from quack_fx.errors import LayoutError, VerifyError
-from quack_fx.factors import check_layout
+from quack_fx.layout.fit import check_layout
 from quack_fx.layout import QKLayout
 from quack_fx.verify import alone, prove, run_copy
 

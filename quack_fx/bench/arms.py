@@ -9,7 +9,6 @@ In: a model, its layout and a loss. Out: `Arm`s: `forward(batch)` leaves gradien
     e  the model with QK norm (RMS with a gain), the compiled step of this package, no QuacK
     f  the model with QK norm, else as a
     plain, quack   the compiled step of this package without and with QuacK
-    whole   the latter as one graph
 """
 
 from __future__ import annotations
@@ -17,17 +16,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quack_fx.errors import StepError
-from quack_fx.factors import FactorPlan
 from quack_fx.insert import insert_qk_norm
-from quack_fx.layout import QKLayout
-from quack_fx.step import compile_train_step
+from quack_fx.layout import QKLayout, Ranges, WeightBlock
+from quack_fx.train.step import compile_train_step
 
 Loss = Callable[..., Tensor]
 """`loss(model, *args, **kwargs)`: a scalar."""
@@ -41,7 +37,6 @@ MEANING = {
     "f": "QK norm in the model, eager, fused AdamW",
     "plain": "our step, no QuacK",
     "quack": "our step with QuacK",
-    "whole": "our step with QuacK, one graph",
 }
 
 _PAIR = ("plain", "quack")
@@ -80,18 +75,14 @@ class Arm:
         model: Its own copy of the model.
         forward: Leaves the gradients, and gives the loss.
         update: Uses the gradients up.
-        both: Does both at once, where it is one graph; else None.
     """
 
     model: nn.Module
     forward: Callable[[], Tensor]
     update: Callable[[], None]
-    both: Callable[[], Tensor] | None = None
 
     def step(self) -> Tensor:
         """A whole training step."""
-        if self.both is not None:
-            return self.both()
         loss = self.forward()
         self.update()
         return loss
@@ -131,8 +122,6 @@ def _arm(name: str, case: Case) -> Arm | str:
         return model
     if name == "e":
         return _ours(model, _adamw(model, case), QKLayout(), case)
-    if name == "whole":
-        return _as_one_graph(model, case)
     return _own(name, model, case)
 
 
@@ -141,21 +130,9 @@ def _adamw(model: nn.Module, case: Case) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=case.lr, fused=True if parameters[0].is_cuda else None)
 
 
-def _ours(
-    model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, case: Case, whole_graph: bool = False
-) -> Arm:
-    step = compile_train_step(
-        model, optimizer, case.loss, layout=layout, clip_grad_norm=case.clip, whole_graph=whole_graph
-    )
-    both = partial(step, *case.args, **case.kwargs) if whole_graph else None
-    return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update, both)
-
-
-def _as_one_graph(model: nn.Module, case: Case) -> Arm | str:
-    try:
-        return _ours(model, _adamw(model, case), case.layout, case, whole_graph=True)
-    except StepError as error:
-        return str(error)
+def _ours(model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, case: Case) -> Arm:
+    step = compile_train_step(model, optimizer, case.loss, layout=layout, clip_grad_norm=case.clip)
+    return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update)
 
 
 def _with_qk_norm(case: Case) -> nn.Module | str:
@@ -203,10 +180,16 @@ class _ByHand:
     """Alg. 1 and 2 head by head: norms before the step, rows scaled after it."""
 
     def __init__(self, model: nn.Module, layout: QKLayout) -> None:
-        plan = FactorPlan.from_layout(layout)
         params = dict(model.named_parameters())
-        self._terms = plan.terms
-        self._rows = [[params[u.param].detach().narrow(u.axis, a, b - a) for a, b in u.ranges] for u in plan.units]
+        heads: dict[tuple[str, int, Ranges], int] = {}
+
+        def number(block: WeightBlock, ranges: Ranges) -> int:
+            return heads.setdefault((block.param, block.axis, ranges), len(heads))
+
+        sites = [site for site in layout.sites if not site.qk_norm]
+        terms = [term for site in sites for head in range(site.query_heads) for term in site.head_terms(head)]
+        self._terms = [tuple(number(block, ranges) for block, ranges in term) for term in terms]
+        self._rows = [[params[name].detach().narrow(axis, a, b - a) for a, b in ranges] for name, axis, ranges in heads]
         self._first = self._factors()
 
     def _factors(self) -> list[Tensor]:

@@ -144,7 +144,7 @@ def compare(
     steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
     update_rounds = update_rounds or _OWN_TIMES * rounds
     tell(f"timing {update_rounds} rounds of updates")
-    alone = _updates_alone({name: arm for name, arm in ways.items() if arm.both is None})
+    alone = _updates_alone(ways)
     updates = take_turns(alone, update_rounds, warm=alone)
     update_works = {name: device_work(update) for name, update in alone.items()}
     tell("measuring what the machine can do")

@@ -67,9 +67,6 @@ def findings(comparison: Comparison) -> Iterator[str]:
             f"step {c.ratio('quack', 'plain', _step)}, peak memory {memory:.3f}."
         )
         yield from _on_device(c)
-    if {"whole", "quack"} <= c.ways.keys():
-        memory = c.ways["whole"].peak / max(1, c.ways["quack"].peak)
-        yield f"As one graph over as a few: step {c.ratio('whole', 'quack', _step)}, peak memory {memory:.3f}."
     if {"e", "quack", "plain"} <= c.ways.keys():
         yield (
             f"QuacK over QK norm: step {c.ratio('quack', 'e', _step)}. "

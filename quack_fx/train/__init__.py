@@ -1,4 +1,12 @@
-"""USER: from a layout to a training step.
+"""USER: training with QuacK.
 
-program/    the step written down for one model
+In: a layout, the model and its optimizer. Out: a training step whose query and key rows have learning rates of their
+own.
+
+    program/     the training step of one model, written down as Python that needs torch alone
+    convert.py   that text for users
+    step.py      the same text, run, with accumulation, scaler, several optimizers
+    hooks.py     QuacK on any optimizer's own step
+    loss.py      what a loss function feeds its model
+    lion.py      whether an optimizer is Lion
 """

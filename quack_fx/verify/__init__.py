@@ -39,8 +39,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
 from quack_fx.errors import VerifyError, first_line
-from quack_fx.factors import check_layout
 from quack_fx.layout import AttentionSite, QKLayout
+from quack_fx.layout.fit import check_layout
 from quack_fx.verify.compare import check_site
 from quack_fx.verify.copy import CannotRun, TooLarge, as_float32, random_copy
 from quack_fx.verify.evidence import CannotTell, Evidence, NothingWeighed

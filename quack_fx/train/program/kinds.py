@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from quack_fx.errors import EmitError, LayoutError
+from quack_fx.errors import LayoutError
 from quack_fx.layout import AttentionSite, QKLayout, Ranges, Role, WeightBlock, merged
 from quack_fx.train.program.names import name_template
 
@@ -91,7 +91,6 @@ def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kin
 
     Raises:
         LayoutError: A parameter is missing, its rows do not fit its shape, or it has rows along two axes.
-        EmitError: There is no pair, or two heads share a part of their rows.
 
     Example:
         >>> kind, = kinds_of(find_qk_pairs(model, ids), {name: p.shape for name, p in model.named_parameters()})
@@ -102,20 +101,7 @@ def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kin
         numbers: list[int] = []
         tensors = tuple(replace(tensor, name=name_template(tensor.name, numbers)) for tensor in kind.tensors)
         found.setdefault(replace(kind, tensors=tensors), []).append(tuple(numbers))
-    if not found:
-        raise EmitError(why_empty(layout))
     return tuple(replace(kind, instances=tuple(sorted(instances))) for kind, instances in found.items())
-
-
-def why_empty(layout: QKLayout) -> str:
-    """Why a layout gives nothing to write."""
-    if layout.sites:
-        return (
-            f"all {len(layout.sites)} attentions keep their QK norm, so their logits do not depend on the norms of the "
-            "weights; take it out first (--qk-norm strip, or quack_fx.strip_qk_norm)"
-        )
-    reasons = "; ".join(f"{skipped.name!r}: {skipped.reason}" for skipped in layout.skipped[:3])
-    return f"no query/key pairs to write a training step for{f' ({reasons})' if reasons else ''}"
 
 
 def _connected(sites: Sequence[AttentionSite]) -> list[list[AttentionSite]]:
@@ -163,20 +149,10 @@ def _kind(sites: Sequence[AttentionSite], shapes: Mapping[str, Sequence[int]]) -
             tensors.add(site, block)
     products = [_products(site) for site in sites]
     blocks = _blocks(sites, products)
-    _check_apart(units for _, units in blocks)
     home = {unit: (b, h) for b, (_, units) in enumerate(blocks) for h, unit in enumerate(units)}
     terms = list(dict.fromkeys(term for own in products for product in own for term in _terms(product, home)))
     made = tuple(Block(role, tensors.of(units[0]), tuple(unit.ranges for unit in units)) for role, units in blocks)
     return Kind(" and ".join(dict.fromkeys(map(_title, sites))), tensors.all(), made, tuple(terms), ())
-
-
-def _check_apart(blocks: Iterable[Sequence[_Unit]]) -> None:
-    """Refuse rows that two heads share with others beside them: their scale would be the smaller one of both."""
-    owner: dict[tuple[str, int], _Unit] = {}
-    for unit in (unit for units in blocks for unit in units):
-        for row in (row for start, stop in unit.ranges for row in range(start, stop)):
-            if owner.setdefault((unit.param, row), unit) != unit:
-                raise EmitError(f"row {row} of {unit.param!r} is part of two heads that are not the same")
 
 
 def _title(site: AttentionSite) -> str:

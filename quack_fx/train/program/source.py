@@ -1,7 +1,7 @@
 """USER: the training step of one model as one text.
 
-In: a layout and the shapes of its parameters. Out: source that needs torch alone: what the attentions of the model are
-(`write.py`), then what is the same for all models (`parts/`, copied).
+In: a layout, the shapes of its parameters, the optimizers. Out: source that needs torch alone: what the attentions of
+the model are (`write.py`), then what is the same for all models (`parts/`, copied).
 """
 
 from __future__ import annotations
@@ -13,67 +13,115 @@ from functools import cache
 from importlib.resources import files
 
 from quack_fx.layout import QKLayout
+from quack_fx.train.program.about import about
 from quack_fx.train.program.kinds import kinds_of
+from quack_fx.train.program.norms import StandIn, norm_features, write_norms
 from quack_fx.train.program.text import bracketed
 from quack_fx.train.program.write import write_kinds
 
-_PARTS = ("quack", "sharded", "look", "adamw", "step")
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adamw": ("AdamW",),
+    "adam": ("Adam",),
+    "sgd": ("SGD",),
+    "muon": ("Muon", "AdamW"),
+    "lion": ("Lion",),
+}
+"""The classes of torch.optim, and Lion, that a program takes the steps of, by the name that users choose them by."""
+
+PARTS_OF = {"AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "Muon": "muon", "Lion": "lion"}
+"""The part with the arithmetic of each."""
+
 _CONDITION = re.compile(r"  # if (\w+)$")
 """Stands behind a statement that only programs with a feature have."""
 
 
-def write_program(layout: QKLayout, shapes: Mapping[str, Sequence[int]], title: str, *, sharded: bool = False) -> str:
+def write_program(
+    layout: QKLayout,
+    shapes: Mapping[str, Sequence[int]],
+    title: str,
+    optimizers: Sequence[str] = OPTIMIZERS["adamw"],
+    *,
+    tau: float = 1.0,
+    features: Collection[str] = (),
+    stand_ins: Mapping[str, StandIn] | None = None,
+) -> str:
     """The training step of a model.
 
     Arguments:
-        layout: Its pairs.
+        layout: Its pairs; with none of them the text is a plain step.
         shapes: Shape of every parameter that the layout names.
         title: Name of the model.
-        sharded: Whether its weights may be DTensors.
+        optimizers: The classes whose steps it takes, keys of `PARTS_OF`.
+        tau: Default of the step's `tau`.
+        features: "sharded" where weights may be DTensors, "masters" where those in half precision are updated as fp32
+            copies.
+        stand_ins: For each QK norm module that the text takes out of the model what it puts there.
 
     Returns:
         Source, stable under `ruff format` at 120 columns.
 
     Raises:
         LayoutError: The layout does not fit the shapes.
-        EmitError: There is no pair.
 
     Example:
         >>> shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         >>> source = write_program(find_qk_pairs(model, ids), shapes, "GPT")
     """
     kinds = kinds_of(layout, shapes)
-    features = {"sharded"} if sharded else set[str]()
-    parts = [list(_definitions(part, features)) for part in _PARTS if part != "sharded" or sharded]
-    kind, *rest = parts[0]
+    stand_ins = stand_ins or {}
+    features = {*features, *norm_features(stand_ins)}
+    names = list(dict.fromkeys(PARTS_OF[optimizer] for optimizer in optimizers))
+    optional = {"sharded": "sharded", "masters": "masters", "norms": "norms"}
+    parts = [
+        part
+        for part in ("quack", "sharded", "norms", "change", *names, "masters", "loss", "step")
+        if part not in optional or part in features
+    ]
+    texts = {part: list(_definitions(part, features)) for part in parts}
+    kind, *rest = texts.pop("quack")
     model = "\n".join(write_kinds(kinds))
-    body = [kind, model, *rest, *(text for part in parts[1:] for text in part)]
     unused = tuple(f"def {name}(" for name in ("largest", "smallest") if f"{name}(" not in model)
-    body = [text for text in body if not text.startswith(unused)]
-    head = f'"""AdamW with QuacK for {title}."""\n\n{_imports(body)}'
+    rest = [text for text in rest if not text.startswith(unused)]
+    last = texts.pop("step")
+    if tau != 1.0:
+        last = [text.replace("tau: float | Tensor = 1.0", f"tau: float | Tensor = {tau!r}") for text in last]
+    body = [kind, model, *rest, *(text for own in texts.values() for text in own), _steps(optimizers), *last]
+    if stand_ins:
+        body.insert(2, "\n".join(write_norms(stand_ins)))
+    head = f"{about(layout, kinds, title, optimizers, bool(stand_ins))}\n\n{_imports(parts, body)}"
     return "\n\n\n".join([head, *body]) + "\n"
+
+
+def _steps(optimizers: Sequence[str]) -> str:
+    """The table of the steps that the program takes."""
+    kinds = [(f"torch.optim.{name}" if name != "Lion" else name, PARTS_OF[name]) for name in optimizers]
+    entries = [f"{kind}: step_{part}" for kind, part in kinds]
+    return "\n".join(bracketed(0, "STEPS: dict[type[Optimizer], Callable[..., None]] = {", entries, "}"))
 
 
 def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
     """The classes and functions of a part, decorators and all."""
     lines, tree = _source(part)
     for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if isinstance(node, ast.Assign):
+            yield "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name != "qk_norms":
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             kept = dict(enumerate(lines[first - 1 : node.end_lineno], first))
-            for statement in ast.walk(node):
-                only = _CONDITION.search(lines[_last(statement) - 1]) if isinstance(statement, ast.stmt) else None
-                if isinstance(statement, ast.stmt) and only is not None and only[1] not in features:
-                    for number in range(statement.lineno, _last(statement) + 1):
-                        kept.pop(number, None)
+            for piece in ast.walk(node):
+                if isinstance(piece, ast.stmt | ast.arg):
+                    only = _CONDITION.search(lines[_last(piece) - 1])
+                    if only is not None and only[1] not in features:
+                        for number in range(piece.lineno, _last(piece) + 1):
+                            kept.pop(number, None)
             text = "\n".join(_CONDITION.sub("", line) for line in kept.values())
             yield re.sub(r"\n{3,}", "\n\n", text)
 
 
-def _last(statement: ast.stmt) -> int:
+def _last(piece: ast.stmt | ast.arg) -> int:
     """Number of the last line of a statement; of one with a body, of its first line."""
-    body = getattr(statement, "body", None)
-    return statement.lineno if body else (statement.end_lineno or statement.lineno)
+    body = getattr(piece, "body", None)
+    return piece.lineno if body else (piece.end_lineno or piece.lineno)
 
 
 @cache
@@ -82,12 +130,12 @@ def _source(part: str) -> tuple[list[str], ast.Module]:
     return text.splitlines(), ast.parse(text)
 
 
-def _imports(body: Sequence[str]) -> str:
+def _imports(parts: Sequence[str], body: Sequence[str]) -> str:
     """The imports of the parts, as far as their names occur in the text."""
     text = "\n".join(body)
     plain: set[str] = set()
     named: dict[str, dict[str, str | None]] = {}
-    for part in _PARTS:
+    for part in parts:
         for node in _source(part)[1].body:
             if isinstance(node, ast.Import):
                 plain |= {a.name for a in node.names}

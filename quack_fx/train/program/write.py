@@ -9,6 +9,7 @@ import builtins
 import keyword
 import re
 from collections.abc import Sequence
+from hashlib import blake2b
 from itertools import pairwise
 
 from quack_fx.train.program.kinds import Kind
@@ -34,13 +35,22 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
         tables = Tables(f"{name.upper()}_TABLE")
         own = _kind_lines(kind, name, tables)
         axes = [f"{quoted(v)}: {t.axis}" for v, t in zip(_variables(kind), kind.tensors, strict=True) if t.axis]
-        entries = [_numbers(_independent(kind)[1], tables)]
+        entries = [_numbers(fields_of(kind.instances)[1], tables)]
         entries += [f"{name.lower()}_{part}" for part in ("weights", "rows", "factors")]
+        entries += [str(mark_of(kind))]
         entries += [f"axes={{{', '.join(axes)}}}"] if axes else []
         table += bracketed(1, "Kind(", entries, "),")
         lines += [*tables.lines, *own]
-    lines += ["KINDS = [", *table, "]"]
-    return lines
+    if not table:
+        return ["KINDS: tuple[Kind, ...] = ()"]
+    return [*lines, "KINDS = [", *table, "]"]
+
+
+def mark_of(kind: Kind, norm: str = "frobenius") -> int:
+    """A number that tells kinds apart whose first factors mean other things."""
+    blocks = [(block.role, block.heads, [kind.tensors[i].axis for i in block.tensors]) for block in kind.blocks]
+    digest = blake2b(repr((norm, blocks, kind.terms)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1  # an int64
 
 
 def _kind_names(kinds: Sequence[Kind]) -> list[str]:
@@ -73,7 +83,7 @@ def _kind_lines(kind: Kind, name: str, tables: Tables) -> list[str]:
 
 
 def _weights_lines(kind: Kind, low: str, variables: Sequence[str]) -> list[str]:
-    fields, rows = _independent(kind)
+    fields, rows = fields_of(kind.instances)
     letters = ", ".join(f"{letter}: int" for letter in _LETTERS[: len(rows[0])])
     texts = [tensor.name.format(*fields) for tensor in kind.tensors]
     prefix = common_prefix(texts)
@@ -81,11 +91,11 @@ def _weights_lines(kind: Kind, low: str, variables: Sequence[str]) -> list[str]:
     lines = [f"def {low}_weights({letters}) -> dict[str, str]:"]
     lines += [f'{INDENT}"""Names of the weights and biases of one attention."""']
     if short:
-        lines.append(f"{INDENT}at = {_named(prefix)}")
+        lines.append(f"{INDENT}at = {named(prefix)}")
     entries = []
     for variable, text in zip(variables, texts, strict=True):
         text = "{at}" + text.removeprefix(prefix) if short else text
-        entries.append(f"{quoted(variable)}: {_named(text)}")
+        entries.append(f"{quoted(variable)}: {named(text)}")
     return lines + bracketed(1, "return {", entries, "}")
 
 
@@ -128,7 +138,7 @@ def _variables(kind: Kind) -> list[str]:
     return variable_names([tensor.name for tensor in kind.tensors], _RESERVED, biases=True)
 
 
-def _named(text: str) -> str:
+def named(text: str) -> str:
     """A name with fields in single braces, and its own braces doubled, as a literal."""
     fields = "{" in text.replace("{{", "").replace("}}", "")
     return quoted(text, fields=True) if fields else quoted(text.replace("{{", "{").replace("}}", "}"))
@@ -137,9 +147,8 @@ def _named(text: str) -> str:
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _independent(kind: Kind) -> tuple[list[str], list[tuple[int, ...]]]:
-    """What stands for each number in the names, and the numbers that vary by themselves, for each attention."""
-    instances = kind.instances
+def fields_of(instances: Sequence[tuple[int, ...]]) -> tuple[list[str], list[tuple[int, ...]]]:
+    """What stands for each number in some names, and the numbers that vary by themselves, for each instance."""
     columns: list[int] = []
     fields = []
     for column in range(len(instances[0])):
@@ -160,10 +169,19 @@ def _independent(kind: Kind) -> tuple[list[str], list[tuple[int, ...]]]:
     return fields, [tuple(own[column] for column in columns) for own in instances]
 
 
+def loop_over(rows: Sequence[tuple[int, ...]], tables: Tables) -> str:
+    """The head of a loop over numbers: `for i in range(12):`; nothing where there are none."""
+    if not rows[0]:
+        return ""
+    if len(rows[0]) == 1:
+        values = [value for (value,) in rows]
+        even = len(values) > 1 and len({b - a for a, b in pairwise(values)}) == 1
+        return f"for i in {range_of(values) if even else tables.text(as_ranges(values))}:"
+    return f"for {', '.join(_LETTERS[: len(rows[0])])} in {tables.text([str(row) for row in rows])}:"
+
+
 def _numbers(rows: Sequence[tuple[int, ...]], tables: Tables) -> str:
     """The numbers of each attention as an expression: `[(i,) for i in range(12)]`."""
     if len(rows[0]) == 1 and len(rows) > 2:
-        values = [value for (value,) in rows]
-        even = len({b - a for a, b in pairwise(values)}) == 1
-        return f"[(i,) for i in {range_of(values) if even else tables.text(as_ranges(values))}]"
+        return f"[(i,) {loop_over(rows, tables)[:-1]}]"
     return tables.text([str(row) for row in rows])

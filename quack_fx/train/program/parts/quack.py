@@ -7,27 +7,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
+from quack_fx.train.program.parts.norms import check_stripped
 from quack_fx.train.program.parts.sharded import add_up, held, local, meshes_of, spread
 
 
 class Kind(NamedTuple):
-    """Attentions that are the same but for the numbers in the names of their weights.
+    """Attentions that are the same but for the numbers in the names of their weights."""
 
-    Attributes:
-        numbers: Those numbers, for each attention.
-        weights: Gives the name of each weight and bias of an attention from its numbers.
-        rows: Gives for each block the rows of its heads, [heads, rows of a head], and the weights that have them.
-        factors: The rule: gives the factors for some norms, both [attentions, heads].
-        axes: For weights that do not count their rows along axis 0 the axis that does.
-    """
-
-    numbers: Iterable[tuple[int, ...]]
-    weights: Callable[..., dict[str, str]]
-    rows: Callable[[], Any]
-    factors: Callable[[Any], Any]
-    axes: Mapping[str, int] = {}
+    numbers: Iterable[tuple[int, ...]]  # those of each attention
+    weights: Callable[..., dict[str, str]]  # the names of its weights and biases, from its numbers
+    rows: Callable[[], Any]  # for each block the rows of its heads, [heads, rows of a head], and the weights with them
+    factors: Callable[[Any], Any]  # the rule: factors from norms, both [attentions, heads] for each block
+    mark: int  # tells saved factors of this kind from others
+    axes: Mapping[str, int] = {}  # of weights that count their rows along another axis than 0
 
 
 KINDS: tuple[Kind, ...] = ()
@@ -36,121 +30,122 @@ KINDS: tuple[Kind, ...] = ()
 class QuacK:
     """The scale on the learning rate of every query and key row.
 
-    Make it while the model has its initial weights: their factors are what later ones are divided by.
-
-    Arguments:
-        model: The model, or what torch.compile, DistributedDataParallel or fully_shard made of it.
-        tau: The scale at the start.
+    Make it while the model has its initial weights: their factors are what later ones are divided by. `tau`, the scale
+    at the start, may be changed between steps.
     """
 
-    def __init__(self, model: nn.Module, tau: float = 1.0) -> None:
+    def __init__(self, model: nn.Module, tau: float | Tensor = 1.0) -> None:
         self.tau = tau
-        params = {bare(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
-        self.stacks: list[dict[str, Stack]] = []
-        self.rows: list[Any] = []
-        self.meshes: list[DeviceMesh] = []  # if sharded
-        for kind in KINDS:
-            names = [kind.weights(*numbers) for numbers in kind.numbers]
-            stacks = {w: Stack([params[n[w]] for n in names], kind.axes.get(w, 0)) for w in names[0]}
-            for stack in stacks.values():  # if sharded
-                stack.meshes = self.meshes  # if sharded
-            device = next(iter(stacks.values())).weights[0].device
-            self.stacks.append(stacks)
-            self.rows.append(type(rows := kind.rows())(*((index.to(device), *where) for index, *where in rows)))
-        stacked = (stack for own in self.stacks for stack in own.values())  # if sharded
-        self.meshes += meshes_of(weight for stack in stacked for weight in stack.weights)  # if sharded
+        self.kept: dict[Tensor, Tensor] = {}  # what the state of each weight has of first factors
+        self.find(model)
         self.first = self.factors()
-        self.kept: dict[Tensor, Tensor] = {}
         for kind, factors in zip(KINDS, self.first, strict=True):
             for block, factor in zip(factors._fields, factors, strict=True):
-                for numbers, dead in zip(kind.numbers, factor.isinf().any(-1).tolist(), strict=True):
-                    if dead:
-                        weights = ", ".join(kind.weights(*numbers).values())
-                        raise ValueError(f"all that {block} is multiplied with in {weights} is zero; initialise it")
+                for numbers, usable in zip(kind.numbers, factor.isfinite().all(-1).tolist(), strict=True):
+                    if not usable:
+                        names = ", ".join(kind.weights(*numbers).values())
+                        raise ValueError(f"what {block} meets in {names} is zero or not finite; initialise it")
+
+    def find(self, model: nn.Module) -> None:
+        """Find the weights; again where some were replaced."""
+        check_stripped(model)  # if norms
+        params = dict(model.named_parameters(remove_duplicate=False))
+        params |= {bare(name): weight for name, weight in params.items()}
+        self.stacks: list[dict[str, list[Tensor]]] = []  # for each kind its weights, each in all attentions
+        self.rows: list[Any] = []
+        self.home: dict[Tensor, tuple[int, int]] = {}  # of each weight the number of its kind, and of its attention
+        self.held: dict[Tensor, Tensor] = {}  # if sharded
+        for k, kind in enumerate(KINDS):
+            names = [kind.weights(*numbers) for numbers in kind.numbers]
+            self.stacks.append({name: [params[own[name]] for own in names] for name in names[0]})
+            self.home.update({params[name]: (k, i) for i, own in enumerate(names) for name in own.values()})
+            for name in names[0]:  # if sharded
+                self.held |= {w: held(w, kind.axes.get(name, 0)) for w in self.stacks[k][name]}  # if sharded
+            device = params[next(iter(names[0].values()))].device
+            with torch.device("cpu"):  # whatever the default
+                rows = kind.rows()
+            self.rows.append(type(rows)(*((index.to(device), *where) for index, *where in rows)))
+        self.meshes = meshes_of(self.home)  # if sharded
 
     @torch.no_grad()
-    def factors(self) -> list[Any]:
-        """Factors of the weights as they are, [attentions, heads] for each block; the same on every rank."""
+    def norms(self) -> list[Any]:
+        """Norms of the blocks as the weights are, [attentions, heads] for each block; the same on every rank."""
         squares = []
-        for stacks, rows in zip(self.stacks, self.rows, strict=True):
-            of = {name: stack.squares() for name, stack in stacks.items()}
-            sums = [torch.stack([of[name][..., index].sum(-1) for name in names]).sum(0) for index, *names in rows]
-            squares.append(sums)
+        for kind, stacks, rows in zip(KINDS, self.stacks, self.rows, strict=True):
+            of = {name: self.squares(weights, kind.axes.get(name, 0)) for name, weights in stacks.items()}
+            squares.append([torch.stack([of[n][..., index].sum(-1) for n in names]).sum(0) for index, *names in rows])
         add_up(squares, self.meshes)  # if sharded
-        norms = [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
-        return [kind.factors(own) for kind, own in zip(KINDS, norms, strict=True)]
+        return [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
 
-    @torch.no_grad()
-    def keep(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
-        """Keep the first factors in the state of each weight, and take over those of a state that was loaded."""
-        for stacks, rows, first in zip(self.stacks, self.rows, self.first, strict=True):
-            for name, stack in stacks.items():
-                blocks = [factor for (_, home, *_), factor in zip(rows, first, strict=True) if home == name]
-                for i, weight in enumerate(stack.weights):
-                    if not blocks or weight not in state:
-                        continue
-                    own = [factor[i] for factor in blocks]
-                    saved = state[weight].get("quack")
-                    if saved is None and weight in self.kept:
-                        raise ValueError(
-                            "the state that was loaded has no first factors; make the step after loading it"
-                        )
-                    if saved is None:  # as bytes: load_state_dict would round other numbers to the type of the weight
-                        state[weight]["quack"] = saved = torch.cat(own).view(torch.uint8)
-                    elif saved is not self.kept.get(weight):
-                        for factor, value in zip(
-                            own, saved.to(torch.uint8).view(torch.float64).split(list(map(len, own))), strict=True
-                        ):
-                            factor.copy_(value)
-                    self.kept[weight] = saved
+    def squares(self, weights: list[Tensor], axis: int) -> Tensor:
+        """Squared norm of every row, [attentions, rows], in double: products of four of them must not overflow."""
+        exact = torch.promote_types(weights[0].dtype, torch.float32)
+        others = [d for d in range(weights[0].dim()) if d != axis]
+        own = weights
+        own = [local(weight) for weight in own]  # if sharded
+        norms = [torch.linalg.vector_norm(w, dim=others, dtype=exact) if others else w for w in own]
+        norms = spread(norms, weights, self.held, axis, self.meshes)  # if sharded
+        return torch.stack(norms, -2).double().square()
+
+    def factors(self) -> list[Any]:
+        """Factors of the blocks as the weights are, [attentions, heads] for each block."""
+        return [kind.factors(norms) for kind, norms in zip(KINDS, self.norms(), strict=True)]
 
     @torch.no_grad()
     def scales(self) -> dict[Tensor, Tensor]:
         """Scale of each row of the weights with heads, [rows, 1, ...]: tau * factor / first; 1 for rows of values."""
         found: dict[Tensor, Tensor] = {}
-        for stacks, rows, now, first in zip(self.stacks, self.rows, self.factors(), self.first, strict=True):
-            scale = {name: stack.ones() for name, stack in stacks.items()}
+        factors = self.factors()
+        for kind, stacks, rows, now, first in zip(KINDS, self.stacks, self.rows, factors, self.first, strict=True):
+            axes = {name: kind.axes.get(name, 0) for name in stacks}
+            sizes = {name: (len(weights), weights[0].shape[axes[name]]) for name, weights in stacks.items()}
+            scale = {name: now[0].new_full(size, torch.inf) for name, size in sizes.items()}
             for (index, *names), factor, start in zip(rows, now, first, strict=True):
                 # What is multiplied with a head that has become zero (it was pruned) makes logits of zero at any rate.
-                relative = torch.where(factor.isinf(), 1.0, factor / start).unsqueeze(-1)
+                relative = torch.where(factor.isinf(), 1.0, factor / start)
+                by_row = relative.unsqueeze(-1).expand(-1, *index.shape).flatten(1)
                 for name in names:
-                    scale[name][:, index] = self.tau * relative
-            for name, stack in stacks.items():
-                found.update(stack.along(scale[name]))
+                    scale[name].scatter_reduce_(1, index.flatten().expand_as(by_row), by_row, "amin")
+            for name, weights in stacks.items():
+                exact = torch.promote_types(weights[0].dtype, torch.float32)
+                shape = [-1 if d == axes[name] else 1 for d in range(weights[0].dim())]
+                each = torch.where(scale[name].isinf(), 1.0, self.tau * scale[name]).to(exact)
+                for weight, own in zip(weights, each.unbind(), strict=True):
+                    own = own[self.held[weight]]  # if sharded
+                    found[weight] = own.view(shape)
         return found
 
+    @torch.no_grad()
+    def keep(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
+        """Keep first factors, those of its whole attention, in the state of some weights, and so in the state_dict."""
+        for weight in weights:
+            if weight in self.home and "quack_init" not in optimizer.state[weight]:
+                # As bytes: load_state_dict would round other numbers to the type of the weight.
+                saved = torch.cat([part.view(torch.uint8) for part in self.first_of(weight)])
+                optimizer.state[weight]["quack_init"] = self.kept[weight] = saved
 
-class Stack:
-    """One weight of all attentions of a kind; `axis` counts its rows."""
+    @torch.no_grad()
+    def take_over(self, optimizer: Optimizer) -> None:
+        """Take over first factors from a state that was loaded."""
+        for weight in self.home:
+            state, kept = optimizer.state.get(weight), self.kept.get(weight)
+            if not state or (saved := state.get("quack_init")) is kept:
+                continue
+            if saved is None:
+                raise ValueError("the optimizer state has no first factors of QuacK; load it before the step is made")
+            mark, *first = self.first_of(weight)
+            saved = saved.to(mark.device, torch.uint8).clone()
+            if len(saved) != 8 * sum(map(len, (mark, *first))) or not saved[:8].view(torch.int64).equal(mark):
+                raise ValueError("the optimizer state has first factors of QuacK for other heads, or of another norm")
+            for factor, value in zip(first, saved[8:].view(torch.float64).split(list(map(len, first))), strict=True):
+                factor.copy_(value)
+            state["quack_init"] = self.kept[weight] = saved
 
-    meshes: list[DeviceMesh]  # if sharded
-
-    def __init__(self, weights: list[Tensor], axis: int) -> None:
-        self.weights, self.axis = weights, axis
-        self.others = [d for d in range(weights[0].dim()) if d != axis]
-        self.exact = torch.promote_types(weights[0].dtype, torch.float32)
-        self.held = [held(weight, axis) for weight in weights]  # if sharded
-
-    def squares(self) -> Tensor:
-        """Squared norm of every row, [attentions, rows], in double: products of four of them must not overflow."""
-        weights = self.weights
-        weights = [local(weight) for weight in weights]  # if sharded
-        norms = [torch.linalg.vector_norm(w, dim=self.others, dtype=self.exact) if self.others else w for w in weights]
-        squares = [norm.double().square() for norm in norms]
-        squares = spread(squares, self.weights, self.held, self.axis, self.meshes)  # if sharded
-        return torch.stack(squares, -2)
-
-    def ones(self) -> Tensor:
-        """A scale of 1 for every row, [attentions, rows]."""
-        weight = self.weights[0]
-        return torch.ones(len(self.weights), weight.shape[self.axis], dtype=torch.float64, device=weight.device)
-
-    def along(self, scale: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Each weight with the scale of its rows, shaped to broadcast over it."""
-        shape = [-1 if d == self.axis else 1 for d in range(self.weights[0].dim())]
-        each: Iterable[Tensor] = scale.to(self.exact).unbind()
-        each = [own[here] for own, here in zip(each, self.held, strict=True)]  # if sharded
-        return zip(self.weights, (own.view(shape) for own in each), strict=True)
+    def first_of(self, weight: Tensor) -> list[Tensor]:
+        """The mark of a weight's kind, [1], and the first factors of the blocks of its attention, [heads] each."""
+        kind, attention = self.home[weight]
+        first = [factor[attention] for factor in self.first[kind]]
+        return [torch.tensor([KINDS[kind].mark], device=first[0].device), *first]
 
 
 def largest(numbers: Tensor, heads: list[int], count: int) -> Tensor:

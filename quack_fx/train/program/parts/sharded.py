@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,21 +39,21 @@ def meshes_of(weights: Iterable[Tensor]) -> list[DeviceMesh]:
 
 
 def spread(
-    squares: list[Tensor], weights: list[Tensor], held: list[Tensor], axis: int, meshes: list[DeviceMesh]
+    norms: list[Tensor], weights: list[Tensor], held: Mapping[Tensor, Tensor], axis: int, meshes: list[DeviceMesh]
 ) -> list[Tensor]:
-    """Squared norms of the rows here among those of all, [1 + meshes, rows]; of copies on several ranks one counts.
+    """Norms of the rows here among those of all, [1 + meshes, rows]; of copies on several ranks one counts.
 
     Those of a weight that is not sharded stand first: no other rank adds to them.
     """
     found = []
-    for own, weight, rows in zip(squares, weights, held, strict=True):
+    for own, weight in zip(norms, weights, strict=True):
         everywhere, level, counts = own.new_zeros(1 + len(meshes), weight.shape[axis]), 0, True
         if isinstance(weight, DTensor):
             level, mesh = 1 + meshes.index(weight.device_mesh), weight.device_mesh
             copies = [dim for dim, placement in enumerate(weight.placements) if placement.is_replicate()]
             counts = all(mesh.get_local_rank(dim) == 0 for dim in copies)
         if counts:
-            everywhere[level, rows] = own
+            everywhere[level, held[weight]] = own
         found.append(everywhere)
     return found
 
@@ -66,3 +67,12 @@ def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> Non
     each = iter(sums.sum(0).split([x[0].numel() for own in squares for x in own]))
     for own in squares:
         own[:] = [next(each).view(x.shape[1:]) for x in own]
+
+
+def norm_of(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients, []: get_total_norm takes tensors of one mesh at a time."""
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
+    norms = [torch.nn.utils.get_total_norm(own) for own in by_mesh.values()]
+    return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).square().sum().sqrt()

@@ -7,12 +7,15 @@ says what does not fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from quack_fx.errors import LayoutError
-from quack_fx.layout import QKLayout, WeightBlock
+from quack_fx.layout.sites import QKLayout, WeightBlock
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """Path segments that torch.compile and activation checkpointing put into names of parameters, anywhere in the path."""
@@ -71,6 +74,16 @@ def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]
                 "find the pairs again on the model as it is trained"
             )
     return params
+
+
+def without_wrappers(layout: QKLayout) -> QKLayout:
+    """The layout with the names that parameters have in the model without its wrappers."""
+
+    def bare(blocks: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
+        return tuple(replace(b, param=_bare(b.param), bias=None if b.bias is None else _bare(b.bias)) for b in blocks)
+
+    sites = (replace(site, query=bare(site.query), key=bare(site.key)) for site in layout.sites)
+    return replace(layout, sites=tuple(sites))
 
 
 def _bare(name: str) -> str:

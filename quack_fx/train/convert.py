@@ -1,44 +1,25 @@
-"""USER: a training step with QuacK as one Python file that needs torch alone.
+"""USER: the training step of a model as one Python file that needs torch alone.
 
-In: a layout, or a model or target to find it in. Out: source text; nothing is written to disk.
-
-    table.py      the layout as a generator of products of weight rows: one entry for every kind of site
-    entry.py      one entry: loops over layers, the weights, loops over heads
-    norms.py      the QK norms that are taken out, as a generator of names
-    layers.py     numbers in names as loops over layers
-    heads.py      rows of heads as expressions in the number of the head
-    optimizers.py the optimizers to choose from
-    library.py    definitions of this library as text, so that the file computes what the library does
-    template.py   what else is the same for every model
-    runtime.py    all of that put together
-    source.py     pieces of Python source in the formatter's own layout
+In: a model or target, or a layout to write it for. Out: source text; nothing is written to disk.
 """
 
 from __future__ import annotations
 
-import re
-import textwrap
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from quack_fx.emit.norms import StandIn, norm_features, write_norms
-from quack_fx.emit.optimizers import Choice, OptimizerName, choice
-from quack_fx.emit.runtime import contents, imports, runtime
-from quack_fx.emit.table import Table, write_table
 from quack_fx.errors import EmitError
 from quack_fx.layout import QKLayout
-from quack_fx.train.program.text import WIDTH
+from quack_fx.layout.fit import without_wrappers
+from quack_fx.train.program.norms import StandIn
+from quack_fx.train.program.source import OPTIMIZERS, write_program
 
 if TYPE_CHECKING:
     from torch import nn
 
     from quack_fx.strip.modules import Plan
 
-__all__ = ["convert", "emit"]
-
-_LEFT_OUT = 6
-"""How many kinds of attention without QuacK the docstring names."""
+OptimizerName = Literal["adamw", "adam", "sgd", "muon", "lion"]
 
 
 def convert(
@@ -52,6 +33,8 @@ def convert(
     build: str | None = None,
     inputs: str | None = None,
     assume: bool = False,
+    sharded: bool = False,
+    master_weights: bool = False,
     **kwargs: Any,
 ) -> str:
     """Source of a training step with QuacK for a model: one file that needs torch alone.
@@ -62,7 +45,7 @@ def convert(
         args: Example inputs of the model's forward; the model may be on the meta device.
         layout: The pairs, if they are known; the model is then not run.
         optimizer: Whose update the file carries: "adamw", "adam", "sgd", "muon" (with AdamW beside it) or "lion".
-        tau: Default of the emitted optimizer's `tau`.
+        tau: Default of the step's `tau`.
         qk_norm: What becomes of QK norms that are modules of their own. "strip": the file takes them out of the model
             (its `strip_qk_norm`), and QuacK works on those attentions; "keep": those attentions stay as they are,
             without QuacK. The model itself is not changed here.
@@ -70,6 +53,8 @@ def convert(
         build: For a target that is text, an expression that builds the model.
         inputs: For a target that is text, an expression for the example inputs.
         assume: For a target that is text, whether sizes that nobody gives may be assumed.
+        sharded: Whether the file is for weights that FSDP2 or tensor parallelism shard.
+        master_weights: Whether parameters in half precision are updated as fp32 copies of them.
         kwargs: More example inputs, by name.
 
     Returns:
@@ -113,7 +98,13 @@ def convert(
     elif qk_norm != "keep":
         raise EmitError(f"qk_norm={qk_norm!r} is not known; use qk_norm='strip' or qk_norm='keep'")
     title = title or type(model).__name__
-    return emit(layout, shapes, title=title, optimizer=optimizer, tau=tau, stand_ins=stand_ins)
+    features = features_of(sharded, master_weights)
+    return emit(layout, shapes, title=title, optimizer=optimizer, tau=tau, features=features, stand_ins=stand_ins)
+
+
+def features_of(sharded: bool, master_weights: bool) -> set[str]:
+    """The features of a program that were asked for."""
+    return {name for name, asked in (("sharded", sharded), ("masters", master_weights)) if asked}
 
 
 def surgery(model: nn.Module, layout: QKLayout) -> tuple[QKLayout, Mapping[str, StandIn], Plan]:
@@ -140,6 +131,7 @@ def emit(
     title: str,
     optimizer: OptimizerName = "adamw",
     tau: float = 1.0,
+    features: Collection[str] = (),
     stand_ins: Mapping[str, StandIn] | None = None,
 ) -> str:
     """Source of a training step with QuacK for a layout; a pure function that does not import torch.
@@ -149,7 +141,8 @@ def emit(
         shapes: Shape of every parameter that the layout names.
         title: Name of the model.
         optimizer: Whose update the file carries, as in `convert`.
-        tau: Default of the emitted optimizer's `tau`.
+        tau: Default of the step's `tau`.
+        features: As in `write_program`.
         stand_ins: For each QK norm module that the file takes out of the model what it puts there.
 
     Returns:
@@ -161,73 +154,21 @@ def emit(
     """
     if not 0 < tau < float("inf"):
         raise EmitError(f"tau is {tau!r}; need a positive number, 1.0 to start at the optimizer's own learning rate")
-    chosen = choice(optimizer)
-    table = write_table(layout, shapes)
-    features = table.features | norm_features(stand_ins or {})
-    code = [_generator(table)]
-    if stand_ins:
-        code.append("\n".join(write_norms(stand_ins)))
-    code += runtime(features, chosen, tau)
-    head = f"{_docstring(layout, table, title, chosen, bool(stand_ins))}\n\n{imports(code)}"
-    return "\n\n\n".join((head, *code)) + "\n"
+    if optimizer not in OPTIMIZERS:
+        raise EmitError(f"optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+    if not any(site.terms and not site.qk_norm for site in layout.sites):
+        raise EmitError(_why_empty(layout))
+    names = OPTIMIZERS[optimizer]
+    layout = without_wrappers(layout)
+    return write_program(layout, shapes, title, names, tau=tau, features=features, stand_ins=stand_ins)
 
 
-def _generator(table: Table) -> str:
-    """The function that is the table."""
-    summary = "The table of query/key pairs: the products of weight rows in each head's logits; w[a:b] is rows a to b."
-    return "\n".join(("def logit_products() -> Iterator[tuple[Block, ...]]:", f'    """{summary}"""', *table.lines))
-
-
-def _docstring(layout: QKLayout, table: Table, title: str, chosen: Choice, strips: bool) -> str:
-    """What the file is, for whom, how to use it, and what it leaves out."""
-    name = " ".join(title.split()).replace("\\", "/").replace('"', "'")
-    algorithm = "Algorithms 1 and 2" if table.plain and table.latent else f"Algorithm {2 if table.latent else 1}"
-    left_out = _left_out(layout)
-    lines = [
-        *_fill(
-            f'"""{chosen.title} with QuacK for {name}: a learning rate of its own for every head\'s query and key rows.'
-        ),
-        "",
-        *_fill(
-            "A step of one weight moves the attention logits in proportion to the norms of the weights it is "
-            f"multiplied with. QuacK (arXiv 2511.21377, {algorithm}) divides the learning rate by those norms, so "
-            "that the logits change at the same pace however large the weights grow. This file needs torch alone; "
-            "quack-fx wrote it from the model's graph."
-        ),
-        "",
-        *(["    strip_qk_norm(model)  # QuacK takes the place of its QK norms"] if strips else []),
-        *(f"    {line}" for line in chosen.making),
-        f"    train_step = compile_train_step(model, {chosen.passed})",
-        "    for batch in batches:",
-        "        loss = train_step(*batch)",
-        "",
-        *contents(chosen, strips),
-        "",
-        *_fill(
-            f"In all else {chosen.like}: parameter groups, schedulers, state_dict, load_state_dict. On a CPU "
-            "each step is that of quack_fx.compile_train_step, bit for bit."
-        ),
-        *(["", "Left out, with the plain learning rate:", *left_out] if left_out else []),
-        '"""',
-    ]
-    return "\n".join(lines)
-
-
-def _left_out(layout: QKLayout) -> list[str]:
-    """A few lines on the attentions that are not in the table, those with the same name but for numbers together."""
-    kept = "QK norm is kept, so the logits do not depend on the norms of these weights"
-    entries = [(site.name, kept) for site in layout.sites if site.qk_norm]
-    entries += [(skipped.name, skipped.reason) for skipped in layout.skipped]
-    groups = Counter((re.sub(r"\d+", "*", name) or "the model itself", reason) for name, reason in entries)
-    lines = []
-    for (name, reason), count in groups.most_common(_LEFT_OUT):
-        text = f"- {name}{f' ({count} times)' if count > 1 else ''}: {' '.join(reason.split())}"
-        lines += _fill(text.replace("\\", "/").replace('"', "'"), subsequent_indent="  ")
-    if len(groups) > _LEFT_OUT:
-        lines.append(f"- and {sum(groups.values()) - sum(n for _, n in groups.most_common(_LEFT_OUT))} more")
-    return lines
-
-
-def _fill(text: str, **options: Any) -> list[str]:
-    """A paragraph in lines."""
-    return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False, **options)
+def _why_empty(layout: QKLayout) -> str:
+    """Why a layout gives nothing to write."""
+    if layout.sites:
+        return (
+            f"all {len(layout.sites)} attentions keep their QK norm, so their logits do not depend on the norms of the "
+            "weights; take it out first (--qk-norm strip, or quack_fx.strip_qk_norm)"
+        )
+    reasons = "; ".join(f"{skipped.name!r}: {skipped.reason}" for skipped in layout.skipped[:3])
+    return f"no query/key pairs to write a training step for{f' ({reasons})' if reasons else ''}"

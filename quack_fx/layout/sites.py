@@ -1,4 +1,4 @@
-"""HALL: the layout, plain frozen data about which weight rows make which attention logits.
+"""The layout, plain frozen data about which weight rows make which attention logits.
 
 In: nothing; finders fill it in. Out: what every user of the layout (factors, optimizers, emission, reports) reads.
 This file imports nothing of the other rooms and no torch, so a layout can be read anywhere, also from its JSON.

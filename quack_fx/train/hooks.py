@@ -1,0 +1,365 @@
+"""USER: QuacK on any torch.optim optimizer, through its public hooks.
+
+In: an optimizer, the model it trains, and the model's layout. Out: the same optimizer, whose `step()` now scales the
+update of every query and key row, and whose `state_dict()` carries what a resumed run needs.
+
+Before a step the weights with query and key rows are copied and the scales of those rows computed; after it
+
+    W <- W_old + s (W_new - W_old),    s = tau * factor / factor at the start of training
+
+row by row. For an optimizer whose update is proportional to its learning rate this is what a learning rate of its own
+for every head would do (Alg. 1 and 2), decoupled weight decay included; Muon orthogonalises the whole matrix and then
+has the rows of its update scaled. Nothing in a step waits for the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from quack_fx.errors import OptimizerError
+from quack_fx.layout import QKLayout, merged
+from quack_fx.layout.fit import layout_params
+from quack_fx.train.program.scaling import NormName, local, scaling_of
+
+if TYPE_CHECKING:
+    from quack_fx.train.program.parts.quack import QuacK as Scaling
+
+STATE_KEY = "quack_init"
+"""Key of QuacK's entry in the optimizer state of each parameter: the first factors of its attention, as bytes."""
+
+_UNSUITED = {
+    "lbfgs": "it evaluates the loss at several points in one step and learns curvature from steps that QuacK changes",
+    "schedulefree": "it rebuilds the weights from sequences of its own, so that a scaled update does not last",
+    "adafactor": "its steps are relative to the size of the weights, which already changes with their norms",
+}
+"""Why QuacK does not suit an optimizer, by part of its class name."""
+
+_attached: WeakSet[Optimizer] = WeakSet()
+
+
+class QuacK:
+    """QuacK learning-rate scaling, attached to an optimizer.
+
+    The optimizer stays the user's: its groups, schedulers, closures, `GradScaler` and checkpoints work as before. Rows
+    that a step leaves alone stay bit for bit, so skipped steps change nothing. Groups may be added and parameters
+    replaced (in the model and the optimizer) at any time.
+
+    Several optimizers over one model take one `QuacK` each. Each scales the rows that its optimizer holds, weights or
+    biases, by norms of the whole model as they are before that optimizer's step.
+
+    Checkpoints: the factors at the start of training are part of `optimizer.state_dict()`, under "quack_init" in the
+    state of each parameter, and come back with `optimizer.load_state_dict()`, called before or after attaching. They
+    are never recomputed from trained weights: with QuacK attached, a state without them is refused. (To start QuacK in
+    the middle of a run, load the state first and attach then.) Copying or pickling an optimizer drops its hooks, as
+    torch does, but not that entry of its state: attach again to the copy.
+
+    An optimizer that keeps the norms of the weights fixed leaves all factors at one.
+
+    Arguments:
+        optimizer: Any `torch.optim.Optimizer` that holds at least one query or key weight of the layout.
+        model: The model, plain or wrapped by torch.compile, DistributedDataParallel or FSDP2.
+        layout: Its layout, from `find_qk_pairs`. Sites that keep a QK norm are left out (`quack.left_out`).
+        tau: Learning rate of queries and keys at the start of training, relative to that of the other weights. The
+            attribute may be changed between steps.
+        norm: "frobenius" or "spectral" (slower, a small gain in the paper; on a GPU it waits for the device).
+
+    Raises:
+        OptimizerError: The optimizer holds no weight of the layout, has a QuacK already, is no `torch.optim.Optimizer`
+            or wraps one, `tau` is not a positive number, or a loaded state does not fit.
+        LayoutError: The layout does not fit the model.
+        FactorError: A head's weights have norm zero, or are not finite.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        >>> quack = QuacK(optimizer, model, find_qk_pairs(model, tokens), tau=0.1)
+        >>> loss(model(tokens)).backward()
+        >>> optimizer.step()  # as before
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        layout: QKLayout,
+        tau: float = 1.0,
+        norm: NormName = "frobenius",
+    ) -> None:
+        _check_optimizer(optimizer)
+        check_tau(tau)
+        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm))
+        half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
+        if half:
+            warnings.warn(
+                f"{len(half)} query and key weights are in {half[0].dtype}: the optimizer rounds an update before "
+                "QuacK scales it, so that small ones are lost; compile_train_step scales first, and keeps fp32 copies "
+                "with master_weights=True",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def around(cls, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling) -> QuacK:
+        """QuacK by scales that exist already, those of a training step."""
+        _check_optimizer(optimizer)
+        quack = cls.__new__(cls)
+        quack._attach(optimizer, model, layout, scaling)
+        return quack
+
+    def _attach(self, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling) -> None:
+        self.optimizer, self.layout, self.scaling, self._model = optimizer, layout, scaling, model
+        self.left_out = tuple(site.name for site in layout.sites if site.qk_norm)
+        self._seen: list[int] = []
+        self._hold()
+        if not self._held:
+            raise OptimizerError(_nothing_held(optimizer, layout, scaling))
+        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, as they were, their scales
+        self._nested = 0  # steps inside the running step
+        self._paused = False
+        self._take_over()
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._after_state_dict),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+        _attached.add(optimizer)
+
+    @property
+    def tau(self) -> float | Tensor:
+        """Learning rate of queries and keys at the start of training, relative to that of the other weights."""
+        return self.scaling.tau
+
+    @tau.setter
+    def tau(self, tau: float | Tensor) -> None:
+        self.scaling.tau = tau
+
+    @property
+    def init_factors(self) -> Tensor:
+        """Factors at the start of training, kind by kind and block by block; others once a state was loaded."""
+        return torch.cat([factor.flatten() for first in self.scaling.first for factor in first])
+
+    def factors(self) -> dict[str, dict[str, float]]:
+        """Scale of every head's learning rate as the weights are now, for reports; waits for the device.
+
+        Returns:
+            For each site of the layout that QuacK scales, its blocks' heads ("weight[rows]") with
+            `tau * factor / initial factor`.
+
+        Example:
+            >>> quack.factors()["layers.0.attn"]["layers.0.attn.q.weight[0:64]"]
+            0.1
+        """
+        by_row = self._scale_of_first_rows()
+        params = {name: weight for weight, name in self._names().items()}
+        report: dict[str, dict[str, float]] = {}
+        for site in self.layout.sites:
+            if site.name not in self.left_out:
+                heads = {
+                    (block.param, merged(ranges)) for _, block in site.blocks() for ranges in block.heads if ranges
+                }
+                report[site.name] = {
+                    f"{name}[{', '.join(f'{a}:{b}' for a, b in ranges)}]": by_row[params[name], ranges[0][0]]
+                    for name, ranges in sorted(heads)
+                }
+        return report
+
+    def _scale_of_first_rows(self) -> dict[tuple[Tensor, int], float]:
+        """The scale of each head by its weight and the first of its rows."""
+        scaling, found = self.scaling, dict[tuple[Tensor, int], float]()
+        for stacks, rows, now, first in zip(
+            scaling.stacks, scaling.rows, scaling.factors(), scaling.first, strict=True
+        ):
+            for (index, *names), factor, start in zip(rows, now, first, strict=True):
+                scales = (scaling.tau * torch.where(factor.isinf(), 1.0, factor / start)).tolist()
+                for own, weight in (
+                    (own, weight) for name in names for own, weight in zip(scales, stacks[name], strict=True)
+                ):
+                    for row, scale in zip(index.amin(-1).tolist(), own, strict=True):
+                        found[weight, row] = min(scale, found.get((weight, row), scale))
+        return found
+
+    def __repr__(self) -> str:
+        scales = self._scales()
+        spread = f"{float(scales.min()):.3g} to {float(scales.max()):.3g}"
+        return f"QuacK({type(self.optimizer).__name__}: {len(scales)} heads, scales {spread})"
+
+    def _scales(self) -> Tensor:
+        """Scale of every head of every block as the weights are now, in the order of `init_factors`."""
+        now = torch.cat([factor.flatten() for factors in self.scaling.factors() for factor in factors])
+        return self.scaling.tau * torch.where(now.isinf(), 1.0, now / self.init_factors)
+
+    def detach(self) -> None:
+        """Remove the hooks and QuacK's entries in the state: the optimizer is as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        for param in self._held:
+            self.optimizer.state.get(param, {}).pop(STATE_KEY, None)
+        _attached.discard(self.optimizer)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Steps in here are not scaled: somebody else does."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _hold(self) -> None:
+        """Find the weights that the optimizer holds; again when some were added to it or replaced."""
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        if self._seen == (seen := list(map(id, params))):
+            return
+        if self._seen:
+            self.scaling.find(self._model)
+        self._seen = seen
+        self._held = [param for param in params if param in self.scaling.home]
+
+    def _take_over(self) -> None:
+        try:
+            self.scaling.take_over(self.optimizer)
+        except ValueError as error:
+            raise OptimizerError(f"{error}; attach QuacK to it before you load") from None
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Copy the weights and compute their scales."""
+        if self._paused:
+            return
+        if self._snapshot is not None and _is_stepping(optimizer):
+            self._nested += 1
+            return
+        self._hold()
+        self._take_over()
+        scales = self.scaling.scales()
+        self._snapshot = [(param, local(param).clone(), scales[param]) for param in self._held]
+        self._nested = 0
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Scale what the step did to their rows."""
+        if self._paused:
+            return
+        if self._nested:
+            self._nested -= 1
+            return
+        for param, old, scale in self._snapshot or ():
+            _scale_update(old, local(param), scale)
+        self._snapshot = None
+        # Not before a step: most optimizers make their state where they find none, and take any for theirs.
+        trained = [param for param in self._held if param.grad is not None or optimizer.state.get(param)]
+        self.scaling.keep(optimizer, trained)
+
+    def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Give every parameter a state where some have ours alone: distributed checkpoints want all or none."""
+        states = state_dict["state"]
+        if states and all(isinstance(state, Mapping) and state.keys() <= {STATE_KEY} for state in states.values()):
+            for group in state_dict["param_groups"]:
+                for key in group["params"]:
+                    states.setdefault(key, {})
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Refuse a state without first factors before anything is loaded."""
+        groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
+        pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=False)]
+        for param, key in pairs:
+            state = state_dict["state"].get(key)
+            if param in self.scaling.home and state and STATE_KEY not in state and param.requires_grad:
+                raise OptimizerError(
+                    f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {self._names()[param]!r}; "
+                    "load it before QuacK is attached, to start QuacK from these weights"
+                )
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        """Take over what was loaded."""
+        self._hold()
+        self._take_over()
+
+    def _names(self) -> dict[Tensor, str]:
+        """The names of the weights in the layout."""
+        return {param: name for name, param in layout_params(self.layout, self._model).items()}
+
+
+def check_tau(tau: float | Tensor) -> None:
+    """Refuse a `tau` that is not a positive number.
+
+    Raises:
+        OptimizerError: It is not.
+    """
+    if not isinstance(tau, Tensor) and not (isinstance(tau, int | float) and 0 < tau < math.inf):
+        raise OptimizerError(f"tau is {tau!r}; need a positive number, for example 0.1")
+
+
+def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
+    """new <- old + scale (new - old), row by row, in float32 at least and rounded once.
+
+    lerp gives `new` back bit for bit where the scale is 1 or nothing changed.
+    """
+    if new.dtype in (torch.float32, torch.float64):
+        torch.lerp(old, new, scale.to(new.dtype), out=new)
+    else:
+        new.copy_(torch.lerp(old.float(), new.float(), scale.float()))
+
+
+def _is_stepping(optimizer: Optimizer) -> bool:
+    """Whether a step hook runs inside another step of the same optimizer.
+
+    torch fires the hooks twice where a subclass's `step` calls `super().step()`, and only the outer call sees the whole
+    update. The calls are told from the stack, since a step that ends with an exception leaves no other trace. (Should
+    torch rename its wrapper, the inner call is taken for the outer one.)
+    """
+    steps, frame = 0, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == Optimizer.__module__:
+            steps += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse what has no step hooks, or a QuacK already; warn of what QuacK does not suit."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(f"optimizer is {kind}, which is no torch.optim.Optimizer; QuacK attaches to those only")
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        raise OptimizerError(
+            f"{kind} has no hooks, as wrappers of optimizers do; attach QuacK to the one inside"
+        ) from None
+    if optimizer in _attached:
+        raise OptimizerError(f"this {kind} has a QuacK attached already; call its detach() first")
+    lineage = " ".join(cls.__name__.lower() for cls in type(optimizer).__mro__)
+    for name, reason in _UNSUITED.items():
+        if name in lineage and _relative(optimizer, name):
+            warnings.warn(f"QuacK does not suit {kind}: {reason}", stacklevel=3)
+
+
+def _relative(optimizer: Optimizer, name: str) -> bool:
+    """False for the Adafactor of transformers when its relative steps are switched off."""
+    switches = [optimizer.defaults[k] for k in ("relative_step", "scale_parameter") if k in optimizer.defaults]
+    return name != "adafactor" or not switches or any(switches)
+
+
+def _nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> str:
+    """Message for an optimizer that holds no rows of a layout."""
+    kind = type(optimizer).__name__
+    if not scaling.home:
+        kept = sum(bool(site.qk_norm) for site in layout.sites)
+        left_out = f" ({kept} sites keep a QK norm)" if kept else ""
+        return f"the layout has no query or key weights that QuacK scales{left_out}; use {kind} as it is"
+    first = next(block.param for site in layout.sites if not site.qk_norm for _, block in site.blocks())
+    return (
+        f"{kind} holds none of the query and key weights, such as {first!r}; attach QuacK to the "
+        "optimizer that has them, made after the model was wrapped, sharded and moved"
+    )

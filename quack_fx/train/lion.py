@@ -1,0 +1,48 @@
+"""USER: whether an optimizer is Lion, which torch.optim does not have: whoever's class does what the paper says.
+
+In: an optimizer of any class. Out: yes or no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_OPTIONS = {"lr", "betas", "weight_decay"}
+
+
+def is_lion(optimizer: Optimizer) -> bool:
+    """Whether an optimizer of any class is Lion: it has Lion's options and state, and does what Lion does.
+
+    Three steps of a copy of it on a tiny weight tell, for each of its groups with all its options; an exception there
+    only means that it is not.
+    """
+    return all(_steps_as_lion(type(optimizer), group) for group in optimizer.param_groups)
+
+
+@torch.no_grad()
+def _steps_as_lion(kind: Callable[..., Optimizer], group: Mapping[str, Any]) -> bool:
+    options = {name: value for name, value in group.items() if name != "params"}
+    if not options.keys() >= _OPTIONS or any(isinstance(options[name], Tensor) for name in _OPTIONS):
+        return False
+    lr, decay = 0.125, 0.25  # numbers that show, whatever a schedule has made of the user's
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64, device="cpu"))
+    expected, mean = weight.detach().clone(), torch.zeros_like(weight)
+    try:
+        beta1, beta2 = options["betas"]
+        optimizer = kind([{**options, "params": [weight], "lr": lr, "weight_decay": decay}], lr=lr)
+        for step in range(3):
+            weight.grad = torch.linspace(0.5, -1.5, 8, dtype=torch.float64, device="cpu").roll(step)
+            grad = weight.grad.clone()
+            optimizer.step()
+            expected = expected * (1 - lr * decay) - lr * (mean + (1 - beta1) * (grad - mean)).sign()
+            mean = mean + (1 - beta2) * (grad - mean)
+        state = optimizer.state[weight]
+        same = state.keys() == {"exp_avg"} and torch.allclose(state["exp_avg"], mean, rtol=1e-12)
+        return same and torch.allclose(weight, expected, rtol=1e-12)
+    except Exception:  # an optimizer that cannot be made of groups alone, or has needs of its own
+        return False

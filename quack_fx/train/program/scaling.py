@@ -1,0 +1,163 @@
+"""USER: the program that is written for a model as it stands, run; and the scales of its query and key rows.
+
+In: a model and its layout. Out: the module of its program, and from that a `QuacK` over the model's weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.errors import FactorError, OptimizerError
+from quack_fx.layout import QKLayout
+from quack_fx.layout.fit import layout_params, without_wrappers
+from quack_fx.train.program.execute import execute
+from quack_fx.train.program.source import write_program
+
+if TYPE_CHECKING:
+    from quack_fx.train.program.parts.quack import QuacK as Scaling
+
+NormName = Literal["frobenius", "spectral"]
+
+
+def scaling_of(model: nn.Module, layout: QKLayout, tau: float | Tensor, norm: NormName) -> Scaling:
+    """The scales of a model's query and key rows.
+
+    Arguments:
+        model: The model with its initial weights, plain, wrapped or sharded.
+        layout: Its layout.
+        tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
+        norm: "frobenius" or "spectral".
+
+    Raises:
+        LayoutError: The layout does not fit the model.
+        OptimizerError: A weight is on the meta device.
+        FactorError: `norm` is neither, or what some rows are multiplied with is zero or not finite.
+    """
+    scaling: Scaling = with_factor_error(_loaded(program_text(model, layout), check_norm(norm)).QuacK, model, tau)
+    return scaling
+
+
+def program_text(
+    model: nn.Module, layout: QKLayout, optimizers: Sequence[str] = (), features: Collection[str] = ()
+) -> str:
+    """The text of the program for a model as it stands.
+
+    Arguments:
+        model: The model.
+        layout: Its layout.
+        optimizers: As in `write_program`.
+        features: As in `write_program`; whether the model is sharded is seen here.
+
+    Raises:
+        LayoutError: The layout does not fit the model.
+        OptimizerError: A weight is on the meta device.
+    """
+    layout = without_wrappers(layout)
+    params = layout_params(layout, model)
+    if meta := [name for name, param in params.items() if param.is_meta]:
+        raise OptimizerError(f"{meta[0]!r} is on the meta device; give the model real weights before attaching QuacK")
+    shapes = {name: tuple(param.shape) for name, param in params.items()}
+    sharded = {"sharded"} if any(map(is_sharded, model.parameters())) else set[str]()
+    return write_program(layout, shapes, type(model).__name__, optimizers, features=sharded.union(features))
+
+
+def check_norm(norm: str) -> NormName:
+    """A norm's name.
+
+    Raises:
+        FactorError: There is no such norm.
+    """
+    for known in get_args(NormName):
+        if norm == known:
+            return norm  # type: ignore[return-value]
+    raise FactorError(f"norm is {norm!r}; use 'frobenius' or 'spectral'")
+
+
+def run_program(text: str, norm: NormName) -> ModuleType:
+    """A program's module, its `QuacK` with the norm asked for."""
+    program = execute(text)
+    if norm == "spectral":
+        program.QuacK = _spectral(program)  # type: ignore[attr-defined]
+    return program
+
+
+_loaded = lru_cache(maxsize=32)(run_program)
+
+
+def with_factor_error(make: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a program makes; its ValueErrors as ours."""
+    try:
+        return make(*args, **kwargs)
+    except ValueError as error:
+        raise FactorError(str(error)) from None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor. Imports nothing: there is none before somebody imports that module."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory; call it under no_grad."""
+    here: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return here
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor of which this rank may hold a part, gathered."""
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
+
+
+def _spectral(program: ModuleType) -> Any:
+    """The program's `QuacK` by the largest singular value of each head's rows; slower, and waits for the device."""
+
+    class Spectral(program.QuacK):  # type: ignore[name-defined, misc]
+        @torch.no_grad()
+        def norms(self) -> list[Any]:
+            found = []
+            for kind, stacks, rows in zip(program.KINDS, self.stacks, self.rows, strict=True):
+                whole = {name: [_whole(weight) for weight in own] for name, own in stacks.items()}
+                blocks = []
+                for index, *names in rows:
+                    columns = [(whole[name], kind.axes.get(name, 0)) for name in names]
+                    blocks.append(
+                        torch.stack(
+                            [_top(index, [(w[i], axis) for w, axis in columns]) for i in range(len(columns[0][0]))]
+                        )
+                    )
+                found.append(type(rows)(*blocks))
+            return found
+
+        def first_of(self, weight: Tensor) -> list[Tensor]:
+            mark, *first = super().first_of(weight)
+            return [mark + 1, *first]
+
+    return Spectral
+
+
+def _top(index: Tensor, parts: Sequence[tuple[Tensor, int]]) -> Tensor:
+    """Largest singular value of the rows of each head, [heads], from the smaller Gram matrix; in double.
+
+    Arguments:
+        index: The rows, [heads, rows].
+        parts: A weight, and its bias if there is one, each with the axis that counts its rows.
+    """
+    columns = [
+        part.detach().double().movedim(axis, 0)[index].flatten(2)
+        if part.dim() > 1
+        else part.detach().double()[index].unsqueeze(-1)
+        for part, axis in parts
+    ]
+    rows = torch.cat(columns, -1)
+    wide = rows if rows.shape[1] <= rows.shape[2] else rows.mT
+    top: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)[:, -1].clamp_min(0).sqrt()
+    return top

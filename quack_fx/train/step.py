@@ -1,0 +1,345 @@
+"""USER: a compiled training step with QuacK's scaling inside the update.
+
+In: a model, the user's optimizer, maybe a loss function and a layout. Out: `step(*batch, **batch) -> loss`.
+
+The step is the program that `quack_fx.convert` writes for the model, run here (`program/`). Added is what is not about
+the model: the layout is found on the first batch, gradients are accumulated, a GradScaler is served, and an optimizer
+that the program does not know takes its own step, with QuacK attached through its hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from quack_fx.errors import OptimizerError, StepError
+from quack_fx.layout import QKLayout
+from quack_fx.train.hooks import QuacK, check_tau
+from quack_fx.train.lion import is_lion
+from quack_fx.train.loss import LossFn, model_inputs
+from quack_fx.train.program.scaling import NormName, check_norm, program_text, run_program, with_factor_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from quack_fx.train.program.parts.change import Look
+    from quack_fx.train.program.parts.step import TrainStep as ProgramStep
+
+_KNOWN: dict[type[Optimizer], str] = {
+    torch.optim.Adam: "Adam",
+    torch.optim.AdamW: "AdamW",
+    torch.optim.SGD: "SGD",
+    torch.optim.Muon: "Muon",
+}
+"""What programs take the steps of, by exact class: a subclass may differ."""
+
+
+def compile_train_step(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer],
+    loss_fn: LossFn | None = None,
+    *,
+    layout: QKLayout | None = None,
+    tau: float = 1.0,
+    norm: NormName = "frobenius",
+    clip_grad_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
+    master_weights: bool = False,
+    compile: bool = True,
+    mode: str | None = None,
+) -> TrainStep:
+    """A training step with QuacK inlined: forward, backward and update of one batch.
+
+    Arguments:
+        model: The model to train; its weights may be sharded (FSDP2, tensor parallel).
+        optimizer: The user's optimizer over its parameters, or several (Muon for matrices, AdamW for the rest). AdamW,
+            Adam, SGD and Muon of `torch.optim` and any Lion are compiled with the scaling inlined; others take their
+            own `step()`, with QuacK attached through its hooks (`repr(step)` tells which).
+        loss_fn: Called as `loss_fn(model, *batch, **batch)`. Default: the model's own output holds the loss: a scalar,
+            an object or mapping with `loss`, or a tuple with exactly one scalar.
+        layout: The model's layout; found on the first batch when not given. A layout without sites gives the plain
+            step, for comparison.
+        tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
+        norm: "frobenius" or "spectral" (slower; waits for the device).
+        clip_grad_norm: Largest total norm of the gradients, of all optimizers together.
+        skip_nonfinite: Whether a step with a gradient that is infinite or not a number changes nothing: no weight, no
+            moment, no counter. A compiled update finds out without waiting for the device; one that is the optimizer's
+            own step waits.
+        scaler: Scales the loss for half precision; its steps are skipped in the same way, and `scaler.update()` is part
+            of the step.
+        master_weights: Whether parameters in bfloat16 or float16 are updated as fp32 copies of them, which are kept in
+            the optimizer's state as "master_param", the moments in fp32 beside them. Make the step before a checkpoint
+            is loaded, so that the optimizer does not round it.
+        compile: Whether to use torch.compile; False runs the same code eagerly.
+        mode: `mode` of torch.compile, for the loss.
+
+    Returns:
+        The step: call it with a batch, get the loss (detached, nothing waits for the device).
+
+    Raises:
+        StepError: `clip_grad_norm` is not positive; at the first batch: no loss, or no pairs found.
+        OptimizerError: No optimizer holds a query or key weight, or one has options that cannot be compiled, or would
+            have to take its own step with `master_weights`.
+
+    Example:
+        >>> step = compile_train_step(model, torch.optim.AdamW(model.parameters(), lr=3e-4))
+        >>> for tokens, targets in batches:
+        ...     loss = step(tokens, targets)
+        ...     scheduler.step()
+    """
+    if clip_grad_norm is not None and not clip_grad_norm > 0:
+        raise StepError(f"clip_grad_norm is {clip_grad_norm!r}; need a positive number, or None for no clipping")
+    check_tau(tau)
+    optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    skip_nonfinite = skip_nonfinite or scaler is not None
+    options = _Options(tau, check_norm(norm), clip_grad_norm, skip_nonfinite, scaler, master_weights, compile, mode)
+    return TrainStep(model, optimizers, loss_fn, layout, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Options of a step, as `compile_train_step` has them."""
+
+    tau: float
+    norm: NormName
+    clip_grad_norm: float | None
+    skip_nonfinite: bool
+    scaler: torch.amp.GradScaler | None
+    master_weights: bool
+    compile: bool
+    mode: str | None
+
+
+class TrainStep:
+    """One training step; see `compile_train_step`.
+
+    Attributes:
+        quacks: QuacK as attached to each optimizer that holds queries or keys, so that `optimizer.step()` called by
+            somebody else is scaled as well; none before the first batch where the layout is yet to be found, and for a
+            layout without sites.
+        layout: The layout in use.
+        source: The text of the program that runs, as `quack_fx.convert` writes it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        loss_fn: LossFn | None,
+        layout: QKLayout | None,
+        options: _Options,
+    ) -> None:
+        self.quacks: tuple[QuacK, ...] = ()
+        self.layout = layout
+        self.source = ""
+        self._model, self._optimizers, self._loss_fn, self._options = model, optimizers, loss_fn, options
+        self._names = [_known(optimizer) for optimizer in optimizers]
+        for optimizer, name in zip(optimizers, self._names, strict=True):
+            _check_options(optimizer, name, options)
+        self._program: ProgramStep | None = None
+        if layout is not None:
+            self._attach(layout)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on one batch; gives its loss."""
+        loss = self.forward_backward(*args, **kwargs)
+        self.update()
+        return loss
+
+    def forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the gradients of one batch to those that are there; gives its loss, detached.
+
+        For gradient accumulation: several of these, then one `update()`. Divide the loss by their number in `loss_fn`.
+        An exception drops all gradients: those of a batch that was not finished belong to no step.
+        """
+        program = self._know_program(args, kwargs)
+        if self._options.mode:
+            torch.compiler.cudagraph_mark_step_begin()
+        with self._dropping_gradients(at_success=False):
+            loss = program.loss(*args, **kwargs)
+            if loss is None:
+                raise StepError(
+                    "the model's output holds no loss, or several scalars; pass loss_fn=, or give it targets"
+                )
+            if not loss.requires_grad:
+                raise StepError("the loss does not depend on any parameter that requires a gradient")
+            scaler = self._options.scaler
+            torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        return loss.detach()
+
+    def update(self) -> None:
+        """Change the weights by the gradients that are there, and drop those."""
+        if self._program is None:
+            raise StepError("there is no gradient yet; call forward_backward first, or pass layout=")
+        with self._dropping_gradients(at_success=True):
+            scaler = self._options.scaler
+            if scaler is not None:
+                for optimizer in self._optimizers:
+                    _unscale(scaler, optimizer)
+            self._program.update()
+            if scaler is not None:
+                scaler.update()
+
+    def __repr__(self) -> str:
+        kinds = [type(optimizer).__name__ for optimizer in self._optimizers]
+        if self._program is None:
+            return f"TrainStep({', '.join(kinds)}; layout to be found on the first batch)"
+        how = ["compiled update" if name is not None else "its own step()" for name in self._names]
+        each = ", ".join(f"{kind}: {way}" for kind, way in zip(kinds, how, strict=True))
+        heads = sum(factor.numel() for first in self._program.quack.first for factor in first)
+        about = f"QuacK on {heads} heads, tau={self._options.tau}" if self.quacks else "without QuacK"
+        return f"TrainStep({each}, {about})"
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        self.__reduce__()
+
+    def __reduce__(self) -> NoReturn:
+        raise StepError(
+            "a training step holds a model, its optimizers and compiled code, and cannot be copied or pickled; save "
+            "model.state_dict() and optimizer.state_dict(), which has QuacK's factors, or make a step of the copies"
+        )
+
+    @contextmanager
+    def _dropping_gradients(self, at_success: bool) -> Iterator[None]:
+        """Drop all gradients where an exception leaves the block."""
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            if at_success or not done:
+                for optimizer in self._optimizers:
+                    optimizer.zero_grad(set_to_none=True)
+
+    def _know_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramStep:
+        """The program; its layout is found on the first batch where none was given."""
+        if self._program is None:
+            self._attach(self._find(args, kwargs))
+            assert self._program is not None
+        return self._program
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QKLayout:
+        from quack_fx.find import find_qk_pairs
+
+        inputs, named = model_inputs(self._model, self._loss_fn, args, kwargs)
+        layout = find_qk_pairs(self._model, *inputs, **named)
+        if not any(not site.qk_norm for site in layout.sites):
+            reasons = "; ".join(dict.fromkeys(s.reason for s in layout.skipped)) or "the model has no attention"
+            raise StepError(f"no query/key pairs for QuacK were found: {reasons}; pass layout=QKLayout() to go without")
+        return layout
+
+    def _attach(self, layout: QKLayout) -> None:
+        """Write the program for the layout, run it, and attach QuacK to the optimizers."""
+        options = self._options
+        names = list(dict.fromkeys(name for name in self._names if name is not None))
+        features = {"masters"} if options.master_weights else set[str]()
+        self.source = program_text(self._model, layout, names, features)
+        program = run_program(self.source, options.norm)
+        for optimizer, name in zip(self._optimizers, self._names, strict=True):
+            step = (
+                _own_step if name is None else program.STEPS[getattr(torch.optim, name, getattr(program, name, None))]
+            )
+            program.STEPS[type(optimizer)] = step
+        self._program = step_ = with_factor_error(
+            program.TrainStep,
+            self._model,
+            *self._optimizers,
+            loss_fn=self._loss_fn,
+            tau=options.tau,
+            clip_grad_norm=options.clip_grad_norm,
+            skip_nonfinite=options.skip_nonfinite,
+            compile=options.compile,
+        )
+        if options.compile and options.mode:
+            step_.loss = torch.compile(step_.loss_of, mode=options.mode)
+        if layout.sites:
+            home = step_.quack.home
+            holding = [o for o in self._optimizers if any(p in home for g in o.param_groups for p in g["params"])]
+            holding = holding or list(self._optimizers[:1])
+            self.quacks = tuple(QuacK.around(o, self._model, layout, step_.quack) for o in holding)
+        paused = {quack.optimizer: quack for quack in self.quacks}
+        step_.steps = [
+            partial(_step_with_hooks, step, paused.get(optimizer))
+            for step, optimizer in zip(step_.steps, self._optimizers, strict=True)
+        ]
+        self.layout = layout
+
+
+def _known(optimizer: Optimizer) -> str | None:
+    """The name of an optimizer whose steps a program takes; None for one that takes its own."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p.is_complex() for p in params):
+        return None
+    name = _KNOWN.get(type(optimizer))
+    return "Lion" if name is None and is_lion(optimizer) else name
+
+
+def _check_options(optimizer: Optimizer, name: str | None, options: _Options) -> None:
+    """Refuse what a program cannot honour."""
+    kind = type(optimizer).__name__
+    if name is None and options.master_weights:
+        raise OptimizerError(
+            f"{kind} takes its own step, which knows no master_weights; leave out master_weights=True, or use an "
+            "optimizer whose update is compiled"
+        )
+    for group in optimizer.param_groups if name is not None else ():
+        if group.get("differentiable"):
+            raise OptimizerError(f"{kind}(differentiable=True) cannot be part of a step; set differentiable=False")
+        if any(isinstance(beta, Tensor) for beta in group.get("betas", ())):
+            raise OptimizerError(f"{kind} with betas given as tensors cannot be part of a step; give two floats")
+        if name == "SGD" and options.skip_nonfinite and group["momentum"] and group["dampening"]:
+            raise OptimizerError("SGD with dampening treats its first step unlike the others, so none may be skipped")
+
+
+def _step_with_hooks(
+    step: Callable[..., None],
+    quack: QuacK | None,
+    optimizer: Optimizer,
+    scales: Any,
+    look: Look,
+    compiled: Callable[..., None],
+) -> None:
+    """A step of a program, with the hooks that others registered on the optimizer around it."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if step is _own_step or any(grad.is_sparse for grad in grads):
+        _own_step(optimizer, scales, look, compiled)
+        return
+    with ExitStack() as stack:
+        if quack is not None:
+            stack.enter_context(quack.paused())
+        for hook in chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values()):
+            hook(optimizer, (), {})
+        step(optimizer, scales, look, compiled)
+        for hook in chain(optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+            hook(optimizer, (), {})
+
+
+def _own_step(optimizer: Optimizer, scales: Any, look: Look, compiled: Callable[..., None]) -> None:
+    """The optimizer's own step, which QuacK scales through its hooks."""
+    if isinstance(look.finite, Tensor) and not bool(look.finite):
+        return
+    if isinstance(look.clip, Tensor):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.mul_(look.clip.to(param.grad.dtype))
+    optimizer.step()
+
+
+def _unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Unscale the gradients of an optimizer, unless the user has done so since the last update."""
+    try:
+        scaler.unscale_(optimizer)
+    except RuntimeError as error:
+        if "has already been called" not in str(error):
+            raise
