@@ -20,6 +20,8 @@ _HOME = {
     "QuacK": "train.hooks",
     "compile_train_step": "train.step",
     "convert": "train.convert",
+    "inline_quack": "train.inline",
+    "StepBackend": "train.inline",
     "QuackError": "errors",
 }
 __all__ = sorted(_HOME)
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from quack_fx.strip import strip_qk_norm
     from quack_fx.train.convert import convert
     from quack_fx.train.hooks import QuacK
+    from quack_fx.train.inline import StepBackend, inline_quack
     from quack_fx.train.step import compile_train_step
     from quack_fx.verify import verify_qk_pairs
 

@@ -43,6 +43,10 @@ class EmitError(QuackError):
     """A training step that cannot be written as source."""
 
 
+class InlineError(QuackError, ValueError):
+    """A traced step in which the weights, or their new values, cannot be told."""
+
+
 class StepError(QuackError, ValueError):
     """A training step that cannot be taken, for example because the model returns no scalar loss."""
 

@@ -1,0 +1,361 @@
+"""USER: QuacK inside the graph of a training step or optimizer step that somebody traced, for whatever optimizer.
+
+In: an ATen graph in which weights are updated (of make_fx, AOTAutograd, a graph trainer), and the model's layout. Out:
+a graph with the same inputs and outputs, in which
+
+    W <- lerp(W_old, W_new, s),    s = tau * factor / factor at the start of training
+
+row by row, just before the new value of a query or key weight leaves the graph. `step_backend` does it for
+`torch.compile(optimizer.step)`.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from quack_fx.errors import InlineError, first_line
+from quack_fx.layout import QKLayout
+from quack_fx.train.hooks import check_tau
+from quack_fx.train.program.scaling import NormName, scaling_of
+
+if TYPE_CHECKING:
+    from quack_fx.train.program.parts.quack import QuacK as Scaling
+
+_aten = torch.ops.aten
+_ONWARD = {"add", "sub", "mul", "div", "addcdiv", "addcmul", "lerp", "where", "clone"}
+"""Ops, and those of `_foreach_`, whose result is still the weight that was their first argument, moved a little."""
+
+
+def inline_quack(
+    graph_module: fx.GraphModule,
+    layout: QKLayout,
+    model: nn.Module,
+    inputs: Sequence[Any] = (),
+    *,
+    weights: Mapping[str, str | int] | None = None,
+    tau: float = 1.0,
+    norm: NormName = "frobenius",
+) -> fx.GraphModule:
+    """A traced step with QuacK's scaling inlined.
+
+    Arguments:
+        graph_module: The graph of a step: it changes weights in place, or returns their new values. It is not changed.
+        layout: The layout of the model.
+        model: The model with its initial weights, whose factors later ones are divided by.
+        inputs: What the graph was traced with, in the order of its placeholders. Those that are weights of the model
+            are recognised, as are weights that the graph holds itself; the others may be fake.
+        weights: The placeholder of each weight, by name or number, where the inputs are not the weights themselves.
+        tau: Learning rate of queries and keys at the start of training, relative to that of the other weights; the
+            buffer "quack_tau" of the graph.
+        norm: "frobenius"; "spectral" cannot be traced.
+
+    Returns:
+        A new graph with the same inputs and outputs.
+
+    Raises:
+        InlineError: Weights with query or key rows, or their new values, cannot be told in the graph.
+        LayoutError: The layout does not fit the model.
+
+    Example:
+        >>> graph = make_fx(step)(params, grads, state)  # step returns new params and new state
+        >>> graph = inline_quack(graph, layout, model, [*params, *grads, *state])
+    """
+    check_tau(tau)
+    if norm != "frobenius":
+        raise InlineError(f"norm={norm!r} cannot be part of a graph; use 'frobenius'")
+    scaling = scaling_of(model, layout, torch.tensor(tau, dtype=torch.float64), norm)
+    return _inlined(graph_module, scaling, model, inputs, weights or {})
+
+
+class StepBackend:
+    """A backend for `torch.compile(optimizer.step, backend=StepBackend(model, layout))`.
+
+    Make it while the model has its initial weights. What it needs to go on after a resume is its `state_dict()`.
+
+    Arguments:
+        model: The model.
+        layout: Its layout.
+        tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
+        backend: The backend that compiles the graph with the scaling inside.
+
+    Example:
+        >>> step = torch.compile(optimizer.step, backend=StepBackend(model, layout))
+    """
+
+    def __init__(self, model: nn.Module, layout: QKLayout, tau: float = 1.0, backend: str = "inductor") -> None:
+        check_tau(tau)
+        self._model, self._backend = model, backend
+        self._scaling = scaling_of(model, layout, torch.tensor(tau, dtype=torch.float64), "frobenius")
+
+    def __call__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a graph of Dynamo; one without query and key weights as it is."""
+        held = {id(tensor) for tensor in (*inputs, *_attributes(graph_module).values())}
+        if any(id(weight) in held for weight in self._scaling.home):
+            graph_module = _inlined(graph_module, self._scaling, self._model, inputs, {}, hold_others=True)
+        compiled: Callable[..., Any] = torch._dynamo.lookup_backend(self._backend)(graph_module, list(inputs))
+        return compiled
+
+    def state_dict(self) -> dict[str, Any]:
+        """First factors, and `tau`."""
+        return {"first": [table.clone() for table in self._scaling.saved], "tau": self._tau.clone()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over those of an earlier run."""
+        for table, saved in zip(self._scaling.saved, state_dict["first"], strict=True):
+            table.copy_(saved)
+        self._tau.copy_(state_dict["tau"])
+
+    @property
+    def _tau(self) -> Tensor:
+        assert isinstance(self._scaling.tau, Tensor)
+        return self._scaling.tau
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+
+def _inlined(
+    graph_module: fx.GraphModule,
+    scaling: Scaling,
+    model: nn.Module,
+    inputs: Sequence[Any],
+    chosen: Mapping[str, str | int],
+    hold_others: bool = False,
+) -> fx.GraphModule:
+    """The graph with the scaling inside, see `inline_quack`.
+
+    Arguments:
+        graph_module, model, inputs: As there.
+        scaling: The scales of the model's rows.
+        chosen: The placeholders of weights that were named.
+        hold_others: Whether weights that are not in the graph are held by it as they are in the model.
+    """
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
+    held = _attributes(graph_module)
+    known = {id(tensor) for tensor in (*held.values(), *inputs)}
+    if hold_others:
+        others = [weight for weight in scaling.home if id(weight) not in known]
+        held |= {f"quack_weight_{i}": weight for i, weight in enumerate(others)}
+    functional = _functional(graph_module, held, _inputs(graph_module, inputs))
+    graph, root = functional.graph, nn.Module()
+    for target, tensor in _attributes(functional).items():
+        _register(root, target, tensor)
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    old = _weights_of(
+        graph_module,
+        scaling,
+        names,
+        chosen,
+        dict(zip(map(id, [*held.values(), *inputs]), nodes, strict=False)),
+        nodes[len(held) :],
+    )
+    new = {weight: _new_value(node, names[weight]) for weight, node in old.items() if id(weight) in known or chosen}
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        scales = _write_scales(graph, root, scaling, old)
+    for weight, value in new.items():
+        if value is not None:
+            _blend(graph, old[weight], value, scales[weight], weight.dtype)
+    for node, (target, tensor) in zip(nodes, held.items(), strict=False):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(_register(root, target.replace(".", "_"), tensor)))
+        graph.erase_node(node)
+    graph.set_codegen(graph_module.graph._codegen)
+    return fx.GraphModule(root, graph)
+
+
+def _attributes(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors that a graph holds, by their names."""
+    found = {}
+    for target in dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"):
+        value = operator.attrgetter(target)(graph_module)
+        if isinstance(value, Tensor):
+            found[target] = value
+    return found
+
+
+def _inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """A value for each placeholder: what was given, or what the graph was traced with."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if inputs:
+        if len(inputs) != len(placeholders):
+            raise InlineError(
+                f"{len(inputs)} inputs were given for a graph with {len(placeholders)}; give one for each"
+            )
+        return list(inputs)
+    found = [node.meta.get("val", node.meta.get("example_value")) for node in placeholders]
+    if unknown := [node.name for node, value in zip(placeholders, found, strict=True) if value is None]:
+        raise InlineError(f"the graph does not tell what its input {unknown[0]!r} looks like; pass inputs=")
+    return found
+
+
+class _Lifted(fx.Interpreter):
+    """Runs a graph on other tensors in place of those that it holds."""
+
+    def __init__(self, graph_module: fx.GraphModule, held: Mapping[str, Any]) -> None:
+        super().__init__(graph_module)
+        self._held = held
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The tensor in place of one that the graph holds."""
+        return self._held[target] if target in self._held else super().get_attr(target, args, kwargs)
+
+
+def _functional(graph_module: fx.GraphModule, held: Mapping[str, Tensor], inputs: Sequence[Any]) -> fx.GraphModule:
+    """The graph without writes in place, but for one into each input at its end; what it held are inputs as well."""
+
+    def run(*values: Any) -> Any:
+        lifted = dict(zip(held, values, strict=False))
+        return _Lifted(graph_module, lifted).run(*values[len(held) :], enable_io_processing=False)
+
+    try:
+        # A mode of its own: that of Dynamo would make symbols of the sizes.
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            values = [_like(value) if isinstance(value, Tensor) else value for value in (*held.values(), *inputs)]
+            return make_fx(torch.func.functionalize(run))(*values)
+    except Exception as error:
+        raise InlineError(f"the graph cannot be written without writes in place: {first_line(error)}") from error
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """A tensor that looks the same, in the fake mode that is on."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _weights_of(
+    graph_module: fx.GraphModule,
+    scaling: Scaling,
+    names: Mapping[Tensor, str],
+    chosen: Mapping[str, str | int],
+    known: Mapping[int, fx.Node],
+    own: Sequence[fx.Node],
+) -> dict[Tensor, fx.Node]:
+    """The node of each weight with query or key rows.
+
+    Arguments:
+        graph_module: The graph as it was given.
+        scaling: The scales of the model's rows.
+        names: The model's names of its weights.
+        chosen: The placeholders of weights that were named.
+        known: Nodes by the id of the tensor that they stand for.
+        own: The nodes that stand for the placeholders of the graph.
+    """
+    placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if strange := [
+        key
+        for key in chosen.values()
+        if key not in placeholders and not (isinstance(key, int) and key in range(len(own)))
+    ]:
+        raise InlineError(
+            f"weights= names the placeholder {strange[0]!r}; the graph has {', '.join(placeholders[:4])}, …"
+        )
+    numbers = {name: key if isinstance(key, int) else placeholders.index(key) for name, key in chosen.items()}
+    found = {w: own[numbers[names[w]]] if names[w] in numbers else known.get(id(w)) for w in scaling.home}
+    if unseen := [names[weight] for weight, node in found.items() if node is None]:
+        raise InlineError(
+            f"{len(unseen)} weights with query or key rows, such as {unseen[0]!r}, are not among the inputs of the "
+            "graph and what it holds; pass the weights themselves in inputs=, or their placeholders in weights="
+        )
+    return {weight: node for weight, node in found.items() if node is not None}
+
+
+def _new_value(weight: fx.Node, name: str) -> fx.Node | None:
+    """The node of a weight's value after the step; None for one that stays as it is.
+
+    Raises:
+        InlineError: There are several that may be it.
+    """
+    written = [user.args[1] for user in weight.users if user.target is _aten.copy_.default and user.args[0] is weight]
+    if written:
+        value = written[-1]
+        assert isinstance(value, fx.Node)
+        return value
+    reached, moved = [weight], dict[fx.Node, None]()
+    while reached:
+        for node in _onward(reached.pop()):
+            if node not in moved:
+                moved[node] = None
+                reached.append(node)
+    leaving = [node for node in moved if any(user.op == "output" for user in node.users)]
+    if len(leaving) > 1:
+        raise InlineError(
+            f"{len(leaving)} outputs of the graph may be the new value of {name!r}; let the step write into its weights"
+        )
+    if not leaving and weight.users:
+        raise InlineError(f"the new value of {name!r} cannot be told among the outputs of the graph")
+    return leaving[0] if leaving else None
+
+
+def _onward(node: fx.Node) -> Iterator[fx.Node]:
+    """What a weight is after one more op."""
+    for user in node.users:
+        op, _, _ = str(user.target).removeprefix("aten.").removeprefix("_foreach_").partition(".")
+        if user.op != "call_function" or op not in _ONWARD or not user.args:
+            continue
+        first = user.args[1] if op == "where" else user.args[0]
+        if first is node and _moves_little(op, user):
+            yield user
+        elif isinstance(first, (list, tuple)) and node in first:
+            place = list(first).index(node)
+            yield from (g for g in user.users if g.target is operator.getitem and g.args[1] == place)
+
+
+def _moves_little(op: str, user: fx.Node) -> bool:
+    """Whether an op moves its first argument: products do with single numbers only."""
+    other = user.args[1] if op in ("mul", "div") else None
+    value = other.meta.get("val") if isinstance(other, fx.Node) else None
+    return not isinstance(value, Tensor) or value.numel() == 1
+
+
+def _write_scales(
+    graph: fx.Graph, root: nn.Module, scaling: Scaling, old: Mapping[Tensor, fx.Node]
+) -> dict[Tensor, fx.Node]:
+    """Write the scales of the rows as they follow from the weights before the step; `root` holds what they need."""
+    weights = list(old)
+
+    def scales_of(*tensors: Tensor) -> list[Tensor]:
+        of = dict(zip(weights, tensors, strict=True))
+        traced = copy.copy(scaling)
+        traced.stacks = [{n: ([of[w] for w in own], axis) for n, (own, axis) in s.items()} for s in scaling.stacks]
+        scales = traced.scales()
+        return [scales[tensor] for tensor in tensors]
+
+    traced = make_fx(scales_of)(*(weight.detach() for weight in weights))
+    copies = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), old.values(), strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            tensor = getattr(traced, str(node.target))
+            name = "quack_tau" if tensor is scaling.tau else f"quack{node.target}"
+            copies[node] = graph.get_attr(_register(root, name, tensor))
+        elif node.op == "call_function":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    (results,) = (node.args[0] for node in traced.graph.nodes if node.op == "output")
+    return {weight: copies[node] for weight, node in zip(weights, results, strict=True)}
+
+
+def _blend(graph: fx.Graph, old: fx.Node, new: fx.Node, scale: fx.Node, dtype: torch.dtype) -> None:
+    """Put old + scale (new - old) in place of the new value, in float32 at least and rounded once."""
+    exact = torch.promote_types(dtype, torch.float32)
+    users, after = list(new.users), new.next
+    with graph.inserting_before(after):
+        ends: list[fx.Node] = [old, new]
+        if exact != dtype:
+            ends = [graph.call_function(_aten._to_copy.default, (end,), {"dtype": exact}) for end in ends]
+        scaled = graph.call_function(_aten.lerp.Tensor, (*ends, scale))
+        if exact != dtype:
+            scaled = graph.call_function(_aten._to_copy.default, (scaled,), {"dtype": dtype})
+    for user in users:
+        user.replace_input_with(new, scaled)
+
+
+def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
+    """Have a module hold a tensor, by the same memory but for no gradient to be taken; gives the name."""
+    root.register_buffer(name, tensor.detach())
+    return name
