@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
+import textwrap
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import pairwise
@@ -16,7 +17,7 @@ from quack_fx.train.program.kinds import Kind
 from quack_fx.train.program.names import common_prefix, unique_name, variable_names
 from quack_fx.train.program.rows import index_of
 from quack_fx.train.program.rule import factors_of
-from quack_fx.train.program.text import INDENT, Tables, as_ranges, bracketed, quoted, range_of
+from quack_fx.train.program.text import INDENT, WIDTH, Tables, as_ranges, bracketed, quoted, range_of
 
 _LETTERS = "ijkmpqrstuvwxyz"
 _RESERVED = {"at", "n", "self", *_LETTERS, *keyword.kwlist, *dir(builtins)}
@@ -66,10 +67,11 @@ def _kind_lines(kind: Kind, name: str, tables: Tables) -> list[str]:
     """The class and the three functions of one kind."""
     count = len(kind.instances)
     variables, blocks = _variables(kind), _block_names(kind)
-    attentions = f"{count} attentions" if count > 1 else "one attention"
+    summary = f"A number for every head of each block, in {f'{count} attentions' if count > 1 else 'one attention'}: "
+    title = textwrap.shorten(kind.title, WIDTH - len(f'{INDENT}"""{summary}."""'), placeholder=" and others")
     lines = [
         f"class {name}(NamedTuple):",
-        f'{INDENT}"""A number for every head of each block, in {attentions}: {kind.title}."""',
+        f'{INDENT}"""{summary}{title}."""',
         "",
         *(f"{INDENT}{block}: Any" for block in blocks),
     ]

@@ -41,7 +41,7 @@ class QuacK:
         self.first = self.factors()
         for kind, factors in zip(KINDS, self.first, strict=True):
             for block, factor in zip(factors._fields, factors, strict=True):
-                for numbers, usable in zip(kind.numbers, factor.isfinite().all(-1).tolist(), strict=True):
+                for numbers, usable in zip(kind.numbers, factor.log().isfinite().all(-1).tolist(), strict=True):
                     if not usable:
                         names = ", ".join(kind.weights(*numbers).values())
                         raise ValueError(f"what {block} meets in {names} is zero or not finite; initialise it")
