@@ -406,6 +406,23 @@ class Bag(nn.Module):
         return torch.stack(terms).sum()
 
 
+class Lion(torch.optim.Optimizer):
+    """Lion (Chen et al., 2023, Alg. 2), as anybody may have written it."""
+
+    def __init__(self, params: Any, lr: float = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(group["lr"] * mean.lerp(p.grad, 1 - group["betas"][0]).sign())
+                    mean.lerp_(p.grad, 1 - group["betas"][1])
+
+
 def batches(n: int, dtype: torch.dtype) -> Iterator[Tensor]:
     for i in range(n):
         yield torch.tensor(0.3 * i, dtype=dtype)

@@ -172,7 +172,7 @@ def _names(sites: list[AttentionSite]) -> list[str]:
     return sorted({name for one in sites for _, b in one.blocks() for name in (b.param, b.bias) if name})
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=SEARCH)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=SEARCH)
 @given(layouts())
 def test_scales_of_random_layouts(case: tuple[QKLayout, Shapes]) -> None:
     layout, shapes = case

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +157,7 @@ def largest(numbers: Tensor, heads: list[int], count: int) -> Tensor:
 
 def smallest(*factors: Tensor) -> Tensor:
     """The smallest of several factors."""
-    return torch.stack(torch.broadcast_tensors(*factors)).amin(0)
+    return reduce(torch.minimum, factors)
 
 
 def bare(name: str) -> str:
