@@ -37,3 +37,10 @@ def test_the_page_on_programs_shows_what_is_written() -> None:
     own = source[source.index("class Mla(") : source.index("class QuacK:")]
     shown = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "program.md").read_text(), re.DOTALL)
     assert "\n\n".join(shown).split() == own.split() and all(piece in own for piece in shown)
+
+
+def test_the_readme_quotes_what_is_written() -> None:
+    source = quack_fx.convert(str(ROOT / "examples" / "mla.py"))
+    (quoted,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.partition("  #")[0] for line in quoted.splitlines()]
+    assert len(lines) == 2 and all(f" {line}\n" in source for line in lines)
