@@ -61,14 +61,15 @@ def products(layout: QKLayout) -> Iterator[list[Unit]]:
                     yield [Unit.of(block, ranges) for block, ranges in term]
 
 
-def factors(layout: QKLayout, weights: Weights, norm: Norm = frobenius) -> dict[Unit, float]:
-    """The factor of every unit."""
-    norms: dict[Unit, float] = {}
+def units(layout: QKLayout) -> list[Unit]:
+    """All units, each once."""
+    return list(dict.fromkeys(unit for product in products(layout) for unit in product))
+
+
+def factors(layout: QKLayout, norms: Mapping[Unit, float]) -> dict[Unit, float]:
+    """The factor of every unit, from the norms of all."""
     found: dict[Unit, float] = {}
     for product in products(layout):
-        for unit in product:
-            if unit not in norms:
-                norms[unit] = norm(unit.matrix(weights))
         for place, unit in enumerate(product):
             others = math.prod(norms[other] for i, other in enumerate(product) if i != place)
             found[unit] = min(found.get(unit, math.inf), 1 / others)
@@ -80,8 +81,8 @@ def scales(
 ) -> dict[str, dict[int, float]]:
     """The scale of every row that a unit has, by the name of its weight or bias: tau * factor / first factor."""
     found: dict[str, dict[int, float]] = {}
-    start = factors(layout, first, norm)
-    for unit, factor in factors(layout, now, norm).items():
+    start, end = (factors(layout, {u: norm(u.matrix(w)) for u in units(layout)}) for w in (first, now))
+    for unit, factor in end.items():
         for name in filter(None, (unit.param, unit.bias)):
             own = found.setdefault(name, {})
             for row in unit.rows:
