@@ -26,7 +26,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import quack_fx
 from quack_fx.errors import EmitError
-from quack_fx.layout import Norm, QKLayout, Skipped
+from quack_fx.layout import Norm, QKLayout, Skipped, WeightBlock
 from quack_fx.train.convert import OptimizerName, convert, emit
 from quack_fx.train.program.execute import execute
 from quack_fx.train.program.norms import StandIn
@@ -292,6 +292,22 @@ def test_wrapped_models_are_recognised() -> None:
     program = execute(emit(layout, shapes, title="model"))
     for wrapped in (torch.compile(Bag(shapes)), in_module(Bag(shapes)), in_module(torch.compile(Bag(shapes)))):
         assert len(program.QuacK(wrapped).home) == 6
+
+
+def test_the_file_of_a_wrapped_model_is_that_of_the_model() -> None:
+    """Whichever of both the layout was found on."""
+    layout, shapes = layout_of("fused")
+    model = Bag(shapes)
+    source = convert(model, layout=layout, title="model")
+    for wrapped in (torch.compile(model), in_module(torch.compile(model))):
+        assert convert(wrapped, layout=layout, title="model") == source
+        bare, names = dict(model.named_parameters()), {id(p): name for name, p in wrapped.named_parameters()}
+
+        def theirs(b: WeightBlock, bare: Any = bare, names: Any = names) -> WeightBlock:
+            return replace(b, param=names[id(bare[b.param])], bias=b.bias and names[id(bare[b.bias])])
+
+        sites = (replace(s, query=tuple(map(theirs, s.query)), key=tuple(map(theirs, s.key))) for s in layout.sites)
+        assert convert(wrapped, layout=QKLayout(tuple(sites)), title="model") == source
 
 
 def test_frozen_weights_count_and_stay() -> None:
