@@ -302,7 +302,7 @@ def test_low_precision_weights_have_exact_scales(dtype: torch.dtype, norm: NormN
 
 
 def test_thousands_of_heads_cost_few_operations() -> None:
-    """The scales of 16,000 heads take as many tensor operations as there are weights."""
+    """The scales of 16,000 heads take some tensor operations for each of 40 weights, and none for each head."""
     layers, heads = 20, 400
     sites = tuple(gqa(f"{i}", heads, heads, 2) for i in range(layers))
     shapes = {f"{i}.{p}_proj.weight": (2 * heads, 3) for i in range(layers) for p in "qk"}
@@ -310,7 +310,7 @@ def test_thousands_of_heads_cost_few_operations() -> None:
     with torch.profiler.profile() as profile:
         quack.scales()
     operations = sum(e.count for e in profile.key_averages() if e.key.startswith("aten::"))
-    assert operations < 10 * len(shapes) + 100
+    assert operations < 20 * len(shapes) + 100
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -327,13 +327,14 @@ def test_adamw_takes_the_steps_of_fp64(name: str) -> None:
     decay = {n: 0.1 if p.dim() > 1 else 0.0 for n, p in names.items()}
     groups = [{"params": [p], "lr": lr[n], "weight_decay": decay[n]} for n, p in names.items()]
     program = execute(write_program(layout, shapes, name, tau=0.5))
-    step = program.TrainStep(model, torch.optim.AdamW(groups), compile=False)
+    optimizer = torch.optim.AdamW(groups)
+    step = program.TrainStep(model, optimizer, compile=False)
     for x in batches(12, torch.float64):
         model(x).backward()
         grads = {n: p.grad for n, p in names.items() if p.grad is not None}
         reference.step(grads, lr, decay)
         step.update()
-        step.zero_grad()
+        optimizer.zero_grad()
     for n, p in names.items():
         assert float((p.detach() - reference.weights[n]).norm() / reference.weights[n].norm()) < 1e-13
     moved = [float((scale[scale != 1] / 0.5 - 1).abs().max()) for scale in step.quack.scales().values()]
@@ -434,7 +435,7 @@ def test_a_state_without_first_factors_or_with_those_of_others_is_refused() -> N
     for own in state["state"].values():
         own.pop("quack_init", None)
     optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="no first factors of QuacK; load it before the step is made"):
+    with pytest.raises(ValueError, match="no first factors of QuacK for these heads and this norm"):
         at_random(model, step, range(1))
 
     other, theirs, another = begun("mla_without_q_latent")
@@ -443,7 +444,7 @@ def test_a_state_without_first_factors_or_with_those_of_others_is_refused() -> N
     for own in state["state"].values():
         own["quack_init"] = foreign
     optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="first factors of QuacK for other heads, or of another norm"):
+    with pytest.raises(ValueError, match="no first factors of QuacK for these heads and this norm"):
         at_random(model, step, range(1))
 
 
@@ -492,7 +493,7 @@ def test_norms_that_cannot_be_divided_by_are_refused(value: float) -> None:
     with torch.no_grad():
         model.get_parameter("layers.1.attn.k_proj.weight")[4:8] = value
     with pytest.raises(
-        FactorError, match=r"what q meets in .*layers\.1\.attn\.k_proj.* is zero or not finite"
+        FactorError, match=r"a head in .*layers\.1\.attn\.k_proj.* has norm zero, or one that is not finite"
     ) as error:
         scaling_of(model, layout, 1.0, "frobenius")
     assert "\n" not in str(error.value)

@@ -182,7 +182,7 @@ class QuacK:
             for (index, *names), factor, start in zip(rows, now, first, strict=True):
                 scales = (scaling.tau * torch.where(factor.isinf(), 1.0, factor / start)).tolist()
                 for own, weight in (
-                    (own, weight) for name in names for own, weight in zip(scales, stacks[name], strict=True)
+                    (own, weight) for name in names for own, weight in zip(scales, stacks[name][0], strict=True)
                 ):
                     for row, scale in zip(index.amin(-1).tolist(), own, strict=True):
                         found[weight, row] = min(scale, found.get((weight, row), scale))

@@ -31,7 +31,6 @@ from quack_fx.train.program.scaling import NormName, check_norm, program_text, r
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from quack_fx.train.program.parts.change import Look
     from quack_fx.train.program.parts.step import TrainStep as ProgramStep
 
 _KNOWN: dict[type[Optimizer], str] = {
@@ -306,33 +305,36 @@ def _step_with_hooks(
     quack: QuacK | None,
     optimizer: Optimizer,
     scales: Any,
-    look: Look,
+    clip: float | Tensor,
+    finite: float | Tensor,
     compiled: Callable[..., None],
 ) -> None:
     """A step of a program, with the hooks that others registered on the optimizer around it."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if step is _own_step or any(grad.is_sparse for grad in grads):
-        _own_step(optimizer, scales, look, compiled)
+        _own_step(optimizer, scales, clip, finite, compiled)
         return
     with ExitStack() as stack:
         if quack is not None:
             stack.enter_context(quack.paused())
         for hook in chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values()):
             hook(optimizer, (), {})
-        step(optimizer, scales, look, compiled)
+        step(optimizer, scales, clip, finite, compiled)
         for hook in chain(optimizer._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
             hook(optimizer, (), {})
 
 
-def _own_step(optimizer: Optimizer, scales: Any, look: Look, compiled: Callable[..., None]) -> None:
+def _own_step(
+    optimizer: Optimizer, scales: Any, clip: float | Tensor, finite: float | Tensor, compiled: Callable[..., None]
+) -> None:
     """The optimizer's own step, which QuacK scales through its hooks."""
-    if isinstance(look.finite, Tensor) and not bool(look.finite):
+    if isinstance(finite, Tensor) and not bool(finite):
         return
-    if isinstance(look.clip, Tensor):
+    if isinstance(clip, Tensor):
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    param.grad.mul_(look.clip.to(param.grad.dtype))
+                    param.grad.mul_(clip.to(param.grad.dtype))
     optimizer.step()
 
 

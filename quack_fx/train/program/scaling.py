@@ -120,26 +120,24 @@ def _whole(tensor: Tensor) -> Tensor:
 def _spectral(program: ModuleType) -> Any:
     """The program's `QuacK` by the largest singular value of each head's rows; slower, and waits for the device."""
 
+    program.KINDS = [kind._replace(mark=kind.mark + 1) for kind in program.KINDS]  # type: ignore[attr-defined]
+
     class Spectral(program.QuacK):  # type: ignore[name-defined, misc]
         @torch.no_grad()
-        def norms(self) -> list[Any]:
+        def factors(self) -> list[Any]:
             found = []
             for kind, stacks, rows in zip(program.KINDS, self.stacks, self.rows, strict=True):
-                whole = {name: [_whole(weight) for weight in own] for name, own in stacks.items()}
+                whole = {name: ([_whole(weight) for weight in own], axis) for name, (own, axis) in stacks.items()}
                 blocks = []
                 for index, *names in rows:
-                    columns = [(whole[name], kind.axes.get(name, 0)) for name in names]
+                    columns = [whole[name] for name in names]
                     blocks.append(
                         torch.stack(
                             [_top(index, [(w[i], axis) for w, axis in columns]) for i in range(len(columns[0][0]))]
                         )
                     )
-                found.append(type(rows)(*blocks))
+                found.append(kind.factors(type(rows)(*blocks)))
             return found
-
-        def first_of(self, weight: Tensor) -> list[Tensor]:
-            mark, *first = super().first_of(weight)
-            return [mark + 1, *first]
 
     return Spectral
 

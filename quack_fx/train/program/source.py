@@ -74,7 +74,7 @@ def write_program(
     optional = {"sharded": "sharded", "masters": "masters", "norms": "norms"}
     parts = [
         part
-        for part in ("quack", "sharded", "norms", "change", *names, "masters", "loss", "step")
+        for part in ("quack", "sharded", "norms", "change", *names, "masters", "step")
         if part not in optional or part in features
     ]
     texts = {part: list(_definitions(part, features)) for part in parts}
@@ -96,16 +96,16 @@ def _steps(optimizers: Sequence[str]) -> str:
     """The table of the steps that the program takes."""
     kinds = [(f"torch.optim.{name}" if name != "Lion" else name, PARTS_OF[name]) for name in optimizers]
     entries = [f"{kind}: step_{part}" for kind, part in kinds]
-    return "\n".join(bracketed(0, "STEPS: dict[type[Optimizer], Callable[..., None]] = {", entries, "}"))
+    return "\n".join(bracketed(0, "STEPS: dict[type[Optimizer], Compiled] = {", entries, "}"))
 
 
 def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
-    """The classes and functions of a part, decorators and all."""
+    """The classes and functions of a part, decorators and all, after its short names for types."""
     lines, tree = _source(part)
+    if short := [lines[node.lineno - 1] for node in tree.body if isinstance(node, ast.Assign)]:
+        yield "\n".join(short)
     for node in tree.body:
-        if isinstance(node, ast.Assign):
-            yield "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        elif isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name != "qk_norms":
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name != "qk_norms":
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             kept = dict(enumerate(lines[first - 1 : node.end_lineno], first))
             for piece in ast.walk(node):
@@ -134,7 +134,7 @@ def _imports(parts: Sequence[str], body: Sequence[str]) -> str:
     """The imports of the parts, as far as their names occur in the text."""
     text = "\n".join(body)
     plain: set[str] = set()
-    named: dict[str, dict[str, str | None]] = {}
+    named: dict[str, dict[str, str | None]] = {"collections": {"namedtuple": None}}  # that of `write.py`
     for part in parts:
         for node in _source(part)[1].body:
             if isinstance(node, ast.Import):

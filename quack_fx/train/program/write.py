@@ -40,18 +40,18 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
         entries += [f"{name.lower()}_{part}" for part in ("weights", "rows", "factors")]
         entries += [str(mark_of(kind))]
         entries += [f"axes={{{', '.join(axes)}}}"] if axes else []
-        table += bracketed(1, "Kind(", entries, "),")
+        table.append(f"Kind({', '.join(entries)})")
         lines += [*tables.lines, *own]
     if not table:
         return ["KINDS: tuple[Kind, ...] = ()"]
-    return [*lines, "KINDS = [", *table, "]"]
+    return [*lines, *bracketed(0, "KINDS = [", table, "]")]
 
 
 def mark_of(kind: Kind, norm: str = "frobenius") -> int:
     """A number that tells kinds apart whose first factors mean other things."""
     blocks = [(block.role, block.heads, [kind.tensors[i].axis for i in block.tensors]) for block in kind.blocks]
     digest = blake2b(repr((norm, blocks, kind.terms)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 1  # an int64
+    return int.from_bytes(digest) >> 12  # a float64 is exact up to here
 
 
 def _kind_names(kinds: Sequence[Kind]) -> list[str]:
@@ -67,14 +67,14 @@ def _kind_lines(kind: Kind, name: str, tables: Tables) -> list[str]:
     """The class and the three functions of one kind."""
     count = len(kind.instances)
     variables, blocks = _variables(kind), _block_names(kind)
-    summary = f"A number for every head of each block, in {f'{count} attentions' if count > 1 else 'one attention'}: "
-    title = textwrap.shorten(kind.title, WIDTH - len(f'{INDENT}"""{summary}."""'), placeholder=" and others")
-    lines = [
-        f"class {name}(NamedTuple):",
-        f'{INDENT}"""{summary}{title}."""',
-        "",
-        *(f"{INDENT}{block}: Any" for block in blocks),
-    ]
+    attentions = f"{count} attentions" if count > 1 else "one attention"
+    entries = [quoted(block) for block in blocks]
+    fields = bracketed(0, f"{name} = namedtuple(", [quoted(name), f"[{', '.join(entries)}]"], ")")
+    if max(map(len, fields)) > WIDTH:
+        fields = [f"{name} = namedtuple(", f"{INDENT}{quoted(name)},", *bracketed(1, "[", entries, "],"), ")"]
+    told = "; a number for every head of each block"
+    title = textwrap.shorten(kind.title, WIDTH - len(f"# {attentions}: {told}"), placeholder=" and others")
+    lines = [f"# {attentions}: {title}{told}", *fields]
     parts = (
         lines,
         _weights_lines(kind, name.lower(), variables),

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quack_fx.train.program.parts.sharded import local, norm_of
+from quack_fx.train.program.parts.sharded import local
 
-Stepped = tuple[Tensor, tuple[Tensor, ...]]
-Rule = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], Stepped]
+Tensors = Sequence[Tensor]
 Scales = Mapping[Tensor, Tensor]
-SMALL = 16384  # numbers
+Number = float | Tensor
+Compiled = Callable[..., None]
 
 
-class Job(NamedTuple):
-    """A weight to change, its gradient, laid out in memory as it is, and its state."""
+def change(rule: Any, numbers: Tensor, scales: Tensors, weights: Tensors, grads: Tensors, *states: Tensors) -> None:
+    """Change some weights, w - scale * step, and their state in place, by the rule of the optimizer; this is compiled.
 
-    weight: Tensor
-    grad: Tensor
-    state: dict[str, Any]
-
-
-def change(
-    rule: Rule,
-    numbers: Tensor,
-    scales: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    *states: Sequence[Tensor],
-) -> None:
-    """Change some weights and their state in place, w - scale * step; this is what is compiled.
-
-    Arguments:
-        rule: The arithmetic of the optimizer: gives the step and the new state.
-        numbers: What clips the gradients, whether the step counts, and the numbers of the rule, for each weight.
-        scales: [rows, 1, ...] for each weight.
-        weights, grads: [rows, ...] for each weight.
-        states: The same for each tensor of the state.
+    Shapes: numbers [weights, clip, finite, those of the rule], scales [rows, 1, ...] each, the others [rows, ...] each.
     """
     for i, (scale, weight, grad, *state) in enumerate(zip(scales, weights, grads, *states, strict=True)):
         clip, finite, *own = numbers[i].unbind()
@@ -50,87 +30,44 @@ def change(
             old.copy_(torch.where(finite > 0, value.to(old.dtype), old))
 
 
-def change_alike(
-    rule: Rule,
-    numbers: Tensor,
-    jobs: Sequence[Job],
-    names: Sequence[str],
-    scales: Scales,
-    compiled: Callable[..., None],
-) -> None:
-    """Do the jobs: small weights are stacked, for they are not worth a call; the others are changed two by two.
-
-    `names` are those of the state that the rule knows; see `change` for the rest.
-    """
-    alike: dict[Any, list[tuple[Tensor, ...]]] = {}
-    for (weight, grad, state), own in zip(jobs, numbers.unbind(), strict=True):
-        tensors = [weight.detach(), grad, *(state[name] for name in names)]
-        tensors[0] = state.get("master_param", tensors[0])  # if masters
-        tensors = [local(tensor) for tensor in tensors]  # if sharded
-        first = tensors[0]
-        exact = torch.float64 if first.dtype == torch.float64 else torch.float32
-        scale = scales.get(weight)
-        scale = first.new_ones(first.shape[:1] + (1,) * (first.dim() - 1), dtype=exact) if scale is None else scale
-        key = first.shape, first.stride(), first.dtype, grad.dtype, first.device, scale.shape
-        alike.setdefault(key, []).append((own, scale, *tensors))
+def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Tensor]], compiled: Compiled) -> None:
+    """Change the weight of each job, [scale, weight, gradient, *state]: small ones in stacks, the others two by two."""
+    device = jobs[0][1].device
+    plain = torch.tensor([0.0 if isinstance(n, Tensor) else n for n in numbers], dtype=torch.float64, device="cpu")
+    each = zip(numbers, plain.to(device, non_blocking=True).unbind(), strict=True)
+    columns = [n.to(own, non_blocking=True) if isinstance(n, Tensor) else own for n, own in each]
+    table = torch.stack([column.expand(len(jobs)) for column in columns], 1)
+    alike: dict[Any, list[tuple[Tensor, list[Tensor]]]] = {}
+    for job, row in zip(jobs, table.unbind(), strict=True):
+        key = *((tensor.shape, tensor.dtype) for tensor in job[:3]), job[1].stride(), job[1].device
+        alike.setdefault(key, []).append((row, job))
     for some in alike.values():
-        rows, *columns = (list(column) for column in zip(*some, strict=True))
-        weight, table = columns[1][0], torch.stack(rows).to(columns[1][0].device, columns[0][0].dtype)
-        if weight.numel() <= SMALL:
-            stacks = [torch.stack(column) for column in columns]
-            change(rule, table.T.reshape(1, -1, len(rows), *[1] * weight.dim()), *([stack] for stack in stacks))
-            for column, stack in zip([columns[1], *columns[3:]], [stacks[1], *stacks[3:]], strict=True):
-                torch._foreach_copy_(column, list(stack.unbind()))
+        tensors = [list(column) for column in zip(*(job for _, job in some), strict=True)]
+        rows = torch.stack([row for row, _ in some]).to(tensors[0][0])
+        if tensors[1][0].numel() <= 16384:
+            stacks = [torch.stack(column) for column in tensors]
+            change(rule, rows.T.reshape(1, -1, len(some), *[1] * tensors[1][0].dim()), *([stack] for stack in stacks))
+            for i in (1, *range(3, len(stacks))):
+                torch._foreach_copy_(tensors[i], list(stacks[i].unbind()))
             continue
         twos = len(some) // 2 * 2
         for start, stop in pairwise([*range(0, twos, 2), *range(twos, len(some) + 1)]):
-            compiled(rule, table[start:stop], *(column[start:stop] for column in columns))
+            compiled(rule, rows[start:stop], *(column[start:stop] for column in tensors))
 
 
-def jobs_of(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]], names: Sequence[str]) -> list[Job]:
-    """The weights of a group that have a gradient; what their state lacks is made."""
-    jobs = []
-    for weight in group["params"]:
-        if (grad := weight.grad) is not None:
-            own = state[weight]
-            like = own.get("master_param", weight)  # if masters
-            for name in names:
-                if own.get(name) is None:
-                    own[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-                    own[name] = torch.zeros_like(like, memory_format=torch.preserve_format)  # if masters
-            if grad.stride() != weight.stride():
-                grad = torch.empty_like(weight).copy_(grad)
-            jobs.append(Job(weight, grad, own))
-    return jobs
-
-
-class Look(NamedTuple):
-    """What was found about all gradients of a step, without waiting for the device.
-
-    Attributes:
-        device: Where.
-        clip: What to multiply them with.
-        finite: 1 if they are finite or nobody asked; 0 if not, and then the step changes nothing.
-    """
-
-    device: torch.device
-    clip: float | Tensor = 1.0
-    finite: float | Tensor = 1.0
-
-    def numbers(self, weights: Collection[Any], *values: float | Tensor) -> Tensor:
-        """Both and some other numbers for each weight, [weights, numbers], in double."""
-        every = self.clip, self.finite, *values
-        plain = torch.tensor([0.0 if isinstance(v, Tensor) else v for v in every], dtype=torch.float64, device="cpu")
-        each = zip(every, plain.to(self.device, non_blocking=True).unbind(), strict=True)
-        columns = [value.to(own, non_blocking=True) if isinstance(value, Tensor) else own for value, own in each]
-        return torch.stack([column.expand(len(weights)) for column in columns], 1)
-
-
-def look_at(grads: list[Tensor], device: torch.device, clip_grad_norm: float | None, skip_nonfinite: bool) -> Look:
-    """Look at all gradients at once: their total norm tells both."""
-    if not grads or (clip_grad_norm is None and not skip_nonfinite):
-        return Look(device)
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm_of(grads)  # if sharded
-    clip = 1.0 if clip_grad_norm is None else (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
-    return Look(device, clip, norm.isfinite().float() if skip_nonfinite else 1.0)
+def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: Scales) -> list[Tensor]:
+    """The scale of a weight, itself, its gradient, laid out as it is, and its state, made where it lacks."""
+    own, grad = weight.detach(), weight.grad
+    assert grad is not None
+    own = state.get("master_param", own)  # if masters
+    for name in names:
+        if state.get(name) is None:
+            state[name] = torch.zeros_like(own, memory_format=torch.preserve_format)
+    if grad.stride() != own.stride():
+        grad = torch.empty_like(weight).copy_(grad)
+    tensors = [own, grad, *(state[name] for name in names)]
+    tensors = [local(tensor) for tensor in tensors]  # if sharded
+    if (scale := scales.get(weight)) is None:
+        exact = torch.promote_types(own.dtype, torch.float32)
+        scale = torch.ones((1,) * own.dim(), dtype=exact, device=own.device)
+    return [scale, *tensors]

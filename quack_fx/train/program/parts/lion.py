@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quack_fx.train.program.parts.change import Look, Scales, Stepped, change_alike, jobs_of
+from quack_fx.train.program.parts.change import Compiled, Number, Scales, Tensors, change_alike, job_of
 
 
 class Lion(Optimizer):
@@ -31,23 +30,22 @@ class Lion(Optimizer):
         raise NotImplementedError("call the TrainStep: it takes the steps of Lion")
 
 
-def lion(w: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor]) -> Stepped:
-    """Lion (Chen et al., 2023, Alg. 2).
+def lion(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
+    """Lion (Chen et al., 2023, Alg. 2): its step and new state.
 
-    Arguments:
-        w, g: Weight and gradient, [rows, ...].
-        state: The momentum, [rows, ...].
-        numbers: As in `step_lion`, [] each.
+    Weight w, gradient g and the state (the momentum) are [rows, ...] each.
     """
     lr, decay, rest1, rest2 = numbers
     mean = state[0]
     return lr * (mean + rest1 * (g - mean)).sign() + lr * decay * w, (mean + rest2 * (g - mean),)
 
 
-def step_lion(optimizer: Optimizer, scales: Scales, look: Look, compiled: Callable[..., None]) -> None:
-    """One step on all groups."""
+def step_lion(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number, compiled: Compiled) -> None:
+    """One step."""
     for group in optimizer.param_groups:
-        if jobs := jobs_of(group, optimizer.state, ("exp_avg",)):
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        jobs = [job_of(weight, optimizer.state[weight], ("exp_avg",), scales) for weight in weights]
+        if jobs:
             beta1, beta2 = group["betas"]
-            table = look.numbers(jobs, group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2)
-            change_alike(lion, table, jobs, ("exp_avg",), scales, compiled)
+            numbers = clip, finite, group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2
+            change_alike(lion, numbers, jobs, compiled)

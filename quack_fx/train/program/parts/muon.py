@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,42 +11,42 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # a copy would drift from torch's
 
-from quack_fx.train.program.parts.change import Job, Look, Scales, Stepped, change_alike, jobs_of
+from quack_fx.train.program.parts.change import Compiled, Number, Scales, Tensors, change_alike, job_of
+from quack_fx.train.program.parts.sharded import local
 
 
-def muon(w: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor]) -> Stepped:
-    """Muon (Jordan et al., 2024), its direction in place of the gradient: that of the whole matrix, before any scale.
+def muon(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
+    """Muon (Jordan et al., 2024): its step, where g is the direction, that of the whole matrix before any scale.
 
-    Arguments:
-        w, g: Weight and direction, [rows, inputs].
-        state: None.
-        numbers: As in `step_muon`, [] each.
+    Weight w and direction g are [rows, inputs] each.
     """
     lr, decay, shape = numbers
     return lr * shape * g + lr * decay * w, ()
 
 
-def direction_of(grad: Tensor, momentum: Tensor, group: Mapping[str, Any], look: Look) -> Tensor:
+def direction_of(grad: Tensor, momentum: Tensor, group: Mapping[str, Any], clip: Number, finite: Number) -> Tensor:
     """The orthogonalised momentum of a matrix, [rows, inputs]."""
     grad = grad.to(momentum.dtype)
-    grad = grad * look.clip.to(grad) if isinstance(look.clip, Tensor) else grad
+    grad = grad * clip.to(grad.dtype) if isinstance(clip, Tensor) else grad
     new = momentum.lerp(grad, 1 - group["momentum"])
-    momentum.copy_(torch.where(look.finite > 0, new, momentum) if isinstance(look.finite, Tensor) else new)
+    momentum.copy_(torch.where(finite > 0, new, momentum) if isinstance(finite, Tensor) else new)
     ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
     return _zeropower_via_newtonschulz(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
 
-def step_muon(optimizer: Optimizer, scales: Scales, look: Look, compiled: Callable[..., None]) -> None:
-    """One step on all groups."""
+def step_muon(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number, compiled: Compiled) -> None:
+    """One step."""
     for group in optimizer.param_groups:
-        jobs = []
-        for weight, grad, state in jobs_of(group, optimizer.state, ("momentum_buffer",)):
-            direction = direction_of(grad, state["momentum_buffer"], group, look)
+        jobs, shapes = list[list[Tensor]](), list[float]()
+        for weight in (weight for weight in group["params"] if weight.grad is not None):
+            state = optimizer.state[weight]
+            scale, own, grad, momentum = job_of(weight, state, ("momentum_buffer",), scales)
+            grad, momentum = weight.grad, state["momentum_buffer"]  # if sharded
+            direction = direction_of(grad, momentum, group, clip, finite)
             if isinstance(direction, DTensor) and isinstance(weight, DTensor):  # if sharded
-                direction = direction.redistribute(placements=weight.placements)  # if sharded
-            jobs.append(Job(weight, direction, state))
+                direction = local(direction.redistribute(placements=weight.placements))  # if sharded
+            jobs.append([scale, own, direction])
+            shapes.append(_adjust_lr(1.0, group["adjust_lr_fn"], weight.shape))
         if jobs:
-            shapes = [_adjust_lr(1.0, group["adjust_lr_fn"], job.weight.shape) for job in jobs]
             shape = torch.tensor(shapes, dtype=torch.float64, device="cpu")
-            table = look._replace(clip=1.0).numbers(jobs, group["lr"], group["weight_decay"], shape)
-            change_alike(muon, table, jobs, (), scales, compiled)
+            change_alike(muon, (1.0, finite, group["lr"], group["weight_decay"], shape), jobs, compiled)

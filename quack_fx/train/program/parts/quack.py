@@ -29,87 +29,80 @@ KINDS: tuple[Kind, ...] = ()
 
 
 class QuacK:
-    """The scale on the learning rate of every query and key row.
+    """The scale on the learning rate of every query and key row; `tau` at the start, and may be changed between steps.
 
-    Make it while the model has its initial weights: their factors are what later ones are divided by. `tau`, the scale
-    at the start, may be changed between steps.
+    Make it while the model has its initial weights: their factors are what later ones are divided by.
     """
 
     def __init__(self, model: nn.Module, tau: float | Tensor = 1.0) -> None:
         self.tau = tau
         self.kept: dict[Tensor, Tensor] = {}  # what the state of each weight has of first factors
         self.find(model)
-        self.first = self.factors()
-        for kind, factors in zip(KINDS, self.first, strict=True):
-            for block, factor in zip(factors._fields, factors, strict=True):
-                for numbers, usable in zip(kind.numbers, factor.log().isfinite().all(-1).tolist(), strict=True):
-                    if not usable:
-                        names = ", ".join(kind.weights(*numbers).values())
-                        raise ValueError(f"what {block} meets in {names} is zero or not finite; initialise it")
+        self.first, self.saved = list[Any](), list[Tensor]()
+        for kind, factors in zip(KINDS, self.factors(), strict=True):
+            for numbers, *own in zip(kind.numbers, *factors, strict=True):
+                if not torch.cat(own).log().isfinite().all():
+                    names = ", ".join(kind.weights(*numbers).values())
+                    raise ValueError(f"a head in {names} has norm zero, or one that is not finite; initialise it")
+            self.saved.append(torch.cat([torch.full_like(factors[0][:, :1], kind.mark), *factors], 1))
+            sizes = [1, *(factor.shape[1] for factor in factors)]
+            self.first.append(type(factors)(*torch.split(self.saved[-1], sizes, 1)[1:]))
 
     def find(self, model: nn.Module) -> None:
         """Find the weights; again where some were replaced."""
         check_stripped(model)  # if norms
         params = dict(model.named_parameters(remove_duplicate=False))
         params |= {bare(name): weight for name, weight in params.items()}
-        self.stacks: list[dict[str, list[Tensor]]] = []  # for each kind its weights, each in all attentions
+        self.stacks: list[dict[str, tuple[list[Tensor], int]]] = []  # for each kind its weights in all attentions, axis
         self.rows: list[Any] = []
         self.home: dict[Tensor, tuple[int, int]] = {}  # of each weight the number of its kind, and of its attention
-        self.held: dict[Tensor, Tensor] = {}  # if sharded
         for k, kind in enumerate(KINDS):
             names = [kind.weights(*numbers) for numbers in kind.numbers]
-            self.stacks.append({name: [params[own[name]] for own in names] for name in names[0]})
-            self.home.update({params[name]: (k, i) for i, own in enumerate(names) for name in own.values()})
-            for name in names[0]:  # if sharded
-                self.held |= {w: held(w, kind.axes.get(name, 0)) for w in self.stacks[k][name]}  # if sharded
-            device = params[next(iter(names[0].values()))].device
+            self.home |= {params[name]: (k, i) for i, own in enumerate(names) for name in own.values()}
+            self.stacks.append({n: ([params[own[n]] for own in names], kind.axes.get(n, 0)) for n in names[0]})
             with torch.device("cpu"):  # whatever the default
                 rows = kind.rows()
+            device = params[next(iter(names[0].values()))].device
             self.rows.append(type(rows)(*((index.to(device), *where) for index, *where in rows)))
+        stacks = [stack for own in self.stacks for stack in own.values()]  # if sharded
+        self.held = {w: held(w, axis) for weights, axis in stacks for w in weights}  # if sharded
         self.meshes = meshes_of(self.home)  # if sharded
 
     @torch.no_grad()
-    def norms(self) -> list[Any]:
-        """Norms of the blocks as the weights are, [attentions, heads] for each block; the same on every rank."""
+    def factors(self) -> list[Any]:
+        """Factors of the blocks as the weights are, [attentions, heads] for each block; the same on every rank."""
         squares = []
-        for kind, stacks, rows in zip(KINDS, self.stacks, self.rows, strict=True):
-            of = {name: self.squares(weights, kind.axes.get(name, 0)) for name, weights in stacks.items()}
+        for stacks, rows in zip(self.stacks, self.rows, strict=True):
+            of = {}
+            for name, (weights, axis) in stacks.items():
+                own, exact = weights, torch.promote_types(weights[0].dtype, torch.float32)
+                own = [local(weight) for weight in own]  # if sharded
+                flat = [weight.movedim(axis, 0).unsqueeze(-1).flatten(1) for weight in own]  # [rows, inputs]
+                norms = [torch.linalg.vector_norm(weight, dim=1, dtype=exact) for weight in flat]
+                norms = spread(norms, weights, self.held, axis, self.meshes)  # if sharded
+                # In double: products of four norms must not overflow.
+                of[name] = torch.stack(norms, -2).double().square()
             squares.append([torch.stack([of[n][..., index].sum(-1) for n in names]).sum(0) for index, *names in rows])
         add_up(squares, self.meshes)  # if sharded
-        return [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
-
-    def squares(self, weights: list[Tensor], axis: int) -> Tensor:
-        """Squared norm of every row, [attentions, rows], in double: products of four of them must not overflow."""
-        exact = torch.promote_types(weights[0].dtype, torch.float32)
-        others = [d for d in range(weights[0].dim()) if d != axis]
-        own = weights
-        own = [local(weight) for weight in own]  # if sharded
-        norms = [torch.linalg.vector_norm(w, dim=others, dtype=exact) if others else w for w in own]
-        norms = spread(norms, weights, self.held, axis, self.meshes)  # if sharded
-        return torch.stack(norms, -2).double().square()
-
-    def factors(self) -> list[Any]:
-        """Factors of the blocks as the weights are, [attentions, heads] for each block."""
-        return [kind.factors(norms) for kind, norms in zip(KINDS, self.norms(), strict=True)]
+        norms_of = zip(KINDS, self.rows, squares, strict=True)
+        return [kind.factors(type(rows)(*(x.sqrt() for x in own))) for kind, rows, own in norms_of]
 
     @torch.no_grad()
     def scales(self) -> dict[Tensor, Tensor]:
         """Scale of each row of the weights with heads, [rows, 1, ...]: tau * factor / first; 1 for rows of values."""
         found: dict[Tensor, Tensor] = {}
-        factors = self.factors()
-        for kind, stacks, rows, now, first in zip(KINDS, self.stacks, self.rows, factors, self.first, strict=True):
-            axes = {name: kind.axes.get(name, 0) for name in stacks}
-            sizes = {name: (len(weights), weights[0].shape[axes[name]]) for name, weights in stacks.items()}
+        for stacks, rows, now, first in zip(self.stacks, self.rows, self.factors(), self.first, strict=True):
+            sizes = {name: (len(weights), weights[0].shape[axis]) for name, (weights, axis) in stacks.items()}
             scale = {name: now[0].new_full(size, torch.inf) for name, size in sizes.items()}
             for (index, *names), factor, start in zip(rows, now, first, strict=True):
                 # What is multiplied with a head that has become zero (it was pruned) makes logits of zero at any rate.
-                relative = torch.where(factor.isinf(), 1.0, factor / start)
-                by_row = relative.unsqueeze(-1).expand(-1, *index.shape).flatten(1)
+                relative = torch.where(factor.isinf(), 1.0, factor / start).unsqueeze(-1)
+                by_row = relative.expand(-1, *index.shape).flatten(1)
                 for name in names:
                     scale[name].scatter_reduce_(1, index.flatten().expand_as(by_row), by_row, "amin")
-            for name, weights in stacks.items():
+            for name, (weights, axis) in stacks.items():
+                shape = [-1 if d == axis else 1 for d in range(weights[0].dim())]
                 exact = torch.promote_types(weights[0].dtype, torch.float32)
-                shape = [-1 if d == axes[name] else 1 for d in range(weights[0].dim())]
                 each = torch.where(scale[name].isinf(), 1.0, self.tau * scale[name]).to(exact)
                 for weight, own in zip(weights, each.unbind(), strict=True):
                     own = own[self.held[weight]]  # if sharded
@@ -118,35 +111,26 @@ class QuacK:
 
     @torch.no_grad()
     def keep(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
-        """Keep first factors, those of its whole attention, in the state of some weights, and so in the state_dict."""
-        for weight in weights:
-            if weight in self.home and "quack_init" not in optimizer.state[weight]:
+        """Keep first factors, of its whole attention, in the optimizer's state of some weights."""
+        for weight in self.home.keys() & weights:
+            if "quack_init" not in optimizer.state[weight]:
+                kind, attention = self.home[weight]
                 # As bytes: load_state_dict would round other numbers to the type of the weight.
-                saved = torch.cat([part.view(torch.uint8) for part in self.first_of(weight)])
-                optimizer.state[weight]["quack_init"] = self.kept[weight] = saved
+                self.kept[weight] = self.saved[kind][attention].view(torch.uint8).clone()
+                optimizer.state[weight]["quack_init"] = self.kept[weight]
 
     @torch.no_grad()
     def take_over(self, optimizer: Optimizer) -> None:
         """Take over first factors from a state that was loaded."""
-        for weight in self.home:
-            state, kept = optimizer.state.get(weight), self.kept.get(weight)
-            if not state or (saved := state.get("quack_init")) is kept:
-                continue
-            if saved is None:
-                raise ValueError("the optimizer state has no first factors of QuacK; load it before the step is made")
-            mark, *first = self.first_of(weight)
-            saved = saved.to(mark.device, torch.uint8).clone()
-            if len(saved) != 8 * sum(map(len, (mark, *first))) or not saved[:8].view(torch.int64).equal(mark):
-                raise ValueError("the optimizer state has first factors of QuacK for other heads, or of another norm")
-            for factor, value in zip(first, saved[8:].view(torch.float64).split(list(map(len, first))), strict=True):
-                factor.copy_(value)
-            state["quack_init"] = self.kept[weight] = saved
-
-    def first_of(self, weight: Tensor) -> list[Tensor]:
-        """The mark of a weight's kind, [1], and the first factors of the blocks of its attention, [heads] each."""
-        kind, attention = self.home[weight]
-        first = [factor[attention] for factor in self.first[kind]]
-        return [torch.tensor([KINDS[kind].mark], device=first[0].device), *first]
+        for weight, (kind, attention) in self.home.items():
+            state = optimizer.state.get(weight)
+            if state and (saved := state.get("quack_init")) is not self.kept.get(weight):
+                own = self.saved[kind][attention]
+                saved = None if saved is None else saved.to(own.device, torch.uint8).clone()
+                if saved is None or len(saved) != 8 * len(own) or saved[:8].view(torch.float64) != own[:1]:
+                    raise ValueError("the optimizer state has no first factors of QuacK for these heads and this norm")
+                own.copy_(saved.view(torch.float64))
+                state["quack_init"] = self.kept[weight] = saved
 
 
 def largest(numbers: Tensor, heads: list[int], count: int) -> Tensor:

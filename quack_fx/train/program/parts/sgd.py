@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quack_fx.train.program.parts.change import Look, Scales, Stepped, change_alike, jobs_of
+from quack_fx.train.program.parts.change import Compiled, Number, Scales, Tensors, change_alike, job_of
 
 
-def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor]) -> Stepped:
-    """SGD as torch.optim has it, with momentum, dampening, Nesterov's form and coupled decay.
+def sgd(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
+    """SGD as torch.optim has it, with momentum, dampening, Nesterov's form and coupled decay: its step and new state.
 
-    Arguments:
-        w, g: Weight and gradient, [rows, ...].
-        state: The momentum, [rows, ...], if there is any.
-        numbers: As in `step_sgd`, [] each.
+    Weight w, gradient g and the state (the momentum, if there is any) are [rows, ...] each.
     """
     sign, lr, decay, momentum, rest, nesterov = numbers
     g = sign * g + decay * w
@@ -27,16 +22,15 @@ def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor]
     return lr * torch.where(nesterov > 0, g + momentum * moving, moving), (moving,)
 
 
-def step_sgd(optimizer: Optimizer, scales: Scales, look: Look, compiled: Callable[..., None]) -> None:
-    """One step on all groups."""
+def step_sgd(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number, compiled: Compiled) -> None:
+    """One step."""
     for group in optimizer.param_groups:
-        begun = {weight for weight in group["params"] if optimizer.state[weight].get("momentum_buffer") is not None}
+        weights = [weight for weight in group["params"] if weight.grad is not None]
         names = ("momentum_buffer",) if group["momentum"] else ()
-        if not (jobs := jobs_of(group, optimizer.state, names)):
-            continue
         # The first gradient of a weight is not dampened.
-        rests = [1 - group["dampening"] if weight in begun else 1.0 for weight, *_ in jobs]
-        rest = torch.tensor(rests, dtype=torch.float64, device="cpu")
-        numbers = -1.0 if group["maximize"] else 1.0, group["lr"], group["weight_decay"], group["momentum"], rest
-        table = look.numbers(jobs, *numbers, float(group["nesterov"]))
-        change_alike(sgd, table, jobs, names, scales, compiled)
+        begun = [optimizer.state[weight].get("momentum_buffer") is not None for weight in weights]
+        rest = 1 - group["dampening"] * torch.tensor(begun, dtype=torch.float64, device="cpu")
+        jobs = [job_of(weight, optimizer.state[weight], names, scales) for weight in weights]
+        if jobs:
+            numbers = -1.0 if group["maximize"] else 1.0, group["lr"], group["weight_decay"], group["momentum"], rest
+            change_alike(sgd, (clip, finite, *numbers, float(group["nesterov"])), jobs, compiled)
