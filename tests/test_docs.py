@@ -41,6 +41,6 @@ def test_the_page_on_programs_shows_what_is_written() -> None:
 
 def test_the_readme_quotes_what_is_written() -> None:
     source = quack_fx.convert(str(ROOT / "examples" / "mla.py"))
-    (quoted,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (quoted,) = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = [line.partition("  #")[0] for line in quoted.splitlines()]
     assert len(lines) == 2 and all(f" {line}\n" in source for line in lines)
