@@ -49,9 +49,9 @@ def main() -> None:
     batches = crops(train_text, args.batch, args.context, args.seed)
     check = list(islice(crops(held_text, args.batch, args.context, args.seed), 8))
 
-    optimizer = emitted.QuacKAdamW(model, lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
-    train_step = emitted.compile_train_step(model, optimizer)
+    train_step = emitted.TrainStep(model, optimizer)
 
     def held_out() -> float:
         with torch.no_grad():
@@ -68,19 +68,20 @@ def main() -> None:
         if step == 1:
             compiled, started = time.perf_counter() - started, time.perf_counter()
         losses.append(loss)
-        low, high = scale_range(optimizer)
+        low, high = scale_range(train_step.quack)
         line = f"step {step:>4}/{args.steps}   loss {loss:6.3f}   head scales {low:.3f} to {high:.3f}"
         progress(line, last=step == args.steps, keep=step == 1 or step % 10 == 0)
-    low, high = scale_range(optimizer)
+    low, high = scale_range(train_step.quack)
     print(f"loss          {losses[0]:.3f} -> {losses[-1]:.3f}   (held out: {before:.3f} -> {held_out():.3f})")
     print(f"head scales   1.000 -> {low:.3f} to {high:.3f}   (learning rate of a head's rows, relative to its start)")
     rate = (args.steps - 1) * args.batch * args.context / (time.perf_counter() - started) if args.steps > 1 else 0.0
     print(f"speed         {rate:,.0f} bytes/s after {compiled:.0f} s of compiling")
 
 
-def scale_range(optimizer: Any) -> tuple[float, float]:
-    """Smallest and largest scale over all query and key rows."""
-    scales = optimizer.scales()
+def scale_range(quack: Any) -> tuple[float, float]:
+    """Smallest and largest scale over all query and key heads; `tau` is 1 here."""
+    pairs = zip(quack.factors(), quack.first, strict=True)
+    scales = torch.cat([(now / first).flatten() for pair in pairs for now, first in zip(*pair, strict=True)])
     return float(scales.min()), float(scales.max())
 
 

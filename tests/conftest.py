@@ -7,13 +7,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from emit_cases import SITES, layout_of, load
-
-from quack_fx.emit import emit
 
 torch.set_num_threads(1)
 
@@ -42,19 +38,3 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         folders = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
         if any(folder.startswith(str(tmp_path)) for folder in folders):
             del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where emitted files lie."""
-    return tmp_path_factory.mktemp("emitted")
-
-
-@pytest.fixture(scope="module")
-def emitted(folder: Path) -> dict[str, ModuleType]:
-    """Every layout's emitted file, as a module."""
-    modules = {}
-    for name in SITES:
-        layout, shapes = layout_of(name)
-        modules[name] = load(emit(layout, shapes, title=name, tau=0.5), folder)
-    return modules

@@ -1,17 +1,12 @@
-"""Layouts written by hand, models that have just their parameters, and the fp64 reference of an emitted optimizer."""
+"""Layouts written by hand, and models that have just their parameters."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator, Mapping
-from itertools import count
-from math import prod
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
+from tiny_models import example
 from torch import Tensor, nn
 
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Ranges, Role, WeightBlock
@@ -50,7 +45,7 @@ def site(
         "query_heads": n,
         "key_heads": m,
         "head_dim": 4,
-        "head_map": tuple(h // (n // m) for h in range(n)),
+        "head_map": tuple(h * m // n for h in range(n)),
     }
     return AttentionSite(
         name=name, query=tuple(query), key=tuple(key), terms=tuple(LogitTerm(*term) for term in terms),
@@ -238,6 +233,67 @@ SITES: dict[str, tuple[list[AttentionSite], Shapes]] = {
             **{"attn.q.lora_a.weight": (3, 6), "attn.k.weight": (8, 6)},
         },
     ),
+    "low_rank_branches_of_both": (
+        [
+            site(
+                "attn",
+                [
+                    block("attn.q.base.weight", "q", rows(2, 4)),
+                    block("attn.q.lora_b.weight", "other", rows(2, 4)),
+                    block("attn.q.lora_a.weight", "other", (((0, 3),),) * 2),
+                ],
+                [
+                    block("attn.k.base.weight", "k", rows(2, 4)),
+                    block("attn.k.lora_b.weight", "other", rows(2, 4)),
+                    block("attn.k.lora_a.weight", "other", (((0, 3),),) * 2),
+                ],
+                [(q, k) for q in ((0,), (1, 2)) for k in ((0,), (1, 2))],
+            )
+        ],
+        {
+            f"attn.{p}.{w}.weight": s
+            for p in "qk" for w, s in (("base", (8, 6)), ("lora_b", (8, 3)), ("lora_a", (3, 6)))
+        },
+    ),
+    "a_head_without_rows": (
+        [
+            site(
+                "attn",
+                [block("attn.q.weight", "q", (*rows(2, 4), ()))],
+                [block("attn.k.weight", "k", rows(3, 4))],
+                PAIR,
+            )
+        ],
+        {"attn.q.weight": (8, 6), "attn.k.weight": (12, 6)},
+    ),
+    "overlapping_heads": (
+        [
+            site(
+                "attn",
+                [block("attn.q.weight", "q", rows(3, 4, 2, 3))],
+                [block("attn.k.weight", "k", rows(3, 4))],
+                PAIR,
+            ),
+            site(
+                "attn.again",
+                [block("attn.q.weight", "q", rows(3, 4, 0, 5), bias="attn.q.bias")],
+                [block("attn.k.weight", "k", rows(3, 4))],
+                PAIR,
+            ),
+        ],
+        {"attn.q.weight": (14, 6), "attn.q.bias": (14,), "attn.k.weight": (12, 6)},
+    ),
+    "heads_of_other_sizes_that_overlap": (
+        [
+            site(
+                "attn",
+                [block("attn.q.weight", "q", (((0, 4),), ((2, 9),), ((9, 12),)))],
+                [block("attn.k.weight", "k", (((0, 6),), ((5, 8),), ((0, 12),)))],
+                PAIR,
+            )
+        ],
+        {"attn.q.weight": (12, 6), "attn.k.weight": (12, 6)},
+    ),
     "shared_query_and_key": (
         [site("attn", [block("attn.qk.weight", "q", rows(3, 4))], [block("attn.qk.weight", "k", rows(3, 4))], PAIR)],
         {"attn.qk.weight": (12, 6)},
@@ -319,21 +375,7 @@ def layout_of(name: str) -> tuple[QKLayout, Shapes]:
     return QKLayout(tuple(sites)), {**shapes, "rest.weight": (5, 7)}
 
 
-# ---- tools -----------------------------------------------------------------------------------------------------------
-
-_numbers = count()
-
-
-def load(source: str, folder: Path) -> ModuleType:
-    """Emitted source as a module."""
-    path = folder / f"emitted_{next(_numbers)}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+# ---- models ----------------------------------------------------------------------------------------------------------
 
 
 class Bag(nn.Module):
@@ -364,80 +406,26 @@ class Bag(nn.Module):
         return torch.stack(terms).sum()
 
 
+class Lion(torch.optim.Optimizer):
+    """Lion (Chen et al., 2023, Alg. 2), as anybody may have written it."""
+
+    def __init__(self, params: Any, lr: float = 1e-4, betas: Any = (0.9, 0.99), weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(group["lr"] * mean.lerp(p.grad, 1 - group["betas"][0]).sign())
+                    mean.lerp_(p.grad, 1 - group["betas"][1])
+
+
 def batches(n: int, dtype: torch.dtype) -> Iterator[Tensor]:
     for i in range(n):
         yield torch.tensor(0.3 * i, dtype=dtype)
-
-
-class Reference:
-    """AdamW (Loshchilov & Hutter, Alg. 2) with QuacK, in fp64 and as plain as can be."""
-
-    def __init__(
-        self, layout: QKLayout, params: Mapping[str, Tensor], tau: float, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:  # fmt: skip
-        self.terms = [
-            [(b.param, b.axis, tuple(sorted(ranges)), b.bias) for b, ranges in term]
-            for s in layout.sites if not s.qk_norm for h in range(s.query_heads) for term in s.head_terms(h)
-        ]  # fmt: skip
-        self.units = list(dict.fromkeys(unit for term in self.terms for unit in term))
-        self.params = {name: p.detach().double().clone() for name, p in params.items()}
-        self.m = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        self.v = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        self.t, self.tau, self.betas, self.eps = 0, tau, betas, eps
-        self.first = self.factors()
-
-    def slices(self, unit: Any) -> Iterator[tuple[str, tuple[slice, ...]]]:
-        param, axis, ranges, bias = unit
-        for a, b in ranges:
-            yield param, (slice(None),) * axis + (slice(a, b),)
-            if bias:
-                yield bias, (slice(a, b),)
-
-    def norm(self, unit: Any) -> float:
-        return sum(float(self.params[name][at].square().sum()) for name, at in self.slices(unit)) ** 0.5
-
-    def factors(self) -> dict[Any, float]:
-        norms = {unit: self.norm(unit) for unit in self.units}
-        result = {unit: float("inf") for unit in self.units}
-        for term in self.terms:
-            for i, unit in enumerate(term):
-                others = prod(norms[other] for j, other in enumerate(term) if j != i)
-                result[unit] = min(result[unit], 1 / others)
-        return result
-
-    def step(self, grads: Mapping[str, Tensor], lr: float, decay: Mapping[str, float]) -> None:
-        scale = {name: torch.full_like(p, torch.inf) for name, p in self.params.items()}
-        for unit, factor in self.factors().items():
-            for name, at in self.slices(unit):  # a row of several units takes the smallest of their scales
-                scale[name][at] = scale[name][at].clamp(max=self.tau * factor / self.first[unit])
-        scale = {name: s.masked_fill(s.isinf(), 1.0) for name, s in scale.items()}
-        self.t += 1
-        b1, b2 = self.betas
-        for name, p in self.params.items():
-            g = grads[name].double()
-            self.m[name] = b1 * self.m[name] + (1 - b1) * g
-            self.v[name] = b2 * self.v[name] + (1 - b2) * g * g
-            change = self.m[name] / (1 - b1**self.t) / ((self.v[name] / (1 - b2**self.t)).sqrt() + self.eps)
-            self.params[name] = p - lr * scale[name] * (change + decay[name] * p)
-
-
-def distance(model: nn.Module, reference: Reference) -> float:
-    """Largest relative distance of a parameter, by norms."""
-    return max(
-        float((p.detach().double() - reference.params[n]).norm() / reference.params[n].norm())
-        for n, p in model.named_parameters()
-    )
-
-
-def example(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def example_mla() -> tuple[nn.Module, QKLayout]:

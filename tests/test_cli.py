@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import quack_fx
 from quack_fx.cli.app import main
 from quack_fx.cli.convert import OptimizerChoice
-from quack_fx.emit.optimizers import CHOICES
 from quack_fx.layout import QKLayout
+from quack_fx.train.program.execute import execute
+from quack_fx.train.program.source import OPTIMIZERS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 GPT, MLA = str(EXAMPLES / "gpt.py"), str(EXAMPLES / "mla.py")
@@ -142,10 +144,54 @@ def test_convert_writes_a_file_that_python_reads(own_folder: Path, capfd: pytest
 
 
 def test_convert_writes_the_optimizer_that_is_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
-    assert {choice.value for choice in OptimizerChoice} == CHOICES.keys()
+    assert {choice.value for choice in OptimizerChoice} == OPTIMIZERS.keys()
     status, source, err = run(capfd, "convert", MLA, "--optimizer", "muon")
-    assert (status, err) == (0, "") and source.startswith('"""Muon and AdamW with QuacK')
-    assert "class QuacKMuon(" in source and "class QuacKAdamW(" in source
+    assert (status, err) == (0, "") and "Muon and AdamW with QuacK" in source.splitlines()[0]
+    assert execute(source).STEPS.keys() == {torch.optim.Muon, torch.optim.AdamW}
+
+
+def test_convert_writes_for_shards_and_for_masters(capfd: pytest.CaptureFixture[str]) -> None:
+    """Each option is what `quack_fx.convert` takes by the same name, and there is no more in the file without it."""
+    for words, options in (
+        ([], {}),
+        (["--sharded"], {"sharded": True}),
+        (["--master-weights"], {"master_weights": True}),
+        (["--sharded", "--master-weights"], {"sharded": True, "master_weights": True}),
+    ):
+        status, source, err = run(capfd, "convert", GPT, *words)
+        assert (status, err) == (0, "")
+        assert source == quack_fx.convert(GPT, title=f"GPT(GPTConfig()) of {GPT}", **options)
+        assert ("DTensor" in source, "master_param" in source) == ("sharded" in options, "master_weights" in options)
+
+
+NORMED = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.q_norm, self.k_norm = nn.RMSNorm(16), nn.RMSNorm(16)
+    def forward(self, x):
+        return F.softmax(self.q_norm(self.q(x)) @ self.k_norm(self.k(x)).mT, -1) @ self.v(x)
+"""
+
+
+def test_convert_tells_of_the_norms_that_it_takes_out(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("model.py").write_text(NORMED)
+    words = ["convert", "model.py", "--inputs", "torch.randn(2, 5, 16)", "-o"]
+    status, _, told = run(capfd, *words, "strip.py")
+    assert status == 0
+    assert "the file takes the QK norms out of 1 attentions (2 modules); --qk-norm keep leaves them" in told
+    assert "logits were scaled by 1, which relied on the norm" in told
+    assert 'yield "q_norm", PassThrough(factor=0.25)' in Path("strip.py").read_text()
+    status, _, told = run(capfd, *words, "keep.py", "--qk-norm", "keep")
+    assert status == 2 and "take it out first (--qk-norm strip" in told
+    status, _, told = run(capfd, *words, "no.py", "--qk-norm", "fold")
+    assert status == 2 and "'fold' is not one of 'strip', 'keep'" in told
+    assert not Path("keep.py").exists() and not Path("no.py").exists()
 
 
 def test_convert_and_verify_take_a_layout_from_a_file(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

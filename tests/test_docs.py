@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import quack_fx
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -27,3 +29,18 @@ def test_every_package_is_installed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = [file.parent.relative_to(ROOT) for file in (ROOT / "quack_fx").rglob("__init__.py")]
     assert sorted(listed) == sorted([".".join(folder.parts) for folder in folders] + ["quack_fx.cli"])
+
+
+def test_the_page_on_programs_shows_what_is_written() -> None:
+    """Its pieces of Python are the part of the file for examples/mla.py that is about the model, whole and in order."""
+    source = quack_fx.convert(str(ROOT / "examples" / "mla.py"))
+    own = source[source.index("# 4 attentions: MLA") : source.index("class QuacK:")]
+    shown = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "program.md").read_text(), re.DOTALL)
+    assert "\n\n".join(shown).split() == own.split() and all(piece in own for piece in shown)
+
+
+def test_the_readme_quotes_what_is_written() -> None:
+    source = quack_fx.convert(str(ROOT / "examples" / "mla.py"))
+    (quoted,) = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.partition("  #")[0] for line in quoted.splitlines()]
+    assert len(lines) == 2 and all(f" {line}\n" in source for line in lines)

@@ -18,6 +18,8 @@ import transformers
 from tiny_models import EXAMPLES, example
 from torch import Tensor, nn
 
+import quack_fx
+
 IDS = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0))
 MODELS = {"gpt": ("GPT", "GPTConfig"), "mla": ("MLATransformer", "MLAConfig")}
 
@@ -176,6 +178,21 @@ def test_trainer_tells_what_is_wrong(args: list[str], message: str) -> None:
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_trainer_trains_with_the_file(tmp_path: Path) -> None:
+    """As `make demo` does, with fewer steps on shorter texts."""
+    root, file = EXAMPLES.parent, tmp_path / "train_mla.py"
+    file.write_text(quack_fx.convert(str(EXAMPLES / "mla.py")))
+    command = [sys.executable, "examples/train_text.py", str(file), "--model", "examples/mla.py:MLATransformer"]
+    command += ["--steps", "20", "--batch", "4", "--context", "32"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.findall(r"^loss +([\d.]+) -> ([\d.]+)", done.stdout, re.MULTILINE)[0])
+    assert last < first - 0.5
+    low, high = map(float, re.findall(r"1\.000 -> ([\d.]+) to ([\d.]+)", done.stdout)[0])
+    assert 0 < low < 1 and low < high, "weights grow, so that scales fall"
 
 
 # -- the README --------------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from html.parser import HTMLParser
 
 import networkx as nx
 import pytest
+import rule
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from quack_fx.errors import LayoutError
-from quack_fx.factors import FactorPlan, factors
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, Ranges, Skipped, WeightBlock
 from quack_fx.report import Facts, find_site, html, overview, pair
 from quack_fx.report.facts import count_text, qk_count
@@ -298,12 +298,11 @@ def test_the_rule_reads_as_in_the_paper() -> None:
     "site", [plain("a"), plain("a", 8, 2, 4), plain("a", 4, 1, 4), latent("a", 4, 3, 2, 5, 6)], ids=lambda s: s.kind
 )
 def test_the_rule_as_text_gives_the_factors(site: AttentionSite) -> None:
-    plan = FactorPlan.from_layout(QKLayout((site,)))
-    norms = torch.rand(len(plan.units), dtype=torch.float64) + 0.5
-    true = factors(plan, norms)
-    unit = {(u.param, u.ranges): i for i, u in enumerate(plan.units)}
+    layout = QKLayout((site,))
+    norms = {unit: 0.5 + torch.rand(()).item() for unit in rule.units(layout)}
+    true = rule.factors(layout, norms)
     names = labels(site)
-    norm = {names[id(b)]: [norms[unit[b.param, r]].item() for r in b.heads] for _, b in site.blocks()}
+    norm = {names[id(b)]: [norms[rule.Unit.of(b, r)] for r in b.heads] for _, b in site.blocks()}
     letter = "h" if site.query_heads == site.key_heads else "g"
     for (_, text), (side, block) in zip(rule_texts(site), site.blocks(), strict=True):
         for i, ranges in enumerate(block.heads):
@@ -320,7 +319,7 @@ def test_the_rule_as_text_gives_the_factors(site: AttentionSite) -> None:
                     for h in heads
                 ]
                 values.append(1 / max(product_of))
-            assert min(values) == pytest.approx(true[unit[block.param, ranges]].item(), rel=1e-6)
+            assert min(values) == pytest.approx(true[rule.Unit.of(block, ranges)], rel=1e-6)
 
 
 # ---- terminal --------------------------------------------------------------------------------------------------------

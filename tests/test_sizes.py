@@ -8,9 +8,9 @@ from textwrap import dedent
 
 import pytest
 
-from quack_fx.emit import convert
 from quack_fx.errors import TargetError
 from quack_fx.targets import Target, resolve
+from quack_fx.train.convert import convert
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 

@@ -58,7 +58,7 @@ def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]
             "model is wrapped in FullyShardedDataParallel (FSDP1), which flattens weights into _flat_param and loses "
             "their rows; shard it with torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    bare = {_bare(name): param for name, param in given.items()}
+    bare = {bare_name(name): param for name, param in given.items()}
     params: dict[str, nn.Parameter] = {}
     for site in layout.sites:
         for _, block in site.blocks():
@@ -80,13 +80,15 @@ def without_wrappers(layout: QKLayout) -> QKLayout:
     """The layout with the names that parameters have in the model without its wrappers."""
 
     def bare(blocks: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
-        return tuple(replace(b, param=_bare(b.param), bias=None if b.bias is None else _bare(b.bias)) for b in blocks)
+        return tuple(
+            replace(b, param=bare_name(b.param), bias=None if b.bias is None else bare_name(b.bias)) for b in blocks
+        )
 
     sites = (replace(site, query=bare(site.query), key=bare(site.key)) for site in layout.sites)
     return replace(layout, sites=tuple(sites))
 
 
-def _bare(name: str) -> str:
+def bare_name(name: str) -> str:
     """Name of a parameter without the segments that wrappers add."""
     path = [segment for segment in name.split(".") if segment not in _WRAPPERS]
     return ".".join(path[1:] if path[0] == "module" else path)  # DistributedDataParallel wraps at the root only
@@ -96,8 +98,8 @@ def _find(name: str, given: Mapping[str, nn.Parameter], bare: Mapping[str, nn.Pa
     """The parameter that a layout means by a name."""
     if name in given:
         return given[name]
-    if _bare(name) in bare:
-        return bare[_bare(name)]
+    if bare_name(name) in bare:
+        return bare[bare_name(name)]
     close = get_close_matches(name, given, n=1)
     hint = f" (closest: {close[0]!r})" if close else ""
     raise LayoutError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quack_fx.errors import EmitError
 from quack_fx.layout import QKLayout
-from quack_fx.layout.fit import without_wrappers
+from quack_fx.layout.fit import bare_name, without_wrappers
 from quack_fx.train.program.norms import StandIn
 from quack_fx.train.program.source import OPTIMIZERS, write_program
 
@@ -159,7 +159,7 @@ def emit(
     if not any(site.terms and not site.qk_norm for site in layout.sites):
         raise EmitError(_why_empty(layout))
     names = OPTIMIZERS[optimizer]
-    layout = without_wrappers(layout)
+    layout, shapes = without_wrappers(layout), {bare_name(name): shape for name, shape in shapes.items()}
     return write_program(layout, shapes, title, names, tau=tau, features=features, stand_ins=stand_ins)
 
 

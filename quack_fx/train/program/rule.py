@@ -91,9 +91,9 @@ def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Ta
     if size == 1:
         return f"{whole}.amax(-1, keepdim=True)"
     groups = heads // size
-    if target == tuple(h // groups for h in range(heads)) and groups * size == heads:
+    if groups * size == heads and target == tuple(h // groups for h in range(heads)):
         return f"{whole}.unflatten(-1, ({size}, {groups})).amax(-1)"
-    if target == tuple(h % size for h in range(heads)) and groups * size == heads:
+    if groups * size == heads and target == tuple(h % size for h in range(heads)):
         return f"{whole}.unflatten(-1, ({groups}, {size})).amax(-2)"
     return f"largest({whole}, {tables.text(as_ranges(target))}, {size})"
 

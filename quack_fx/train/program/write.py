@@ -8,6 +8,7 @@ from __future__ import annotations
 import builtins
 import keyword
 import re
+import textwrap
 from collections.abc import Sequence
 from hashlib import blake2b
 from itertools import pairwise
@@ -16,7 +17,7 @@ from quack_fx.train.program.kinds import Kind
 from quack_fx.train.program.names import common_prefix, unique_name, variable_names
 from quack_fx.train.program.rows import index_of
 from quack_fx.train.program.rule import factors_of
-from quack_fx.train.program.text import INDENT, Tables, as_ranges, bracketed, quoted, range_of
+from quack_fx.train.program.text import INDENT, WIDTH, Tables, as_ranges, bracketed, quoted, range_of
 
 _LETTERS = "ijkmpqrstuvwxyz"
 _RESERVED = {"at", "n", "self", *_LETTERS, *keyword.kwlist, *dir(builtins)}
@@ -67,8 +68,13 @@ def _kind_lines(kind: Kind, name: str, tables: Tables) -> list[str]:
     count = len(kind.instances)
     variables, blocks = _variables(kind), _block_names(kind)
     attentions = f"{count} attentions" if count > 1 else "one attention"
-    fields = bracketed(0, f"{name} = namedtuple({quoted(name)}, [", [quoted(block) for block in blocks], "])")
-    lines = [f"# {attentions}: {kind.title}; a number for every head of each block", *fields]
+    entries = [quoted(block) for block in blocks]
+    fields = bracketed(0, f"{name} = namedtuple(", [quoted(name), f"[{', '.join(entries)}]"], ")")
+    if max(map(len, fields)) > WIDTH:
+        fields = [f"{name} = namedtuple(", f"{INDENT}{quoted(name)},", *bracketed(1, "[", entries, "],"), ")"]
+    told = "; a number for every head of each block"
+    title = textwrap.shorten(kind.title, WIDTH - len(f"# {attentions}: {told}"), placeholder=" and others")
+    lines = [f"# {attentions}: {title}{told}", *fields]
     parts = (
         lines,
         _weights_lines(kind, name.lower(), variables),

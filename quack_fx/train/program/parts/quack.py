@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ class QuacK:
         self.first, self.saved = list[Any](), list[Tensor]()
         for kind, factors in zip(KINDS, self.factors(), strict=True):
             for numbers, *own in zip(kind.numbers, *factors, strict=True):
-                if not torch.cat(own).isfinite().all():
+                if not torch.cat(own).log().isfinite().all():
                     names = ", ".join(kind.weights(*numbers).values())
                     raise ValueError(f"a head in {names} has norm zero, or one that is not finite; initialise it")
             self.saved.append(torch.cat([torch.full_like(factors[0][:, :1], kind.mark), *factors], 1))
@@ -140,7 +141,7 @@ def largest(numbers: Tensor, heads: list[int], count: int) -> Tensor:
 
 def smallest(*factors: Tensor) -> Tensor:
     """The smallest of several factors."""
-    return torch.stack(torch.broadcast_tensors(*factors)).amin(0)
+    return reduce(torch.minimum, factors)
 
 
 def bare(name: str) -> str:

@@ -64,7 +64,7 @@ def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> Non
     for mesh, part in zip(meshes, sums[1:], strict=True):
         for dim in range(mesh.ndim):
             torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-    each = iter(sums.sum(0).split([x[0].numel() for own in squares for x in own]))
+    each = iter(torch.split(sums.sum(0), [x[0].numel() for own in squares for x in own]))
     for own in squares:
         own[:] = [next(each).view(x.shape[1:]) for x in own]
 
