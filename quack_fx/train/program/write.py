@@ -38,7 +38,8 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
         axes = [f"{quoted(v)}: {t.axis}" for v, t in zip(_variables(kind), kind.tensors, strict=True) if t.axis]
         entries = [_numbers(fields_of(kind.instances)[1], tables)]
         entries += [f"{name.lower()}_{part}" for part in ("weights", "rows", "factors")]
-        entries += [str(mark_of(kind))]
+        sizes = [f"{quoted(v)}: {t.count}" for v, t in zip(_variables(kind), kind.tensors, strict=True)]
+        entries += [str(mark_of(kind)), f"{{{', '.join(sizes)}}}"]
         entries += [f"axes={{{', '.join(axes)}}}"] if axes else []
         table.append(f"Kind({', '.join(entries)})")
         lines += [*tables.lines, *own]

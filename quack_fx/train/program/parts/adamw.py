@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,12 +29,14 @@ def adamw(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tenso
 def step_adamw(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number, compiled: Compiled) -> None:
     """One step: weights without heads take torch's own fused kernel, which is as fast."""
     for group in optimizer.param_groups:
-        headed, plain = list[list[Tensor]](), list[list[Tensor]]()
+        headed, plain = list[list[Any]](), list[list[Any]]()
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
         for weight in group["params"]:
             if weight.grad is not None:
                 state = optimizer.state[weight]
-                state["step"] = state.get("step", torch.zeros((), device="cpu")).to(weight.device, non_blocking=True)
+                if "step" not in state:
+                    state["step"] = torch.zeros((), device=weight.device)
+                state["step"] = state["step"].to(weight.device, non_blocking=True)
                 ours = weight in scales
                 ours = ours or "master_param" in state  # if masters
                 (headed if ours else plain).append([state["step"], *job_of(weight, state, names, scales)])

@@ -30,7 +30,7 @@ def change(rule: Any, numbers: Tensor, scales: Tensors, weights: Tensors, grads:
             old.copy_(torch.where(finite > 0, value.to(old.dtype), old))
 
 
-def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Tensor]], compiled: Compiled) -> None:
+def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Any]], compiled: Compiled) -> None:
     """Change the weight of each job, [scale, weight, gradient, *state]: small ones in stacks, the others two by two."""
     device = jobs[0][1].device
     plain = torch.tensor([0.0 if isinstance(n, Tensor) else n for n in numbers], dtype=torch.float64, device="cpu")
@@ -39,6 +39,9 @@ def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Tenso
     table = torch.stack([column.expand(len(jobs)) for column in columns], 1)
     alike: dict[Any, list[tuple[Tensor, list[Tensor]]]] = {}
     for job, row in zip(jobs, table.unbind(), strict=True):
+        if job[0] is None:
+            exact = torch.promote_types(job[1].dtype, torch.float32)
+            job[0] = torch.ones((1,) * job[1].dim(), dtype=exact, device=job[1].device)
         key = *((tensor.shape, tensor.dtype) for tensor in job[:3]), job[1].stride(), job[1].device
         alike.setdefault(key, []).append((row, job))
     for some in alike.values():
@@ -55,8 +58,8 @@ def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Tenso
             compiled(rule, rows[start:stop], *(column[start:stop] for column in tensors))
 
 
-def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: Scales) -> list[Tensor]:
-    """The scale of a weight, itself, its gradient, laid out as it is, and its state, made where it lacks."""
+def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: Scales) -> list[Any]:
+    """The scale of a weight, if any, itself, its gradient, laid out as it is, and its state, made where it lacks."""
     own, grad = weight.detach(), weight.grad
     assert grad is not None
     own = state.get("master_param", own)  # if masters
@@ -67,7 +70,4 @@ def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: 
         grad = torch.empty_like(weight).copy_(grad)
     tensors = [own, grad, *(state[name] for name in names)]
     tensors = [local(tensor) for tensor in tensors]  # if sharded
-    if (scale := scales.get(weight)) is None:
-        exact = torch.promote_types(own.dtype, torch.float32)
-        scale = torch.ones((1,) * own.dim(), dtype=exact, device=own.device)
-    return [scale, *tensors]
+    return [scales.get(weight), *tensors]

@@ -37,7 +37,7 @@ def direction_of(grad: Tensor, momentum: Tensor, group: Mapping[str, Any], clip:
 def step_muon(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number, compiled: Compiled) -> None:
     """One step."""
     for group in optimizer.param_groups:
-        jobs, shapes = list[list[Tensor]](), list[float]()
+        jobs, shapes = list[list[Any]](), list[float]()
         for weight in (weight for weight in group["params"] if weight.grad is not None):
             state = optimizer.state[weight]
             scale, own, grad, momentum = job_of(weight, state, ("momentum_buffer",), scales)

@@ -22,6 +22,7 @@ class Kind(NamedTuple):
     rows: Callable[[], Any]  # for each block the rows of its heads, [heads, rows of a head], and the weights with them
     factors: Callable[[Any], Any]  # the rule: factors from norms, both [attentions, heads] for each block
     mark: int  # tells saved factors of this kind from others
+    sizes: Mapping[str, int]  # how many rows each weight has
     axes: Mapping[str, int] = {}  # of weights that count their rows along another axis than 0
 
 
@@ -58,6 +59,11 @@ class QuacK:
         self.home: dict[Tensor, tuple[int, int]] = {}  # of each weight the number of its kind, and of its attention
         for k, kind in enumerate(KINDS):
             names = [kind.weights(*numbers) for numbers in kind.numbers]
+            for w, name in ((w, name) for own in names for w, name in own.items()):
+                if name not in params or params[name].shape[kind.axes.get(w, 0)] != kind.sizes[w]:
+                    raise ValueError(
+                        f"{name} with {kind.sizes[w]} rows is no parameter of the model; write this file anew"
+                    )
             self.home |= {params[name]: (k, i) for i, own in enumerate(names) for name in own.values()}
             self.stacks.append({n: ([params[own[n]] for own in names], kind.axes.get(n, 0)) for n in names[0]})
             with torch.device("cpu"):  # whatever the default
