@@ -50,7 +50,7 @@ def step_adamw(optimizer: Optimizer, scales: Scales, look: Look, compiled: Calla
         params, grads, means, squares, peaks, *_ = *columns, []
         torch_adam(
             params, grads, means, squares, peaks, [job.state["step"] for job in plain], fused=True,
-            grad_scale=1 / look.clip if isinstance(look.clip, Tensor) else None,
+            grad_scale=1 / look.clip.float() if isinstance(look.clip, Tensor) else None,
             found_inf=1 - look.finite if isinstance(look.finite, Tensor) else None,
             lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
             maximize=maximize, amsgrad=amsgrad, decoupled_weight_decay=decoupled,

@@ -132,5 +132,5 @@ def look_at(grads: list[Tensor], device: torch.device, clip_grad_norm: float | N
         return Look(device)
     norm = torch.nn.utils.get_total_norm(grads)
     norm = norm_of(grads)  # if sharded
-    clip = 1.0 if clip_grad_norm is None else (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
+    clip = 1.0 if clip_grad_norm is None else (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     return Look(device, clip, norm.isfinite().float() if skip_nonfinite else 1.0)

@@ -30,7 +30,7 @@ def sgd(w: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor]
 def step_sgd(optimizer: Optimizer, scales: Scales, look: Look, compiled: Callable[..., None]) -> None:
     """One step on all groups."""
     for group in optimizer.param_groups:
-        begun = {weight for weight in group["params"] if optimizer.state[weight].get("momentum_buffer") is not None}
+        begun = {weight for weight in group["params"] if "momentum_buffer" in optimizer.state.get(weight, ())}
         names = ("momentum_buffer",) if group["momentum"] else ()
         if not (jobs := jobs_of(group, optimizer.state, names)):
             continue
