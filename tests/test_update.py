@@ -116,7 +116,7 @@ def test_equals_a_learning_rate_per_head(name: str, path: str, dtype: str, recom
     step = train(model, KNOWN[name], STEPS, path)
     assert "compiled update" in repr(step)
     # Of the loss, and for weights and biases of two and of one.
-    assert 2 <= graphs() <= 5 if path == "compiled" else graphs() == 0
+    assert 3 <= graphs() <= 5 if path == "compiled" else graphs() == 0
     assert not torch._dynamo.utils.counters["graph_break"]
     within = 1e-6 if dtype == "fp64" else 1e-5  # what clips is in fp32
     for i, layer in enumerate(model.layers):
@@ -843,6 +843,6 @@ def test_little_is_compiled(make: Callable[[Any], Optimizer], recompiles: None) 
         if i == 10:
             torch._dynamo.config.error_on_recompile = True
             compiled = graphs()
-    assert 0 < graphs() == compiled <= 4
+    assert 2 <= graphs() == compiled <= 6  # square matrices, others, biases; two or one of them
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert relative_error(p, q) < 1e-5

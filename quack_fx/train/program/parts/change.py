@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -75,16 +75,21 @@ def change_alike(
         alike.setdefault(key, []).append((own, scale, *tensors))
     for some in alike.values():
         rows, *columns = (list(column) for column in zip(*some, strict=True))
-        weight, table = columns[1][0], torch.stack(rows).to(columns[1][0].device, columns[0][0].dtype)
+        weight, exact = columns[1][0], columns[0][0].dtype
         if weight.numel() <= SMALL:
+            table = torch.stack(rows).to(weight.device, exact)
             stacks = [torch.stack(column) for column in columns]
             change(rule, table.T.reshape(1, -1, len(rows), *[1] * weight.dim()), *([stack] for stack in stacks))
             for column, stack in zip([columns[1], *columns[3:]], [stacks[1], *stacks[3:]], strict=True):
                 torch._foreach_copy_(column, list(stack.unbind()))
             continue
+        # No views: for each place that one may have in its memory, torch.compile would compile anew.
+        bare = [torch._foreach_mul(columns[0], 1), *([tensor.data for tensor in column] for column in columns[1:])]
         twos = len(some) // 2 * 2
         for start, stop in pairwise([*range(0, twos, 2), *range(twos, len(some) + 1)]):
-            compiled(rule, table[start:stop], *(column[start:stop] for column in columns))
+            table = torch.stack(rows[start:stop]).to(weight.device, exact)
+            compiled(rule, table, *(column[start:stop] for column in bare))
+        torch.autograd.graph.increment_version([*columns[1], *chain(*columns[3:])])
 
 
 def jobs_of(group: Mapping[str, Any], state: Mapping[Tensor, dict[str, Any]], names: Sequence[str]) -> list[Job]:

@@ -48,7 +48,7 @@ class TrainStep:
         self.quack = QuacK(model, tau)
         self.masters = [Masters(optimizer) for optimizer in optimizers]  # if masters
         self.loss = torch.compile(self.loss_of) if compile else self.loss_of
-        self.change = torch.compile(change, fullgraph=True, dynamic=True) if compile else change
+        self.change = torch.compile(change, dynamic=True) if compile else change
         self.seen = list(map(id, self.weights()))
 
     def __call__(self, *batch: Any, **named: Any) -> Tensor:
