@@ -453,6 +453,16 @@ def muon_and(make: Callable[[Any], Optimizer]) -> Callable[[nn.Module], list[Opt
     return make_both
 
 
+@torch.no_grad()
+def step_scaled(optimizer: Optimizer, scales: dict[Any, Tensor]) -> None:
+    """A plain step, after which what it did to the first rows of some weights is scaled, [rows] for each."""
+    before = {p: p.detach().clone() for p in optimizer.param_groups[0]["params"] if p in scales}
+    optimizer.step()
+    for p, old in before.items():
+        rows = len(scales[p])
+        p[:rows] = old[:rows] + scales[p].view(-1, *[1] * (p.dim() - 1)) * (p[:rows] - old[:rows])
+
+
 @pytest.mark.parametrize("path", PATHS[:2])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("beside", [partial(AdamW, lr=3e-3), partial(torch.optim.RMSprop, lr=1e-3)])
@@ -474,14 +484,8 @@ def test_two_optimizers_in_one_step(beside: Callable[[Any], Optimizer], clip: fl
         factors = row_factors(twin)
         for optimizer in optimizers:
             factors = row_factors(twin) if isinstance(optimizer, torch.optim.RMSprop) else factors
-            before = {p: p.detach().clone() for p in optimizer.param_groups[0]["params"] if p in factors}
-            optimizer.step()
+            step_scaled(optimizer, {p: 0.7 * factors[p] / first[p] for p in factors})
             optimizer.zero_grad()
-            with torch.no_grad():
-                for p, old in before.items():
-                    scale = (0.7 * factors[p] / first[p]).view(-1, *[1] * (p.dim() - 1))
-                    rows = len(scale)  # of keys and values those of keys
-                    p[:rows] = old[:rows] + scale * (p[:rows] - old[:rows])
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert relative_error(one, other) < 1e-5
     assert all(map(moved, step.quacks))
