@@ -139,7 +139,8 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
         alike.setdefault((numbers.device, numbers.dtype), []).append(numbers)
     half = torch.bfloat16, torch.float16
     norms = [n for (_, t), own in alike.items() for n in torch._foreach_norm(own, 2, torch.float32 if t in half else t)]
-    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    return total
 
 
 def look_at(grads: list[Tensor], device: torch.device, clip_grad_norm: float | None, skip_nonfinite: bool) -> Look:
