@@ -247,8 +247,8 @@ def test_resume_is_bitwise_in_a_fresh_process(tmp_path: Path) -> None:
         ends.append(model.state_dict())
     code = f"import test_step; test_step.go_on({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
-    for i, (name, end) in enumerate(zip(RESUMED, ends, strict=True)):
-        assert_equal(torch.load(tmp_path / f"{i}_after.pt"), end), name
+    for i, end in enumerate(ends):
+        assert_equal(torch.load(tmp_path / f"{i}_after.pt"), end)
 
 
 def test_weights_changed_between_steps_are_measured_anew() -> None:
