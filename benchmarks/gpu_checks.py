@@ -7,8 +7,7 @@ In: a device. Out: one line for each check, and whether it holds.
     steps        fifty whole steps likewise; a hundred learning rates compile nothing anew
     waiting      none of these, from the third on, waits for the device (torch.cuda.set_sync_debug_mode("error"))
     gates        gradients that are not finite change nothing, with and without a GradScaler
-    CUDA graphs  mode="reduce-overhead" captures, and gives what it gives without
-    one graph    whole_graph=True gives what a few graphs give
+    CUDA graphs  mode="reduce-overhead" captures the loss, and gives what it gives without
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from quack_fx.bench.measure import synchronize
 from quack_fx.errors import first_line
 from quack_fx.find import find_qk_pairs
 from quack_fx.layout import QKLayout
-from quack_fx.optim import QuacK
-from quack_fx.step import TrainStep, compile_train_step
+from quack_fx.train.hooks import QuacK
+from quack_fx.train.step import compile_train_step
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from gpt import GPT, GPTConfig
@@ -55,7 +54,6 @@ def checks(device: torch.device) -> Iterator[Check]:
     tried: list[Callable[..., Check]] = [partial(_optimizer, name) for name in _OPTIMIZERS]
     tried += [_masters, _steps, _learning_rates, _gate, _scaler]
     tried += [_cuda_graphs] if device.type == "cuda" else []
-    tried += [_one_graph] if torch.__version__ >= "2.13" else []
     for check in tried:
         try:
             yield check(model, layout, batches)
@@ -245,19 +243,6 @@ def _cuda_graphs(model: nn.Module, layout: QKLayout, batches: Batches) -> Check:
     error = _error(plain.parameters(), graphed.parameters())
     told = f"CUDA graphs: {error:.1e} off after 20 steps, {skips} calls not captured"
     return told, error < 1e-4 and skips == 0 and losses[0][0] > losses[0][-1]
-
-
-def _one_graph(model: nn.Module, layout: QKLayout, batches: Batches) -> Check:
-    one, few = copy.deepcopy(model), copy.deepcopy(model)
-    for each, whole in ((one, True), (few, False)):
-        own = AdamW(each.parameters(), lr=LR, fused=True)
-        step: TrainStep = compile_train_step(
-            each, own, loss_of, layout=layout, clip_grad_norm=CLIP, skip_nonfinite=True, whole_graph=whole
-        )
-        for batch in batches[:10]:
-            step(*batch)
-    error = _error(few.parameters(), one.parameters())
-    return f"one graph does what a few do: {error:.1e} off after 10 steps", error < 1e-4
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------

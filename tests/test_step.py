@@ -1,24 +1,32 @@
-"""The compiled step: equal to the hooked eager optimizer, with the optimizer's own state, and no recompiles."""
+"""The whole step: equal to the hooked eager optimizer, resumed to the bit, without waiting, and what loops do to it."""
 
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from per_head import Reference
 from roundings import exact_gradients, gradients_of, off
+from test_optim import LAYOUT, Lion, Model, batch
+from test_update import KNOWN, PATHS, assert_equal, follow, graphs, loss_of_part, step_on
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import quack_fx
 from quack_fx import QKLayout, QuacK, compile_train_step
 from quack_fx.errors import OptimizerError, StepError
-from quack_fx.step.compiling import Compiler
+from quack_fx.train.step import TrainStep
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt
@@ -172,38 +180,6 @@ def test_mla_update_compiled() -> None:
         assert relative(model, twin) < 1e-6
 
 
-def test_where_the_compiler_fails_norms_take_a_pass_of_their_own() -> None:
-    """A compiler that fails on every loop that sums up squares; nothing else changes."""
-    model = small("gpt")
-    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
-    twin = copy.deepcopy(model)
-    steps = [compile_train_step(one, optimizer_of(one), layout=layout, tau=0.5, compile=False) for one in (model, twin)]
-
-    class Failing(Compiler):
-        def __call__(self, function: Any, sizes: str, fullgraph: bool = False, loops_on: Any = None) -> Any:
-            cells = [cell.cell_contents for cell in function.__closure__ or ()]
-
-            def run(works: Any, *given: Any) -> Any:
-                if True in cells and given[-1] is not None:  # it sums up, and there are scales
-                    raise BackendCompilerFailed(function, KeyError("buf7"), None)
-                return function(works, *given)
-
-            return run
-
-    (update,) = steps[0]._updates
-    assert update is not None
-    update._loops._compiler = Failing(True, None)
-    with pytest.warns(
-        UserWarning, match=r"norms cost a pass of their own: Inductor fails on this update \(KeyError: 'buf7'\)"
-    ):
-        steps[0](*batches(1)[0])
-    steps[1](*batches(1)[0])
-    for x, y in batches(5)[1:]:
-        for step in steps:
-            step(x, y)
-    assert relative(model, twin) < 1e-6
-
-
 def test_layout_without_sites_is_plain_adamw() -> None:
     model = small("gpt")
     other = copy.deepcopy(model)
@@ -218,32 +194,65 @@ def test_layout_without_sites_is_plain_adamw() -> None:
     assert "without QuacK" in repr(step)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_resume_is_bitwise(compile: bool) -> None:
-    """Saved after three steps and loaded into a fresh model and optimizer, three more give the same bits."""
-    config = gpt.GPTConfig(vocab_size=32, context=8, layers=1, heads=2, width=96, bias=False)
-    model = gpt.GPT(config)
+RESUMED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdamW": (lambda m: [torch.optim.AdamW(m.parameters(), lr=1e-2, amsgrad=True)], {"clip_grad_norm": 0.5}),
+    "AdamW, compiled": (lambda m: [optimizer_of(m)], {"compile": True}),
+    "SGD": (lambda m: [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.3)], {}),
+    "Lion": (lambda m: [Lion(m.parameters(), lr=1e-3)], {}),
+    "Muon and AdamW": (lambda m: muon_and_adamw(m), {"skip_nonfinite": True}),
+    "its own step": (lambda m: [torch.optim.NAdam(m.parameters(), lr=1e-2)], {}),
+    "masters": (lambda m: [optimizer_of(m.bfloat16())], {"master_weights": True}),
+}
+
+
+def muon_and_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    matrices, others = ([p for p in model.parameters() if (p.dim() == 2) == two] for two in (True, False))
+    return [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1), torch.optim.AdamW(others, lr=3e-3)]
+
+
+def wide(name: str, seed: int) -> tuple[nn.Module, list[torch.optim.Optimizer], TrainStep]:
+    """A model whose projection is too large to be stacked."""
+    torch.manual_seed(seed)
+    model = gpt.GPT(gpt.GPTConfig(vocab_size=32, context=8, layers=3, heads=2, width=96, bias=False))
     layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
-    optimizer = optimizer_of(model)
-    step = compile_train_step(model, optimizer, layout=layout, compile=compile)
-    for x, y in batches(3):
-        step(x, y)
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    for x, y in batches(6)[3:]:
-        step(x, y)
-    torch.manual_seed(9)
-    fresh = gpt.GPT(config)
-    fresh.load_state_dict(saved[0])
-    again = optimizer_of(fresh)
-    resumed = compile_train_step(fresh, again, layout=layout, compile=compile)
-    again.load_state_dict(saved[1])
-    for x, y in batches(6)[3:]:
-        resumed(x, y)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+    make, options = RESUMED[name]
+    optimizers = make(model)
+    return model, optimizers, compile_train_step(model, optimizers, layout=layout, **{"compile": False, **options})
+
+
+def go_on(folder: str) -> None:
+    """Resume each run and take three more steps; run in a process of its own."""
+    torch.set_num_threads(1)
+    for i, name in enumerate(RESUMED):
+        model, optimizers, step = wide(name, seed=9)
+        weights, states = torch.load(Path(folder, f"{i}.pt"))
+        model.load_state_dict(weights)
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        for x, y in batches(6)[3:]:
+            step(x, y)
+        torch.save(model.state_dict(), Path(folder, f"{i}_after.pt"))
+
+
+def test_resume_is_bitwise_in_a_fresh_process(tmp_path: Path) -> None:
+    """Saved after three steps; three more give the same bits here and there, where the model began with others."""
+    ends = []
+    for i, name in enumerate(RESUMED):
+        model, optimizers, step = wide(name, seed=0)
+        for x, y in batches(3):
+            step(x, y)
+        torch.save((model.state_dict(), [o.state_dict() for o in optimizers]), tmp_path / f"{i}.pt")
+        for x, y in batches(6)[3:]:
+            step(x, y)
+        ends.append(model.state_dict())
+    code = f"import test_step; test_step.go_on({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    for i, end in enumerate(ends):
+        assert_equal(torch.load(tmp_path / f"{i}_after.pt"), end)
 
 
 def test_weights_changed_between_steps_are_measured_anew() -> None:
-    """Norms are carried from step to step, unless somebody else writes the weights in between."""
+    """Written in place, or given other storage."""
     model = small("gpt")
     layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
     hooked = copy.deepcopy(model)
@@ -265,32 +274,6 @@ def test_weights_changed_between_steps_are_measured_anew() -> None:
         assert relative(model, hooked) < 1e-6
 
 
-def test_the_loop_that_writes_heads_sums_up_their_squares() -> None:
-    """In the generated code, for many layers: a loop for each piece, and one more that keeps all squared norms."""
-    from torch._inductor.utils import run_and_get_code
-
-    torch._dynamo.reset()
-    model = gpt.GPT(gpt.GPTConfig(vocab_size=32, context=8, layers=13, heads=2, width=32, bias=False))
-    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
-    step = compile_train_step(model, optimizer_of(model), layout=layout)
-    step._loss = lambda x, y: model(x, y)[1]
-    _, code = run_and_get_code(step, *batches(1)[0])
-    calls = [text for text in code if "tmp_acc0_vec = tmp_acc0_vec +" in text]
-    sizes = sorted(text.count("tmp_acc0_vec = tmp_acc0_vec +") for text in calls)
-    assert sizes == [6, 7]  # thirteen equal pieces
-    for text in calls:
-        loops = text.split("for(int64_t x0")[1:]
-        summing = [loop for loop in loops if "tmp_acc0_vec = tmp_acc0_vec +" in loop]
-        assert len(summing) == text.count("tmp_acc0_vec = tmp_acc0_vec +")
-        stores = [loop.split("tmp_acc0_vec = tmp_acc0_vec +")[0].count(".store(") for loop in summing]
-        assert stores == [3] * len(summing)  # weight and two moments
-        others = [loop for loop in loops if loop not in summing]
-        assert not any("x0<static_cast<int64_t>(6L)" in loop and "x1" in loop for loop in others)
-        assert not any(f"x0<static_cast<int64_t>({6 * 512}L)" in loop for loop in others)
-        kept = [loop for loop in others if loop.count(".store(") != 3]  # not of other weights
-        assert len(kept) == 1 and f"x0<static_cast<int64_t>({6 * len(summing)}L)" in kept[0]
-
-
 @pytest.mark.parametrize("clip", [0, -1.0])
 def test_bad_clip(clip: float) -> None:
     model = small("gpt")
@@ -302,7 +285,7 @@ def test_refusals() -> None:
     model = small("gpt")
     x, y = batches(1)[0]
     layout = quack_fx.find_qk_pairs(model, x, y)
-    with pytest.raises(StepError, match="no loss in what the model returned"):
+    with pytest.raises(StepError, match="holds no loss"):
         compile_train_step(model, torch.optim.AdamW(model.parameters()), layout=layout, compile=False)(x)
     with pytest.raises(OptimizerError, match="holds none"):
         compile_train_step(model, torch.optim.AdamW([nn.Parameter(torch.ones(2))]), layout=layout)
@@ -394,34 +377,23 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"lr": torch.tensor(0.01)}], ids=str)
+@pytest.mark.parametrize("path", PATHS[:2])
+@pytest.mark.parametrize("name", [*KNOWN, "AdamW lr as a tensor", "Muon"])
 @pytest.mark.parametrize("master_weights", [False, True])
-def test_update_hands_no_number_to_python(options: dict[str, Any], master_weights: bool) -> None:
+def test_update_hands_no_number_to_python(name: str, master_weights: bool, path: str) -> None:
     """The first step and later ones, clipping and gate on: on a device, each such number would be waited for."""
-    model = small("gpt")
-    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
-    model = model.bfloat16() if master_weights else model
-    step = compile_train_step(
-        model,
-        torch.optim.AdamW(model.parameters(), **options),
-        layout=layout,
-        clip_grad_norm=1.0,
-        skip_nonfinite=True,
-        master_weights=master_weights,
-        compile=False,
-    )
-    for x, y in batches(3):
-        step.forward_backward(x, y)
+    model = Model().bfloat16() if master_weights else Model()
+    more = {
+        "AdamW lr as a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+        "Muon": lambda p: torch.optim.Muon([q for q in p if q.dim() == 2]),
+    }
+    optimizer = {**KNOWN, **more}[name](model.parameters())
+    gate = not optimizer.defaults.get("dampening")
+    step = step_on(path, model, optimizer, clip_grad_norm=1.0, skip_nonfinite=gate, master_weights=master_weights)
+    for i in range(3):
+        step.forward_backward(batch(i))
         with NoSync():
             step.update()
-
-
-@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune"])
-def test_options_of_loops_on_a_gpu_are_known_to_the_compiler(mode: str | None) -> None:
-    """Which it checks before it compiles; with them a CPU does what it does without."""
-    x = torch.arange(6.0)
-    compiled = Compiler(True, mode)(lambda x: x * 2, sizes="fixed", loops_on=torch.device("cuda"))
-    assert torch.equal(compiled(x), x * 2)
 
 
 @pytest.mark.slow
@@ -437,3 +409,219 @@ def test_modes_of_the_compiler(case: dict[str, Any], mode: str) -> None:
         step(x, y)
         scheduler.step()
     assert relative(model, case["hooked"]) < 1e-5
+
+
+# ---- what training loops do to a step --------------------------------------------------------------------------------
+
+
+class Breaks(torch.autograd.Function):
+    """Runs out of memory in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "a step hook", "no loss", "the loss of constants"])
+def test_what_a_broken_batch_leaves_behind_is_dropped(where: str) -> None:
+    """The loop goes on with the next batch as if the broken one had never been, gradients added up before included."""
+    model = Model().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    reference = Reference(model, LAYOUT, partial(torch.optim.SGD, momentum=0.9), lr=0.1)
+    broken = ""
+
+    def loss(m: nn.Module, x: Tensor) -> Any:
+        if broken == "forward":
+            raise torch.OutOfMemoryError("out of memory")
+        if broken == "no loss":
+            return None
+        value = loss_of_part(m, x)
+        if broken == "the loss of constants":
+            return value.detach()
+        return Breaks.apply(value) if broken == "backward" else value
+
+    def interrupt(*_: Any) -> None:
+        if broken == "a step hook":
+            raise KeyboardInterrupt
+
+    optimizer.register_step_pre_hook(interrupt)
+    step = step_on("stacked", model, optimizer, loss_fn=loss)
+    follow(step, model, reference, range(2))
+    step.forward_backward(batch(2))
+    broken = where
+    with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt, StepError)):
+        step(batch(3))
+    broken = ""
+    assert all(p.grad is None for p in model.parameters())
+    follow(step, model, reference, range(4, 7))
+    assert reference.off(model) < 1e-9
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "a tuple with something beside": lambda loss: (torch.ones(3), loss),
+    "a list": lambda loss: [loss, {"logits": loss}],
+    "a dict": lambda loss: {"loss": loss, "aux": loss},
+    "an object": lambda loss: SimpleNamespace(loss=loss, aux=loss),
+    "a tuple in an object": lambda loss: SimpleNamespace(loss=(loss, torch.ones(2))),
+    "counts beside": lambda loss: (torch.tensor(3), loss),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_where_the_loss_is(name: str) -> None:
+    model, twin = Model(), Model()
+    wrapped = step_on(
+        "stacked", model, torch.optim.AdamW(model.parameters()), loss_fn=lambda m, x: OUTPUTS[name](loss_of_part(m, x))
+    )
+    plain = step_on("stacked", twin, torch.optim.AdamW(twin.parameters()))
+    for i in range(2):
+        assert torch.equal(wrapped(batch(i)), plain(batch(i)))
+    assert_equal(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.NAdam], ids=["compiled", "its own step"])
+def test_hooks_on_the_optimizer_are_called(make: Any) -> None:
+    """Once a step each, in torch's order, with the gradients there before and the new weights after."""
+    model = Model()
+    optimizer = make(model.parameters(), lr=1e-3)
+    step = step_on("stacked", model, optimizer)
+    seen: list[tuple[str, bool]] = []
+    start: list[Tensor] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(one: Any, args: Any, kwargs: Any) -> None:
+            if one is optimizer:
+                assert model.head.weight.grad is not None
+                seen.append((name, torch.equal(model.head.weight, start[-1])))
+
+        return note
+
+    handles = [
+        register_optimizer_step_pre_hook(hook("pre of all")),
+        optimizer.register_step_pre_hook(hook("pre")),
+        optimizer.register_step_post_hook(hook("post")),
+        register_optimizer_step_post_hook(hook("post of all")),
+    ]
+    try:
+        for i in range(2):
+            start.append(model.head.weight.detach().clone())
+            step(batch(i))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == 2 * [("pre of all", True), ("pre", True), ("post", False), ("post of all", False)]
+
+
+def test_the_optimizers_own_step_is_scaled_once() -> None:
+    """Called by somebody else, between steps of ours."""
+    model = Model().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    reference = Reference(model, LAYOUT, torch.optim.AdamW, lr=1e-2, tau=0.3)
+    step = step_on("stacked", model, optimizer, tau=0.3)
+    for i in range(6):
+        step.forward_backward(batch(i))
+        reference.take(model)
+        reference.step()
+        if i % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            step.update()
+        assert reference.off(model) < 1e-9
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_step_cannot_be_copied(copied: Callable[[Any], Any], begun: bool) -> None:
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = step_on("stacked", model, optimizer) if begun else compile_train_step(model, optimizer)
+    with pytest.raises(StepError, match="cannot be copied or pickled"):
+        copied(step)
+
+
+class Bag(nn.Module):
+    """An attention behind an embedding that may have sparse gradients."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.body = Model()
+        self.layers, self.head = self.body.layers, self.body.head
+        self.tokens = nn.Embedding(50, 16, sparse=sparse)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.body(self.tokens(tokens)).square().mean()
+
+
+def sparse_and_adamw(model: Bag) -> list[torch.optim.Optimizer]:
+    rest = [p for p in model.parameters() if p is not model.tokens.weight]
+    return [torch.optim.SparseAdam([model.tokens.weight], lr=1e-2), torch.optim.AdamW(rest, lr=1e-2)]
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+@pytest.mark.parametrize(
+    "make", [lambda m: [torch.optim.SGD(m.parameters(), lr=0.1)], sparse_and_adamw], ids=["SGD", "SparseAdam"]
+)
+def test_sparse_gradients(make: Callable[[Any], list[torch.optim.Optimizer]], clip: float | None) -> None:
+    """As the usual loop with QuacK on its optimizer, clipped by the norm that dense gradients have."""
+    torch.manual_seed(0)
+    model = Bag(sparse=True)
+    twin = copy.deepcopy(model)
+    optimizers, theirs = make(model), make(twin)
+    names = [n for n, p in twin.named_parameters()]
+    layout = layout_of_body(twin)
+    step = step_on("stacked", model, *optimizers, loss_fn=None, layout=layout, clip_grad_norm=clip)
+    QuacK(theirs[-1], twin, layout)
+    for i in range(4):
+        tokens = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(i))
+        step(tokens)
+        twin(tokens).backward()
+        assert twin.tokens.weight.grad.is_sparse and names
+        if clip is not None:
+            squares = [p.grad.to_dense().square().sum() for p in twin.parameters()]
+            ratio = min(1.0, clip / (float(sum(squares)) ** 0.5 + 1e-6))  # type: ignore[arg-type]
+            for p in twin.parameters():
+                p.grad.mul_(ratio)
+        for optimizer in theirs:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert relative(model, twin) < 1e-6
+
+
+def layout_of_body(model: nn.Module) -> QKLayout:
+    return quack_fx.find_qk_pairs(model, torch.zeros(2, 6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_another_default_device(name: str) -> None:
+    """Nothing of ours is made where the default says; meta tensors would have no numbers."""
+    model, twin = Model(), Model()
+    inputs = [batch(i) for i in range(3)]
+    for m, default in ((model, "meta"), (twin, "cpu")):
+        optimizer = KNOWN[name](m.parameters())
+        gate = not optimizer.defaults.get("dampening")
+        with torch.device(default):
+            step = step_on("stacked", m, optimizer, clip_grad_norm=0.5, skip_nonfinite=gate)
+            for x in inputs:
+                step(x)
+    assert_equal(model.state_dict(), twin.state_dict())
+
+
+def test_batches_of_other_sizes_compile_little() -> None:
+    """Nothing for the update."""
+    torch._dynamo.reset()
+    model = small("gpt")
+    layout = quack_fx.find_qk_pairs(model, *batches(1)[0])
+    step = step_on("compiled", model, optimizer_of(model), loss_fn=None, layout=layout)
+    assert step._program is not None
+    step._program.loss = step._program.loss_of  # not compiled
+    counts = []
+    for n, length in [(4, 8), (3, 8), (4, 7), (2, 5), (7, 6), (5, 3), (9, 4), (6, 8), (3, 2)]:
+        x, y = torch.randint(0, 32, (2, n, length))
+        step(x, y)
+        counts.append(graphs())
+    assert counts[0] == counts[-1] > 0

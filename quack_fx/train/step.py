@@ -75,7 +75,7 @@ def compile_train_step(
             moment, no counter. A compiled update finds out without waiting for the device; one that is the optimizer's
             own step waits.
         scaler: Scales the loss for half precision; its steps are skipped in the same way, and `scaler.update()` is part
-            of the step.
+            of the step. One that is switched off is as none.
         master_weights: Whether parameters in bfloat16 or float16 are updated as fp32 copies of them, which are kept in
             the optimizer's state as "master_param", the moments in fp32 beside them. Make the step before a checkpoint
             is loaded, so that the optimizer does not round it.
@@ -100,6 +100,7 @@ def compile_train_step(
         raise StepError(f"clip_grad_norm is {clip_grad_norm!r}; need a positive number, or None for no clipping")
     check_tau(tau)
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    scaler = scaler if scaler is not None and scaler.is_enabled() else None
     skip_nonfinite = skip_nonfinite or scaler is not None
     options = _Options(tau, check_norm(norm), clip_grad_norm, skip_nonfinite, scaler, master_weights, compile, mode)
     return TrainStep(model, optimizers, loss_fn, layout, options)
@@ -196,7 +197,7 @@ class TrainStep:
         how = ["compiled update" if name is not None else "its own step()" for name in self._names]
         each = ", ".join(f"{kind}: {way}" for kind, way in zip(kinds, how, strict=True))
         heads = sum(factor.numel() for first in self._program.quack.first for factor in first)
-        about = f"QuacK on {heads} heads, tau={self._options.tau}" if self.quacks else "without QuacK"
+        about = f"QuacK on {heads} heads, tau={self._program.quack.tau}" if self.quacks else "without QuacK"
         return f"TrainStep({each}, {about})"
 
     def __deepcopy__(self, memo: Any) -> NoReturn:

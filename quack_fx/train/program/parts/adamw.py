@@ -45,7 +45,7 @@ def step_adamw(optimizer: Optimizer, scales: Scales, clip: Number, finite: Numbe
         options |= {"beta1": beta1, "beta2": beta2, "decoupled_weight_decay": group["decoupled_weight_decay"]}
         if plain:
             steps, _, params, grads, means, squares, *peaks = (list(column) for column in zip(*plain, strict=True))
-            scale = 1 / clip if isinstance(clip, Tensor) else None
+            scale = 1 / clip.float() if isinstance(clip, Tensor) else None
             found_inf = 1 - finite if isinstance(finite, Tensor) else None
             moments = means, squares, peaks[0] if peaks else []
             torch_adam(params, grads, *moments, steps, fused=True, grad_scale=scale, found_inf=found_inf, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from quack_fx.train.program.parts.sharded import local
 Tensors = Sequence[Tensor]
 Scales = Mapping[Tensor, Tensor]
 Number = float | Tensor
+SMALL = 16384  # numbers
 Compiled = Callable[..., None]
 
 
@@ -47,15 +48,18 @@ def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Any]]
     for some in alike.values():
         tensors = [list(column) for column in zip(*(job for _, job in some), strict=True)]
         rows = torch.stack([row for row, _ in some]).to(tensors[0][0])
-        if tensors[1][0].numel() <= 16384:
+        if tensors[1][0].numel() <= SMALL:
             stacks = [torch.stack(column) for column in tensors]
             change(rule, rows.T.reshape(1, -1, len(some), *[1] * tensors[1][0].dim()), *([stack] for stack in stacks))
             for i in (1, *range(3, len(stacks))):
                 torch._foreach_copy_(tensors[i], list(stacks[i].unbind()))
             continue
+        # No views: for each place that one may have in its memory, torch.compile would compile anew.
+        bare = [torch._foreach_mul(tensors[0], 1), *([tensor.data for tensor in column] for column in tensors[1:])]
         twos = len(some) // 2 * 2
         for start, stop in pairwise([*range(0, twos, 2), *range(twos, len(some) + 1)]):
-            compiled(rule, rows[start:stop], *(column[start:stop] for column in tensors))
+            compiled(rule, rows[start:stop].clone(), *(column[start:stop] for column in bare))
+        torch.autograd.graph.increment_version([*tensors[1], *chain(*tensors[3:])])
 
 
 def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: Scales) -> list[Any]:
@@ -71,3 +75,14 @@ def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: 
     tensors = [own, grad, *(state[name] for name in names)]
     tensors = [local(tensor) for tensor in tensors]  # if sharded
     return [scales.get(weight), *tensors]
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients, [], in single precision at least: in half it would be wrong in the third digit."""
+    alike: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        grad = grad.coalesce().values() if grad.is_sparse else grad
+        alike.setdefault((grad.device, torch.promote_types(grad.dtype, torch.float32)), []).append(grad)
+    norms = [norm for (_, exact), own in alike.items() for norm in torch._foreach_norm(own, 2, exact)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    return total

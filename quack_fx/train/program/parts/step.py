@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quack_fx.train.program.parts.change import Compiled, Number, change
+from quack_fx.train.program.parts.change import Compiled, Number, change, total_norm
 from quack_fx.train.program.parts.masters import Masters
 from quack_fx.train.program.parts.quack import QuacK
 from quack_fx.train.program.parts.sharded import norm_of
@@ -41,7 +41,7 @@ class TrainStep:
         self.quack, self.seen = QuacK(model, tau), list[int]()
         self.masters = [Masters(optimizer) for optimizer in optimizers]  # if masters
         self.loss = torch.compile(self.loss_of) if compile else self.loss_of
-        self.change = torch.compile(change, fullgraph=True, dynamic=True) if compile else change
+        self.change = torch.compile(change, dynamic=True) if compile else change
 
     def __call__(self, *batch: Any, **named: Any) -> Tensor:
         """Train on one batch; gives its loss."""
@@ -71,9 +71,9 @@ class TrainStep:
         clip: Number = 1.0
         finite: Number = 1.0
         if grads and (self.clip_grad_norm is not None or self.skip_nonfinite):
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = total_norm(grads)
             norm = norm_of(grads)  # if sharded
-            clip = 1.0 if self.clip_grad_norm is None else (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
+            clip = 1.0 if self.clip_grad_norm is None else (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             finite = norm.isfinite().float() if self.skip_nonfinite else 1.0
         scales = self.quack.scales()
         for optimizer, step in zip(self.optimizers, self.steps, strict=True):
