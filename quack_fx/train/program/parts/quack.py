@@ -41,7 +41,9 @@ class QuacK:
         self.first = self.factors()
         for kind, factors in zip(KINDS, self.first, strict=True):
             for block, factor in zip(factors._fields, factors, strict=True):
-                for numbers, usable in zip(kind.numbers, factor.isfinite().all(-1).tolist(), strict=True):
+                for numbers, usable in zip(
+                    kind.numbers, ((factor > 0) & factor.isfinite()).all(-1).tolist(), strict=True
+                ):
                     if not usable:
                         names = ", ".join(kind.weights(*numbers).values())
                         raise ValueError(f"what {block} meets in {names} is zero or not finite; initialise it")
@@ -136,7 +138,10 @@ class QuacK:
             mark, *first = self.first_of(weight)
             saved = saved.to(mark.device, torch.uint8).clone()
             if len(saved) != 8 * sum(map(len, (mark, *first))) or not saved[:8].view(torch.int64).equal(mark):
-                raise ValueError("the optimizer state has first factors of QuacK for other heads, or of another norm")
+                raise ValueError(
+                    "the optimizer state has first factors of QuacK for other heads, or of another norm; use those "
+                    "that it was saved with"
+                )
             for factor, value in zip(first, saved[8:].view(torch.float64).split(list(map(len, first))), strict=True):
                 factor.copy_(value)
             state["quack_init"] = self.kept[weight] = saved
