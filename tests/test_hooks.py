@@ -16,13 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from per_head import (
     DIM,
     HEADS,
     KEY_HEADS,
+    LAYERS,
     LAYOUT,
     Lion,
     Model,
+    PerHeadRun,
     assert_same,
     heads,
     loss_of,
@@ -386,6 +390,154 @@ def test_frozen_weights_and_groups_added_later() -> None:
     assert quack.factors()["layers.0"]["layers.0.q.weight[0:4]"] != 0.5
 
 
+def adamw_fast(params: Any) -> Optimizer:
+    return AdamW(params, lr=1e-2, weight_decay=0.1, foreach=False)
+
+
+def momentum(params: Any) -> Optimizer:
+    return SGD(params, lr=0.05, momentum=0.9)
+
+
+class Trained:
+    """A model under QuacK through hooks and the run by definition, which must agree whatever happens between steps."""
+
+    def __init__(self, make: Callable[[Any], Optimizer], late: int | None) -> None:
+        self.model, self.late, self.tau, self.steps = Model().double(), late, 0.5, 0
+        self.reference = PerHeadRun(self.model, make, self.tau)
+        if late is not None:
+            self.ask_gradients(late, False)
+        absent = set(self.model.layers[late].parameters()) if late is not None else set()
+        self.optimizer = make([p for p in self.model.parameters() if p not in absent])
+        self.quack = QuacK(self.optimizer, self.model, LAYOUT, self.tau)
+
+    def step(self) -> None:
+        for model, optimizer in ((self.model, self.optimizer), (self.reference.model, self.reference.optimizer)):
+            optimizer.zero_grad()
+            loss_of(model, self.steps).backward()
+        self.optimizer.step()
+        self.reference.step()
+        self.steps += 1
+        for i, layer in enumerate(self.model.layers):
+            for ours, theirs in zip(
+                (layer.q.weight, layer.q.bias, layer.kv.weight), self.reference.model.weights(i), strict=True
+            ):
+                assert relative_error(ours, theirs) <= 1e-9
+        for ours, theirs in zip(self.model.head.parameters(), self.reference.model.rest.head.parameters(), strict=True):
+            assert relative_error(ours, theirs) <= 1e-9
+
+    def freeze(self, layer: int, frozen: bool) -> None:
+        """A whole layer: its projections, biases and what follows them."""
+        if layer != self.late:
+            self.ask_gradients(layer, not frozen)
+
+    def ask_gradients(self, layer: int, asked: bool) -> None:
+        pieces = [piece for own in self.reference.model.pieces(layer).values() for piece in own]
+        for p in (
+            *self.model.layers[layer].parameters(),
+            *self.reference.model.rest.layers[layer].parameters(),
+            *pieces,
+        ):
+            p.requires_grad_(asked)
+
+    def join(self, group: bool) -> None:
+        """The layer that came late, in a group of its own or appended to the one that is there."""
+        if self.late is not None:
+            params = list(self.model.layers[self.late].parameters())
+            if group:
+                self.optimizer.add_param_group({"params": params})
+            else:
+                self.optimizer.param_groups[0]["params"].extend(params)
+            self.ask_gradients(self.late, True)
+            self.late = None
+
+    @torch.no_grad()
+    def prune(self, layer: int, side: str, head: int) -> None:
+        """Set a head to zero, once the run has begun."""
+        if "quack_init" not in self.optimizer.state.get(self.model.layers[layer].q.weight, {}):
+            return
+        rows, own = slice(head % KEY_HEADS * DIM, (head % KEY_HEADS + 1) * DIM), self.model.layers[layer]
+        if side == "query":
+            rows = slice(head * DIM, (head + 1) * DIM)
+            own.q.bias[rows] = 0.0
+        (own.q if side == "query" else own.kv).weight[rows] = 0.0
+        self.reference.model.read(self.model, layer)
+
+    def replace(self, layer: int, name: str) -> None:
+        """Put a new, larger tensor in the place of a weight, in the model and in the optimizer."""
+        old = self.model.get_parameter(f"layers.{layer}.{name}")
+        if not old.requires_grad:
+            return
+        new = nn.Parameter(2 * old.detach(), old.requires_grad)
+        module, _, attribute = name.rpartition(".")
+        setattr(self.model.layers[layer].get_submodule(module), attribute, new)
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        self.optimizer.state.pop(old, None)
+        for piece in self.reference.model.pieces(layer)[name]:
+            self.reference.optimizer.state.pop(piece, None)
+        self.reference.model.read(self.model, layer)
+
+    def retune(self, tau: float) -> None:
+        self.quack.tau = self.reference.tau = tau
+
+    def resume(self, way: str) -> None:
+        """Go on in other objects, as a new process does."""
+        if way in ("deepcopy", "pickle"):
+            pair = (self.model, self.optimizer)
+            self.model, self.optimizer = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+            self.quack = QuacK(self.optimizer, self.model, LAYOUT, self.reference.tau)
+            return
+        saved = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+        names = {p: name for name, p in self.model.named_parameters()}
+        groups = [
+            {**{k: v for k, v in g.items() if k != "params"}, "params": [names[p] for p in g["params"]]}
+            for g in self.optimizer.param_groups
+        ]
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.model = Model().double()
+        for name, p in self.model.named_parameters():
+            nn.init.normal_(p)  # the weights of another start
+            p.requires_grad_(name in trained)
+        kind = type(self.optimizer)
+        self.optimizer = kind(
+            [{**g, "params": [self.model.get_parameter(name) for name in g["params"]]} for g in groups]
+        )
+        if way == "attach first":
+            self.quack = QuacK(self.optimizer, self.model, LAYOUT, self.reference.tau)
+        self.model.load_state_dict(saved[0])
+        self.optimizer.load_state_dict(saved[1])
+        if way == "load first":
+            self.quack = QuacK(self.optimizer, self.model, LAYOUT, self.reference.tau)
+
+
+LAYER, WAYS = st.integers(0, LAYERS - 1), ("attach first", "load first", "deepcopy", "pickle")
+EVENTS = st.one_of(
+    st.builds(lambda group: ("join", group), st.booleans()),
+    st.tuples(st.just("prune"), LAYER, st.sampled_from(["query", "key"]), st.integers(0, HEADS - 1)),
+    st.tuples(st.just("replace"), LAYER, st.sampled_from(["q.weight", "q.bias", "kv.weight"])),
+    st.tuples(st.just("freeze"), LAYER, st.booleans()),
+    st.tuples(st.just("retune"), st.sampled_from([0.1, 0.5, 2.0])),
+    st.tuples(st.just("resume"), st.sampled_from(WAYS)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([adamw_fast, momentum, partial(SGD, lr=0.05)]),
+    st.none() | LAYER,
+    st.lists(EVENTS, min_size=1, max_size=6),
+)
+def test_whatever_happens_between_steps(
+    make: Callable[[Any], Optimizer], late: int | None, events: list[tuple[Any, ...]]
+) -> None:
+    """In fp64: heads set to zero, weights replaced, frozen, and joining late; runs that go on elsewhere."""
+    run = Trained(make, late)
+    for name, *args in events:
+        getattr(run, name)(*args)
+        run.step()
+        run.step()
+
+
 MAKERS: dict[str, Callable[[Model], list[Optimizer]]] = {
     "AdamW": lambda m: [AdamW(m.parameters(), lr=3e-3)],
     "AdamW fused": lambda m: [AdamW(m.parameters(), lr=3e-3, fused=True)],
@@ -544,7 +696,7 @@ def test_states_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="a different number of parameter groups"):
         plain.load_state_dict({"state": {}, "param_groups": []})
     del with_quack["state"][0]["quack_init"]  # there since QuacK was attached: the run had begun
-    with pytest.raises(OptimizerError, match="no first factors of QuacK .* for 'layers.0.q.weight'"):
+    with pytest.raises(OptimizerError, match=r"no first factors of QuacK .* for 'layers.0.q.weight'"):
         plain.load_state_dict(with_quack)
     assert quack.factors() == before  # a refused state changes nothing
     saved = copy.deepcopy(plain.state_dict())

@@ -34,17 +34,19 @@ class QuacK:
     at the start, may be changed between steps.
     """
 
-    def __init__(self, model: nn.Module, tau: float | Tensor = 1.0) -> None:
+    def __init__(self, model: nn.Module, tau: float | Tensor = 1.0, optimizers: Iterable[Optimizer] = ()) -> None:
         self.tau = tau
         self.kept: dict[Tensor, Tensor] = {}  # what the state of each weight has of first factors
         self.find(model)
         self.first = self.factors()
-        for kind, factors in zip(KINDS, self.first, strict=True):
+        # Where a state has first factors the run had begun, and heads may have become zero since (they were pruned).
+        states = (state for optimizer in optimizers for state in optimizer.state.items())
+        begun = {self.home[w] for w, state in states if w in self.home and "quack_init" in state}
+        for k, (kind, factors) in enumerate(zip(KINDS, self.first, strict=True)):
             for block, factor in zip(factors._fields, factors, strict=True):
-                for numbers, usable in zip(
-                    kind.numbers, ((factor > 0) & factor.isfinite()).all(-1).tolist(), strict=True
-                ):
-                    if not usable:
+                usable = ((factor > 0) & factor.isfinite()).all(-1).tolist()
+                for i, numbers in enumerate(kind.numbers):
+                    if not usable[i] and (k, i) not in begun:
                         names = ", ".join(kind.weights(*numbers).values())
                         raise ValueError(f"what {block} meets in {names} is zero or not finite; initialise it")
 

@@ -45,7 +45,7 @@ class TrainStep:
         if unknown := [type(optimizer) for optimizer in optimizers if type(optimizer) not in STEPS]:
             raise TypeError(f"{unknown[0].__name__} is not among {', '.join(kind.__name__ for kind in STEPS)}")
         self.steps = [STEPS[type(optimizer)] for optimizer in optimizers]
-        self.quack = QuacK(model, tau)
+        self.quack = QuacK(model, tau, optimizers)
         self.masters = [Masters(optimizer) for optimizer in optimizers]  # if masters
         self.loss = torch.compile(self.loss_of) if compile else self.loss_of
         self.change = torch.compile(change, fullgraph=True, dynamic=True) if compile else change
