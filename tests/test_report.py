@@ -13,17 +13,18 @@ from html.parser import HTMLParser
 import networkx as nx
 import pytest
 import torch
+from emit_cases import Bag
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from quack_fx.errors import LayoutError
-from quack_fx.factors import FactorPlan, factors
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, Ranges, Skipped, WeightBlock
 from quack_fx.report import Facts, find_site, html, overview, pair
 from quack_fx.report.facts import count_text, qk_count
 from quack_fx.report.graph import pair_graph, svg
 from quack_fx.report.groups import group_names, group_sites, labels, local_name, rows_text, rule_texts, scale_text
+from quack_fx.train.program.scaling import scaling_of
 
 # ---- layouts like those of real models -------------------------------------------------------------------------------
 
@@ -298,12 +299,27 @@ def test_the_rule_reads_as_in_the_paper() -> None:
     "site", [plain("a"), plain("a", 8, 2, 4), plain("a", 4, 1, 4), latent("a", 4, 3, 2, 5, 6)], ids=lambda s: s.kind
 )
 def test_the_rule_as_text_gives_the_factors(site: AttentionSite) -> None:
-    plan = FactorPlan.from_layout(QKLayout((site,)))
-    norms = torch.rand(len(plan.units), dtype=torch.float64) + 0.5
-    true = factors(plan, norms)
-    unit = {(u.param, u.ranges): i for i, u in enumerate(plan.units)}
+    """Of the program that is written for the site, on weights of its shapes."""
+    ends: dict[str, int] = {}
+    for _, b in site.blocks():
+        ends[b.param] = max(ends.get(b.param, 0), *(stop for ranges in b.heads for _, stop in ranges))
+    model = Bag({name: (rows, 3) for name, rows in ends.items()}, torch.float64)
+    weights = dict(model.named_parameters())
+    scaling = scaling_of(model, QKLayout((site,)), 1.0, "frobenius", torch.optim.SGD(model.parameters()))
+    (stacks,), (rows,), (found,) = scaling.stacks, scaling.rows, scaling.factors()
+    name_of = {weight: name for name, weight in weights.items()}
+    true = {
+        (name_of[stacks[tensor][0]], row): factor
+        for (index, tensor), factors in zip(rows, found, strict=True)
+        for row, factor in zip(index.amin(-1).tolist(), factors[0].tolist(), strict=True)
+    }
     names = labels(site)
-    norm = {names[id(b)]: [norms[unit[b.param, r]].item() for r in b.heads] for _, b in site.blocks()}
+    norm = {
+        names[id(b)]: [
+            torch.cat([weights[b.param][start:stop] for start, stop in ranges]).norm().item() for ranges in b.heads
+        ]
+        for _, b in site.blocks()
+    }
     letter = "h" if site.query_heads == site.key_heads else "g"
     for (_, text), (side, block) in zip(rule_texts(site), site.blocks(), strict=True):
         for i, ranges in enumerate(block.heads):
@@ -320,7 +336,7 @@ def test_the_rule_as_text_gives_the_factors(site: AttentionSite) -> None:
                     for h in heads
                 ]
                 values.append(1 / max(product_of))
-            assert min(values) == pytest.approx(true[unit[block.param, ranges]].item(), rel=1e-6)
+            assert min(values) == pytest.approx(true[block.param, ranges[0][0]], rel=1e-6)
 
 
 # ---- terminal --------------------------------------------------------------------------------------------------------
