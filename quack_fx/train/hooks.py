@@ -289,9 +289,9 @@ class QuacK:
         home = self.scaling.home
         begun = {home[param] for param in self.scaling.kept if param in home}
         for kind, (first, now) in enumerate(zip(self.scaling.first, self.scaling.factors(), strict=True)):
-            for at in {home[param][1] for param in self._held if home[param][0] == kind and home[param] not in begun}:
-                for factor, start in zip(first, now, strict=True):
-                    factor[at] = start[at]
+            for factor, start in zip(first, now, strict=True):
+                anew = [i for i in range(len(factor)) if (kind, i) not in begun]
+                factor[anew] = start[anew]
 
     def _names(self) -> dict[Tensor, str]:
         """The names of the weights in the layout."""

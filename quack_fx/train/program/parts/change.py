@@ -130,7 +130,8 @@ def look_at(grads: list[Tensor], device: torch.device, clip_grad_norm: float | N
     """Look at all gradients at once: their total norm tells both."""
     if not grads or (clip_grad_norm is None and not skip_nonfinite):
         return Look(device)
-    norm = torch.nn.utils.get_total_norm(grads)
-    norm = norm_of(grads)  # if sharded
+    total: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm
+    total = norm_of  # if sharded
+    norm = total(grads)
     clip = 1.0 if clip_grad_norm is None else (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
     return Look(device, clip, norm.isfinite().float() if skip_nonfinite else 1.0)

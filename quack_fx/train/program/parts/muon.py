@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # a copy would drift from torch's
 
 from quack_fx.train.program.parts.change import Job, Look, Scales, Stepped, change_alike, jobs_of
+from quack_fx.train.program.parts.sharded import gathered
 
 
 def muon(w: Tensor, g: Tensor, state: Sequence[Tensor], numbers: Sequence[Tensor]) -> Stepped:
@@ -33,6 +34,7 @@ def direction_of(grad: Tensor, momentum: Tensor, group: Mapping[str, Any], look:
     new = momentum.lerp(grad, 1 - group["momentum"])
     momentum.copy_(torch.where(look.finite > 0, new, momentum) if isinstance(look.finite, Tensor) else new)
     ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+    ahead = gathered(ahead)  # if sharded
     return _zeropower_via_newtonschulz(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
 

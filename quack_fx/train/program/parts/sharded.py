@@ -8,12 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor with all its parts on every rank: products of parts would be added up in bfloat16, a message each."""
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    return tensor
 
 
 def held(weight: Tensor, axis: int) -> Tensor:
@@ -60,6 +67,8 @@ def spread(
 
 def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> None:
     """Add up the squared norms of all ranks, in place, [1 + meshes, attentions, heads] each to [attentions, heads]."""
+    if not squares:
+        return
     sums = torch.cat([x.flatten(1) for own in squares for x in own], 1)
     for mesh, part in zip(meshes, sums[1:], strict=True):
         for dim in range(mesh.ndim):
