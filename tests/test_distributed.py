@@ -172,7 +172,7 @@ def steps_equal_one_process(
 def a_step_sends_one_message_for_each_axis(
     shard: Callable[[Model], nn.Module], axes: int, make: Callable[[nn.Module], Any] = adamw
 ) -> None:
-    """All ranks add up the norms of all heads at once: one all_reduce for each axis of the mesh, and nothing else."""
+    """All ranks add up the norms of all heads at once: one all_reduce for each axis of each mesh, and nothing else."""
 
     def messages(layout: QKLayout, by_hooks: bool) -> dict[str, int]:
         model = shard(Model())
@@ -346,7 +346,8 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
         "FSDP2 over tensor parallel": lambda: equal_to_one_process(fsdp_over_tensor_parallel),
         "FSDP2 with replicas": lambda: equal_to_one_process(hybrid),
         "steps, Muon and AdamW": lambda: steps_equal_one_process(fsdp_over_tensor_parallel, muon_and_adamw),
-        "messages": lambda: a_step_sends_one_message_for_each_axis(fsdp_over_tensor_parallel, 2),
+        # Two meshes: of the weights that are cut once, and of those that are cut twice.
+        "messages": lambda: a_step_sends_one_message_for_each_axis(fsdp_over_tensor_parallel, 1 + 2),
         "strided rows": strided_rows_are_where_the_tensors_say,
         "rows": rows_are_where_the_tensors_say,
     },
