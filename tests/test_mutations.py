@@ -10,8 +10,8 @@ from mutations import meaning, mutations
 from torch import Tensor, nn
 
 from quack_fx.errors import LayoutError, VerifyError
-from quack_fx.layout.fit import check_layout
 from quack_fx.layout import QKLayout
+from quack_fx.layout.fit import check_layout
 from quack_fx.verify import alone, prove, run_copy
 
 Right = tuple[nn.Module, QKLayout, tuple[Tensor, ...], dict[str, Tensor]]
