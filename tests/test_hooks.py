@@ -646,6 +646,24 @@ def test_weights_whose_norm_is_no_number_are_refused(value: float) -> None:
         QuacK(SGD(model.parameters()), model, LAYOUT)
 
 
+def test_compiled_steps_go_on_where_heads_were_set_to_zero() -> None:
+    """The state tells that the run had begun; without it, heads of zero are refused."""
+    model = Model()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = compile_train_step(model, optimizer, loss_of, layout=LAYOUT, tau=0.5, compile=False)
+    for i in range(2):
+        step(i)
+    zero(model)
+    other, theirs = copy.deepcopy((model, optimizer))
+    again = compile_train_step(other, theirs, loss_of, layout=LAYOUT, tau=0.5, compile=False)
+    for i in range(2, 4):
+        step(i)
+        again(i)
+    assert_same(model, other)
+    with pytest.raises(FactorError, match="is zero or not finite"):
+        compile_train_step(zero(other), SGD(other.parameters(), lr=0.1), loss_of, layout=LAYOUT, compile=False)
+
+
 MAKERS: dict[str, Callable[[Model], list[Optimizer]]] = {
     "AdamW": lambda m: [AdamW(m.parameters(), lr=3e-3)],
     "AdamW fused": lambda m: [AdamW(m.parameters(), lr=3e-3, fused=True)],
