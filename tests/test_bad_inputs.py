@@ -508,7 +508,7 @@ API: dict[str, tuple[Callable[[], object], type[QuackError], str]] = {
     "a block of norm zero": (
         lambda: attach(zero(Attention())),
         FactorError,
-        r"rows k.weight\[0:8\] have norm 0; .* initialise these weights",
+        r"what q meets in q.weight, k.weight is zero or not finite; initialise it",
     ),
     "an optimizer without the query/key weights": (
         lambda: attach(Attention(), [nn.Parameter(torch.ones(2))]),
@@ -519,7 +519,7 @@ API: dict[str, tuple[Callable[[], object], type[QuackError], str]] = {
     "an unknown norm": (
         lambda: attach(Attention(), norm="nuclear"),
         QuackError,
-        r"'nuclear' is not one of frobenius, spectral",
+        r"norm is 'nuclear'; use 'frobenius' or 'spectral'",
     ),
     "a layout of another model": (
         lambda: attach(nn.Linear(8, 8)),

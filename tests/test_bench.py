@@ -85,13 +85,6 @@ def test_a_way_that_cannot_be_taken_is_told() -> None:
     made, missing = arms(["a", "e"], Case(model, find_qk_pairs(model, *batch), loss_of, batch))
     assert made.keys() == {"a"} and "graph" in missing["e"]
 
-    def broken(m: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-        torch._dynamo.graph_break()
-        return loss_of(m, tokens, targets)
-
-    comparison = compare(Case(model, find_qk_pairs(model, *batch), broken, batch), ["a", "whole"], rounds=1)
-    assert comparison.ways.keys() == {"a"} and "in one graph" in comparison.missing["whole"]
-
 
 @pytest.mark.slow
 def test_all_ways_take_the_same_step(case: Case) -> None:
@@ -103,8 +96,8 @@ def test_all_ways_take_the_same_step(case: Case) -> None:
     comparison = compare(case, [*MEANING], rounds=1)
     assert comparison.ways.keys() == MEANING.keys() and not comparison.missing
     for name, way in comparison.ways.items():
-        assert way.peak > 0 and (way.update is None) == (name == "whole")
-        assert way.update is None or way.step.median > way.update.median > 0
+        assert way.peak > 0, name
+        assert way.update is not None and way.step.median > way.update.median > 0, name
     text = markdown(comparison)
     assert all(f"| {name} | {meaning} |" in text for name, meaning in MEANING.items())
     assert "update" in next(iter(findings(comparison)))
@@ -121,5 +114,4 @@ def test_all_ways_take_the_same_step(case: Case) -> None:
     for _ in range(5):
         made["quack"].step()
     ours = torch.cat([p.detach().flatten() for p in made["quack"].model.parameters()])
-    assert torch.allclose(ours, weights["whole"], rtol=0, atol=1e-9)
     assert torch.allclose(ours, weights["d"], rtol=0, atol=1e-5) and not torch.allclose(ours, weights["a"], atol=1e-4)

@@ -7,7 +7,7 @@ import faulthandler
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,15 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
-from quack_fx import QuacK
-from quack_fx.distributed import LocalStrip, UnitNorms
-from quack_fx.errors import LayoutError
-from quack_fx.factors import FactorPlan, Strip, check_layout, layout_params, plan_params, unit_norms
+from quack_fx import QuacK, compile_train_step, convert
+from quack_fx.errors import FactorError, LayoutError
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, WeightBlock
-from quack_fx.train.program.source import write_program
+from quack_fx.layout.fit import check_layout
+from quack_fx.train.program.execute import execute
+from quack_fx.train.program.parts.sharded import held
+from quack_fx.train.program.scaling import local, scaling_of
 
 HEADS, DIM, WIDTH, STEPS = 3, 5, 8, 8  # 15 rows: two ranks hold 8 and 7, and the second head is cut
 
@@ -91,13 +92,25 @@ def adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)  # foreach fails on mixed DTensors
 
 
+def muon_and_adamw(model: nn.Module) -> list[Optimizer]:
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    return [Muon(matrices, lr=1e-2, weight_decay=0.1), AdamW(others, lr=1e-2, foreach=False)]
+
+
+def batch(step: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return F.mse_loss(model(x), x.roll(1, -1).sin())
+
+
 def train(model: nn.Module, optimizer: Optimizer, steps: range = range(STEPS)) -> list[float]:
     losses = []
     for step in steps:
-        x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(step))
-        x = x.to(next(model.parameters()).dtype)
         optimizer.zero_grad()
-        loss = F.mse_loss(model(x), x.roll(1, -1).sin())
+        loss = loss_of(model, batch(step, next(model.parameters()).dtype))
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -129,23 +142,57 @@ def equal_to_one_process(shard: Callable[[Model], nn.Module], norm: Any = "frobe
     assert all(other == report for other in everywhere)  # bit for bit the same on every rank, or replicas would drift
 
 
-def program_equals_one_process(shard: Callable[[Model], nn.Module]) -> None:
-    """The same of the program that is written for sharded weights; one collective a step for each axis of the mesh."""
-    plain, model = Model().double(), shard(Model().double())
-    shapes = {name: tuple(p.shape) for name, p in Model().named_parameters()}
-    options = {"lr": 1e-2, "weight_decay": 0.1}
-    optimizer = AdamW(plain.parameters(), foreach=False, **options)
-    QuacK(optimizer, plain, LAYOUT, tau=0.5)
-    names: dict[str, Any] = {}
-    exec(write_program(LAYOUT, shapes, "Model", sharded=True), names)
-    step = names["TrainStep"](model, AdamW(model.parameters(), **options), tau=0.5, compile=False)
-    for i in range(STEPS):
-        x = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(i)).double()
-        F.mse_loss(model(x), x.roll(1, -1).sin()).backward()
-        step.update()
-        train(plain, optimizer, range(i, i + 1))
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(whole(ours), theirs.detach(), rtol=0.0, atol=1e-11)
+def steps_equal_one_process(
+    shard: Callable[[Model], nn.Module], make: Callable[[nn.Module], Any] = adamw, compile: bool = False
+) -> None:
+    """The same of compiled steps, and of the file that is written for sharded weights: with clipping, in fp64."""
+    optimizer = "muon" if make is muon_and_adamw else "adamw"
+    program = execute(convert(Model(), layout=LAYOUT, sharded=True, optimizer=optimizer))
+    options: Any = {"loss_fn": loss_of, "tau": 0.5, "clip_grad_norm": 0.05, "compile": compile}
+
+    def trained(model: nn.Module, emitted: bool) -> tuple[list[Tensor], list[float]]:
+        optimizers = make(model)
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        step: Callable[..., Tensor]
+        if emitted:
+            step = program.TrainStep(model, *optimizers, **options)
+        else:
+            step = compile_train_step(model, optimizers, layout=LAYOUT, **options)
+        losses = [float(step(batch(i, torch.float64))) for i in range(STEPS)]
+        return [whole(p) for p in model.parameters()], losses
+
+    expected, losses = trained(Model().double(), False)
+    for emitted in (False, True):
+        found, ours = trained(shard(Model().double()), emitted)
+        assert ours == pytest.approx(losses, rel=1e-12)
+        for weight, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(weight, theirs, rtol=0.0, atol=1e-11)
+
+
+def a_step_sends_one_message_for_each_axis(
+    shard: Callable[[Model], nn.Module], axes: int, make: Callable[[nn.Module], Any] = adamw
+) -> None:
+    """All ranks add up the norms of all heads at once: one all_reduce for each axis of each mesh, and nothing else."""
+
+    def messages(layout: QKLayout, by_hooks: bool) -> dict[str, int]:
+        model = shard(Model())
+        optimizer = make(model)
+        if not by_hooks:
+            step = compile_train_step(model, optimizer, loss_of, layout=layout, clip_grad_norm=1.0, compile=False)
+        elif layout.sites:
+            QuacK(optimizer, model, layout)
+        with torch.profiler.profile() as profile:
+            for i in range(2):
+                if by_hooks:
+                    train(model, optimizer, range(i, i + 1))
+                else:
+                    step(batch(i, torch.float32))
+        return {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
+
+    for by_hooks in (True, False) if make is adamw else (False,):
+        plain, ours = messages(QKLayout(), by_hooks), messages(LAYOUT, by_hooks)
+        more = {kind: count - plain.get(kind, 0) for kind, count in ours.items()}
+        assert {kind: count for kind, count in more.items() if count} == {"c10d::allreduce_": 2 * axes}, (plain, ours)
 
 
 def mesh(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
@@ -189,25 +236,23 @@ def data_parallel(model: Model) -> nn.Module:
 
 
 def rows_are_where_the_tensors_say() -> None:
-    """`LocalStrip` against tensors whose rows hold their own numbers, for every way of cutting."""
+    """`held` against tensors whose rows hold their own numbers, for every way of cutting."""
     line, square = mesh(dist.get_world_size()), mesh(2, dist.get_world_size() // 2)
-    ways = [(line, [p]) for p in (Shard(0), Shard(1), Replicate())]
+    ways: list[tuple[DeviceMesh, Sequence[Any]]] = [(line, [p]) for p in (Shard(0), Shard(1), Replicate())]
     ways += [(square, [p, q]) for p in (Shard(0), Shard(1), Replicate()) for q in (Shard(0), Shard(1), Replicate())]
     for n in (1, 2, 3, 7, 15, 16):
         for axis in (0, 1):
             numbers = torch.arange(n).view(-1, 1).expand(n, 4)
             for device_mesh, placements in ways:
-                tensor = distribute_tensor(numbers.movedim(0, axis).contiguous(), device_mesh, placements)
-                check_rows(tensor, axis, first=n // 3)
+                check_rows(distribute_tensor(numbers.movedim(0, axis).contiguous(), device_mesh, placements), axis)
 
 
-def check_rows(tensor: Tensor, axis: int, first: int) -> None:
-    """The numbers of the rows from `first` on that are here, by the tensor itself and by `LocalStrip`."""
-    strip = LocalStrip.of(Strip("w", axis, first, tensor.shape[axis], offset=0), tensor)
-    rows = strip.rows()
-    assert len(rows) == len(torch.arange(first, tensor.shape[axis])[strip.flat])
+def check_rows(tensor: Tensor, axis: int) -> None:
+    """The numbers of the rows that are here, by the tensor itself and by `held`."""
+    rows = local(tensor.detach()).movedim(axis, 0)
+    assert len(rows) == len(held(tensor, axis))
     if rows.numel():
-        assert rows[:, 0].tolist() == torch.arange(first, tensor.shape[axis])[strip.flat].tolist()
+        assert rows[:, 0].tolist() == held(tensor, axis).tolist()
 
 
 def strided_rows_are_where_the_tensors_say() -> None:
@@ -219,20 +264,29 @@ def strided_rows_are_where_the_tensors_say() -> None:
         both = mesh(2, 2, names=("dp", "tp"))
         parallelize_module(model, both["tp"], {"0": ColwiseParallel()})
         fully_shard(model, mesh=both["dp"])
-        check_rows(model[0].weight, 0, first=n // 3)
+        check_rows(model[0].weight, 0)
 
 
 def norms_are_those_of_the_whole() -> None:
-    plan = FactorPlan.from_layout(LAYOUT)
-    expected = unit_norms(plan, dict(Model().named_parameters()))
+    """And bit for bit the same on every rank."""
+
+    def norms(model: nn.Module) -> list[Tensor]:
+        scaling = scaling_of(model, LAYOUT, 1.0, "frobenius", adamw(model))
+        return [norm for kind in scaling.norms() for norm in kind]
+
+    expected = norms(Model())
     for shard in (fsdp, hybrid, one_layer_sharded, tensor_parallel, data_parallel):
-        params = plan_params(plan, layout_params(LAYOUT, shard(Model())))
-        torch.testing.assert_close(UnitNorms(plan, params)(), expected, rtol=1e-6, atol=0.0)
+        found = norms(shard(Model()))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0.0)
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, [norm.tolist() for norm in found])
+        assert all(other == everywhere[0] for other in everywhere)
 
 
 def a_resumed_run_is_the_uninterrupted_one() -> None:
     """Through torch.distributed.checkpoint, sharded or gathered whole; bit for bit."""
-    for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+    for full, flat in ((False, False), (False, True), (True, False)):  # torch itself cannot load both
+        options = StateDictOptions(full_state_dict=full, flatten_optimizer_state_dict=flat)
         model = fsdp(Model())
         optimizer = adamw(model)
         QuacK(optimizer, model, LAYOUT, tau=0.5)
@@ -257,12 +311,10 @@ def a_resumed_run_is_the_uninterrupted_one() -> None:
 def what_has_no_rows_is_refused() -> None:
     with pytest.raises(LayoutError, match=r"FSDP1.*fully_shard"):
         check_layout(LAYOUT, FullyShardedDataParallel(Model(), device_id=torch.device("cpu")))
-    partial = DTensor.from_local(torch.randn(15, 8), mesh(dist.get_world_size()), [Partial()])
-    with pytest.raises(LayoutError, match="QuacK reads tensors that Shard and Replicate place"):
-        LocalStrip.of(Strip("w", 0, 0, 15, 0), partial)
-    short = DTensor.from_local(torch.randn(3, 8), mesh(dist.get_world_size()), [Shard(0)], shape=(15, 8), stride=(8, 1))
-    with pytest.raises(LayoutError, match="rows on this rank, not 3"):
-        LocalStrip.of(Strip("w", 0, 0, 15, 0), short)
+    model = Model()
+    model.layers[0].k = nn.Parameter(DTensor.from_local(model.layers[0].k.detach(), mesh(2), [Partial()]))
+    with pytest.raises(FactorError, match=r"placed as .*; it can be sharded or replicated"):
+        QuacK(adamw(model), model, LAYOUT)
 
 
 CASES: dict[int, dict[str, Callable[[], None]]] = {
@@ -272,21 +324,30 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
         "FSDP2 on one layer": lambda: equal_to_one_process(one_layer_sharded),
         "FSDP2, spectral norm": lambda: equal_to_one_process(fsdp, norm="spectral"),
         "tensor parallel": lambda: equal_to_one_process(tensor_parallel),
-        "program, FSDP2": lambda: program_equals_one_process(fsdp),
-        "program, FSDP2 with replicas": lambda: program_equals_one_process(hybrid),
-        "program, FSDP2 on one layer": lambda: program_equals_one_process(one_layer_sharded),
-        "program, tensor parallel": lambda: program_equals_one_process(tensor_parallel),
-        "program, DistributedDataParallel": lambda: program_equals_one_process(data_parallel),
+        "steps, FSDP2": lambda: steps_equal_one_process(fsdp),
+        "steps, FSDP2 with replicas": lambda: steps_equal_one_process(hybrid),
+        "steps, FSDP2 on one layer": lambda: steps_equal_one_process(one_layer_sharded),
+        "steps, tensor parallel": lambda: steps_equal_one_process(tensor_parallel),
+        "steps, DistributedDataParallel": lambda: steps_equal_one_process(data_parallel),
         "DistributedDataParallel": lambda: equal_to_one_process(data_parallel),
+        "steps, compiled, FSDP2": lambda: steps_equal_one_process(fsdp, compile=True),
+        "steps, Muon and AdamW, FSDP2": lambda: steps_equal_one_process(fsdp, muon_and_adamw),
+        "messages, FSDP2": lambda: a_step_sends_one_message_for_each_axis(fsdp, 1),
+        "messages, FSDP2 with replicas": lambda: a_step_sends_one_message_for_each_axis(hybrid, 2),
+        "messages, tensor parallel": lambda: a_step_sends_one_message_for_each_axis(tensor_parallel, 1),
+        "messages, Muon and AdamW": lambda: a_step_sends_one_message_for_each_axis(fsdp, 1, muon_and_adamw),
         "rows": rows_are_where_the_tensors_say,
         "norms": norms_are_those_of_the_whole,
         "resume": a_resumed_run_is_the_uninterrupted_one,
         "refused": what_has_no_rows_is_refused,
     },
     4: {
-        "program, FSDP2 over tensor parallel": lambda: program_equals_one_process(fsdp_over_tensor_parallel),
+        "steps, FSDP2 over tensor parallel": lambda: steps_equal_one_process(fsdp_over_tensor_parallel),
         "FSDP2 over tensor parallel": lambda: equal_to_one_process(fsdp_over_tensor_parallel),
         "FSDP2 with replicas": lambda: equal_to_one_process(hybrid),
+        "steps, Muon and AdamW": lambda: steps_equal_one_process(fsdp_over_tensor_parallel, muon_and_adamw),
+        # Two meshes: of the weights that are cut once, and of those that are cut twice.
+        "messages": lambda: a_step_sends_one_message_for_each_axis(fsdp_over_tensor_parallel, 1 + 2),
         "strided rows": strided_rows_are_where_the_tensors_say,
         "rows": rows_are_where_the_tensors_say,
     },

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from per_head import LAYOUT, Model, batch, relative_error, row_factors
 from roundings import exact_gradients, gradients_of, off
-from test_optim import LAYOUT, Model, batch, relative_error, row_factors
 from test_update import PATHS, assert_equal, loss_of_part, step_on, step_scaled
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer

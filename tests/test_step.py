@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from per_head import Reference
+from per_head import LAYOUT, Lion, Model, batch
+from reference import Reference
 from roundings import exact_gradients, gradients_of, off
-from test_optim import LAYOUT, Lion, Model, batch
 from test_update import KNOWN, PATHS, assert_equal, follow, graphs, loss_of_part, step_on
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from per_head import Reference
-from test_optim import LAYOUT, Lion, Model, PerHead, batch, loss_of, relative_error, row_factors, site, train_per_head
+from per_head import LAYOUT, Lion, Model, PerHead, batch, loss_of, relative_error, row_factors, site, train_per_head
+from reference import Reference
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._pytree import tree_leaves

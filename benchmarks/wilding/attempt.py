@@ -54,7 +54,7 @@ def attempt_all(tries: Iterable[Try], jobs: int) -> Iterator[Row]:
     """Rows of tries, as they come."""
     for name in ("torch", "torch._dynamo", "quack_fx.find", "quack_fx.targets", "quack_fx.report", "quack_fx.verify"):
         importlib.import_module(name)  # once for all, as it is the same for each
-    for name in ("quack_fx.emit", "quack_fx.cli.app", "quack_fx.cli.proof"):
+    for name in ("quack_fx.train.convert", "quack_fx.cli.app", "quack_fx.cli.proof"):
         importlib.import_module(name)
     # The alarms of the parts come first; the last limit is for a process that does not heed them.
     for ended in run_apart(_attempt, tries, jobs, 3 * SECONDS + 30, BYTES):

@@ -96,7 +96,7 @@ class QuacK:
     ) -> None:
         _check_optimizer(optimizer)
         check_tau(tau)
-        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm))
+        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, optimizer))
         half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
         if half:
             warnings.warn(
@@ -226,10 +226,13 @@ class QuacK:
         self._held = [param for param in params if param in self.scaling.home]
 
     def _take_over(self) -> None:
+        """Take over first factors that the optimizer's state has, and keep them where it has none."""
         try:
             self.scaling.take_over(self.optimizer)
         except ValueError as error:
-            raise OptimizerError(f"{error}; attach QuacK to it before you load") from None
+            raise OptimizerError(str(error)) from None
+        # Only where there is some state: most optimizers make theirs where they find none, and take any for it.
+        self.scaling.keep(self.optimizer, [param for param in self._held if self.optimizer.state.get(param)])
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -256,7 +259,6 @@ class QuacK:
         for param, old, scale in self._snapshot or ():
             _scale_update(old, local(param), scale)
         self._snapshot = None
-        # Not before a step: most optimizers make their state where they find none, and take any for theirs.
         trained = [param for param in self._held if param.grad is not None or optimizer.state.get(param)]
         self.scaling.keep(optimizer, trained)
 
@@ -281,9 +283,15 @@ class QuacK:
                 )
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """Take over what was loaded."""
+        """Take over what was loaded; attentions that were not trained by then start from the weights as they are."""
         self._hold()
         self._take_over()
+        home = self.scaling.home
+        begun = {home[param] for param in self.scaling.kept if param in home}
+        for kind, (first, now) in enumerate(zip(self.scaling.first, self.scaling.factors(), strict=True)):
+            for factor, start in zip(first, now, strict=True):
+                anew = [i for i in range(len(factor)) if (kind, i) not in begun]
+                factor[anew] = start[anew]
 
     def _names(self) -> dict[Tensor, str]:
         """The names of the weights in the layout."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from quack_fx.errors import FactorError, OptimizerError
 from quack_fx.layout import QKLayout
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 NormName = Literal["frobenius", "spectral"]
 
 
-def scaling_of(model: nn.Module, layout: QKLayout, tau: float | Tensor, norm: NormName) -> Scaling:
+def scaling_of(
+    model: nn.Module, layout: QKLayout, tau: float | Tensor, norm: NormName, optimizer: Optimizer
+) -> Scaling:
     """The scales of a model's query and key rows.
 
     Arguments:
@@ -34,13 +37,15 @@ def scaling_of(model: nn.Module, layout: QKLayout, tau: float | Tensor, norm: No
         layout: Its layout.
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
         norm: "frobenius" or "spectral".
+        optimizer: The optimizer, whose state may have the first factors of a run that goes on.
 
     Raises:
         LayoutError: The layout does not fit the model.
         OptimizerError: A weight is on the meta device.
-        FactorError: `norm` is neither, or what some rows are multiplied with is zero or not finite.
+        FactorError: `norm` is neither, or what some rows are multiplied with is zero or not finite at the start.
     """
-    scaling: Scaling = with_factor_error(_loaded(program_text(model, layout), check_norm(norm)).QuacK, model, tau)
+    program = _loaded(program_text(model, layout), check_norm(norm))
+    scaling: Scaling = with_factor_error(program.QuacK, model, tau, [optimizer])
     return scaling
 
 

@@ -74,7 +74,7 @@ def write_program(
     optional = {"sharded": "sharded", "masters": "masters", "norms": "norms"}
     parts = [
         part
-        for part in ("quack", "sharded", "norms", "change", *names, "masters", "step")
+        for part in ("quack", "look", "sharded", "norms", "change", *names, "masters", "step")
         if part not in optional or part in features
     ]
     texts = {part: list(_definitions(part, features)) for part in parts}

@@ -5,6 +5,7 @@ A statement that ends with the comment `if FEATURE` is copied into programs with
     quack.py     the scale of every query and key row
     sharded.py   weights of which each rank holds a part
     norms.py     QK norms are taken out
+    look.py      the norm of all gradients
     change.py    how weights are changed, whatever the optimizer
     adamw.py     Adam and AdamW
     sgd.py, muon.py, lion.py

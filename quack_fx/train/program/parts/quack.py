@@ -35,14 +35,16 @@ class QuacK:
     Make it while the model has its initial weights: their factors are what later ones are divided by.
     """
 
-    def __init__(self, model: nn.Module, tau: float | Tensor = 1.0) -> None:
+    def __init__(self, model: nn.Module, tau: float | Tensor = 1.0, optimizers: Iterable[Optimizer] = ()) -> None:
         self.tau = tau
         self.kept: dict[Tensor, Tensor] = {}  # what the state of each weight has of first factors
         self.find(model)
         self.first, self.saved = list[Any](), list[Tensor]()
-        for kind, factors in zip(KINDS, self.factors(), strict=True):
-            for numbers, *own in zip(kind.numbers, *factors, strict=True):
-                if not torch.cat(own).log().isfinite().all():
+        # Where a state has first factors a run goes on, in which heads may have become zero (they were pruned).
+        begun = {self.home.get(w) for o in optimizers for w, state in o.state.items() if "quack_init" in state}
+        for k, (kind, factors) in enumerate(zip(KINDS, self.factors(), strict=True)):
+            for i, (numbers, *own) in enumerate(zip(kind.numbers, *factors, strict=True)):
+                if (k, i) not in begun and not torch.cat(own).log().isfinite().all():
                     names = ", ".join(kind.weights(*numbers).values())
                     raise ValueError(f"a head in {names} has norm zero, or one that is not finite; initialise it")
             self.saved.append(torch.cat([torch.full_like(factors[0][:, :1], kind.mark), *factors], 1))

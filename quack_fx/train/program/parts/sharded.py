@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from quack_fx.train.program.parts.look import total_norm
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor with all its parts on every rank: products of parts would be added up in bfloat16, a message each."""
+    if isinstance(tensor, DTensor):
+        return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    return tensor
 
 
 def held(weight: Tensor, axis: int) -> Tensor:
@@ -60,6 +69,8 @@ def spread(
 
 def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> None:
     """Add up the squared norms of all ranks, in place, [1 + meshes, attentions, heads] each to [attentions, heads]."""
+    if not squares:
+        return
     sums = torch.cat([x.flatten(1) for own in squares for x in own], 1)
     for mesh, part in zip(meshes, sums[1:], strict=True):
         for dim in range(mesh.ndim):
@@ -69,10 +80,10 @@ def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> Non
         own[:] = [next(each).view(x.shape[1:]) for x in own]
 
 
-def norm_of(grads: Sequence[Tensor]) -> Tensor:
+def sharded_norm(grads: Sequence[Tensor]) -> Tensor:
     """The norm of all gradients, []: get_total_norm takes tensors of one mesh at a time."""
     by_mesh: dict[Any, list[Tensor]] = {}
     for grad in grads:
         by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
-    norms = [torch.nn.utils.get_total_norm(own) for own in by_mesh.values()]
+    norms = [torch.nn.utils.get_total_norm(own) if mesh else total_norm(own) for mesh, own in by_mesh.items()]
     return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).square().sum().sqrt()

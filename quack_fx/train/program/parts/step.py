@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quack_fx.train.program.parts.change import Compiled, Number, change, total_norm
+from quack_fx.train.program.parts.change import Compiled, Number, change
+from quack_fx.train.program.parts.look import total_norm
 from quack_fx.train.program.parts.masters import Masters
 from quack_fx.train.program.parts.quack import QuacK
-from quack_fx.train.program.parts.sharded import norm_of
+from quack_fx.train.program.parts.sharded import sharded_norm
 
 STEPS: dict[type[Optimizer], Compiled] = {}
 
@@ -38,7 +39,7 @@ class TrainStep:
         if unknown := [type(optimizer).__name__ for optimizer in optimizers if type(optimizer) not in STEPS]:
             raise TypeError(f"{unknown[0]} is not among {', '.join(kind.__name__ for kind in STEPS)}")
         self.steps = [STEPS[type(optimizer)] for optimizer in optimizers]
-        self.quack, self.seen = QuacK(model, tau), list[int]()
+        self.quack, self.seen = QuacK(model, tau, optimizers), list[int]()
         self.masters = [Masters(optimizer) for optimizer in optimizers]  # if masters
         self.loss = torch.compile(self.loss_of) if compile else self.loss_of
         self.change = torch.compile(change, dynamic=True) if compile else change
@@ -71,8 +72,9 @@ class TrainStep:
         clip: Number = 1.0
         finite: Number = 1.0
         if grads and (self.clip_grad_norm is not None or self.skip_nonfinite):
-            norm = total_norm(grads)
-            norm = norm_of(grads)  # if sharded
+            norm_of = total_norm
+            norm_of = sharded_norm  # if sharded
+            norm = norm_of(grads)
             clip = 1.0 if self.clip_grad_norm is None else (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             finite = norm.isfinite().float() if self.skip_nonfinite else 1.0
         scales = self.quack.scales()
