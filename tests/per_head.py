@@ -243,3 +243,16 @@ def train_per_head(
             nn.utils.clip_grad_norm_(run.model.parameters(), clip)
         run.step(schedule(step))
     return run.model
+
+
+def row_factors(model: Model) -> dict[nn.Parameter, Tensor]:
+    """Factor of every row of queries and keys, by Alg. 1 in fp64."""
+    found = {}
+    for layer in model.layers:
+        q_rows = torch.cat([layer.q.weight, layer.q.bias[:, None]], 1).detach().double()
+        q = q_rows.view(HEADS, -1).norm(dim=1)
+        k = layer.kv.weight.detach().double()[: KEY_HEADS * DIM].view(KEY_HEADS, -1).norm(dim=1)
+        of_q, of_k = (1 / k).repeat_interleave(HEADS // KEY_HEADS), 1 / q.view(KEY_HEADS, -1).amax(1)
+        found[layer.q.weight] = found[layer.q.bias] = of_q.repeat_interleave(DIM)
+        found[layer.kv.weight] = of_k.repeat_interleave(DIM)
+    return found

@@ -35,6 +35,7 @@ from per_head import (
     heads,
     loss_of,
     relative_error,
+    row_factors,
     site,
     train,
     train_per_head,
@@ -93,19 +94,6 @@ def orthogonalised(gradient: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x.T if tall else x).to(gradient.dtype)
-
-
-def row_factors(model: Model) -> dict[nn.Parameter, Tensor]:
-    """Factor of every row of queries and keys, by Alg. 1 in fp64."""
-    found = {}
-    for layer in model.layers:
-        q_rows = torch.cat([layer.q.weight, layer.q.bias[:, None]], 1).detach().double()
-        q = q_rows.view(HEADS, -1).norm(dim=1)
-        k = layer.kv.weight.detach().double()[: KEY_HEADS * DIM].view(KEY_HEADS, -1).norm(dim=1)
-        of_q, of_k = (1 / k).repeat_interleave(HEADS // KEY_HEADS), 1 / q.view(KEY_HEADS, -1).amax(1)
-        found[layer.q.weight] = found[layer.q.bias] = of_q.repeat_interleave(DIM)
-        found[layer.kv.weight] = of_k.repeat_interleave(DIM)
-    return found
 
 
 def row_scales(model: Model, init: dict[nn.Parameter, Tensor], tau: float) -> dict[nn.Parameter, Tensor]:

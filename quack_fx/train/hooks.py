@@ -96,7 +96,7 @@ class QuacK:
     ) -> None:
         _check_optimizer(optimizer)
         check_tau(tau)
-        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, optimizer))
+        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, [optimizer]))
         half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
         if half:
             warnings.warn(

@@ -28,7 +28,7 @@ NormName = Literal["frobenius", "spectral"]
 
 
 def scaling_of(
-    model: nn.Module, layout: QKLayout, tau: float | Tensor, norm: NormName, optimizer: Optimizer
+    model: nn.Module, layout: QKLayout, tau: float | Tensor, norm: NormName, optimizers: Sequence[Optimizer] = ()
 ) -> Scaling:
     """The scales of a model's query and key rows.
 
@@ -37,7 +37,7 @@ def scaling_of(
         layout: Its layout.
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
         norm: "frobenius" or "spectral".
-        optimizer: The optimizer, whose state may have the first factors of a run that goes on.
+        optimizers: Those whose state may have the first factors of a run that goes on.
 
     Raises:
         LayoutError: The layout does not fit the model.
@@ -45,7 +45,7 @@ def scaling_of(
         FactorError: `norm` is neither, or what some rows are multiplied with is zero or not finite at the start.
     """
     program = _loaded(program_text(model, layout), check_norm(norm))
-    scaling: Scaling = with_factor_error(program.QuacK, model, tau, [optimizer])
+    scaling: Scaling = with_factor_error(program.QuacK, model, tau, optimizers)
     return scaling
 
 
