@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _WAYS = "a,b,c,d,e,f,plain,quack"
-_ALL = f"{_WAYS},whole"
 
 
 def bench(
@@ -45,7 +44,7 @@ def bench(
             metavar="NAMES",
             help="a: eager, fused AdamW; b: compiled model; c: compiled optimizer, too; d: c with a loop over heads; "
             "e: QK norm in the model, compiled; f: the same eager; plain, quack: the step of quack-fx without and with "
-            "QuacK; whole: the latter as one graph.",
+            "QuacK.",
         ),
     ] = _WAYS,
     output: Annotated[
@@ -62,9 +61,9 @@ def bench(
     give a real batch with --inputs for the cost in real training. Each way trains a copy of the model.
     """
     names = list(dict.fromkeys(name.strip() for name in ways.split(",")))
-    unknown = [name for name in names if name not in _ALL.split(",")]
+    unknown = [name for name in names if name not in _WAYS.split(",")]
     if unknown:
-        raise TargetError(f"--ways: there is no way {unknown[0]!r}; choose from {_ALL}")
+        raise TargetError(f"--ways: there is no way {unknown[0]!r}; choose from {_WAYS}")
     if output is not None:
         check_output(output, force)
     finding = find(target, build, inputs, real=True)

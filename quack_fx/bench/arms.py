@@ -91,7 +91,8 @@ class Arm:
 def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, str]]:
     """Arms by name, each on a copy of the model, with AdamW and the same clipping of gradients.
 
-    "plain" and "quack" share a model and an optimizer: where tensors lie in memory makes a difference of some percent.
+    "plain" and "quack" share a model and an optimizer's state: where tensors lie in memory makes a difference of some
+    percent.
 
     Arguments:
         names: Which; keys of `MEANING`.
@@ -109,9 +110,11 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
         else:
             made[name] = arm
     shared = copy.deepcopy(case.model)
-    optimizer = _adamw(shared, case)
+    optimizer, second = _adamw(shared, case), _adamw(shared, case)
+    second.state = optimizer.state
     for name in (name for name in names if name in _PAIR):
-        made[name] = _ours(shared, optimizer, case.layout if name == "quack" else QKLayout(), case)
+        own, layout = (optimizer, case.layout) if name == "quack" else (second, QKLayout())
+        made[name] = _ours(shared, own, layout, case)
     return made, missing
 
 

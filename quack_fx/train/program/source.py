@@ -31,8 +31,8 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 PARTS_OF = {"AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "Muon": "muon", "Lion": "lion"}
 """The part with the arithmetic of each."""
 
-_CONDITION = re.compile(r"  # if (\w+)$")
-"""Stands behind a statement that only programs with a feature have."""
+_CONDITION = re.compile(r"  # if (not )?(\w+)$")
+"""Stands behind a statement that only programs with a feature have, or without it."""
 
 
 def write_program(
@@ -74,7 +74,7 @@ def write_program(
     optional = {"sharded": "sharded", "masters": "masters", "norms": "norms"}
     parts = [
         part
-        for part in ("quack", "look", "sharded", "norms", "change", *names, "masters", "step")
+        for part in ("quack", "sharded", "norms", "change", *names, "masters", "step")
         if part not in optional or part in features
     ]
     texts = {part: list(_definitions(part, features)) for part in parts}
@@ -111,7 +111,7 @@ def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
             for piece in ast.walk(node):
                 if isinstance(piece, ast.stmt | ast.arg):
                     only = _CONDITION.search(lines[_last(piece) - 1])
-                    if only is not None and only[1] not in features:
+                    if only is not None and (only[2] in features) == bool(only[1]):
                         for number in range(piece.lineno, _last(piece) + 1):
                             kept.pop(number, None)
             text = "\n".join(_CONDITION.sub("", line) for line in kept.values())

@@ -31,7 +31,7 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
     """
     names = _kind_names(kinds)
     lines: list[str] = []
-    table = []
+    table: list[list[str]] = []
     for kind, name in zip(kinds, names, strict=True):
         tables = Tables(f"{name.upper()}_TABLE")
         own = _kind_lines(kind, name, tables)
@@ -41,11 +41,14 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
         sizes = [f"{quoted(v)}: {t.count}" for v, t in zip(_variables(kind), kind.tensors, strict=True)]
         entries += [str(mark_of(kind)), f"{{{', '.join(sizes)}}}"]
         entries += [f"axes={{{', '.join(axes)}}}"] if axes else []
-        table.append(f"Kind({', '.join(entries)})")
+        table.append(entries)
         lines += [*tables.lines, *own]
     if not table:
         return ["KINDS: tuple[Kind, ...] = ()"]
-    return [*lines, *bracketed(0, "KINDS = [", table, "]")]
+    calls = ", ".join(f"Kind({', '.join(entries)})" for entries in table)
+    if len(f"KINDS = [{calls}]") <= WIDTH:
+        return [*lines, f"KINDS = [{calls}]"]
+    return [*lines, "KINDS = [", *(line for entries in table for line in bracketed(1, "Kind(", entries, "),")), "]"]
 
 
 def mark_of(kind: Kind, norm: str = "frobenius") -> int:

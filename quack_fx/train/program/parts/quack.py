@@ -63,9 +63,7 @@ class QuacK:
             names = [kind.weights(*numbers) for numbers in kind.numbers]
             for w, name in ((w, name) for own in names for w, name in own.items()):
                 if name not in params or params[name].shape[kind.axes.get(w, 0)] != kind.sizes[w]:
-                    raise ValueError(
-                        f"{name} with {kind.sizes[w]} rows is no parameter of the model; write this file anew"
-                    )
+                    raise ValueError(f"the model has no {name} of {kind.sizes[w]} rows; write this file anew for it")
             self.home |= {params[name]: (k, i) for i, own in enumerate(names) for name in own.values()}
             self.stacks.append({n: ([params[own[n]] for own in names], kind.axes.get(n, 0)) for n in names[0]})
             with torch.device("cpu"):  # whatever the default

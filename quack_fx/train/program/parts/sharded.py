@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from quack_fx.train.program.parts.look import total_norm
-
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
@@ -80,10 +78,11 @@ def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> Non
         own[:] = [next(each).view(x.shape[1:]) for x in own]
 
 
-def sharded_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients, []: get_total_norm takes tensors of one mesh at a time."""
+def norms_of(grads: Sequence[Tensor], exact: torch.dtype) -> list[Tensor]:
+    """Norms that the total norm of all gradients is made of: one for each mesh."""
     by_mesh: dict[Any, list[Tensor]] = {}
     for grad in grads:
         by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
-    norms = [torch.nn.utils.get_total_norm(own) if mesh else total_norm(own) for mesh, own in by_mesh.items()]
-    return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).square().sum().sqrt()
+    norms = (torch.stack([torch.linalg.vector_norm(g, dtype=exact) for g in own]) for own in by_mesh.values())
+    totals = [torch.linalg.vector_norm(own) for own in norms]
+    return [total.full_tensor() if isinstance(total, DTensor) else total for total in totals]

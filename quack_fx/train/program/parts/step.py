@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quack_fx.train.program.parts.change import Compiled, Number, change
-from quack_fx.train.program.parts.look import total_norm
 from quack_fx.train.program.parts.masters import Masters
 from quack_fx.train.program.parts.quack import QuacK
-from quack_fx.train.program.parts.sharded import sharded_norm
+from quack_fx.train.program.parts.sharded import norms_of
 
 STEPS: dict[type[Optimizer], Compiled] = {}
 
@@ -72,9 +72,11 @@ class TrainStep:
         clip: Number = 1.0
         finite: Number = 1.0
         if grads and (self.clip_grad_norm is not None or self.skip_nonfinite):
-            norm_of = total_norm
-            norm_of = sharded_norm  # if sharded
-            norm = norm_of(grads)
+            numbers = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+            exact = reduce(torch.promote_types, {n.dtype for n in numbers}, torch.float32)
+            norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(numbers, 2, exact)]  # if not sharded
+            norms = norms_of(numbers, exact)  # if sharded
+            norm = torch.linalg.vector_norm(torch.stack(norms))
             clip = 1.0 if self.clip_grad_norm is None else (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             finite = norm.isfinite().float() if self.skip_nonfinite else 1.0
         scales = self.quack.scales()
