@@ -508,7 +508,7 @@ API: dict[str, tuple[Callable[[], object], type[QuackError], str]] = {
     "a block of norm zero": (
         lambda: attach(zero(Attention())),
         FactorError,
-        r"what q meets in q.weight, k.weight is zero or not finite; initialise it",
+        r"a head in q.weight, k.weight has norm zero, or one that is not finite; initialise it",
     ),
     "an optimizer without the query/key weights": (
         lambda: attach(Attention(), [nn.Parameter(torch.ones(2))]),

@@ -271,7 +271,7 @@ def norms_are_those_of_the_whole() -> None:
     """And bit for bit the same on every rank."""
 
     def norms(model: nn.Module) -> list[Tensor]:
-        scaling = scaling_of(model, LAYOUT, 1.0, "frobenius", adamw(model))
+        scaling = scaling_of(model, LAYOUT, 1.0, "frobenius", [adamw(model)])
         return [norm for kind in scaling.norms() for norm in kind]
 
     expected = norms(Model())

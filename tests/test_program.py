@@ -373,7 +373,7 @@ def test_steps_are_those_of_the_optimizer_with_hooks(
             torch.nn.utils.clip_grad_norm_(other.parameters(), clip)
         hooked.step()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=rtol, atol=rtol / 10)
+        torch.testing.assert_close(p, q, rtol=rtol, atol=rtol)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_a_pruned_head_stays_finite() -> None:
@@ -630,10 +630,10 @@ def test_equal_layers_are_written_once() -> None:
         }
         return write_program(QKLayout(sites), shapes, "Llama")
 
-    assert text(126).count("\n") == text(2).count("\n")
+    assert text(126).count("\n") == text(12).count("\n")
     (kind,) = execute(text(126)).KINDS
     assert len(list(kind.numbers)) == 126
-    assert kind.weights(125)["q_proj"] == "model.layers.125.self_attn.q_proj.weight"
+    assert kind.weights(125)["q_proj"] == ("model.layers.125.self_attn.q_proj.weight", 16384)
     rows_of_a_head, name = kind.rows().q
     assert name == "q_proj" and rows_of_a_head[127].tolist() == list(range(16256, 16384))
 

@@ -38,8 +38,7 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
         axes = [f"{quoted(v)}: {t.axis}" for v, t in zip(_variables(kind), kind.tensors, strict=True) if t.axis]
         entries = [_numbers(fields_of(kind.instances)[1], tables)]
         entries += [f"{name.lower()}_{part}" for part in ("weights", "rows", "factors")]
-        sizes = [f"{quoted(v)}: {t.count}" for v, t in zip(_variables(kind), kind.tensors, strict=True)]
-        entries += [str(mark_of(kind)), f"{{{', '.join(sizes)}}}"]
+        entries += [str(mark_of(kind))]
         entries += [f"axes={{{', '.join(axes)}}}"] if axes else []
         table.append(entries)
         lines += [*tables.lines, *own]
@@ -94,14 +93,14 @@ def _weights_lines(kind: Kind, low: str, variables: Sequence[str]) -> list[str]:
     texts = [tensor.name.format(*fields) for tensor in kind.tensors]
     prefix = common_prefix(texts)
     short = len(texts) > 1 and bool(prefix)
-    lines = [f"def {low}_weights({letters}) -> dict[str, str]:"]
-    lines += [f'{INDENT}"""Names of the weights and biases of one attention."""']
+    lines = [f"def {low}_weights({letters}) -> dict[str, tuple[str, int]]:"]
+    lines += [f'{INDENT}"""Names of the weights and biases of one attention, and how many rows each has."""']
     if short:
         lines.append(f"{INDENT}at = {named(prefix)}")
     entries = []
-    for variable, text in zip(variables, texts, strict=True):
+    for variable, text, tensor in zip(variables, texts, kind.tensors, strict=True):
         text = "{at}" + text.removeprefix(prefix) if short else text
-        entries.append(f"{quoted(variable)}: {named(text)}")
+        entries.append(f"{quoted(variable)}: ({named(text)}, {tensor.count})")
     return lines + bracketed(1, "return {", entries, "}")
 
 

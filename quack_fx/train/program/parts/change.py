@@ -42,7 +42,7 @@ def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Any]]
     for job, row in zip(jobs, table.unbind(), strict=True):
         if job[0] is None:
             exact = torch.promote_types(job[1].dtype, torch.float32)
-            job[0] = torch.ones((1,) * job[1].dim(), dtype=exact, device=job[1].device)
+            job[0] = job[1].new_ones(job[1].shape[:1] + (1,) * (job[1].dim() - 1), dtype=exact)
         key = *((tensor.shape, tensor.dtype) for tensor in job[:3]), job[1].stride(), job[1].device
         alike.setdefault(key, []).append((row, job))
     for some in alike.values():

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # a copy would drift from torch's
 
 from quack_fx.train.program.parts.change import Compiled, Number, Scales, Tensors, change_alike, job_of
-from quack_fx.train.program.parts.sharded import gathered, local
+from quack_fx.train.program.parts.sharded import local
 
 
 def muon(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
@@ -31,7 +31,8 @@ def direction_of(grad: Tensor, momentum: Tensor, group: Mapping[str, Any], clip:
     new = momentum.lerp(grad, 1 - group["momentum"])
     momentum.copy_(torch.where(finite > 0, new, momentum) if isinstance(finite, Tensor) else new)
     ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-    ahead = gathered(ahead)  # if sharded
+    if isinstance(ahead, DTensor):  # if sharded
+        ahead = ahead.redistribute(placements=[Replicate()] * ahead.device_mesh.ndim)  # if sharded
     return _zeropower_via_newtonschulz(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
 

@@ -18,11 +18,10 @@ class Kind(NamedTuple):
     """Attentions that are the same but for the numbers in the names of their weights."""
 
     numbers: Iterable[tuple[int, ...]]  # those of each attention
-    weights: Callable[..., dict[str, str]]  # the names of its weights and biases, from its numbers
+    weights: Callable[..., dict[str, tuple[str, int]]]  # name and number of rows of its weights, from its numbers
     rows: Callable[[], Any]  # for each block the rows of its heads, [heads, rows of a head], and the weights with them
     factors: Callable[[Any], Any]  # the rule: factors from norms, both [attentions, heads] for each block
     mark: int  # tells saved factors of this kind from others
-    sizes: Mapping[str, int]  # how many rows each weight has
     axes: Mapping[str, int] = {}  # of weights that count their rows along another axis than 0
 
 
@@ -45,7 +44,7 @@ class QuacK:
         for k, (kind, factors) in enumerate(zip(KINDS, self.factors(), strict=True)):
             for i, (numbers, *own) in enumerate(zip(kind.numbers, *factors, strict=True)):
                 if (k, i) not in begun and not torch.cat(own).log().isfinite().all():
-                    names = ", ".join(kind.weights(*numbers).values())
+                    names = ", ".join(name for name, _ in kind.weights(*numbers).values())
                     raise ValueError(f"a head in {names} has norm zero, or one that is not finite; initialise it")
             self.saved.append(torch.cat([torch.full_like(factors[0][:, :1], kind.mark), *factors], 1))
             sizes = [1, *(factor.shape[1] for factor in factors)]
@@ -60,16 +59,16 @@ class QuacK:
         self.rows: list[Any] = []
         self.home: dict[Tensor, tuple[int, int]] = {}  # of each weight the number of its kind, and of its attention
         for k, kind in enumerate(KINDS):
-            names = [kind.weights(*numbers) for numbers in kind.numbers]
-            for w, name in ((w, name) for own in names for w, name in own.items()):
-                if name not in params or params[name].shape[kind.axes.get(w, 0)] != kind.sizes[w]:
-                    raise ValueError(f"the model has no {name} of {kind.sizes[w]} rows; write this file anew for it")
-            self.home |= {params[name]: (k, i) for i, own in enumerate(names) for name in own.values()}
-            self.stacks.append({n: ([params[own[n]] for own in names], kind.axes.get(n, 0)) for n in names[0]})
+            every = [kind.weights(*numbers) for numbers in kind.numbers]
+            for w, (name, rows) in (entry for own in every for entry in own.items()):
+                if name not in params or params[name].shape[kind.axes.get(w, 0)] != rows:
+                    raise ValueError(f"the model has no {name} of {rows} rows; write this file anew for it")
+            self.home |= {params[name]: (k, i) for i, own in enumerate(every) for name, _ in own.values()}
+            self.stacks.append({w: ([params[own[w][0]] for own in every], kind.axes.get(w, 0)) for w in every[0]})
             with torch.device("cpu"):  # whatever the default
-                rows = kind.rows()
-            device = params[next(iter(names[0].values()))].device
-            self.rows.append(type(rows)(*((index.to(device), *where) for index, *where in rows)))
+                blocks = kind.rows()
+            device = next(iter(self.stacks[-1].values()))[0][0].device
+            self.rows.append(type(blocks)(*((index.to(device), *where) for index, *where in blocks)))
         stacks = [stack for own in self.stacks for stack in own.values()]  # if sharded
         self.held = {w: held(w, axis) for weights, axis in stacks for w in weights}  # if sharded
         self.meshes = meshes_of(self.home)  # if sharded

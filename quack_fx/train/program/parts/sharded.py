@@ -8,19 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """A tensor with all its parts on every rank: products of parts would be added up in bfloat16, a message each."""
-    if isinstance(tensor, DTensor):
-        return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
-    return tensor
 
 
 def held(weight: Tensor, axis: int) -> Tensor:
