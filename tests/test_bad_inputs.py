@@ -433,7 +433,7 @@ CASES: dict[str, tuple[dict[str, str], str, int, str]] = {
         {"model.py": MODEL},
         "bench model.py --ways a,quick",
         2,
-        r"--ways: there is no way 'quick'; choose from a,b,c,d,e,f,plain,quack,whole",
+        r"--ways: there is no way 'quick'; choose from a,b,c,d,e,f,plain,quack",
     ),
     "an empty layout": (
         {"model.py": MODEL, "l.json": json.dumps(QKLayout().to_dict())},

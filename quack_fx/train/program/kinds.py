@@ -81,6 +81,10 @@ class Kind:
     terms: tuple[Term, ...]
     instances: tuple[Names, ...]
 
+    def names(self) -> list[str]:
+        """The names of the tensors of its first attention."""
+        return [tensor.name.format(*self.instances[0]).replace("{{", "{").replace("}}", "}") for tensor in self.tensors]
+
 
 def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kind, ...]:
     """The kinds of attention in a layout; those that keep a QK norm are none.

@@ -7,6 +7,7 @@ the model are (`write.py`), then what is the same for all models (`parts/`, copi
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
@@ -30,6 +31,9 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 
 PARTS_OF = {"AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "Muon": "muon", "Lion": "lion"}
 """The part with the arithmetic of each."""
+
+SMALL = 16384
+"""Numbers in a weight up to which programs stack it with others that look alike; see `parts/change.py`."""
 
 _CONDITION = re.compile(r"  # if (not )?(\w+)$")
 """Stands behind a statement that only programs with a feature have, or without it."""
@@ -70,13 +74,14 @@ def write_program(
     kinds = kinds_of(layout, shapes)
     stand_ins = stand_ins or {}
     features = {*features, *norm_features(stand_ins)}
+    # Adam changes weights with heads by itself, the others change all; what a rank holds of a weight may be small.
+    sizes = [math.prod(shapes[name]) for kind in kinds for name in kind.names()]
+    others = features.intersection({"sharded", "masters"}).union(set(optimizers) - {"Adam", "AdamW"})
+    features |= {"small"} if others or min(sizes, default=0) <= SMALL else set()
     names = list(dict.fromkeys(PARTS_OF[optimizer] for optimizer in optimizers))
-    optional = {"sharded": "sharded", "masters": "masters", "norms": "norms"}
-    parts = [
-        part
-        for part in ("quack", "sharded", "norms", "change", *names, "masters", "step")
-        if part not in optional or part in features
-    ]
+    left_out = {"sharded", "masters", "norms"} - features
+    every = ("quack", "sharded", "norms", "change", *names, "masters", "step")
+    parts = [part for part in every if part not in left_out]
     texts = {part: list(_definitions(part, features)) for part in parts}
     kind, *rest = texts.pop("quack")
     model = "\n".join(write_kinds(kinds))
@@ -102,20 +107,25 @@ def _steps(optimizers: Sequence[str]) -> str:
 def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
     """The classes and functions of a part, decorators and all, after its short names for types."""
     lines, tree = _source(part)
-    if short := [lines[node.lineno - 1] for node in tree.body if isinstance(node, ast.Assign)]:
-        yield "\n".join(short)
+    short = (lines[node.lineno - 1] for node in tree.body if isinstance(node, ast.Assign))
+    if kept_short := [_CONDITION.sub("", line) for line in short if _is_kept(line, features)]:
+        yield "\n".join(kept_short)
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name != "qk_norms":
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             kept = dict(enumerate(lines[first - 1 : node.end_lineno], first))
             for piece in ast.walk(node):
-                if isinstance(piece, ast.stmt | ast.arg):
-                    only = _CONDITION.search(lines[_last(piece) - 1])
-                    if only is not None and (only[2] in features) == bool(only[1]):
-                        for number in range(piece.lineno, _last(piece) + 1):
-                            kept.pop(number, None)
+                if isinstance(piece, ast.stmt | ast.arg) and not _is_kept(lines[_last(piece) - 1], features):
+                    for number in range(piece.lineno, _last(piece) + 1):
+                        kept.pop(number, None)
             text = "\n".join(_CONDITION.sub("", line) for line in kept.values())
             yield re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _is_kept(line: str, features: Collection[str]) -> bool:
+    """Whether a line that a statement ends on is for programs with these features."""
+    only = _CONDITION.search(line)
+    return only is None or (only[2] in features) != bool(only[1])
 
 
 def _last(piece: ast.stmt | ast.arg) -> int:

@@ -14,7 +14,7 @@ from quack_fx.train.program.parts.sharded import local
 Tensors = Sequence[Tensor]
 Scales = Mapping[Tensor, Tensor]
 Number = float | Tensor
-SMALL = 16384  # numbers
+SMALL = 16384  # numbers  # if small
 Compiled = Callable[..., None]
 
 
@@ -33,9 +33,8 @@ def change(rule: Any, numbers: Tensor, scales: Tensors, weights: Tensors, grads:
 
 def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Any]], compiled: Compiled) -> None:
     """Change the weight of each job, [scale, weight, gradient, *state]: small ones in stacks, the others two by two."""
-    device = jobs[0][1].device
     plain = torch.tensor([0.0 if isinstance(n, Tensor) else n for n in numbers], dtype=torch.float64, device="cpu")
-    each = zip(numbers, plain.to(device, non_blocking=True).unbind(), strict=True)
+    each = zip(numbers, plain.to(jobs[0][1].device, non_blocking=True).unbind(), strict=True)
     columns = [n.to(own, non_blocking=True) if isinstance(n, Tensor) else own for n, own in each]
     table = torch.stack([column.expand(len(jobs)) for column in columns], 1)
     alike: dict[Any, list[tuple[Tensor, list[Tensor]]]] = {}
@@ -48,12 +47,13 @@ def change_alike(rule: Any, numbers: Sequence[Number], jobs: Sequence[list[Any]]
     for some in alike.values():
         tensors = [list(column) for column in zip(*(job for _, job in some), strict=True)]
         rows = torch.stack([row for row, _ in some]).to(tensors[0][0])
-        if tensors[1][0].numel() <= SMALL:
-            stacks = [torch.stack(column) for column in tensors]
-            change(rule, rows.T.reshape(1, -1, len(some), *[1] * tensors[1][0].dim()), *([stack] for stack in stacks))
-            for i in (1, *range(3, len(stacks))):
-                torch._foreach_copy_(tensors[i], list(stacks[i].unbind()))
-            continue
+        if tensors[1][0].numel() <= SMALL:  # if small
+            stacks = [torch.stack(column) for column in tensors]  # if small
+            spread = rows.T.reshape(1, -1, len(some), *[1] * tensors[1][0].dim())  # if small
+            change(rule, spread, *([stack] for stack in stacks))  # if small
+            for i in (1, *range(3, len(stacks))):  # if small
+                torch._foreach_copy_(tensors[i], list(stacks[i].unbind()))  # if small
+            continue  # if small
         # No views: for each place that one may have in its memory, torch.compile would compile anew.
         bare = [torch._foreach_mul(tensors[0], 1), *([tensor.data for tensor in column] for column in tensors[1:])]
         twos = len(some) // 2 * 2

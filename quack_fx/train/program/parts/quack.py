@@ -47,8 +47,7 @@ class QuacK:
                     names = ", ".join(name for name, _ in kind.weights(*numbers).values())
                     raise ValueError(f"a head in {names} has norm zero, or one that is not finite; initialise it")
             self.saved.append(torch.cat([torch.full_like(factors[0][:, :1], kind.mark), *factors], 1))
-            sizes = [1, *(factor.shape[1] for factor in factors)]
-            self.first.append(type(factors)(*torch.split(self.saved[-1], sizes, 1)[1:]))
+            self.first.append(type(factors)(*torch.split(self.saved[-1][:, 1:], [f.shape[1] for f in factors], 1)))
 
     def find(self, model: nn.Module) -> None:
         """Find the weights; again where some were replaced."""
@@ -97,8 +96,7 @@ class QuacK:
         """Scale of each row of the weights with heads, [rows, 1, ...]: tau * factor / first; 1 for rows of values."""
         found: dict[Tensor, Tensor] = {}
         for stacks, rows, now, first in zip(self.stacks, self.rows, self.factors(), self.first, strict=True):
-            sizes = {name: (len(weights), weights[0].shape[axis]) for name, (weights, axis) in stacks.items()}
-            scale = {name: now[0].new_full(size, torch.inf) for name, size in sizes.items()}
+            scale = {n: now[0].new_full((len(w), w[0].shape[axis]), torch.inf) for n, (w, axis) in stacks.items()}
             for (index, *names), factor, start in zip(rows, now, first, strict=True):
                 # What is multiplied with a head that has become zero (it was pruned) makes logits of zero at any rate.
                 relative = torch.where(factor.isinf(), 1.0, factor / start).unsqueeze(-1)
