@@ -272,7 +272,7 @@ def norms_are_those_of_the_whole() -> None:
 
     def norms(model: nn.Module) -> list[Tensor]:
         scaling = scaling_of(model, LAYOUT, 1.0, "frobenius", [adamw(model)])
-        return [norm for kind in scaling.norms() for norm in kind]
+        return [factor for kind in scaling.factors() for factor in kind]
 
     expected = norms(Model())
     for shard in (fsdp, hybrid, one_layer_sharded, tensor_parallel, data_parallel):
