@@ -245,11 +245,9 @@ class TrainStep:
         features = {"masters"} if options.master_weights else set[str]()
         self.source = program_text(self._model, layout, names, features)
         program = run_program(self.source, options.norm)
-        for optimizer, name in zip(self._optimizers, self._names, strict=True):
-            step = (
-                _own_step if name is None else program.STEPS[getattr(torch.optim, name, getattr(program, name, None))]
-            )
-            program.STEPS[type(optimizer)] = step
+        known = {kind.__name__: step for kind, step in program.STEPS.items()}
+        steps = [_own_step if name is None else known[name] for name in self._names]
+        program.STEPS.update(zip(map(type, self._optimizers), steps, strict=True))  # so that it takes all of them
         self._program = step_ = with_factor_error(
             program.TrainStep,
             self._model,
@@ -270,7 +268,7 @@ class TrainStep:
         paused = {quack.optimizer: quack for quack in self.quacks}
         step_.steps = [
             partial(_step_with_hooks, step, paused.get(optimizer))
-            for step, optimizer in zip(step_.steps, self._optimizers, strict=True)
+            for step, optimizer in zip(steps, self._optimizers, strict=True)
         ]
         self.layout = layout
 

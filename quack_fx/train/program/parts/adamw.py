@@ -37,9 +37,9 @@ def step_adamw(optimizer: Optimizer, scales: Scales, clip: Number, finite: Numbe
                 if "step" not in state:
                     state["step"] = torch.zeros((), device=weight.device)
                 state["step"] = state["step"].to(weight.device, non_blocking=True)
-                ours = weight in scales
-                ours = ours or "master_param" in state  # if masters
-                (headed if ours else plain).append([state["step"], *job_of(weight, state, names, scales)])
+                job = [state["step"], *job_of(weight, state, names, scales)]
+                (plain if job[1] is None else headed).append(job)  # if not masters
+                (headed if job[1] is not None or "master_param" in state else plain).append(job)  # if masters
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         options = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "amsgrad")}
         options |= {"beta1": beta1, "beta2": beta2, "decoupled_weight_decay": group["decoupled_weight_decay"]}

@@ -115,7 +115,7 @@ class QuacK:
     @torch.no_grad()
     def keep(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
         """Keep first factors, of its whole attention, in the optimizer's state of some weights."""
-        for weight in self.home.keys() & weights:
+        for weight in weights:
             if "quack_init" not in optimizer.state[weight]:
                 kind, attention = self.home[weight]
                 # As bytes: load_state_dict would round other numbers to the type of the weight.
