@@ -41,18 +41,25 @@ def attend(x: Tensor, q_weight: Tensor, q_bias: Tensor, kv_weight: Tensor) -> Te
     return F.scaled_dot_product_attention(q, k, v).transpose(-2, -3).flatten(-2)
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
+class Layers(nn.Module):
+    """Attentions one after the other, each with a residual, and a linear layer on top."""
+
+    def __init__(self, attention: Callable[[], nn.Module], width: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(Attention() for _ in range(LAYERS))
-        self.head = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(attention() for _ in range(LAYERS))
+        self.head = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = x + layer(x)
         out: Tensor = self.head(x)
         return out
+
+
+class Model(Layers):
+    def __init__(self) -> None:
+        super().__init__(Attention, WIDTH)
 
 
 def site(layer: int, **fields: Any) -> AttentionSite:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import importlib.util
 import inspect
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emit_cases import Bag, Lion, batches, example_mla, gqa, layout_of
-from tiny_models import gemma3, llama, olmo2, qwen3
+from tiny_models import gemma3, import_file, llama, olmo2, qwen3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -39,14 +38,9 @@ _numbers = iter(range(1000))
 
 def load(source: str, folder: Path) -> ModuleType:
     """The file, written and imported as users do."""
-    name = f"emitted_{next(_numbers)}"
-    (folder / f"{name}.py").write_text(source)
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    path = folder / f"emitted_{next(_numbers)}.py"
+    path.write_text(source)
+    return import_file(path)
 
 
 # ---- what is asked for, and refused ----------------------------------------------------------------------------------

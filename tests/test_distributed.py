@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from per_head import Layers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -54,18 +55,9 @@ class Attention(nn.Module):
         return self.out(out.transpose(-2, -3).flatten(-2))
 
 
-class Model(nn.Module):
+class Model(Layers):
     def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(Attention() for _ in range(2))
-        self.head = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        out: Tensor = self.head(x)
-        return out
+        super().__init__(Attention, WIDTH)
 
 
 def site(layer: str) -> AttentionSite:

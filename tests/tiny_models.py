@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -107,10 +108,15 @@ def latent(
 
 def example(file: str) -> Any:
     """Module of an example file."""
-    spec = importlib.util.spec_from_file_location(file, EXAMPLES / f"{file}.py")
+    return import_file(EXAMPLES / f"{file}.py")
+
+
+def import_file(path: Path) -> ModuleType:
+    """The module of a file, by the file's name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 

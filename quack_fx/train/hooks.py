@@ -175,18 +175,26 @@ class QuacK:
 
     def _scale_of_first_rows(self) -> dict[tuple[Tensor, int], float]:
         """The scale of each head by its weight and the first of its rows."""
-        scaling, found = self.scaling, dict[tuple[Tensor, int], float]()
-        for stacks, rows, now, first in zip(
-            scaling.stacks, scaling.rows, scaling.factors(), scaling.first, strict=True
-        ):
-            for (index, *names), factor, start in zip(rows, now, first, strict=True):
-                scales = (scaling.tau * torch.where(factor.isinf(), 1.0, factor / start)).tolist()
-                for own, weight in (
-                    (own, weight) for name in names for own, weight in zip(scales, stacks[name][0], strict=True)
-                ):
-                    for row, scale in zip(index.amin(-1).tolist(), own, strict=True):
-                        found[weight, row] = min(scale, found.get((weight, row), scale))
+        found: dict[tuple[Tensor, int], float] = {}
+        for stacks, rows, scales in zip(self.scaling.stacks, self.scaling.rows, self._block_scales(), strict=True):
+            for (index, *names), by_head in zip(rows, scales, strict=True):
+                first_rows = index.amin(-1).tolist()
+                for weights, _ in (stacks[name] for name in names):
+                    for weight, own in zip(weights, by_head.tolist(), strict=True):
+                        for row, scale in zip(first_rows, own, strict=True):
+                            found[weight, row] = min(scale, found.get((weight, row), scale))
         return found
+
+    def _block_scales(self) -> list[list[Tensor]]:
+        """Scale of every head, [attentions, heads] for each block of each kind, as the weights are now."""
+        pairs = zip(self.scaling.factors(), self.scaling.first, strict=True)
+        return [
+            [
+                self.scaling.tau * torch.where(factor.isinf(), 1.0, factor / start)
+                for factor, start in zip(now, first, strict=True)
+            ]
+            for now, first in pairs
+        ]
 
     def __repr__(self) -> str:
         scales = self._scales()
@@ -195,8 +203,7 @@ class QuacK:
 
     def _scales(self) -> Tensor:
         """Scale of every head of every block as the weights are now, in the order of `init_factors`."""
-        now = torch.cat([factor.flatten() for factors in self.scaling.factors() for factor in factors])
-        return self.scaling.tau * torch.where(now.isinf(), 1.0, now / self.init_factors)
+        return torch.cat([scale.flatten() for scales in self._block_scales() for scale in scales])
 
     def detach(self) -> None:
         """Remove the hooks and QuacK's entries in the state: the optimizer is as it was before."""

@@ -10,7 +10,7 @@ that the program does not know takes its own step, with QuacK attached through i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -309,13 +309,10 @@ def _step_with_hooks(
     compiled: Callable[..., None],
 ) -> None:
     """A step of a program, with the hooks that others registered on the optimizer around it."""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if step is _own_step or any(grad.is_sparse for grad in grads):
+    if step is _own_step or any(grad.is_sparse for grad in _gradients(optimizer)):
         _own_step(optimizer, scales, clip, finite, compiled)
         return
-    with ExitStack() as stack:
-        if quack is not None:
-            stack.enter_context(quack.paused())
+    with nullcontext() if quack is None else quack.paused():
         for hook in chain(_global_optimizer_pre_hooks.values(), optimizer._optimizer_step_pre_hooks.values()):
             hook(optimizer, (), {})
         step(optimizer, scales, clip, finite, compiled)
@@ -330,11 +327,14 @@ def _own_step(
     if isinstance(finite, Tensor) and not bool(finite):
         return
     if isinstance(clip, Tensor):
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    param.grad.mul_(clip.to(param.grad.dtype))
+        for grad in _gradients(optimizer):
+            grad.mul_(clip.to(grad.dtype))
     optimizer.step()
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients of an optimizer's parameters."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:

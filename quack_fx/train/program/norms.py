@@ -1,7 +1,6 @@
 """The QK norms that a program takes out of the model, as a generator of names, short however many layers there are.
 
-In: for each norm module what is to stand in its place. Out: the generator's lines, and the features that the rest of
-the program needs.
+In: for each norm module what is to stand in its place. Out: the generator's lines.
 """
 
 from __future__ import annotations
@@ -25,11 +24,6 @@ class StandIn(NamedTuple):
         tensors = [f"tensors={self.tensors}"] if self.tensors != 1 else []
         factor = [f"factor={self.factor!r}"] if self.factor != 1 else []
         return f"PassThrough({', '.join(tensors + factor)})"
-
-
-def norm_features(stand_ins: Mapping[str, StandIn]) -> frozenset[str]:
-    """What a program has to know of them."""
-    return frozenset({"norms"} if stand_ins else ())
 
 
 def write_norms(stand_ins: Mapping[str, StandIn]) -> list[str]:

@@ -16,7 +16,7 @@ from importlib.resources import files
 from quack_fx.layout import QKLayout
 from quack_fx.train.program.about import about
 from quack_fx.train.program.kinds import kinds_of
-from quack_fx.train.program.norms import StandIn, norm_features, write_norms
+from quack_fx.train.program.norms import StandIn, write_norms
 from quack_fx.train.program.text import bracketed
 from quack_fx.train.program.write import write_kinds
 
@@ -31,9 +31,6 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 
 PARTS_OF = {"AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "Muon": "muon", "Lion": "lion"}
 """The part with the arithmetic of each."""
-
-SMALL = 16384
-"""Numbers in a weight up to which programs stack it with others that look alike; see `parts/change.py`."""
 
 _CONDITION = re.compile(r"  # if (not )?(\w+)$")
 """Stands behind a statement that only programs with a feature have, or without it."""
@@ -73,11 +70,11 @@ def write_program(
     """
     kinds = kinds_of(layout, shapes)
     stand_ins = stand_ins or {}
-    features = {*features, *norm_features(stand_ins)}
+    features = {*features, "norms"} if stand_ins else set(features)
     # Adam changes weights with heads by itself, the others change all; what a rank holds of a weight may be small.
     sizes = [math.prod(shapes[name]) for kind in kinds for name in kind.names()]
     others = features.intersection({"sharded", "masters"}).union(set(optimizers) - {"Adam", "AdamW"})
-    features |= {"small"} if others or min(sizes, default=0) <= SMALL else set()
+    features |= {"small"} if others or min(sizes, default=0) <= _constant("change", "SMALL") else set()
     names = list(dict.fromkeys(PARTS_OF[optimizer] for optimizer in optimizers))
     left_out = {"sharded", "masters", "norms"} - features
     every = ("quack", "sharded", "norms", "change", *names, "masters", "step")
@@ -132,6 +129,15 @@ def _last(piece: ast.stmt | ast.arg) -> int:
     """Number of the last line of a statement; of one with a body, of its first line."""
     body = getattr(piece, "body", None)
     return piece.lineno if body else (piece.end_lineno or piece.lineno)
+
+
+def _constant(part: str, name: str) -> int:
+    """A whole number that a part gives a name."""
+    for node in _source(part)[1].body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=found)], value=ast.Constant(value=int(value))) if found == name:
+                return value
+    raise LookupError(f"{part}.py has no constant {name}")
 
 
 @cache
