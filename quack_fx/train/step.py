@@ -305,7 +305,7 @@ def _step_with_hooks(
     optimizer: Optimizer,
     scales: Any,
     clip: float | Tensor,
-    finite: float | Tensor,
+    finite: Tensor | None,
     compiled: Callable[..., None],
 ) -> None:
     """A step of a program, with the hooks that others registered on the optimizer around it."""
@@ -321,10 +321,10 @@ def _step_with_hooks(
 
 
 def _own_step(
-    optimizer: Optimizer, scales: Any, clip: float | Tensor, finite: float | Tensor, compiled: Callable[..., None]
+    optimizer: Optimizer, scales: Any, clip: float | Tensor, finite: Tensor | None, compiled: Callable[..., None]
 ) -> None:
     """The optimizer's own step, which QuacK scales through its hooks."""
-    if isinstance(finite, Tensor) and not bool(finite):
+    if finite is not None and not bool(finite):
         return
     if isinstance(clip, Tensor):
         for grad in _gradients(optimizer):

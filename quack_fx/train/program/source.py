@@ -74,7 +74,8 @@ def write_program(
     # Adam changes weights with heads by itself, the others change all; what a rank holds of a weight may be small.
     sizes = [math.prod(shapes[name]) for kind in kinds for name in kind.names()]
     others = features.intersection({"sharded", "masters"}).union(set(optimizers) - {"Adam", "AdamW"})
-    features |= {"small"} if others or min(sizes, default=0) <= _constant("change", "SMALL") else set()
+    features |= {"others"} if others else set()
+    features |= {"small"} if others or max(sizes, default=0) <= _constant("change", "SMALL") else set()
     names = list(dict.fromkeys(PARTS_OF[optimizer] for optimizer in optimizers))
     left_out = {"sharded", "masters", "norms"} - features
     every = ("quack", "sharded", "norms", "change", *names, "masters", "step")
@@ -82,29 +83,40 @@ def write_program(
     texts = {part: list(_definitions(part, features)) for part in parts}
     kind, *rest = texts.pop("quack")
     model = "\n".join(write_kinds(kinds))
-    unused = tuple(f"def {name}(" for name in ("largest", "smallest") if f"{name}(" not in model)
-    rest = [text for text in rest if not text.startswith(unused)]
     last = texts.pop("step")
     if tau != 1.0:
         last = [text.replace("tau: float | Tensor = 1.0", f"tau: float | Tensor = {tau!r}") for text in last]
-    body = [kind, model, *rest, *(text for own in texts.values() for text in own), _steps(optimizers), *last]
-    if stand_ins:
-        body.insert(2, "\n".join(write_norms(stand_ins)))
-    head = f"{about(layout, kinds, title, optimizers, bool(stand_ins))}\n\n{_imports(parts, body)}"
+    written = [model, *(["\n".join(write_norms(stand_ins))] if stand_ins else [])]
+    intro = about(layout, kinds, title, optimizers, bool(stand_ins))
+    steps = _steps(optimizers)
+    copied = [*rest, *(text for own in texts.values() for text in own)]
+    body = [*written, *_used(copied, [intro, *written, steps, *last]), steps, *last]
+    head = f"{intro}\n\n{_imports(parts, [kind, *body])}\n\n{kind}"
     return "\n\n\n".join([head, *body]) + "\n"
+
+
+def _used(copied: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The copied texts without functions that neither the others nor these call."""
+    kept = list(copied)
+    for text in copied[::-1]:  # what is called stands in front
+        name = re.match(r"def (\w+)", text)
+        rest = [other for other in (*kept, *others) if other != text]
+        if name and not any(re.search(rf"\b{name[1]}[(,:}}]", other) for other in rest):
+            kept.remove(text)
+    return kept
 
 
 def _steps(optimizers: Sequence[str]) -> str:
     """The table of the steps that the program takes."""
     kinds = [(f"torch.optim.{name}" if name != "Lion" else name, PARTS_OF[name]) for name in optimizers]
     entries = [f"{kind}: step_{part}" for kind, part in kinds]
-    return "\n".join(bracketed(0, "STEPS: dict[type[Optimizer], Compiled] = {", entries, "}"))
+    return "\n".join(bracketed(0, "STEPS: dict[type[Optimizer], Callable[..., None]] = {", entries, "}"))
 
 
 def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
     """The classes and functions of a part, decorators and all, after its short names for types."""
     lines, tree = _source(part)
-    short = (lines[node.lineno - 1] for node in tree.body if isinstance(node, ast.Assign))
+    short = [line for node in tree.body if isinstance(node, ast.Assign) for line in _with_comment(lines, node.lineno)]
     if kept_short := [_CONDITION.sub("", line) for line in short if _is_kept(line, features)]:
         yield "\n".join(kept_short)
     for node in tree.body:
@@ -117,6 +129,14 @@ def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
                         kept.pop(number, None)
             text = "\n".join(_CONDITION.sub("", line) for line in kept.values())
             yield re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _with_comment(lines: Sequence[str], number: int) -> Sequence[str]:
+    """The line of that number, and the comment above it."""
+    first = number - 1
+    while lines[first - 1].startswith("#"):
+        first -= 1
+    return lines[first:number]
 
 
 def _is_kept(line: str, features: Collection[str]) -> bool:
@@ -150,7 +170,7 @@ def _imports(parts: Sequence[str], body: Sequence[str]) -> str:
     """The imports of the parts, as far as their names occur in the text."""
     text = "\n".join(body)
     plain: set[str] = set()
-    named: dict[str, dict[str, str | None]] = {"collections": {"namedtuple": None}}  # that of `write.py`
+    named: dict[str, dict[str, str | None]] = {}
     for part in parts:
         for node in _source(part)[1].body:
             if isinstance(node, ast.Import):

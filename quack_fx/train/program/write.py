@@ -91,17 +91,18 @@ def _weights_lines(kind: Kind, low: str, variables: Sequence[str]) -> list[str]:
     fields, rows = fields_of(kind.instances)
     letters = ", ".join(f"{letter}: int" for letter in _LETTERS[: len(rows[0])])
     texts = [tensor.name.format(*fields) for tensor in kind.tensors]
-    prefix = common_prefix(texts)
-    short = len(texts) > 1 and bool(prefix)
     lines = [f"def {low}_weights({letters}) -> dict[str, tuple[str, int]]:"]
     lines += [f'{INDENT}"""Names of the weights and biases of one attention, and how many rows each has."""']
-    if short:
+
+    def entries() -> list[str]:
+        each = zip(variables, texts, kind.tensors, strict=True)
+        return [f"{quoted(variable)}: ({named(text)}, {tensor.count})" for variable, text, tensor in each]
+
+    prefix = common_prefix(texts)
+    if prefix and max(map(len, entries())) > WIDTH - 2 * len(INDENT) - 1:
         lines.append(f"{INDENT}at = {named(prefix)}")
-    entries = []
-    for variable, text, tensor in zip(variables, texts, kind.tensors, strict=True):
-        text = "{at}" + text.removeprefix(prefix) if short else text
-        entries.append(f"{quoted(variable)}: ({named(text)}, {tensor.count})")
-    return lines + bracketed(1, "return {", entries, "}")
+        texts = ["{at}" + text.removeprefix(prefix) for text in texts]
+    return lines + bracketed(1, "return {", entries(), "}")
 
 
 def _rows_lines(kind: Kind, name: str, variables: Sequence[str], blocks: Sequence[str], tables: Tables) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quack_fx.train.program.parts.change import Compiled, Number, Scales, Tensors, change_alike, job_of
+from quack_fx.train.program.parts.change import Number, Scales, Tensors, change_all, job_of
 
 
 class Lion(Optimizer):
@@ -35,17 +35,17 @@ def lion(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor
 
     Weight w, gradient g and the state (the momentum) are [rows, ...] each.
     """
-    lr, decay, rest1, rest2 = numbers
-    mean = state[0]
+    clip, lr, decay, rest1, rest2 = numbers
+    g, mean = clip * g, state[0]
     return lr * (mean + rest1 * (g - mean)).sign() + lr * decay * w, (mean + rest2 * (g - mean),)
 
 
-def step_lion(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number, compiled: Compiled) -> None:
+def step_lion(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor | None, compiled: Any) -> None:
     """One step."""
     for group in optimizer.param_groups:
         weights = [weight for weight in group["params"] if weight.grad is not None]
         jobs = [job_of(weight, optimizer.state[weight], ("exp_avg",), scales) for weight in weights]
         if jobs:
             beta1, beta2 = group["betas"]
-            numbers = clip, finite, group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2
-            change_alike(lion, numbers, jobs, compiled)
+            numbers = clip, group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2
+            change_all(lion, numbers, finite, jobs, compiled)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # a copy would drift from torch's
 
-from quack_fx.train.program.parts.change import Compiled, Number, Scales, Tensors, change_alike, job_of
+from quack_fx.train.program.parts.change import Number, Scales, Tensors, change_all, job_of
 from quack_fx.train.program.parts.sharded import local
 
 
@@ -24,19 +24,21 @@ def muon(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor
     return lr * shape * g + lr * decay * w, ()
 
 
-def direction_of(grad: Tensor, momentum: Tensor, group: Mapping[str, Any], clip: Number, finite: Number) -> Tensor:
+def direction_of(
+    grad: Tensor, momentum: Tensor, group: Mapping[str, Any], clip: Number, finite: Tensor | None
+) -> Tensor:
     """The orthogonalised momentum of a matrix, [rows, inputs]."""
     grad = grad.to(momentum.dtype)
     grad = grad * clip.to(grad.dtype) if isinstance(clip, Tensor) else grad
     new = momentum.lerp(grad, 1 - group["momentum"])
-    momentum.copy_(torch.where(finite > 0, new, momentum) if isinstance(finite, Tensor) else new)
+    momentum.copy_(new if finite is None else torch.where(finite.to(new.device) > 0, new, momentum))
     ahead = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
     if isinstance(ahead, DTensor):  # if sharded
         ahead = ahead.redistribute(placements=[Replicate()] * ahead.device_mesh.ndim)  # if sharded
     return _zeropower_via_newtonschulz(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
 
-def step_muon(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number, compiled: Compiled) -> None:
+def step_muon(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor | None, compiled: Any) -> None:
     """One step."""
     for group in optimizer.param_groups:
         jobs, shapes = list[list[Any]](), list[float]()
@@ -51,4 +53,4 @@ def step_muon(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number
             shapes.append(_adjust_lr(1.0, group["adjust_lr_fn"], weight.shape))
         if jobs:
             shape = torch.tensor(shapes, dtype=torch.float64, device="cpu")
-            change_alike(muon, (1.0, finite, group["lr"], group["weight_decay"], shape), jobs, compiled)
+            change_all(muon, (group["lr"], group["weight_decay"], shape), finite, jobs, compiled)

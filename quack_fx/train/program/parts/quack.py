@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections import namedtuple
+from collections.abc import Iterable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,32 +15,23 @@ from torch.optim import Optimizer
 from quack_fx.train.program.parts.norms import check_stripped
 from quack_fx.train.program.parts.sharded import add_up, held, local, meshes_of, spread
 
-
-class Kind(NamedTuple):
-    """Attentions that are the same but for the numbers in the names of their weights."""
-
-    numbers: Iterable[tuple[int, ...]]  # those of each attention
-    weights: Callable[..., dict[str, tuple[str, int]]]  # name and number of rows of its weights, from its numbers
-    rows: Callable[[], Any]  # for each block the rows of its heads, [heads, rows of a head], and the weights with them
-    factors: Callable[[Any], Any]  # the rule: factors from norms, both [attentions, heads] for each block
-    mark: int  # tells saved factors of this kind from others
-    axes: Mapping[str, int] = {}  # of weights that count their rows along another axis than 0
-
+# Attentions that are the same but for the `numbers` in the names of their weights. Of each, `weights` gives names and
+# numbers of rows, `rows` the rows of each block's heads, [heads, rows of a head], and the weights that they lie in;
+# `factors` is the rule, from the norms of the blocks, [attentions, heads] each. `mark` tells saved factors of this kind
+# from others; `axes` is for weights that count their rows along another axis than 0.
+Kind = namedtuple("Kind", ["numbers", "weights", "rows", "factors", "mark", "axes"], defaults=[{}])
 
 KINDS: tuple[Kind, ...] = ()
 
 
 class QuacK:
-    """The scale on the learning rate of every query and key row; `tau` at the start, and may be changed between steps.
-
-    Make it while the model has its initial weights: their factors are what later ones are divided by.
-    """
+    """The scale on the learning rate of each query and key row: `tau` at the start; it may be changed between steps."""
 
     def __init__(self, model: nn.Module, tau: float | Tensor = 1.0, optimizers: Iterable[Optimizer] = ()) -> None:
         self.tau = tau
         self.kept: dict[Tensor, Tensor] = {}  # what the state of each weight has of first factors
         self.find(model)
-        self.first, self.saved = list[Any](), list[Tensor]()
+        self.first, self.saved = list[Any](), list[Tensor]()  # initial factors, by block, and as saved
         # Where a state has first factors a run goes on, in which heads may have become zero (they were pruned).
         begun = {self.home.get(w) for o in optimizers for w, state in o.state.items() if "quack_init" in state}
         for k, (kind, factors) in enumerate(zip(KINDS, self.factors(), strict=True)):
@@ -53,7 +46,8 @@ class QuacK:
         """Find the weights; again where some were replaced."""
         check_stripped(model)  # if norms
         params = dict(model.named_parameters(remove_duplicate=False))
-        params |= {bare(name): weight for name, weight in params.items()}
+        wrappers = re.compile(r"^(_orig_mod\.)?module\.|(_orig_mod|_checkpoint_wrapped_module)\.")
+        params |= {wrappers.sub("", name): weight for name, weight in params.items()}
         self.stacks: list[dict[str, tuple[list[Tensor], int]]] = []  # for each kind its weights in all attentions, axis
         self.rows: list[Any] = []
         self.home: dict[Tensor, tuple[int, int]] = {}  # of each weight the number of its kind, and of its attention
@@ -64,10 +58,8 @@ class QuacK:
                     raise ValueError(f"the model has no {name} of {rows} rows; write this file anew for it")
             self.home |= {params[name]: (k, i) for i, own in enumerate(every) for name, _ in own.values()}
             self.stacks.append({w: ([params[own[w][0]] for own in every], kind.axes.get(w, 0)) for w in every[0]})
-            with torch.device("cpu"):  # whatever the default
-                blocks = kind.rows()
-            device = next(iter(self.stacks[-1].values()))[0][0].device
-            self.rows.append(type(blocks)(*((index.to(device), *where) for index, *where in blocks)))
+            with next(iter(self.home)).device:  # whatever the default
+                self.rows.append(kind.rows())
         stacks = [stack for own in self.stacks for stack in own.values()]  # if sharded
         self.held = {w: held(w, axis) for weights, axis in stacks for w in weights}  # if sharded
         self.meshes = meshes_of(self.home)  # if sharded
@@ -80,9 +72,9 @@ class QuacK:
             of = {}
             for name, (weights, axis) in stacks.items():
                 own, exact = weights, torch.promote_types(weights[0].dtype, torch.float32)
-                own = [local(weight) for weight in own]  # if sharded
-                flat = [weight.movedim(axis, 0).unsqueeze(-1).flatten(1) for weight in own]  # [rows, inputs]
-                norms = [torch.linalg.vector_norm(weight, dim=1, dtype=exact) for weight in flat]
+                own = [local(weight) for weight in weights]  # if sharded
+                dims = [dim for dim in range(weights[0].dim() + 1) if dim != axis]
+                norms = [torch.linalg.vector_norm(weight.unsqueeze(-1), dim=dims, dtype=exact) for weight in own]
                 norms = spread(norms, weights, self.held, axis, self.meshes)  # if sharded
                 # In double: products of four norms must not overflow.
                 of[name] = torch.stack(norms, -2).double().square()
@@ -91,7 +83,6 @@ class QuacK:
         norms_of = zip(KINDS, self.rows, squares, strict=True)
         return [kind.factors(type(rows)(*(x.sqrt() for x in own))) for kind, rows, own in norms_of]
 
-    @torch.no_grad()
     def scales(self) -> dict[Tensor, Tensor]:
         """Scale of each row of the weights with heads, [rows, 1, ...]: tau * factor / first; 1 for rows of values."""
         found: dict[Tensor, Tensor] = {}
@@ -107,12 +98,11 @@ class QuacK:
                 shape = [-1 if d == axis else 1 for d in range(weights[0].dim())]
                 exact = torch.promote_types(weights[0].dtype, torch.float32)
                 each = torch.where(scale[name].isinf(), 1.0, self.tau * scale[name]).to(exact)
-                for weight, own in zip(weights, each.unbind(), strict=True):
-                    own = own[self.held[weight]]  # if sharded
-                    found[weight] = own.view(shape)
+                found |= zip(weights, each.view(len(weights), *shape).unbind(), strict=True)  # if not sharded
+                for weight, own in zip(weights, each.unbind(), strict=True):  # if sharded
+                    found[weight] = own[self.held[weight]].view(shape)  # if sharded
         return found
 
-    @torch.no_grad()
     def keep(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
         """Keep first factors, of its whole attention, in the optimizer's state of some weights."""
         for weight in weights:
@@ -122,7 +112,6 @@ class QuacK:
                 self.kept[weight] = self.saved[kind][attention].view(torch.uint8).clone()
                 optimizer.state[weight]["quack_init"] = self.kept[weight]
 
-    @torch.no_grad()
     def take_over(self, optimizer: Optimizer) -> None:
         """Take over first factors from a state that was loaded."""
         for weight, (kind, attention) in self.home.items():
@@ -145,9 +134,3 @@ def largest(numbers: Tensor, heads: list[int], count: int) -> Tensor:
 def smallest(*factors: Tensor) -> Tensor:
     """The smallest of several factors."""
     return reduce(torch.minimum, factors)
-
-
-def bare(name: str) -> str:
-    """Name of a parameter without what wrappers put into it."""
-    path = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
-    return ".".join(path[1:] if path[0] == "module" else path)

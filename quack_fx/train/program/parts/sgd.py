@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from quack_fx.train.program.parts.change import Compiled, Number, Scales, Tensors, change_alike, job_of
+from quack_fx.train.program.parts.change import Number, Scales, Tensors, change_all, job_of
 
 
 def sgd(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
@@ -14,15 +16,15 @@ def sgd(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor,
 
     Weight w, gradient g and the state (the momentum, if there is any) are [rows, ...] each.
     """
-    sign, lr, decay, momentum, rest, nesterov = numbers
-    g = sign * g + decay * w
+    clip, lr, decay, momentum, rest, nesterov = numbers
+    g = clip * g + decay * w
     if not state:
         return lr * g, ()
     moving = momentum * state[0] + rest * g
     return lr * torch.where(nesterov > 0, g + momentum * moving, moving), (moving,)
 
 
-def step_sgd(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number, compiled: Compiled) -> None:
+def step_sgd(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor | None, compiled: Any) -> None:
     """One step."""
     for group in optimizer.param_groups:
         weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -32,5 +34,5 @@ def step_sgd(optimizer: Optimizer, scales: Scales, clip: Number, finite: Number,
         rest = 1 - group["dampening"] * torch.tensor(begun, dtype=torch.float64, device="cpu")
         jobs = [job_of(weight, optimizer.state[weight], names, scales) for weight in weights]
         if jobs:
-            numbers = -1.0 if group["maximize"] else 1.0, group["lr"], group["weight_decay"], group["momentum"], rest
-            change_alike(sgd, (clip, finite, *numbers, float(group["nesterov"])), jobs, compiled)
+            numbers = group["lr"], group["weight_decay"], group["momentum"], rest, float(group["nesterov"])
+            change_all(sgd, (-clip if group["maximize"] else clip, *numbers), finite, jobs, compiled)

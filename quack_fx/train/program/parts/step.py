@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quack_fx.train.program.parts.change import Compiled, Number, change
+from quack_fx.train.program.parts.change import Number, change
 from quack_fx.train.program.parts.masters import Masters
 from quack_fx.train.program.parts.quack import QuacK
 from quack_fx.train.program.parts.sharded import norms_of
 
-STEPS: dict[type[Optimizer], Compiled] = {}
+STEPS: dict[type[Optimizer], Callable[..., None]] = {}
 
 
 class TrainStep:
@@ -68,17 +68,16 @@ class TrainStep:
             self.quack.take_over(optimizer)
         for masters in self.masters:  # if masters
             masters.refresh()  # if masters
-        grads = [weight.grad for weight in weights if weight.grad is not None]
+        grads = [w.grad.coalesce().values() if w.grad.is_sparse else w.grad for w in weights if w.grad is not None]
         clip: Number = 1.0
-        finite: Number = 1.0
+        finite: Tensor | None = None
         if grads and (self.clip_grad_norm is not None or self.skip_nonfinite):
-            numbers = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-            exact = reduce(torch.promote_types, {n.dtype for n in numbers}, torch.float32)
-            norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(numbers, 2, exact)]  # if not sharded
-            norms = norms_of(numbers, exact)  # if sharded
+            exact = reduce(torch.promote_types, {grad.dtype for grad in grads}, torch.float32)
+            norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads, 2, exact)]  # if not sharded
+            norms = norms_of(grads, exact)  # if sharded
             norm = torch.linalg.vector_norm(torch.stack(norms))
             clip = 1.0 if self.clip_grad_norm is None else (self.clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-            finite = norm.isfinite().float() if self.skip_nonfinite else 1.0
+            finite = norm.isfinite().float() if self.skip_nonfinite else None
         scales = self.quack.scales()
         for optimizer, step in zip(self.optimizers, self.steps, strict=True):
             step(optimizer, scales, clip, finite, self.change)
