@@ -88,7 +88,8 @@ def _take_off(modules: list[nn.Module]) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if _is_parallel(hook)]:
                 del hooks[key]
-        for held in (module._parameters, module._buffers, vars(module)):
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for held in tensors:
             for name in [name for name, value in held.items() if is_part(value)]:
                 held[name] = whole.setdefault(id(held[name]), _whole(held[name]))
         if "_fsdp_wrapped_module" in module._modules:

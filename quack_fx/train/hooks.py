@@ -17,7 +17,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -29,7 +30,8 @@ from torch.optim import Optimizer
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout, merged
 from quack_fx.layout.fit import layout_params
-from quack_fx.train.program.scaling import NormName, local, scaling_of
+from quack_fx.train.program.scaling import NormName, is_sharded, local, scaling_of
+from quack_fx.train.ranks import check_ranks
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
@@ -55,13 +57,22 @@ class QuacK:
     replaced (in the model and the optimizer) at any time.
 
     Several optimizers over one model take one `QuacK` each. Each scales the rows that its optimizer holds, weights or
-    biases, by norms of the whole model as they are before that optimizer's step.
+    biases, by norms of the whole model as they are before that optimizer's step. An optimizer around others, whose
+    state is that of those (ZeroRedundancyOptimizer, containers), takes none: each one inside does. An optimizer that
+    holds query and key weights no longer, because somebody replaced its parameters, raises at its next step; attach
+    after the model and the optimizer are wrapped, sharded and cast.
+
+    Ranks that train one model (DistributedDataParallel, FSDP2, tensor parallel) attach together: layout, tau and norm
+    are compared once, here. Later changes of `tau` are not; make them on every rank.
 
     Checkpoints: the factors at the start of training are part of `optimizer.state_dict()`, under "quack_init" in the
-    state of each parameter, and come back with `optimizer.load_state_dict()`, called before or after attaching. They
-    are never recomputed from trained weights: with QuacK attached, a state without them is refused. (To start QuacK in
-    the middle of a run, load the state first and attach then.) Copying or pickling an optimizer drops its hooks, as
-    torch does, but not that entry of its state: attach again to the copy.
+    state of each parameter, and come back with `optimizer.load_state_dict()`, called before or after attaching.
+    torch.distributed.checkpoint reads the entries that a state has already: attach before `get_optimizer_state_dict`.
+    They are never recomputed from trained weights: with QuacK attached, a state without them is refused. To start QuacK
+    in the middle of a run, load the state first and attach then: it starts from the weights as they are, and warns,
+    since that is wrong for a run that had QuacK and lost its first factors. (An optimizer that has no state, as SGD
+    without momentum, does not show that it has taken steps.) Copying or pickling an optimizer drops its hooks, as torch
+    does, but not that entry of its state: attach again to the copy.
 
     An optimizer that keeps the norms of the weights fixed leaves all factors at one.
 
@@ -74,9 +85,10 @@ class QuacK:
         norm: "frobenius" or "spectral" (slower, a small gain in the paper; on a GPU it waits for the device).
 
     Raises:
-        OptimizerError: The optimizer holds no weight of the layout, has a QuacK already, is no `torch.optim.Optimizer`
-            or wraps one, `tau` is not a positive number, or a loaded state does not fit.
-        LayoutError: The layout does not fit the model.
+        OptimizerError: The optimizer holds no weight of the layout, or some that the model had before it was sharded;
+            it has a QuacK already, is no `torch.optim.Optimizer` or wraps one; `tau` is not a positive number, or
+            another one on other ranks; or a loaded state does not fit.
+        LayoutError: The layout does not fit the model, or is another one on other ranks.
         FactorError: A head's weights have norm zero, or are not finite.
 
     Example:
@@ -94,9 +106,10 @@ class QuacK:
         tau: float = 1.0,
         norm: NormName = "frobenius",
     ) -> None:
+        elsewhere = check_ranks(model, layout, tau, norm, [optimizer])
         _check_optimizer(optimizer)
         check_tau(tau)
-        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, [optimizer]))
+        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, [optimizer]), elsewhere)
         half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
         if half:
             warnings.warn(
@@ -114,13 +127,30 @@ class QuacK:
         quack._attach(optimizer, model, layout, scaling)
         return quack
 
-    def _attach(self, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling) -> None:
+    def _attach(
+        self, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling, elsewhere: bool = False
+    ) -> None:
         self.optimizer, self.layout, self.scaling, self._model = optimizer, layout, scaling, model
         self.left_out = tuple(site.name for site in layout.sites if site.qk_norm)
         self._seen: list[int] = []
-        self._hold()
-        if not self._held:
+        self.hold()
+        own = set(model.parameters())
+        # Where ranks share the steps of an optimizer (ZeRO), the weights may all be another rank's.
+        if not self._held and not (elsewhere and not own.isdisjoint(_params(optimizer))):
             raise OptimizerError(_nothing_held(optimizer, layout, scaling))
+        if stale := _stale(optimizer, own, self._names(), scaling):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} holds weights that are not in the model, and not {stale!r}, which is; "
+                "make the optimizer after the model was wrapped, sharded and moved"
+            )
+        self._sharded = any(map(is_sharded, own))
+        if lost := self._without_start():
+            warnings.warn(
+                f"{type(optimizer).__name__} has taken steps, and its state has no first factors of QuacK "
+                f"({STATE_KEY!r}) for {lost!r}: QuacK starts from these weights; to go on with a run that had QuacK, "
+                "attach it before the checkpoint is read",
+                stacklevel=3,
+            )
         self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, as they were, their scales
         self._nested = 0  # steps inside the running step
         self._paused = False
@@ -222,15 +252,44 @@ class QuacK:
         finally:
             self._paused = False
 
-    def _hold(self) -> None:
-        """Find the weights that the optimizer holds; again when some were added to it or replaced."""
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+    def hold(self) -> None:
+        """Find the weights that the optimizer holds; again when some were added to it or replaced.
+
+        Raises:
+            OptimizerError: It holds some of them no longer.
+        """
+        params = _params(self.optimizer)
         if self._seen == (seen := list(map(id, params))):
             return
         if self._seen:
+            self._check_kept(params)
             self.scaling.find(self._model)
         self._seen = seen
         self._held = [param for param in params if param in self.scaling.home]
+        names = self._names()
+        self._held_names = [names[param] for param in self._held]
+
+    def _check_kept(self, params: list[Tensor]) -> None:
+        """Refuse to go on where the weights were taken out of the optimizer, or sharded, after QuacK was attached."""
+        now, held = layout_params(self.layout, self._model), set(params)
+        lost = [name for name in self._held_names if now[name].requires_grad and now[name] not in held]
+        kind = type(self.optimizer).__name__
+        if lost:
+            raise OptimizerError(
+                f"{kind} no longer holds {lost[0]!r}, whose steps QuacK scaled{_and_others(lost)}: its parameters were "
+                "replaced; attach QuacK after the model and the optimizer were wrapped, sharded and cast (or set "
+                "requires_grad to False, to freeze a weight)"
+            )
+        if any(map(is_sharded, self._model.parameters())) != self._sharded:
+            raise OptimizerError(f"the model was sharded after QuacK was attached to {kind}; attach it afterwards")
+
+    def _without_start(self) -> str | None:
+        """A weight that was trained, as the optimizer's state tells, and whose attention has no first factors in it."""
+        state, home = self.optimizer.state, self.scaling.home
+        begun = {home.get(param) for param, own in state.items() if STATE_KEY in own}
+        trained = (p for p in self._held if home[p] not in begun and _has_trained(state.get(p) or {}))
+        lost = next(trained, None)
+        return None if lost is None else self._names()[lost]
 
     def _take_over(self) -> None:
         """Take over first factors that the optimizer's state has, and keep them where it has none."""
@@ -249,7 +308,7 @@ class QuacK:
         if self._snapshot is not None and _is_stepping(optimizer):
             self._nested += 1
             return
-        self._hold()
+        self.hold()
         self._take_over()
         scales = self.scaling.scales()
         self._snapshot = [(param, local(param).clone(), scales[param]) for param in self._held]
@@ -286,12 +345,12 @@ class QuacK:
             if param in self.scaling.home and state and STATE_KEY not in state and param.requires_grad:
                 raise OptimizerError(
                     f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {self._names()[param]!r}; "
-                    "load it before QuacK is attached, to start QuacK from these weights"
+                    "to start QuacK from these weights, detach() it, load the state, and attach it again"
                 )
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Take over what was loaded; attentions that were not trained by then start from the weights as they are."""
-        self._hold()
+        self.hold()
         self._take_over()
         home = self.scaling.home
         begun = {home[param] for param in self.scaling.kept if param in home}
@@ -313,6 +372,30 @@ def check_tau(tau: float | Tensor) -> None:
     """
     if not isinstance(tau, Tensor) and not (isinstance(tau, int | float) and 0 < tau < math.inf):
         raise OptimizerError(f"tau is {tau!r}; need a positive number, for example 0.1")
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters that an optimizer holds."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _and_others(names: Sequence[str]) -> str:
+    return f", and {len(names) - 1} others" if len(names) > 1 else ""
+
+
+def _has_trained(state: Mapping[str, Any]) -> bool:
+    """Whether the state of a parameter shows that steps were taken; it waits for the device."""
+    tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
+    return bool(state.get("step", 1)) and any(tensor.dim() > 0 and bool(tensor.any()) for tensor in tensors)
+
+
+def _stale(optimizer: Optimizer, own: set[nn.Parameter], names: Mapping[Tensor, str], scaling: Scaling) -> str | None:
+    """A weight that an optimizer lacks while it holds others of that shape, one for each, which are not in the model."""
+    params = _params(optimizer)
+    held, strange = set(params), Counter(tuple(param.shape) for param in params if param not in own)
+    missing = [param for param in scaling.home if param.requires_grad and param not in held]
+    shapes = Counter(tuple(param.shape) for param in missing)
+    return next((names[p] for p in missing if strange[tuple(p.shape)] >= shapes[tuple(p.shape)]), None)
 
 
 def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
@@ -352,12 +435,28 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         raise OptimizerError(
             f"{kind} has no hooks, as wrappers of optimizers do; attach QuacK to the one inside"
         ) from None
+    if inside := _inside(optimizer):
+        raise OptimizerError(
+            f"{kind} saves the state of the optimizer in its {inside!r}, and not QuacK's first factors with its own; "
+            f"attach QuacK to that one, or to each where there are several, and step {kind} as before"
+        )
     if optimizer in _attached:
         raise OptimizerError(f"this {kind} has a QuacK attached already; call its detach() first")
     lineage = " ".join(cls.__name__.lower() for cls in type(optimizer).__mro__)
     for name, reason in _UNSUITED.items():
         if name in lineage and _relative(optimizer, name):
             warnings.warn(f"QuacK does not suit {kind}: {reason}", stacklevel=3)
+
+
+def _inside(optimizer: Optimizer) -> str | None:
+    """The attribute with the optimizers that an optimizer with a `state_dict` of its own is around."""
+    if type(optimizer).state_dict is Optimizer.state_dict:
+        return None
+    for name, value in vars(optimizer).items():
+        each = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, Optimizer) and one is not optimizer for one in each):
+            return name
+    return None
 
 
 def _relative(optimizer: Optimizer, name: str) -> bool:
