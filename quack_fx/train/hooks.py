@@ -32,19 +32,13 @@ from quack_fx.layout import QKLayout, merged
 from quack_fx.layout.fit import layout_params
 from quack_fx.train.program.scaling import NormName, is_sharded, local, scaling_of
 from quack_fx.train.ranks import check_ranks
+from quack_fx.train.suited import check_optimizer
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
 STATE_KEY = "quack_init"
 """Key of QuacK's entry in the optimizer state of each parameter: the first factors of its attention, as bytes."""
-
-_UNSUITED = {
-    "lbfgs": "it evaluates the loss at several points in one step and learns curvature from steps that QuacK changes",
-    "schedulefree": "it rebuilds the weights from sequences of its own, so that a scaled update does not last",
-    "adafactor": "its steps are relative to the size of the weights, which already changes with their norms",
-}
-"""Why QuacK does not suit an optimizer, by part of its class name."""
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -107,7 +101,7 @@ class QuacK:
         norm: NormName = "frobenius",
     ) -> None:
         elsewhere = check_ranks(model, layout, tau, norm, [optimizer])
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         check_tau(tau)
         self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, [optimizer]), elsewhere)
         half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
@@ -122,7 +116,7 @@ class QuacK:
     @classmethod
     def around(cls, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling) -> QuacK:
         """QuacK by scales that exist already, those of a training step."""
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         quack = cls.__new__(cls)
         quack._attach(optimizer, model, layout, scaling)
         return quack
@@ -130,10 +124,14 @@ class QuacK:
     def _attach(
         self, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling, elsewhere: bool = False
     ) -> None:
+        if optimizer in _attached:
+            raise OptimizerError(
+                f"this {type(optimizer).__name__} has a QuacK attached already; call its detach() first"
+            )
         self.optimizer, self.layout, self.scaling, self._model = optimizer, layout, scaling, model
         self.left_out = tuple(site.name for site in layout.sites if site.qk_norm)
         self._seen: list[int] = []
-        self.hold()
+        self._hold()
         own = set(model.parameters())
         # Where ranks share the steps of an optimizer (ZeRO), the weights may all be another rank's.
         if not self._held and not (elsewhere and not own.isdisjoint(_params(optimizer))):
@@ -144,11 +142,11 @@ class QuacK:
                 "make the optimizer after the model was wrapped, sharded and moved"
             )
         self._sharded = any(map(is_sharded, own))
-        if lost := self._without_start():
+        if (lost := self._without_start()) is not None:
             warnings.warn(
                 f"{type(optimizer).__name__} has taken steps, and its state has no first factors of QuacK "
-                f"({STATE_KEY!r}) for {lost!r}: QuacK starts from these weights; to go on with a run that had QuacK, "
-                "attach it before the checkpoint is read",
+                f"({STATE_KEY!r}) for {self._names()[lost]!r}: QuacK starts from these weights; to go on with a run "
+                "that had QuacK, attach it before the checkpoint is read",
                 stacklevel=3,
             )
         self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, as they were, their scales
@@ -252,12 +250,18 @@ class QuacK:
         finally:
             self._paused = False
 
-    def hold(self) -> None:
-        """Find the weights that the optimizer holds; again when some were added to it or replaced.
+    def check(self) -> None:
+        """Look before a step whether the optimizer is the one that QuacK was attached to still.
 
         Raises:
-            OptimizerError: It holds some of them no longer.
+            OptimizerError: It holds some weights no longer, or its state was loaded without first factors.
         """
+        self._hold()
+        if (lost := self._without_start()) is not None:
+            raise OptimizerError(_no_start(self._names()[lost]))
+
+    def _hold(self) -> None:
+        """Find the weights that the optimizer holds; again when some were added to it or replaced."""
         params = _params(self.optimizer)
         if self._seen == (seen := list(map(id, params))):
             return
@@ -283,13 +287,15 @@ class QuacK:
         if any(map(is_sharded, self._model.parameters())) != self._sharded:
             raise OptimizerError(f"the model was sharded after QuacK was attached to {kind}; attach it afterwards")
 
-    def _without_start(self) -> str | None:
+    def _without_start(self) -> Tensor | None:
         """A weight that was trained, as the optimizer's state tells, and whose attention has no first factors in it."""
         state, home = self.optimizer.state, self.scaling.home
-        begun = {home.get(param) for param, own in state.items() if STATE_KEY in own}
-        trained = (p for p in self._held if home[p] not in begun and _has_trained(state.get(p) or {}))
-        lost = next(trained, None)
-        return None if lost is None else self._names()[lost]
+        unknown = [param for param in self._held if (own := state.get(param)) and STATE_KEY not in own]
+        if not unknown:
+            return None
+        begun = {place for param, place in home.items() if STATE_KEY in (state.get(param) or {})}
+        trained = (p for p in unknown if p.requires_grad and home[p] not in begun and _has_trained(state[p]))
+        return next(trained, None)
 
     def _take_over(self) -> None:
         """Take over first factors that the optimizer's state has, and keep them where it has none."""
@@ -308,7 +314,7 @@ class QuacK:
         if self._snapshot is not None and _is_stepping(optimizer):
             self._nested += 1
             return
-        self.hold()
+        self.check()
         self._take_over()
         scales = self.scaling.scales()
         self._snapshot = [(param, local(param).clone(), scales[param]) for param in self._held]
@@ -343,14 +349,11 @@ class QuacK:
         for param, key in pairs:
             state = state_dict["state"].get(key)
             if param in self.scaling.home and state and STATE_KEY not in state and param.requires_grad:
-                raise OptimizerError(
-                    f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {self._names()[param]!r}; "
-                    "to start QuacK from these weights, detach() it, load the state, and attach it again"
-                )
+                raise OptimizerError(_no_start(self._names()[param]))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Take over what was loaded; attentions that were not trained by then start from the weights as they are."""
-        self.hold()
+        self._hold()
         self._take_over()
         home = self.scaling.home
         begun = {home[param] for param in self.scaling.kept if param in home}
@@ -379,6 +382,14 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
+def _no_start(name: str) -> str:
+    """Message for a state that was loaded without first factors."""
+    return (
+        f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {name!r}; to start QuacK from these "
+        "weights, detach() it, load the state, and attach it again"
+    )
+
+
 def _and_others(names: Sequence[str]) -> str:
     return f", and {len(names) - 1} others" if len(names) > 1 else ""
 
@@ -390,7 +401,7 @@ def _has_trained(state: Mapping[str, Any]) -> bool:
 
 
 def _stale(optimizer: Optimizer, own: set[nn.Parameter], names: Mapping[Tensor, str], scaling: Scaling) -> str | None:
-    """A weight that an optimizer lacks while it holds others of that shape, one for each, which are not in the model."""
+    """A weight that an optimizer lacks while it holds one of that shape, for each such, which is not in the model."""
     params = _params(optimizer)
     held, strange = set(params), Counter(tuple(param.shape) for param in params if param not in own)
     missing = [param for param in scaling.home if param.requires_grad and param not in held]
@@ -422,47 +433,6 @@ def _is_stepping(optimizer: Optimizer) -> bool:
             steps += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return steps > 1
-
-
-def _check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse what has no step hooks, or a QuacK already; warn of what QuacK does not suit."""
-    kind = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        raise OptimizerError(f"optimizer is {kind}, which is no torch.optim.Optimizer; QuacK attaches to those only")
-    try:
-        optimizer.register_step_pre_hook(lambda *_: None).remove()
-    except AttributeError:
-        raise OptimizerError(
-            f"{kind} has no hooks, as wrappers of optimizers do; attach QuacK to the one inside"
-        ) from None
-    if inside := _inside(optimizer):
-        raise OptimizerError(
-            f"{kind} saves the state of the optimizer in its {inside!r}, and not QuacK's first factors with its own; "
-            f"attach QuacK to that one, or to each where there are several, and step {kind} as before"
-        )
-    if optimizer in _attached:
-        raise OptimizerError(f"this {kind} has a QuacK attached already; call its detach() first")
-    lineage = " ".join(cls.__name__.lower() for cls in type(optimizer).__mro__)
-    for name, reason in _UNSUITED.items():
-        if name in lineage and _relative(optimizer, name):
-            warnings.warn(f"QuacK does not suit {kind}: {reason}", stacklevel=3)
-
-
-def _inside(optimizer: Optimizer) -> str | None:
-    """The attribute with the optimizers that an optimizer with a `state_dict` of its own is around."""
-    if type(optimizer).state_dict is Optimizer.state_dict:
-        return None
-    for name, value in vars(optimizer).items():
-        each = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(one, Optimizer) and one is not optimizer for one in each):
-            return name
-    return None
-
-
-def _relative(optimizer: Optimizer, name: str) -> bool:
-    """False for the Adafactor of transformers when its relative steps are switched off."""
-    switches = [optimizer.defaults[k] for k in ("relative_step", "scale_parameter") if k in optimizer.defaults]
-    return name != "adafactor" or not switches or any(switches)
 
 
 def _nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> str:

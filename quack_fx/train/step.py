@@ -185,7 +185,7 @@ class TrainStep:
             raise StepError("there is no gradient yet; call forward_backward first, or pass layout=")
         with self._dropping_gradients(at_success=True):
             for quack in self.quacks:
-                quack.hold()
+                quack.check()
             scaler = self._options.scaler
             if scaler is not None:
                 for optimizer in self._optimizers:
