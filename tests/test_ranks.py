@@ -27,8 +27,8 @@ from test_distributed import (
     train,
     whole,
 )
-from test_wrapped import compiled, everything
-from torch import Tensor, nn
+from test_wrapped import Own, compiled, everything
+from torch import nn
 from torch.distributed._composable.replicate import replicate as composable_replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -100,19 +100,8 @@ def pairs_are_found_on_one_rank() -> None:
             loss_of(model, x).backward()
 
 
-class Own(nn.Module):
-    """Holds a module as wrappers do, and is none, whatever base FSDP2 gives it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module = Model()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.module(2 * x)  # type: ignore[no-any-return]
-
-
 def a_sharded_model_is_no_wrapper() -> None:
-    model = fully_shard(Own(), mesh=mesh(2))
+    model = fully_shard(Own(Model), mesh=mesh(2))
     assert [s.name for s in find_qk_pairs(model, batch(0, torch.float32)).sites] == [
         "module.layers.0",
         "module.layers.1",

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
 from quack_fx import QuacK, capture, compile_train_step, find_qk_pairs
-from quack_fx.errors import CaptureError, OptimizerError
+from quack_fx.errors import CaptureError, LayoutError, OptimizerError
 from quack_fx.layout import QKLayout
 
 INPUT = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -85,17 +85,67 @@ def test_pairs_of_a_wrapped_model_are_those_of_the_model_inside(
     }
 
 
-def test_a_module_of_ones_own_called_like_a_wrappers_is_no_wrapper() -> None:
-    class Own(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = Model()
+class Own(nn.Module):
+    """Holds a module as wrappers do, and is none."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.module(2 * x)  # type: ignore[no-any-return]
+    def __init__(self, inside: Callable[[], nn.Module] = Model) -> None:
+        super().__init__()
+        self.module = inside()
 
-    assert [site.name for site in find_qk_pairs(Own(), INPUT).sites] == ["module.layers.0", "module.layers.1"]
-    assert [site.name for site in find_qk_pairs(compiled(Own()), INPUT).sites] == ["module.layers.0", "module.layers.1"]
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(2 * x)  # type: ignore[no-any-return]
+
+
+OWN: dict[str, Callable[[], nn.Module]] = {
+    "plain": Own,
+    "compiled": lambda: compiled(Own()),
+    "parallel": lambda: nn.DataParallel(Own()),
+    "compiled and parallel": lambda: nn.DataParallel(compiled(Own())),
+}
+
+
+@pytest.mark.parametrize("make", OWN.values(), ids=OWN)
+def test_a_module_of_ones_own_called_like_a_wrappers_is_no_wrapper(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    layout = find_qk_pairs(model, INPUT)
+    assert [site.name for site in layout.sites] == ["module.layers.0", "module.layers.1"]
+    plain = Own()
+    optimizer, theirs = SGD(model.parameters(), lr=0.1), SGD(plain.parameters(), lr=0.1)
+    QuacK(optimizer, model, layout, tau=0.5)
+    QuacK(theirs, plain, layout, tau=0.5)
+    for ours, p in zip(model.parameters(), plain.parameters(), strict=True):
+        ours.grad = p.grad = torch.ones_like(p)
+    optimizer.step()
+    theirs.step()
+    assert_same(model, plain)
+
+
+class Twice(Model):
+    """Has parameters that differ in the `module` of their names alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = Model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.module(x))
+
+
+def test_names_with_two_meanings_are_refused() -> None:
+    """A name would be another parameter's once wrappers are taken out of it."""
+    model = Twice()
+    layout = find_qk_pairs(model, INPUT)
+    assert len(layout.sites) == 4
+    with pytest.raises(
+        LayoutError, match=r"another parameter is called 'layers.0.q.weight' without its wrappers.* rename"
+    ):
+        QuacK(SGD(model.parameters()), model, layout)
+    parallel = nn.DataParallel(Own(Twice))  # its names have one `module` more
+    layout = find_qk_pairs(Twice(), INPUT)
+    with pytest.raises(
+        LayoutError, match=r"'module.layers.0.q.weight', which is one parameter of this model and another"
+    ):
+        QuacK(SGD(parallel.module.parameters()), parallel.module, layout)
 
 
 def test_hooks_of_ones_own_run() -> None:
