@@ -350,6 +350,34 @@ def test_states_that_come_in_by_another_door(by_step: bool) -> None:
         train(model, optimizer, steps=range(1)) if step is None else step(0)
 
 
+class Failing(AdamW):
+    """Its step fails in the middle once it has changed the state of some weights."""
+
+    fails = True
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        if self.fails:
+            raise MemoryError("in the middle of a step")
+
+
+@pytest.mark.parametrize("by_step", [False, True], ids=["hooks", "step"])
+def test_states_of_a_step_that_failed_are_no_others(by_step: bool) -> None:
+    """The next step goes on, from the first factors of the weights that QuacK was attached to."""
+    model = Model()
+    optimizer = Failing(model.parameters(), lr=1e-2)
+    step = compile_train_step(model, optimizer, mean_square, layout=LAYOUT, compile=False) if by_step else None
+    quack = QuacK(optimizer, model, LAYOUT) if step is None else step.quacks[0]
+    take: Callable[[], Any] = (lambda: train(model, optimizer, steps=range(1))) if step is None else lambda: step(0)
+    first = quack.init_factors.clone()
+    with pytest.raises(MemoryError):
+        take()
+    optimizer.fails = False
+    take()
+    assert torch.equal(quack.init_factors, first)
+    assert all("quack_init" in optimizer.state[p] for p in model.layers.parameters() if p in quack.scaling.home)
+
+
 def test_states_that_show_no_step_are_a_start() -> None:
     """Of an optimizer that makes its state when it is made; attached with warnings as errors."""
     model = Model()

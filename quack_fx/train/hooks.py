@@ -152,6 +152,7 @@ class QuacK:
         self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, as they were, their scales
         self._nested = 0  # steps inside the running step
         self._paused = False
+        self._within = False  # a step runs, or has ended with an exception
         self._take_over()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -244,9 +245,10 @@ class QuacK:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Steps in here are not scaled: somebody else does."""
-        self._paused = True
+        self._paused = self._within = True
         try:
             yield
+            self._within = False
         finally:
             self._paused = False
 
@@ -257,7 +259,8 @@ class QuacK:
             OptimizerError: It holds some weights no longer, or its state was loaded without first factors.
         """
         self._hold()
-        if (lost := self._without_start()) is not None:
+        # What a step leaves that ended with an exception is ours.
+        if not self._within and (lost := self._without_start()) is not None:
             raise OptimizerError(_no_start(self._names()[lost]))
 
     def _hold(self) -> None:
@@ -318,7 +321,7 @@ class QuacK:
         self._take_over()
         scales = self.scaling.scales()
         self._snapshot = [(param, local(param).clone(), scales[param]) for param in self._held]
-        self._nested = 0
+        self._nested, self._within = 0, True
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -330,7 +333,7 @@ class QuacK:
             return
         for param, old, scale in self._snapshot or ():
             _scale_update(old, local(param), scale)
-        self._snapshot = None
+        self._snapshot, self._within = None, False
         trained = [param for param in self._held if param.grad is not None or optimizer.state.get(param)]
         self.scaling.keep(optimizer, trained)
 
