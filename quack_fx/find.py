@@ -35,7 +35,7 @@ from quack_fx.provenance import (
     merge_calls,
     values_of,
 )
-from quack_fx.recording import Capture, RepeatedLayer, capture
+from quack_fx.recording import Capture, RepeatedLayer, capture, unwrapped
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def find_qk_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> QKLayout:
 
     Arguments:
         model: Any module, on any device; it may be on meta, so that size does not matter. Nothing in it is changed.
+            It may be wrapped (DistributedDataParallel, torch.compile, activation checkpointing, AveragedModel) or
+            sharded (FSDP, tensor parallel), as a whole or in layers: names and rows are those of the model inside, and
+            no rank waits for another.
         *args: Positional arguments of one forward call; small ones are enough (a few tokens).
         **kwargs: Keyword arguments of that call.
 
@@ -104,8 +107,8 @@ def find(
     Returns:
         Layout, way of recording, size of the graph, seconds.
     """
-    with _collector_off():
-        return _find(model, args, kwargs, progress, recording)
+    with _collector_off(), unwrapped(model) as inner:
+        return _find(inner, args, kwargs, progress, recording)
 
 
 @contextmanager
@@ -301,8 +304,9 @@ def attentions_of(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, real: bool = False
 ) -> Attentions:
     """The attentions of one call of a model; `real`: every node of its graph has numbers."""
-    graph_module = capture(model, args, kwargs, real=real).graph_module
-    df = Dataflow(graph_module, parameters_in(graph_module, model))
+    with unwrapped(model) as inner:
+        graph_module = capture(inner, args, kwargs, real=real).graph_module
+        df = Dataflow(graph_module, parameters_in(graph_module, inner))
     return Attentions(df, find_logits(df)[0])
 
 

@@ -346,8 +346,8 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
 }
 
 
-def run_cases(rank: int, world: int, folder: str) -> None:
-    """One process: all cases in turn, the traceback of each that fails in a file; a crash prints its stack.
+def run_cases(rank: int, world: int, folder: str, cases: Callable[[int], dict[str, Callable[[], None]]]) -> None:
+    """One process: all cases in turn, the traceback of each that fails in a file; a crash, or a hang, prints its stack.
 
     The process ends without the teardown of gloo and of the interpreter: gloo's threads may still hold works with
     Python objects in them then, and letting go of those in a dying interpreter crashes once in a great while.
@@ -355,7 +355,8 @@ def run_cases(rank: int, world: int, folder: str) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    for name, case in CASES[world].items():
+    for name, case in cases(world).items():
+        faulthandler.dump_traceback_later(HANGS, exit=True)
         try:
             case()
         except Exception:
@@ -366,8 +367,21 @@ def run_cases(rank: int, world: int, folder: str) -> None:
     os._exit(0)
 
 
+HANGS = 180
+"""Seconds after which a case hangs."""
+
+
+def run_in_processes(world: int, folder: Path, cases: Callable[[int], dict[str, Callable[[], None]]]) -> None:
+    """Run cases in several processes, each case in all of them at once."""
+    mp.spawn(run_cases, args=(world, str(folder), cases), nprocs=world)
+    failures = {file.name: file.read_text() for file in folder.glob("* on rank *")}
+    assert not failures, "\n\n".join(f"{name}:\n{text}" for name, text in failures.items())
+
+
+def cases_of(world: int) -> dict[str, Callable[[], None]]:
+    return CASES[world]
+
+
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_are_one(world: int, tmp_path: Path) -> None:
-    mp.spawn(run_cases, args=(world, str(tmp_path)), nprocs=world)
-    failures = {file.name: file.read_text() for file in tmp_path.glob("* on rank *")}
-    assert not failures, "\n\n".join(f"{name}:\n{text}" for name, text in failures.items())
+    run_in_processes(world, tmp_path, cases_of)

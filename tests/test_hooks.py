@@ -779,7 +779,13 @@ def test_detach() -> None:
     assert "quack_init" not in state and all("quack_init" not in entry for entry in state["state"].values())
     plain, theirs = copy.deepcopy((model, optimizer))
     assert_same(train(model, optimizer, steps=range(3, 6)), train(plain, theirs, steps=range(3, 6)))
-    QuacK(optimizer, model, LAYOUT)
+    with pytest.warns(UserWarning, match=STARTS_ANEW):
+        QuacK(optimizer, model, LAYOUT)
+
+
+STARTS_ANEW = (
+    r"AdamW has taken steps.*'quack_init'.* for 'layers.0.q.weight': QuacK starts from these weights; to go on"
+)
 
 
 def other_heads(layout: QKLayout) -> QKLayout:
@@ -802,10 +808,13 @@ def test_states_that_do_not_fit() -> None:
     model, (plain,) = build("AdamW", torch.float32, attach=False)
     train(model, plain, steps=range(2))
     without = copy.deepcopy(plain.state_dict())
-    quack = QuacK(plain, model, LAYOUT)
+    plain.load_state_dict(without)  # loaded before attaching, and again afterwards: the advice is to detach
+    with pytest.warns(UserWarning, match=STARTS_ANEW) as caught:
+        quack = QuacK(plain, model, LAYOUT)
+    assert len(caught) == 1 and caught[0].filename == __file__
     with_quack = copy.deepcopy(plain.state_dict())
     before = quack.factors()
-    with pytest.raises(OptimizerError, match=r"no first factors of QuacK.* load it before QuacK is attached, to start"):
+    with pytest.raises(OptimizerError, match=r"no first factors of QuacK.* to start .*, detach\(\) it, load .* again"):
         plain.load_state_dict(without)
     with pytest.raises(ValueError, match="a different number of parameter groups"):
         plain.load_state_dict({"state": {}, "param_groups": []})
@@ -817,7 +826,8 @@ def test_states_that_do_not_fit() -> None:
     quack.detach()
     message = "no first factors of QuacK for these heads and this norm"
     for layout, norm in ((other_heads(LAYOUT), "frobenius"), (LAYOUT, "spectral")):
-        quack = QuacK(plain, model, layout, norm=norm)  # type: ignore[arg-type]
+        with pytest.warns(UserWarning, match=STARTS_ANEW):
+            quack = QuacK(plain, model, layout, norm=norm)  # type: ignore[arg-type]
         with pytest.raises(OptimizerError, match=message):
             plain.load_state_dict(saved)
         quack.detach()

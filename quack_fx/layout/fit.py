@@ -6,7 +6,7 @@ says what does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]
 
     Raises:
         LayoutError: A parameter is missing, an axis, range or bias does not fit its shape, two names are one tensor,
-            or the model is flattened by FSDP1.
+            a name has two meanings, or the model is flattened by FSDP1.
     """
     given = dict(model.named_parameters(remove_duplicate=False))
     if any(name.rpartition(".")[2].startswith("_flat_param") for name in given) or any(
@@ -58,7 +58,7 @@ def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]
             "model is wrapped in FullyShardedDataParallel (FSDP1), which flattens weights into _flat_param and loses "
             "their rows; shard it with torch.distributed.fsdp.fully_shard (FSDP2)"
         )
-    bare = {bare_name(name): param for name, param in given.items()}
+    bare = _inside(given)
     params: dict[str, nn.Parameter] = {}
     for site in layout.sites:
         for _, block in site.blocks():
@@ -78,13 +78,43 @@ def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]
 
 def without_wrappers(layout: QKLayout) -> QKLayout:
     """The layout with the names that parameters have in the model without its wrappers."""
+    return _renamed(layout, bare_name)
 
-    def bare(blocks: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
-        return tuple(
-            replace(b, param=bare_name(b.param), bias=None if b.bias is None else bare_name(b.bias)) for b in blocks
-        )
 
-    sites = (replace(site, query=bare(site.query), key=bare(site.key)) for site in layout.sites)
+def with_bare_names(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[str, nn.Parameter]]:
+    """The layout and its parameters with the names of a program, which knows those of a model and their bare forms.
+
+    Arguments:
+        layout: The layout.
+        model: The model it was found on, or the same model wrapped or sharded.
+
+    Returns:
+        The layout with `bare_name` of the names that its parameters have in this very model; the parameters by these.
+
+    Raises:
+        LayoutError: As `layout_params`, or two parameters have one bare name.
+    """
+    params, given = layout_params(layout, model), dict(model.named_parameters(remove_duplicate=False))
+    known = given | {bare_name(name): param for name, param in given.items()}
+    names: dict[str, str] = {}
+    for name, param in params.items():
+        mine = [bare_name(own) for own, other in given.items() if other is param]
+        if not (found := [own for own in mine if known[own] is param]):
+            raise LayoutError(
+                f"another parameter is called {mine[0]!r} without its wrappers, as {name!r} of the layout is; "
+                "rename the attribute 'module' of this model"
+            )
+        names[name] = name if name in found else found[0]
+    return _renamed(layout, names.__getitem__), {names[name]: param for name, param in params.items()}
+
+
+def _renamed(layout: QKLayout, rename: Callable[[str], str]) -> QKLayout:
+    """The layout with other names of parameters."""
+
+    def new(blocks: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
+        return tuple(replace(b, param=rename(b.param), bias=None if b.bias is None else rename(b.bias)) for b in blocks)
+
+    sites = (replace(site, query=new(site.query), key=new(site.key)) for site in layout.sites)
     return replace(layout, sites=tuple(sites))
 
 
@@ -94,12 +124,24 @@ def bare_name(name: str) -> str:
     return ".".join(path[1:] if path[0] == "module" else path)  # DistributedDataParallel wraps at the root only
 
 
+def _inside(given: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Parameters by their names in the module inside: what holds all of a model as its `module` may be a wrapper."""
+    names = {name: [part for part in name.split(".") if part not in _WRAPPERS] for name in given}
+    wrapped = all(path[0] == "module" for path in names.values())
+    return {".".join(path[wrapped:]): given[name] for name, path in names.items()}
+
+
 def _find(name: str, given: Mapping[str, nn.Parameter], bare: Mapping[str, nn.Parameter], site: str) -> nn.Parameter:
-    """The parameter that a layout means by a name."""
-    if name in given:
-        return given[name]
-    if bare_name(name) in bare:
-        return bare[bare_name(name)]
+    """The parameter that a layout means by a name, that of a wrapped model or of the one inside."""
+    found = given.get(name), bare.get(name)
+    if found[0] is not None and found[1] is not None and found[0] is not found[1]:
+        raise LayoutError(
+            f"site {site!r} of the layout names {name!r}, which is one parameter of this model and another one of its "
+            "'module'; use the layout with the model inside"
+        )
+    meant = next((param for param in (*found, bare.get(bare_name(name))) if param is not None), None)
+    if meant is not None:
+        return meant
     close = get_close_matches(name, given, n=1)
     hint = f" (closest: {close[0]!r})" if close else ""
     raise LayoutError(

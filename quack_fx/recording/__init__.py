@@ -17,6 +17,7 @@ small, it runs on real numbers instead.
     layers.py     equal layers are recorded once, where that is safe
     memory.py     where a tensor's numbers lie
     isolate.py    the model, its hooks, its RNG and the global switches stay as they were
+    wrappers.py   the module inside wrappers, with whole weights
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ from quack_fx.recording.hybrid import NUMBER
 from quack_fx.recording.isolate import isolated
 from quack_fx.recording.layers import RepeatedLayer
 from quack_fx.recording.recorder import Recorder
+from quack_fx.recording.wrappers import unwrapped
 
-__all__ = ["Capture", "RepeatedLayer", "capture"]
+__all__ = ["Capture", "RepeatedLayer", "capture", "unwrapped"]
 
 REAL_LIMIT_BYTES = 4 << 30
 """Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed; less on a machine
@@ -83,7 +85,8 @@ def capture(
     """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
 
     Arguments:
-        model: Any module, on any device; on the meta device its size does not matter.
+        model: Any module, on any device; on the meta device its size does not matter. Of one that is wrapped or sharded
+            the module inside is recorded, under its own names and with whole weights; no rank waits for another.
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments of the forward call.
         layers_once: Record only a few of many equal layers, where that is provably safe; see `layers.py`.
@@ -104,7 +107,19 @@ def capture(
         >>> [n.target for n in capture(lin, [torch.ones(2, 3)]).graph_module.graph.nodes if n.op == "get_attr"]
         ['weight', 'bias']
     """
-    kwargs = kwargs or {}
+    with unwrapped(model) as inner:
+        return _capture(inner, args, kwargs or {}, layers_once, number, real, executable)
+
+
+def _capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    layers_once: bool,
+    number: float,
+    real: bool,
+    executable: bool,
+) -> Capture:
     if executable:
         try:
             return Capture(runnable(model, args, kwargs), "real", ())

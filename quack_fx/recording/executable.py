@@ -57,6 +57,8 @@ class _WithGradients(Recorder):
         leaves = tree_flatten((args, kwargs))[0]
         if any(isinstance(leaf, torch.Generator) for leaf in leaves):
             raise CaptureError("an op draws from a random generator of its own, which no graph can hold")
+        if any(isinstance(leaf, torch.ScriptObject) for leaf in leaves) and any(map(torch.is_tensor, leaves)):
+            raise CaptureError(f"{func} takes an object of a TorchScript class, which no graph can hold")
         nodes = [self.node(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if result is NotImplemented:
@@ -112,7 +114,9 @@ def runnable(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """
     name = type(model).__name__
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise CaptureError(f"an executable capture needs numbers, and weights of {name} are on the meta device")
+        raise CaptureError(
+            f"an executable capture needs numbers, and weights of {name} are on the meta device, or sharded"
+        )
     recorder = _WithGradients(model)
     with isolated(model), torch.enable_grad():
         given, given_by_name = recorder.inputs(args, kwargs)

@@ -177,6 +177,7 @@ class Recorder(TorchDispatchMode):
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        _check_alone(func)
         node_args, node_kwargs = tree_map(self._as_written, (tuple(args), dict(kwargs)))
         run_args, run_kwargs = tree_map_only(Tensor, self.twin, (tuple(args), dict(kwargs)))
         result = run_mixed(
@@ -190,6 +191,8 @@ class Recorder(TorchDispatchMode):
         )
         if isinstance(func, torch._ops.OpOverload) and not func.is_view and not func._schema.is_mutable:
             self._count(result)
+        if not _tensors((args, kwargs, result)):  # a mark of the profiler, for example: nothing is computed
+            return result
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
@@ -238,11 +241,11 @@ class Recorder(TorchDispatchMode):
         """An argument as it stands in the graph.
 
         Sub-graphs of higher-order ops are left out, their tensors come as arguments of their own; so are generators of
-        random numbers, which cannot be written down.
+        random numbers and objects of TorchScript classes (packed weights, process groups), which have no text.
         """
         if isinstance(value, Tensor):
             return self.node(value)
-        return None if isinstance(value, torch.Generator) or _is_code(value) else value
+        return None if isinstance(value, torch.Generator | torch.ScriptObject) or _is_code(value) else value
 
     # ---- tensors and their nodes ---------------------------------------------------------------------------------
 
@@ -345,6 +348,20 @@ def _tensors(tree: Any) -> list[Tensor]:
     found: list[Tensor] = []
     tree_map_only(Tensor, found.append, tree)
     return found
+
+
+def _check_alone(func: Any) -> None:
+    """Refuse ops that wait for other ranks: those may be busy with something else, and tensors are fake here.
+
+    Raises:
+        RuntimeError: It is one.
+    """
+    home = getattr(func, "namespace", None)
+    if home == "c10d" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"it communicates with other ranks ({func.name()}); find the pairs in one process, before the model is "
+            "made parallel"
+        )
 
 
 def _is_code(value: Any) -> bool:

@@ -17,7 +17,8 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -29,20 +30,15 @@ from torch.optim import Optimizer
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout, merged
 from quack_fx.layout.fit import layout_params
-from quack_fx.train.program.scaling import NormName, local, scaling_of
+from quack_fx.train.program.scaling import NormName, is_sharded, local, scaling_of
+from quack_fx.train.ranks import check_ranks
+from quack_fx.train.suited import check_optimizer
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
 STATE_KEY = "quack_init"
 """Key of QuacK's entry in the optimizer state of each parameter: the first factors of its attention, as bytes."""
-
-_UNSUITED = {
-    "lbfgs": "it evaluates the loss at several points in one step and learns curvature from steps that QuacK changes",
-    "schedulefree": "it rebuilds the weights from sequences of its own, so that a scaled update does not last",
-    "adafactor": "its steps are relative to the size of the weights, which already changes with their norms",
-}
-"""Why QuacK does not suit an optimizer, by part of its class name."""
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -55,13 +51,22 @@ class QuacK:
     replaced (in the model and the optimizer) at any time.
 
     Several optimizers over one model take one `QuacK` each. Each scales the rows that its optimizer holds, weights or
-    biases, by norms of the whole model as they are before that optimizer's step.
+    biases, by norms of the whole model as they are before that optimizer's step. An optimizer around others, whose
+    state is that of those (ZeroRedundancyOptimizer, containers), takes none: each one inside does. An optimizer that
+    holds query and key weights no longer, because somebody replaced its parameters, raises at its next step; attach
+    after the model and the optimizer are wrapped, sharded and cast.
+
+    Ranks that train one model (DistributedDataParallel, FSDP2, tensor parallel) attach together: layout, tau and norm
+    are compared once, here. Later changes of `tau` are not; make them on every rank.
 
     Checkpoints: the factors at the start of training are part of `optimizer.state_dict()`, under "quack_init" in the
-    state of each parameter, and come back with `optimizer.load_state_dict()`, called before or after attaching. They
-    are never recomputed from trained weights: with QuacK attached, a state without them is refused. (To start QuacK in
-    the middle of a run, load the state first and attach then.) Copying or pickling an optimizer drops its hooks, as
-    torch does, but not that entry of its state: attach again to the copy.
+    state of each parameter, and come back with `optimizer.load_state_dict()`, called before or after attaching.
+    torch.distributed.checkpoint reads the entries that a state has already: attach before `get_optimizer_state_dict`.
+    They are never recomputed from trained weights: with QuacK attached, a state without them is refused. To start QuacK
+    in the middle of a run, load the state first and attach then: it starts from the weights as they are, and warns,
+    since that is wrong for a run that had QuacK and lost its first factors. (An optimizer that has no state, as SGD
+    without momentum, does not show that it has taken steps.) Copying or pickling an optimizer drops its hooks, as torch
+    does, but not that entry of its state: attach again to the copy.
 
     An optimizer that keeps the norms of the weights fixed leaves all factors at one.
 
@@ -74,9 +79,10 @@ class QuacK:
         norm: "frobenius" or "spectral" (slower, a small gain in the paper; on a GPU it waits for the device).
 
     Raises:
-        OptimizerError: The optimizer holds no weight of the layout, has a QuacK already, is no `torch.optim.Optimizer`
-            or wraps one, `tau` is not a positive number, or a loaded state does not fit.
-        LayoutError: The layout does not fit the model.
+        OptimizerError: The optimizer holds no weight of the layout, or some that the model had before it was sharded;
+            it has a QuacK already, is no `torch.optim.Optimizer` or wraps one; `tau` is not a positive number, or
+            another one on other ranks; or a loaded state does not fit.
+        LayoutError: The layout does not fit the model, or is another one on other ranks.
         FactorError: A head's weights have norm zero, or are not finite.
 
     Example:
@@ -94,9 +100,10 @@ class QuacK:
         tau: float = 1.0,
         norm: NormName = "frobenius",
     ) -> None:
-        _check_optimizer(optimizer)
+        elsewhere = check_ranks(model, layout, tau, norm, [optimizer])
+        check_optimizer(optimizer)
         check_tau(tau)
-        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, [optimizer]))
+        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, [optimizer]), elsewhere)
         half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
         if half:
             warnings.warn(
@@ -109,21 +116,43 @@ class QuacK:
     @classmethod
     def around(cls, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling) -> QuacK:
         """QuacK by scales that exist already, those of a training step."""
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
         quack = cls.__new__(cls)
         quack._attach(optimizer, model, layout, scaling)
         return quack
 
-    def _attach(self, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling) -> None:
+    def _attach(
+        self, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling, elsewhere: bool = False
+    ) -> None:
+        if optimizer in _attached:
+            raise OptimizerError(
+                f"this {type(optimizer).__name__} has a QuacK attached already; call its detach() first"
+            )
         self.optimizer, self.layout, self.scaling, self._model = optimizer, layout, scaling, model
         self.left_out = tuple(site.name for site in layout.sites if site.qk_norm)
         self._seen: list[int] = []
         self._hold()
-        if not self._held:
+        own = set(model.parameters())
+        # Where ranks share the steps of an optimizer (ZeRO), the weights may all be another rank's.
+        if not self._held and not (elsewhere and not own.isdisjoint(_params(optimizer))):
             raise OptimizerError(_nothing_held(optimizer, layout, scaling))
+        if stale := _stale(optimizer, own, self._names(), scaling):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} holds weights that are not in the model, and not {stale!r}, which is; "
+                "make the optimizer after the model was wrapped, sharded and moved"
+            )
+        self._sharded = any(map(is_sharded, own))
+        if (lost := self._without_start()) is not None:
+            warnings.warn(
+                f"{type(optimizer).__name__} has taken steps, and its state has no first factors of QuacK "
+                f"({STATE_KEY!r}) for {self._names()[lost]!r}: QuacK starts from these weights; to go on with a run "
+                "that had QuacK, attach it before the checkpoint is read",
+                stacklevel=3,
+            )
         self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, as they were, their scales
         self._nested = 0  # steps inside the running step
         self._paused = False
+        self._within = False  # a step runs, or has ended with an exception
         self._take_over()
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -216,21 +245,60 @@ class QuacK:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Steps in here are not scaled: somebody else does."""
-        self._paused = True
+        self._paused = self._within = True
         try:
             yield
+            self._within = False
         finally:
             self._paused = False
 
+    def check(self) -> None:
+        """Look before a step whether the optimizer is the one that QuacK was attached to still.
+
+        Raises:
+            OptimizerError: It holds some weights no longer, or its state was loaded without first factors.
+        """
+        self._hold()
+        # What a step leaves that ended with an exception is ours.
+        if not self._within and (lost := self._without_start()) is not None:
+            raise OptimizerError(_no_start(self._names()[lost]))
+
     def _hold(self) -> None:
         """Find the weights that the optimizer holds; again when some were added to it or replaced."""
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        params = _params(self.optimizer)
         if self._seen == (seen := list(map(id, params))):
             return
         if self._seen:
+            self._check_kept(params)
             self.scaling.find(self._model)
         self._seen = seen
         self._held = [param for param in params if param in self.scaling.home]
+        names = self._names()
+        self._held_names = [names[param] for param in self._held]
+
+    def _check_kept(self, params: list[Tensor]) -> None:
+        """Refuse to go on where the weights were taken out of the optimizer, or sharded, after QuacK was attached."""
+        now, held = layout_params(self.layout, self._model), set(params)
+        lost = [name for name in self._held_names if now[name].requires_grad and now[name] not in held]
+        kind = type(self.optimizer).__name__
+        if lost:
+            raise OptimizerError(
+                f"{kind} no longer holds {lost[0]!r}, whose steps QuacK scaled{_and_others(lost)}: its parameters were "
+                "replaced; attach QuacK after the model and the optimizer were wrapped, sharded and cast (or set "
+                "requires_grad to False, to freeze a weight)"
+            )
+        if any(map(is_sharded, self._model.parameters())) != self._sharded:
+            raise OptimizerError(f"the model was sharded after QuacK was attached to {kind}; attach it afterwards")
+
+    def _without_start(self) -> Tensor | None:
+        """A weight that was trained, as the optimizer's state tells, and whose attention has no first factors in it."""
+        state, home = self.optimizer.state, self.scaling.home
+        unknown = [param for param in self._held if (own := state.get(param)) and STATE_KEY not in own]
+        if not unknown:
+            return None
+        begun = {place for param, place in home.items() if STATE_KEY in (state.get(param) or {})}
+        trained = (p for p in unknown if p.requires_grad and home[p] not in begun and _has_trained(state[p]))
+        return next(trained, None)
 
     def _take_over(self) -> None:
         """Take over first factors that the optimizer's state has, and keep them where it has none."""
@@ -249,11 +317,11 @@ class QuacK:
         if self._snapshot is not None and _is_stepping(optimizer):
             self._nested += 1
             return
-        self._hold()
+        self.check()
         self._take_over()
         scales = self.scaling.scales()
         self._snapshot = [(param, local(param).clone(), scales[param]) for param in self._held]
-        self._nested = 0
+        self._nested, self._within = 0, True
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -265,7 +333,7 @@ class QuacK:
             return
         for param, old, scale in self._snapshot or ():
             _scale_update(old, local(param), scale)
-        self._snapshot = None
+        self._snapshot, self._within = None, False
         trained = [param for param in self._held if param.grad is not None or optimizer.state.get(param)]
         self.scaling.keep(optimizer, trained)
 
@@ -284,10 +352,7 @@ class QuacK:
         for param, key in pairs:
             state = state_dict["state"].get(key)
             if param in self.scaling.home and state and STATE_KEY not in state and param.requires_grad:
-                raise OptimizerError(
-                    f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {self._names()[param]!r}; "
-                    "load it before QuacK is attached, to start QuacK from these weights"
-                )
+                raise OptimizerError(_no_start(self._names()[param]))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Take over what was loaded; attentions that were not trained by then start from the weights as they are."""
@@ -315,6 +380,38 @@ def check_tau(tau: float | Tensor) -> None:
         raise OptimizerError(f"tau is {tau!r}; need a positive number, for example 0.1")
 
 
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters that an optimizer holds."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _no_start(name: str) -> str:
+    """Message for a state that was loaded without first factors."""
+    return (
+        f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {name!r}; to start QuacK from these "
+        "weights, detach() it, load the state, and attach it again"
+    )
+
+
+def _and_others(names: Sequence[str]) -> str:
+    return f", and {len(names) - 1} others" if len(names) > 1 else ""
+
+
+def _has_trained(state: Mapping[str, Any]) -> bool:
+    """Whether the state of a parameter shows that steps were taken; it waits for the device."""
+    tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
+    return bool(state.get("step", 1)) and any(tensor.dim() > 0 and bool(tensor.any()) for tensor in tensors)
+
+
+def _stale(optimizer: Optimizer, own: set[nn.Parameter], names: Mapping[Tensor, str], scaling: Scaling) -> str | None:
+    """A weight that an optimizer lacks while it holds one of that shape, for each such, which is not in the model."""
+    params = _params(optimizer)
+    held, strange = set(params), Counter(tuple(param.shape) for param in params if param not in own)
+    missing = [param for param in scaling.home if param.requires_grad and param not in held]
+    shapes = Counter(tuple(param.shape) for param in missing)
+    return next((names[p] for p in missing if strange[tuple(p.shape)] >= shapes[tuple(p.shape)]), None)
+
+
 def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
     """new <- old + scale (new - old), row by row, in float32 at least and rounded once.
 
@@ -339,31 +436,6 @@ def _is_stepping(optimizer: Optimizer) -> bool:
             steps += frame.f_locals.get("self") is optimizer
         frame = frame.f_back
     return steps > 1
-
-
-def _check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse what has no step hooks, or a QuacK already; warn of what QuacK does not suit."""
-    kind = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        raise OptimizerError(f"optimizer is {kind}, which is no torch.optim.Optimizer; QuacK attaches to those only")
-    try:
-        optimizer.register_step_pre_hook(lambda *_: None).remove()
-    except AttributeError:
-        raise OptimizerError(
-            f"{kind} has no hooks, as wrappers of optimizers do; attach QuacK to the one inside"
-        ) from None
-    if optimizer in _attached:
-        raise OptimizerError(f"this {kind} has a QuacK attached already; call its detach() first")
-    lineage = " ".join(cls.__name__.lower() for cls in type(optimizer).__mro__)
-    for name, reason in _UNSUITED.items():
-        if name in lineage and _relative(optimizer, name):
-            warnings.warn(f"QuacK does not suit {kind}: {reason}", stacklevel=3)
-
-
-def _relative(optimizer: Optimizer, name: str) -> bool:
-    """False for the Adafactor of transformers when its relative steps are switched off."""
-    switches = [optimizer.defaults[k] for k in ("relative_step", "scale_parameter") if k in optimizer.defaults]
-    return name != "adafactor" or not switches or any(switches)
 
 
 def _nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> str:

@@ -27,6 +27,7 @@ from quack_fx.train.hooks import QuacK, check_tau
 from quack_fx.train.lion import is_lion
 from quack_fx.train.loss import LossFn, model_inputs
 from quack_fx.train.program.scaling import NormName, check_norm, program_text, run_program, with_factor_error
+from quack_fx.train.ranks import Groups, check_ranks, everywhere, groups_that_differ
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,8 @@ def compile_train_step(
     """A training step with QuacK inlined: forward, backward and update of one batch.
 
     Arguments:
-        model: The model to train; its weights may be sharded (FSDP2, tensor parallel).
+        model: The model to train, plain or wrapped (torch.compile, DistributedDataParallel, activation checkpointing);
+            its weights may be sharded (FSDP2, tensor parallel). Ranks that train one model make the step together.
         optimizer: The user's optimizer over its parameters, or several (Muon for matrices, AdamW for the rest). AdamW,
             Adam, SGD and Muon of `torch.optim` and any Lion are compiled with the scaling inlined; others take their
             own `step()`, with QuacK attached through its hooks (`repr(step)` tells which).
@@ -182,6 +184,8 @@ class TrainStep:
         if self._program is None:
             raise StepError("there is no gradient yet; call forward_backward first, or pass layout=")
         with self._dropping_gradients(at_success=True):
+            for quack in self.quacks:
+                quack.check()
             scaler = self._options.scaler
             if scaler is not None:
                 for optimizer in self._optimizers:
@@ -241,6 +245,7 @@ class TrainStep:
     def _attach(self, layout: QKLayout) -> None:
         """Write the program for the layout, run it, and attach QuacK to the optimizers."""
         options = self._options
+        check_ranks(self._model, layout, options.tau, options.norm, self._optimizers)
         names = list(dict.fromkeys(name for name in self._names if name is not None))
         features = {"masters"} if options.master_weights else set[str]()
         self.source = program_text(self._model, layout, names, features)
@@ -266,8 +271,9 @@ class TrainStep:
             holding = holding or list(self._optimizers[:1])
             self.quacks = tuple(QuacK.around(o, self._model, layout, step_.quack) for o in holding)
         paused = {quack.optimizer: quack for quack in self.quacks}
+        groups = groups_that_differ(self._model) if options.skip_nonfinite else Groups()
         step_.steps = [
-            partial(_step_with_hooks, step, paused.get(optimizer))
+            partial(_step_with_hooks, step, paused.get(optimizer), groups)
             for step, optimizer in zip(steps, self._optimizers, strict=True)
         ]
         self.layout = layout
@@ -302,13 +308,15 @@ def _check_options(optimizer: Optimizer, name: str | None, options: _Options) ->
 def _step_with_hooks(
     step: Callable[..., None],
     quack: QuacK | None,
+    groups: Groups,
     optimizer: Optimizer,
     scales: Any,
     clip: float | Tensor,
     finite: Tensor | None,
     compiled: Callable[..., None],
 ) -> None:
-    """A step of a program, with the hooks that others registered on the optimizer around it."""
+    """A step of a program, with the hooks that others registered on the optimizer around it; ranks skip it together."""
+    finite = everywhere(finite, groups)
     if step is _own_step or any(grad.is_sparse for grad in _gradients(optimizer)):
         _own_step(optimizer, scales, clip, finite, compiled)
         return

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from quack_fx.errors import FactorError, OptimizerError
 from quack_fx.layout import QKLayout
-from quack_fx.layout.fit import layout_params, without_wrappers
+from quack_fx.layout.fit import with_bare_names
 from quack_fx.train.program.execute import execute
 from quack_fx.train.program.source import write_program
 
@@ -64,8 +64,7 @@ def program_text(
         LayoutError: The layout does not fit the model.
         OptimizerError: A weight is on the meta device.
     """
-    layout = without_wrappers(layout)
-    params = layout_params(layout, model)
+    layout, params = with_bare_names(layout, model)
     if meta := [name for name, param in params.items() if param.is_meta]:
         raise OptimizerError(f"{meta[0]!r} is on the meta device; give the model real weights before attaching QuacK")
     shapes = {name: tuple(param.shape) for name, param in params.items()}

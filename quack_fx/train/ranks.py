@@ -1,0 +1,130 @@
+"""USER: ranks that train one model together take the same steps.
+
+In: a model that DistributedDataParallel copies to several ranks, or whose weights are spread over them (DTensors). Out:
+one line on every rank where they were not given the same; whether a step that one of them would skip is skipped by all.
+
+Ranks are asked within the groups that the model itself communicates in, so that those of another stage of a pipeline
+are left alone.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from quack_fx.errors import LayoutError, OptimizerError, QuackError, first_line
+from quack_fx.layout import QKLayout
+from quack_fx.layout.fit import layout_params, without_wrappers
+from quack_fx.train.program.scaling import is_sharded
+
+Groups = dict[Any, torch.device]
+"""Process groups, each with the device that its messages are on."""
+
+
+def check_ranks(
+    model: nn.Module, layout: QKLayout, tau: float | Tensor, norm: str, optimizers: Iterable[Optimizer]
+) -> bool:
+    """Refuse to train one model by different layouts, tau or norms; on every rank, by one small message for each group.
+
+    Arguments:
+        model: The model of this rank.
+        layout: Its layout; only what QuacK uses of it is compared.
+        tau: The tau given on this rank.
+        norm: The norm.
+        optimizers: The optimizers of this rank.
+
+    Returns:
+        Whether an optimizer of one of several ranks holds query or key weights that QuacK scales.
+
+    Raises:
+        LayoutError: The layouts differ.
+        OptimizerError: Tau or the norm differ, or not all ranks ask.
+    """
+    groups = _groups_of(model)
+    if not groups:
+        return False
+    sites = without_wrappers(layout).sites
+    used = [(s.name, s.query, s.key, s.terms, s.head_map, bool(s.qk_norm)) for s in sites]
+    number = float(tau) if isinstance(tau, int | float | Tensor) else float("nan")
+    # A positive number and its bits are in the same order.
+    (bits,) = struct.unpack("q", struct.pack("d", number))
+    ours = [len(sites), _digest(used), bits, _digest(norm), _hold(optimizers, model, layout)]
+    numbers = torch.tensor([*ours, *(-n for n in ours)])
+    try:
+        for group, device in groups.items():
+            there = numbers.to(device)
+            dist.all_reduce(there, op=dist.ReduceOp.MAX, group=group)
+            numbers = there.cpu()
+    except RuntimeError as error:
+        raise OptimizerError(
+            f"not every rank that trains this model attaches QuacK, at the same place ({first_line(error)})"
+        ) from error
+    most, least = numbers[: len(ours)].tolist(), [-n for n in numbers[len(ours) :].tolist()]
+    if most[:2] != least[:2]:
+        how_many = f"{least[0]} sites to {most[0]}" if most[0] != least[0] else f"{most[0]} sites on each"
+        raise LayoutError(
+            f"the ranks that train this model were given different layouts ({how_many}); find the pairs on one of them "
+            "and send the others its layout.to_dict()"
+        )
+    if most[2] != least[2]:
+        low, high = (struct.unpack("d", struct.pack("q", n))[0] for n in (least[2], most[2]))
+        raise OptimizerError(f"the ranks that train this model were given tau from {low} to {high}; give all the same")
+    if most[3] != least[3]:
+        raise OptimizerError("the ranks that train this model were given different norms; give all the same")
+    return bool(most[4])
+
+
+def groups_that_differ(model: nn.Module) -> Groups:
+    """The groups in which the total norm of the gradients may be another on each rank.
+
+    Where all weights are spread over one mesh it is summed up over that, and is the same everywhere.
+    """
+    meshes = {p.device_mesh if is_sharded(p) else None for p in model.parameters()}  # type: ignore[attr-defined]
+    return _groups_of(model) if len(meshes) > 1 else {}
+
+
+def everywhere(finite: float | Tensor, groups: Groups) -> float | Tensor:
+    """1 where it is 1 on every rank of some groups, else 0; a number that is no tensor is known to be the same."""
+    if isinstance(finite, Tensor):
+        for group in groups:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
+    return finite
+
+
+def _groups_of(model: nn.Module) -> Groups:
+    """The groups of several ranks that a model communicates in, in the same order on each."""
+    if not dist.is_available() or not dist.is_initialized():
+        return {}
+    groups: Groups = {}
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            groups.setdefault(module.process_group, next(module.parameters()).device)
+    for mesh in dict.fromkeys(p.device_mesh for p in model.parameters() if is_sharded(p)):  # type: ignore[attr-defined]
+        for dim in range(mesh.ndim):
+            groups.setdefault(mesh.get_group(dim), torch.device(mesh.device_type))
+    return {group: device for group, device in groups.items() if dist.get_world_size(group) > 1}
+
+
+def _hold(optimizers: Iterable[Optimizer], model: nn.Module, layout: QKLayout) -> int:
+    """1 where some optimizers hold a weight that QuacK scales, else 0."""
+    scaled = replace(layout, sites=tuple(site for site in layout.sites if not site.qk_norm))
+    try:
+        known = set(map(id, layout_params(scaled, model).values()))
+    except QuackError:  # it does not fit: once the ranks have agreed on it, all of them will say so
+        return 1
+    held = (p for o in optimizers for group in getattr(o, "param_groups", ()) for p in group["params"])
+    return int(any(id(p) in known for p in held))
+
+
+def _digest(value: object) -> int:
+    """A number that tells values apart, and can be negated."""
+    return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest()) >> 2
