@@ -31,7 +31,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from quack_fx.strip.modules import Plan
+    from quack_fx.qk_norm.strip.modules import Plan
 
 
 def _positive(text: str | float) -> float:

@@ -89,8 +89,8 @@ def _proof(finding: Finding) -> Proof:
     Raises:
         VerifyError: A claim is wrong.
     """
+    from quack_fx.prove import CannotRun
     from quack_fx.report import Proof
-    from quack_fx.verify import CannotRun
 
     with progress() as say:
         try:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quack_fx.insert import insert_qk_norm
 from quack_fx.layout import QKLayout, Ranges, WeightBlock
+from quack_fx.qk_norm.insert import insert_qk_norm
 from quack_fx.train.step import compile_train_step
 
 Loss = Callable[..., Tensor]

@@ -34,7 +34,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from quack_fx.errors import TargetError
-from quack_fx.machine import bounded_memory
+from quack_fx.graph.forward.machine import bounded_memory
 from quack_fx.targets.adapters import adapt
 from quack_fx.targets.files import load
 from quack_fx.targets.pick import pick

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from quack_fx.errors import TargetError
-from quack_fx.gpus import OnThisMachine
+from quack_fx.graph.forward.gpus import OnThisMachine
 from quack_fx.targets.packages import Place, place_of, repository_of
 from quack_fx.targets.world import TrainingBegins, World, before_training
 

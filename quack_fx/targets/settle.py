@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
 
 from quack_fx.errors import CaptureError, TargetError
-from quack_fx.machine import available_memory
-from quack_fx.recording import Capture, capture
+from quack_fx.graph.capture import Capture, capture
+from quack_fx.graph.forward.machine import available_memory
 from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, one_line, without
 from quack_fx.targets.inputs import Attempts, Budget, Inputs, infer, with_optional

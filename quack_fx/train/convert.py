@@ -17,7 +17,7 @@ from quack_fx.train.program.source import OPTIMIZERS, write_program
 if TYPE_CHECKING:
     from torch import nn
 
-    from quack_fx.strip.modules import Plan
+    from quack_fx.qk_norm.strip.modules import Plan
 
 OptimizerName = Literal["adamw", "adam", "sgd", "muon", "lion"]
 
@@ -117,7 +117,7 @@ def surgery(model: nn.Module, layout: QKLayout) -> tuple[QKLayout, Mapping[str, 
     Returns:
         That layout, what stands in for each norm module, and the whole plan.
     """
-    from quack_fx.strip.modules import plan_strip
+    from quack_fx.qk_norm.strip.modules import plan_strip
 
     plan = plan_strip(model, layout)
     stand_ins = {name: StandIn(module.tensors, module.factor) for name, module in plan.stand_ins.items()}

@@ -28,7 +28,7 @@ from types import ModuleType
 
 import torch._dynamo
 
-from quack_fx.gpus import Device, OnThisMachine
+from quack_fx.graph.forward.gpus import Device, OnThisMachine
 from quack_fx.targets.packages import LocalImports, Place, is_installed
 from quack_fx.targets.world.devices import no_gpu
 from quack_fx.targets.world.imports import Imports
