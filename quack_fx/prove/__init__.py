@@ -3,11 +3,12 @@
 In: a model, a layout, example inputs. Out: a `VerifyReport`, or `VerifyError` for the first claim that is wrong.
 
 The proof shares nothing with the finders but the layout, and what lets a forward run on this machine (`graph/forward`:
-GPUs that are not there, inference mode, nested tensors in plain ops), which says nothing about rows. A copy of the model
-runs once on random weights, and every op is written to a tape. Behind each softmax stands a product of queries and keys; the slice of the tape that makes its
-operands, from what enters the attention on, runs again with gradients. A seed on one head's part of the query operand
-must reach exactly the claimed query rows, and one on the key operand exactly the claimed key rows. What cannot be
-decided, because the logits are made inside a fused kernel, say, is listed as not proved and never passes silently.
+GPUs that are not there, inference mode, nested tensors in plain ops), which says nothing about rows. A copy of the
+model runs once on random weights, and every op is written to a tape. Behind each softmax stands a product of queries
+and keys; the slice of the tape that makes its operands, from what enters the attention on, runs again with gradients.
+A seed on one head's part of the query operand must reach exactly the claimed query rows, and one on the key operand
+exactly the claimed key rows. What cannot be decided, because the logits are made inside a fused kernel, say, is listed
+as not proved and never passes silently.
 
     copy.py       a copy of the model on random weights
     tape.py       everything that runs, op by op

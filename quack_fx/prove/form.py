@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
+from quack_fx.layout.pattern import map_pattern
 from quack_fx.prove.report import NotProved, SiteProof, VerifyReport
 
 Form = tuple[Any, ...]
@@ -68,15 +69,12 @@ def _pattern(name: str | None) -> str | None:
 
 
 def _map_form(site: AttentionSite) -> str:
-    queries, keys = site.query_heads, site.key_heads
-    if keys == queries:
-        return "each its own" if site.head_map == tuple(range(keys)) else "permuted"
-    if keys == 1:
-        return "one for all"
-    group = queries // keys
-    if site.head_map == tuple(h // group for h in range(queries)):
-        return "in blocks"
-    return "in turn" if site.head_map == tuple(h % keys for h in range(queries)) else "other"
+    pattern = map_pattern(site.head_map, site.key_heads)
+    if pattern == "own":
+        return "each its own"
+    if site.key_heads in (1, site.query_heads):
+        return "one for all" if site.key_heads == 1 else "permuted"
+    return {"blocks": "in blocks", "cycle": "in turn"}.get(pattern or "", "other")
 
 
 def _block_form(block: WeightBlock) -> Form:
