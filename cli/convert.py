@@ -1,4 +1,4 @@
-"""DOOR: `quack-fx convert TARGET -o FILE`: a training step that applies QuacK, as one Python file.
+"""`quack-fx convert TARGET -o FILE`: a training step that applies QuacK, as one Python file.
 
 In: a target. Out: the file, which needs torch alone, or its text on stdout. Exit status 1 where there is no attention.
 """

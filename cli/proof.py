@@ -1,4 +1,4 @@
-"""DOOR: what `verify` and `inspect --verify` share: the proof of a finding, on the model or on a small copy of it.
+"""What `verify` and `inspect --verify` share: the proof of a finding, on the model or on a small copy of it.
 
 In: a finding. Out: a `VerifyReport` about the finding's own sites, and what it was made on, in words.
 """

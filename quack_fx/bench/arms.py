@@ -1,4 +1,4 @@
-"""USER: the ways to take one and the same training step that are compared with each other.
+"""The ways to take one and the same training step that are compared with each other.
 
 In: a model, its layout and a loss. Out: `Arm`s: `forward(batch)` leaves gradients, `update()` uses them up.
 

@@ -1,4 +1,4 @@
-"""FINDER: where a graph makes attention logits.
+"""Where a graph makes attention logits.
 
 In: the dataflow of a graph. Out: one `Logits` for each softmax (or fused attention op) that weighs values by products
 of queries and keys, and a `NearMiss` with a reason for each place that looks like attention and is none that we handle.

@@ -1,4 +1,4 @@
-"""FINDER: softmaxes over groups of entries, as attention over the edges of a graph has them.
+"""Softmaxes over groups of entries, as attention over the edges of a graph has them.
 
 In: an exponential in a graph. Out: whether sums over groups of its entries divide it, and which entries are a group:
 the edges that end in one node. Queries are gathered at the node that a group belongs to, keys at the other ends.

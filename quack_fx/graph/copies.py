@@ -1,4 +1,4 @@
-"""HALL: a copy of a graph, to be rewritten.
+"""A copy of a graph, to be rewritten.
 
 In: a `GraphModule`. Out: its graph once more, and which node of it stands for which of the original.
 """

@@ -1,4 +1,4 @@
-"""FINDER: what every node of an ATen graph depends on, and which nodes are windows on the same memory.
+"""What every node of an ATen graph depends on, and which nodes are windows on the same memory.
 
 In: a `torch.fx.GraphModule` of ATen ops (ours, or one from torch.export or make_fx) and the names of its parameters.
 Out: a `Dataflow`. Its flags answer the questions that find attention without names: is this a weight, is it an

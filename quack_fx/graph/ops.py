@@ -1,4 +1,4 @@
-"""HALL: ATen ops in the few kinds that matter for following weight rows.
+"""ATen ops in the few kinds that matter for following weight rows.
 
 In: a graph node. Out: an `Op`, its base name (overloads and in-place underscores dropped) and its kind. An op that is
 not listed here is taken for elementwise; whoever follows labels through it checks that its shapes agree with that.

@@ -1,4 +1,4 @@
-"""HALL: the layout, plain frozen data about which weight rows make which attention logits; no torch.
+"""The layout, plain frozen data about which weight rows make which attention logits; no torch.
 
 sites.py    the layout
 fit.py      whether a layout fits a model, and which of its parameters it means

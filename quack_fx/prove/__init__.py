@@ -1,4 +1,4 @@
-"""USER: proof of a layout by gradients on real numbers.
+"""Proof of a layout by gradients on real numbers.
 
 In: a model, a layout, example inputs. Out: a `VerifyReport`, or `VerifyError` for the first claim that is wrong.
 

@@ -1,4 +1,4 @@
-"""HALL: example inputs as users give them, and as the arguments of a call."""
+"""Example inputs as users give them, and as the arguments of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""USER: a backend of torch.compile that takes QK norms out of the graphs that Dynamo hands over.
+"""A backend of torch.compile that takes QK norms out of the graphs that Dynamo hands over.
 
 In: a graph of Dynamo and its example inputs. Out: what another backend, Inductor unless told otherwise, makes of the
 graph without its QK norms. Installed as a `torch_dynamo_backends` entry point:

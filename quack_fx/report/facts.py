@@ -1,4 +1,4 @@
-"""USER: what is known about a finding besides the layout, for the head of a report.
+"""What is known about a finding besides the layout, for the head of a report.
 
 In: plain values. Out: `Facts`, and sums over a layout. No torch here: a report can be made of a layout's JSON.
 """

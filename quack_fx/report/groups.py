@@ -1,4 +1,4 @@
-"""USER: equal layers -> one group; rows of heads -> a formula; both as short text that every report shares.
+"""Equal layers -> one group; rows of heads -> a formula; both as short text that every report shares.
 
 In: sites and names of a layout. Out: `Group`s with names such as "model.layers.{0..125}.self_attn", and rows such as
 "128h:128h+128", which reads: head h has the rows from 128 h up to, not including, 128 h + 128.

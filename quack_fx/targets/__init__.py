@@ -1,4 +1,4 @@
-"""DOOR: what a user types -> a model and the example inputs of one forward call.
+"""What a user types -> a model and the example inputs of one forward call.
 
 In: a target, one of
 

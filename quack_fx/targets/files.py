@@ -1,4 +1,4 @@
-"""DOOR: a Python file or module -> its namespace; errors of the user's code -> one line.
+"""A Python file or module -> its namespace; errors of the user's code -> one line.
 
 In: the target as typed, and the world it runs in. Out: a `Namespace` and the name after the colon, if any. Where a file
 lies is told by `packages.py`.

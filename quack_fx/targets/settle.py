@@ -1,4 +1,4 @@
-"""DOOR: from recipes of a model to the model, and to inputs for which its forward runs.
+"""From recipes of a model to the model, and to inputs for which its forward runs.
 
 In: recipes, the likeliest first; the namespace that expressions are evaluated in. Out: a `Target`. Each recipe is built
 on the meta device, if that will do, then for real, if memory holds it; the first whose forward runs is taken.

@@ -1,4 +1,4 @@
-"""USER: the training step of a model as one Python file that needs torch alone.
+"""The training step of a model as one Python file that needs torch alone.
 
 In: a model or target, or a layout to write it for. Out: source text; nothing is written to disk.
 """

@@ -1,4 +1,4 @@
-"""FINDER: operand of a logit product -> weight rows of each head, chain of factors, norms on the way.
+"""Operand of a logit product -> weight rows of each head, chain of factors, norms on the way.
 
 In: the dataflow of a graph and the logits found in it. Out: attention sites, or a refusal with its reason.
 

@@ -1,4 +1,4 @@
-"""HALL: what fused attention gives back, as its kernels lay it out in memory.
+"""What fused attention gives back, as its kernels lay it out in memory.
 
 In: nothing. Out: a context in which a view of what attention made is a copy where the layout forbids a view.
 

@@ -1,4 +1,4 @@
-"""HALL: code that asks for a GPU, on a machine without one.
+"""Code that asks for a GPU, on a machine without one.
 
 In: nothing. Out: a mode of torch under which tensors that are asked for on a GPU are made on `Device.now`: on the CPU,
 or on the meta device while a model is built there. On a machine with a GPU it changes nothing.

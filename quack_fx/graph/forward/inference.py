@@ -1,4 +1,4 @@
-"""HALL: forwards that switch inference mode on, run without it.
+"""Forwards that switch inference mode on, run without it.
 
 In: nothing. Out: a context in which `torch.inference_mode`, as a decorator or a context, is `torch.no_grad`. Tensors
 made in inference mode can be neither viewed nor differentiated outside it, and whoever reads a forward does both.

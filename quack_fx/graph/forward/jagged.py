@@ -1,4 +1,4 @@
-"""HALL: attention over nested tensors in plain ops.
+"""Attention over nested tensors in plain ops.
 
 In: nothing. Out: a context in which `scaled_dot_product_attention` of jagged nested tensors (sequences of different
 lengths, one behind the other) runs as ordinary attention of all tokens with all, masked to those of the same sequence.

@@ -1,4 +1,4 @@
-"""HALL: how much memory this machine can still give.
+"""How much memory this machine can still give.
 
 In: nothing. Out: a number of bytes. Nothing is built, copied or recorded for real that is larger than a part of it, and
 what runs code that nobody knows does so within `bounded_memory`: an allocation that fails is an error that can be told,

@@ -1,4 +1,4 @@
-"""USER: QK norm into a model that has none, so that it can be compared with QuacK on one's own model.
+"""QK norm into a model that has none, so that it can be compared with QuacK on one's own model.
 
 In: a model and its layout, or a graph. Out: an `InsertReport`; queries and keys pass an RMS norm with a gain, head by
 head, as in Qwen3. `InsertReport.restore` takes the norms out again, and so does `strip_qk_norm`.

@@ -1,4 +1,4 @@
-"""FINDER: where the features of queries and keys enter the products of an attention.
+"""Where the features of queries and keys enter the products of an attention.
 
 In: an ATen-level graph. Out: its layout, and for every attention the nodes that read its features last before they are
 multiplied with each other and scaled: the place where something can be done to all features of a head at once, however

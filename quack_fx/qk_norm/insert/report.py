@@ -1,4 +1,4 @@
-"""USER: the account of an insertion of QK norms, in modules or in a graph."""
+"""The account of an insertion of QK norms, in modules or in a graph."""
 
 from __future__ import annotations
 

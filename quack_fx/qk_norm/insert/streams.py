@@ -1,4 +1,4 @@
-"""FINDER: heads that several projections make, each for tokens of its own kind.
+"""Heads that several projections make, each for tokens of its own kind.
 
 In: a model and example inputs. Out: the sides of attentions whose every vector of features comes from one projection
 alone, though there are several: joint attention over text and image tokens. In all others the features of a token are

@@ -1,4 +1,4 @@
-"""USER: QK norms out of a model: out of its module tree, in place, or out of an ATen graph of it.
+"""QK norms out of a model: out of its module tree, in place, or out of an ATen graph of it.
 
 In: a model and its layout, or a graph. Out: a `StripReport`: what is gone, what stays and why, what to see to now, the
 layout of what is left, and `restore`.

@@ -1,4 +1,4 @@
-"""FINDER: what the gains of QK norms are to the weight rows before them.
+"""What the gains of QK norms are to the weight rows before them.
 
 In: a model and example inputs. Out: for every norm module the number that each row of a projection would have to be
 multiplied with (and what would have to be added to its bias) for the gain to be dispensed with; or the reason why it

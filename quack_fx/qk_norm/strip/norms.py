@@ -1,4 +1,4 @@
-"""FINDER: by which nodes of a graph QK norms are computed, and by which ways what they make reaches the logits.
+"""By which nodes of a graph QK norms are computed, and by which ways what they make reaches the logits.
 
 In: an ATen-level graph. Out: its layout and a `GraphNorm` for each norm of each call of an attention.
 """

@@ -1,4 +1,4 @@
-"""FINDER: the logits of each attention in numbers, and the norms that its values pass.
+"""The logits of each attention in numbers, and the norms that its values pass.
 
 In: a model with numbers and example inputs. Out: for each attention the standard deviation of its logits before masks
 are added as minus infinity, and the norms between the value projection and the attention's output.
