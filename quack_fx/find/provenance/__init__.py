@@ -5,6 +5,8 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
     labels.py       sets of features as int64 tensors
     movement.py     movement ops run on labels
     projections.py  products with a weight: which row makes which feature
+    flow.py         what is known of one tensor: labels, norms, scale
+    rules/          what each kind of op does to features
     trace.py        from an operand back to the projections
     heads.py        label vectors -> heads
     blocks.py       heads -> blocks, chains, roles, terms: a site
@@ -17,11 +19,12 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
 
 from quack_fx.find.provenance.basis import Basis
 from quack_fx.find.provenance.blocks import make_site, merge_calls, values_of
+from quack_fx.find.provenance.flow import NormOp, NormTag
 from quack_fx.find.provenance.heads import Heads, NotOneAttention, Refused, Vector, find_heads
 from quack_fx.find.provenance.left_out import LeftOut
 from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.repeat import Repeats
-from quack_fx.find.provenance.trace import NormOp, NormTag, Tracer
+from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.uses import Uses
 from quack_fx.graph.dataflow import BehindLayer
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.find.attention import Logits
+from quack_fx.find.provenance.flow import Flow, NormTag
 from quack_fx.find.provenance.heads import Heads, Refused, Row, Vector
 from quack_fx.find.provenance.join import join_blocks
 from quack_fx.find.provenance.labels import UNKNOWN
 from quack_fx.find.provenance.projections import Projection
-from quack_fx.find.provenance.trace import Flow, NormTag, Tracer
+from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.uses import Uses
 from quack_fx.graph.dataflow import factors_of
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, Range, Ranges, Role, Side, SiteKind, WeightBlock

@@ -22,9 +22,10 @@ from torch.fx import Node
 
 from quack_fx.find.attention import Logits, Product, fused_scale
 from quack_fx.find.grouped import Groups, is_gathered_by
+from quack_fx.find.provenance.flow import Flow, NormTag
 from quack_fx.find.provenance.labels import NOTHING, UNKNOWN, compact, reshape, shrink
 from quack_fx.find.provenance.projections import Projection
-from quack_fx.find.provenance.trace import Flow, NormTag, Tracer
+from quack_fx.find.provenance.trace import Tracer
 from quack_fx.graph.dataflow import Dataflow
 
 Row = tuple[str, tuple[int, ...]]
