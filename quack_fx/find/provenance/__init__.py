@@ -8,8 +8,15 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
     flow.py         what is known of one tensor: labels, norms, scale
     rules/          what each kind of op does to features
     trace.py        from an operand back to the projections
-    heads.py        label vectors -> heads
-    blocks.py       heads -> blocks, chains, roles, terms: a site
+    vectors.py      features of an operand at each place of the head dimension
+    meeting.py      which query vectors meet which key vectors
+    heads.py        vectors -> heads
+    block.py        a block while it is put together
+    chains.py       further projections behind a block
+    values.py       what the values are made of
+    roles.py        names for the parts of a chain
+    blocks.py       heads -> blocks, terms: a site
+    refused.py      why an attention is not in the layout
     uses.py         whether a norm serves logits alone
     basis.py        what a finding rests on
     join.py         parts of one block are one block
@@ -18,14 +25,17 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
 """
 
 from quack_fx.find.provenance.basis import Basis
-from quack_fx.find.provenance.blocks import make_site, merge_calls, values_of
+from quack_fx.find.provenance.blocks import make_site, merge_calls
 from quack_fx.find.provenance.flow import NormOp, NormTag
-from quack_fx.find.provenance.heads import Heads, NotOneAttention, Refused, Vector, find_heads
+from quack_fx.find.provenance.heads import Heads, find_heads
 from quack_fx.find.provenance.left_out import LeftOut
 from quack_fx.find.provenance.projections import Projection
+from quack_fx.find.provenance.refused import NotOneAttention, Refused
 from quack_fx.find.provenance.repeat import Repeats
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.uses import Uses
+from quack_fx.find.provenance.values import values_of
+from quack_fx.find.provenance.vectors import Vector
 from quack_fx.graph.dataflow import BehindLayer
 
 __all__ = [

@@ -7,6 +7,7 @@ nothing behind: no module, no path, no process group, no argument.
     inert.py      what a name of a missing package is: nothing that does anything
     known.py      names of missing packages whose meaning is known ...
     attention.py  ... what fused attention computes
+    flash_attn.py ... that of flash_attn too
     vision.py     ... layers of timm, and timm_vit.py its transformer
     fields.py     ... config objects
     devices.py    what torch.cuda says without a GPU

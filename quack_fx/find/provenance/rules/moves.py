@@ -29,7 +29,7 @@ def movement(step: Step) -> Flow:
     if name in ("real", "imag", "_conj", "conj"):
         return sources[0]
     if isinstance(df.value(node), list | tuple):
-        return replace(merged_flow(sources), label=step.full(NOTHING))  # its parts are made by _part
+        return replace(merged_flow(sources), label=step.full(NOTHING))  # its parts are made by `part`
     try:
         alias = df.group[node] in df.writes and df.group[node] is not node
         label = move(df, node, lambda n: step.input(n).label, UNKNOWN, alias)

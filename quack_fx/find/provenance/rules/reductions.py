@@ -37,7 +37,7 @@ def reduction_of(step: Step, node: Node, value: object, part: int = 0) -> Flow:
     source = node.args[0]
     x = step.input(source) if isinstance(source, Node) else step.unknown()
     if not isinstance(value, Tensor):
-        return x  # its parts are made by _part
+        return x  # its parts are made by `part`
     if not value.is_floating_point():
         return step.nothing()  # where something stands, not what
     unknown = torch.tensor(UNKNOWN).expand(value.shape)
@@ -68,7 +68,7 @@ def pooled_of(step: Step, node: Node) -> Flow:
     x = step.input(node.args[0])  # type: ignore[arg-type]
     axes = range(x.label.dim() - pooled_axes(df.op[node]), x.label.dim())
     if isinstance(df.value(step.node), list | tuple):
-        return x  # its parts are made by _part
+        return x  # its parts are made by `part`
     if x.statistic is not None or not all(constant_along(x.label, d) for d in axes):
         return step.unknown()
     for d in axes:
