@@ -3,8 +3,8 @@
 In: a model and its layout, or a graph. Out: an `InsertReport`; queries and keys pass an RMS norm with a gain, head by
 head, as in Qwen3. `InsertReport.restore` takes the norms out again, and so does `strip_qk_norm`.
 
-    modules.py   norms behind the projections of a model, in place
-    graph.py     norms before the products of a graph, in a copy of it: for heads of any make
+    modules.py   norms behind the projections of a model, in place; streams.py tells heads that several of them make
+    graph.py     norms before the products of a graph, in a copy of it: for heads of any make; operands.py says where
     report.py    the account that both ways give
 """
 

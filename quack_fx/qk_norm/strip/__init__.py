@@ -3,10 +3,11 @@
 In: a model and its layout, or a graph. Out: a `StripReport`: what is gone, what stays and why, what to see to now, the
 layout of what is left, and `restore`.
 
-    fold.py      gains folded into the projections
     modules.py   norm modules replaced by modules that hand their input on
-    graph.py     norms taken out of a copy of a graph, inline ones too
+    fold.py      gains folded into the projections, and gains.py which rows those are
+    graph.py     norms taken out of a copy of a graph, inline ones too, and norms.py where they stand in it
     scale.py     what a logit scale has to be once the norm is gone
+    spread.py    how far logits spread, before and after
     report.py    the account that both ways give
 """
 
