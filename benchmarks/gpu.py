@@ -29,7 +29,7 @@ from quack_fx.bench import Case, compare, markdown
 from quack_fx.bench.measure import machine
 from quack_fx.errors import first_line
 from quack_fx.find import find_qk_pairs
-from quack_fx.strip import strip_qk_norm
+from quack_fx.qk_norm.strip import strip_qk_norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from gpt import GPT, GPTConfig

@@ -38,13 +38,13 @@ from torch.utils._pytree import tree_flatten
 from benchmarks.sweep import candidates, key_of
 from benchmarks.sweeping.candidate import Candidate
 from benchmarks.sweeping.processes import Tell, run_apart
-from quack_fx.dynamo import quack_fx
 from quack_fx.errors import CaptureError
 from quack_fx.find import find_in_graph, find_qk_pairs
-from quack_fx.insert import insert_qk_norm
+from quack_fx.graph.capture import capture
 from quack_fx.layout import AttentionSite, QKLayout
-from quack_fx.recording import capture
-from quack_fx.strip import StripReport, strip_qk_norm
+from quack_fx.qk_norm.dynamo import quack_fx
+from quack_fx.qk_norm.insert import insert_qk_norm
+from quack_fx.qk_norm.strip import StripReport, strip_qk_norm
 
 Row = dict[str, Any]
 SECONDS, BYTES = 240, 6 << 30

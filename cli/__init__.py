@@ -1,4 +1,4 @@
-"""DOOR: the command line `quack-fx`. One file a command; none imports torch before it is needed, so help comes at once.
+"""The command line `quack-fx`. One file a command; none imports torch before it is needed, so help comes at once.
 
 app.py       the commands in one program; errors become one line and an exit status
 common.py    what the commands share: options, progress, finding, writing files

@@ -1,4 +1,4 @@
-"""DOOR: the program. In: the words of a command line. Out: an exit status.
+"""The program. In: the words of a command line. Out: an exit status.
 
 0: done. 1: the check said no (a proof failed, no attention was found). 2: bad input, told in one line on stderr that
 says what to do; `--debug` adds the traceback. Anything else is a mistake of quack-fx itself and keeps its traceback.

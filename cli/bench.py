@@ -1,4 +1,4 @@
-"""DOOR: `quack-fx bench TARGET`: what a training step of a model costs with and without QuacK, on this machine.
+"""`quack-fx bench TARGET`: what a training step of a model costs with and without QuacK, on this machine.
 
 In: a target. Out: on stdout the table of all ways to take the step, and what follows from it. They take turns, so that
 a machine that slows down slows all. Exit status 1 where there is no attention.

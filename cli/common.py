@@ -1,4 +1,4 @@
-"""DOOR: what the commands share: options, progress, from a target to its layout, writing files.
+"""What the commands share: options, progress, from a target to its layout, writing files.
 
 Results go to stdout, everything else to stderr, what the user's own code prints included.
 """

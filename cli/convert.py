@@ -1,4 +1,4 @@
-"""DOOR: `quack-fx convert TARGET -o FILE`: a training step that applies QuacK, as one Python file.
+"""`quack-fx convert TARGET -o FILE`: a training step that applies QuacK, as one Python file.
 
 In: a target. Out: the file, which needs torch alone, or its text on stdout. Exit status 1 where there is no attention.
 """
@@ -31,7 +31,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from quack_fx.strip.modules import Plan
+    from quack_fx.qk_norm.strip.modules import Plan
 
 
 def _positive(text: str | float) -> float:
@@ -129,21 +129,13 @@ def convert(
     if not finding.layout.sites:
         note(f"no attention found in {finding.facts.title}: nothing to convert")
         return 1
-    from quack_fx.train.convert import emit, features_of, surgery
+    from quack_fx.train.convert import prepare
 
-    # A given layout may call a tied parameter by any of its names.
-    shapes = {name: tuple(p.shape) for name, p in finding.target.model.named_parameters(remove_duplicate=False)}
-    title = finding.facts.title
-    if qk_norm is QKNorm.STRIP:
-        pairs, stand_ins, plan = surgery(finding.target.model, finding.layout)
-        for text in _about(plan):
+    step = prepare(finding.target.model, finding.layout, qk_norm.value)
+    if step.plan is not None:
+        for text in _about(step.plan):
             note(text)
-    else:
-        pairs, stand_ins = finding.layout, {}
-    features = features_of(sharded, master_weights)
-    source = emit(
-        pairs, shapes, title=title, optimizer=optimizer.value, tau=tau, features=features, stand_ins=stand_ins
-    )
+    source = step.source(finding.facts.title, optimizer.value, tau=tau, sharded=sharded, master_weights=master_weights)
     if output is None:
         typer.echo(source, nl=False)
     else:

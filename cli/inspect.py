@@ -1,4 +1,4 @@
-"""DOOR: `quack-fx inspect TARGET`: every query/key pair of a model, what was skipped and why, what never ran.
+"""`quack-fx inspect TARGET`: every query/key pair of a model, what was skipped and why, what never ran.
 
 In: a target. Out: on stdout a table with one row per group of equal layers and the tree of one pair, or the layout as
 JSON; with --html also a page; with --verify a tick or a dash for each attention. Exit status 1 where there is no
@@ -89,8 +89,8 @@ def _proof(finding: Finding) -> Proof:
     Raises:
         VerifyError: A claim is wrong.
     """
+    from quack_fx.prove import CannotRun
     from quack_fx.report import Proof
-    from quack_fx.verify import CannotRun
 
     with progress() as say:
         try:

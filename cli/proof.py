@@ -1,4 +1,4 @@
-"""DOOR: what `verify` and `inspect --verify` share: the proof of a finding, on the model or on a small copy of it.
+"""What `verify` and `inspect --verify` share: the proof of a finding, on the model or on a small copy of it.
 
 In: a finding. Out: a `VerifyReport` about the finding's own sites, and what it was made on, in words.
 """
@@ -14,8 +14,8 @@ from quack_fx.errors import TargetError
 from .common import Finding
 
 if TYPE_CHECKING:
+    from quack_fx.prove import VerifyReport
     from quack_fx.targets import Target
-    from quack_fx.verify import VerifyReport
 
 
 def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, str]:
@@ -35,8 +35,8 @@ def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, s
         VerifyError: A claim is wrong.
         CannotRun: There is nothing to prove on.
     """
-    from quack_fx.verify import TooLarge, carried_over, verify_qk_pairs
-    from quack_fx.verify.copy import SIZE_LIMIT
+    from quack_fx.prove import TooLarge, carried_over, verify_qk_pairs
+    from quack_fx.prove.copy import SIZE_LIMIT
 
     target = finding.target
     say(f"proving {len(finding.layout.sites)} attentions on random weights")

@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "QKLayout": "layout",
-    "capture": "recording",
+    "capture": "graph.capture",
     "find_qk_pairs": "find",
-    "insert_qk_norm": "insert",
-    "verify_qk_pairs": "verify",
-    "strip_qk_norm": "strip",
+    "insert_qk_norm": "qk_norm.insert",
+    "verify_qk_pairs": "prove",
+    "strip_qk_norm": "qk_norm.strip",
     "QuacK": "train.hooks",
     "compile_train_step": "train.step",
     "convert": "train.convert",
@@ -29,15 +29,15 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from quack_fx.errors import QuackError
     from quack_fx.find import find_qk_pairs
-    from quack_fx.insert import insert_qk_norm
+    from quack_fx.graph.capture import capture
     from quack_fx.layout import QKLayout
-    from quack_fx.recording import capture
-    from quack_fx.strip import strip_qk_norm
+    from quack_fx.prove import verify_qk_pairs
+    from quack_fx.qk_norm.insert import insert_qk_norm
+    from quack_fx.qk_norm.strip import strip_qk_norm
     from quack_fx.train.convert import convert
     from quack_fx.train.hooks import QuacK
     from quack_fx.train.inline import StepBackend, inline_quack
     from quack_fx.train.step import compile_train_step
-    from quack_fx.verify import verify_qk_pairs
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""HALL: the errors that users meet.
+"""The errors that users meet.
 
 Every message is one line that quotes what was given and says what to do. The command line turns any `QuackError`
 into that line and exit status 2; everything else is a bug of ours and keeps its traceback.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from quack_fx.errors import CaptureError
-from quack_fx.recording import REAL_LIMIT_BYTES, Capture, capture
-from quack_fx.recording.recorder import Recorder
+from quack_fx.graph.capture import REAL_LIMIT_BYTES, Capture, capture
+from quack_fx.graph.capture.recorder import Recorder
 
 aten = torch.ops.aten
 

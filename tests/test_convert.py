@@ -130,6 +130,12 @@ def test_what_the_docstring_says_works(optimizer: OptimizerName, monkeypatch: py
     assert names["loss"].isfinite() and not any(map(torch.equal, before, model.parameters()))
 
 
+def test_a_target_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recording that told which inputs fit is the one that the pairs are found in."""
+    monkeypatch.setattr("quack_fx.find.search.capture", lambda *_, **__: pytest.fail("recorded a second time"))
+    assert "class TrainStep" in convert(f"{ROOT}/examples/gpt.py")
+
+
 # ---- it stands alone -------------------------------------------------------------------------------------------------
 
 ALONE = """

@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 import quack_fx
 from quack_fx.errors import CaptureError
 from quack_fx.find import Found, find
-from quack_fx.recording import capture
-from quack_fx.verify import TooLarge, copy, verify_qk_pairs
+from quack_fx.graph.capture import capture
+from quack_fx.prove import TooLarge, copy, verify_qk_pairs
 
 HEADS, DIM, WIDTH = 2, 16, 32
 IDS = torch.tensor([[3, 1, 4, 5, 1, 2, 6, 7]])
@@ -348,7 +348,7 @@ def test_tables_that_memory_cannot_hold_are_fake() -> None:
 
 
 def test_little_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quack_fx.recording, "available_memory", lambda: 1000)
+    monkeypatch.setattr(quack_fx.graph.capture, "available_memory", lambda: 1000)
     monkeypatch.setattr(copy, "available_memory", lambda: 1000)
 
     def run(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -361,7 +361,7 @@ def test_little_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_recording_that_takes_what_memory_is_left_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quack_fx.recording.recorder, "available_memory", lambda: 1000)
+    monkeypatch.setattr(quack_fx.graph.capture.recorder, "available_memory", lambda: 1000)
 
     def run(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(m, ids, q, k, v) + sum(float(torch.ones(1 << 22).sum()) for _ in range(8))
@@ -379,7 +379,7 @@ def test_a_mask_that_is_too_small_is_refused_as_on_real_numbers() -> None:
 
 
 def test_a_buffer_that_memory_cannot_hold_twice_is_fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quack_fx.recording.recorder, "available_memory", lambda: 1000)
+    monkeypatch.setattr(quack_fx.graph.capture.recorder, "available_memory", lambda: 1000)
 
     def run(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(m, ids, q, k, v) * float(m.angles[0, 0]) * m.sizes.tolist()[0]

@@ -14,7 +14,7 @@ from tiny_models import llama, olmo2, qwen3
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from quack_fx.strip import strip_qk_norm
+from quack_fx.qk_norm.strip import strip_qk_norm
 
 # Dynamo looks at .grad of what flows on behind a graph break.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")

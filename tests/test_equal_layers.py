@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from quack_fx.find import find, find_qk_pairs
-from quack_fx.recording import capture
-from quack_fx.recording.equal import SMALLEST_GROUP
+from quack_fx.graph.capture import capture
+from quack_fx.graph.capture.equal import SMALLEST_GROUP
 
 DEPTH, WIDTH, HEADS = SMALLEST_GROUP + 4, 12, 3
 X = torch.ones(2, 5, WIDTH)

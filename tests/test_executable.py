@@ -17,7 +17,7 @@ from toy import Toy
 import quack_fx
 from quack_fx.errors import CaptureError
 from quack_fx.find import find_in_graph
-from quack_fx.strip import strip_qk_norm
+from quack_fx.qk_norm.strip import strip_qk_norm
 
 
 def graph_of(model: nn.Module, *args: Any, **kwargs: Any) -> GraphModule:

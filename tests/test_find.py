@@ -37,7 +37,7 @@ from toy import Toy
 
 from quack_fx.find import find, find_in_graph, find_qk_pairs
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, WeightBlock
-from quack_fx.verify import verify_qk_pairs
+from quack_fx.prove import verify_qk_pairs
 
 
 def canonical(one: AttentionSite) -> AttentionSite:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import quack_fx
 from quack_fx.errors import StripError
 from quack_fx.find import find_qk_pairs
-from quack_fx.gains import RowGain
-from quack_fx.strip import strip_qk_norm
+from quack_fx.qk_norm.strip import strip_qk_norm
+from quack_fx.qk_norm.strip.gains import RowGain
 
 
 class Attention(nn.Module):
@@ -163,7 +163,7 @@ def test_a_folding_that_changes_the_model_is_taken_back(monkeypatch: pytest.Monk
     model, x = Attention(rms), torch.randn(2, 5, 16)
     before, state = model(x), list(model.state_dict())
     wrong = {"q_norm": {("q.weight", (0,), (i,)): RowGain(2.0, 0.0, "q.bias") for i in range(16)}, "k_norm": {}}
-    monkeypatch.setattr("quack_fx.strip.modules.gain_rows", lambda *_: wrong)
+    monkeypatch.setattr("quack_fx.qk_norm.strip.modules.gain_rows", lambda *_: wrong)
     with pytest.raises(StripError, match="folding the gains changes what the model computes"):
         strip_qk_norm(model, find_qk_pairs(model, x), gain="fold", inputs=(x,))
     assert torch.equal(model(x), before) and list(model.state_dict()) == state

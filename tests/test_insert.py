@@ -15,14 +15,14 @@ from tiny_models import CASES
 from torch import Tensor, nn
 
 import quack_fx
-from quack_fx.call import call_of
 from quack_fx.errors import CaptureError, StripError
 from quack_fx.find import find_in_graph, find_qk_pairs
-from quack_fx.insert import insert_qk_norm
-from quack_fx.insert.modules import NormHeads
 from quack_fx.layout import AttentionSite, Norm
-from quack_fx.strip import strip_qk_norm
-from quack_fx.verify import verify_qk_pairs
+from quack_fx.prove import verify_qk_pairs
+from quack_fx.qk_norm.call import call_of
+from quack_fx.qk_norm.insert import insert_qk_norm
+from quack_fx.qk_norm.insert.modules import NormHeads
+from quack_fx.qk_norm.strip import strip_qk_norm
 
 
 def outputs(model: nn.Module, *call: Any) -> list[Tensor]:

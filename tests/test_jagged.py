@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quack_fx.find import find_qk_pairs
-from quack_fx.jagged import JaggedWrittenOut
-from quack_fx.verify import verify_qk_pairs
+from quack_fx.graph.forward.jagged import JaggedWrittenOut
+from quack_fx.prove import verify_qk_pairs
 
 HEADS, DIM, WIDTH = 3, 4, 10
 LENGTHS = (5, 2, 7)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quack_fx.errors import TargetError
-from quack_fx.machine import available_memory, bounded_memory
+from quack_fx.graph.forward.machine import available_memory, bounded_memory
 from quack_fx.targets import resolve
 
 resource = pytest.importorskip("resource")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quack_fx.errors import LayoutError, VerifyError
 from quack_fx.layout import QKLayout
 from quack_fx.layout.fit import check_layout
-from quack_fx.verify import alone, prove, run_copy
+from quack_fx.prove import alone, prove, run_copy
 
 Right = tuple[nn.Module, QKLayout, tuple[Tensor, ...], dict[str, Tensor]]
 """A model, its right layout, and the inputs of its forward."""

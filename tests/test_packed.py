@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quack_fx import find_qk_pairs, verify_qk_pairs
-from quack_fx.verify.opaque import written_out
+from quack_fx.prove.opaque import written_out
 
 varlen = pytest.importorskip("torch.nn.attention.varlen")
 

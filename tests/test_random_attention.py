@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from random_attention import Choices, RandomModel, all_choices, differences, judge, random_model, shrink
 
 from quack_fx.layout import AttentionSite, QKLayout, WeightBlock
-from quack_fx.verify import verify_qk_pairs
+from quack_fx.prove import verify_qk_pairs
 
 SAMPLE = range(1000, 1040)
 

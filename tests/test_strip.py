@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from quack_fx.errors import StripError
 from quack_fx.find import find_qk_pairs
 from quack_fx.layout import Norm, QKLayout, WeightBlock
-from quack_fx.strip import strip_qk_norm
-from quack_fx.verify import verify_qk_pairs
+from quack_fx.prove import verify_qk_pairs
+from quack_fx.qk_norm.strip import strip_qk_norm
 
 
 def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

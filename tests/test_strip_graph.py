@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from quack_fx.find import find_in_graph
+from quack_fx.graph.capture import capture
 from quack_fx.layout import QKLayout
-from quack_fx.recording import capture
-from quack_fx.strip import strip_qk_norm
+from quack_fx.qk_norm.strip import strip_qk_norm
 
 HEADS, DIM = 2, 8
 Way = Callable[["Attention", Tensor], Tensor]

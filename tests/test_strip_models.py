@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import quack_fx
 from quack_fx.errors import CaptureError
 from quack_fx.find import find_in_graph, find_qk_pairs
-from quack_fx.strip import strip_qk_norm
+from quack_fx.qk_norm.strip import strip_qk_norm
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -21,7 +21,7 @@ from quack_fx.cli.app import main
 from quack_fx.errors import LayoutError, VerifyError
 from quack_fx.find import find_qk_pairs
 from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
-from quack_fx.verify import VerifyReport, carried_over, verify_qk_pairs
+from quack_fx.prove import VerifyReport, carried_over, verify_qk_pairs
 
 
 @pytest.fixture(scope="session", params=CASES)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quack_fx.find import find, find_qk_pairs
 from quack_fx.targets import resolve
 from quack_fx.targets.world import attention as fused
-from quack_fx.targets.world import timm_vit, vision
+from quack_fx.targets.world import flash_attn, timm_vit, vision
 from quack_fx.targets.world.known import _KNOWN, meaning
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
@@ -93,17 +93,17 @@ def test_flash_attn_func(option: str, t: int, s: int, key_heads: int) -> None:
     given, meant = OPTIONS[option]
     q, k, v = rows(2, t, HEADS, DIM), rows(2, s, key_heads, DIM), rows(2, s, key_heads, DIM)
     expected = batch(softmax_attention, q, k, v, **meant(t, s))
-    torch.testing.assert_close(fused.flash_attn_func(q, k, v, **given), expected, **EXACT)
+    torch.testing.assert_close(flash_attn.flash_attn_func(q, k, v, **given), expected, **EXACT)
     kv = torch.stack((k, v), 2)
-    torch.testing.assert_close(fused.flash_attn_kvpacked_func(q, kv, **given), expected, **EXACT)
+    torch.testing.assert_close(flash_attn.flash_attn_kvpacked_func(q, kv, **given), expected, **EXACT)
     without = {n: x for n, x in given.items() if n != "dropout_p"}
-    torch.testing.assert_close(fused.flash_attn_with_kvcache(q, k, v, **without), expected, **EXACT)
-    torch.testing.assert_close(fused.flash_attn_3_func(q, k, v, **without), expected, **EXACT)
+    torch.testing.assert_close(flash_attn.flash_attn_with_kvcache(q, k, v, **without), expected, **EXACT)
+    torch.testing.assert_close(flash_attn.flash_attn_3_func(q, k, v, **without), expected, **EXACT)
     empty = torch.zeros_like(k)
-    torch.testing.assert_close(fused.flash_attn_with_kvcache(q, empty, empty, k, v, **without), expected, **EXACT)
+    torch.testing.assert_close(flash_attn.flash_attn_with_kvcache(q, empty, empty, k, v, **without), expected, **EXACT)
     if t == s and key_heads == HEADS:
         packed = torch.stack((q, k, v), 2)
-        torch.testing.assert_close(fused.flash_attn_qkvpacked_func(packed, **given), expected, **EXACT)
+        torch.testing.assert_close(flash_attn.flash_attn_qkvpacked_func(packed, **given), expected, **EXACT)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -119,14 +119,16 @@ def test_joined_sequences(option: str, of_q: tuple[int, ...], of_k: tuple[int, .
     expected = torch.cat([softmax_attention(*p, **meant(len(p[0]), len(p[1]))) for p in parts])
     starts_q, starts_k = starts(of_q), starts(of_k)
     arguments = starts_q, starts_k, max(of_q), max(of_k)
-    torch.testing.assert_close(fused.flash_attn_varlen_func(q, k, v, *arguments, **given), expected, **EXACT)
+    torch.testing.assert_close(flash_attn.flash_attn_varlen_func(q, k, v, *arguments, **given), expected, **EXACT)
     kv = torch.stack((k, v), 1)
-    torch.testing.assert_close(fused.flash_attn_varlen_kvpacked_func(q, kv, *arguments, **given), expected, **EXACT)
+    torch.testing.assert_close(
+        flash_attn.flash_attn_varlen_kvpacked_func(q, kv, *arguments, **given), expected, **EXACT
+    )
     without = {n: x for n, x in given.items() if n != "dropout_p"}
-    torch.testing.assert_close(fused.flash_attn_3_varlen_func(q, k, v, *arguments, **without), expected, **EXACT)
+    torch.testing.assert_close(flash_attn.flash_attn_3_varlen_func(q, k, v, *arguments, **without), expected, **EXACT)
     if of_q == of_k and key_heads == HEADS:
         packed = torch.stack((q, k, v), 1)
-        out = fused.flash_attn_varlen_qkvpacked_func(packed, starts_q, max(of_q), **given)
+        out = flash_attn.flash_attn_varlen_qkvpacked_func(packed, starts_q, max(of_q), **given)
         torch.testing.assert_close(out, expected, **EXACT)
 
 
@@ -141,16 +143,16 @@ def test_arguments_by_place_mean_what_they_mean_in_each_package() -> None:
     torch.testing.assert_close(second(q, k, v, 0.0, 0.3, True), expected, **EXACT)
     torch.testing.assert_close(third(q, k, v, 0.3, True), expected, **EXACT)
     packed, at = torch.stack((q, k, v), 2), starts([3])
-    torch.testing.assert_close(fused.flash_attn_qkvpacked_func(packed, 0.0, 0.3, True), expected, **EXACT)
-    out = fused.flash_attn_varlen_qkvpacked_func(packed[0], at, 3, 0.0, 0.3, True)
+    torch.testing.assert_close(flash_attn.flash_attn_qkvpacked_func(packed, 0.0, 0.3, True), expected, **EXACT)
+    out = flash_attn.flash_attn_varlen_qkvpacked_func(packed[0], at, 3, 0.0, 0.3, True)
     torch.testing.assert_close(out[None], expected, **EXACT)
 
 
 def test_weights_that_are_asked_for_stand_beside_the_output() -> None:
     q, at = rows(1, 3, HEADS, DIM), starts([3])
-    plain = fused.flash_attn_func(q, q, q)
-    out, *more = fused.flash_attn_func(q, q, q, return_attn_probs=True)
-    joined, *_ = fused.flash_attn_varlen_func(q[0], q[0], q[0], at, at, 3, 3, return_attn_probs=True)
+    plain = flash_attn.flash_attn_func(q, q, q)
+    out, *more = flash_attn.flash_attn_func(q, q, q, return_attn_probs=True)
+    joined, *_ = flash_attn.flash_attn_varlen_func(q[0], q[0], q[0], at, at, 3, 3, return_attn_probs=True)
     torch.testing.assert_close(out, plain, **EXACT)
     torch.testing.assert_close(joined, plain[0], **EXACT)
     assert len(more) == 2
@@ -158,15 +160,15 @@ def test_weights_that_are_asked_for_stand_beside_the_output() -> None:
 
 Q = rows(1, 3, HEADS, DIM)
 REFUSED: dict[str, Callable[[], Any]] = {
-    "rotary embeddings inside": lambda: fused.flash_attn_with_kvcache(Q, Q, Q, Q, Q, Q, Q),
-    "a part of the cache": lambda: fused.flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=torch.tensor([2])),
-    "pages": lambda: fused.flash_attn_varlen_func(Q[0], Q[0], Q[0], starts([3]), starts([3]), block_table=Q),
-    "sinks": lambda: fused.flash_attn_func(Q, Q, Q, s_aux=SLOPES),
-    "used parts": lambda: fused.flash_attn_3_varlen_func(Q, Q, Q, Q, Q, 3, 3, SLOPES),
-    "weights of version 1": lambda: fused.FlashAttention()(torch.stack((Q, Q, Q), 2), need_weights=True),
+    "rotary embeddings inside": lambda: flash_attn.flash_attn_with_kvcache(Q, Q, Q, Q, Q, Q, Q),
+    "a part of the cache": lambda: flash_attn.flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=torch.tensor([2])),
+    "pages": lambda: flash_attn.flash_attn_varlen_func(Q[0], Q[0], Q[0], starts([3]), starts([3]), block_table=Q),
+    "sinks": lambda: flash_attn.flash_attn_func(Q, Q, Q, s_aux=SLOPES),
+    "used parts": lambda: flash_attn.flash_attn_3_varlen_func(Q, Q, Q, Q, Q, 3, 3, SLOPES),
+    "weights of version 1": lambda: flash_attn.FlashAttention()(torch.stack((Q, Q, Q), 2), need_weights=True),
     "an unknown bias": lambda: fused.memory_efficient_attention(Q, Q, Q, attn_bias=object()),
     "a bias that is inert": lambda: fused.memory_efficient_attention(Q, Q, Q, meaning_or_inert("SomeOtherMask")),
-    "turned on joined sequences": lambda: fused.apply_rotary_emb(Q[0], Q, Q, cu_seqlens=starts([3])),
+    "turned on joined sequences": lambda: flash_attn.apply_rotary_emb(Q[0], Q, Q, cu_seqlens=starts([3])),
     "sums of sageattn": lambda: fused.sageattn(Q, Q, Q, return_lse=True),
     "a mask of sageattn": lambda: fused.sageattn(Q, Q, Q, attn_mask=Q),
 }
@@ -195,9 +197,9 @@ def test_modules_of_flash_attention(causal: bool, scale: float | None) -> None:
     expected = batch(softmax_attention, q, k, v, sees=sees, scale=scale)
     qkv, kv, at = torch.stack((q, k, v), 2), torch.stack((k, v), 2), starts([4, 4])
     first, self_, cross = (
-        fused.FlashAttention(softmax_scale=scale),
-        fused.FlashSelfAttention(causal=causal, softmax_scale=scale),
-        fused.FlashCrossAttention(causal=causal, softmax_scale=scale),
+        flash_attn.FlashAttention(softmax_scale=scale),
+        flash_attn.FlashSelfAttention(causal=causal, softmax_scale=scale),
+        flash_attn.FlashCrossAttention(causal=causal, softmax_scale=scale),
     )
     torch.testing.assert_close(first(qkv, causal=causal)[0], expected, **EXACT)
     torch.testing.assert_close(self_(qkv), expected, **EXACT)
@@ -212,7 +214,7 @@ def test_modules_of_flash_attention(causal: bool, scale: float | None) -> None:
 def test_padding_is_seen_by_nobody() -> None:
     q, k, v = rows(2, 4, HEADS, DIM), rows(2, 4, HEADS, DIM), rows(2, 4, HEADS, DIM)
     kept = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
-    out = fused.FlashAttention()(torch.stack((q, k, v), 2), kept)[0]
+    out = flash_attn.FlashAttention()(torch.stack((q, k, v), 2), kept)[0]
     for b, n in enumerate((3, 2)):
         expected = softmax_attention(q[b, :n], k[b, :n], v[b, :n])
         torch.testing.assert_close(out[b, :n], expected, **EXACT)
@@ -221,11 +223,11 @@ def test_padding_is_seen_by_nobody() -> None:
 
 def test_padding_and_back() -> None:
     x, kept = rows(3, 5, 2, DIM), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
-    tokens, indices, at, longest = fused.unpad_input(x, kept)
+    tokens, indices, at, longest = flash_attn.unpad_input(x, kept)
     assert tokens.shape == (8, 2, DIM) and at.tolist() == [0, 2, 7, 8] and longest == 5
     assert torch.equal(tokens, x[kept.bool()]) and at.dtype == torch.int32
-    assert torch.equal(fused.pad_input(tokens, indices, 3, 5), x * kept[..., None, None])
-    assert torch.equal(fused.index_first_axis(x.flatten(0, 1), indices), tokens)
+    assert torch.equal(flash_attn.pad_input(tokens, indices, 3, 5), x * kept[..., None, None])
+    assert torch.equal(flash_attn.index_first_axis(x.flatten(0, 1), indices), tokens)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -242,9 +244,9 @@ def test_rotary_embedding(interleaved: bool, width: int, offset: int) -> None:
     for i, (a, b) in enumerate(pairs):
         turned = torch.complex(x[..., a], x[..., b]) * turn[..., i]
         expected[..., a], expected[..., b] = turned.real, turned.imag
-    out = fused.apply_rotary_emb(x, angles.cos(), angles.sin(), interleaved, seqlen_offsets=offset)
+    out = flash_attn.apply_rotary_emb(x, angles.cos(), angles.sin(), interleaved, seqlen_offsets=offset)
     torch.testing.assert_close(out, expected, **EXACT)
-    fused.apply_rotary_emb(x, angles.cos(), angles.sin(), interleaved, inplace=True, seqlen_offsets=offset)
+    flash_attn.apply_rotary_emb(x, angles.cos(), angles.sin(), interleaved, inplace=True, seqlen_offsets=offset)
     torch.testing.assert_close(x, expected, **EXACT)
 
 

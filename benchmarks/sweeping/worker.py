@@ -21,7 +21,7 @@ from benchmarks.sweeping.processes import Ended, Tell, run_apart
 from quack_fx.errors import CaptureError, VerifyError
 from quack_fx.find import find
 from quack_fx.layout import QKLayout
-from quack_fx.verify import CannotRun, verify_qk_pairs
+from quack_fx.prove import CannotRun, verify_qk_pairs
 
 SECONDS = 60
 BYTES = 4 << 30

@@ -52,7 +52,7 @@ class Try:
 
 def attempt_all(tries: Iterable[Try], jobs: int) -> Iterator[Row]:
     """Rows of tries, as they come."""
-    for name in ("torch", "torch._dynamo", "quack_fx.find", "quack_fx.targets", "quack_fx.report", "quack_fx.verify"):
+    for name in ("torch", "torch._dynamo", "quack_fx.find", "quack_fx.targets", "quack_fx.report", "quack_fx.prove"):
         importlib.import_module(name)  # once for all, as it is the same for each
     for name in ("quack_fx.train.convert", "quack_fx.cli.app", "quack_fx.cli.proof"):
         importlib.import_module(name)
@@ -175,7 +175,7 @@ def _convert(app: Any, finding: Any, one: Try, assumed: bool) -> Row:
 def _proof(finding: Any) -> Row:
     from quack_fx.cli.proof import prove
     from quack_fx.errors import VerifyError
-    from quack_fx.verify import CannotRun, TooLarge
+    from quack_fx.prove import CannotRun, TooLarge
 
     try:
         report, where = prove(finding, lambda text: None)

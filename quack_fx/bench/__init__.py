@@ -1,4 +1,4 @@
-"""USER: what a training step costs with and without QuacK, and in other ways to take it.
+"""What a training step costs with and without QuacK, and in other ways to take it.
 
 In: a model, its layout, a loss and a batch. Out: a `Comparison` and its table.
 

@@ -1,4 +1,4 @@
-"""USER: the ways to take one and the same training step that are compared with each other.
+"""The ways to take one and the same training step that are compared with each other.
 
 In: a model, its layout and a loss. Out: `Arm`s: `forward(batch)` leaves gradients, `update()` uses them up.
 
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quack_fx.insert import insert_qk_norm
 from quack_fx.layout import QKLayout, Ranges, WeightBlock
+from quack_fx.qk_norm.insert import insert_qk_norm
 from quack_fx.train.step import compile_train_step
 
 Loss = Callable[..., Tensor]

@@ -1,4 +1,4 @@
-"""USER: all ways to take a training step, timed side by side.
+"""All ways to take a training step, timed side by side.
 
 In: a `Case`. Out: a `Comparison`: for each way its step, its update alone, its peak memory and what it took to compile;
 and what the machine could do at best.

@@ -1,4 +1,4 @@
-"""USER: times that take turns, and what the machine could do at best.
+"""Times that take turns, and what the machine could do at best.
 
 In: functions. Out: medians and ratios with their spread. All run in one process, one after the other in every round, so
 that a machine that slows down slows all of them; a ratio is taken inside a round.

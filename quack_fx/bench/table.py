@@ -1,4 +1,4 @@
-"""USER: a comparison as a table, for a terminal or for a file.
+"""A comparison as a table, for a terminal or for a file.
 
 In: a `Comparison`. Out: a rich table and lines of text, or Markdown.
 """

@@ -1,7 +1,8 @@
-"""HALL: the layout, plain frozen data about which weight rows make which attention logits; no torch.
+"""The layout, plain frozen data about which weight rows make which attention logits; no torch.
 
-sites.py   the layout
-fit.py     whether a layout fits a model, and which of its parameters it means
+sites.py    the layout
+fit.py      whether a layout fits a model, and which of its parameters it means
+pattern.py  rows of heads and head maps as formulas of the head's number
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ W_uk^h W_dkv, and W_qr^h W_dq times W_kr.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ Range = tuple[int, int]
 Ranges = tuple[Range, ...]
 
 
-def merged(ranges: Ranges) -> Ranges:
+def merged(ranges: Iterable[Range]) -> Ranges:
     """The same rows in ascending order, neighbours joined.
 
     Example:

@@ -1,4 +1,4 @@
-"""USER: layout -> what a person reads: rich text for a terminal, a self-contained HTML page.
+"""Layout -> what a person reads: rich text for a terminal, a self-contained HTML page.
 
 In: a `QKLayout` and `Facts` about how it was found. Out: `overview` and `pair` (rich renderables), `html` (a string).
 The JSON is the layout's own (`QKLayout.to_dict`). No torch is imported, so a saved layout can be shown anywhere.

@@ -1,4 +1,4 @@
-"""USER: what is known about a finding besides the layout, for the head of a report.
+"""What is known about a finding besides the layout, for the head of a report.
 
 In: plain values. Out: `Facts`, and sums over a layout. No torch here: a report can be made of a layout's JSON.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quack_fx.layout import QKLayout
+from quack_fx.layout import QKLayout, Range, merged
 
 
 @dataclass(frozen=True)
@@ -67,29 +67,25 @@ class Facts:
 
 def qk_count(layout: QKLayout, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Number of weights that stand in some block of the layout, each counted once, biases included."""
-    rows: dict[tuple[str, int], set[tuple[int, int]]] = {}
-    biases: dict[str, set[tuple[int, int]]] = {}
+    rows: dict[tuple[str, int], set[Range]] = {}
+    biases: dict[str, set[Range]] = {}
     for site in layout.sites:
         for _, block in site.blocks():
             ranges = {r for head in block.heads for r in head}
             rows.setdefault((block.param, block.axis), set()).update(ranges)
             if block.bias:
                 biases.setdefault(block.bias, set()).update(ranges)
-    total = sum(_length(ranges) for bias, ranges in biases.items() if bias in shapes)
+    total = sum(_count(ranges) for bias, ranges in biases.items() if bias in shapes)
     for (param, axis), ranges in rows.items():
         shape = shapes.get(param)
         if shape is not None and axis < len(shape) and shape[axis]:
-            total += _length(ranges) * (math.prod(shape) // shape[axis])
+            total += _count(ranges) * (math.prod(shape) // shape[axis])
     return total
 
 
-def _length(ranges: set[tuple[int, int]]) -> int:
+def _count(ranges: set[Range]) -> int:
     """Number of rows in a union of ranges."""
-    total, end = 0, -1
-    for a, b in sorted(ranges):
-        total += max(0, b - max(a, end))
-        end = max(end, b)
-    return total
+    return sum(stop - start for start, stop in merged(ranges))
 
 
 def count_text(n: int) -> str:

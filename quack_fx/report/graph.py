@@ -1,4 +1,4 @@
-"""USER: one attention -> its pair graph, as a networkx graph and as inline SVG.
+"""One attention -> its pair graph, as a networkx graph and as inline SVG.
 
 In: a site. Out: `pair_graph`, from the inputs through the factors and norms to the products and their sum, the logits;
 `svg`, that graph drawn in layers, colours left to the page's style sheet.

@@ -1,4 +1,4 @@
-"""USER: equal layers -> one group; rows of heads -> a formula; both as short text that every report shares.
+"""Equal layers -> one group; rows of heads -> a formula; both as short text that every report shares.
 
 In: sites and names of a layout. Out: `Group`s with names such as "model.layers.{0..125}.self_attn", and rows such as
 "128h:128h+128", which reads: head h has the rows from 128 h up to, not including, 128 h + 128.
@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from quack_fx.layout import AttentionSite, Norm, Range, Ranges, WeightBlock
+from quack_fx.layout import AttentionSite, Norm, Ranges, WeightBlock, merged
+from quack_fx.layout.pattern import map_pattern, row_pattern
 
 Indices = tuple[frozenset[int], ...]
 
@@ -173,19 +174,21 @@ def rows_text(heads: Sequence[Ranges], letter: str = "h") -> str:
         return f"{rows_text([heads[i] for i in used], 'i')} for the i-th of {only.removesuffix(' only')}"
     if len(set(heads)) == 1:
         return _slices(heads[0]) + (", every head" if len(heads) > 1 else "")
-    period = _period([ranges[0][0] for ranges in heads])
-    widths = {tuple((a - ranges[0][0], b - ranges[0][0]) for a, b in ranges) for ranges in heads}
-    if period is None or len(widths) > 1:
+    pattern = row_pattern(heads)
+    if pattern is None:
         shown = "; ".join(_slices(ranges) for ranges in heads[:3])
         return shown + (f"; … ({len(heads)} heads)" if len(heads) > 3 else "")
-    start, inner, outer, size = period
-    if size == len(heads):
-        factor = f"{inner if inner != 1 else ''}{letter}"
-    else:
-        within = f" + {inner if inner != 1 else ''}({letter}%{size})" if inner else ""
-        factor = f"{outer if outer != 1 else ''}({letter}//{size}){within}"
-    ranges = _collapse(tuple((start + a, start + b) for a, b in widths.pop()))
+    *outer, (size, step) = pattern.loops
+    factor = f"{_times(step)}{letter}"
+    if outer:
+        within = f" + {_times(step)}({letter}%{size})" if step else ""
+        factor = f"{_times(outer[0][1])}({letter}//{size}){within}"
+    ranges = _collapse(tuple((pattern.first + a, pattern.first + b) for a, b in pattern.ranges))
     return ", ".join(f"{factor}{_plus(a)}:{factor}{_plus(b)}{step}" for a, b, step in ranges)
+
+
+def _times(n: int) -> str:
+    return f"{n}" if n != 1 else ""
 
 
 def _plus(n: int) -> str:
@@ -205,26 +208,9 @@ def _collapse(ranges: Ranges) -> list[tuple[int, int, str]]:
     return [(a, b, "") for a, b in ranges]
 
 
-def _period(starts: list[int]) -> tuple[int, int, int, int] | None:
-    """Numbers (a, inner, outer, size) with starts[h] == a + outer * (h // size) + inner * (h % size), or None."""
-    n, a = len(starts), starts[0]
-    for size in (n, *(s for s in range(n // 2, 0, -1) if n % s == 0)):
-        inner = starts[1] - a if size > 1 else 0
-        outer = starts[size] - a if size < n else 0
-        if all(s == a + outer * (h // size) + inner * (h % size) for h, s in enumerate(starts)):
-            return a, inner, outer, size
-    return None
-
-
-def total_rows(block: WeightBlock) -> list[Range]:
+def total_rows(block: WeightBlock) -> Ranges:
     """All rows of a block, whatever the head, as disjoint ranges in order."""
-    merged: list[Range] = []
-    for a, b in sorted({r for ranges in block.heads for r in ranges}):
-        if merged and a <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(b, merged[-1][1]))
-        else:
-            merged.append((a, b))
-    return merged
+    return merged(r for ranges in block.heads for r in ranges)
 
 
 # ---- the rest of a site in words -------------------------------------------------------------------------------------
@@ -258,14 +244,13 @@ def norms_text(norms: Sequence[Norm]) -> str:
 def map_text(site: AttentionSite) -> str:
     """Which key head a query head reads, as a formula where there is one."""
     n, k, heads = site.query_heads, site.key_heads, site.head_map
-    if heads == tuple(range(n)):
+    pattern = map_pattern(heads, k)
+    if pattern == "own":
         return "query head h reads key head h"
     if k == 1:
         return "all query heads read the one key head"
-    if n % k == 0 and heads == tuple(h // (n // k) for h in range(n)):
-        return f"query head h reads key head h//{n // k}"
-    if heads == tuple(h % k for h in range(n)):
-        return f"query head h reads key head h%{k}"
+    if pattern is not None:
+        return f"query head h reads key head h{f'//{n // k}' if pattern == 'blocks' else f'%{k}'}"
     return "query heads read key heads " + ", ".join(map(str, heads[:12])) + (", …" if n > 12 else "")
 
 

@@ -1,4 +1,4 @@
-"""USER: layout -> one self-contained HTML page.
+"""Layout -> one self-contained HTML page.
 
 In: a layout and the facts of its finding. Out: the page as a string: sums, the table of groups, and for each group its
 pair graph, a map of the rows that every head owns, head map, norms and QuacK's factors; then what was skipped and what

@@ -1,4 +1,4 @@
-"""USER: layout -> rich renderables for a terminal.
+"""Layout -> rich renderables for a terminal.
 
 In: a layout and the facts of its finding. Out: the overview (what was looked at, a table with one row per group of
 equal layers, what was skipped, what never ran) and the tree of one pair. Colours carry no meaning of their own, so that

@@ -1,4 +1,4 @@
-"""DOOR: what a user types -> a model and the example inputs of one forward call.
+"""What a user types -> a model and the example inputs of one forward call.
 
 In: a target, one of
 
@@ -34,7 +34,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from quack_fx.errors import TargetError
-from quack_fx.machine import bounded_memory
+from quack_fx.graph.forward.machine import bounded_memory
 from quack_fx.targets.adapters import adapt
 from quack_fx.targets.files import load
 from quack_fx.targets.pick import pick

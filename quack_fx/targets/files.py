@@ -1,4 +1,4 @@
-"""DOOR: a Python file or module -> its namespace; errors of the user's code -> one line.
+"""A Python file or module -> its namespace; errors of the user's code -> one line.
 
 In: the target as typed, and the world it runs in. Out: a `Namespace` and the name after the colon, if any. Where a file
 lies is told by `packages.py`.
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from quack_fx.errors import TargetError
-from quack_fx.gpus import OnThisMachine
+from quack_fx.graph.forward.gpus import OnThisMachine
 from quack_fx.targets.packages import Place, place_of, repository_of
 from quack_fx.targets.world import TrainingBegins, World, before_training
 

@@ -1,4 +1,4 @@
-"""DOOR: models of transformers: how one is built from its config, and the inputs that they take.
+"""Models of transformers: how one is built from its config, and the inputs that they take.
 
 In: a class and a config, or a model of transformers, wherever it comes from. Out: the model; keyword arguments of its
 forward. transformers is imported here, and only to build a model.

@@ -1,4 +1,4 @@
-"""DOOR: the model among the names of a namespace.
+"""The model among the names of a namespace.
 
 In: a `Namespace` and, maybe, a name. Out: `Recipe`s that make the model, the likeliest first. Without a name the first
 of these that the file has: a zero-argument factory, a module that the file made, the one nn.Module class that no other

@@ -1,4 +1,4 @@
-"""DOOR: from recipes of a model to the model, and to inputs for which its forward runs.
+"""From recipes of a model to the model, and to inputs for which its forward runs.
 
 In: recipes, the likeliest first; the namespace that expressions are evaluated in. Out: a `Target`. Each recipe is built
 on the meta device, if that will do, then for real, if memory holds it; the first whose forward runs is taken.
@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
 
 from quack_fx.errors import CaptureError, TargetError
-from quack_fx.machine import available_memory
-from quack_fx.recording import Capture, capture
+from quack_fx.graph.capture import Capture, capture
+from quack_fx.graph.forward.machine import available_memory
 from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, one_line, without
 from quack_fx.targets.inputs import Attempts, Budget, Inputs, infer, with_optional

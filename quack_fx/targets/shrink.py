@@ -1,4 +1,4 @@
-"""DOOR: a small configuration with the structure of a large one.
+"""A small configuration with the structure of a large one.
 
 In: a transformers config. Out: configs of the same class, the smallest first: fewer layers but every kind of layer,
 narrower heads, fewer of them, fewer experts, a small vocabulary, small pictures. A model built from one has the same

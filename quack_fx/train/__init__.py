@@ -1,4 +1,4 @@
-"""USER: training with QuacK.
+"""Training with QuacK.
 
 In: a layout, the model and its optimizer. Out: a training step whose query and key rows have learning rates of their
 own.

@@ -1,4 +1,4 @@
-"""USER: the training step of a model as one Python file that needs torch alone.
+"""The training step of a model as one Python file that needs torch alone.
 
 In: a model or target, or a layout to write it for. Out: source text; nothing is written to disk.
 """
@@ -6,6 +6,7 @@ In: a model or target, or a layout to write it for. Out: source text; nothing is
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from quack_fx.errors import EmitError
@@ -17,7 +18,7 @@ from quack_fx.train.program.source import OPTIMIZERS, write_program
 if TYPE_CHECKING:
     from torch import nn
 
-    from quack_fx.strip.modules import Plan
+    from quack_fx.qk_norm.strip.modules import Plan
 
 OptimizerName = Literal["adamw", "adam", "sgd", "muon", "lion"]
 
@@ -70,6 +71,7 @@ def convert(
         >>> source = convert("examples/mla.py")  # doctest: +SKIP
         >>> Path("train_mla.py").write_text(source)  # doctest: +SKIP
     """
+    recording = None
     if isinstance(target, str):
         from quack_fx.targets import resolve
 
@@ -77,6 +79,7 @@ def convert(
         if not assume:
             resolved.check_sizes("assume=True")
         model = resolved.model
+        recording = None if args or kwargs else resolved.recording
         args, kwargs = args or resolved.args, kwargs or resolved.kwargs
     elif build is not None or inputs is not None:
         raise EmitError(
@@ -87,41 +90,67 @@ def convert(
     if layout is None:
         if not args and not kwargs:
             raise EmitError("no example inputs: convert(model, *inputs), or convert(model, layout=...)")
-        from quack_fx.find import find_qk_pairs
+        from quack_fx.find import find
 
-        layout = find_qk_pairs(model, *args, **kwargs)
-    # The names that a layout may use: tied parameters under each of theirs.
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    stand_ins: Mapping[str, StandIn] = {}
-    if qk_norm == "strip":
-        layout, stand_ins, _ = surgery(model, layout)
-    elif qk_norm != "keep":
-        raise EmitError(f"qk_norm={qk_norm!r} is not known; use qk_norm='strip' or qk_norm='keep'")
-    title = title or type(model).__name__
-    features = features_of(sharded, master_weights)
-    return emit(layout, shapes, title=title, optimizer=optimizer, tau=tau, features=features, stand_ins=stand_ins)
+        layout = find(model, args, kwargs, recording=recording).layout
+    step = prepare(model, layout, qk_norm)
+    return step.source(
+        title or type(model).__name__, optimizer, tau=tau, sharded=sharded, master_weights=master_weights
+    )
 
 
-def features_of(sharded: bool, master_weights: bool) -> set[str]:
-    """The features of a program that were asked for."""
-    return {name for name, asked in (("sharded", sharded), ("masters", master_weights)) if asked}
+@dataclass(frozen=True)
+class Conversion:
+    """A model as the step that is written for it will have it.
+
+    Attributes:
+        layout: Its pairs, once the QK norms that go are out.
+        shapes: Shape of each of its parameters, tied ones under every name.
+        stand_ins: For each QK norm module that the file takes out of the model what it puts there.
+        plan: What becomes of its QK norms; None where all are kept.
+    """
+
+    layout: QKLayout
+    shapes: Mapping[str, Sequence[int]]
+    stand_ins: Mapping[str, StandIn]
+    plan: Plan | None
+
+    def source(self, title: str, optimizer: OptimizerName, *, tau: float, sharded: bool, master_weights: bool) -> str:
+        """Source of the step; arguments and errors as those of `convert`."""
+        features = {name for name, asked in (("sharded", sharded), ("masters", master_weights)) if asked}
+        return emit(
+            self.layout,
+            self.shapes,
+            title=title,
+            optimizer=optimizer,
+            tau=tau,
+            features=features,
+            stand_ins=self.stand_ins,
+        )
 
 
-def surgery(model: nn.Module, layout: QKLayout) -> tuple[QKLayout, Mapping[str, StandIn], Plan]:
-    """The layout that a model has once its QK norms are out, and what the emitted file puts in their place.
+def prepare(model: nn.Module, layout: QKLayout, qk_norm: str = "strip") -> Conversion:
+    """What is to be written for a model, which is not changed.
 
     Arguments:
-        model: The model, which is not changed.
-        layout: Its layout.
+        model: The model.
+        layout: Its pairs.
+        qk_norm: As in `convert`.
 
-    Returns:
-        That layout, what stands in for each norm module, and the whole plan.
+    Raises:
+        EmitError: `qk_norm` is not known.
     """
-    from quack_fx.strip.modules import plan_strip
+    # The names that a layout may use: tied parameters under each of theirs.
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if qk_norm == "keep":
+        return Conversion(layout, shapes, {}, None)
+    if qk_norm != "strip":
+        raise EmitError(f"qk_norm={qk_norm!r} is not known; use qk_norm='strip' or qk_norm='keep'")
+    from quack_fx.qk_norm.strip.modules import plan_strip
 
     plan = plan_strip(model, layout)
     stand_ins = {name: StandIn(module.tensors, module.factor) for name, module in plan.stand_ins.items()}
-    return plan.layout(layout, ()), stand_ins, plan
+    return Conversion(plan.layout(layout, ()), shapes, stand_ins, plan)
 
 
 def emit(

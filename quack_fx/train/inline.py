@@ -1,4 +1,4 @@
-"""USER: QuacK inside the graph of a training step or optimizer step that somebody traced, for whatever optimizer.
+"""QuacK inside the graph of a training step or optimizer step that somebody traced, for whatever optimizer.
 
 In: an ATen graph in which weights are updated (of make_fx, AOTAutograd, a graph trainer), and the model's layout. Out:
 a graph with the same inputs and outputs, in which

@@ -1,4 +1,4 @@
-"""USER: whether an optimizer is Lion, which torch.optim does not have: whoever's class does what the paper says.
+"""Whether an optimizer is Lion, which torch.optim does not have: whoever's class does what the paper says.
 
 In: an optimizer of any class. Out: yes or no.
 """

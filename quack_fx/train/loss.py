@@ -1,4 +1,4 @@
-"""USER: the examples that a loss function feeds its model.
+"""The examples that a loss function feeds its model.
 
 In: a model, maybe a loss function, and a batch. Out: the arguments that the model gets for it.
 """

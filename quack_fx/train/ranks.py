@@ -92,9 +92,9 @@ def groups_that_differ(model: nn.Module) -> Groups:
     return _groups_of(model) if len(meshes) > 1 else {}
 
 
-def everywhere(finite: float | Tensor, groups: Groups) -> float | Tensor:
-    """1 where it is 1 on every rank of some groups, else 0; a number that is no tensor is known to be the same."""
-    if isinstance(finite, Tensor):
+def everywhere(finite: Tensor | None, groups: Groups) -> Tensor | None:
+    """1 where it is 1 on every rank of some groups, else 0; None, where no step may be skipped, stays None."""
+    if finite is not None:
         for group in groups:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
     return finite

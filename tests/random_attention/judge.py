@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from quack_fx.errors import QuackError, VerifyError
 from quack_fx.find import find_qk_pairs
 from quack_fx.layout import AttentionSite, QKLayout
-from quack_fx.verify import verify_qk_pairs
+from quack_fx.prove import verify_qk_pairs
 
 from .choices import Choices
 from .compare import Difference, differences

@@ -1,4 +1,4 @@
-"""DOOR: targets that are neither a Python file nor a module. One adapter a file, and this registry.
+"""Targets that are neither a Python file nor a module. One adapter a file, and this registry.
 
 In: a target as typed. Out: `Adapted` (a `Namespace`, a `Recipe`, maybe example inputs), or None where no adapter takes
 it, and it is a file or a module.

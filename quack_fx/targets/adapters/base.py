@@ -1,4 +1,4 @@
-"""DOOR: what an adapter is, and what adapters share: importing a package, telling the nearest name, example inputs.
+"""What an adapter is, and what adapters share: importing a package, telling the nearest name, example inputs.
 
 In: what a user typed. Out: `Adapted`: the names that expressions may use, how the model is made, and, where the source
 knows better than the forward's signature does, inputs of its own.

@@ -1,4 +1,4 @@
-"""DOOR: example inputs from the signature of a model's forward, its source and its layers.
+"""Example inputs from the signature of a model's forward, its source and its layers.
 
 In: a model. Out: `Inputs`, most likely first; the caller keeps the first for which the forward runs, and goes
 through `Attempts`, which adds what the error of a failed one suggests. They are tiny: batches of 2, 4 tokens. A

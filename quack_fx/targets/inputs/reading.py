@@ -5,9 +5,10 @@ of what it calls (methods, submodules, helper functions); attributes of the mode
 that `self.layers[0].proj(x.transpose(1, 2))` says which layer takes `x`, and `assert T <= self.block_size` what T may
 be. Both branches of an `if` are read where its condition is not known; of a loop over layers, the first and last.
 
-    calls.py   what is known about calls of torch and of methods of tensors
-    loops.py   lists and dicts that are written as loops
-    uses.py    what is noted
+    calls.py      what is known about calls of torch and of methods of tensors
+    loops.py      lists and dicts that are written as loops
+    operators.py  operators between values that are known
+    uses.py       what is noted
 """
 
 from __future__ import annotations
@@ -15,42 +16,22 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import operator
 import textwrap
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from quack_fx.targets.inputs import calls
 from quack_fx.targets.inputs.loops import comprehension, same_keys
+from quack_fx.targets.inputs.operators import compared, computed
 from quack_fx.targets.inputs.uses import UNKNOWN, Data, Dim, Items, Known, Rank, Shape, Unknown, Use, Value
 
 DEPTH, STATEMENTS = 16, 4000
 """How deep calls are followed, and how many statements are read in all."""
 
 Scope = dict[str, Value]
-_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.truediv,
-    ast.Mod: operator.mod,
-}
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-    ast.In: lambda a, b: a in b,
-    ast.NotIn: lambda a, b: a not in b,
-}
 
 
 def read_uses(model: nn.Module, given: list[str]) -> dict[str, Use]:
@@ -367,11 +348,7 @@ class Frame:
         """A sum, product or the like."""
         left, right = self.of(node.left), self.of(node.right)
         if isinstance(left, Known) and isinstance(right, Known):
-            numbers = isinstance(left.value, int | float | tuple) and isinstance(right.value, int | float | tuple)
-            try:
-                return Known(_ARITHMETIC[type(node.op)](left.value, right.value)) if numbers else UNKNOWN
-            except Exception:
-                return UNKNOWN
+            return computed(node.op, left.value, right.value)
         if isinstance(left, Dim) and isinstance(node.op, ast.Mod) and isinstance(right, Known):
             return Dim(left.data, left.axis, right.value) if isinstance(right.value, int) else UNKNOWN
         return calls.combined(node.op, left, right)
@@ -383,10 +360,7 @@ class Frame:
             return UNKNOWN
         (left, right), op = values, node.ops[0]
         if isinstance(left, Known) and isinstance(right, Known):
-            try:
-                return Known(bool(_COMPARE[type(op)](left.value, right.value)))
-            except Exception:
-                return UNKNOWN
+            return compared(op, left.value, right.value)
         if isinstance(left, Data) and isinstance(op, ast.Is | ast.IsNot) and calls.is_none(right):
             left.use.marks.add("checked")
             return Known(isinstance(op, ast.IsNot))

@@ -7,6 +7,7 @@ nothing behind: no module, no path, no process group, no argument.
     inert.py      what a name of a missing package is: nothing that does anything
     known.py      names of missing packages whose meaning is known ...
     attention.py  ... what fused attention computes
+    flash_attn.py ... that of flash_attn too
     vision.py     ... layers of timm, and timm_vit.py its transformer
     fields.py     ... config objects
     devices.py    what torch.cuda says without a GPU
@@ -28,7 +29,7 @@ from types import ModuleType
 
 import torch._dynamo
 
-from quack_fx.gpus import Device, OnThisMachine
+from quack_fx.graph.forward.gpus import Device, OnThisMachine
 from quack_fx.targets.packages import LocalImports, Place, is_installed
 from quack_fx.targets.world.devices import no_gpu
 from quack_fx.targets.world.imports import Imports

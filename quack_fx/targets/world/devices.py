@@ -2,7 +2,7 @@
 
 In: nothing. Out: a context in which what is asked of `torch.cuda` is answered as by one small GPU that nobody sees.
 `torch.cuda.is_available()` stays false: code that has a way for CPUs takes it. Where the tensors go that are asked for
-on a GPU, `quack_fx.gpus` decides.
+on a GPU, `quack_fx.graph.forward.gpus` decides.
 
 On a machine with a GPU nothing is changed.
 """
@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from quack_fx.gpus import here
+from quack_fx.graph.forward.gpus import here
 
 
 @contextmanager

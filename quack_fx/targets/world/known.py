@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quack_fx.targets.world import attention as fused
-from quack_fx.targets.world import rotations, timm_vit, vision
+from quack_fx.targets.world import attention, flash_attn, rotations, timm_vit, vision
 from quack_fx.targets.world.block_masks import BlockDiagonalCausalMask, BlockDiagonalMask
 from quack_fx.targets.world.fields import Fields, Loader
 from quack_fx.targets.world.inert import Inert, StandInUsed
@@ -234,24 +233,24 @@ def _group(*args: Any, **kwargs: Any) -> Any:
 
 
 _FLASH = {
-    "flash_attn_func": fused.flash_attn_func,
-    "flash_attn_qkvpacked_func": fused.flash_attn_qkvpacked_func,
-    "flash_attn_kvpacked_func": fused.flash_attn_kvpacked_func,
-    "flash_attn_varlen_func": fused.flash_attn_varlen_func,
-    "flash_attn_varlen_qkvpacked_func": fused.flash_attn_varlen_qkvpacked_func,
-    "flash_attn_varlen_kvpacked_func": fused.flash_attn_varlen_kvpacked_func,
-    "flash_attn_unpadded_func": fused.flash_attn_varlen_func,
-    "flash_attn_unpadded_qkvpacked_func": fused.flash_attn_varlen_qkvpacked_func,
-    "flash_attn_unpadded_kvpacked_func": fused.flash_attn_varlen_kvpacked_func,
-    "flash_attn_with_kvcache": fused.flash_attn_with_kvcache,
-    "FlashAttention": fused.FlashAttention,
-    "FlashSelfAttention": fused.FlashSelfAttention,
-    "FlashCrossAttention": fused.FlashCrossAttention,
-    "unpad_input": fused.unpad_input,
-    "pad_input": fused.pad_input,
-    "index_first_axis": fused.index_first_axis,
-    "apply_rotary_emb": fused.apply_rotary_emb,
-    "apply_rotary_emb_func": fused.apply_rotary_emb,
+    "flash_attn_func": flash_attn.flash_attn_func,
+    "flash_attn_qkvpacked_func": flash_attn.flash_attn_qkvpacked_func,
+    "flash_attn_kvpacked_func": flash_attn.flash_attn_kvpacked_func,
+    "flash_attn_varlen_func": flash_attn.flash_attn_varlen_func,
+    "flash_attn_varlen_qkvpacked_func": flash_attn.flash_attn_varlen_qkvpacked_func,
+    "flash_attn_varlen_kvpacked_func": flash_attn.flash_attn_varlen_kvpacked_func,
+    "flash_attn_unpadded_func": flash_attn.flash_attn_varlen_func,
+    "flash_attn_unpadded_qkvpacked_func": flash_attn.flash_attn_varlen_qkvpacked_func,
+    "flash_attn_unpadded_kvpacked_func": flash_attn.flash_attn_varlen_kvpacked_func,
+    "flash_attn_with_kvcache": flash_attn.flash_attn_with_kvcache,
+    "FlashAttention": flash_attn.FlashAttention,
+    "FlashSelfAttention": flash_attn.FlashSelfAttention,
+    "FlashCrossAttention": flash_attn.FlashCrossAttention,
+    "unpad_input": flash_attn.unpad_input,
+    "pad_input": flash_attn.pad_input,
+    "index_first_axis": flash_attn.index_first_axis,
+    "apply_rotary_emb": flash_attn.apply_rotary_emb,
+    "apply_rotary_emb_func": flash_attn.apply_rotary_emb,
     "RMSNorm": RMSNorm,
     "CrossEntropyLoss": CrossEntropyLoss,
 }
@@ -263,8 +262,8 @@ _NORMS = {
     "FastLayerNorm": LayerNorm,
 }
 _FLASH_3 = _FLASH | {
-    "flash_attn_func": fused.flash_attn_3_func,
-    "flash_attn_varlen_func": fused.flash_attn_3_varlen_func,
+    "flash_attn_func": flash_attn.flash_attn_3_func,
+    "flash_attn_varlen_func": flash_attn.flash_attn_3_varlen_func,
 }
 _PARALLEL = {
     "ColumnParallelLinear": ParallelLinear,
@@ -310,14 +309,14 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "flash_attn_interface": _FLASH_3,
     "flash_attn_2_cuda": {},
     "xformers": {
-        "memory_efficient_attention": fused.memory_efficient_attention,
-        "LowerTriangularMask": fused.LowerTriangularMask,
-        "LowerTriangularFromBottomRightMask": fused.LowerTriangularFromBottomRightMask,
+        "memory_efficient_attention": attention.memory_efficient_attention,
+        "LowerTriangularMask": attention.LowerTriangularMask,
+        "LowerTriangularFromBottomRightMask": attention.LowerTriangularFromBottomRightMask,
         "BlockDiagonalMask": BlockDiagonalMask,
         "BlockDiagonalCausalMask": BlockDiagonalCausalMask,
         "SwiGLU": SwiGLU,
     },
-    "sageattention": {"sageattn": fused.sageattn},
+    "sageattention": {"sageattn": attention.sageattn},
     "rotary_emb": {"apply_rotary": rotations.apply_rotary},
     "pytorch3d": {n: getattr(rotations, n) for n in dir(rotations) if n.startswith("quaternion_")},
     "apex": _NORMS,

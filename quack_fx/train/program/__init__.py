@@ -1,4 +1,4 @@
-"""USER: the training step of one model, written down as Python that needs torch alone.
+"""The training step of one model, written down as Python that needs torch alone.
 
 In: a layout and the shapes of its parameters. Out: source, which `convert` hands out and `compile_train_step` runs.
 

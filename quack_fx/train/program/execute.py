@@ -1,4 +1,4 @@
-"""USER: a program is run.
+"""A program is run.
 
 In: its text. Out: the module that it is. Tracebacks and debuggers show its lines, by way of `linecache`.
 """

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from quack_fx.layout import Ranges
+from quack_fx.layout.pattern import Loop, loops_of, row_pattern
 from quack_fx.train.program.text import Tables, as_ranges
-
-Loop = tuple[int, int]
-"""How many numbers, and how far apart."""
 
 
 def index_of(heads: Sequence[Ranges], tables: Tables) -> str:
@@ -28,39 +26,19 @@ def index_of(heads: Sequence[Ranges], tables: Tables) -> str:
         >>> index_of([((0, 1), (3, 4)), ((1, 2), (2, 3))], Tables("ROWS"))
         'torch.tensor([[0, 3], [1, 2]])'
     """
-    numbers = [[row for start, stop in ranges for row in range(start, stop)] for ranges in heads]
-    loops = _loops(numbers)
-    text = None if loops is None else _view(numbers[0][0], loops, len(heads), len(numbers[0]))
-    if text is not None:
-        return text
-    return f"torch.tensor({tables.text([tables.text(as_ranges(own)) for own in numbers])})"
+    pattern = row_pattern(heads)
+    if pattern is not None:
+        offsets = _rows(pattern.ranges)
+        inner = loops_of(offsets)
+        text = None if inner is None else _view(pattern.first, [*pattern.loops, *inner], len(heads), len(offsets))
+        if text is not None:
+            return text
+    return f"torch.tensor({tables.text([tables.text(as_ranges(_rows(own))) for own in heads])})"
 
 
-def _loops(numbers: list[list[int]]) -> list[Loop] | None:
-    """Nested loops that run through the rows, head by head; None where they are none."""
-    inner = _nested(numbers[0])
-    starts = [own[0] for own in numbers]
-    if inner is None or any([n - own[0] for n in own] != [n - starts[0] for n in numbers[0]] for own in numbers):
-        return None
-    outer = _nested(starts)
-    return None if outer is None else [*outer, *inner]
-
-
-def _nested(values: list[int]) -> list[Loop] | None:
-    """Nested loops that run through some numbers, from their first; the outermost first; at most two."""
-    if len(values) == 1:
-        return []
-    step = values[1] - values[0]
-    count = next((i for i in range(1, len(values)) if values[i] - values[i - 1] != step), len(values))
-    if count == len(values):
-        return [(count, step)]
-    firsts = values[::count]
-    whole = len(values) % count == 0
-    if not whole or any(values[i] - values[i - i % count] != step * (i % count) for i in range(len(values))):
-        return None
-    distance = firsts[1] - firsts[0]
-    even = all(b - a == distance for a, b in pairwise(firsts))
-    return [(len(firsts), distance), (count, step)] if even else None
+def _rows(ranges: Ranges) -> list[int]:
+    """The numbers of the rows in some ranges."""
+    return [row for start, stop in ranges for row in range(start, stop)]
 
 
 def _view(first: int, loops: list[Loop], heads: int, rows: int) -> str | None:

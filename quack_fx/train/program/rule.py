@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quack_fx.layout.pattern import map_pattern
 from quack_fx.train.program.kinds import Kind, Term
 from quack_fx.train.program.text import INDENT, Tables, as_ranges, bracketed
 
@@ -90,10 +91,10 @@ def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Ta
         )
     if size == 1:
         return f"{whole}.amax(-1, keepdim=True)"
-    groups = heads // size
-    if groups * size == heads and target == tuple(h // groups for h in range(heads)):
+    pattern, groups = map_pattern(target, size), heads // size
+    if pattern == "blocks":
         return f"{whole}.unflatten(-1, ({size}, {groups})).amax(-1)"
-    if groups * size == heads and target == tuple(h % size for h in range(heads)):
+    if pattern == "cycle" and groups * size == heads:
         return f"{whole}.unflatten(-1, ({groups}, {size})).amax(-2)"
     return f"largest({whole}, {tables.text(as_ranges(target))}, {size})"
 
@@ -108,10 +109,10 @@ def _read(norms: str, size: int, column: tuple[int, ...], tables: Tables) -> str
     heads = len(column)
     if column == tuple(range(size)) or size == 1:
         return norms
-    groups = heads // size
-    if groups * size == heads and column == tuple(h // groups for h in range(heads)):
+    pattern, groups = map_pattern(column, size), heads // size
+    if pattern == "blocks":
         return f"{norms}.repeat_interleave({groups}, -1)"
-    if groups * size == heads and column == tuple(h % size for h in range(heads)):
+    if pattern == "cycle" and groups * size == heads:
         return f"{norms}.repeat(1, {groups})"
     if column == tuple(range(column[0], column[0] + heads)):
         return f"{norms}[:, {column[0]}:{column[-1] + 1}]"

@@ -46,8 +46,8 @@ class QuacK:
         """Find the weights; again where some were replaced."""
         check_stripped(model)  # if norms
         params = dict(model.named_parameters(remove_duplicate=False))
-        wrappers = re.compile(r"^(_orig_mod\.)?module\.|(_orig_mod|_checkpoint_wrapped_module)\.")
-        params |= {wrappers.sub("", name): weight for name, weight in params.items()}
+        wrapper = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
+        params |= {wrapper.sub("", name).removeprefix("module."): weight for name, weight in params.items()}
         self.stacks: list[dict[str, tuple[list[Tensor], int]]] = []  # for each kind its weights in all attentions, axis
         self.rows: list[Any] = []
         self.home: dict[Tensor, tuple[int, int]] = {}  # of each weight the number of its kind, and of its attention

@@ -1,0 +1,56 @@
+"""A graph of a model -> its layout: every query/key pair, by structure and never by name.
+
+In: a model and example inputs, or an ATen graph of it. Out: a `QKLayout`, and for those who rewrite graphs what was
+understood of each attention.
+
+    search.py     the calls: a model, a recording or a graph in, a layout out
+    attention.py  where a graph makes attention logits
+    grouped.py    softmaxes over groups of entries, as attention over the edges of a graph has them
+    provenance/   which weight rows each operand of the logits is made of
+
+Whoever is outside this folder imports what stands here, and nothing from its files.
+"""
+
+from __future__ import annotations
+
+from quack_fx.find.attention import Logits, Product, fused_scale
+from quack_fx.find.provenance import Heads, NormOp, NormTag, Projection, Vector
+from quack_fx.find.search import (
+    Attentions,
+    Finding,
+    Found,
+    Pairs,
+    attentions_of,
+    find,
+    find_each,
+    find_in_graph,
+    find_qk_pairs,
+    own_parameters,
+    pairs_of,
+    parameters_in,
+    places_of,
+)
+
+__all__ = [
+    "Attentions",
+    "Finding",
+    "Found",
+    "Heads",
+    "Logits",
+    "NormOp",
+    "NormTag",
+    "Pairs",
+    "Product",
+    "Projection",
+    "Vector",
+    "attentions_of",
+    "find",
+    "find_each",
+    "find_in_graph",
+    "find_qk_pairs",
+    "fused_scale",
+    "own_parameters",
+    "pairs_of",
+    "parameters_in",
+    "places_of",
+]

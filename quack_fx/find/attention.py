@@ -1,0 +1,406 @@
+"""Where a graph makes attention logits.
+
+In: the dataflow of a graph. Out: one `Logits` for each softmax (or fused attention op) that weighs values by products
+of queries and keys, and a `NearMiss` with a reason for each place that looks like attention and is none that we handle.
+
+A product of two activations is logits when it reaches a softmax through elementwise and movement ops, and the softmax's
+result enters another product of two activations. A router's softmax is not (its logits are data times a weight), nor is
+CLIP's similarity (its softmax weighs nothing).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.find.grouped import Groups, groups_of, scattered, scatters
+from quack_fx.graph.dataflow import Dataflow, factors_of
+
+_SMOOTH = ("movement", "elementwise", "getitem", "norm")
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of queries and keys.
+
+    Attributes:
+        node: The product; its result is (a part of) the logits.
+        left: Its left operand, [..., M, K].
+        right: Its right operand, [..., K, N] for a matrix product; of the left's form for the others.
+        form: "matmul"; "bilinear" for an elementwise product summed over an axis; "fused" for one attention op that
+            takes queries and keys as [..., tokens, K], "fused-tokens-first" with [..., tokens, heads, K].
+    """
+
+    node: Node
+    left: Node
+    right: Node
+    form: Literal["matmul", "bilinear", "fused", "fused-tokens-first"] = "matmul"
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The logits of one attention.
+
+    Attributes:
+        products: Products whose sum (or concatenation) they are.
+        path: Nodes between the products and the softmax's input.
+        end: The softmax's input; the product itself for fused ops.
+        axis: Axis of `end` that the softmax runs over: the keys.
+        groups: Set where it runs over groups of entries of that axis, each for itself.
+        output: Product of the weights and the values; the fused op itself.
+        siblings: Outputs of attentions of the same form in the same module call.
+        parts: The turns of a Python loop over heads, each with logits and a softmax of its own, whose outputs are put
+            side by side. Products and paths of all of them are here as well.
+    """
+
+    products: tuple[Product, ...]
+    path: tuple[Node, ...]
+    end: Node
+    axis: int
+    output: Node
+    siblings: tuple[Node, ...] = ()
+    parts: tuple[Logits, ...] = ()
+    groups: Groups | None = None
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Something like attention that is not in the layout: where, a code and a sentence."""
+
+    node: Node
+    code: str
+    reason: str
+
+
+def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
+    """All attention logits of a graph, in the order in which they run, and the near misses."""
+    found: list[Logits] = []
+    misses: list[NearMiss] = []
+    soft = [softmax for node in df.nodes if (softmax := _softmax(df, node)) is not None]
+    outputs = {softmax.node: _weighted_values(df, softmax) for softmax in soft}
+    value_products = {output for output in outputs.values() if output is not None}
+    used: set[Node] = set()
+    for softmax in soft:
+        node, end, axis = softmax.node, softmax.source, softmax.axis
+        output = outputs[node]
+        if output is None and (df.shape(end)[axis] != 1 or not _is_read(df, node)):
+            continue
+        products, path, learned = _behind(df, softmax, value_products)
+        if output is None:
+            if products:
+                text = "its softmax runs over a single key on these inputs, so nothing is weighed; give larger inputs"
+                misses.append(NearMiss(node, "one-key", text))
+            continue
+        used.update(p.node for p in products)
+        if products:
+            content = tuple(_content(df, products))
+            found.append(Logits(content, tuple(path), end, axis, output, groups=softmax.groups))
+        elif learned is not None:
+            text = "its queries or keys are a parameter itself, not the output of a projection"
+            misses.append(NearMiss(learned, "learned-query", text))
+        elif node in df.from_input:
+            text = (
+                "its softmax weighs values, but its logits are not a product of queries and keys (additive attention, "
+                "attention pooling, or linear attention with a softmax of its own for the keys)"
+            )
+            misses.append(NearMiss(node, "additive-attention", text))
+    for node in df.nodes:
+        if df.op[node].kind == "attention" and node in df.activation:
+            found.extend(_fused(df, node, misses))
+    misses.extend(_without_softmax(df, used | value_products))
+    found.sort(key=lambda logits: df.index[logits.output])
+    return sorted(_with_siblings(df, found), key=lambda one: df.index[one.output]), misses
+
+
+def _with_siblings(df: Dataflow, found: list[Logits]) -> list[Logits]:
+    """The attentions, each with those of its form in the same call of a module; turns of a loop made one."""
+    calls: dict[object, list[Node]] = {}
+    loops: dict[object, list[Logits]] = {}
+    for one in found:
+        calls.setdefault(_call(df, one), []).append(one.output)
+    for one in found:
+        one = replace(one, siblings=tuple(n for n in calls[_call(df, one)] if n is not one.output))
+        place = _put_into(df, one.output)
+        key = (df.modules(one.end), *_form(df, one), place) if place is not None else one.end
+        loops.setdefault(key, []).append(one)
+    return [parts[0] if len(parts) == 1 else _loop(parts) for parts in loops.values()]
+
+
+def _call(df: Dataflow, one: Logits) -> tuple[object, ...]:
+    # Our recordings make one stack of modules for each call.
+    return (id(one.end.meta.get("nn_module_stack")), *_form(df, one))
+
+
+def _form(df: Dataflow, one: Logits) -> tuple[object, ...]:
+    return df.shape(one.end), len(one.products)
+
+
+def _loop(parts: list[Logits]) -> Logits:
+    """Turns of a loop as one attention."""
+    return replace(
+        parts[-1],
+        products=tuple(product for one in parts for product in one.products),
+        path=tuple(dict.fromkeys(node for one in parts for node in one.path)),
+        parts=tuple(parts),
+    )
+
+
+def _put_into(df: Dataflow, output: Node) -> Node | None:
+    """The tensor that an attention's output is put into beside others, on the way to which it is only moved."""
+    node = output
+    while True:
+        if df.op[node].name in ("cat", "stack"):
+            return node
+        if df.group[node] in df.writes and node is not output:
+            return df.group[node]
+        users = [user for user in node.users if user.op == "call_function"]
+        if len(users) != 1 or df.op[users[0]].kind not in ("movement", "getitem"):
+            return None
+        node = users[0]
+
+
+# ---- softmax ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """A softmax: its node (the exponential of one written by hand), its input, the axis, and groups along the axis."""
+
+    node: Node
+    source: Node
+    axis: int
+    groups: Groups | None = None
+
+
+def _softmax(df: Dataflow, node: Node) -> _Softmax | None:
+    """A softmax, written as an op, as exp(x) / sum(exp(x)), or with sums over groups."""
+    if node not in df.activation:
+        return None
+    if df.op[node].kind == "softmax":
+        source, axis = node.args[0], node.args[1]
+        known = isinstance(source, Node) and isinstance(axis, int)
+        return _Softmax(node, source, axis % len(df.shape(source))) if known else None  # type: ignore[arg-type, operator]
+    if df.op[node].name != "exp" or not isinstance(node.args[0], Node):
+        return None
+    source = node.args[0]
+    for user in node.users:
+        if df.op[user].name == "sum" and (axis := _axis(df, user, source)) is not None:
+            return _Softmax(node, source, axis)
+    for inner in source.all_input_nodes:
+        if df.op[inner].name == "logsumexp" and (axis := _axis(df, inner, source)) is not None:
+            return _Softmax(node, source, axis)
+    groups = groups_of(df, node)
+    return None if groups is None else _Softmax(node, source, groups.axis, groups)
+
+
+def _is_read(df: Dataflow, node: Node) -> bool:
+    """Whether anything is computed from a node, or it is a result, however it is moved before."""
+    return any(df.op[user].kind not in ("movement", "getitem") or _is_read(df, user) for user in node.users)
+
+
+def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
+    dims = reduction.args[1] if len(reduction.args) > 1 else None
+    dims = [dims] if isinstance(dims, int) else dims
+    one = isinstance(dims, list | tuple) and len(dims) == 1 and isinstance(dims[0], int)
+    return int(dims[0]) % len(df.shape(source)) if one else None  # type: ignore[index, arg-type]
+
+
+def _weighted_values(df: Dataflow, softmax: _Softmax) -> Node | None:
+    """The product of a softmax's weights with data, or None."""
+    if softmax.groups is not None:
+        return _weighted_in_groups(df, softmax.node)
+    return _multiplied_with_data(df, softmax.node)
+
+
+def _weighted_in_groups(df: Dataflow, exponential: Node) -> Node | None:
+    """The elementwise product of weights with data whose entries are added up by groups, or None."""
+    seen: set[Node] = set()
+    todo = [exponential]
+    while todo:
+        for user in todo.pop(0).users:
+            if user in seen or user not in df.activation or df.op[user].kind not in _SMOOTH:
+                continue
+            seen.add(df.open(user))
+            both = len([n for n in user.all_input_nodes if n in df.activation]) == 2
+            if df.op[user].name == "mul" and both and scattered(df, user) is not None:
+                return user
+            todo.append(user)
+            todo.extend(df.writes.get(df.group[user], ()) if df.op[user].inplace else ())
+    return None
+
+
+def _multiplied_with_data(df: Dataflow, softmax: Node) -> Node | None:
+    """The product of a node with data, however it is moved and scaled before."""
+    seen: set[Node] = set()
+    mixed: set[Node] = set()  # weights that were combined with other data: a router's, mostly
+    todo = [softmax]
+    while todo:
+        node = todo.pop(0)
+        for user in node.users:
+            if user in seen or user not in df.activation:
+                continue
+            seen.add(user)
+            op = df.op[user]
+            if node in mixed or sum(n in df.activation for n in user.all_input_nodes) > 1:
+                mixed.add(user)
+            elif df.op[softmax].kind != "contraction":
+                df.open(user)
+            if _is_product(df, user) or _is_bilinear(df, user):
+                return user
+            if op.kind in _SMOOTH and not (op.name == "mul" and _summed(df, user)):
+                todo.append(user)
+                todo.extend(df.writes.get(df.group[user], ()) if op.inplace else ())
+            elif op.name == "mul":
+                return next(u for u in user.users if df.op[u].name in ("sum", "mean"))
+            elif _keeps_logits(df, user) is not None:
+                todo.append(user)
+    return None
+
+
+def _summed(df: Dataflow, mul: Node) -> bool:
+    """Whether a product of two activations is summed right away: weights times values, written elementwise."""
+    both = [n for n in mul.all_input_nodes if n in df.activation]
+    return len(both) == 2 and any(df.op[u].name == "sum" for u in mul.users)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+def _is_data(df: Dataflow, node: Node) -> bool:
+    """Whether a node is an activation, or made of the model's floating-point inputs alone."""
+    return node in df.activation or df.is_given(node)
+
+
+def _is_product(df: Dataflow, node: Node) -> bool:
+    """Whether a node multiplies data with data."""
+    if df.op[node].kind != "contraction":
+        return False
+    sides = factors_of(df, node)
+    return sides is not None and all(_is_data(df, n) for n in sides[:2])
+
+
+def _is_bilinear(df: Dataflow, node: Node) -> bool:
+    """Whether a node is the sum over an axis of an elementwise product of two activations."""
+    source = node.args[0] if node.args else None
+    if df.op[node].name != "sum" or not isinstance(source, Node) or df.op[source].name != "mul":
+        return False
+    factors = [n for n in source.all_input_nodes if n in df.activation]
+    return len(factors) == 2 and all(len(df.shape(n)) == len(df.shape(source)) for n in factors)
+
+
+def _keeps_logits(df: Dataflow, node: Node) -> Node | None:
+    """Data operand of a product with a small square weight that keeps the number of elements (talking heads)."""
+    if df.op[node].kind not in ("contraction", "convolution"):
+        return None
+    sides = factors_of(df, node)
+    if sides is None:
+        return None
+    x, weight = (sides[0], sides[1]) if df.is_weight(sides[1]) else (sides[1], sides[0])
+    if not df.is_weight(weight) or x not in df.activation or (len(df.shape(x)) < 3 and df.op[node].name != "mm"):
+        return None
+    same = df.shape(x).numel() == df.shape(node).numel()
+    return x if same and len({n for n in df.shape(weight) if n > 1}) <= 1 else None
+
+
+def _behind(
+    df: Dataflow, softmax: _Softmax, value_products: set[Node]
+) -> tuple[list[Product], list[Node], Node | None]:
+    """Products that a softmax's input is made of, the nodes on the way, and a product with a bare parameter if seen."""
+    products: list[Product] = []
+    path: list[Node] = []
+    learned: Node | None = None
+    seen: set[Node] = set()
+    todo = list(df.reads(softmax.node))
+    while todo:
+        node = todo.pop()
+        if node in seen or not _may_be_logits(df, node) or (softmax.groups is not None and scatters(df, node)):
+            continue
+        seen.add(df.open(node))
+        if _is_product(df, node):
+            if node not in value_products:
+                left, right, added = factors_of(df, node)  # type: ignore[misc]
+                products.append(Product(node, left, right))
+                path.append(node)
+                todo.extend([added] if added is not None else [])
+        elif _is_bilinear(df, node):
+            left, right = (n for n in node.args[0].all_input_nodes if n in df.activation)  # type: ignore[union-attr]
+            products.append(Product(node, left, right, "bilinear"))
+            path.append(node)
+        elif df.op[node].kind in (*_SMOOTH, "factory") or df.op[node].name in ("cumsum", "cumprod"):
+            path.append(node)
+            todo.extend(df.reads(node))
+        elif (x := _keeps_logits(df, node)) is not None:
+            path.append(node)
+            todo.append(x)
+        elif df.op[node].kind == "contraction" and any(df.is_weight(n) for n in node.all_input_nodes):
+            learned = _bare_parameter(df, node) or learned
+    products.sort(key=lambda p: df.index[p.node])
+    return products, path, learned
+
+
+def _may_be_logits(df: Dataflow, node: Node) -> bool:
+    """Whether a node can hold logits: a comparison cannot, so that a mask made of products of its own ends here."""
+    value = df.value(node)
+    floating = not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
+    return floating and (node in df.activation or df.group[node] in df.writes)
+
+
+def _bare_parameter(df: Dataflow, node: Node) -> Node | None:
+    """The node if it multiplies data with a parameter batch by batch, as attention with learned queries does."""
+    return node if df.op[node].name in ("bmm", "baddbmm", "matmul") and len(df.shape(node)) > 2 else None
+
+
+def _content(df: Dataflow, products: list[Product]) -> list[Product]:
+    """Products of data with data; those with learned queries or with positions only where there are no others."""
+    sides = [(p.left in df.from_input) + (p.right in df.from_input) for p in products]
+    return [p for p, n in zip(products, sides, strict=True) if n == max(sides)]
+
+
+def _fused(df: Dataflow, node: Node, misses: list[NearMiss]) -> list[Logits]:
+    query, key = node.args[0], node.args[1]
+    if not isinstance(query, Node) or not isinstance(key, Node) or not df.shape(query) or not df.shape(key):
+        misses.append(NearMiss(node, "opaque-attention", f"the op {node.target} does not say which input is which"))
+        return []
+    name = df.op[node].name
+    tokens_first = any(kernel in name for kernel in ("flash_attn", "_flash_attention_forward", "varlen_attn"))
+    tokens_first |= "efficient_attention" in name and "scaled_dot_product" not in name
+    product = Product(node, query, key, "fused-tokens-first" if tokens_first else "fused")
+    return [Logits((product,), (node,), node, 3, node)]
+
+
+def fused_scale(df: Dataflow, product: Product) -> float | None:
+    """The number by which fused attention multiplies its product; None where it is no number."""
+    node = product.node
+    given = node.kwargs.get("scale")
+    place = _place_of_scale(node.target, df.op[node].name)
+    if place is not None and len(node.args) > place:
+        given = node.args[place]
+    if given is None:
+        return float(df.shape(product.left)[-1] ** -0.5)
+    return float(given) if isinstance(given, int | float) else None
+
+
+def _place_of_scale(target: object, name: str) -> int | None:
+    """Which positional argument of an attention op its scale is."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return 5 if name == "flex_attention" else None  # after score_mod and block_mask
+    names = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+    return names.index("scale") if "scale" in names else None
+
+
+def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:
+    """Products of products without a softmax between them: linear attention, recurrences."""
+    misses: dict[str, NearMiss] = {}
+    text = "products of queries, keys and values without a softmax between them (linear attention or a recurrence)"
+    for node in df.nodes:
+        if node in used or not _is_product(df, node):
+            continue
+        other = _multiplied_with_data(df, node)
+        if other is not None and other not in used:
+            module = (df.modules(node) or ("",))[-1]
+            misses.setdefault(module, NearMiss(node, "no-softmax", text))
+    return list(misses.values())

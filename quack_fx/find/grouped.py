@@ -1,0 +1,101 @@
+"""Softmaxes over groups of entries, as attention over the edges of a graph has them.
+
+In: an exponential in a graph. Out: whether sums over groups of its entries divide it, and which entries are a group:
+the edges that end in one node. Queries are gathered at the node that a group belongs to, keys at the other ends.
+
+    weights = exp(logits)                                        # [edges, heads]
+    weights / zeros(nodes, heads).index_add(0, target, weights)[target]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.graph.dataflow import Dataflow
+
+_SCATTERS = frozenset("scatter_add scatter_reduce index_add index_reduce".split())
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which entries along an axis are summed together: where each is scattered to."""
+
+    axis: int
+    index: Node
+
+    def numbers(self, df: Dataflow) -> Tensor | None:
+        """Group of each entry, int64 [entries]; None where it depends on parameters."""
+        index = df.constant(self.index)
+        return None if index is None else _along(index, self.axis)
+
+
+def scatters(df: Dataflow, node: Node) -> bool:
+    """Whether a node adds up groups of entries."""
+    return df.op[node].name in _SCATTERS
+
+
+def groups_of(df: Dataflow, exponential: Node) -> Groups | None:
+    """The groups over which an exponential is normalised; None where it is over an axis, or not at all."""
+    if not any(df.op[user].name in ("div", "mul") for user in exponential.users):
+        return None
+    for user in exponential.users:
+        if scatters(df, user) and user.args[3] is exponential:
+            axis, index = user.args[1:3]
+            if isinstance(axis, int) and isinstance(index, Node):
+                return Groups(axis % len(df.shape(exponential)), index)
+    return None
+
+
+def scattered(df: Dataflow, node: Node) -> Node | None:
+    """The sum over groups that a node's entries go into, moved at most on the way."""
+    for user in node.users:
+        if scatters(df, user) and len(user.args) > 3 and user.args[3] is node:
+            return user
+        if df.op[user].kind == "movement" and (found := scattered(df, user)) is not None:
+            return found
+    return None
+
+
+def is_gathered_by(df: Dataflow, operand: Node, groups: Groups) -> bool:
+    """Whether an operand takes the same entry for all of a group: whether it holds queries."""
+    target = groups.numbers(df)
+    return target is not None and any(
+        index is not None and index.shape == target.shape and torch.equal(index, target)
+        for index in (_gathers(df, node) for node in _back_to_products(df, operand))
+    )
+
+
+def _gathers(df: Dataflow, node: Node) -> Tensor | None:
+    """For a node that picks entries, the entry of each."""
+    name, args = df.op[node].name, node.args
+    if name == "index" and isinstance(args[1], list | tuple):
+        given = [i for i in args[1] if i is not None]
+        numbers = df.constant(given[0]) if len(given) == 1 and isinstance(given[0], Node) else None
+        return numbers if numbers is not None and numbers.dim() == 1 else None
+    if name not in ("index_select", "gather") or not isinstance(args[2], Node) or not isinstance(args[1], int):
+        return None
+    numbers = df.constant(args[2])
+    return None if numbers is None else _along(numbers, args[1] if numbers.dim() > 1 else 0)
+
+
+def _back_to_products(df: Dataflow, operand: Node) -> list[Node]:
+    """An operand and what it is made of, back to the nearest products."""
+    seen: dict[Node, None] = {}
+    todo = [operand]
+    while todo:
+        node = todo.pop()
+        if node not in seen and node in df.activation:
+            seen[df.open(node)] = None
+            if df.op[node].kind not in ("contraction", "convolution", "attention", "lookup", "input"):
+                todo.extend(df.reads(node))
+    return list(seen)
+
+
+def _along(index: Tensor, axis: int) -> Tensor | None:
+    """An index that is the same at every place of the other axes, along its own."""
+    lines = index.movedim(axis, 0).flatten(1) if index.dim() > 1 else index[:, None]
+    return lines[:, 0] if bool((lines == lines[:, :1]).all()) else None

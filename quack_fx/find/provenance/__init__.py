@@ -1,0 +1,59 @@
+"""Operand of a logit product -> weight rows of each head, chain of factors, norms on the way.
+
+In: the dataflow of a graph and the logits found in it. Out: attention sites, or a refusal with its reason.
+
+    labels.py       sets of features as int64 tensors
+    movement.py     movement ops run on labels
+    projections.py  products with a weight: which row makes which feature
+    flow.py         what is known of one tensor: labels, norms, scale
+    rules/          what each kind of op does to features
+    trace.py        from an operand back to the projections
+    vectors.py      features of an operand at each place of the head dimension
+    meeting.py      which query vectors meet which key vectors
+    heads.py        vectors -> heads
+    block.py        a block while it is put together
+    chains.py       further projections behind a block
+    values.py       what the values are made of
+    roles.py        names for the parts of a chain
+    blocks.py       heads -> blocks, terms: a site
+    refused.py      why an attention is not in the layout
+    uses.py         whether a norm serves logits alone
+    basis.py        what a finding rests on
+    join.py         parts of one block are one block
+    repeat.py       equal layers are understood once
+    left_out.py     sites of layers that were not even recorded
+"""
+
+from quack_fx.find.provenance.basis import Basis
+from quack_fx.find.provenance.blocks import make_site, merge_calls
+from quack_fx.find.provenance.flow import NormOp, NormTag
+from quack_fx.find.provenance.heads import Heads, find_heads
+from quack_fx.find.provenance.left_out import LeftOut
+from quack_fx.find.provenance.projections import Projection
+from quack_fx.find.provenance.refused import NotOneAttention, Refused
+from quack_fx.find.provenance.repeat import Repeats
+from quack_fx.find.provenance.trace import Tracer
+from quack_fx.find.provenance.uses import Uses
+from quack_fx.find.provenance.values import values_of
+from quack_fx.find.provenance.vectors import Vector
+from quack_fx.graph.dataflow import BehindLayer
+
+__all__ = [
+    "Basis",
+    "BehindLayer",
+    "Heads",
+    "LeftOut",
+    "NormOp",
+    "NormTag",
+    "NotOneAttention",
+    "Projection",
+    "Refused",
+    "Repeats",
+    "Tracer",
+    "Uses",
+    "Vector",
+    "find_heads",
+    "make_site",
+    "merge_calls",
+    "values_of",
+]

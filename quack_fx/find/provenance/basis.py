@@ -1,0 +1,79 @@
+"""What the finding of one attention rests on, so that another like it need not be found anew.
+
+In: the questions that the finder asks while it works. Out: the nodes and answers that another attention must have, too,
+to have the same site (`repeat.py`), and all nodes that were seen (`left_out.py`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from quack_fx.find.attention import Logits
+from quack_fx.graph.dataflow import Dataflow
+
+
+@dataclass
+class Basis:
+    """The basis of one finding.
+
+    Attributes:
+        inside: Nodes whose op, arguments and users matter.
+        ends: Data behind which nobody looked.
+        alone: For some nodes, whether all that is computed from them ends in the attention.
+        walked: Nodes seen to answer that; where the answer is the same, they do not matter.
+    """
+
+    inside: set[Node] = field(default_factory=set)
+    ends: set[Node] = field(default_factory=set)
+    alone: dict[Node, bool] = field(default_factory=dict)
+    walked: set[Node] = field(default_factory=set)
+
+    def all_nodes(self) -> set[Node]:
+        """Everything that was seen."""
+        return self.inside | self.ends | self.walked
+
+    def serves_alone(self, df: Dataflow, node: Node, logits: Logits) -> bool:
+        """Whether everything that is computed from a node ends in this attention's output; asked once for each node."""
+        if node not in self.alone:
+            self.alone[node] = serves_alone(df, node, logits, self.walked)
+        return self.alone[node]
+
+
+def serves_alone(df: Dataflow, node: Node, logits: Logits, walked: set[Node]) -> bool:
+    """Whether everything that is computed from a node ends in an attention's output.
+
+    Arguments:
+        df: The graph.
+        node: The node.
+        logits: The attention.
+        walked: Receives the nodes that were seen.
+    """
+    ends = {logits.output, *logits.siblings}
+    end = max(df.index[output] for output in ends)
+    seen: set[Node] = set()
+    # In the order in which they ran: what decides stands in the same layer, mostly.
+    todo = [(0, node)]
+    while todo:
+        for user in heapq.heappop(todo)[1].users:
+            if user in seen or user in ends or user.op == "output":
+                continue
+            seen.add(user)
+            walked.add(user)
+            if df.index[user] > end and df.op[user].kind in _MAKES_MORE:
+                return False
+            if len(seen) > 4000:
+                return False
+            heapq.heappush(todo, (df.index[user], df.open(user)))
+            if df.op[user].inplace:
+                between = df.nodes[df.index[user] : end]
+                for n in between:
+                    if df.group.get(n) is df.group[user]:
+                        heapq.heappush(todo, (df.index[n], n))
+    return True
+
+
+_MAKES_MORE = ("contraction", "convolution", "attention", "softmax", "layer")
+"""Ops that show that a tensor serves more than the attention before them."""

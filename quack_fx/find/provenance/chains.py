@@ -1,0 +1,160 @@
+"""Chains of factors: further projections behind a block, followed while their data serves this attention alone.
+
+In: the blocks that meet in the logits. Out: nothing; each block gets the one behind it, and the norms in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.find.attention import Logits
+from quack_fx.find.provenance.block import MAX_CHAIN, Block
+from quack_fx.find.provenance.flow import Flow
+from quack_fx.find.provenance.labels import UNKNOWN
+from quack_fx.find.provenance.projections import Projection
+from quack_fx.find.provenance.trace import Tracer
+from quack_fx.find.provenance.values import value_features
+
+_T = TypeVar("_T")
+
+
+def follow_chains(tracer: Tracer, logits: Logits, query: list[Block], key: list[Block]) -> None:
+    """Hang upstream projections behind the blocks, where they serve this attention alone, on one side or on both."""
+    for blocks in (query, key):
+        todo = list(blocks)
+        while todo:
+            block = todo.pop()
+            link, depth = block, 0
+            while depth < MAX_CHAIN and (upstream := _upstream(tracer, logits, link)) is not None:
+                flow, reads = upstream
+                parts = _by_source(tracer, link, reads)
+                if len(parts) > 1:
+                    if link is block:  # heads with factors of their own: a block for each factor
+                        blocks[blocks.index(block) : blocks.index(block) + 1] = parts
+                        todo.extend(parts)
+                    break
+                behind = _behind(tracer, logits, link, reads)
+                if behind is None:
+                    break
+                link.latent_norms = flow.norms
+                link.behind, link, depth = behind, behind, depth + 1
+
+
+def cut_at_input(tracer: Tracer, logits: Logits, query: list[Block], key: list[Block]) -> None:
+    """Cut chains at features that queries, keys and values are all made of: those of the layer before the attention.
+
+    A latent of MLA makes keys and values alone, and one of all three is narrower than what is made of it; an adapter
+    stands beside a weight, not before it.
+    """
+    both = _behind_rows(query).items() & _behind_rows(key).items()
+    wide = max((len(set().union(*block.rows)) for block in query), default=0)
+    both = {(node, rows) for node, rows in both if len(rows) >= wide}
+    shared = {node for node, _ in both & _value_sources(tracer, logits).items()} if both else set()
+    for block in (*query, *key):
+        if block.behind is not None and not block.parallel and block.behind.projection.node in shared:
+            block.behind, block.latent_norms = None, ()
+
+
+def _behind_rows(blocks: list[Block]) -> dict[Node, frozenset[tuple[int, ...]]]:
+    """For each projection behind some blocks its rows that they read."""
+    found: dict[Node, set[tuple[int, ...]]] = {}
+    for block in blocks:
+        if block.behind is not None and not block.parallel:
+            found.setdefault(block.behind.projection.node, set()).update(*block.behind.rows)
+    return {node: frozenset(rows) for node, rows in found.items()}
+
+
+def _value_sources(tracer: Tracer, logits: Logits) -> dict[Node, frozenset[tuple[int, ...]]]:
+    """For each projection behind those of the values its rows that they read."""
+    found: dict[Node, set[tuple[int, ...]]] = {}
+    for node in {projection.x for projection, _ in value_features(tracer, logits)} & tracer.df.activation:
+        flow = tracer.trace([node], lambda n: not tracer.basis.serves_alone(tracer.df, n, logits)).get(node)
+        features = tracer.labels.features(flow.label) - {UNKNOWN} if flow is not None else set()
+        for projection, i in map(tracer.projections.by_feature, features):
+            found.setdefault(projection.node, set()).add(tuple(projection.rows[i].tolist()))
+    return {node: frozenset(rows) for node, rows in found.items()}
+
+
+def _upstream(tracer: Tracer, logits: Logits, block: Block) -> tuple[Flow, list[set[int]]] | None:
+    """What a block multiplies, if it serves this attention alone: its flow, and the features that each head reads."""
+    x = block.projection.x
+    if x not in tracer.df.activation or not tracer.basis.serves_alone(tracer.df, x, logits):
+        return None
+    flow = tracer.trace([x], lambda node: not tracer.basis.serves_alone(tracer.df, node, logits)).get(x)
+    if flow is None or flow.statistic is not None or flow.ops:  # what bends between two maps makes them two layers
+        return None
+    features = tracer.labels.features(flow.label)
+    if not features or UNKNOWN in features:
+        return None
+    return flow, _read_by(tracer, block.projection, flow.label, block)
+
+
+def _by_source(tracer: Tracer, block: Block, reads: list[set[int]]) -> list[Block]:
+    """The block, cut into one for each upstream parameter where heads have different ones."""
+    names = _of_each(reads, lambda own: {p.names[i] for p, i in map(tracer.projections.by_feature, own)})
+    distinct = {next(iter(own)) for own in names if len(own) == 1}
+    if len(distinct) < 2 or any(len(own) > 1 for own in names):
+        return [block]
+    return [
+        replace(block, rows=[rows if own == {name} else set() for rows, own in zip(block.rows, names, strict=True)])
+        for name in sorted(distinct)
+    ]
+
+
+def _behind(tracer: Tracer, logits: Logits, block: Block, reads: list[set[int]]) -> Block | None:
+    """The projection whose output a block multiplies, if it is a factor of this attention alone."""
+    by_feature = tracer.projections.by_feature
+    found = set().union(*_of_each(reads, lambda own: {(p.first, p.names[i]) for p, i in map(by_feature, own)}))
+    if len(found) != 1:
+        return None
+    first, name = found.pop()
+    source, _ = by_feature(first)
+    if not _is_factor(tracer, logits, source, block.projection):
+        return None
+    rows = _of_each(reads, lambda own: {tuple(source.rows[f - first].tolist()) for f in own})
+    return Block(name, frozenset({block.param}), rows, source)
+
+
+def _of_each(reads: list[set[int]], of: Callable[[set[int]], set[_T]]) -> list[set[_T]]:
+    """What `of` makes of each head's features; heads of a latent share one set, which is looked at once."""
+    made = {key: of(own) for key, own in {id(own): own for own in reads}.items()}
+    return [made[id(own)] for own in reads]
+
+
+def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: Block) -> list[set[int]]:
+    """Upstream features that each head's rows of a projection are multiplied with.
+
+    All of them, mostly; but an up projection of its own for each head (absorbed MLA), or a grouped convolution, meets
+    the features of that head alone.
+    """
+    made = tracer.projections.of(projection.node)
+    everything = tracer.labels.features(given)
+    pairs = [] if made is None else tracer.projections.pairs(projection, made[1], given)
+    if len({source for _, source in pairs}) < 2:  # a latent is read whole
+        return [everything if own else set() for own in block.rows]
+    met: dict[int, set[int]] = {}
+    for feature, source in pairs:
+        met.setdefault(feature, set()).update(tracer.labels.members(source))
+    place = {tuple(row): projection.first + i for i, row in enumerate(projection.rows.tolist())}
+    return [
+        set().union(*(met.get(place[row], everything) if row in place else everything for row in own)) if own else set()
+        for own in block.rows
+    ]
+
+
+def _is_factor(tracer: Tracer, logits: Logits, source: Projection, projection: Projection) -> bool:
+    """Whether an upstream projection is a factor of this attention's weights and not a layer of its own before it.
+
+    Its output must serve this attention alone, and it must run inside the module that holds the attention, where
+    modules are known.
+    """
+    df = tracer.df
+    home = df.common_module([logits.products[0].node, projection.node])
+    if home and home not in df.modules(source.node):
+        return False
+    return tracer.basis.serves_alone(df, source.node, logits)

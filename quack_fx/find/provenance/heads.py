@@ -1,0 +1,263 @@
+"""From labelled operands to heads: which vectors of features meet in the logits, and which of them are one head.
+
+In: the `Logits` of one attention and a `Tracer`. Out: a `Heads`: for every query head the feature vectors that it uses,
+the key vectors that it reads, the norms and the scale.
+
+Along the head dimension every (batch, token, head) of an operand has a *vector* of labels. Distinct query vectors are
+heads, whatever axis they lie on. Which key vectors a query vector meets, and in which order heads stand, is read off
+the softmax's input: the numbers of the two vectors are carried there through the ops in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from torch.fx import Node
+
+from quack_fx.find.attention import Logits, Product, fused_scale
+from quack_fx.find.provenance.flow import Flow, NormTag
+from quack_fx.find.provenance.meeting import Meeting, meeting_of, summed
+from quack_fx.find.provenance.projections import Projection
+from quack_fx.find.provenance.refused import NotOneAttention, Refused
+from quack_fx.find.provenance.trace import Tracer
+from quack_fx.find.provenance.vectors import Row, Vector, Vectors, operand_planes
+from quack_fx.graph.dataflow import Dataflow
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of one attention.
+
+    Attributes:
+        query: For each query head, its vectors: one, or one per kind of token in joint attention.
+        key: For each key head, its vectors.
+        head_map: Key head of each query head.
+        head_dim: Width of the vectors.
+        projection: A projection that each row of the vectors came from.
+        norms: Norms on the query side and on the key side.
+        scale: Factor on the product, None where it is not a plain number.
+        operands: Query operands and key operands of the products.
+        channels: Whether the logits compare channels over tokens: a head is all channels that a softmax compares.
+    """
+
+    query: tuple[tuple[Vector, ...], ...]
+    key: tuple[tuple[Vector, ...], ...]
+    head_map: tuple[int, ...]
+    head_dim: int
+    projection: dict[Row, Projection]
+    norms: tuple[tuple[NormTag, ...], tuple[NormTag, ...]]
+    scale: float | None
+    operands: tuple[tuple[Node, ...], tuple[Node, ...]]
+    channels: bool = False
+
+
+def find_heads(tracer: Tracer, logits: Logits) -> Heads:
+    """Heads of one attention.
+
+    Raises:
+        Refused: A side holds data whose weight rows are not known, or no weight at all.
+        NotOneAttention: What was taken for a loop over heads is none.
+    """
+    if logits.parts:
+        return _side_by_side([find_heads(tracer, part) for part in logits.parts])
+    df = tracer.df
+    flows = tracer.trace([n for p in logits.products for n in (p.left, p.right)])
+    reader = Vectors(tracer)
+    met: list[Meeting] = []
+    norms: tuple[list[NormTag], list[NormTag]] = ([], [])
+    operands: tuple[list[Node], list[Node]] = ([], [])
+    scales: set[float | None] = set()
+    for product in logits.products:
+        left, right = operand_planes(df, product, flows)
+        meeting = meeting_of(tracer, logits, product, reader.ids(left), reader.ids(right))
+        met.append(meeting)
+        query, key = (product.right, product.left) if meeting.swapped else (product.left, product.right)
+        for side, operand in enumerate((query, key)):
+            operands[side].append(operand)
+            features = tracer.labels.features(flows[operand].label)  # norms of others passed the same tensor, perhaps
+            norms[side].extend(n for n in flows[operand].norms if n.features & features and n not in norms[side])
+        scales.add(_product_scale(df, product, flows, meeting.scale))
+    vectors = reader.vectors
+    pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)
+    _check(vectors, pairs, lambda side: tracer.where_unknown(flows, operands[side]))
+    _check_streams(tracer, reader, pairs)
+    channels = _compares_channels(vectors, pairs)
+    if channels:
+        pairs = _of_channels(reader, list(pairs))
+    width = len(vectors[next(iter(pairs))[0]])
+    if len({frozenset(q for q, _ in meeting.pairs) for meeting in met}) > 1:
+        pairs, width = summed(met, reader) or (pairs, width)
+    pairs = {(q, k): None for q, k in pairs if any(vectors[q]) and any(vectors[k])}
+    query_heads, key_sets = _group(reader, list(pairs))
+    key_heads = list(dict.fromkeys(key_sets))
+    return Heads(
+        query=tuple(tuple(vectors[q] for q in head) for head in query_heads),
+        key=tuple(tuple(vectors[k] for k in head) for head in key_heads),
+        head_map=tuple(key_heads.index(keys) for keys in key_sets),
+        head_dim=width,
+        projection=reader.projection,
+        norms=(tuple(norms[0]), tuple(norms[1])),
+        scale=scales.pop() if len(scales) == 1 else None,
+        operands=(tuple(operands[0]), tuple(operands[1])),
+        channels=channels,
+    )
+
+
+def _side_by_side(turns: list[Heads]) -> Heads:
+    """Heads of the turns of a loop as those of one attention."""
+    query = tuple(head for turn in turns for head in turn.query)
+    if len(set(query)) != len(query) or len({turn.head_dim for turn in turns}) > 1 or any(t.channels for t in turns):
+        raise NotOneAttention
+    if any(_rows(one.query) & _rows(other.key) for one, other in permutations(turns, 2)):
+        raise NotOneAttention  # what asks in one turn is asked in another: two attentions, there and back
+    key = tuple(dict.fromkeys(head for turn in turns for head in turn.key))
+    scales = {turn.scale for turn in turns}
+    return Heads(
+        query=query,
+        key=key,
+        head_map=tuple(key.index(turn.key[k]) for turn in turns for k in turn.head_map),
+        head_dim=turns[0].head_dim,
+        projection={row: projection for turn in turns for row, projection in turn.projection.items()},
+        norms=(_all_norms(turns, 0), _all_norms(turns, 1)),
+        scale=scales.pop() if len(scales) == 1 else None,
+        operands=(
+            tuple(node for turn in turns for node in turn.operands[0]),
+            tuple(node for turn in turns for node in turn.operands[1]),
+        ),
+    )
+
+
+def _rows(heads: tuple[tuple[Vector, ...], ...]) -> frozenset[Row]:
+    """All rows of some heads."""
+    return frozenset(row for vectors in heads for vector in vectors for rows in vector for row in rows)
+
+
+def _all_norms(turns: list[Heads], side: int) -> tuple[NormTag, ...]:
+    return tuple(dict.fromkeys(norm for turn in turns for norm in turn.norms[side]))
+
+
+def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None]) -> bool:
+    """Whether the vectors are one feature each, over tokens: the logits compare channels.
+
+    Raises:
+        Refused: Those of one side are, those of the other are not.
+    """
+    channels = [
+        {v for v in side if len(vectors[v]) > 1 and len(set(vectors[v])) == 1 and len(vectors[v][0]) == 1}
+        for side in map(set, zip(*pairs, strict=True))
+    ]
+    if all(len(side) <= 1 for side in channels):
+        return False
+    if len(set().union(*channels)) == len({v for pair in pairs for v in pair}):
+        return True
+    raise Refused("channel-attention", "its logits compare channels of one side with something else of the other")
+
+
+def _of_channels(reader: Vectors, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], None]:
+    """The channels that meet each other laid side by side, as the vectors of heads (attention over channels).
+
+    Raises:
+        Refused: Channels meet some but not all others of their head.
+    """
+    keys: dict[int, list[int]] = {}
+    queries: dict[tuple[int, ...], list[int]] = {}
+    for q, k in pairs:
+        keys.setdefault(q, []).append(k)
+    for q, met in keys.items():
+        queries.setdefault(tuple(sorted(met)), []).append(q)
+    if sum(map(len, queries)) != len({k for _, k in pairs}):
+        raise Refused("channel-attention", "its logits compare channels over tokens, and no set of channels is a head")
+    return {(reader.channels(head), reader.channels(met)): None for met, head in queries.items()}
+
+
+def _product_scale(df: Dataflow, product: Product, flows: dict[Node, Flow], after: float | None) -> float | None:
+    factors = [flows[product.left].scale, flows[product.right].scale, after]
+    node = product.node
+    if product.form.startswith("fused"):
+        factors.append(fused_scale(df, product))
+    alpha = node.kwargs.get("alpha", 1.0)
+    factors.append(float(alpha) if isinstance(alpha, int | float) else None)
+    result = 1.0
+    for factor in factors:
+        if factor is None:
+            return None
+        result *= factor
+    return result
+
+
+def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None], end: Callable[[int], str]) -> None:
+    """Refuse what cannot be told; `end` says where on a side understanding ended."""
+    for side, name in enumerate(("query", "key")):
+        used = {pair[side] for pair in pairs}
+        if any(("", ()) in rows for v in used for rows in vectors[v]):
+            raise Refused(
+                f"unknown-{name}",
+                f"its {name} side holds data that is not, or not only, the output of projections{end(side)}",
+            )
+        if not any(rows for v in used for rows in vectors[v]):
+            raise Refused(f"learned-{name}", f"its {name} side is a parameter or a constant, not a projection")
+
+
+def _check_streams(tracer: Tracer, reader: Vectors, pairs: dict[tuple[int, int], None]) -> None:
+    """Refuse a side that is the residual stream itself: what layers add up is no projection of this attention."""
+    for side, name in enumerate(("query", "key")):
+        used = {pair[side] for pair in pairs}
+        sums = {rows for number in used for rows in reader.vectors[number] if len(rows) > 1}
+        added = {frozenset(id(reader.projection[row]) for row in rows): rows for rows in sums}
+        for rows in added.values():
+            if _read_each_other(tracer, [reader.projection[row] for row in rows]):
+                raise Refused(
+                    f"residual-{name}",
+                    f"its {name} side is, for some tokens at least, the sum of layers that read each other (a residual "
+                    "stream), not the output of a projection of its own",
+                )
+
+
+def _read_each_other(tracer: Tracer, projections: Sequence[Projection]) -> bool:
+    """Whether one projection is made of another one's output."""
+    df = tracer.df
+    products = {p.node for p in projections}
+    first = min(df.index[node] for node in products)
+    seen: set[Node] = set()
+    todo = [p.x for p in projections] if len(products) > 1 else []
+    while todo:
+        node = todo.pop()
+        if node in seen or df.index[node] < first:
+            continue
+        if node in products:
+            return True
+        seen.add(node)
+        todo.extend(df.reads(node))
+    tracer.basis.inside |= seen
+    return False
+
+
+def _group(reader: Vectors, pairs: list[tuple[int, int]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Query heads, and the key vectors that each reads.
+
+    Each query vector is a head of its own, but for joint attention (text and image tokens, each with projections of
+    their own): there the first vectors of the streams are the first head, and so on. Streams are told apart by the data
+    that their projections read, or else by their parameters.
+    """
+    reads: dict[int, list[int]] = {}
+    for q, k in pairs:
+        reads.setdefault(q, []).append(k)
+    # Tokens of one head may be treated in different ways (no rotation for a class token): the rows are the same.
+    heads: dict[frozenset[Row], list[int]] = {}
+    for q in reads:
+        heads.setdefault(frozenset().union(*reader.vectors[q]), []).append(q)
+    alone = [tuple(head) for head in heads.values()]
+    keys = {head: tuple(dict.fromkeys(k for q in head for k in reads[q])) for head in alone}
+    for kind_of in (reader.data, reader.parameters):
+        streams: dict[object, list[tuple[int, ...]]] = {}
+        for head in alone:
+            streams.setdefault(kind_of(head[0]), []).append(head)
+        if len(streams) > 1 and len({len(stream) for stream in streams.values()}) == 1:
+            joint = list(zip(*streams.values(), strict=True))
+            same = all(len({frozenset(keys[head]) for head in parts}) == 1 for parts in joint)
+            if same and all(len({kind_of(k) for k in keys[parts[0]]}) > 1 for parts in joint):
+                found = [tuple(q for head in parts for q in head) for parts in joint]
+                return found, [tuple(sorted(keys[parts[0]])) for parts in joint]
+    return alone, [tuple(sorted(keys[head])) for head in alone]

@@ -1,0 +1,115 @@
+"""Movement ops on planes: views, slices, permutations, concatenations, gathers.
+
+In: a node that only moves elements, and for each tensor it reads a *plane* (an int64 tensor of the same shape: labels,
+coordinates of a weight, places in a logit tensor). Out: the plane of its result, made by the very same op, so that no
+layout of heads needs a case of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from quack_fx.find.provenance.labels import constant_along, reshape
+from quack_fx.graph.dataflow import Dataflow
+
+_SAME = frozenset(
+    "clone contiguous alias detach lift_fresh lift_fresh_copy _to_copy to resolve_conj resolve_neg".split()
+)
+_RESHAPE = frozenset(
+    "view _unsafe_view reshape _reshape_alias view_copy flatten unflatten view_as reshape_as squeeze unsqueeze".split()
+)
+_GATHER = frozenset("index gather index_select take_along_dim repeat_interleave".split())
+_DROPPED = ("dtype", "device", "memory_format", "layout", "pin_memory", "non_blocking")
+
+Plane = Callable[[Node], Tensor]
+
+
+def move(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool = False) -> Any:
+    """Plane (or list of planes) of a movement node.
+
+    Arguments:
+        df: The graph's dataflow.
+        node: The node; its op is of kind "movement".
+        plane: Gives the plane of each tensor that is moved.
+        unknown: Value for elements whose source depends on data (a gather by computed indices).
+        alias: Keep the result a window on its argument's plane, because something writes through it.
+    """
+    name, source = df.op[node].name, node.args[0]
+    if alias and name not in ("copy_", "copy", "to"):
+        return _run(df, node, plane)
+    if name in _SAME and isinstance(source, Node):
+        return plane(source)
+    if name in _RESHAPE and isinstance(source, Node) and not _reinterprets(df, node):
+        return reshape(plane(source), df.shape(node))
+    if name == "as_strided" and isinstance(source, Node):
+        return _as_strided(df, node, plane(source))
+    if name in ("copy_", "copy"):
+        target = node.args[1]
+        return plane(target).expand(df.shape(node)) if isinstance(target, Node) else None
+    if name in _GATHER and isinstance(source, Node):
+        return _gather(df, node, plane, unknown)
+    if name in ("constant_pad_nd", "pad"):
+        return torch.constant_pad_nd(plane(source), list(node.args[1]), 0)  # type: ignore[arg-type]
+    return _run(df, node, plane)
+
+
+def _reinterprets(df: Dataflow, node: Node) -> bool:
+    """Whether a view changes the dtype, and with it what one element is."""
+    return df.shape(node).numel() != df.shape(node.args[0]).numel()  # type: ignore[arg-type]
+
+
+def _run(df: Dataflow, node: Node, plane: Plane) -> Any:
+    def convert(argument: Node) -> Any:
+        value = df.value(argument)
+        if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+            numbers = df.constant(argument)
+            if numbers is not None and argument is not node.args[0]:
+                return numbers
+        return plane(argument)
+
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), convert)
+    return node.target(*args, **{k: v for k, v in kwargs.items() if k not in _DROPPED})  # type: ignore[operator]
+
+
+def _as_strided(df: Dataflow, node: Node, plane: Tensor) -> Tensor:
+    value = df.value(node.args[0])  # type: ignore[arg-type]
+    laid_out = torch.empty_strided(value.shape, value.stride(), dtype=plane.dtype).copy_(plane)
+    window: list[Any] = [*node.args[1:], None]
+    size, stride, offset = window[:3]
+    offset = value.storage_offset() if offset is None else offset
+    return laid_out.as_strided(size, stride, offset - value.storage_offset())
+
+
+def _gather(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Tensor:
+    """Gathers by known indices run as they are; by computed ones they keep what does not vary along the axis."""
+    source: Node = node.args[0]  # type: ignore[assignment]
+    given = [n for n in node.all_input_nodes if n is not source]
+    if all(df.constant(n) is not None for n in given):
+        moved: Tensor = _run(df, node, plane)
+        return moved
+    label = plane(source)
+    if df.op[node].name == "index":
+        index: Any = node.args[1]
+        axes = [d for d, i in enumerate(index) if i is not None and df.constant(i) is None]
+    else:
+        axes = [int(node.args[1])] if len(node.args) > 1 and isinstance(node.args[1], int) else []
+    if not axes or not all(constant_along(label, d) for d in axes):
+        return torch.full((1,), unknown, dtype=torch.int64).expand(df.shape(node))
+
+    def zeros(argument: Node) -> Any:
+        if argument is source:
+            return label
+        known = df.constant(argument) if df.op[node].name == "index" else None
+        return torch.zeros(df.shape(argument), dtype=torch.int64) if known is None else known
+
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), zeros)
+    result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    if result.shape != df.shape(node):
+        return torch.full((1,), unknown, dtype=torch.int64).expand(df.shape(node))
+    return result

@@ -1,0 +1,181 @@
+"""Equal layers are understood once.
+
+In: the site of one attention, what its finding rests on, another attention of the same graph. Out: the other's site, by
+renaming, where its nodes are the same ops on the same shapes in the same arrangement; None where anything differs, and
+the attention is then worked out by itself.
+
+The other attention's nodes are those at the same distance from its softmax. Their arguments must correspond one by one:
+to each other, to parameters of equal shape, or to the very same (or equal) constants; their users likewise, because a
+chain of factors depends on who else reads a tensor. What is told apart by nothing but names then has the same layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_flatten
+
+from quack_fx.find.attention import Logits
+from quack_fx.find.provenance.basis import Basis, serves_alone
+from quack_fx.graph.dataflow import Dataflow
+from quack_fx.layout import AttentionSite, Norm, WeightBlock
+
+_LARGEST = 6000
+"""Most nodes for which the comparison is made; an attention that needed more is worked out anew."""
+
+
+class Repeats:
+    """Attentions understood so far, to be recognised again."""
+
+    def __init__(self, df: Dataflow) -> None:
+        self._df = df
+        self._known: list[tuple[Logits, AttentionSite, list[Node], dict[Node, bool]]] = []
+
+    def remember(self, logits: Logits, site: AttentionSite, basis: Basis) -> None:
+        """Keep a site with what it was found from."""
+        nodes = self._with_weights(basis.inside)
+        if len(nodes) <= _LARGEST:
+            self._known.append((logits, site, nodes, basis.alone))
+
+    def find(self, logits: Logits) -> AttentionSite | None:
+        """Site of an attention that is like a known one, or None."""
+        for known, site, nodes, alone in reversed(self._known):
+            if _arrangement(self._df, known) == _arrangement(self._df, logits):
+                match = _Match(self._df, self._df.index[logits.end] - self._df.index[known.end])
+                if match.all(nodes) and match.logits(known, logits) and match.alone(alone, logits):
+                    return rename_site(site, match.names)
+        return None
+
+    def _with_weights(self, looked_at: set[Node]) -> list[Node]:
+        """The nodes and whatever their weights are computed from."""
+        df, nodes, todo = self._df, set(looked_at), list(looked_at)
+        while todo:
+            for argument in todo.pop().all_input_nodes:
+                if argument not in nodes and argument not in df.activation and argument in df.from_weight:
+                    nodes.add(argument)
+                    todo.append(argument)
+        return sorted(nodes, key=df.index.__getitem__)
+
+
+def _arrangement(df: Dataflow, logits: Logits) -> tuple[object, ...]:
+    end = df.index[logits.end]
+    products = tuple((p.form, df.index[p.node] - end) for p in logits.products)
+    return (products, logits.axis, len(logits.path), df.index[logits.output] - end)
+
+
+class _Match:
+    """Comparison of two arrangements of nodes at a fixed distance; collects the names that correspond."""
+
+    def __init__(self, df: Dataflow, distance: int) -> None:
+        self._df = df
+        self._distance = distance
+        self._inside: set[Node] = set()
+        self._outside: dict[Node, Node] = {}
+        self.names: dict[str, str] = {}
+
+    def all(self, nodes: list[Node]) -> bool:
+        """Whether every node corresponds to the one at the distance."""
+        self._inside = set(nodes)
+        return all(self._same_node(node) for node in nodes)
+
+    def logits(self, known: Logits, other: Logits) -> bool:
+        """Whether the nodes between products and softmax correspond."""
+        return {self._image(n) for n in known.path} == set(other.path)
+
+    def alone(self, answers: Mapping[Node, bool], other: Logits) -> bool:
+        """Whether what serves one attention alone corresponds to what serves the other alone."""
+        images = {n: self._image(n) if n in self._inside else self._outside.get(n) for n in answers}
+        return all(
+            image is not None and serves_alone(self._df, image, other, set()) == answers[n]
+            for n, image in images.items()
+        )
+
+    def _image(self, node: Node) -> Node | None:
+        place = self._df.index[node] + self._distance
+        return self._df.nodes[place] if 0 <= place < len(self._df.nodes) else None
+
+    def _same_node(self, node: Node) -> bool:
+        df, image = self._df, self._image(node)
+        if image is None or node.op != image.op:
+            return False
+        if node.op != "call_function":
+            return self._same_outside(node, image)
+        ours, ours_spec = tree_flatten((node.args, dict(node.kwargs)))
+        theirs, theirs_spec = tree_flatten((image.args, dict(image.kwargs)))
+        return (
+            node.target is image.target
+            and df.shape(node) == df.shape(image)
+            and ours_spec == theirs_spec
+            and all(self._same_argument(a, b) for a, b in zip(ours, theirs, strict=True))
+            and self._same_users(node, image)
+            and self._same_modules(node, image)
+        )
+
+    def _same_argument(self, a: object, b: object) -> bool:
+        if not isinstance(a, Node) or not isinstance(b, Node):
+            return type(a) is type(b) and a == b
+        if a in self._inside:
+            return self._image(a) is b
+        return self._same_outside(a, b)
+
+    def _same_outside(self, a: Node, b: Node) -> bool:
+        """Nodes that were not looked behind: parameters of one shape, equal constants, or data of one shape."""
+        df = self._df
+        if df.shape(a) != df.shape(b):
+            return False
+        if a in df.weights or b in df.weights:
+            return a in df.weights and b in df.weights and self._pair(df.weights[a], df.weights[b])
+        if a in df.activation or b in df.activation:
+            if self._outside.setdefault(a, b) is not b:
+                return False
+            return a in df.activation and b in df.activation and (a in df.from_input) == (b in df.from_input)
+        if a is b:
+            return True
+        ours, theirs = df.constant(a), df.constant(b)
+        if ours is None or theirs is None:
+            return ours is theirs and (a in df.from_weight) == (b in df.from_weight) and self._same_unknown(a, b)
+        return torch.equal(ours, theirs)
+
+    def _same_unknown(self, a: Node, b: Node) -> bool:
+        """Whether constants whose numbers nobody knows are made alike: by one op, or buffers (caches) of each layer."""
+        if a.op == b.op == "get_attr":
+            return self._pair(str(a.target), str(b.target))
+        return a.target == b.target
+
+    def _same_users(self, node: Node, image: Node) -> bool:
+        """Whether the users that were looked at correspond, and there are no others on one side alone."""
+        users = [u for u in node.users if u in self._inside]
+        return len(node.users) == len(image.users) and all(self._image(u) in image.users for u in users)
+
+    def _same_modules(self, node: Node, image: Node) -> bool:
+        ours, theirs = self._df.modules(node), self._df.modules(image)
+        return len(ours) == len(theirs) and all(self._pair(a, b) for a, b in zip(ours, theirs, strict=True))
+
+    def _pair(self, ours: str, theirs: str) -> bool:
+        return self.names.setdefault(ours, theirs) == theirs
+
+
+def rename_site(site: AttentionSite, names: Mapping[str, str]) -> AttentionSite:
+    """The site with other names of modules and parameters; those without a new name keep theirs."""
+
+    def name(old: str | None) -> str | None:
+        return None if old is None else names.get(old, old)
+
+    def block(old: WeightBlock) -> WeightBlock:
+        return replace(old, param=names.get(old.param, old.param), bias=name(old.bias))
+
+    return replace(
+        site,
+        name=names.get(site.name, site.name),
+        query=tuple(map(block, site.query)),
+        key=tuple(map(block, site.key)),
+        qk_norm=tuple(_renamed_norm(n, name) for n in site.qk_norm),
+        latent_norm=tuple(_renamed_norm(n, name) for n in site.latent_norm),
+    )
+
+
+def _renamed_norm(norm: Norm, name: Callable[[str | None], str | None]) -> Norm:
+    return replace(norm, module=name(norm.module), weight=name(norm.weight))

@@ -1,0 +1,66 @@
+"""What an op does to features: one rule for each kind of op.
+
+In: a `Step`, a node with the flows before it. Out: its `Flow`.
+
+    step.py         a node, as a rule sees it
+    products.py     projections and other products
+    moves.py        movement, single results of several
+    reductions.py   reductions and pooling
+    elementwise.py  everything else ...
+    norms.py        ... where features meet their own statistic ...
+    weights.py      ... or factors, gains and biases
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from quack_fx.find.provenance.flow import Flow
+from quack_fx.find.provenance.labels import UNKNOWN
+from quack_fx.find.provenance.rules.elementwise import elementwise
+from quack_fx.find.provenance.rules.moves import movement, part
+from quack_fx.find.provenance.rules.norms import ADDING, norm_op
+from quack_fx.find.provenance.rules.products import product
+from quack_fx.find.provenance.rules.reductions import pooled, reduction
+from quack_fx.find.provenance.rules.step import Step
+from quack_fx.graph.ops import Kind
+
+__all__ = ["ADDING", "RULES", "Step", "flow_of"]
+
+
+def _lookup(step: Step) -> Flow:
+    """A table of positions is a parameter, whether it is sliced or looked up; one of tokens makes data."""
+    return step.unknown() if step.node in step.df.from_input else step.nothing()
+
+
+def _input(step: Step) -> Flow:
+    """An input, a parameter, or a buffer before anything is written into it: a cache of keys."""
+    is_buffer = step.node.op == "get_attr" and step.node not in step.df.weights
+    return step.nothing() if is_buffer else step.unknown()
+
+
+RULES: Mapping[Kind, Callable[[Step], Flow]] = {
+    "contraction": product,
+    "convolution": product,
+    "movement": movement,
+    "getitem": part,
+    "reduction": reduction,
+    "pooling": pooled,
+    "norm": norm_op,
+    "softmax": elementwise,
+    "elementwise": elementwise,
+    "factory": Step.nothing,
+    "lookup": _lookup,
+    "input": _input,
+    "attention": Step.unknown,
+    "layer": Step.unknown,
+}
+"""The rule for each kind of op."""
+
+
+def flow_of(step: Step) -> Flow:
+    """Flow of the node of a step."""
+    df, node = step.df, step.node
+    if node not in df.activation and df.group[node] not in df.writes:
+        return step.unknown() if df.is_given(node) and step.outside == UNKNOWN else step.nothing()
+    return RULES[df.op[node].kind](step)

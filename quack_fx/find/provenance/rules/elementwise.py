@@ -1,0 +1,92 @@
+"""Elementwise ops: features stay where they are; what they meet tells of norms, factors and biases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.find.provenance.flow import Flow, merged_flow
+from quack_fx.find.provenance.labels import UNKNOWN, shrink
+from quack_fx.find.provenance.rules.norms import LINEAR, of_statistics, with_statistics
+from quack_fx.find.provenance.rules.step import Step
+from quack_fx.find.provenance.rules.weights import with_weights
+from quack_fx.graph.ops import SOFTMAX
+
+_BOUNDED = SOFTMAX | frozenset("sin cos polar".split())
+"""Ops that make shares, or rotations, of whatever they are given."""
+
+
+def elementwise(step: Step) -> Flow:
+    """An op that makes each element of those in the same place; every op that is not listed elsewhere."""
+    df, node, labels = step.df, step.node, step.labels
+    value = df.value(node)
+    if isinstance(value, list | tuple):
+        value = value[0]
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return step.nothing()
+    name = df.op[node].name
+    inputs = [n for n in node.all_input_nodes if step.carries(n)]
+    flows = [f for f in map(step.input, inputs) if not f.empty]
+    flows = _told_apart(step, _weighed(name, flows))
+    labelled = [f for f in flows if f.statistic is None]
+    statistics = [f.statistic for f in flows if f.statistic is not None]
+    if not labelled:
+        return of_statistics(step, name, flows) if statistics else step.nothing()
+    try:
+        label = labels.union([f.label for f in labelled], value.shape)
+    except RuntimeError:
+        return step.unknown()  # not elementwise after all
+    merged = merged_flow(labelled)
+    features = [labels.features(f.label) for f in labelled]
+    if name in ("mul", "div") and len(labelled) > 1 and any(f != features[0] for f in features):
+        return step.unknown()  # one projection gates another: neither alone makes the result
+    result = replace(merged, label=shrink(label))
+    if name == "mul" and _is_outer(step, inputs):
+        return step.unknown()
+    x = _only_data(step, inputs)
+    if statistics:
+        result = with_statistics(step, name, result, statistics, frozenset().union(*features), x)
+    if name not in LINEAR or (name in ("mul", "div") and len(inputs) > 1 and len(labelled) > 1):
+        result = replace(result, ops=result.ops | {name})
+    if name == "mul" and len(node.all_input_nodes) == 1 and len(node.args) > 1 and isinstance(node.args[1], Node):
+        result = replace(result, ops=result.ops | {"pow"})  # x * x
+    return with_weights(step, name, result, x)
+
+
+def _only_data(step: Step, inputs: list[Node]) -> Node | None:
+    """The one argument whose features are the result's; None where there are several."""
+    holds = {n: flow for n in inputs if not (flow := step.input(n)).empty}
+    data = [n for n, flow in holds.items() if flow.statistic is None]
+    if not data:
+        data = [n for n, flow in holds.items() if UNKNOWN not in step.labels.features(flow.label)]
+    return data[0] if len(data) == 1 else None
+
+
+def _is_outer(step: Step, inputs: list[Node]) -> bool:
+    """Whether one feature is spread over many by a weight: a product with a factor of rank one."""
+    df = step.df
+    shapes = [df.shape(n) for n in inputs]
+    for other in step.node.all_input_nodes:
+        if other not in inputs and df.is_weight(other):
+            for d, n in enumerate(reversed(df.shape(other))):
+                if n > 1 and all(len(shape) <= d or shape[-1 - d] == 1 for shape in shapes):
+                    return True
+    return False
+
+
+def _weighed(name: str, flows: list[Flow]) -> list[Flow]:
+    """Rotations turn the features that they are multiplied with, and shares pool them: both are no features."""
+    others = [f for f in flows if not f.ops & _BOUNDED]
+    return others if name == "mul" and others else flows
+
+
+def _told_apart(step: Step, flows: list[Flow]) -> list[Flow]:
+    """Sums that meet a statistic are features: nobody norms a statistic."""
+    if all(f.statistic is not None for f in flows):
+        known = [UNKNOWN not in step.labels.features(f.label) for f in flows]
+        if any(known) and not all(known):
+            return [replace(f, statistic=None) if k else f for f, k in zip(flows, known, strict=True)]
+    return flows

@@ -1,0 +1,71 @@
+"""Movement ops, run on labels, and single results of ops that have several."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.find.provenance.flow import Flow, merged_flow
+from quack_fx.find.provenance.labels import NOTHING, UNKNOWN, shrink
+from quack_fx.find.provenance.movement import move
+from quack_fx.find.provenance.rules.reductions import pooled_of, reduction_of
+from quack_fx.find.provenance.rules.step import Step
+
+
+def movement(step: Step) -> Flow:
+    """A movement op: the same features, elsewhere."""
+    df, node, labels = step.df, step.node, step.labels
+    name = df.op[node].name
+    given = node.all_input_nodes[:1] if name.endswith("_as") else node.all_input_nodes  # the other gives a shape
+    sources = [step.input(n) for n in given if _moves(step, n)]
+    if name == "view_as_complex":
+        label = step.input(node.args[0]).label  # type: ignore[arg-type]
+        return replace(sources[0], label=labels.union_along(label, [-1]).squeeze(-1))
+    if name == "view_as_real":
+        label = step.input(node.args[0]).label  # type: ignore[arg-type]
+        return replace(sources[0], label=label.unsqueeze(-1).expand(df.shape(node)))
+    if name in ("real", "imag", "_conj", "conj"):
+        return sources[0]
+    if isinstance(df.value(node), list | tuple):
+        return replace(merged_flow(sources), label=step.full(NOTHING))  # its parts are made by `part`
+    try:
+        alias = df.group[node] in df.writes and df.group[node] is not node
+        label = move(df, node, lambda n: step.input(n).label, UNKNOWN, alias)
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return step.unknown()
+    if not isinstance(label, Tensor) or label.shape != df.shape(node):
+        return step.unknown()
+    if df.group[node] not in df.writes:
+        label = shrink(label)
+    return replace(merged_flow(sources), label=label)
+
+
+def _moves(step: Step, node: Node) -> bool:
+    """Whether an argument is data that is moved (and not an index)."""
+    return node in step.df.activation or step.df.group[node] in step.df.writes
+
+
+def part(step: Step) -> Flow:
+    """One of several results."""
+    df, node = step.df, step.node
+    whole: Node = node.args[0]  # type: ignore[assignment]
+    i: int = node.args[1]  # type: ignore[assignment]
+    if df.op[whole].kind == "movement":
+        parts = move(df, whole, lambda n: step.input(n).label, UNKNOWN, df.group[whole] in df.writes)
+        return replace(step.input(whole), label=parts[i])
+    if df.op[whole].kind == "norm" and i == 0:
+        return step.input(whole)
+    if df.op[whole].name in ("native_dropout", "_fused_dropout") and i == 0:
+        return step.input(whole)
+    if df.op[whole].kind == "reduction" and whole in step.flows:
+        return reduction_of(step, whole, df.value(node), i)
+    if df.op[whole].kind == "pooling" and i == 0:
+        return pooled_of(step, whole)
+    if df.op[whole].kind == "elementwise" and whole in step.flows:
+        if step.input(whole).empty:
+            return step.nothing()
+        if i == 0 and step.input(whole).label.shape == df.shape(node):
+            return step.input(whole)
+    return step.unknown() if whole in step.flows else Flow(step.full(step.outside))

@@ -1,0 +1,96 @@
+"""Reductions over axes and pooling in windows: statistics of features, or sums that are features themselves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.find.provenance.flow import Flow, Statistic
+from quack_fx.find.provenance.labels import NOTHING, UNKNOWN, constant_along
+from quack_fx.find.provenance.rules.step import Step
+from quack_fx.graph.ops import pooled_axes
+
+_SUMS = frozenset("sum mean nansum".split())
+_PICKS = frozenset("amax amin max min cumsum cumprod".split())
+"""Reductions whose result, the first if there are several, is made of some of the elements alone."""
+
+_OF_SIZE = frozenset("pow abs square exp".split())
+"""Ops whose mean is a statistic of features and not their average."""
+
+
+def reduction(step: Step) -> Flow:
+    """A reduction with one result."""
+    return reduction_of(step, step.node, step.df.value(step.node))
+
+
+def pooled(step: Step) -> Flow:
+    """Pooling with one result."""
+    return pooled_of(step, step.node)
+
+
+def reduction_of(step: Step, node: Node, value: object, part: int = 0) -> Flow:
+    """A reduction, or one part of its results."""
+    df = step.df
+    source = node.args[0]
+    x = step.input(source) if isinstance(source, Node) else step.unknown()
+    if not isinstance(value, Tensor):
+        return x  # its parts are made by `part`
+    if not value.is_floating_point():
+        return step.nothing()  # where something stands, not what
+    unknown = torch.tensor(UNKNOWN).expand(value.shape)
+    features = step.labels.features(x.label)
+    if x.statistic is not None and UNKNOWN in features:
+        return replace(x, label=unknown)
+    if UNKNOWN in features or not features or not x.label.numel():
+        return Flow(unknown if features else torch.tensor(NOTHING).expand(value.shape))
+    name = df.op[node].name
+    dims = _reduced_dims(node, x.label.dim())
+    label = None
+    if dims is not None and not (x.ops & _OF_SIZE) and (name in _SUMS or (name in _PICKS and part == 0)):
+        if all(constant_along(x.label, d) for d in dims):
+            label = _without(x.label, dims, value.shape)
+            if label is not None:
+                return replace(x, label=label)
+        elif name in _SUMS:
+            # The mean that a norm takes away, or what a rotation by small matrices makes: use will tell.
+            label = _without(step.labels.union_along(x.label, dims), dims, value.shape)
+    width = x.label.numel() // max(1, value.numel())
+    statistic = Statistic(frozenset(features), x.ops | {name}, width)
+    return replace(x, label=unknown if label is None else label, statistic=statistic)
+
+
+def pooled_of(step: Step, node: Node) -> Flow:
+    """Windows on the last axes: what is the same all over them is so afterwards."""
+    df = step.df
+    x = step.input(node.args[0])  # type: ignore[arg-type]
+    axes = range(x.label.dim() - pooled_axes(df.op[node]), x.label.dim())
+    if isinstance(df.value(step.node), list | tuple):
+        return x  # its parts are made by `part`
+    if x.statistic is not None or not all(constant_along(x.label, d) for d in axes):
+        return step.unknown()
+    for d in axes:
+        x = replace(x, label=x.label.narrow(d, 0, 1))
+    return replace(x, label=x.label.expand(df.shape(step.node)))
+
+
+def _without(label: Tensor, dims: list[int], shape: torch.Size) -> Tensor | None:
+    """Labels that vary along none of `dims`, in the shape of a reduction over them; None where it has another."""
+    for d in sorted(dims, reverse=True):
+        label = label.narrow(d, 0, 1)
+        label = label if label.dim() == len(shape) else label.select(d, 0)
+    return label.expand(shape) if label.dim() == len(shape) else None
+
+
+def _reduced_dims(node: Node, rank: int) -> list[int] | None:
+    """Axes that a reduction runs over; None where the op does not say so in its second argument."""
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if isinstance(dims, int):
+        dims = [dims]
+    if dims is None or (isinstance(dims, list | tuple) and not dims):
+        return list(range(rank))
+    if isinstance(dims, list | tuple) and all(isinstance(d, int) for d in dims):
+        return [int(d) % rank for d in dims]
+    return None

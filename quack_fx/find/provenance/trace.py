@@ -1,0 +1,210 @@
+"""From an operand of a logit product back to the projections that it is made of.
+
+In: some nodes of a graph. Out: the `Flow` of each: labels that say which projection features every element holds, and
+what happened on the way (norms, plain factors, functions that bend). The slice behind the nodes is walked back to the
+nearest projections and then run forwards on labels, each node by the rule for its kind of op (`rules/`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.find.provenance.basis import Basis
+from quack_fx.find.provenance.flow import Flow, unknown_flow
+from quack_fx.find.provenance.labels import NOTHING, UNKNOWN, Labels, constant_along
+from quack_fx.find.provenance.projections import Projections
+from quack_fx.find.provenance.rules import ADDING, Step, flow_of
+from quack_fx.graph.dataflow import Dataflow, factors_of, is_depthwise
+
+_LARGEST_SLICE = 3000
+"""Nodes walked behind one attention before the rest is given up: without projections the walk would not end."""
+
+
+class Tracer:
+    """Follows labels through one graph."""
+
+    def __init__(self, df: Dataflow) -> None:
+        self.df = df
+        self.labels = Labels()
+        self.projections = Projections(df, self.labels)
+        self.basis = Basis()
+        """What the work so far rests on; a new one for each attention."""
+        self._token_mixing: dict[Node, bool] = {}
+
+    def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:
+        """Flows of `targets` and of all nodes between them and the projections behind them.
+
+        Arguments:
+            targets: Nodes of interest.
+            outside: Tells which nodes are not to be looked behind: they hold unknown data.
+
+        Returns:
+            Flow of every node that was run.
+        """
+        nodes, ends = self._slice(list(targets), outside)
+        flows = {end: unknown_flow(self.df, end) for end in ends}
+        if outside is not None:
+            # A floating-point input of the model that is added on the way is data like any other.
+            reads = {n for node in nodes for n in node.all_input_nodes if self.df.is_given(n)}
+            flows.update((n, unknown_flow(self.df, n)) for n in reads if self._is_added(n))
+        self.basis.ends.update(flows)
+        return self._run(nodes, flows, UNKNOWN)
+
+    def _is_added(self, node: Node) -> bool:
+        return any(self.df.op[user].name in ADDING for user in node.users)
+
+    def carry(self, source: Node, label: Tensor, path: Iterable[Node]) -> dict[Node, Flow]:
+        """Follow labels of our own from one node forwards.
+
+        Arguments:
+            source: Node whose result carries `label`.
+            label: Label tensor of its shape.
+            path: Nodes behind it through which the labels are to be carried; what comes in from elsewhere counts as
+                nothing, and products on the path keep the labels of their data (heads mixed after the product).
+
+        Returns:
+            Flows of the nodes on the path.
+        """
+        path = sorted(set(path) - {source}, key=self.df.index.__getitem__)
+        self.basis.inside.add(source)
+        return self._run(path, {source: self._window(source, Flow(label))}, NOTHING)
+
+    def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> str:
+        """Where on the way to some operands their features were lost: op, tensor and module, for people to read."""
+        df, todo, seen = self.df, list(operands), set[Node]()
+        lost: list[Node] = []
+        while todo:
+            node = todo.pop()
+            flow = flows.get(node)
+            if node in seen or flow is None:
+                continue
+            seen.add(node)
+            several = isinstance(df.value(node), list | tuple)  # its parts are labelled, it is not
+            if several or UNKNOWN in self.labels.features(flow.label):
+                lost += [] if several else [node]
+                todo.extend(df.reads(node))
+        if not lost:
+            return ""
+        first = min(lost, key=df.index.__getitem__)
+        what = df.describe(first)
+        if df.op[first].kind in ("contraction", "convolution") and any(map(df.is_weight, first.all_input_nodes)):
+            return f": the weight of {what} is computed from parameters, and none of its rows is one of theirs"
+        return f": they are lost at {what}"
+
+    def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
+        self.basis.inside.update(nodes)
+        for node in nodes:
+            step = Step(self.df, self.labels, self.projections, self.mixes_tokens, node, flows, outside)
+            flow = flow_of(step)
+            if node in self.df.writes.get(self.df.group[node], ()):
+                self._write(node, flow, flows)
+            else:
+                flows[node] = self._window(node, flow)
+        return flows
+
+    def _slice(self, targets: list[Node], outside: Callable[[Node], bool] | None) -> tuple[list[Node], list[Node]]:
+        """Nodes to run, in order, back to the projections; and those behind which nobody looks."""
+        df, todo = self.df, deque(targets)
+        needed: set[Node] = set()
+        ends: list[Node] = []
+        while todo:
+            node = todo.popleft()
+            if node in needed:
+                continue
+            needed.add(df.open(node))
+            if node not in df.activation or self._ends_here(node):
+                continue
+            if len(needed) > _LARGEST_SLICE or (outside is not None and outside(node)):
+                ends.append(node)
+            else:
+                todo.extend(n for n in df.reads(node) if n in df.activation or df.group[n] in df.writes)
+        return sorted(needed.difference(ends), key=df.index.__getitem__), ends
+
+    def _ends_here(self, node: Node) -> bool:
+        """Whether labels begin at this node: projections, table look-ups, and data that cannot be followed."""
+        kind = self.df.op[node].kind
+        if kind in ("lookup", "attention", "input"):
+            return True
+        if kind == "convolution":
+            return not is_depthwise(self.df, node)
+        if kind == "contraction":
+            sides = factors_of(self.df, node)
+            constant = sides is not None and any(self.df.is_constant(n) for n in sides[:2])
+            return not constant and not self.mixes_tokens(node)
+        return False
+
+    def mixes_tokens(self, node: Node) -> bool:
+        """Whether a product with a weight sums features of a projection over tokens, each by itself (Linformer).
+
+        It makes no features of its own then: keys of fewer tokens are made of the same rows.
+        """
+        if node not in self._token_mixing:
+            self._token_mixing[node] = self._finds_token_mixing(node)
+        return self._token_mixing[node]
+
+    def _finds_token_mixing(self, node: Node) -> bool:
+        df = self.df
+        operands = self.projections.operands(node) if df.op[node].kind == "contraction" else None
+        if operands is None or operands[0] not in df.activation:
+            return False
+        x, _, on_left, _ = operands
+        axis = -2 if on_left and len(df.shape(x)) > 1 else -1
+        if df.shape(x)[axis] == 1 or not self._is_moved_projection(x):
+            return False
+        label = self.trace([x])[x].label
+        others = [d for d in range(label.dim()) if d != axis % label.dim()]
+        known = UNKNOWN not in self.labels.features(label)
+        return known and constant_along(label, axis) and not all(constant_along(label, d) for d in others)
+
+    def _is_moved_projection(self, node: Node) -> bool:
+        """Whether a tensor is the result of a projection, biased and moved at most."""
+        df = self.df
+        while df.op[node].kind != "contraction":
+            data = [n for n in node.all_input_nodes if n in df.activation]
+            moved = df.op[node].kind in ("movement", "getitem") or df.op[node].name == "add"
+            if len(data) != 1 or not moved or node in df.writes:
+                return False
+            node = data[0]
+        return self.projections.operands(node) is not None
+
+    def _window(self, node: Node, flow: Flow) -> Flow:
+        """Labels of memory that something writes into later must be real windows on one tensor of labels."""
+        df = self.df
+        if df.group[node] is not node or node not in df.writes:
+            return flow
+        value = df.value(node)
+        if not isinstance(value, Tensor):
+            return flow
+        whole = torch.empty_strided(value.shape, value.stride(), dtype=torch.int64).copy_(flow.label)
+        return replace(flow, label=whole)
+
+    def _write(self, node: Node, flow: Flow, flows: dict[Node, Flow]) -> None:
+        target: Node = node.args[0]  # type: ignore[assignment]
+        before = flows.get(target)
+        if before is None:
+            flows[node] = flow
+            return
+        if any(
+            stride == 0 and size > 1 for size, stride in zip(before.label.shape, before.label.stride(), strict=True)
+        ):
+            # Memory whose labels are not windows on one tensor: nobody can tell what stands where from now on.
+            for other in flows:
+                if self.df.group[other] is self.df.group[node]:
+                    flows[other] = unknown_flow(self.df, other)
+            flows[node] = unknown_flow(self.df, node)
+            return
+        before.label.copy_(flow.label)
+        flows[node] = replace(flow, label=before.label)
+        # Whatever else looks at this memory now holds what was written, with its history.
+        group = self.df.group[node]
+        for other, old in flows.items():
+            if other is not node and self.df.group[other] is group:
+                ops = old.ops | flow.ops
+                norms = old.norms + tuple(n for n in flow.norms if n not in old.norms)
+                flows[other] = replace(old, ops=ops, norms=norms)

@@ -1,0 +1,42 @@
+"""What the values of an attention are made of."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from quack_fx.find.attention import Logits
+from quack_fx.find.provenance.labels import UNKNOWN
+from quack_fx.find.provenance.projections import Projection
+from quack_fx.find.provenance.trace import Tracer
+from quack_fx.graph.dataflow import factors_of
+
+
+def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
+    """What a softmax weighs: the factor of its output that it does not lie behind."""
+    df, output = tracer.df, logits.output
+    if df.op[output].kind == "attention":
+        return [n for n in output.args[2:3] if isinstance(n, Node)]
+    summed = output if df.op[output].name == "mul" else output.args[0]
+    factors = (factors_of(df, output) or tuple(summed.all_input_nodes))[:2]  # type: ignore[union-attr]
+    return [n for n in factors if n is not None and not _is_behind(tracer, logits.end, n)]
+
+
+def value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int]]:
+    """The features that the values are made of, each with its projection, as far as they are known."""
+    values = [value for part in logits.parts or (logits,) for value in values_of(tracer, part)]
+    flows = tracer.trace(values)
+    features = set().union(*(tracer.labels.features(flows[n].label) for n in values if n in flows)) - {UNKNOWN}
+    return [tracer.projections.by_feature(feature) for feature in features]
+
+
+def _is_behind(tracer: Tracer, start: Node, node: Node) -> bool:
+    """Whether a node is made from another one."""
+    index, todo, seen = tracer.df.index, [node], set[Node]()
+    while todo:
+        one = todo.pop()
+        if one is start:
+            return True
+        if one not in seen and index[one] > index[start]:
+            seen.add(one)
+            todo.extend(tracer.df.reads(one))
+    return False

@@ -1,0 +1,116 @@
+"""Vectors of features: what an operand of a product holds at each place of the head dimension.
+
+In: labels of an operand. Out: a number for each distinct vector of them, and the rows behind every number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quack_fx.find.attention import Product
+from quack_fx.find.provenance.flow import Flow
+from quack_fx.find.provenance.labels import UNKNOWN, compact
+from quack_fx.find.provenance.projections import Projection
+from quack_fx.find.provenance.trace import Tracer
+from quack_fx.graph.dataflow import Dataflow
+
+Row = tuple[str, tuple[int, ...]]
+"""One feature: parameter, and coordinates along the projection's axes."""
+Vector = tuple[frozenset[Row], ...]
+"""Features at each place of the head dimension."""
+
+
+class Vectors:
+    """Numbers for the distinct vectors of labels."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+        self._numbers: dict[Vector, int] = {}
+        self._rows: dict[int, frozenset[Row]] = {}
+        self.vectors: list[Vector] = []
+        self.projection: dict[Row, Projection] = {}
+
+    def ids(self, label: Tensor) -> Tensor:
+        """Number of the vector along the last axis, for each place of the others."""
+        width = label.shape[-1]
+        small = compact(label[..., :1]) if label.stride(-1) == 0 and width > 1 else compact(label)
+        lines, where = torch.unique(small.reshape(-1, small.shape[-1]), dim=0, return_inverse=True)
+        numbers = torch.tensor([self._number(line, width) for line in lines.tolist()], dtype=torch.int64)
+        return numbers[where].view(small.shape[:-1]).expand(label.shape[:-1])
+
+    def joined(self, numbers: Sequence[int]) -> int:
+        """Number of several vectors laid side by side."""
+        return self._known(tuple(rows for n in numbers for rows in self.vectors[n]))
+
+    def channels(self, numbers: Sequence[int]) -> int:
+        """Number of several vectors, each one feature throughout, as one vector of those features."""
+        return self._known(tuple(self.vectors[n][0] for n in numbers))
+
+    def data(self, number: int) -> frozenset[Node]:
+        """What the projections behind a vector read."""
+        of = self._tracer.df.group
+        return frozenset(of[self.projection[row].x] for rows in self.vectors[number] for row in rows)
+
+    def parameters(self, number: int) -> frozenset[str]:
+        """Parameters behind a vector."""
+        return frozenset(name for rows in self.vectors[number] for name, _ in rows)
+
+    def _number(self, line: list[int], width: int) -> int:
+        vector = tuple(self._row(x) for x in line)
+        return self._known(vector * width if len(vector) == 1 else vector)
+
+    def _known(self, vector: Vector) -> int:
+        if vector not in self._numbers:
+            self._numbers[vector] = len(self.vectors)
+            self.vectors.append(vector)
+        return self._numbers[vector]
+
+    def _row(self, label: int) -> frozenset[Row]:
+        if label not in self._rows:
+            rows = set()
+            for feature in self._tracer.labels.members(label):
+                if feature == UNKNOWN:
+                    rows.add(("", ()))
+                    continue
+                projection, i = self._tracer.projections.by_feature(feature)
+                row = (projection.names[i], tuple(projection.rows[i].tolist()))
+                self.projection.setdefault(row, projection)
+                rows.add(row)
+            self._rows[label] = frozenset(rows)
+        return self._rows[label]
+
+
+def operand_planes(df: Dataflow, product: Product, flows: dict[Node, Flow]) -> tuple[Tensor, Tensor]:
+    """Labels of both operands as [*shape of the product's logits, head dimension]."""
+    left, right = flows[product.left].label, flows[product.right].label
+    if product.form == "fused-tokens-first":
+        left, right = left.transpose(-3, -2), right.transpose(-3, -2)
+    if product.form in ("fused", "fused-tokens-first"):
+        if left.shape[-3] != right.shape[-3]:  # grouped heads inside the op: each key head serves a block of queries
+            right = right.repeat_interleave(left.shape[-3] // right.shape[-3], dim=-3)
+        right = right.transpose(-1, -2)
+    elif product.form == "bilinear":
+        shape, source = df.shape(product.node.args[0]), product.node  # type: ignore[arg-type]
+        dims = source.args[1] if isinstance(source.args[1], list | tuple) else [source.args[1]]
+        axes = [int(d) % len(shape) for d in dims]  # type: ignore[arg-type]
+        keep = len(df.shape(source)) == len(shape)
+
+        def gathered(label: Tensor) -> Tensor:
+            label = label.expand(shape)
+            rest = [d for d in range(len(shape)) if d not in axes]
+            label = label.permute(*rest, *axes).flatten(len(rest))
+            return label.reshape(*df.shape(source), -1) if keep else label
+
+        return gathered(left), gathered(right)
+    if left.dim() == 1:
+        left = left.unsqueeze(0)
+    if right.dim() == 1:
+        right = right.unsqueeze(-1)
+    right = right.transpose(-1, -2)
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    product_shape = (*batch, left.shape[-2], right.shape[-2], left.shape[-1])
+    return left.unsqueeze(-2).expand(product_shape), right.unsqueeze(-3).expand(product_shape)

@@ -1,0 +1,345 @@
+"""FINDER: a model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
+
+`find_qk_pairs` is the public call; `find` also tells how it was done; `find_in_graph` takes an ATen graph that somebody
+else made (torch.export, make_fx), and `find_each` gives what was understood of each of its attentions as well.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quack_fx.find.attention import Logits, NearMiss, find_logits
+from quack_fx.find.provenance import (
+    Basis,
+    BehindLayer,
+    Heads,
+    LeftOut,
+    NormTag,
+    NotOneAttention,
+    Refused,
+    Repeats,
+    Tracer,
+    Uses,
+    find_heads,
+    make_site,
+    merge_calls,
+    values_of,
+)
+from quack_fx.graph.capture import Capture, RepeatedLayer, capture, unwrapped
+from quack_fx.graph.dataflow import Dataflow
+from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Skipped, WeightBlock
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout and how it was found.
+
+    Attributes:
+        layout: The layout.
+        way: How the forward was recorded: "hybrid" (fake weights, size does not matter) or "real".
+        nodes: Number of nodes of the recorded graph.
+        seconds: Seconds spent on each part of the work.
+        canned: Ops that needed numbers which are not there and got a made-up answer (routing, mostly).
+        fallback_reason: Why the hybrid recording was given up, or None.
+    """
+
+    layout: QKLayout
+    way: Literal["hybrid", "real"]
+    nodes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    canned: tuple[str, ...] = ()
+    fallback_reason: str | None = None
+
+
+def find_qk_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> QKLayout:
+    """Find every query/key pair of a model: the exact weight rows of every head, by structure and never by name.
+
+    Arguments:
+        model: Any module, on any device; it may be on meta, so that size does not matter. Nothing in it is changed.
+            It may be wrapped (DistributedDataParallel, torch.compile, activation checkpointing, AveragedModel) or
+            sharded (FSDP, tensor parallel), as a whole or in layers: names and rows are those of the model inside, and
+            no rank waits for another.
+        *args: Positional arguments of one forward call; small ones are enough (a few tokens).
+        **kwargs: Keyword arguments of that call.
+
+    Returns:
+        The layout. Every attention that is not among its `sites` is in `skipped` with a reason, each parameter that the
+        example inputs never reached in `untouched`.
+
+    Raises:
+        CaptureError: The forward fails on these inputs.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        >>> x = torch.zeros(1, 3, 8)
+        >>> site = find_qk_pairs(layer, x, x, x).sites[0]
+        >>> site.kind, site.query[0].param, site.query[0].heads, site.key[0].heads
+        ('mha', 'in_proj_weight', (((0, 4),), ((4, 8),)), (((8, 12),), ((12, 16),)))
+    """
+    return find(model, args, kwargs).layout
+
+
+def find(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+    recording: Capture | None = None,
+) -> Found:
+    """`find_qk_pairs` with an account of how it went.
+
+    Arguments:
+        model: The model.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        progress: Called with a short text when a new part of the work begins.
+        recording: The recording of that very call, where there is one already.
+
+    Returns:
+        Layout, way of recording, size of the graph, seconds.
+    """
+    with _collector_off(), unwrapped(model) as inner:
+        return _find(inner, args, kwargs, progress, recording)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """A recording makes hundreds of thousands of objects that all live on; looking for garbage among them takes longer
+    than the recording itself."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _find(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    progress: Callable[[str], None] | None,
+    recording: Capture | None,
+) -> Found:
+    tell = progress or (lambda text: None)
+    tell("recording one forward pass")
+    start = time.perf_counter()
+    recorded = recording or capture(model, args, kwargs, layers_once=True)
+    captured = time.perf_counter()
+    try:
+        layout = _in_recording(model, recorded, tell)
+    except BehindLayer:
+        # What is wanted lies behind a layer that was left out: all of them are needed.
+        tell("recording the forward pass with every layer")
+        recorded = capture(model, args, kwargs)
+        layout = _in_recording(model, recorded, tell)
+    if recorded.made_up:
+        other = _in_recording(model, capture(model, args, kwargs, number=0.75), tell)
+        layout = replace(layout, sites=tuple(_with_scales_of_both(layout.sites, other.sites)))
+    seconds = {"capture": captured - start, "find": time.perf_counter() - captured}
+    nodes = len(recorded.graph_module.graph.nodes)
+    return Found(layout, recorded.way, nodes, seconds, recorded.canned, recorded.fallback_reason)
+
+
+def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], None]) -> QKLayout:
+    names = tuple(dict.fromkeys(name for name, _ in model.named_parameters()))
+    weights = parameters_in(recorded.graph_module, model)
+    tell(f"looking for attention in {len(recorded.graph_module.graph.nodes):,} ops")
+    return find_in_graph(recorded.graph_module, weights, all_names=names, repeated=recorded.repeated, progress=tell)
+
+
+def _with_scales_of_both(sites: Sequence[AttentionSite], others: Sequence[AttentionSite]) -> Iterator[AttentionSite]:
+    """Sites whose scales are told where another number in place of the one that was made up gives the same."""
+    scales: dict[str, set[float | None]] = {}
+    for site in others:
+        scales.setdefault(site.name, set()).add(site.logit_scale)
+    for site in sites:
+        yield site if scales.get(site.name) == {site.logit_scale} else replace(site, logit_scale=None)
+
+
+def find_in_graph(
+    graph_module: GraphModule,
+    weights: Mapping[Node, str] | None = None,
+    *,
+    all_names: Sequence[str] = (),
+    repeated: Sequence[RepeatedLayer] = (),
+    progress: Callable[[str], None] | None = None,
+) -> QKLayout:
+    """Layout of an ATen-level graph, one of torch.export or make_fx as well as ours.
+
+    Arguments:
+        graph_module: The graph; its nodes carry `meta["val"]`.
+        weights: Name of each node that is a parameter. Default: `get_attr` nodes that are parameters of `graph_module`.
+        all_names: All parameters of the model; those that no op reads are reported as untouched.
+        repeated: Layers that one node of the graph stands for; they get the sites of the layer that they are like.
+        progress: Called with a short text as the work goes on.
+
+    Returns:
+        The layout.
+    """
+    weights = own_parameters(graph_module) if weights is None else weights
+    return Finding(Dataflow(graph_module, weights)).layout(weights, all_names, repeated, progress)
+
+
+class Finding:
+    """The search through one graph.
+
+    Arguments:
+        df: The graph.
+        each: Whether each attention is understood by itself, even one that is equal to another: `understood` then holds
+            the logits, the site and the heads of all.
+    """
+
+    def __init__(self, df: Dataflow, *, each: bool = False) -> None:
+        self._df, self._each = df, each
+        logits, self._misses = find_logits(df)
+        self.attentions = Attentions(df, logits)
+        self.understood: list[tuple[Logits, AttentionSite, Heads]] = []
+
+    def layout(
+        self,
+        weights: Mapping[Node, str],
+        all_names: Sequence[str] = (),
+        repeated: Sequence[RepeatedLayer] = (),
+        progress: Callable[[str], None] | None = None,
+    ) -> QKLayout:
+        """The layout; the arguments are those of `find_in_graph`."""
+        df, attentions, misses = self._df, self.attentions, self._misses
+        sites: list[tuple[Node, AttentionSite]] = []
+        layers, repeats = LeftOut(df, repeated), Repeats(df)
+        for one in attentions:
+            if progress is not None and len(sites) % 10 == 0:
+                count = len(sites) + attentions.left + 1
+                progress(f"following the weight rows of attention {len(sites) + 1} of {count}")
+            known = None if self._each else repeats.find(one)
+            if known is not None:
+                sites.append((one.output, known))
+                continue
+            try:
+                site, heads = attentions.look_at(one)
+            except NotOneAttention:
+                continue
+            except Refused as refusal:
+                misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
+            else:
+                sites.append((one.output, site))
+                self.understood.append((one, site, heads))
+                repeats.remember(one, site, attentions.tracer.basis)
+            layers.check(one, attentions.tracer.basis.all_nodes())
+        skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
+        reached = layers.all_names({name for node, name in weights.items() if node.users})
+        return QKLayout(
+            sites=tuple(merge_calls(layers.all_sites(sites))),
+            skipped=tuple(dict.fromkeys(layers.all_skipped(skipped))),
+            untouched=tuple(name for name in all_names if name not in reached),
+        )
+
+
+class Attentions:
+    """The attentions of a graph one by one; the turns of a loop that is no loop over heads follow as attentions."""
+
+    def __init__(self, df: Dataflow, logits: Sequence[Logits]) -> None:
+        self.tracer = Tracer(df)
+        self.uses = Uses(self.tracer, logits)
+        self._todo = [*reversed(logits)]
+
+    def __iter__(self) -> Iterator[Logits]:
+        while self._todo:
+            yield self._todo.pop()
+
+    @property
+    def left(self) -> int:
+        """How many are still to come."""
+        return len(self._todo)
+
+    def look_at(self, one: Logits) -> tuple[AttentionSite, Heads]:
+        """Site and heads of one; `tracer.basis` then is what they rest on.
+
+        Raises:
+            NotOneAttention: Its parts come next.
+            Refused: It is not understood.
+        """
+        self.tracer.basis = Basis()
+        try:
+            heads = find_heads(self.tracer, one)
+        except NotOneAttention:
+            self._todo += one.parts[::-1]
+            raise
+        return make_site(self.tracer, one, heads, self.uses), heads
+
+    def understood(self) -> Iterator[tuple[Logits, AttentionSite, Heads]]:
+        """Those that are understood, each with its site and heads."""
+        for one in self:
+            try:
+                site, heads = self.look_at(one)
+            except (NotOneAttention, Refused):
+                continue
+            yield one, site, heads
+
+    def value_norms(self, one: Logits) -> list[NormTag]:
+        """Norms that the values of an attention pass."""
+        values = [value for part in one.parts or (one,) for value in values_of(self.tracer, part)]
+        flows = self.tracer.trace(values)
+        return [tag for value in values if value in flows for tag in flows[value].norms]
+
+
+def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
+    """Search an ATen-level graph of somebody's, each attention by itself; arguments as those of `find_in_graph`."""
+    weights = own_parameters(graph_module) if weights is None else weights
+    finding = Finding(Dataflow(graph_module, weights), each=True)
+    return finding, finding.layout(weights, [name for name, _ in graph_module.named_parameters()])
+
+
+def attentions_of(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, real: bool = False
+) -> Attentions:
+    """The attentions of one call of a model; `real`: every node of its graph has numbers."""
+    with unwrapped(model) as inner:
+        graph_module = capture(inner, args, kwargs, real=real).graph_module
+        df = Dataflow(graph_module, parameters_in(graph_module, inner))
+    return Attentions(df, find_logits(df)[0])
+
+
+Pairs = tuple[tuple[WeightBlock, ...], tuple[WeightBlock, ...], tuple[LogitTerm, ...]]
+"""What tells an attention from others, whatever its norms."""
+
+
+def pairs_of(site: AttentionSite) -> Pairs:
+    """What tells a site from others."""
+    return site.query, site.key, site.terms
+
+
+def places_of(layout: QKLayout) -> dict[Pairs, int]:
+    """Where in a layout each attention is."""
+    return {pairs_of(site): place for place, site in enumerate(layout.sites)}
+
+
+def parameters_in(graph_module: GraphModule, model: nn.Module) -> dict[Node, str]:
+    """Names of the nodes of our own recording that are parameters of the recorded model."""
+    names = {name for name, _ in model.named_parameters()}
+    return {n: str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr" and str(n.target) in names}
+
+
+def own_parameters(graph_module: GraphModule) -> dict[Node, str]:
+    """Names of the nodes that are parameters of their graph module, each by its first."""
+    first = {id(p): name for name, p in graph_module.named_parameters()}
+    named = dict(graph_module.named_parameters(remove_duplicate=False))
+    return {
+        n: first[id(named[str(n.target)])]
+        for n in graph_module.graph.nodes
+        if n.op == "get_attr" and str(n.target) in named
+    }
+
+
+def _skipped(df: Dataflow, miss: NearMiss) -> Skipped:
+    return Skipped((df.modules(miss.node) or ("",))[-1], miss.code, miss.reason)

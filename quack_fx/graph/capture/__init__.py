@@ -1,0 +1,179 @@
+"""FINDER: model + example inputs -> torch.fx.GraphModule of ATen ops.
+
+In: an `nn.Module` (on any device, meta included) and the arguments of one forward call. Out: a `Capture`, whose graph
+holds every ATen op that ran, in order, with `node.meta["val"]` (the value: real where no parameter reached it, a
+meta tensor elsewhere) and `node.meta["nn_module_stack"]` (modules whose forward was running, as in torch.export).
+
+The forward runs once, for real Python and fake weights ("hybrid"): parameters are replaced by meta tensors, so size
+does not matter; what no parameter reached (token ids, masks, positions, RoPE tables) is computed for real, so that
+control flow and index tensors are true. To Python every tensor is on the CPU then. Where that fails and the model is
+small, it runs on real numbers instead.
+
+    recorder.py   the dispatch mode that writes the graph
+    devices.py    what Python is told about the devices of tensors
+    hybrid.py     how one op runs when some of its inputs are fake
+    executable.py a graph that runs, checked against the model
+    equal.py      which layers are equal but for the numbers in their weights
+    layers.py     equal layers are recorded once, where that is safe
+    memory.py     where a tensor's numbers lie
+    isolate.py    the model, its hooks, its RNG and the global switches stay as they were
+    wrappers.py   the module inside wrappers, with whole weights
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from quack_fx.errors import CaptureError, first_line
+from quack_fx.graph.capture.equal import equal_groups
+from quack_fx.graph.capture.executable import runnable
+from quack_fx.graph.capture.hybrid import NUMBER
+from quack_fx.graph.capture.isolate import isolated
+from quack_fx.graph.capture.layers import RepeatedLayer
+from quack_fx.graph.capture.recorder import Recorder
+from quack_fx.graph.capture.wrappers import unwrapped
+from quack_fx.graph.forward.machine import available_memory
+
+__all__ = ["Capture", "RepeatedLayer", "capture", "unwrapped"]
+
+REAL_LIMIT_BYTES = 4 << 30
+"""Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed; less on a machine
+that has less than four times as much memory left."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One recorded forward pass.
+
+    Attributes:
+        graph_module: The graph. Parameters and buffers are `get_attr` nodes named by their first fully qualified name,
+            other tensors from outside are `get_attr` nodes `_constant_<n>`, tensor inputs are placeholders.
+        way: "hybrid" or "real": how the forward was run, see above.
+        canned: Ops whose result depends on the numbers in fake tensors, and so was made up (routing, for example).
+        fallback_reason: Why the hybrid run was given up, or None.
+        repeated: Layers that were not run, because they do what a recorded one does; only with `layers_once`.
+    """
+
+    graph_module: torch.fx.GraphModule
+    way: Literal["hybrid", "real"]
+    canned: tuple[str, ...]
+    fallback_reason: str | None = None
+    repeated: tuple[RepeatedLayer, ...] = ()
+
+    @property
+    def made_up(self) -> bool:
+        """Whether the forward was given a made-up number, which may have become a factor of anything."""
+        return NUMBER in self.canned
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    layers_once: bool = False,
+    number: float = 0.5,
+    real: bool = False,
+    executable: bool = False,
+) -> Capture:
+    """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
+
+    Arguments:
+        model: Any module, on any device; on the meta device its size does not matter. Of one that is wrapped or sharded
+            the module inside is recorded, under its own names and with whole weights; no rank waits for another.
+        args: Positional arguments of the forward call.
+        kwargs: Keyword arguments of the forward call.
+        layers_once: Record only a few of many equal layers, where that is provably safe; see `layers.py`.
+        real: Run on real numbers at once; every node then has them.
+        executable: Make a graph that runs: it is called as the model is, returns what the model returns, has its
+            gradients (both are checked on these arguments) and shares its parameters. The model must have numbers, and
+            what is no tensor among the arguments is written down as it was given.
+        number: What a fake tensor answers that is asked for its one number (`float(x)`); `made_up` tells if one was.
+
+    Returns:
+        The recorded pass.
+
+    Raises:
+        CaptureError: The forward raised, in one line with the forward's own message; or no graph does what it does.
+
+    Example:
+        >>> lin = nn.Linear(3, 5, device="meta")
+        >>> [n.target for n in capture(lin, [torch.ones(2, 3)]).graph_module.graph.nodes if n.op == "get_attr"]
+        ['weight', 'bias']
+    """
+    with unwrapped(model) as inner:
+        return _capture(inner, args, kwargs or {}, layers_once, number, real, executable)
+
+
+def _capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    layers_once: bool,
+    number: float,
+    real: bool,
+    executable: bool,
+) -> Capture:
+    if executable:
+        try:
+            return Capture(runnable(model, args, kwargs), "real", ())
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"the forward of {type(model).__name__}, or its backward, fails on the example inputs: "
+                f"{first_line(error)}"
+            ) from error
+    failures: list[tuple[int, Exception]] = []
+    groups = list(equal_groups(model)) if layers_once and not real else []
+    # A forward that fails because layers were left out is run again with all of them.
+    for equal in () if real else [groups, []] if groups else [[]]:
+        for _, earlier in failures:
+            traceback.clear_frames(earlier.__traceback__)  # they hold the recording
+        recorder = Recorder(model, "hybrid", equal, number)
+        try:
+            return _run(model, args, kwargs, recorder)
+        except Exception as error:
+            failures.append((recorder.entered, error))
+    reason = first_line(failures[-1][1]) if failures else None
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = available_memory()
+    if size > (room // 2 if real else min(REAL_LIMIT_BYTES, room // 4)):
+        refusal = f"cannot be recorded with fake weights ({reason}), and at" if reason else "cannot be run for real: at"
+        raise CaptureError(
+            f"the forward of {type(model).__name__} {refusal} {size / 2**30:.0f} GiB it is too large to run for real; "
+            "pass a smaller configuration of the model"
+        ) from (failures[-1][1] if failures else None)
+    for _, earlier in failures:
+        traceback.clear_frames(earlier.__traceback__)
+    recorder = Recorder(model, "real")
+    try:
+        return _run(model, args, kwargs, recorder, reason)
+    except Exception as error:
+        failures.insert(0, (recorder.entered, error))
+    # Whichever came furthest met what is wrong with the call; of the others, what is wrong with the attempt.
+    _, telling = max(failures, key=lambda failure: failure[0])
+    raise CaptureError(
+        f"the forward of {type(model).__name__} fails on the example inputs: {first_line(telling)}"
+    ) from telling
+
+
+def _run(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    recorder: Recorder,
+    fallback_reason: str | None = None,
+) -> Capture:
+    with isolated(model):
+        args, kwargs = recorder.inputs(args, kwargs)
+        with torch.no_grad(), recorder:
+            output = model(*args, **kwargs)
+    repeated = recorder.layers.done()
+    return Capture(recorder.finish(output), recorder.way, tuple(recorder.canned), fallback_reason, repeated)

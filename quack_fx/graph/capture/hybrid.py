@@ -1,0 +1,237 @@
+"""How one op runs when some of its inputs are fake (meta tensors) and some are real.
+
+In: an op and its arguments. Out: its result. The rules, in this order:
+
+1. Nothing fake: the op runs for real, on the CPU whatever device was asked for, so that masks, positions and tables
+   that no parameter reached have true values. Only what is too large for that becomes fake.
+2. The op's result does not depend on the fake numbers (`zeros_like`, `new_ones`, ...): it is made for real.
+3. The op needs numbers that are not there (`nonzero`, `item`, boolean indexing): it gets a canned answer,
+   and the recording says so. Routing, mostly; the layout behind it is the same for every route.
+4. Otherwise the op runs on meta tensors, which computes shapes and strides alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from quack_fx.graph.forward.machine import available_memory
+
+REAL_LIMIT = 1 << 24
+"""Tables of more elements than this are fake where weights are: one that large is never worth its memory here."""
+
+# Uninitialised ones are not among them: they are always about to be filled, mostly with fake values.
+_LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"})
+_NEW = frozenset({"new_zeros", "new_ones", "new_full"})
+_NUMBERS = frozenset({"_local_scalar_dense", "item"})
+NUMBER = "a number out of a tensor"
+"""Stands among the canned answers for a number that was made up, and may have become a factor."""
+_UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
+
+
+def run_mixed(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    taint: Callable[[Tensor], Tensor],
+    canned: list[str],
+    number: float,
+    most: int | None,
+) -> Any:
+    """Run `func` by the rules above.
+
+    Arguments:
+        func: The op (an OpOverload, or a higher-order op).
+        args: Positional arguments; real and meta tensors may be mixed.
+        kwargs: Keyword arguments, likewise.
+        taint: Called with a real tensor that is about to receive fake values in place; gives back its fake twin.
+        canned: Names of ops that got a canned answer are appended here.
+        number: What a fake tensor of floating point answers when it is asked for its one number.
+        most: Elements of the largest table that is made for real; no other result may take more than a part of the
+            memory that is left. None: all of that is real.
+
+    Returns:
+        The op's result; an in-place op returns the very tensor it was given (its twin after `taint`).
+    """
+    name = func.name() if callable(getattr(func, "name", None)) else str(func)
+    name = name.split("::")[-1].split(".")[0]
+    leaves = tree_leaves((args, kwargs))
+    fake = any(isinstance(x, Tensor) and x.is_meta for x in leaves)
+    if not isinstance(func, torch._ops.OpOverload):
+        return _higher_order(func, name, args, kwargs, fake)
+    if not fake:
+        return _real(func, name, args, kwargs, leaves, most)
+    if name in _LIKE or name in _NEW:
+        return _value_free(func, name, args, kwargs)
+    if name in _NUMBERS and args[0].is_floating_point():
+        canned.append(NUMBER)
+        return number
+    answer = _canned_answer(name, args, kwargs)
+    if answer is not None:
+        canned.append(name)
+        return answer[0]
+    args, kwargs = _host_copies(name, args, kwargs, canned)
+    if func._schema.is_mutable:
+        args, kwargs = _mutation_targets(func, args, kwargs, taint)
+    return _on_meta(func, args, kwargs)
+
+
+def _real(
+    func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], most: int | None
+) -> Any:
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    if most is not None and _may_be_large(name, leaves) and _is_large(func, args, kwargs, leaves, most):
+        return _on_meta(func, args, kwargs)
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type != "cpu":
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    return func(*args, **kwargs)
+
+
+def _may_be_large(name: str, leaves: list[Any]) -> bool:
+    """A bound that costs little: few results have more elements than all the sizes in the arguments multiplied."""
+    sizes = [x.numel() if isinstance(x, Tensor) else x if type(x) is int else 1 for x in leaves]
+    return math.prod(max(1, n) for n in sizes) ** (2 if name == "eye" else 1) > REAL_LIMIT
+
+
+def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], most: int) -> bool:
+    """Whether an op makes more numbers than should be made: of a table, or than this machine can hold."""
+    if func.is_view or func._schema.is_mutable:
+        return False
+    try:
+        made = [t for t in tree_leaves(_on_meta(func, args, kwargs)) if isinstance(t, Tensor)]
+    except Exception:  # its size depends on numbers: it is at most that of what holds them
+        return False
+    if not any(isinstance(x, Tensor) for x in leaves) and sum(t.numel() for t in made) > most:
+        return True
+    size = sum(t.numel() * t.element_size() for t in made)
+    return size > REAL_LIMIT and size > available_memory() // 8
+
+
+def _value_free(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    like = args[0]
+    size = torch.Size(args[1]) if name in _NEW else like.shape
+    if size.numel() > REAL_LIMIT:
+        fake: Tensor = _on_meta(func, args, kwargs)
+        return fake
+    # One element of the right dtype stands for the fake tensor; its numbers are never read.
+    stand_in = torch.zeros((), dtype=like.dtype).expand(like.shape)
+    result: Tensor = func(stand_in, *args[1:], **{**kwargs, "device": torch.device("cpu")})
+    return result
+
+
+def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
+    """A made-up result in a 1-tuple, or None where the op needs none."""
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    x = args[0]
+    if name in _NUMBERS:
+        return (False if x.dtype == torch.bool else 1,)
+    if name in ("is_nonzero", "equal", "allclose"):
+        return (False,)
+    if name == "repeat_interleave":
+        return (torch.arange(x.numel()),)  # each once
+    if name in ("nonzero", "nonzero_numpy", "argwhere"):
+        return (torch.tensor([[n // 2 for n in x.shape]]).view(1, x.dim()),)  # the middle: borders are often cut off
+    if name == "masked_select":
+        return (x.new_empty((1,)),)
+    if name == "bincount":
+        counts = torch.zeros(max(1, kwargs.get("minlength", args[2] if len(args) > 2 else 1)), dtype=torch.long)
+        counts[0] = x.numel()
+        return (counts,)
+    if name in _UNIQUE:
+        where = torch.zeros(x.shape, dtype=torch.long)
+        return ((torch.zeros(1, dtype=x.dtype), where, torch.full((1,), x.numel())),)
+    return None
+
+
+def _host_copies(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], canned: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with what only real tensors can do taken out: copies to the host, boolean masks as indices."""
+    if name == "_to_copy" and kwargs.get("device") is not None:
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+    if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"):
+        index: list[Tensor | None] = []
+        axis = 0
+        for i in args[1]:
+            if i is None or i.dtype not in (torch.bool, torch.uint8):
+                index.append(i)
+                axis += 1
+                continue
+            _check_mask(i, args[0], axis)
+            axis += i.dim()
+            if i.is_meta:
+                canned.append("boolean mask")
+                index.extend(torch.zeros(1, dtype=torch.long) for _ in range(i.dim()))
+            else:
+                index.extend(i.nonzero().unbind(1))
+        args = (args[0], index, *args[2:])
+    if name == "split_with_sizes" and sum(args[1]) != args[0].shape[args[2] if len(args) > 2 else 0]:
+        sizes, dim = list(args[1]), args[2] if len(args) > 2 else 0
+        canned.append("split sizes")
+        sizes[-1] += args[0].shape[dim] - sum(sizes)
+        args = (args[0], sizes, dim)
+    return args, kwargs
+
+
+def _check_mask(mask: Tensor, indexed: Tensor, start: int) -> None:
+    """Refuse a boolean mask that torch would refuse: as indices, a small one would pass.
+
+    Raises:
+        IndexError: It has another shape than what it indexes.
+    """
+    for n, size in enumerate(mask.shape):
+        if size != indexed.shape[start + n]:
+            raise IndexError(
+                f"The shape of the mask {list(mask.shape)} at index {n} does not match the shape of the indexed "
+                f"tensor {list(indexed.shape)} at index {start + n}"
+            )
+
+
+def _mutation_targets(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], taint: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Real tensors that this op writes fake values into become fake first."""
+    new_args, new_kwargs = list(args), dict(kwargs)
+    for i, spec in enumerate(func._schema.arguments):
+        if spec.alias_info is None or not spec.alias_info.is_write:
+            continue
+        holder: Any = new_args if i < len(args) else new_kwargs
+        where: Any = i if i < len(args) else spec.name
+        value = holder[where] if i < len(args) or spec.name in new_kwargs else None
+        if isinstance(value, Tensor) and not value.is_meta:
+            holder[where] = taint(value)
+    return tuple(new_args), new_kwargs
+
+
+def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to("meta"), (args, kwargs))
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    if "grouped_mm" in func.name():
+        # Its meta kernel takes bfloat16 alone, although the op itself takes more on some devices.
+        wide = args[0].dtype
+        args = tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, args)
+        return func(*args, **kwargs).to(wide)
+    return func(*args, **kwargs)
+
+
+def _higher_order(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Any:
+    """Attention written as a higher-order op: its result has the shape of the queries and the width of the values."""
+    if name != "flex_attention":
+        raise NotImplementedError(f"the higher-order op {name} cannot be recorded")
+    if not fake:
+        with torch._C._EnableTorchFunction():  # its masks are indexed with tensors, by a mode of its own
+            return func(*args, **kwargs)
+    query, value = args[0].to("meta"), args[2]
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    return out, lse, lse

@@ -1,0 +1,115 @@
+"""What a recorded forward must leave as it was: the model's attributes, random numbers, global switches.
+
+In: a model. Out: a context in which its forward may run; afterwards every module has the attributes, buffers, hooks and
+submodules that it had before, and the random generators of torch and Python and torch's fast paths are restored.
+(That buffers keep their *values* is the recorder's work: it hands every op a copy.)
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes  # private: there is no public way out of a mode
+
+from quack_fx.graph.forward.inference import without_inference_mode
+
+
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Context in which `model`'s forward may run without leaving a trace."""
+    before = [(module, Snapshot(module)) for module in model.modules()]
+    python_rng = random.getstate()
+    # nn.MultiheadAttention and TransformerEncoder would otherwise run as one opaque op.
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # A model wrapped in torch.compile, or that compiles a part of itself, must run op by op to be seen.
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.random.fork_rng(devices=[]), eager, without_inference_mode():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        random.setstate(python_rng)
+        for module, snapshot in before:
+            snapshot.restore(module)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Context in which ops are ours and not the model's, and tensors are what they are."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Context in which autocast does nothing: it would cast real tensors and not the fake ones that they meet."""
+    original = torch.autocast.__init__
+
+    def init(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+        original(self, "cpu", enabled=False)
+
+    with patch.object(torch.autocast, "__init__", init):
+        yield
+
+
+class Snapshot:
+    """A module's attributes, with what its containers hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = dict(vars(module))
+        # Most containers of a module are empty, and a large model has millions: nothing is copied for those.
+        self._contents = {
+            n: (kind(v) if v else None)
+            for n, v in self._attributes.items()
+            if (kind := _kind_of(v.__class__)) is not None
+        }
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the module still has the very same attributes, and its containers hold the very same things."""
+        now = vars(module)
+        return (
+            len(now) == len(self._attributes)
+            and all(name in now and now[name] is value for name, value in self._attributes.items())
+            and all(_same(self._attributes[name], content) for name, content in self._contents.items())
+        )
+
+    def restore(self, module: nn.Module) -> None:
+        """Give the module back what it had."""
+        now = vars(module)
+        for name in now.keys() - self._attributes.keys():
+            del now[name]
+        now.update(self._attributes)
+        for name, content in self._contents.items():
+            value = self._attributes[name]
+            if not _same(value, content):
+                value.clear()
+                if content is not None:
+                    (value.extend if isinstance(value, list) else value.update)(content)
+
+
+@functools.cache
+def _kind_of(kind: type) -> type | None:
+    """The plain container that a class is one of."""
+    return next((plain for plain in (dict, list, set) if issubclass(kind, plain)), None)
+
+
+def _same(value: Any, content: Any) -> bool:
+    """Whether a container holds the very same things, in the same order; None is an empty one."""
+    if content is None:
+        return not value
+    if len(value) != len(content):
+        return False
+    if isinstance(value, dict):
+        return all(map(operator.is_, value.values(), content.values())) and all(map(operator.is_, value, content))
+    if isinstance(value, set):
+        return set(map(id, value)) == set(map(id, content))
+    return all(map(operator.is_, value, content))

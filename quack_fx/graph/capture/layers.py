@@ -1,0 +1,383 @@
+"""Equal layers are recorded once, where that is provably safe.
+
+In: a model's equal layers (`equal.py`) and the calls of their forwards. Out: a `RepeatedLayer` for each layer that was
+not run, with a node that stands for it.
+
+A call may be left out when two calls of equal layers were recorded, turned out the same op by op, and a third layer is
+called in the same way. The same: nothing that differs between the layers was read; the inputs are the very same
+objects, or fake tensors of one form; nothing was written that outlives the call (no attribute, no input in place, no
+tensor kept somewhere else than in the output), and no data was read that was not given. Anything else runs as usual.
+The last layer of a group is always recorded, and must turn out the same. What is left is code that counts its own calls
+in an object outside the model and changes its mind in the middle of the stack.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from quack_fx.graph.capture.equal import EqualGroup, Place, renamed
+from quack_fx.graph.capture.isolate import Snapshot, unrecorded
+from quack_fx.graph.capture.memory import storage_of
+
+_PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
+_CONSTANT = (types.FunctionType, types.BuiltinFunctionType, type)
+
+
+@dataclass(frozen=True)
+class RepeatedLayer:
+    """A layer that was not recorded, because it does what another one did.
+
+    Attributes:
+        node: Stands for the layer in the graph; its results are data of which nothing else is known.
+        nodes: The recorded call that it repeats; the recorded layer may have been called more often.
+        name: The layer.
+        like: The recorded layer.
+        given: Tensors that the recorded layer was called with, and whether this one was called with the very same.
+        names: Name of each parameter, buffer and module of `like` -> the name of its counterpart.
+    """
+
+    node: Node
+    nodes: frozenset[Node]
+    name: str
+    like: str
+    given: Mapping[Node, bool]
+    names: Mapping[str, str]
+
+
+def equal_layer(*inputs: Any) -> None:
+    """Target of the node that stands for a layer; never called."""
+
+
+class Tape(Protocol):
+    """What this file asks of the recorder."""
+
+    graph: Graph
+    alive: list[Any]
+    names: dict[int, str]
+
+    def node(self, tensor: Tensor) -> Node:
+        """Node of a tensor."""
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        """What ops get in place of a tensor."""
+
+    def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
+        """Write down one more node with several results."""
+
+
+@dataclass
+class _Call:
+    """A recorded call of a layer's forward."""
+
+    layer: nn.Module
+    given: list[Any]
+    form: TreeSpec
+    result: list[Any]
+    result_form: TreeSpec
+    read: dict[Place, Any]
+    given_nodes: dict[Node, int]
+    nodes: list[Node]
+    confirmed: bool = False
+
+
+class EqualLayers:
+    """The equal layers of one model while its forward is recorded."""
+
+    def __init__(self, groups: Sequence[EqualGroup], tape: Tape) -> None:
+        self._repeated: list[RepeatedLayer] = []
+        self._tape = tape
+        self._groups = list(groups)
+        self._calls: dict[int, list[_Call]] = {}
+        self._contradicted = False
+        self._running = False
+        self._read: set[tuple[int, str]] = set()
+        self._held: dict[int, dict[str, Any]] = {}
+
+    def done(self) -> tuple[RepeatedLayer, ...]:
+        """The layers that were left out.
+
+        Raises:
+            RuntimeError: A layer that was recorded to make sure did something else than the others.
+        """
+        if self._contradicted:
+            raise RuntimeError("equal layers do different things")
+        return tuple(self._repeated)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Context in which calls of the layers come here first; for use where the model's attributes are restored."""
+        if not self._groups:
+            yield
+            return
+        for group in self._groups:
+            for layer in group.members:
+                self._hold(layer, group)
+                own = layer.forward
+                vars(layer)["forward"] = functools.wraps(own)(functools.partial(self._forward, group, layer, own))
+        original, held, read = nn.Module.__getattr__, self._held, self._read
+
+        def getattr_(module: nn.Module, name: str) -> Any:
+            values = held.get(id(module))
+            if values is not None and name in values:
+                read.add((id(module), name))
+                return values[name]
+            return original(module, name)
+
+        with patch.object(nn.Module, "__getattr__", getattr_):
+            yield
+
+    def _hold(self, layer: nn.Module, group: EqualGroup) -> None:
+        """Take the attributes that differ out of the instances, so that reading them is noticed."""
+        for path, name in group.differing - group.fixed:
+            module = layer.get_submodule(path)
+            self._held.setdefault(id(module), {})[name] = vars(module).pop(name)
+
+    # ---- one call ------------------------------------------------------------------------------------------------
+
+    def _forward(
+        self, group: EqualGroup, layer: nn.Module, own: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        given, form = tree_flatten((args, kwargs))
+        known = all(isinstance(x, (Tensor, *_PLAIN, *_CONSTANT)) for x in given)
+        if self._running or not known or group not in self._groups:
+            return own(*args, **kwargs)
+        calls = self._calls.setdefault(id(group), [])
+        if layer is not group.members[-1]:
+            with unrecorded():
+                for call in calls:
+                    if call.confirmed and self._same_call(call, group, layer, given, form):
+                        names = renamed(group.trees[call.layer], group.trees[layer], self._tape.names)
+                        if names is not None:
+                            return self._stand_in(call, layer, given, names)
+        return self._record(calls, group, layer, own, args, kwargs, given, form)
+
+    def _record(
+        self,
+        calls: list[_Call],
+        group: EqualGroup,
+        layer: nn.Module,
+        own: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        given: list[Any],
+        form: TreeSpec,
+    ) -> Any:
+        tape = self._tape
+        with unrecorded():
+            given_nodes: dict[Node, int] = {}
+            for i, x in enumerate(given):
+                if isinstance(x, Tensor):
+                    given_nodes.setdefault(tape.node(x), i)
+            last = next(iter(reversed(tape.graph.nodes)), None)
+            before = [(module, Snapshot(module)) for module in group.trees[layer]]
+        self._read.clear()
+        self._running = True
+        try:
+            output = own(*args, **kwargs)
+        finally:
+            self._running = False
+        with unrecorded():
+            result, result_form = tree_flatten(output)
+            read = self._values_read(group, layer)
+            nodes = _since(tape.graph, last)
+            call = _Call(layer, given, form, result, result_form, read or {}, given_nodes, nodes)
+            if any(known.confirmed and self._same_call(known, group, layer, given, form) for known in calls):
+                self._contradicted |= not any(self._alike(known, call, group) for known in calls if known.confirmed)
+            elif (
+                read is not None
+                and all(snapshot.holds(module) for module, snapshot in before)
+                and _results_are_new(call)
+                and _only_given(call)
+            ):
+                self._confirm(calls, group, call)
+        return output
+
+    def _values_read(self, group: EqualGroup, layer: nn.Module) -> dict[Place, Any] | None:
+        """Values of the attributes that the call read, of those that differ; None if one cannot be watched."""
+        if group.fixed:
+            return None
+        places = {id(module): path for path, module in layer.named_modules()}
+        if any(owner not in places for owner, _ in self._read):
+            return None
+        return {(places[owner], name): self._held[owner][name] for owner, name in self._read}
+
+    def _confirm(self, calls: list[_Call], group: EqualGroup, call: _Call) -> None:
+        """Keep a call; mark an earlier one, of another layer, that ran the same ops."""
+        for known in calls:
+            same = known.layer is not call.layer and self._same_call(known, group, call.layer, call.given, call.form)
+            if same and self._alike(known, call, group):
+                known.confirmed = not _escaped([known, call], self._tape.alive)
+                if not known.confirmed:
+                    self._groups.remove(group)
+                return
+        calls.append(call)
+
+    def _alike(self, known: _Call, call: _Call, group: EqualGroup) -> bool:
+        names = renamed(group.trees[known.layer], group.trees[call.layer], self._tape.names)
+        return names is not None and _same_nodes(known, call, names)
+
+    def _same_call(self, known: _Call, group: EqualGroup, layer: nn.Module, given: list[Any], form: TreeSpec) -> bool:
+        """Whether a layer is called like the known one was, and agrees with it in all that was read then."""
+        return (
+            form == known.form
+            and all(self._same_input(a, b) for a, b in zip(known.given, given, strict=True))
+            and _sharing(known.given) == _sharing(given)
+            and all(self._value(layer, place) == value for place, value in known.read.items())
+        )
+
+    def _value(self, layer: nn.Module, place: Place) -> Any:
+        path, name = place
+        return self._held[id(layer.get_submodule(path))].get(name)
+
+    def _same_input(self, a: Any, b: Any) -> bool:
+        if a is b:
+            return True
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            return type(a) is type(b) and isinstance(a, _PLAIN) and bool(a == b)
+        ours, theirs = self._tape.twin(a), self._tape.twin(b)
+        if ours.is_meta and theirs.is_meta:
+            return ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.stride() == theirs.stride()
+        return ours.is_meta == theirs.is_meta and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+    def _stand_in(self, call: _Call, layer: nn.Module, given: list[Any], names: Mapping[str, str]) -> Any:
+        """Give back what the layer would have given back, as tensors that nothing is known of."""
+        result, made = list(call.result), []
+        for i, value in enumerate(call.result):
+            if isinstance(value, Tensor):
+                place = next((j for j, x in enumerate(call.given) if x is value), None)
+                if place is not None:
+                    result[i] = given[place]
+                    continue
+                result[i] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+                made.append(result[i])
+        inputs = [self._tape.node(x) for x in given if isinstance(x, Tensor)]
+        node = self._tape.append(equal_layer, inputs, made)
+        name, like = self._tape.names[id(layer)], self._tape.names[id(call.layer)]
+        same = {n: call.given[i] is given[i] for n, i in call.given_nodes.items()}
+        self._repeated.append(RepeatedLayer(node, frozenset(call.nodes), name, like, same, names))
+        return tree_unflatten(result, call.result_form)
+
+
+# ---- what a call must not have done ----------------------------------------------------------------------------------
+
+
+def _since(graph: Graph, last: Node | None) -> list[Node]:
+    """Nodes written after `last`."""
+    found: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node is last:
+            break
+        found.append(node)
+    return found[::-1]
+
+
+def _results_are_new(call: _Call) -> bool:
+    """Whether the outputs are inputs handed through, plain values, and fake tensors with memory of their own."""
+    storages: list[int] = [storage_of(x) for x in call.given if isinstance(x, Tensor)]
+    for value in call.result:
+        if isinstance(value, Tensor):
+            if any(value is x for x in call.given):
+                continue
+            if not value.is_meta or storage_of(value) in storages:
+                return False
+            storages.append(storage_of(value))
+        elif not isinstance(value, _PLAIN):
+            return False
+    return any(isinstance(v, Tensor) and all(v is not x for x in call.given) for v in call.result)
+
+
+def _only_given(call: _Call) -> bool:
+    """Whether the ops read nothing but inputs, weights and constants, and wrote into nothing that was there before."""
+    inside = set(call.nodes)
+    outside = {a for node in call.nodes for a in node.all_input_nodes if a not in inside}
+    if any(node.op == "call_function" and node not in call.given_nodes for node in outside):
+        return False
+    before = {storage_of(t) for n in {*outside, *call.given_nodes, *_constants(call.nodes)} for t in _tensors(n)}
+    return not any(storage_of(t) in before for node in call.nodes for t in _written(node))
+
+
+def _written(node: Node) -> list[Tensor]:
+    """Tensors that an op writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = [node.args[i] if i < len(node.args) else node.kwargs.get(a.name) for i, a in enumerate(schema.arguments)]
+    written = [x for x, a in zip(given, schema.arguments, strict=True) if a.is_write]
+    return [t for n in tree_flatten(written)[0] if isinstance(n, Node) for t in _tensors(n)]
+
+
+def _constants(nodes: list[Node]) -> list[Node]:
+    return [n for n in nodes if n.op != "call_function"]
+
+
+def _tensors(node: Node) -> list[Tensor]:
+    value = node.meta.get("val")
+    return [t for t in (value if isinstance(value, list | tuple) else (value,)) if isinstance(t, Tensor)]
+
+
+def _escaped(calls: list[_Call], alive: list[Any]) -> bool:
+    """Whether a tensor made in the calls is held by anything but the recording, the inputs and the outputs."""
+    told = {id(x) for call in calls for x in (*call.given, *call.result)}
+    nodes = [node for call in calls for node in call.nodes]
+    made = [tensor for node in nodes for tensor in _tensors(node) if id(tensor) not in told]
+    ours = {id(made), id(alive)}
+    for node in nodes:
+        ours.update((id(node.meta), id(node.meta.get("val"))))
+    return any(id(x) not in ours and not isinstance(x, types.FrameType) for x in gc.get_referrers(*made))
+
+
+def _sharing(values: list[Any]) -> list[int]:
+    """Which of the values are the same tensor."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(x), i) for i, x in enumerate(values) if isinstance(x, Tensor)]
+
+
+def _same_nodes(known: _Call, other: _Call, names: Mapping[str, str]) -> bool:
+    """Whether two calls ran the same ops on corresponding tensors."""
+    ours, theirs = (  # constants come into the graph where they are first used: with the first layer, mostly
+        [n for n in call.nodes if n.op == "call_function"] for call in (known, other)
+    )
+    if len(ours) != len(theirs):
+        return False
+    image: dict[Node, Node] = {}
+    for a, b in zip(ours, theirs, strict=True):
+        image[a] = b
+
+    def same(a: Any, b: Any) -> bool:
+        if not isinstance(a, Node) or not isinstance(b, Node):
+            return type(a) is type(b) and bool(a == b)
+        if a in image:
+            return image[a] is b
+        if a in known.given_nodes or b in other.given_nodes:
+            return known.given_nodes.get(a) == other.given_nodes.get(b)
+        if a is b:
+            return str(a.target) not in names or names[str(a.target)] == str(a.target)
+        if a.op != "get_attr" or b.op != "get_attr":
+            return False
+        return names.get(str(a.target)) == str(b.target) or _same_constant(a, b, names)
+
+    for a, b in zip(ours, theirs, strict=True):
+        left, left_form = tree_flatten((a.args, dict(a.kwargs)))
+        right, right_form = tree_flatten((b.args, dict(b.kwargs)))
+        if a.target is not b.target or left_form != right_form or not all(map(same, left, right)):
+            return False
+    return True
+
+
+def _same_constant(a: Node, b: Node, names: Mapping[str, str]) -> bool:
+    """Whether two tensors from outside that are nobody's parameter have the same numbers."""
+    x, y = a.meta["val"], b.meta["val"]
+    own = str(a.target) in names or str(b.target) in names.values()
+    return not own and not x.is_meta and not y.is_meta and x.dtype == y.dtype and torch.equal(x, y)

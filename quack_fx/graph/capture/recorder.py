@@ -1,0 +1,369 @@
+"""The dispatch mode that writes down every ATen op of a forward pass as a torch.fx graph.
+
+In: a model and the calls of its forward. Out: a `torch.fx.GraphModule`.
+
+A tensor is known by identity, or, where autograd handed out another handle of the same data, by its place in its
+storage. Parameters and buffers are never given to an op: every op sees their *twin*. The twin of a parameter is a meta
+tensor (hybrid) or, for parameters that have no numbers, a random tensor (real); the twin of a buffer is a copy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
+
+from quack_fx.graph.capture.devices import OneDevice
+from quack_fx.graph.capture.equal import EqualGroup
+from quack_fx.graph.capture.hybrid import NUMBER, REAL_LIMIT, run_mixed
+from quack_fx.graph.capture.isolate import no_autocast
+from quack_fx.graph.capture.layers import EqualLayers
+from quack_fx.graph.capture.memory import Place, place_of, storage_of, window_on
+from quack_fx.graph.forward.fused import AnyLayout
+from quack_fx.graph.forward.gpus import OnThisMachine
+from quack_fx.graph.forward.jagged import JaggedWrittenOut, takes_itself_apart
+from quack_fx.graph.forward.machine import available_memory
+
+LITTLE = 1 << 26
+"""Bytes that a recording may hold in any case."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records the ops that run while it is active; see the file's docstring."""
+
+    # flex_attention and other higher-order ops come to this mode as they are.
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        way: Literal["hybrid", "real"],
+        equal: Sequence[EqualGroup] = (),
+        number: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.canned: list[str] = []
+        self.way = way
+        self.entered = 0
+        self.most: int | None = REAL_LIMIT if way == "hybrid" else sys.maxsize
+        self._number = number
+        self._room = self._left = max(available_memory() // 2, LITTLE)
+        self.attributes: dict[str, Tensor] = {}
+        self._nodes: dict[int, Node] = {}
+        self._places: dict[Place, Node] = {}
+        self._twins: dict[int, torch.UntypedStorage] = {}
+        self.alive: list[Any] = []  # identities stay unique only while the tensors live
+        self._stacks: list[dict[str, tuple[str, type]]] = [{}]
+        modules = list(model.named_modules())
+        parameters = [(_within(path, n), t) for path, m in modules for n, t in m._parameters.items() if t is not None]
+        buffers = [(_within(path, n), t) for path, m in modules for n, t in m._buffers.items() if t is not None]
+        self.names = {id(m): n for n, m in modules}
+        self._own: dict[int, str] = {}
+        self._own_places: dict[Place, str] = {}
+        self._own_storages: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in [*parameters, *buffers]:
+            self._own.setdefault(id(tensor), name)
+            self._own_places.setdefault(place_of(tensor), name)
+            self._own_storages.setdefault(storage_of(tensor), (name, tensor))
+        self.names.update(self._own)
+        self._parameters = {storage_of(p) for _, p in parameters}
+        self.layers = EqualLayers(equal, self)
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Ask torch to hand over higher-order ops although this mode is not one of its own."""
+        return True
+
+    # ---- life of the mode ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Recorder:
+        self._hooks = [
+            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_hook(self._leave_module, always_call=True),
+        ]
+        with ExitStack() as stack:
+            for context in (*self._contexts(), self.layers.watched()):
+                stack.enter_context(context)
+            self._around = stack.pop_all()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*exc)
+        self._around.__exit__(*exc)
+
+    def _contexts(self) -> list[AbstractContextManager[Any]]:
+        """What the forward is told about its tensors; see the files that these come from."""
+        if self.way == "real":
+            return [OnThisMachine(), JaggedWrittenOut(), OneDevice(self)]
+        return [no_autocast(), OnThisMachine(), JaggedWrittenOut(), AnyLayout(), OneDevice(self)]
+
+    def _enter_module(self, module: nn.Module, _args: Any) -> None:
+        self.entered += 1
+        stack, name = self._stacks[-1], self.names.get(id(module))
+        self._stacks.append(stack if name is None else {**stack, name: (name, type(module))})
+
+    def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if len(self._stacks) > 1:
+            self._stacks.pop()
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Example inputs as placeholders, on the CPU; those on meta get numbers (zeros, or ones for masks)."""
+
+        placed_before: dict[int, Tensor] = {}
+
+        def place(tensor: Tensor) -> Tensor:
+            if id(tensor) in self._own:
+                return tensor
+            if id(tensor) not in placed_before:
+                placed_before[id(tensor)] = copy(tensor)
+            return placed_before[id(tensor)]
+
+        def copy(tensor: Tensor) -> Tensor:
+            value = tensor.detach()
+            value = torch.ones(value.shape, dtype=value.dtype) if value.is_meta else value.cpu()
+            if not value.is_floating_point() and tensor.is_meta and value.dtype != torch.bool:
+                value.zero_()
+            value = value.clone() if value.layout != torch.strided or storage_of(value) == storage_of(tensor) else value
+            node = self.graph.placeholder(f"input_{len(self._nodes)}")
+            self._remember(value, node)
+            return value
+
+        placed: tuple[Any, Any] = tree_map_only(Tensor, place, (tuple(args), dict(kwargs)))
+        return placed
+
+    def finish(self, output: Any) -> GraphModule:
+        """Close the graph with the forward's tensors as its output."""
+        leaves: list[Node] = []
+        seen: set[int] = set()
+
+        def collect(value: Any) -> None:
+            # Outputs may be any object (a ModelOutput, a dataclass); only tensors matter here.
+            if isinstance(value, Tensor):
+                leaves.append(self.node(value))
+            elif isinstance(value, Mapping):
+                for item in value.values():
+                    collect(item)
+            elif isinstance(value, list | tuple | set):
+                for item in value:
+                    collect(item)
+            elif hasattr(value, "__dict__") and not isinstance(value, nn.Module) and id(value) not in seen:
+                seen.add(id(value))
+                for item in vars(value).values():
+                    collect(item)
+
+        collect(output)
+        self.graph.output(tuple(leaves))
+        return GraphModule(self.attributes, self.graph, class_name="Recorded")
+
+    # ---- one op --------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if takes_itself_apart(types):
+            return NotImplemented
+        # What is fake and what is real is decided here, so nobody may say something else about it.
+        with torch._C.DisableTorchFunction():
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        _check_alone(func)
+        node_args, node_kwargs = tree_map(self._as_written, (tuple(args), dict(kwargs)))
+        run_args, run_kwargs = tree_map_only(Tensor, self.twin, (tuple(args), dict(kwargs)))
+        result = run_mixed(
+            func,
+            run_args,
+            run_kwargs,
+            taint=self._taint,
+            canned=self.canned,
+            number=self._number,
+            most=self.most,
+        )
+        if isinstance(func, torch._ops.OpOverload) and not func.is_view and not func._schema.is_mutable:
+            self._count(result)
+        if not _tensors((args, kwargs, result)):  # a mark of the profiler, for example: nothing is computed
+            return result
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        node.meta["nn_module_stack"] = self._stacks[-1]
+        return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
+
+    def _bind(self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node) -> Any:
+        """Attach the op's results to its node; give back what the model's code expects (its own tensors)."""
+        given = {
+            id(run): own for own, run in zip(_tensors((args, kwargs)), _tensors((run_args, run_kwargs)), strict=True)
+        }
+        if isinstance(result, Tensor):
+            node.meta["val"] = result
+            own = given.get(id(result), result)  # an in-place op returns the tensor that it was given
+            self._remember(own, node)
+            return own
+        if not isinstance(result, list | tuple):
+            node.meta["val"] = result
+            return result
+        self._take_apart(node, result)
+        return result
+
+    def _count(self, result: Any) -> None:
+        """Note what an op has made for real, all of which is kept, before too much of that takes the last memory."""
+        for made in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(made, Tensor) and not made.is_meta:
+                self._left -= made.numel() * made.element_size()
+        if self._left < 0:
+            raise MemoryError(f"what it computes takes more than {self._room / 2**30:.1f} GiB, half of what is left")
+
+    def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
+        """Write down a node of our own that gives several tensors."""
+        node = self.graph.call_function(target, tuple(inputs))
+        node.meta["nn_module_stack"] = self._stacks[-1]
+        self._take_apart(node, results)
+        return node
+
+    def _take_apart(self, node: Node, results: Sequence[Any]) -> None:
+        """One node for each tensor in the results of `node`."""
+        node.meta["val"] = results
+        for i, item in enumerate(results):
+            if isinstance(item, Tensor):
+                part = self.graph.call_function(_getitem, (node, i))
+                part.meta = {"val": item, "nn_module_stack": self._stacks[-1]}
+                self._remember(item, part)
+
+    def _as_written(self, value: Any) -> Any:
+        """An argument as it stands in the graph.
+
+        Sub-graphs of higher-order ops are left out, their tensors come as arguments of their own; so are generators of
+        random numbers and objects of TorchScript classes (packed weights, process groups), which have no text.
+        """
+        if isinstance(value, Tensor):
+            return self.node(value)
+        return None if isinstance(value, torch.Generator | torch.ScriptObject) or _is_code(value) else value
+
+    # ---- tensors and their nodes ---------------------------------------------------------------------------------
+
+    def _remember(self, tensor: Tensor, node: Node) -> None:
+        node.meta.setdefault("val", tensor)
+        self._nodes[id(tensor)] = node
+        self._places[place_of(tensor)] = node
+        self.alive.append(tensor)
+
+    def node(self, tensor: Tensor) -> Node:
+        """Node of a tensor: of the op that made it, or one for a tensor from outside."""
+        node = self._nodes.get(id(tensor)) or self._places.get(place_of(tensor))
+        return node if node is not None else self._outside(tensor)
+
+    def _outside(self, tensor: Tensor) -> Node:
+        """Node of a tensor that no recorded op made: a parameter, a buffer, a view of one, or a constant."""
+        self._make_twin(tensor)
+        name = self._own.get(id(tensor)) or self._own_places.get(place_of(tensor))
+        if name is None and (owner := self._own_storages.get(storage_of(tensor))) is not None:
+            base = self.node(owner[1])
+            place = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
+            node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *place))
+            node.meta["nn_module_stack"] = self._stacks[-1]
+        else:
+            name = name if name is not None else f"_constant_{len(self.attributes)}"
+            self.attributes.setdefault(name, tensor)
+            node = self.graph.create_node("get_attr", name)
+            node.meta["nn_module_stack"] = self._stacks[-1]
+        node.meta["val"] = self.twin(tensor)
+        self._remember(tensor, node)
+        return node
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        """What an op gets in place of `tensor`: see the file's docstring."""
+        key, storage = storage_of(tensor), None
+        while (twin := self._twins.get(key)) is not None and twin is not storage:
+            storage, key = twin, int(twin._cdata)  # the real twin of a buffer may have become fake
+        return tensor if storage is None else window_on(storage, tensor)
+
+    def _make_twin(self, tensor: Tensor) -> None:
+        """Twin storage of a tensor from outside the recording; see the file's docstring."""
+        key = storage_of(tensor)
+        if key in self._twins or tensor.layout != torch.strided:
+            return
+        original = tensor.untyped_storage()
+        if key not in self._parameters:
+            small = original.nbytes() <= available_memory() // 4
+            storage = original if tensor.is_meta else original.cpu().clone() if small else _fake_storage(original)
+        elif self.way == "hybrid":
+            storage = original if tensor.is_meta else _fake_storage(original)
+        elif tensor.is_meta:
+            numbers = torch.randn(original.nbytes() // tensor.element_size()) * 0.02
+            storage = numbers.to(tensor.dtype).untyped_storage()
+        else:
+            storage = original.cpu().clone()
+        self._twins[key] = storage
+        self.alive.append(tensor)
+
+    def _taint(self, tensor: Tensor) -> Tensor:
+        """A real tensor receives fake values in place: from now on all of its storage is fake."""
+        storage = _fake_storage(tensor.untyped_storage())
+        self._twins[storage_of(tensor)] = storage
+        self.alive.append(tensor)
+        return window_on(storage, tensor)
+
+    def stand_in(self, tensor: Tensor, fake: bool) -> Tensor:
+        """A tensor that is the given one in the graph: its twin, or, where `fake`, a tensor on meta in any case."""
+        node, twin = self.node(tensor), self.twin(tensor)
+        if fake and not twin.is_meta:
+            twin = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device="meta")
+        self._remember(twin, node)
+        return twin
+
+    def made_up(self, tensor: Tensor) -> Any:
+        """A made-up number in place of each of a fake tensor's, as `tolist` gives them."""
+        numeric = tensor.is_floating_point() or tensor.is_complex()
+        self.canned.append(NUMBER if numeric else "tolist")
+        value = self._number if numeric else False if tensor.dtype == torch.bool else 1
+
+        def nested(shape: Sequence[int]) -> Any:
+            return [nested(shape[1:]) for _ in range(shape[0])] if shape else value
+
+        return nested(tensor.shape)
+
+
+def _getitem(sequence: Sequence[Any], index: int) -> Any:
+    """Element of an op's tuple of results (a function of its own so that generated code can name it)."""
+    return sequence[index]
+
+
+def _fake_storage(like: torch.UntypedStorage) -> torch.UntypedStorage:
+    return torch.UntypedStorage(like.nbytes(), device="meta")
+
+
+def _within(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map_only(Tensor, found.append, tree)
+    return found
+
+
+def _check_alone(func: Any) -> None:
+    """Refuse ops that wait for other ranks: those may be busy with something else, and tensors are fake here.
+
+    Raises:
+        RuntimeError: It is one.
+    """
+    home = getattr(func, "namespace", None)
+    if home == "c10d" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"it communicates with other ranks ({func.name()}); find the pairs in one process, before the model is "
+            "made parallel"
+        )
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a value is a module or a function, and no op's name."""
+    return callable(value) and not isinstance(value, Node | Tensor | torch._ops.OpOverload | type)

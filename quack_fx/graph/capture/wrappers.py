@@ -1,0 +1,161 @@
+"""What people train through is taken off a model for as long as a forward is recorded.
+
+In: a model, plain, wrapped, sharded, or with wrapped and sharded layers. Out: a context with the module inside, whose
+forward is that of one process: no wrapper (DistributedDataParallel, torch.compile, activation checkpointing and
+offload, AveragedModel, FSDP1) is left in its tree, no hook of torch.distributed runs, and what a rank holds a part of
+(a DTensor: FSDP2, tensor parallel; a flat weight of FSDP1) has its whole shape, on meta. So names are those of the
+module inside, and no rank waits for another. Afterwards everything is as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.errors import CaptureError
+from quack_fx.graph.capture.isolate import Snapshot
+
+_INSIDE = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Under which names wrappers of torch hold the module that they wrap."""
+
+_PARALLEL = ("torch.distributed.", "torch.nn.parallel.")
+"""Where hooks come from that shard, gather and synchronise."""
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """Context in which a model's forward is that of the module inside, on one process.
+
+    Arguments:
+        model: Any module.
+
+    Yields:
+        The module inside; the model itself where nothing is wrapped or sharded.
+
+    Raises:
+        CaptureError: The whole shape of a weight cannot be told.
+
+    Example:
+        >>> with unwrapped(torch.compile(layer)) as inner:
+        ...     assert inner is layer
+    """
+    modules = list(model.modules())
+    if not any(map(_is_touched, modules)):
+        yield model
+        return
+    before = [(module, Snapshot(module)) for module in modules]
+    try:
+        _take_off(modules)
+        yield _inside(model)
+    finally:
+        for module, snapshot in before:
+            snapshot.restore(module)
+
+
+def _is_touched(module: nn.Module) -> bool:
+    """Whether a module is a wrapper, holds a part of a weight, or has hooks of torch.distributed."""
+    tensors = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return _inside(module) is not module or any(map(is_part, tensors)) or any(map(_is_parallel, hooks))
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """The module inside a wrapper of torch, or inside several."""
+    while len(module._modules) == 1 and _is_of_torch(type(module)):
+        ((name, inner),) = module._modules.items()
+        if name not in _INSIDE or inner is None:
+            break
+        module = inner
+    return module
+
+
+def _is_of_torch(kind: type) -> bool:
+    """Whether what runs when a module of this class is called is torch's own, and no layer's."""
+    running = next(cls for cls in kind.__mro__ if not vars(cls).keys().isdisjoint({"forward", "__call__"}))
+    return running.__module__.startswith("torch.") and not running.__module__.startswith("torch.nn.modules.")
+
+
+def _take_off(modules: list[nn.Module]) -> None:
+    """Change modules to what they were before they were wrapped and sharded, in place."""
+    whole: dict[int, Tensor] = {}  # tied weights stay tied
+    for module in modules:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if _is_parallel(hook)]:
+                del hooks[key]
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for held in tensors:
+            for name in [name for name, value in held.items() if is_part(value)]:
+                held[name] = whole.setdefault(id(held[name]), _whole(held[name]))
+        if "_fsdp_wrapped_module" in module._modules:
+            _unflatten(module)
+    for module in modules:
+        for name, child in [*module._modules.items()]:
+            module._modules[name] = None if child is None else _inside(child)
+
+
+def is_part(value: Any) -> bool:
+    """Whether a value is a tensor that is spread over ranks. Imports nothing: there is none before somebody does."""
+    home = sys.modules.get("torch.distributed.tensor")
+    return home is not None and isinstance(value, home.DTensor)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A tensor as one process has it: with the numbers where every rank has all of them, else on meta."""
+    if isinstance(tensor, nn.Parameter):
+        return _on_meta(tensor.shape, tensor.dtype, tensor.requires_grad)
+    if all(placement.is_replicate() for placement in tensor.placements):
+        own: Tensor = tensor.detach().to_local()
+        return own
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _on_meta(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad)
+
+
+def _unflatten(wrapper: nn.Module) -> None:
+    """Give the modules in an FSDP1 wrapper their weights back; where they were, only its flat weight knows.
+
+    Raises:
+        CaptureError: It does not say (what says so is private to torch), or tensor parallelism cut the weights before.
+    """
+    try:
+        handle = vars(wrapper)["_handle"]
+        if handle is None:  # all weights belong to wrappers inside
+            return
+        flat = handle.flat_param
+        places, shapes, shared = flat._param_infos, flat._shapes, flat._shared_param_infos
+        own = flat._params or [flat] * len(places)
+        cut = any(extension is not None for extension in flat._param_extensions)
+    except (AttributeError, KeyError):
+        cut = True
+    if cut:
+        raise CaptureError(
+            "the shapes of weights that FSDP1 flattened cannot be told; find the pairs before the model is wrapped in "
+            "FullyShardedDataParallel"
+        )
+    for (name, module, _), shape, parameter in zip(places, shapes, own, strict=False):
+        _give(module, name, _on_meta(shape, parameter.dtype, parameter.requires_grad))
+    for name, module, _, first_name, first, _ in shared:
+        _give(module, name, first._parameters[first_name])
+    for module in wrapper.modules():
+        module._parameters.pop("_flat_param", None)
+
+
+def _give(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    vars(module).pop(name, None)  # FSDP1 leaves a view of its flat weight there
+    module._parameters[name] = parameter
+
+
+def _is_parallel(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is one of torch's that shard, gather and synchronise."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return f"{home}.".startswith(_PARALLEL)

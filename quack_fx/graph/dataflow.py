@@ -1,0 +1,249 @@
+"""What every node of an ATen graph depends on, and which nodes are windows on the same memory.
+
+In: a `torch.fx.GraphModule` of ATen ops (ours, or one from torch.export or make_fx) and the names of its parameters.
+Out: a `Dataflow`. Its flags answer the questions that find attention without names: is this a weight, is it an
+activation, does it depend on the input at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from quack_fx.graph.ops import FACTORY, VALUE_FREE, Op, op_of
+
+
+class BehindLayer(Exception):
+    """The search needs to see behind a node that stands for a whole layer."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(f"{node.name} stands in the way")
+
+
+class Dataflow:
+    """Flags of all nodes of one graph.
+
+    Attributes:
+        nodes: The nodes in the order in which they ran.
+        index: Place of each node in that order.
+        op: What kind of operation each node is.
+        weights: Fully qualified name of each node that is a parameter.
+        weight_shapes: Shape of each of these parameters, by name.
+        from_weight: Nodes that depend on a parameter.
+        from_input: Nodes that depend on an input of the model.
+        activation: Nodes behind a product of something with a weight (or a table look-up): data, not weights.
+        group: For each node, the first node whose memory it is a window on (itself, mostly).
+        writes: For each group that is written in place, the writing nodes in order.
+    """
+
+    def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str]) -> None:
+        self.nodes: list[Node] = list(graph_module.graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.op: dict[Node, Op] = {node: op_of(node) for node in self.nodes}
+        self.weights = dict(weights)
+        self.weight_shapes = {name: self.shape(node) for node, name in weights.items()}
+        self.from_weight: set[Node] = set(weights)
+        self.from_input: set[Node] = set()
+        self.activation: set[Node] = set()
+        self.group: dict[Node, Node] = {}
+        self.writes: dict[Node, list[Node]] = {}
+        self._members: dict[Node, list[Node]] = {}
+        self._constants: dict[Node, Tensor | None] = {}
+        for node in self.nodes:
+            self._visit(node)
+
+    def _visit(self, node: Node) -> None:
+        base, written = _aliases(node)
+        group = self.group.get(base, base) if base is not None else node
+        self.group[node] = group
+        self._members.setdefault(group, []).append(node)
+        if node.op == "placeholder" and node not in self.weights:
+            self.from_input.add(node)
+        if node.op != "call_function" or self.op[node].name in VALUE_FREE | FACTORY:
+            return
+        inputs = list(node.all_input_nodes)
+        weight = any(n in self.from_weight for n in inputs)
+        given = any(n in self.from_input for n in inputs)
+        active = any(n in self.activation for n in inputs)
+        # A weight meets something in a product, or an input in any op: from here on it is data.
+        active |= weight and (given or self.op[node].kind in ("contraction", "convolution", "lookup", "attention"))
+        for member in self._members[group] if written else [node]:
+            if weight:
+                self.from_weight.add(member)
+            if given:
+                self.from_input.add(member)
+            if active:
+                self.activation.add(member)
+        if written:
+            self.writes.setdefault(group, []).append(node)
+
+    def open(self, node: Node) -> Node:
+        """The node, for a walk that goes on behind it.
+
+        Raises:
+            BehindLayer: It stands for a layer that was not recorded.
+        """
+        if self.op[node].kind == "layer":
+            raise BehindLayer(node)
+        return node
+
+    def value(self, node: Node) -> Any:
+        """Recorded value: real, meta or fake tensor, tuple of tensors, or a plain number."""
+        return node.meta.get("val")
+
+    def shape(self, node: Node) -> torch.Size:
+        """Shape of a node's tensor; empty for what is not one tensor."""
+        value = self.value(node)
+        return value.shape if isinstance(value, Tensor) else torch.Size()
+
+    def is_weight(self, node: Node) -> bool:
+        """Whether a node is made of parameters alone and has not met data: a weight, also after casts and slices."""
+        return node in self.from_weight and node not in self.activation
+
+    def is_given(self, node: Node) -> bool:
+        """Whether a node is made of a floating-point input of the model alone: data that no parameter has met."""
+        value = self.value(node)
+        floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        return floating and node in self.from_input and node not in self.from_weight
+
+    def is_constant(self, node: Node) -> bool:
+        """Whether a node depends on no parameter and on no floating-point input: a table, a mask, positions."""
+        return node not in self.from_weight and not self.is_given(node)
+
+    def constant(self, node: Node) -> Tensor | None:
+        """The true numbers of a node that depends on no parameter, where the graph has them or they can be computed.
+
+        Our captures carry the numbers; graphs of torch.export carry none, but their tables (`arange` and what follows)
+        depend on nothing and are run here.
+        """
+        if node not in self._constants:
+            self._constants[node] = self._compute_constant(node)
+        return self._constants[node]
+
+    def _compute_constant(self, node: Node) -> Tensor | None:
+        value = self.value(node)
+        if isinstance(value, Tensor) and _has_numbers(value):
+            return value
+        known = node in self.from_weight or node in self.from_input or node.op != "call_function"
+        if known or not isinstance(value, Tensor) or value.numel() > 1 << 22 or self.group[node] in self.writes:
+            return None
+        arguments = {n: self.constant(n) for n in node.all_input_nodes}
+        if any(v is None for v in arguments.values()):
+            return None
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: arguments[n])
+        result = node.target(*args, **{k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")})  # type: ignore[operator]
+        return result if isinstance(result, Tensor) else None
+
+    def is_zero(self, node: Node) -> bool:
+        """Whether a node is known to be zero everywhere, its numbers or not: queries that begin with nothing."""
+        if self.group[node] in self.writes:
+            return False
+        if self.op[node].name in ("zeros", "zeros_like", "new_zeros"):
+            return True
+        if self.op[node].kind == "movement" and node.all_input_nodes:
+            return all(map(self.is_zero, node.all_input_nodes))
+        numbers = self.constant(node)
+        return numbers is not None and not numbers.any()
+
+    def modules(self, node: Node) -> tuple[str, ...]:
+        """Names of the modules whose forward was running, outermost first; the root, "", is left out."""
+        stack = node.meta.get("nn_module_stack") or {}
+        return tuple(name for name in (_module_name(entry) for entry in stack.values()) if name)
+
+    def describe(self, node: Node) -> str:
+        """A node for people: what it does, to a tensor of which shape, in which module."""
+        module = (self.modules(node) or ("",))[-1]
+        return f"{self.op[node].name} {list(self.shape(node))} in {module or 'the model itself'}"
+
+    def reads(self, node: Node) -> Iterator[Node]:
+        """What a node reads: its arguments, and every earlier write into the memory of one of them.
+
+        A new tensor (`new_full`, `zeros_like`) takes no more than its shape from its argument.
+        """
+        for argument in node.all_input_nodes if self.op[node].kind != "factory" else ():
+            yield argument
+            for write in self.writes.get(self.group[argument], ()):
+                if self.index[argument] < self.index[write] < self.index[node]:
+                    yield write
+
+    def common_module(self, nodes: list[Node]) -> str:
+        """Deepest module that was running at all of `nodes`."""
+        stacks = [self.modules(node) for node in nodes]
+        common = ""
+        for level in zip(*stacks, strict=False):
+            if len(set(level)) != 1:
+                break
+            common = level[0]
+        return common
+
+
+def factors_of(df: Dataflow, node: Node) -> tuple[Node, Node, Node | None] | None:
+    """Left and right operand of a product, and what is added to it; None for ops that are not one plain product."""
+    name, args = df.op[node].name, node.args
+    pick: tuple[object, object, object]
+    if name in ("mm", "bmm", "matmul", "mv", "dot"):
+        pick = (args[0], args[1], None)
+    elif name in ("addmm", "baddbmm", "addmv"):
+        pick = (args[1], args[2], args[0])
+    elif name == "linear" or df.op[node].kind == "convolution":
+        bias = args[2] if len(args) > 2 else node.kwargs.get("bias")
+        pick = (args[0], args[1], bias)
+    else:
+        return None
+    left, right, bias = pick
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return None
+    return left, right, bias if isinstance(bias, Node) else None
+
+
+def is_depthwise(df: Dataflow, node: Node) -> bool:
+    """Whether a convolution keeps every channel to itself."""
+    sides = factors_of(df, node)
+    if sides is None or df.op[node].kind != "convolution":
+        return False
+    x, weight = df.shape(sides[0]), df.shape(sides[1])
+    return len(weight) > 2 and weight[1] == 1 and x[1] == weight[0] == df.shape(node)[1] and weight[0] > 1
+
+
+def _module_name(entry: Any) -> str:
+    name = entry[0] if isinstance(entry, tuple) else str(entry)
+    # torch.export prefixes the names with the local variable that held the model.
+    return str(name).removeprefix("L['self'].").removeprefix("L['self']")
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return not tensor.is_meta and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def _aliases(node: Node) -> tuple[Node | None, bool]:
+    """The argument that a node's result shares memory with, and whether the node writes into it."""
+    if node.op != "call_function":
+        return None, False
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        first = node.args[0] if node.args else None
+        if not isinstance(first, Node) or op_of(node).name != "getitem":
+            return None, False
+        # A piece of a split is a window; each of several results (a norm and its statistics) has memory of its own.
+        return (first if op_of(first).kind in ("movement", "layer") else None), False
+    base: Node | None = None
+    for i, spec in enumerate(schema.arguments):
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
+        if spec.alias_info is not None and isinstance(given, Node):
+            if spec.alias_info.is_write:
+                return given, True
+            if any(r.alias_info is not None for r in schema.returns) and not _converts(node, given):
+                base = base or given
+    return base, False
+
+
+def _converts(node: Node, given: Node) -> bool:
+    """Whether a cast that may hand on its argument makes a copy."""
+    before, after = given.meta.get("val"), node.meta.get("val")
+    if op_of(node).name != "to" or not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return (before.dtype, before.device) != (after.dtype, after.device)

@@ -1,0 +1,45 @@
+"""What fused attention gives back, as its kernels lay it out in memory.
+
+In: nothing. Out: a context in which a view of what attention made is a copy where the layout forbids a view.
+
+The kernels return [batch, heads, positions, width] with the strides of [batch, positions, heads, width], or those of
+the queries, and forwards rely on it: `y.transpose(1, 2).view(b, s, d)`. Written out, as attention is here, its result
+is contiguous, and that very view is refused. Some forwards rely on a contiguous result instead, so no single layout
+does. A copy has the same elements in the same order, whatever the layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_REFUSED = "view size is not compatible"
+"""How PyTorch says that the strides, and not the number of elements, are in the way."""
+
+
+def is_flex(func: Any) -> bool:
+    """Whether a function is the op inside `flex_attention`, which has no public name."""
+    return getattr(func, "__name__", "") == "flex_attention"
+
+
+class AnyLayout(TorchFunctionMode):
+    """The context; a mode of torch. Before the first attention a view that fails is the model's own mistake."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._attended = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._attended |= func is F.scaled_dot_product_attention or is_flex(func)
+        if not self._attended or func not in (Tensor.view, Tensor.view_as):
+            return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if _REFUSED not in str(error):
+                raise
+        return (Tensor.reshape if func is Tensor.view else Tensor.reshape_as)(*args, **kwargs)

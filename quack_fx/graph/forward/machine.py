@@ -1,0 +1,74 @@
+"""How much memory this machine can still give.
+
+In: nothing. Out: a number of bytes. Nothing is built, copied or recorded for real that is larger than a part of it, and
+what runs code that nobody knows does so within `bounded_memory`: an allocation that fails is an error that can be told,
+while a process that takes the last memory is killed without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+SMALL_MACHINE = 8 << 30
+"""What is assumed where the system does not say (Windows)."""
+
+_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container what it may use."""
+
+
+def available_memory() -> int:
+    """Bytes that could be allocated now: the least of what the machine, the container and the process have left."""
+    return max(0, min(_limits(), default=SMALL_MACHINE))
+
+
+def _limits() -> Iterator[int]:
+    free = _free()
+    if free is not None:
+        yield free
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        limit = int((_GROUP / "memory.max").read_text())
+        used = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        yield limit - int(used.get("anon", 0))
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            yield soft - int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft != resource.RLIM_INFINITY:
+            yield soft - _own_data()
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    """Context in which an allocation fails that would take the last eighth of the memory that is left."""
+    with ExitStack() as stack:
+        with suppress(ImportError, OSError, ValueError):  # macOS does not tell what a process has
+            import resource  # not on Windows
+
+            before = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (_own_data() + available_memory() // 8 * 7, before[1]))
+            stack.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
+        yield
+
+
+def _own_data() -> int:
+    """Bytes of this process that count against its limit of data."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) << 10
+    raise OSError("the system does not tell")
+
+
+def _free() -> int | None:
+    """What the machine has left; caches of files count as free, as the system gives them up."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,131 @@
+"""ATen ops in the few kinds that matter for following weight rows.
+
+In: a graph node. Out: an `Op`, its base name (overloads and in-place underscores dropped) and its kind. An op that is
+not listed here is taken for elementwise; whoever follows labels through it checks that its shapes agree with that.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from torch.fx import Node
+
+Kind = Literal[
+    "input", "getitem", "movement", "contraction", "convolution", "lookup", "attention", "softmax", "reduction",
+    "pooling", "norm", "factory", "elementwise", "layer",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """Base name and kind of an operation; `inplace` where it writes into its first argument."""
+
+    name: str
+    kind: Kind
+    inplace: bool = False
+
+
+FACTORY = frozenset(
+    "empty zeros ones full arange eye scalar_tensor rand randn randint tril_indices triu_indices linspace "
+    "empty_strided empty_permuted".split()
+)
+VALUE_FREE = frozenset(
+    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
+    "new_empty_strided sym_size size".split()
+)
+MOVEMENT = frozenset(
+    "view _unsafe_view reshape _reshape_alias permute transpose t numpy_T mT slice select expand cat split "
+    "split_with_sizes unsafe_split chunk unbind stack clone contiguous squeeze unsqueeze index_select gather repeat "
+    "flip roll as_strided alias detach lift_fresh lift_fresh_copy unfold constant_pad_nd slice_scatter select_scatter "
+    "diagonal narrow movedim view_copy slice_copy copy index take_along_dim _to_copy to expand_as view_as reshape_as "
+    "flatten unflatten repeat_interleave pixel_shuffle pixel_unshuffle channel_shuffle rot90 tile hstack vstack concat "
+    "view_as_complex view_as_real _conj conj resolve_conj resolve_neg real imag copy_ index_put index_put_ "
+    "_index_put_impl_ scatter masked_scatter reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d "
+    "im2col pad index_copy".split()
+)
+CONTRACTION = frozenset("mm bmm addmm baddbmm matmul linear mv addmv dot einsum _grouped_mm grouped_mm addbmm".split())
+CONVOLUTION = frozenset(
+    "convolution _convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d mkldnn_convolution "
+    "convolution_overrideable".split()
+)
+LOOKUP = frozenset("embedding embedding_bag _embedding_bag".split())
+SOFTMAX = frozenset("_softmax softmax _safe_softmax".split())
+REDUCTION = frozenset(
+    "sum mean amax amin max min var var_mean std std_mean norm linalg_vector_norm logsumexp prod argmax argmin topk "
+    "sort any all cumsum cumprod median mode kthvalue count_nonzero nansum".split()
+)
+# Each result is made of a window on the last axes of the data, whose number the name tells.
+_POOLING = re.compile(r"_?(?:(?:adaptive_|fractional_)?(?:avg|max)_pool|upsample_\w+?|grid_sampler_)([123])d")
+NORM = frozenset(
+    "native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm group_norm native_batch_norm batch_norm "
+    "cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
+    "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
+    "instance_norm".split()
+)
+# Names of attention ops of torch and of the flash kernels that register themselves as ops: arguments are q, k, v.
+_ATTENTION_MARKS: tuple[str, ...] = ("scaled_dot_product", "flex_attention", "flash_attn", "_flash_attention_forward")
+_ATTENTION_MARKS += ("_efficient_attention_forward", "memory_efficient_attention", "varlen_attn")
+
+
+@lru_cache(maxsize=4096)
+def _of_target(target: Any) -> Op:
+    if target is operator.getitem or getattr(target, "__name__", "") == "_getitem":
+        return Op("getitem", "getitem")
+    if getattr(target, "__name__", "") == "equal_layer":
+        return Op("equal_layer", "layer")
+    full = target.name() if callable(getattr(target, "name", None)) else getattr(target, "__name__", str(target))
+    name = full.split("::")[-1].split(".")[0]
+    schema = getattr(target, "_schema", None)
+    inplace = bool(schema is not None and schema.is_mutable and name.endswith("_") and not name.startswith("__"))
+    bare = name.rstrip("_") if inplace else name
+    kind: Kind = "elementwise"
+    if any(mark in name for mark in _ATTENTION_MARKS):
+        kind = "attention"
+    elif _POOLING.match(name):
+        kind = "pooling"
+    else:
+        for names, its_kind in _TABLE:
+            if bare in names or name in names:
+                kind = its_kind
+                break
+    return Op(bare, kind, inplace)
+
+
+_TABLE: tuple[tuple[frozenset[str], Kind], ...] = (
+    (FACTORY | VALUE_FREE, "factory"),
+    (MOVEMENT, "movement"),
+    (CONTRACTION, "contraction"),
+    (CONVOLUTION, "convolution"),
+    (LOOKUP, "lookup"),
+    (SOFTMAX, "softmax"),
+    (REDUCTION, "reduction"),
+    (NORM, "norm"),
+)
+
+
+def pooled_axes(op: Op) -> int:
+    """Over how many axes, the last ones of its data, an op of kind "pooling" runs."""
+    found = _POOLING.match(op.name)
+    assert found is not None
+    return int(found[1])
+
+
+def op_of(node: Node) -> Op:
+    """Name and kind of a node's operation."""
+    return _of_target(node.target) if node.op == "call_function" else Op(node.op, "input")
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """Arguments of an ATen op by the names of its schema."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def channels_first(node: Node) -> bool:
+    """Whether the gain of a norm op lies along axis 1 of its data, and not along the last ones."""
+    name = op_of(node).name
+    return "batch" in name or "group" in name

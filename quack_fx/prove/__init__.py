@@ -1,0 +1,228 @@
+"""Proof of a layout by gradients on real numbers.
+
+In: a model, a layout, example inputs. Out: a `VerifyReport`, or `VerifyError` for the first claim that is wrong.
+
+The proof shares nothing with the finders but the layout, and what lets a forward run on this machine (`graph/forward`:
+GPUs that are not there, inference mode, nested tensors in plain ops), which says nothing about rows. A copy of the
+model runs once on random weights, and every op is written to a tape. Behind each softmax stands a product of queries
+and keys; the slice of the tape that makes its operands, from what enters the attention on, runs again with gradients.
+A seed on one head's part of the query operand must reach exactly the claimed query rows, and one on the key operand
+exactly the claimed key rows. What cannot be decided, because the logits are made inside a fused kernel, say, is listed
+as not proved and never passes silently.
+
+    copy.py       a copy of the model on random weights
+    tape.py       everything that runs, op by op
+    opaque.py     fused attention written out
+    ops.py        what single ops are: products, softmaxes, norms
+    graph.py      products behind a softmax, products with weights behind their operands
+    owners.py     which softmax a site speaks about
+    replay.py     a slice of the tape again, with gradients
+    heads.py      heads in a tensor of logits; queries and keys
+    turns.py      heads that are looped over, each with a softmax of its own
+    evidence.py   seeds, and the rows they reach
+    compare.py    a site against the evidence: rows and heads ...
+    norms.py      ... norms ...
+    terms.py      ... and terms
+    report.py     what was proved
+    form.py       what a proof on a small copy says about a large model
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_map
+
+from quack_fx.errors import VerifyError, first_line
+from quack_fx.layout import AttentionSite, QKLayout
+from quack_fx.layout.fit import check_layout
+from quack_fx.prove.compare import check_site
+from quack_fx.prove.copy import CannotRun, TooLarge, as_float32, random_copy
+from quack_fx.prove.evidence import CannotTell, Evidence, NothingWeighed
+from quack_fx.prove.form import carried_over
+from quack_fx.prove.graph import Graph
+from quack_fx.prove.ops import Softmax
+from quack_fx.prove.owners import check_complete, is_told_of, softmaxes_of
+from quack_fx.prove.report import NotProved, SiteProof, VerifyReport
+from quack_fx.prove.tape import record
+from quack_fx.prove.turns import heads_behind, with_heads
+
+__all__ = ["CannotRun", "NotProved", "SiteProof", "TooLarge", "VerifyReport", "carried_over", "verify_qk_pairs"]
+
+
+def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: Any) -> VerifyReport:
+    """Prove a layout by gradients: each head's logits depend on exactly the rows that the layout claims.
+
+    A copy of the model runs once, in evaluation mode and on random weights, so zero-initialised or trained weights
+    hide nothing (a model in training mode that attends more often there runs in that, without dropout); the model
+    itself is left as it is. A model on meta is filled with random numbers when it is small.
+
+    Arguments:
+        model: Model the layout belongs to.
+        layout: Claims to check, from `find_qk_pairs` or from JSON.
+        *args: Inputs of the model's forward, real tensors; a few positions and two sequences are enough.
+        **kwargs: The same by keyword.
+
+    Returns:
+        The sites that were proved and those that could not be, with reasons. Look at `complete`.
+
+    Raises:
+        LayoutError: The layout does not fit the model.
+        VerifyError: A claim is wrong (the message names site, head, side, parameter and rows), or the model is too
+            large or cannot be run.
+
+    Example:
+        >>> import torch
+        >>> from quack_fx.layout import AttentionSite, LogitTerm, WeightBlock
+        >>> model = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        >>> def rows(start):
+        ...     return tuple(((start + 4 * h, start + 4 * h + 4),) for h in range(2))
+        >>> query = WeightBlock("in_proj_weight", "q", 0, rows(0), "in_proj_bias")
+        >>> key = WeightBlock("in_proj_weight", "k", 0, rows(8), "in_proj_bias")
+        >>> site = AttentionSite("", "mha", False, 1, 2, 2, 4, (0, 1), (query,), (key,), (LogitTerm((0,), (0,)),))
+        >>> x = torch.randn(2, 5, 8)
+        >>> verify_qk_pairs(model, QKLayout((site,)), x, x, x).complete
+        True
+    """
+    model = _bare(model, layout)
+    with alone():
+        try:
+            return prove(layout, run_copy(model, args, kwargs))
+        except VerifyError:
+            # Some forwards attend more often in training than in evaluation.
+            if isinstance(model, nn.Module) and model.training and any(site.calls > 1 for site in layout.sites):
+                with suppress(VerifyError):
+                    return prove(layout, run_copy(model, args, kwargs, training=True))
+            raise
+
+
+def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Graph:
+    """Run a copy of a model on random weights, in evaluation mode or, but for dropout and batch norms, as it is.
+
+    Raises:
+        CannotRun: It cannot be copied or run.
+    """
+    copy = random_copy(model, torch.Generator().manual_seed(0))
+    if training:
+        for module, original in zip(copy.modules(), model.modules(), strict=True):
+            module.training = original.training and not isinstance(module, (_DropoutNd, _BatchNorm))
+    args, kwargs = tree_map(as_float32, (args, dict(kwargs)))
+    try:
+        return Graph(record(copy, args, kwargs))
+    except Exception as error:
+        raise CannotRun(
+            f"the forward of {type(model).__name__} fails on random weights: {first_line(error)}; "
+            "give the inputs that find_qk_pairs was given"
+        ) from error
+
+
+def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
+    """Check every site of a layout on a run that there is already; `verify_qk_pairs` without the run.
+
+    Raises:
+        VerifyError: A claim is wrong.
+    """
+    claims = softmaxes_of(layout, graph)
+    check_complete(layout, graph, claims)
+    generator = torch.Generator().manual_seed(0)
+    proved: list[SiteProof] = []
+    open_sites: list[NotProved] = []
+    settled: set[Softmax] = set()
+    refuted: dict[Softmax, VerifyError] = {}
+    claimed = Counter(softmax for softmaxes in claims.values() for softmax in softmaxes)
+    for site, softmaxes in claims.items():
+        attention = graph.attention_ops(softmaxes)
+        looped = len(softmaxes) > site.calls and site.query_heads > 1
+        runs: Counter[int] = Counter()
+        checks: dict[Softmax, int] = {}
+        wrong: dict[Softmax, VerifyError] = {}
+        idle: dict[Softmax, CannotTell] = {}
+        try:
+            for softmax in softmaxes:
+                heads = heads_behind(graph, site, softmax, attention, generator) if looped else ()
+                try:
+                    shown = with_heads(site, heads) if heads else site
+                    checks[softmax] = check_site(Evidence(graph, shown, softmax, attention, generator))
+                except CannotTell as reason:
+                    if not isinstance(reason, NothingWeighed) and softmax.shape[softmax.dim] > 1:
+                        raise
+                    idle[softmax], checks[softmax] = reason, 0
+                except VerifyError as error:
+                    # Two attentions of one module: a site that is wrong about one may be right about the other.
+                    if claimed[softmax] == 1 and not (len(softmaxes) > site.calls and is_told_of(layout, softmax)):
+                        raise
+                    if claimed[softmax] == 1:
+                        continue  # what the layout skips in this module; the number of calls is checked below
+                    wrong[softmax] = error
+                    refuted.setdefault(softmax, error)
+                if softmax in checks:
+                    runs.update(heads or range(site.query_heads))
+            if idle and len(idle) == len(checks):
+                raise next(iter(idle.values()))  # otherwise the other calls have shown whose rows are whose
+            if taken := [s.modules[-1] for s in checks if s in settled]:
+                raise VerifyError(f"site {site.name!r}: another site has the attention in module {taken[0]!r} already")
+            settled |= checks.keys()
+            _check_calls(graph, site, runs, [e for s, e in wrong.items() if s not in settled])
+            proved.append(SiteProof(site.name, site.query_heads, len(checks), sum(checks.values())))
+        except CannotTell as reason:
+            settled.update(softmaxes)
+            open_sites.append(NotProved(site.name, str(reason)))
+    if nobodys := [error for softmax, error in refuted.items() if softmax not in settled]:
+        raise nobodys[0]
+    return VerifyReport(tuple(proved), tuple(open_sites))
+
+
+def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], errors: Sequence[VerifyError]) -> None:
+    """Every head of a site runs as often as it says, at least once."""
+    if all(runs.get(head, 0) == site.calls for head in range(site.query_heads)):
+        return
+    if not runs and errors:
+        raise errors[0]
+    if not runs:
+        params = {block.param for _, block in site.blocks()}
+        if opaque := graph.opaque_ops(params):
+            raise CannotTell(f"its logits are made inside the op {opaque[0].func}, which cannot be written out")
+        raise VerifyError(
+            f"site {site.name!r}: no softmax runs there whose logits come out of {min(params, default='')!r}"
+        )
+    head = next(head for head in range(site.query_heads) if runs.get(head, 0) != site.calls)
+    which = "it" if len(set(runs.values())) == 1 and len(runs) == site.query_heads else f"its head {head}"
+    raise VerifyError(
+        f"site {site.name!r}: {which} runs {runs.get(head, 0)} times in a forward pass, the layout claims {site.calls}"
+    )
+
+
+def _bare(model: nn.Module, layout: QKLayout) -> nn.Module:
+    """The model without the wrappers around it, checked to have the layout's parameters under the layout's names."""
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    check_layout(layout, model)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for site in layout.sites:
+        for _, block in site.blocks():
+            if block.param not in names:
+                raise VerifyError(
+                    f"site {site.name!r} names {block.param!r} as a wrapper does; find the pairs on the model itself"
+                )
+    return model
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Leave the process's random state and threads as they were."""
+    threads = torch.get_num_threads()
+    # A proof is hundreds of tiny backward passes, which waking a second thread makes slower.
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,95 @@
+"""A copy of a model that a proof can run: real float32 numbers, random weights.
+
+In: a model, on meta or not, and its inputs. Out: the copy, in evaluation mode; the inputs in its precision.
+"""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from quack_fx.errors import VerifyError, first_line
+from quack_fx.graph.forward.machine import available_memory
+
+
+class CannotRun(VerifyError):
+    """There is nothing to prove on: the model is too large to copy, or its copy does not run."""
+
+
+class TooLarge(CannotRun):
+    """The model is too large to copy."""
+
+
+SIZE_LIMIT = 500_000_000
+"""Parameters of a model that is still copied and run, where memory is no question."""
+
+
+def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in evaluation mode, on real float32 tensors, with random weights."""
+    total = sum(p.numel() for p in model.parameters())
+    tensors = list(chain(model.parameters(), model.buffers()))
+    # A copy in the model's precision becomes one in float32, which then runs; half of the memory is left for the run.
+    needed = sum(t.numel() * (t.element_size() + 4) for t in tensors)
+    room = available_memory() // 2
+    if total > SIZE_LIMIT or needed > room:
+        why = (
+            f"has {total:,} parameters, a proof copies at most {SIZE_LIMIT:,}"
+            if total > SIZE_LIMIT
+            else f"takes {needed / 2**30:.1f} GiB to copy, and a proof takes at most half of what memory is left"
+        )
+        raise TooLarge(
+            f"{type(model).__name__} {why}; verify the same architecture with fewer layers and a smaller width"
+        )
+    try:
+        copy = deepcopy(model).eval()
+    except Exception as error:
+        raise CannotRun(f"{type(model).__name__} cannot be copied: {first_line(error)}") from error
+    if any(t.is_meta for t in (*copy.parameters(), *copy.buffers())):
+        copy = copy.to_empty(device="cpu")
+        for buffer in copy.buffers():
+            buffer.copy_(_plausible(buffer, generator))
+    for module in copy.modules():
+        for name, value in vars(module).items():  # tables that are no buffers
+            if isinstance(value, Tensor) and value.is_meta:
+                setattr(module, name, _plausible(value, generator))
+    copy = copy.float()  # complex numbers (rotations) stay complex
+    kernels = {id(m.weight) for m in copy.modules() if isinstance(m, _ConvNd)}
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(_random(parameter, id(parameter) in kernels, generator))
+    return copy
+
+
+def _random(parameter: Tensor, kernel: bool, generator: torch.Generator) -> Tensor:
+    """Weights of a size that keeps activations near one; gains, biases and scalars between 0.5 and 1.5."""
+    if parameter.ndim < 2:
+        return torch.rand(parameter.shape, generator=generator) + 0.5
+    fan_in = parameter[0].numel() if kernel or parameter.ndim > 3 else parameter.shape[-1]
+    return torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in)
+
+
+def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
+    """Contents for a buffer whose values were never made: positive numbers, a count of 1, index 0, a mask that hides
+    nothing."""
+    if buffer.is_complex():
+        angles = torch.rand(buffer.shape, generator=generator)
+        return torch.polar(torch.ones(buffer.shape), angles).to(buffer.dtype)
+    if buffer.is_floating_point():
+        return torch.rand(buffer.shape, generator=generator) + 0.5
+    return torch.full(buffer.shape, not buffer.ndim or buffer.dtype == torch.bool, dtype=buffer.dtype)
+
+
+def as_float32(value: Any) -> Any:
+    """Inputs in the copy's precision."""
+    if isinstance(value, Tensor) and value.is_meta:
+        raise CannotRun("an example input is on meta; a proof on real numbers needs real inputs")
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().to(torch.float32)
+    return value

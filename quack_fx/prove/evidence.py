@@ -1,0 +1,370 @@
+"""What the gradients say about one site on one softmax.
+
+In: a site of the layout, a softmax that ran in it. Out: `Evidence`: the logit products with their operands, the factors
+behind those, and the rows of each parameter that a seed on an operand reaches. It raises `VerifyError` where what
+stands behind the logits is not what the site claims, `CannotTell` where that cannot be decided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from quack_fx.errors import VerifyError
+from quack_fx.layout import SIDES, AttentionSite, Ranges, Side, WeightBlock
+from quack_fx.prove.graph import Factor, Graph
+from quack_fx.prove.heads import Operand, Upper
+from quack_fx.prove.ops import Product, Softmax
+from quack_fx.prove.replay import Replay
+from quack_fx.prove.tape import Op, Value
+
+Rows = frozenset[int]
+
+_ELEMENTS_TRIED = 4
+"""Elements of a product that are looked at to tell what it sums over."""
+
+
+class CannotTell(Exception):
+    """The gradients neither prove nor refute the claim; the message says why."""
+
+
+class NothingWeighed(CannotTell):
+    """No logit of this call makes a difference."""
+
+
+@dataclass(eq=False, repr=False)
+class Part:
+    """One logit product of a site.
+
+    Attributes:
+        product: The product.
+        operand: Its operand on each side.
+        around: The products with weights behind each operand, those of other heads too, whose features share a norm.
+        factors: Those whose features the operand reads.
+        followed: Those of them, near and far, that the site claims.
+        lower: For each side the slice that makes the operand, norms with constant statistics.
+    """
+
+    product: Product
+    operand: dict[Side, Operand]
+    around: dict[Side, list[Factor]]
+    factors: dict[Side, list[Factor]]
+    followed: dict[Side, list[Factor]]
+    lower: dict[Side, Replay]
+
+
+class Evidence:
+    """Seeds on the operands of one softmax's logits, and the rows they reach.
+
+    Arguments:
+        graph: The graph of the run.
+        site: The claim.
+        softmax: The attention to hold it against.
+        attention: The products of all attentions of the site.
+        generator: Source of the random seeds.
+
+    Raises:
+        VerifyError: Other weights than the claimed ones lie behind the logits.
+        CannotTell: It cannot be told what lies behind them.
+    """
+
+    def __init__(
+        self, graph: Graph, site: AttentionSite, softmax: Softmax, attention: Set[Op], generator: torch.Generator
+    ) -> None:
+        self.graph, self.site, self.softmax = graph, site, softmax
+        self._attention, self.generator = attention, generator
+        self.blocks: dict[Side, tuple[WeightBlock, ...]] = {"query": site.query, "key": site.key}
+        self.claimed: dict[Side, frozenset[str]] = {
+            side: frozenset(b.param for b in blocks) for side, blocks in self.blocks.items()
+        }
+        self._axes = self._checked_axes()
+        self.parts = self._find_parts()
+        self.added: dict[Side, dict[str, frozenset[str]]] = {side: self._added_biases(side) for side in SIDES}
+        """For each claimed parameter the parameters that are added to its product."""
+        self.unnamed: dict[Side, frozenset[str]] = {side: self._unnamed_biases(side) for side in SIDES}
+        """Biases of the claimed products that no block names."""
+        for side in SIDES:
+            self._check_chains(side)
+            for part in self.parts:
+                part.lower[side] = self._slice(part, side)
+        self.reading = softmax.logits, torch.zeros([1] * len(softmax.shape), dtype=torch.long)
+        """A tensor of logits and the head of each; of a single head until more are told apart."""
+        self.channels = False
+        """Whether the logits compare channels over tokens: found out when heads are told apart."""
+
+    def error(self, what: str) -> VerifyError:
+        """A refutation."""
+        return VerifyError(f"site {self.site.name!r}: {what}")
+
+    # -- seeds -------------------------------------------------------------------------------------------------------
+
+    def noise(self, operand: Operand) -> Tensor:
+        """Random numbers in an operand's shape, so that no rows cancel."""
+        value = operand.value.tensor
+        return torch.randn(value.shape, generator=self.generator).to(value)
+
+    def rows_of_head(self, cut: Value, labels: Tensor, head: int) -> dict[Side, dict[str, Rows]]:
+        """Rows that make a head's queries and keys.
+
+        Arguments:
+            cut: The tensor of logits that the labels are for.
+            labels: Head of each logit.
+            head: The head.
+
+        Returns:
+            By side and parameter.
+        """
+        gradients: dict[Side, dict[str, Tensor]] = {side: {} for side in SIDES}
+        for part in self.parts:
+            operands = [part.operand[side] for side in SIDES]
+            for side, places in zip(SIDES, self.upper.places(cut, labels, head, operands), strict=True):
+                self._send(part, side, self.noise(part.operand[side]) * places, gradients[side])
+        return {side: self._rows(gradients[side], side) for side in SIDES}
+
+    def rows_reached(self, part: Part, side: Side, seed: Tensor) -> dict[str, Rows]:
+        """Rows of each parameter that a seed on an operand reaches."""
+        gradients: dict[str, Tensor] = {}
+        self._send(part, side, seed, gradients)
+        return self._rows(gradients, side)
+
+    def _send(self, part: Part, side: Side, seed: Tensor, gradients: dict[str, Tensor]) -> None:
+        """Send a seed on an operand to the parameters, and add the size of what arrives to `gradients`."""
+        for name, gradient in part.lower[side].gradients(part.operand[side].value, seed).items():
+            gradients[name] = gradients[name] + gradient.abs() if name in gradients else gradient.abs()
+
+    def _rows(self, gradients: Mapping[str, Tensor], side: Side) -> dict[str, Rows]:
+        """Rows with a gradient, of the parameters and biases that the site names or should."""
+        biases = {b.bias for _, b in self.site.blocks() if b.bias is not None}
+        rows = {}
+        for name in (self._axes.keys() | biases | self.unnamed[side]) & gradients.keys():
+            size = self.by_row(name, gradients[name])
+            if not torch.isfinite(size).all():
+                raise CannotTell("its numbers overflow on random weights")
+            rows[name] = frozenset(size.nonzero().flatten().tolist())
+        return {name: r for name, r in rows.items() if r}
+
+    def by_row(self, name: str, gradient: Tensor) -> Tensor:
+        """A parameter's gradient, row by row, summed in size."""
+        return gradient.movedim(self._axes.get(name, 0), 0).flatten(1).abs().sum(1) if gradient.ndim > 1 else gradient
+
+    # -- what stands behind the logits -------------------------------------------------------------------------------
+
+    def _checked_axes(self) -> dict[str, int]:
+        """For each claimed parameter the axis that counts output features."""
+        axes: dict[str, int] = {}
+        for _, block in self.site.blocks():
+            if block.axis != axes.setdefault(block.param, block.axis):
+                raise self.error(f"{block.param!r} counts features along axis {axes[block.param]} and {block.axis}")
+        return axes
+
+    def _find_parts(self) -> list[Part]:
+        """The logit products of content with content; those with a table of positions or a bias are left out."""
+        everything = self.claimed["query"] | self.claimed["key"]
+        behind: dict[Value, list[Factor]] = {}
+        products = []
+        for product in self.graph.logit_products(self.softmax):
+            for v in product.factors:
+                behind[v] = self.graph.factors(v, product.reader, self._attention)
+            ours = [any(f.params & everything for f in behind[v]) for v in product.factors]
+            if all(ours) or all(self.graph.tape.is_data(v, product.reader) for v in product.factors):
+                products.append((product, all(ours)))
+        if not products:
+            raise self.error("no product of queries and keys stands before the softmax that runs there")
+        # Beside a product of claimed weights, one with weights that nobody claims is a relative position's.
+        products = [p for p in products if p[1]] or products
+        self.upper = Upper(self.graph, self.softmax, [p for p, _ in products], self.generator)
+        parts = []
+        for product, _ in products:
+            operand = self.upper.operands(product)
+            if operand is None and not self.upper.shifts_only(product):
+                raise CannotTell("it cannot be told which operand of its logits holds the keys; try longer inputs")
+            if operand is not None:
+                factors = {side: behind[operand[side].value] for side in SIDES}
+                parts.append(Part(product, operand, factors, {}, {}, {}))
+        if not parts:
+            raise NothingWeighed("all keys of a query have the same logits there, as those of a whole masked tile have")
+        return parts
+
+    def _check_chains(self, side: Side) -> None:
+        """Every product with a weight on the way is claimed, and every claimed weight is met."""
+        if not any(part.around[side] for part in self.parts):
+            raise CannotTell(f"its {side} side comes out of no product with a weight")
+        for part in self.parts:
+            part.factors[side] = [
+                f for f in part.around[side] if self._is_claimed(f, side) or self._reaches(part, side, f)
+            ]
+            part.followed[side] = list(self._met(part.factors[side], side))
+        met = {name for part in self.parts for factor in part.followed[side] for name in factor.params}
+        if missing := sorted(self.claimed[side] - met):
+            raise self.error(f"{missing[0]!r} is claimed on the {side} side, but no logit of this attention reads it")
+
+    def _is_claimed(self, factor: Factor, side: Side) -> bool:
+        return bool(factor.params & self.claimed[side])
+
+    def _reaches(self, part: Part, side: Side, factor: Factor) -> bool:
+        """Whether an operand reads a product at all: other tokens than its own may stand on the same way."""
+        operand = part.operand[side]
+        slice_ = Replay(
+            self.graph.tape,
+            [(operand.value, operand.reader)],
+            stops=self.graph.barriers,
+            leaves={factor.result: factor.result.tensor.detach()},
+            statistics=self.graph.statistics,  # through those of a norm over all heads, every head's weights reach it
+            through_detach=True,
+        )
+        arrived = slice_.gradients_at(operand.value, self.noise(operand), [factor.result])
+        return any(bool(gradient.any()) for gradient in arrived.values())
+
+    def _met(self, factors: Sequence[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
+        """Claimed factors of a tree, from the logits outwards, as far as the claim goes.
+
+        A factor that is not claimed ends the way if it is no link of the chain; if it is one, the claim forgot it.
+        """
+        for factor in factors:
+            if self._is_claimed(factor, side):
+                if not factor.linear:
+                    raise CannotTell(f"a nonlinear function follows {min(factor.params & self.claimed[side])!r}")
+                yield factor
+                yield from self._met(factor.outer, side, nearest=False)
+            elif self._keeps_features(factor, side):
+                yield factor
+                yield from self._met(factor.outer, side, nearest=nearest)
+            elif nearest or self._is_link(factor):
+                other: Side = "key" if side == "query" else "query"
+                crossed = factor.params & self.claimed[other]
+                names = ", ".join(map(repr, sorted(crossed or factor.params)))
+                what = f"claimed on the {other} side" if crossed else "which no block claims"
+                raise self.error(f"its {side} side comes out of {names}, {what}")
+
+    def _is_link(self, factor: Factor) -> bool:
+        """Whether a factor behind another one belongs to the chain.
+
+        It does not if other sources are added to it, a nonlinear function follows it, it runs outside the site's module
+        or its weight is computed (a rotation made of parameters), so that none of its features is made by a row.
+        """
+        inside = self.site.name in factor.product.op.modules
+        if not (factor.linear and factor.sole and inside) or self.graph.is_computed(factor):
+            return False
+        return not self._is_layer_before(factor)
+
+    def _is_layer_before(self, factor: Factor) -> bool:
+        """Whether queries, keys and values are all made of a product's features, which are no fewer than the queries.
+
+        A latent of MLA makes keys and values alone; one of all three is narrower than what is made of it.
+        """
+        features = self.graph.features(factor)
+        queries = max(len(set().union(*map(indices, block.heads))) for block in self.site.query)
+        if features is None or features < queries:
+            return False
+        return factor.product.op in self._behind_all
+
+    @cached_property
+    def _behind_all(self) -> Set[Op]:
+        """Products with weights behind queries, keys and values alike."""
+        behind = ({f.product.op for part in self.parts for f in all_factors(part.around[side])} for side in SIDES)
+        return set.intersection(*behind, set(self.graph.values_behind(self.softmax)))
+
+    def _keeps_features(self, factor: Factor, side: Side) -> bool:
+        """Whether a product with a weight sums claimed features over tokens: each of its elements is of one feature."""
+        if not factor.outer or not all(self._is_claimed(f, side) and f.linear for f in factor.outer):
+            return False
+        slice_ = Replay(
+            self.graph.tape,
+            [(factor.result, None)],
+            cuts={v for f in factor.outer for v in f.sources},
+            stops=self.graph.barriers - {f.product.op for f in (factor, *factor.outer)},
+            statistics=self.graph.statistics,
+            through_detach=True,
+        )
+        claimed = self.claimed[side] & {name for f in factor.outer for name in f.params}
+        size = factor.result.tensor.numel()
+        for place in torch.randint(size, (_ELEMENTS_TRIED,), generator=self.generator).tolist():
+            seed = torch.zeros(size).index_fill(0, torch.tensor([place]), 1.0).view(factor.result.tensor.shape)
+            arrived = slice_.gradients(factor.result, seed.to(factor.result.tensor))
+            if sum(int((self.by_row(n, g) > 0).sum()) for n, g in arrived.items() if n in claimed) != 1:
+                return False
+        return True
+
+    def _added_biases(self, side: Side) -> dict[str, frozenset[str]]:
+        added = dict.fromkeys(self.claimed[side], frozenset[str]())
+        for factor in (f for part in self.parts for f in all_factors(part.around[side])):
+            for name in factor.params & added.keys():
+                added[name] |= factor.biases
+        return added
+
+    def _unnamed_biases(self, side: Side) -> frozenset[str]:
+        """Parameters added to a claimed product, one entry for each row, where its block names none of them."""
+        params, found = self.graph.tape.params, set()
+        for block in self.blocks[side]:
+            added, rows = self.added[side][block.param], params[block.param].shape[block.axis]
+            if block.bias not in added:  # a block names one bias: there may be more
+                found |= {b for b in added if params[b].shape == (rows,)}
+        return frozenset(found - {b.bias for b in self.blocks[side]})
+
+    def from_results(self, part: Part, side: Side, length: float) -> tuple[Replay, Replay]:
+        """The slice from the results of the nearest products on, with live statistics and with fixed ones.
+
+        Arguments:
+            part: The logit product.
+            side: Its side.
+            length: Results are random numbers that make the vectors of a head about as long; biases are smaller.
+        """
+        # An epsilon is small beside a hundredth, whatever the width of a norm.
+        size = max(length / math.sqrt(self.site.head_dim), 0.02)
+        tensors = {f.result: f.result.tensor for f in part.around[side]}
+        noise = {v: size * torch.randn(t.shape, generator=self.generator) for v, t in tensors.items()}
+        results = {v: torch.empty_like(t).copy_(noise[v]) for v, t in tensors.items()}  # laid out as they were
+        live, fixed = (self._slice(part, side, results, live=on, biases=min(1.0, 0.1 * size)) for on in (True, False))
+        return live, fixed
+
+    def _slice(
+        self,
+        part: Part,
+        side: Side,
+        leaves: Mapping[Value, Tensor] | None = None,
+        *,
+        live: bool = False,
+        biases: float = 1.0,
+    ) -> Replay:
+        """The slice that makes an operand out of what enters the site: the inputs of its outermost claimed products."""
+        followed, operand, graph = part.followed[side], part.operand[side], self.graph
+
+        def replay(*, through_detach: bool) -> Replay:
+            return Replay(
+                graph.tape,
+                [(operand.value, operand.reader)],
+                cuts={v for f in followed if not any(o in followed for o in f.outer) for v in f.sources},
+                stops=graph.barriers - {f.product.op for f in followed},
+                leaves=leaves,
+                statistics=graph.statistics,
+                live=live,
+                biases=biases,
+                through_detach=through_detach,
+            )
+
+        usual = replay(through_detach=False)
+        if usual.opaque:
+            raise CannotTell(f"its {side} side passes the op {usual.opaque[0].func}, which has no gradient")
+        return usual if usual[operand.value].requires_grad else replay(through_detach=True)
+
+
+def all_factors(factors: Sequence[Factor]) -> list[Factor]:
+    """These factors and all farther out, each once: many ways through a deep model lead to the same one."""
+    seen: dict[int, Factor] = {}
+    waiting = list(factors)
+    while waiting:
+        factor = waiting.pop()
+        if id(factor) not in seen:
+            seen[id(factor)] = factor
+            waiting += factor.outer
+    return list(seen.values())
+
+
+def indices(ranges: Ranges) -> Rows:
+    """Rows of some ranges."""
+    return frozenset(i for start, stop in ranges for i in range(start, stop))

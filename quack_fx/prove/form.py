@@ -1,0 +1,112 @@
+"""Attentions of one form: what a proof on a small copy of a model says about the model itself.
+
+In: the layout of a model, and the layout and the proof of a smaller model of the same architecture. Out: a report about
+the first. Two sites are of one form when they differ in sizes and in the numbers of their layers alone: the same
+parameters in the same roles, rows of heads arranged alike, the same terms, head maps, norms and biases.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
+from quack_fx.layout.pattern import map_pattern
+from quack_fx.prove.report import NotProved, SiteProof, VerifyReport
+
+Form = tuple[Any, ...]
+
+
+def carried_over(layout: QKLayout, small: QKLayout, proof: VerifyReport) -> VerifyReport:
+    """What the proof of a small copy proves about the model.
+
+    Arguments:
+        layout: Layout of the model.
+        small: Layout of the copy.
+        proof: Proof of that.
+
+    Returns:
+        A site is proved where every site of its form is proved on the copy, and there is one.
+    """
+    reasons = {entry.name: entry.reason for entry in proof.not_proved}
+    proofs = {entry.name: entry for entry in proof.proved}
+    forms: dict[Form, list[AttentionSite]] = {}
+    for site in small.sites:
+        forms.setdefault(form(site), []).append(site)
+    proved: list[SiteProof] = []
+    open_sites: list[NotProved] = []
+    for site in layout.sites:
+        models = forms.get(form(site), [])
+        if not models:
+            open_sites.append(NotProved(site.name, "the small copy has no attention of this form"))
+        elif why := [reasons[m.name] for m in models if m.name in reasons]:
+            open_sites.append(NotProved(site.name, f"on the small copy: {why[0]}"))
+        else:
+            one = proofs[models[0].name]
+            proved.append(SiteProof(site.name, site.query_heads, one.attentions, one.checks))
+    return VerifyReport(tuple(proved), tuple(open_sites))
+
+
+def form(site: AttentionSite) -> Form:
+    """A site without its sizes and the numbers of its layers; equal for sites of one form."""
+    return (
+        _pattern(site.name),
+        site.cross,
+        _map_form(site),
+        tuple((side, _block_form(block)) for side, block in site.blocks()),
+        _order(site),
+        frozenset((term.query, term.key) for term in site.terms),
+        frozenset(_norm_form(norm, site) for norm in site.qk_norm),
+        frozenset(_norm_form(norm, site) for norm in site.latent_norm),
+    )
+
+
+def _pattern(name: str | None) -> str | None:
+    """A name without the numbers of layers and experts."""
+    return None if name is None else re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+
+
+def _map_form(site: AttentionSite) -> str:
+    pattern = map_pattern(site.head_map, site.key_heads)
+    if pattern == "own":
+        return "each its own"
+    if site.key_heads in (1, site.query_heads):
+        return "one for all" if site.key_heads == 1 else "permuted"
+    return {"blocks": "in blocks", "cycle": "in turn"}.get(pattern or "", "other")
+
+
+def _block_form(block: WeightBlock) -> Form:
+    return _pattern(block.param), block.role, block.axis, _pattern(block.bias), _arrangement(block.heads)
+
+
+def _arrangement(heads: Sequence[tuple[tuple[int, int], ...]]) -> str:
+    """How the rows of the heads lie to one another."""
+    used = [ranges for ranges in heads if ranges]
+    some = "" if len(used) == len(heads) else "some heads, "
+    if len(set(used)) <= 1:
+        return some + "the same for all"
+    if any(len(ranges) > 1 for ranges in used):
+        return some + "in pieces"
+    gaps = {later[0][0] - earlier[0][1] for earlier, later in pairwise(used)}
+    return some + ("back to back" if gaps == {0} else "apart" if len(gaps) == 1 else "uneven")
+
+
+def _order(site: AttentionSite) -> tuple[int, ...]:
+    """The blocks in the order in which their rows begin, parameter by parameter."""
+    blocks = [block for _, block in site.blocks()]
+    starts = [min((r[0] for ranges in b.heads for r in ranges), default=0) for b in blocks]
+    return tuple(sorted(range(len(blocks)), key=lambda i: (_pattern(blocks[i].param), starts[i], i)))
+
+
+def _norm_form(norm: Norm, site: AttentionSite) -> Form:
+    widths = {
+        site.head_dim: "a head",
+        site.query_heads * site.head_dim: "all query heads",
+        site.key_heads * site.head_dim: "all key heads",
+    }
+    own = widths.get(norm.width, "other")
+    if norm.side == "key" and own == "all query heads" and site.query_heads == site.key_heads:
+        own = "all key heads"
+    return norm.side, norm.kind, own, _pattern(norm.module), _pattern(norm.weight)

@@ -1,0 +1,449 @@
+"""Questions about a tape: where logits are made, and which products with weights lie behind their operands.
+
+In: a `Tape`. Out: its softmaxes; for each the products of queries and keys behind it; for each operand of those a tree
+of `Factor`s, the products with weights met on the way back, from the logits outwards.
+
+The way back ends where the attention begins: at a tensor that also feeds something else, such as the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from quack_fx.prove.opaque import is_opaque
+from quack_fx.prove.ops import (
+    Product,
+    Softmax,
+    is_linear,
+    keeps_numbers,
+    kind,
+    product_of,
+    softmax_of,
+    statistics,
+    turns,
+    weighs_by_groups,
+)
+from quack_fx.prove.tape import Op, Tape, Value
+
+
+@dataclass(eq=False, repr=False)
+class Factor:
+    """A product with a weight behind an operand.
+
+    Attributes:
+        product: The product.
+        result: The product with its bias.
+        weights: Those of its factors that parameters alone reach.
+        sources: The others.
+        params: Names of the parameters behind `weights`.
+        biases: Names of the parameters that are added to it before anything else happens.
+        linear: Whether only norms and changes of shape lie between it and the factor nearer to the logits.
+        sole: Whether nothing is added to it on the way.
+        norms: Norms on the way.
+        outer: Factors farther out.
+    """
+
+    product: Product
+    result: Value
+    weights: tuple[Value, ...]
+    sources: tuple[Value, ...]
+    params: frozenset[str]
+    biases: frozenset[str]
+    linear: bool = True
+    sole: bool = True
+    norms: frozenset[Op] = frozenset()
+    outer: list[Factor] = field(default_factory=list)
+
+
+@dataclass(repr=False)
+class _Back:
+    """What a walk back met."""
+
+    products: list[Product] = field(default_factory=list)
+    softmaxes: list[Op] = field(default_factory=list)
+    passed: list[Op] = field(default_factory=list)
+    joined: bool = False
+    linear: bool = True
+
+
+def _may_have(product: Product, heads: int) -> bool:
+    """Whether a product of queries and keys can be one of so many heads."""
+    shape = product.op.out.tensor.shape
+    return heads in shape or heads <= max(shape[0], math.sqrt(shape.numel()))
+
+
+class Graph:
+    """A tape with its products, softmaxes and statistics.
+
+    Arguments:
+        tape: The tape.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self._readers: dict[Op, list[Op]] = defaultdict(list)
+        for op in tape.ops:
+            for source in op.reads:
+                self._readers[source].append(op)
+        self.softmaxes = [
+            s for op in tape.ops if (s := softmax_of(op, self._readers)) is not None and self._is_read(op)
+        ]
+        self._softmax_ops = {s.op for s in self.softmaxes}
+        self._products = {p.op: p for op in tape.ops if (p := product_of(op)) is not None and self._multiplies(p)}
+        self._walks: dict[tuple[Value, Op], _Back] = {}
+        self.barriers: frozenset[Op] = frozenset()
+        """Ops at which a way back ends unless one asks for more."""
+        for op in [op for op, product in self._products.items() if self._pools(product)]:
+            del self._products[op]
+        self._walks.clear()
+        self.barriers = frozenset(
+            op
+            for op in tape.ops
+            if op.data and (op in self._products or op in self._softmax_ops or op.name == "embedding")
+        )
+
+    @cached_property
+    def statistics(self) -> frozenset[Op]:
+        """Norms, and the reductions of features that come back to scale or shift those very features."""
+        return statistics(self.tape, self._readers)
+
+    # -- logits --------------------------------------------------------------------------------------------------------
+
+    def logit_products(self, softmax: Softmax) -> list[Product]:
+        """The products whose sum, scaled and masked, is a softmax's input; those of heads mixed afterwards included."""
+        found: list[Product] = []
+        todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
+        while todo:
+            for product in self._back(*todo.pop()).products:
+                source = self._mixed(product)
+                if source is not None:
+                    todo.append((source, product.reader))
+                elif product not in found:
+                    found.append(product)
+        return found
+
+    def mixing(self, softmax: Softmax) -> list[Product]:
+        """The products with a weight that mix the heads of the logits before a softmax."""
+        return [p for p in self._back(softmax.logits, softmax.op).products if self._mixed(p) is not None]
+
+    def between(self, softmax: Softmax) -> Iterator[Op]:
+        """Ops between the products of queries and keys and the softmax, heads mixed or not, the last one first."""
+        todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
+        while todo:
+            back = self._back(*todo.pop())
+            yield from sorted(back.passed, key=lambda op: -op.index)
+            todo += [(s, p.reader) for p in back.products if (s := self._mixed(p)) is not None]
+
+    def is_attention(self, softmax: Softmax) -> bool:
+        """Whether a product of two projections feeds a softmax that weighs values: data, or projected parameters."""
+        weighs = any(map(self._has_values, self._weighs.get(softmax, ())))
+        return weighs and any(map(self._of_two_sides, self.logit_products(softmax)))
+
+    def weighs(self, softmax: Softmax) -> bool:
+        """Whether a softmax weighs anything."""
+        return bool(self._weighs.get(softmax))
+
+    def attention_ops(self, softmaxes: Iterable[Softmax]) -> frozenset[Op]:
+        """The logit products and the value products of some softmaxes."""
+        return frozenset(p.op for s in softmaxes for p in (*self.logit_products(s), *self._weighs.get(s, ())))
+
+    def params_behind(self, softmax: Softmax) -> set[str]:
+        """Names of the parameters in the products with weights that are nearest to a softmax's logits."""
+        return {
+            name
+            for product in self.logit_products(softmax)
+            for operand in product.factors
+            for nearest in self._back(operand, product.reader).products
+            for name in self._factor(nearest).params
+        }
+
+    def opaque_ops(self, params: Set[str]) -> list[Op]:
+        """Ops of unknown meaning that read what products with some parameters made."""
+        found = []
+        for op in self.tape.ops:
+            if op.data and is_opaque(op.func):
+                behind = (p for v in op.inputs for p in self._back(v, op).products)
+                if any(self._factor(p).params & params for p in behind):
+                    found.append(op)
+        return found
+
+    def values_behind(self, softmax: Softmax) -> Set[Op]:
+        """The products with weights behind what a softmax weighs, near and far."""
+        weighed = [
+            (value, product.reader)
+            for product in self._weighs.get(softmax, ())
+            for value in product.factors
+            if softmax.op not in self._behind_weights(value, product.reader)
+        ]
+        found: set[Op] = set()
+        todo = [p for place in weighed for p in self._back(*place).products]
+        while todo:
+            product = todo.pop()
+            if product.op not in found:
+                found.add(product.op)
+                sources = self._factor(product).sources
+                todo += [p for source in sources for p in self._back(source, product.reader).products]
+        return found
+
+    def features(self, factor: Factor) -> int | None:
+        """How many features a product with a weight makes, or None where it does not sum over one axis of each."""
+        product = factor.product
+        if product.axes is None or len(factor.weights) != 1:
+            return None
+        axis = product.axes[product.factors.index(factor.weights[0])]
+        return factor.weights[0].tensor.numel() // factor.weights[0].tensor.shape[axis]
+
+    def _of_two_sides(self, product: Product) -> bool:
+        """Whether a product multiplies data with data, or with what a projection makes of parameters alone."""
+        data = [self.tape.is_data(v, product.reader) for v in product.factors]
+        if all(data) or not any(data):
+            return all(data)
+        other = product.factors[data.index(False)]
+        return bool(self._back(other, product.reader).products)
+
+    def _pools(self, product: Product) -> bool:
+        """Whether a sum takes shares of features that no queries and keys have made: it pools them, token by token."""
+        if product.op is product.reader:
+            return False
+        for value in product.factors:
+            back = self._back(value, product.reader)
+            if back.softmaxes and not back.products:
+                shares = [s for s in self.softmaxes if s.op in back.softmaxes]
+                return not any(self._of_two_sides(p) for s in shares for p in self.logit_products(s))
+        return False
+
+    def _is_read(self, op: Op) -> bool:
+        """Whether anything is computed from an op's results, or they are results of the model: dead code is not."""
+        if any(v in self.tape.results for v in op.outputs):
+            return True
+        return any(not keeps_numbers(reader) or self._is_read(reader) for reader in self._readers[op])
+
+    def _mixed(self, product: Product) -> Value | None:
+        """The logits that a product with a weight mixes head by head, or None if it does nothing of the kind."""
+        sources = [v for v in product.factors if self.tape.is_data(v, product.reader)]
+        weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
+        if len(sources) != 1 or len(weights) != 1 or sources[0].tensor.numel() != product.op.out.tensor.numel():
+            return None
+        back = self._back(sources[0], product.reader)
+        normed = any(op in self.statistics and op.name != "amax" for op in back.passed)
+        if back.softmaxes or back.joined or normed:  # a layer of its own, and not logits
+            return None
+        heads = max(weights[0].tensor.shape)
+        mixed = [p for p in back.products if _may_have(p, heads)]
+        return sources[0] if any(map(self._of_two_sides, mixed)) else None
+
+    @cached_property
+    def _weighs(self) -> dict[Softmax, list[Product]]:
+        """For each softmax the products that weigh values with it."""
+        by_op = {s.op: s for s in self.softmaxes}
+        weighs: dict[Softmax, list[Product]] = defaultdict(list)
+        for product in self._products.values():
+            if any(self.tape.is_data(v, product.reader) for v in product.factors):
+                for value in product.factors:
+                    for op in self._behind_weights(value, product.reader):
+                        weighs[by_op[op]].append(product)
+        for softmax in self.softmaxes:
+            if softmax.groups is not None:
+                weighs[softmax] += weighs_by_groups(softmax, self._readers)
+        gated = {s: [p for p in products if self._is_gated(p, s, weighs)] for s, products in weighs.items()}
+        return {s: [p for p in products if p not in gated[s]] for s, products in weighs.items()}
+
+    def _is_gated(self, product: Product, softmax: Softmax, weighs: Mapping[Softmax, Sequence[Product]]) -> bool:
+        """Whether a softmax gates features (of keys that it chose), which another attention then reads."""
+        shares = [v for v in product.factors if softmax.op in self._back(v, product.reader).softmaxes]
+        if not shares or any(v.tensor.numel() <= math.prod(softmax.shape) for v in shares):
+            return False
+        weighed = any(product in products for s, products in weighs.items() if s is not softmax)
+        later = (s for s in self.softmaxes if s.op.index > product.op.index)
+        return weighed or any(product in self.logit_products(s) for s in later)
+
+    def _has_values(self, product: Product) -> bool:
+        """Whether no factor of a product is a bare weight, as that of a layer which reads attention maps is."""
+        return all(
+            self.tape.is_data(v, product.reader) or bool(self._back(v, product.reader).products)
+            for v in product.factors
+        )
+
+    def _behind_weights(self, value: Value, reader: Op) -> Set[Op]:
+        """Softmaxes behind a factor; where their heads are mixed afterwards, behind the mixing product."""
+        back = self._back(value, reader)
+        found = set(back.softmaxes)
+        for product in back.products:
+            data = [v for v in product.factors if self.tape.is_data(v, product.reader)]
+            if len(data) == 1 and data[0].tensor.numel() == product.op.out.tensor.numel():
+                found |= set(self._back(data[0], product.reader).softmaxes)
+        return found
+
+    # -- chains --------------------------------------------------------------------------------------------------------
+
+    def factors(self, operand: Value, reader: Op, attention: Set[Op]) -> list[Factor]:
+        """The tree of products with weights behind an operand; empty where none lies behind it.
+
+        Arguments:
+            operand: The operand.
+            reader: The op that reads it.
+            attention: The products of this attention, from `attention_ops`.
+        """
+        return self._factors(operand, reader, attention, {}, nearest=True)
+
+    def _factors(
+        self, value: Value, reader: Op, attention: Set[Op], known: dict[tuple[int, int], list[Factor]], *, nearest: bool
+    ) -> list[Factor]:
+        # A residual stream is reached over many ways: what is behind a value is looked up once.
+        key = (id(value), id(reader))
+        if not nearest and key in known:
+            return known[key]
+        back = self._back(value, reader)
+        found = []
+        for product in back.products:
+            factor = self._factor(product)
+            if not factor.weights:
+                continue
+            factor.linear = nearest or back.linear
+            factor.sole = len(back.products) == 1 and not back.joined and self._private(product.op, attention)
+            factor.norms = frozenset(op for op in back.passed if op in self.statistics)
+            for source in factor.sources:
+                factor.outer += self._factors(source, product.reader, attention, known, nearest=False)
+            found.append(factor)
+        if not nearest:
+            known[key] = found
+        return found
+
+    def _factor(self, product: Product) -> Factor:
+        """A product as a factor that stands alone."""
+        weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
+        if len(weights) == 2:
+            # The input is made of parameters as well (learned queries): the weight is the one made by no product. Where
+            # that is both, either may be it: the claim has to say.
+            plain = [v for v in weights if not self._back(v, product.reader).products]
+            weights = plain if len(plain) == 1 else weights
+        sources = tuple(v for v in product.factors if v not in weights)
+        params = frozenset(name for v in weights for name in self._params(v, product.reader))
+        biases, result = self._biases(product)
+        return Factor(product, result, tuple(weights), sources, params, biases)
+
+    def is_computed(self, factor: Factor) -> bool:
+        """Whether no weight of a factor is a parameter, or a part of one, whose numbers are used as they are."""
+        return all(map(self._is_made, [(v, factor.product.reader) for v in factor.weights]))
+
+    def _is_made(self, place: tuple[Value, Op]) -> bool:
+        """Whether a value that parameters alone reach is more than a parameter of another shape or scale."""
+        todo, seen = [op for op in self.tape.behind(*place) if op.weight], set[Op]()
+        while todo:
+            op = todo.pop()
+            if op in seen:
+                continue
+            seen.add(op)
+            scaled = kind(op) in ("mul", "div") and sum(self.tape.is_weight(v, op) for v in op.inputs) == 1
+            if not keeps_numbers(op) and not scaled:
+                return True
+            todo += [source for source in op.reads if source.weight]
+        return False
+
+    def _biases(self, product: Product) -> tuple[frozenset[str], Value]:
+        """Parameters added to a product before more than its shape is changed, and the sum."""
+        found = set(self._params(product.added, product.op)) if product.added is not None else set()
+        result = product.op.out
+        todo = [product.op]
+        while todo:
+            for reader in self._readers[todo.pop()]:
+                if kind(reader) in ("add", "sub"):
+                    weights = [v for v in reader.inputs if self.tape.is_weight(v, reader)]
+                    others = [v for v in weights if not self._multiplied(v, reader)]
+                    found |= {name for v in others for name in self._params(v, reader)}
+                    result = reader.out if others else result
+                elif keeps_numbers(reader):
+                    todo.append(reader)
+        return frozenset(found), result
+
+    def _multiplied(self, value: Value, reader: Op) -> bool:
+        """Whether a product with anything, constants too, lies behind a value that parameters alone reach."""
+        todo, seen = list(self.tape.behind(value, reader)), set[Op]()
+        while todo:
+            op = todo.pop()
+            if product_of(op) is not None:
+                return True
+            if op not in seen and op.weight:
+                seen.add(op)
+                todo += op.reads
+        return False
+
+    def _params(self, value: Value, reader: Op) -> Set[str]:
+        """Names of the parameters behind a value that parameters alone reach."""
+        names = {value.param} if value.param is not None else set()
+        seen: set[Op] = set()
+        todo = [op for op in self.tape.behind(value, reader) if op.weight]
+        while todo:
+            op = todo.pop()
+            if op not in seen:
+                seen.add(op)
+                names.update(v.param for v in op.inputs if v.param is not None)
+                todo += [source for source in op.reads if source.weight]
+        return names
+
+    def _private(self, start: Op, attention: Set[Op]) -> bool:
+        """Whether every way from an op's result leads into this attention."""
+        todo, seen = [start], set()
+        while todo:
+            op = todo.pop()
+            if op in seen or (op in attention and op is not start):
+                continue
+            seen.add(op)
+            if any(v in self.tape.results for v in op.outputs):
+                return False
+            todo += [reader for reader in self._readers[op] if reader.data or reader.weight]
+            if len(seen) > 200:  # whatever goes that far has left
+                return False
+        return True
+
+    # -- walking back --------------------------------------------------------------------------------------------------
+
+    def _back(self, value: Value, reader: Op) -> _Back:
+        """Walk from a value back to the nearest products of two things that inputs or parameters reach."""
+        known = self._walks.get((value, reader))
+        if known is not None:
+            return known
+        back = self._walks[value, reader] = _Back()
+        seen: set[Op] = set()
+        todo = list(self.tape.behind(value, reader))
+        while todo:
+            op = todo.pop()
+            if op in seen or not (op.data or op.weight):
+                continue
+            seen.add(op)
+            if op in self._products:
+                back.products.append(self._products[op])
+                continue
+            if op in self._softmax_ops:
+                back.softmaxes.append(op)
+                back.linear = False
+                continue
+            if op in self.barriers:
+                back.joined = True
+                continue
+            if turns(op) or op.name == "logsumexp":
+                continue  # angles, learned or given, and the size of whole rows of logits, are no features
+            back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants moves features
+            back.passed.append(op)
+            back.joined |= any(v.is_input and v.is_numeric for v in op.inputs)
+            todo += [s for v in op.inputs if v.is_numeric and v.tensor.numel() for s in self.tape.behind(v, op)]
+        back.products.sort(key=lambda p: p.op.index)
+        return back
+
+    def _multiplies(self, product: Product) -> bool:
+        """Whether both factors depend on inputs or parameters, or one is a weight that projects a table of constants.
+
+        Any other product with constants is a change of shape.
+        """
+        known = [
+            self.tape.is_data(v, product.reader) or self.tape.is_weight(v, product.reader) for v in product.factors
+        ]
+        if all(known) or not any(known):
+            return all(known)
+        weight, table = (product.factors[known.index(k)] for k in (True, False))
+        plain = self.tape.is_weight(weight, product.reader) and len(self._params(weight, product.reader)) == 1
+        return plain and product.axes is not None and bool(table.tensor.any())

@@ -1,0 +1,191 @@
+"""Heads in a tensor of logits, and which operand of their product holds the keys.
+
+In: the logits of a softmax, made again with the operands of its products as leaves (`Upper`). Out: for every plausible
+reading of "axis of heads" the head of each logit; for a head, the places of each operand that its logits read; and
+which of two operands the softmax runs over.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quack_fx.layout import Side
+from quack_fx.prove.graph import Graph
+from quack_fx.prove.ops import Product, Softmax
+from quack_fx.prove.replay import Replay
+from quack_fx.prove.tape import Op, Value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Operand:
+    """One side of a logit product: its value, the op that reads it, and its contracted axis, counted from the end."""
+
+    value: Value
+    reader: Op
+    axis: int
+
+
+class Upper:
+    """From the operands of logit products to the softmax.
+
+    Arguments:
+        graph: The graph.
+        softmax: The softmax.
+        products: The products whose operands are wanted.
+        generator: Source of random numbers.
+    """
+
+    def __init__(self, graph: Graph, softmax: Softmax, products: Sequence[Product], generator: torch.Generator) -> None:
+        self.softmax = softmax
+        mixing = graph.mixing(softmax)
+        first = min((p.op.index for p in mixing), default=None)
+        passed = [op.out for op in graph.between(softmax) if first is not None and op.index < first]
+        outs = [p.op.out for p in products]
+        size = outs[0].tensor.numel()
+        self.cuts = [softmax.logits] if not mixing else [v for v in passed + outs if v.tensor.numel() == size]
+        """Where heads can be told apart: the softmax's input, or the tensors before heads are mixed."""
+        self._replay = Replay(
+            graph.tape,
+            [(softmax.logits, softmax.op), *((v, None) for v in self.cuts if v is not softmax.logits)],
+            stops=graph.barriers - {p.op for p in (*products, *mixing)},
+            # Random, for a zero or equal numbers on one side would hide what the logits read on the other.
+            leaves={
+                v: torch.randn(v.tensor.shape, generator=generator).to(v.tensor) for p in products for v in p.factors
+            },
+            statistics=graph.statistics,
+        )
+
+    def touched(self, cut: Value, seed: Tensor, values: Sequence[Value]) -> list[Tensor]:
+        """Where some operands receive a gradient from a seed on a tensor of logits."""
+        arrived = self._replay.gradients_at(cut, seed.to(cut.tensor.dtype), values)
+        return [arrived[v] != 0 if v in arrived else torch.zeros_like(v.tensor, dtype=torch.bool) for v in values]
+
+    def places(self, cut: Value, labels: Tensor, head: int, operands: Sequence[Operand]) -> list[Tensor]:
+        """For each operand the places that the logits of a head read, each with all its features."""
+        mask = (labels.to(cut.tensor.device) == head).to(torch.float32).expand(cut.tensor.shape)
+        if cut is self.softmax.logits:
+            mask = mask * self._weights_of_no_shift().to(mask.device)
+        touched = self.touched(cut, mask, [o.value for o in operands])
+        return [t.any(o.axis, keepdim=True) for t, o in zip(touched, operands, strict=True)]
+
+    def shifts_only(self, product: Product) -> bool:
+        """Whether a product moves all logits of a query alike, as the largest logit of the keys before these does."""
+        seed = self._weights_of_no_shift().expand(self.softmax.shape).to(self.softmax.logits.tensor.device)
+        return not any(t.any() for t in self.touched(self.softmax.logits, seed, product.factors))
+
+    def _weights_of_no_shift(self) -> Tensor:
+        """Small whole numbers along the softmax's axis whose sum is zero.
+
+        What is taken from all logits alike, such as the largest one of all heads, then adds up to nothing at all.
+        """
+        size, dim = self.softmax.shape[self.softmax.dim], self.softmax.dim
+        weights = 1.0 - 2.0 * (torch.arange(size) % 2)
+        if size > 1 and size % 2:
+            weights[-1], weights[-2] = 1.0, -2.0
+        return weights.view([-1 if axis == dim else 1 for axis in range(len(self.softmax.shape))])
+
+    def operands(self, product: Product) -> dict[Side, Operand] | None:
+        """Query and key operand of a product; None when that cannot be told.
+
+        The softmax tells: it runs over the keys of one query. So a gradient on all logits of two keys touches few
+        places of the key operand, and as many of the query operand as there are queries; one on all logits of a query
+        touches few places of the query operand.
+        """
+        if product.axes is None:
+            return None
+        left, right = (Operand(v, product.reader, a) for v, a in zip(product.factors, product.axes, strict=True))
+        groups = self.softmax.groups
+        few = self._touched_least([left, right]) if groups is None else self._changes_within(groups, [left, right])
+        if few is None:
+            return None
+        key = (left, right)[few]
+        return {"query": right if key is left else left, "key": key}
+
+    def _changes_within(self, groups: Tensor, operands: Sequence[Operand]) -> int | None:
+        """Which of two operands alone has different vectors for the entries of a group: keys, at the ends of edges."""
+        changes = []
+        for operand in operands:
+            vectors = operand.value.tensor.movedim(self.softmax.dim, 0)
+            if len(vectors) % len(groups):
+                return None
+            vectors = vectors.reshape(len(groups), -1)  # heads may be folded into the axis of the entries
+            first = {int(group): i for i, group in reversed(list(enumerate(groups.tolist())))}
+            like = vectors[torch.tensor([first[group] for group in groups.tolist()], device=vectors.device)]
+            changes.append(not torch.equal(vectors, like))
+        return changes.index(True) if sum(changes) == 1 else None
+
+    def _touched_least(self, operands: Sequence[Operand]) -> int | None:
+        """Which of two operands the keys are in."""
+        shape, dim = self.softmax.shape, self.softmax.dim
+
+        def read(seed: Tensor) -> list[Tensor]:
+            """Places of each operand that a gradient on the logits touches."""
+            seed = seed.to(self.softmax.logits.tensor.device)
+            touched = self.touched(self.softmax.logits, seed, [o.value for o in operands])
+            return [t.any(o.axis) for t, o in zip(touched, operands, strict=True)]
+
+        # Not all places are read: a table of relative positions has more of them than there are tokens.
+        ever = [float(t.sum()) for t in read(torch.rand(shape, generator=torch.Generator().manual_seed(0)))]
+
+        def share(*slices: tuple[int, int, float]) -> list[float]:
+            """Part of each operand's places that a gradient on slices (axis, index, value) of the logits touches."""
+            seed = torch.zeros(shape)
+            for axis, index, value in slices:
+                seed.select(axis, index).fill_(value)
+            return [float(t.sum()) / max(1.0, e) for t, e in zip(read(seed), ever, strict=True)]
+
+        last = shape[dim] - 1
+        # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
+        seeds = [((dim, i, 1.0), (dim, j, -1.0)) for i, j in [(0, last), *((i, i + 1) for i in range(min(last, 8)))]]
+        few: list[tuple[tuple[int, int, float], ...]] = [((dim, i, 1.0),) for i in range(min(last + 1, 3))]
+        for seed in [*seeds, *few] if last else []:
+            shares = share(*seed)
+            # Few queries, too, where one softmax runs over all pairs of queries and keys: nothing tells them apart.
+            if 0 < 2 * min(shares) <= max(shares) >= 0.5:
+                return shares.index(min(shares))
+        for axis in range(1, len(shape)):
+            shares = share((axis, shape[axis] - 1, 1.0)) if axis != dim else [0.0]
+            if 0 < 2 * min(shares) <= max(shares):
+                return shares.index(max(shares))
+        return None
+
+
+def head_labels(cut: Value, heads: int, without: int | None) -> Iterator[Tensor]:
+    """Readings of the logits' shape: int tensors that broadcast to it and name the head of each logit.
+
+    The usual place of the head axis comes first; then any other axis of that size, a pair of axes (key heads, and
+    query heads that share one), and an axis that folds heads and batch.
+
+    Arguments:
+        cut: The logits.
+        heads: Number of heads.
+        without: An axis that counts something else, the softmax's; None where that is not known.
+    """
+    shape = cut.tensor.shape
+    ndim = len(shape)
+    free = [a for a in range(ndim) if a != without]
+    free.sort(key=lambda a: (a != ndim - 3, a))
+
+    def along(axis: int, labels: Tensor) -> Tensor:
+        return labels.view([-1 if a == axis else 1 for a in range(ndim)])
+
+    if heads == 1:
+        yield torch.zeros([1] * ndim, dtype=torch.long)
+        return
+    for axis in free:
+        if shape[axis] == heads:
+            yield along(axis, torch.arange(heads))
+    for one, two in itertools.combinations(free, 2):
+        if shape[one] * shape[two] == heads and min(shape[one], shape[two]) > 1:
+            for outer, inner in ((min(one, two), max(one, two)), (max(one, two), min(one, two))):
+                yield along(outer, torch.arange(shape[outer])) * shape[inner] + along(inner, torch.arange(shape[inner]))
+    for axis in free:
+        size = shape[axis]
+        if size > heads and size % heads == 0:
+            yield along(axis, torch.arange(size) % heads)
+            yield along(axis, torch.arange(size) // (size // heads))

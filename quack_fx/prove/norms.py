@@ -1,0 +1,231 @@
+"""The norms of a site against the evidence.
+
+In: the evidence about a site. Out: the number of norms confirmed; `VerifyError` for the first claim that is wrong.
+
+Behind a norm the logits do not depend on the size of the weights before it (Euler's rule: the gradient of the operand
+along the product is zero), and where the mean is taken away as well, the gradients of the features sum to zero. How
+many features share a statistic is how many go into one. Here, and here alone, statistics carry gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from quack_fx.layout import SIDES, Norm, Side
+from quack_fx.prove.evidence import CannotTell, Evidence, Part
+from quack_fx.prove.replay import Replay
+from quack_fx.prove.tape import Op
+
+_BLIND = 1e-2
+"""Below this part of the whole, what an operand owes to the size of its weights is a norm's epsilon."""
+
+_LONG = 3000.0
+"""The length to which vectors are drawn out: an epsilon or a bias is nothing beside it, even where features cancel."""
+
+_SHORT, _BLIND_WHEN_SHORT = 0.2, 0.3
+"""The length to which vectors are cut, to tell a norm from a clip; a norm's epsilon counts for more there."""
+
+
+def check_norms(evidence: Evidence) -> int:
+    """QK norms are where they are claimed and nowhere else, and so are norms between factors.
+
+    Returns:
+        Number of comparisons.
+
+    Raises:
+        VerifyError: A norm is missing, is not there, or is of another kind or width.
+    """
+    for side in SIDES:
+        claimed = [norm for norm in evidence.site.qk_norm if norm.side == side]
+        # A batch norm's statistics are constants outside training: it is linear there, and no gradient shows it.
+        if all(norm.kind in ("rms", "l2", "layer") for norm in claimed):
+            _check_qk_norm(evidence, side, claimed)
+        for norm in claimed:
+            _check_names(evidence, side, norm, claimed)
+        _check_latent_norm(evidence, side)
+    return 2 * len(SIDES)
+
+
+def _check_qk_norm(evidence: Evidence, side: Side, claimed: list[Norm]) -> None:
+    latent = [norm for norm in evidence.site.latent_norm if norm.side == side] if _absorbed(evidence, side) else []
+    if latent and claimed:
+        raise evidence.error(f"its {side} side is the latent itself: a norm of it is a latent norm, and no QK norm")
+    wanted, tolerated = ({(norm.width, norm.kind == "layer") for norm in norms} for norms in (claimed, latent))
+    found: set[tuple[int, bool]] = set()
+    for part in evidence.parts:
+        found |= _norms(evidence, part, side, wanted | tolerated) - (tolerated - wanted)
+    if found and not wanted:
+        raise evidence.error(f"its {side} side passes a norm, so its logits do not depend on the size of the weights")
+    if wanted and not found:
+        raise evidence.error(
+            f"its {side} side is said to pass a norm, but its logits depend on the size of the weights"
+        )
+    if found != wanted:
+        raise evidence.error(f"its {side} side passes {_spell(found)}, the layout claims {_spell(wanted)}")
+
+
+def _absorbed(evidence: Evidence, side: Side) -> bool:
+    """Whether the keys' up projection is multiplied to the queries: what those meet is then the latent itself."""
+    return side == "key" and any(block.role == "uk" for block in evidence.blocks["query"])
+
+
+def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, bool]]) -> set[tuple[int, bool]]:
+    """Widths of the norms between the nearest products and the logits, and whether each takes the mean away.
+
+    Arguments:
+        evidence: The evidence.
+        part: The logit product.
+        side: The side.
+        expected: Norms taken for granted where no gradient tells.
+    """
+    ops = sorted({op for factor in part.around[side] for op in factor.norms}, key=lambda op: op.index)
+    long, short = _Probe(evidence, part, side, _LONG), _Probe(evidence, part, side, _SHORT)
+    normed = torch.zeros_like(part.operand[side].value.tensor, dtype=torch.bool)
+    found: dict[int, bool] = {}
+    for op in ops:
+        # A norm may be over some of the features alone, or over those of some of the tokens.
+        places = long.places(op)
+        normed |= places
+        # What cuts long vectors down is a norm of those alone.
+        if not long.is_blind(places, _BLIND) or not short.is_blind(places, _BLIND_WHEN_SHORT):
+            continue
+        width = op.inputs[0].tensor.numel() // max(1, op.outputs[-1].tensor.numel())
+        # Two features less their mean, or one, leave nothing but a sign: there is no gradient to go by.
+        unclear = width <= 2 or long.is_saturated(places)
+        found.setdefault(width, (width, True) in expected if unclear else long.takes_the_mean(places, op))
+    if long.is_blind(~normed, _BLIND):
+        names = {name for factor in part.around[side] for name in factor.params}
+        raise CannotTell(f"its {side} side does not depend on the size of {min(names)!r}, yet passes no norm")
+    return set(found.items())
+
+
+class _Probe:
+    """Seeds on an operand that is made from results of one length, and what of them arrives at those.
+
+    Arguments:
+        evidence: The evidence.
+        part: The logit product.
+        side: The side.
+        length: Length of the vectors that the results make.
+    """
+
+    def __init__(self, evidence: Evidence, part: Part, side: Side, length: float) -> None:
+        self._evidence, self._operand = evidence, part.operand[side]
+        self._outs = [factor.result for factor in part.around[side]]
+        self._length, self._part, self._side = length, part, side
+
+    @cached_property
+    def _replays(self) -> tuple[Replay, Replay]:
+        return self._evidence.from_results(self._part, self._side, self._length)
+
+    @cached_property
+    def _growth(self) -> Tensor:
+        """What larger results would make of the operand without a norm: a seed along it sees every change of size."""
+        fixed = self._replays[1]
+        return fixed.changes(self._operand.value, {out: fixed.start(out).detach() for out in self._outs})
+
+    def places(self, norm: Op) -> Tensor:
+        """Places of the operand that a statistic reaches."""
+        # Away from zero: one in ten million of normal numbers is none, and a large model has as many.
+        noise = (0.5 + torch.rand(norm.out.tensor.shape, generator=self._evidence.generator)).to(norm.out.tensor)
+        return self._replays[0].changes(self._operand.value, {norm.out: noise}) != 0
+
+    def is_blind(self, places: Tensor, limit: float) -> bool:
+        """Whether some places do not depend on the size of what the products with weights make."""
+        return bool(places.any()) and all(
+            abs(sum(float(gain.sum()) for gain in self._gains(seed))) < limit * float((seed * self._growth).sum())
+            for seed in self._seeds(places)
+        )
+
+    def is_saturated(self, places: Tensor) -> bool:
+        """Whether some places do not depend on anything else of it, either."""
+        return all(
+            sum(float(gain.abs().sum()) for gain in self._gains(seed)) < _BLIND * float((seed * self._growth).sum())
+            for seed in self._seeds(places)
+        )
+
+    def takes_the_mean(self, places: Tensor, norm: Op) -> bool:
+        """Whether the gradients of the features that go into a norm sum to zero."""
+        live, source = self._replays[0], norm.inputs[0]
+        found = [live.gradients_at(self._operand.value, seed, [source]) for seed in self._seeds(places)]
+        return all(source in arrived and _sums_to_zero(arrived[source]) for arrived in found)
+
+    def _seeds(self, places: Tensor) -> Iterator[Tensor]:
+        for _ in range(3):  # without a norm, one seed may happen to show none of the size
+            yield self._growth * (0.5 + self._evidence.noise(self._operand).abs()) * places
+
+    def _gains(self, seed: Tensor) -> list[Tensor]:
+        """What arrives of a seed at each number of the results, times that number."""
+        live = self._replays[0]
+        arrived = live.gradients_at(self._operand.value, seed, self._outs)
+        return [arrived[out] * live.start(out).detach() for out in self._outs if out in arrived]
+
+
+def _sums_to_zero(gradient: Tensor) -> bool:
+    return bool(gradient.sum().abs() < 1e-4 * gradient.abs().sum())
+
+
+def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]) -> None:
+    """The module that is said to compute a norm computes one on this side, and its gain is on the way."""
+    both_sides = norm.module in {other.module for other in evidence.site.qk_norm if other.side != side}
+    ran = {
+        module
+        for part in evidence.parts
+        for op in {op for factor in part.factors[side] for op in factor.norms}
+        if not both_sides or _Probe(evidence, part, side, _LONG).places(op).any()  # queries and keys may share a tensor
+        for module in op.modules
+    }
+    # Tied stacks are one site with several calls, each with norm modules of its own.
+    elsewhere = evidence.site.calls > 1 and norm.module in evidence.graph.tape.ran and norm.module not in ran
+    if norm.weight is not None and not (elsewhere and _reads(evidence, norm.module, norm.weight)):
+        reached: set[str] = set()
+        for part in evidence.parts:
+            operand = part.operand[side]
+            arrived = part.lower[side].gradients(operand.value, evidence.noise(operand))
+            reached |= {name for name, gradient in arrived.items() if gradient.any()}
+        if norm.weight not in reached and evidence.site.calls > 1 and norm.module is None:
+            raise CannotTell(
+                f"{norm.weight!r} is said to scale its {side} side, which it does not in each of its calls"
+            )
+        if norm.weight not in reached:
+            raise evidence.error(f"{norm.weight!r} is said to scale its {side} side, which it does not reach")
+    excused = elsewhere and any(other.module in ran for other in claimed)
+    if norm.module is not None and norm.module not in ran and not excused:
+        raise evidence.error(f"{norm.module!r} is said to normalise its {side} side, but no norm runs there")
+
+
+def _reads(evidence: Evidence, module: str | None, param: str) -> bool:
+    """Whether an op that ran in a module reads a parameter."""
+    return any(module in op.modules and any(v.param == param for v in op.inputs) for op in evidence.graph.tape.ops)
+
+
+def _check_latent_norm(evidence: Evidence, side: Side) -> None:
+    """A norm stands between two factors exactly where one is claimed."""
+    claimed = [norm for norm in evidence.site.latent_norm if norm.side == side]
+    found = {
+        module
+        for part in evidence.parts
+        for factor in part.followed[side]
+        if factor not in part.factors[side] or _absorbed(evidence, side)
+        for op in factor.norms
+        for module in op.modules
+    }
+    if bool(claimed) != bool(found):
+        says = "claims a norm between them" if claimed else "claims none"
+        raise evidence.error(
+            f"{side} side: {'a' if found else 'no'} norm stands between its factors, the layout {says}"
+        )
+    for norm in claimed:
+        elsewhere = evidence.site.calls > 1 and norm.module in evidence.graph.tape.ran
+        if norm.module is not None and norm.module not in found and not (elsewhere and found):
+            raise evidence.error(f"{norm.module!r} is said to normalise its latent {side} side, but no norm runs there")
+
+
+def _spell(shapes: set[tuple[int, bool]]) -> str:
+    return ", ".join(
+        f"a norm of {width} features {'less' if mean else 'with'} their mean" for width, mean in sorted(shapes)
+    )

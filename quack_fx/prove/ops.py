@@ -1,0 +1,265 @@
+"""What single ops of a tape are: products, softmaxes, changes of shape, norms and their statistics.
+
+In: an op and, where it takes several to tell, the ops that read it. Out: `Product`, `Softmax`, or sets of names. ATen's
+names are the only ones here; a model's are asked for nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from quack_fx.prove.replay import NORM_OPS
+from quack_fx.prove.tape import Op, Tape, Value
+
+Readers = Mapping[Op, Sequence[Op]]
+"""For each op, those that read what it made."""
+
+_PRODUCTS: dict[str, tuple[int, int, int | None]] = {
+    "mm": (0, 1, None),
+    "bmm": (0, 1, None),
+    "mv": (0, 1, None),
+    "dot": (0, 1, None),
+    "addmm": (1, 2, 0),
+    "addmv": (1, 2, 0),
+    "baddbmm": (1, 2, 0),
+    "convolution": (0, 1, 2),
+    "linear": (0, 1, 2),
+    "matmul": (0, 1, None),
+    "_grouped_mm": (0, 1, 3),
+}
+"""Where an op keeps its two factors and what it adds to their product."""
+
+_SOFTMAXES = {"_softmax": 1, "_safe_softmax": 1, "_log_softmax": 1, "_masked_softmax": 2}
+"""Where an op keeps the axis it runs over."""
+
+_REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "linalg_vector_norm", "norm", "amax"})
+
+_SAME_NUMBERS = frozenset(
+    """_reshape_alias _to_copy _unsafe_view alias clone contiguous expand permute reshape squeeze t transpose unsqueeze
+    view""".split()
+)
+
+_ELEMENTWISE = _SAME_NUMBERS.difference({"permute", "t", "transpose", "reshape"}) | frozenset(
+    """abs add addcdiv addcmul clamp clamp_max clamp_min copy detach div exp lift_fresh log maximum minimum mul neg pow
+    reciprocal rsqrt rsub sqrt square sub""".split()
+)
+
+_SCALING = frozenset({"mul", "div", "sub", "rsub", "addcmul", "addcdiv"})
+
+_LINEAR = (
+    _ELEMENTWISE.difference({"abs", "exp", "log", "maximum", "minimum"})
+    | _SAME_NUMBERS
+    | _REDUCTIONS.difference({"amax"})
+    | NORM_OPS
+    | frozenset(
+        """_conj as_strided cat complex constant_pad_nd diagonal empty_like fill flip gather im2col imag index index_put
+        index_select masked_fill narrow real repeat resolve_conj resolve_neg roll scatter select select_scatter slice
+        slice_scatter split split_with_sizes stack unbind unfold unsafe_split view_as_complex view_as_real where zero
+        zeros_like""".split()
+    )
+)
+
+_SCATTERS = frozenset("scatter_add scatter_reduce index_add index_reduce".split())
+
+_NEAR = 12
+"""Ops between a statistic and the features it is taken of, or comes back to; eight in the longest norm known."""
+
+
+@dataclass(eq=False, repr=False)
+class Product:
+    """A product of two tensors summed over an axis.
+
+    Attributes:
+        op: The op whose first result is the product.
+        left: First factor.
+        right: Second factor.
+        added: What the op adds, or None.
+        reader: The op that reads the factors: `op`, or the multiplication before a sum.
+        axes: The axis of each factor that is summed over, counted from the end; None where it is not one axis of each.
+    """
+
+    op: Op
+    left: Value
+    right: Value
+    added: Value | None
+    reader: Op
+    axes: tuple[int, int] | None
+
+    @property
+    def factors(self) -> tuple[Value, Value]:
+        """Both factors."""
+        return self.left, self.right
+
+
+@dataclass(eq=False, repr=False)
+class Softmax:
+    """A softmax.
+
+    Attributes:
+        op: The op; the exponential of one written by hand.
+        logits: Its input.
+        dim: The axis it runs over.
+        groups: Set where it runs over groups of entries of that axis, each for itself: the group of each, int64.
+    """
+
+    op: Op
+    logits: Value
+    dim: int
+    groups: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logits."""
+        return tuple(self.logits.tensor.shape)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that were running, outermost first."""
+        return self.op.modules
+
+
+def kind(op: Op) -> str:
+    """Name of an op, whether it works in place or not."""
+    return op.name.rstrip("_")
+
+
+def is_linear(op: Op) -> bool:
+    """Whether an op moves features, scales them, adds to them or normalises them."""
+    return kind(op) in _LINEAR or _is_depthwise(op)
+
+
+def turns(op: Op) -> bool:
+    """Whether an op makes rotations out of angles: they change the direction of features, and are none themselves."""
+    return kind(op) in ("sin", "cos", "polar")
+
+
+def keeps_numbers(op: Op) -> bool:
+    """Whether an op changes nothing but the shape or the type."""
+    return kind(op) in _SAME_NUMBERS
+
+
+def product_of(op: Op) -> Product | None:
+    """The product that an op is: one of matrices, a convolution, or a sum over an elementwise product."""
+    if op.name in _PRODUCTS:
+        left, right, added = _PRODUCTS[op.name]
+        summand = op.args[added] if added is not None and added < len(op.args) else None
+        one, two = op.args[left], op.args[right]
+        if not isinstance(one, Value) or not isinstance(two, Value) or _is_depthwise(op):
+            return None
+        axes = (-1, -2) if op.name in ("mm", "bmm", "addmm", "baddbmm", "matmul") else None
+        return Product(op, one, two, summand if isinstance(summand, Value) else None, op, axes)
+    if op.name != "sum" or not op.inputs or op.inputs[0].op is None or op.inputs[0].op.name != "mul":
+        return None
+    mul, dims = op.inputs[0].op, _dims(op)
+    if len(mul.inputs) != 2 or mul.inputs[0] is mul.inputs[1] or len(dims) != 1:
+        return None
+    axis = dims[0] - op.inputs[0].tensor.ndim
+    shapes = [v.tensor.shape for v in mul.inputs]
+    if any(len(s) < 2 or len(s) + axis < 0 or s[axis] == 1 for s in shapes):
+        return None  # a factor that the sum does not run over only scales
+    return Product(op, *mul.inputs, None, mul, (axis, axis))
+
+
+def _is_depthwise(op: Op) -> bool:
+    """Whether an op is a convolution of each feature by itself, which mixes none."""
+    return op.name == "convolution" and op.args[8] > 1 and op.args[8] == op.inputs[1].tensor.shape[0]
+
+
+def softmax_of(op: Op, readers: Readers) -> Softmax | None:
+    """The softmax that an op is: the op itself, or an exponential that is divided by its own sum."""
+    if not (op.data or op.weight) or not op.inputs or not op.inputs[0].tensor.ndim:
+        return None
+    logits = op.inputs[0]
+    if op.name in _SOFTMAXES:
+        place = _SOFTMAXES[op.name]
+        dim = op.args[place] if len(op.args) > place else None
+        return Softmax(op, logits, (-1 if dim is None else dim) % logits.tensor.ndim)
+    if kind(op) != "exp":
+        return None
+    sums = [reader for reader in readers[op] if reader.name == "sum"]
+    sums += [
+        source for minus in op.reads if kind(minus) == "sub" for source in minus.reads if source.name == "logsumexp"
+    ]
+    over_one = [dims[0] for reduction in sums if len(dims := _dims(reduction)) == 1]
+    return Softmax(op, logits, over_one[0]) if over_one else _softmax_over_groups(op, logits, readers)
+
+
+def _softmax_over_groups(op: Op, logits: Value, readers: Readers) -> Softmax | None:
+    """An exponential that sums over groups of its entries divide."""
+    if not any(kind(reader) in ("div", "mul") for reader in readers[op]):
+        return None
+    for reader in readers[op]:
+        if kind(reader) in _SCATTERS and reader.args[3] is op.out:
+            dim, index = reader.args[1] % logits.tensor.ndim, reader.args[2].tensor
+            return Softmax(op, logits, dim, index if index.ndim == 1 else index.movedim(dim, 0).flatten(1)[:, 0])
+    return None
+
+
+def weighs_by_groups(softmax: Softmax, readers: Readers) -> Iterator[Product]:
+    """Elementwise products of a softmax's weights with data, whose entries are then added up by groups."""
+    todo, seen = [softmax.op], set[Op]()
+    while todo:
+        for reader in readers[todo.pop()]:
+            if reader in seen or kind(reader) not in _ELEMENTWISE | _SAME_NUMBERS:
+                continue
+            seen.add(reader)
+            if kind(reader) == "mul" and len(reader.inputs) == 2 and _is_scattered(reader, readers):
+                yield Product(reader, *reader.inputs, None, reader, None)
+            else:
+                todo.append(reader)
+
+
+def _is_scattered(op: Op, readers: Readers) -> bool:
+    return any(kind(r) in _SCATTERS or (keeps_numbers(r) and _is_scattered(r, readers)) for r in readers[op])
+
+
+def statistics(tape: Tape, readers: Readers) -> frozenset[Op]:
+    """Norms, and the reductions of features that come back to scale or shift those very features."""
+    live = (op for op in tape.ops if op.data or op.weight)
+    return frozenset(op for op in live if op.name in NORM_OPS or _comes_back(tape, readers, op))
+
+
+def _comes_back(tape: Tape, readers: Readers, reduction: Op) -> bool:
+    """Whether the result of a reduction scales or shifts what it was taken of."""
+    if reduction.name not in _REDUCTIONS or not reduction.inputs or product_of(reduction) is not None:
+        return False
+    features = _near(tape, reduction, {reduction.inputs[0]})
+    todo = [reduction]
+    seen: set[Op] = set()
+    while todo and len(seen) < _NEAR:
+        op = todo.pop(0)
+        for reader in readers[op]:
+            if reader in seen or kind(reader) not in _ELEMENTWISE:
+                continue
+            seen.add(reader)
+            todo.append(reader)
+            if kind(reader) in _SCALING:
+                others = {v for v in reader.inputs if op not in tape.behind(v, reader)}
+                larger = {v for v in others if v.tensor.numel() > reduction.out.tensor.numel()}
+                if features & _near(tape, reader, larger):
+                    return True
+    return False
+
+
+def _near(tape: Tape, reader: Op, values: Set[Value]) -> set[Value]:
+    """Values that some values are made of, by a few elementwise ops."""
+    found, todo = set(values), [(v, reader) for v in values]
+    while todo and len(found) < _NEAR:
+        value, before = todo.pop(0)
+        for op in tape.behind(value, before):
+            if kind(op) in _ELEMENTWISE and (op.data or op.weight):
+                new = {v for v in op.inputs if v not in found and v.tensor.numel() >= value.tensor.numel()}
+                found |= new
+                todo += [(v, op) for v in new]
+    return found
+
+
+def _dims(reduction: Op) -> list[int]:
+    """Axes of a reduction, counted from 0."""
+    ndim = reduction.inputs[0].tensor.ndim
+    given = reduction.args[1] if len(reduction.args) > 1 else None
+    dims = list(range(ndim)) if given is None else [given] if isinstance(given, int) else list(given)
+    return [d % ndim for d in dims] if ndim else []

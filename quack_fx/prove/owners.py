@@ -1,0 +1,69 @@
+"""Which softmax of the run a site speaks about.
+
+In: a layout and the graph of a run. Out: for each site its softmaxes; `VerifyError` where an attention belongs to none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+
+from quack_fx.errors import VerifyError
+from quack_fx.layout import AttentionSite, QKLayout
+from quack_fx.prove.graph import Graph
+from quack_fx.prove.ops import Softmax
+
+
+def softmaxes_of(layout: QKLayout, graph: Graph) -> dict[AttentionSite, list[Softmax]]:
+    """The attentions on which each site's claims are checked.
+
+    An attention belongs to the site that names the innermost running module. Where several sites share a name, none
+    names a running module (tied layers) or a site's module never ran through hooks, it belongs to the sites that claim
+    a parameter behind its logits; among several of one name, to those with both sides of a term there.
+    """
+    names = {site.name for site in layout.sites}
+    found: dict[AttentionSite, list[Softmax]] = {site: [] for site in layout.sites}
+    for softmax in graph.softmaxes:
+        if not graph.logit_products(softmax):
+            continue
+        inside = next((name for name in reversed(softmax.modules) if name in names), None)
+        behind = graph.params_behind(softmax)
+        for site in layout.sites:
+            claims = {block.param for _, block in site.blocks()} & behind
+            if site.name == inside:
+                alone = sum(s.name == site.name for s in layout.sites) == 1
+                if (claims or graph.is_attention(softmax)) if alone else _has_a_term_of(site, behind):
+                    found[site].append(softmax)
+            elif claims and (inside is None or site.name not in graph.tape.ran):
+                found[site].append(softmax)
+    # Beside an attention, a softmax of the same logits that weighs nothing chooses tokens. One that no input reaches
+    # (of learned tokens alone) weighs what no input reaches.
+    return {
+        site: [s for s in of_site if graph.weighs(s) or not s.op.data] or of_site for site, of_site in found.items()
+    }
+
+
+def _has_a_term_of(site: AttentionSite, params: Set[str]) -> bool:
+    """Whether both sides of a term come out of some parameters, as far as those are nearest to the logits."""
+    return any(site.query[t.query[0]].param in params and site.key[t.key[0]].param in params for t in site.terms)
+
+
+def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite, Sequence[Softmax]]) -> None:
+    """Refuse a layout that is silent about an attention of the model."""
+    known = {softmax for softmaxes in claims.values() for softmax in softmaxes}
+    for softmax in graph.softmaxes:
+        if softmax not in known and not is_told_of(layout, softmax) and graph.is_attention(softmax):
+            where = softmax.modules[-1] if softmax.modules else ""
+            raise VerifyError(
+                f"an attention runs in module {where!r}, but the layout has no site for it and skips none"
+            )
+
+
+def is_told_of(layout: QKLayout, softmax: Softmax) -> bool:
+    """Whether the layout says that it skips this softmax."""
+    return any(_speaks_of(entry.name, softmax) for entry in layout.skipped)
+
+
+def _speaks_of(name: str, softmax: Softmax) -> bool:
+    """Whether a remark on a skipped attention means this one: it names its module, the one around it, or a sibling."""
+    around = softmax.modules[-2:]
+    return name in around or (name.rpartition(".")[0] in around and name.rpartition(".")[0] != "")

@@ -1,0 +1,308 @@
+"""What a forward pass on real numbers did: every ATen op that ran, in order, with its real operands.
+
+In: a model and its inputs. Out: a `Tape` of `Op`s over `Value`s. Each op knows which earlier ops it reads, writes in
+place included, so a slice of the tape can run again (`replay.py`); each value knows whether the model's inputs reach it
+(`data`) and whether parameters do (`weight`).
+
+The ops are seen below autograd, by a TorchDispatchMode: what runs under `no_grad` or inside an autograd.Function is
+seen as well. Nothing here asks for a module's class or name.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
+from torch.utils._pytree import tree_leaves
+
+from quack_fx.graph.forward.fused import AnyLayout
+from quack_fx.graph.forward.gpus import OnThisMachine
+from quack_fx.graph.forward.inference import without_inference_mode
+from quack_fx.graph.forward.jagged import JaggedWrittenOut, takes_itself_apart
+from quack_fx.prove.opaque import written_out
+
+
+@dataclass(eq=False, slots=True, repr=False)
+class Value:
+    """One tensor of the forward pass.
+
+    Attributes:
+        tensor: The tensor; alive as long as the tape, so that no address is used twice.
+        op: The op that made it; None for inputs, parameters and buffers.
+        param: Name of the parameter that it is, or None.
+        is_input: Whether the model was given it.
+        storage: Address of its storage.
+    """
+
+    tensor: Tensor
+    op: Op | None
+    param: str | None
+    is_input: bool
+    storage: int
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether it holds numbers with a gradient, not places or choices."""
+        return self.tensor.is_floating_point() or self.tensor.is_complex()
+
+
+@dataclass(eq=False, slots=True, repr=False)
+class Op:
+    """One ATen op that ran.
+
+    Attributes:
+        index: Its place on the tape.
+        func: The op.
+        name: Its name without namespace and overload: "bmm".
+        args: Its arguments, with a `Value` for each tensor.
+        kwargs: Its keyword arguments, likewise.
+        inputs: All values among the arguments.
+        outputs: All values among the results; an argument that is written in place is one of them.
+        reads: The earlier ops whose results it depends on: those that made its inputs, and those that wrote to them.
+        modules: Names of the modules that were running, outermost first.
+        given: Whether the model's inputs reach its results.
+        weight: Whether parameters do.
+        data: Whether its results are numbers made of inputs: what whole numbers alone make (masks, positions, tables
+            looked up by them) is constant.
+    """
+
+    index: int
+    func: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    reads: tuple[Op, ...]
+    modules: tuple[str, ...]
+    given: bool
+    weight: bool
+    data: bool
+
+    def __repr__(self) -> str:
+        return f"<{self.index}: {self.func}>"
+
+    @property
+    def out(self) -> Value:
+        """Its first result."""
+        return self.outputs[0]
+
+
+@dataclass(repr=False)
+class Tape:
+    """One forward pass.
+
+    Attributes:
+        ops: Everything that ran, in order.
+        ran: Names of the modules whose forward was called through hooks.
+        writes: For each storage, the ops that wrote to it in place.
+        results: What the model returned.
+        params: The parameters, by name.
+    """
+
+    ops: list[Op] = field(default_factory=list)
+    ran: set[str] = field(default_factory=set)
+    writes: dict[int, list[Op]] = field(default_factory=dict)
+    results: set[Value] = field(default_factory=set)
+    params: dict[str, Tensor] = field(default_factory=dict)
+
+    def behind(self, value: Value, before: Op | None = None) -> tuple[Op, ...]:
+        """The ops that made what is in a value when an op reads it: its maker and all writers in place until then."""
+        made = (value.op,) if value.op is not None else ()
+        writers = self.writes.get(value.storage)
+        if not writers:
+            return made
+        return made + tuple(op for op in writers if op is not value.op and (before is None or op.index < before.index))
+
+    def is_data(self, value: Value, before: Op | None = None) -> bool:
+        """Whether the model's inputs reach a value."""
+        return value.is_input or any(op.data for op in self.behind(value, before))
+
+    def is_weight(self, value: Value, before: Op | None = None) -> bool:
+        """Whether parameters alone, at least one, reach a value."""
+        if self.is_data(value, before):
+            return False
+        return value.param is not None or any(op.weight for op in self.behind(value, before))
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
+    """Run the model once and record it.
+
+    Fused attention is switched to its written-out form, in which the logits are a tensor like any other.
+
+    Arguments:
+        model: A model on real tensors.
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+
+    Returns:
+        What ran.
+    """
+    try:
+        with torch.no_grad():
+            return _record(model, args, kwargs)
+    except Exception as error:
+        try:  # some forwards ask for gradients themselves
+            with torch.enable_grad():
+                return _record(model, args, kwargs)
+        except Exception:
+            raise error from None
+
+
+def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
+    watch = _Watch(model)
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # of running uncompiled, for one
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_no_fast_path())
+        stack.enter_context(without_inference_mode())
+        stack.enter_context(OnThisMachine())
+        stack.enter_context(JaggedWrittenOut())
+        stack.enter_context(AnyLayout())
+        stack.enter_context(_module_stack(model, watch))
+        for tensor in tree_leaves((args, dict(kwargs))):
+            if isinstance(tensor, Tensor):
+                watch.value(tensor).is_input = True
+        with watch:
+            output = model(*args, **kwargs)
+    watch.tape.results = {watch.value(tensor) for tensor in _tensors_in(output)}
+    return watch.tape
+
+
+class _Watch(TorchDispatchMode):
+    """Writes the tape."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = Tape()
+        self.modules: list[str] = []
+        self._values: dict[int, Value] = {}
+        self._same: dict[tuple[Any, ...], Value] = {}  # by storage and geometry
+        self._alive: list[Tensor] = []
+        for name, parameter in model.named_parameters():
+            self.value(parameter).param = name
+            self.tape.params[name] = parameter
+
+    def value(self, tensor: Tensor, op: Op | None = None) -> Value:
+        """The value that a tensor is, a new one if it was never seen."""
+        known = self._values.get(id(tensor))
+        if known is not None:
+            return known
+        storage = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+        storage = storage or -id(tensor)  # an empty tensor has no address, and shares it with nobody
+        place = (storage, tensor.storage_offset() if storage > 0 else 0, tensor.shape, tensor.stride(), tensor.dtype)
+        if op is None and (known := self._same.get(place)) is not None:
+            # The same numbers in a new tensor object, as `.data` makes them out of sight.
+            self._alive.append(tensor)
+            value = known
+        else:
+            value = Value(tensor, op, None, False, storage)
+        self._values[id(tensor)] = value
+        if storage > 0:
+            self._same.setdefault(place, value)
+        return value
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if takes_itself_apart(types):
+            return NotImplemented
+        kwargs = kwargs or {}
+        if (plain := written_out(func, args)) is not None:
+            with self:
+                return plain(*args, **kwargs)
+        inputs: list[Value] = []
+
+        def seen(x: Any) -> Any:
+            if isinstance(x, Tensor):
+                inputs.append(self.value(x))
+                return inputs[-1]
+            return type(x)(map(seen, x)) if type(x) in (list, tuple) else x
+
+        own_args, own_kwargs = tuple(map(seen, args)), {name: seen(x) for name, x in kwargs.items()}
+        result = func(*args, **kwargs)
+        tape = self.tape
+        name = str(getattr(func, "overloadpacket", func).__name__)
+        reads = tuple(dict.fromkeys(op for v in inputs for op in tape.behind(v)))
+        shape_only = name.startswith("new_") or name.endswith("_like")
+        given = not shape_only and (any(v.is_input for v in inputs) or any(op.given for op in reads))
+        weight = not shape_only and (any(v.param for v in inputs) or any(op.weight for op in reads))
+        numbers = any(v.is_input and v.is_numeric for v in inputs) or any(op.data for op in reads)
+        data = given and (weight or numbers)
+        modules = tuple(self.modules)
+        op = Op(len(tape.ops), func, name, own_args, own_kwargs, tuple(inputs), (), reads, modules, given, weight, data)
+        results = (result,) if isinstance(result, Tensor) else tree_leaves(result)
+        op.outputs = tuple(self.value(t, op) for t in results if isinstance(t, Tensor))
+        for written in _written(func, own_args, own_kwargs):
+            tape.writes.setdefault(written.storage, []).append(op)
+        tape.ops.append(op)
+        return result
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Value]:
+    """The values that an op writes to in place."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from (v for v in _flat(given) if isinstance(v, Value))
+
+
+def _flat(x: Any) -> Iterable[Any]:
+    return x if isinstance(x, (list, tuple)) else (x,)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors of an output: nested containers, and the attributes of objects that pytree does not know."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors_in(list(leaf.values()))
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
+            yield from (t for t in vars(leaf).values() if isinstance(t, Tensor))
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Switch off the one op that torch.nn's attention runs as where no gradients are asked for."""
+    was_on = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_on)
+
+
+@contextmanager
+def _module_stack(model: nn.Module, watch: _Watch) -> Iterator[None]:
+    """Keep the names of the running modules on `watch.modules`."""
+
+    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(*_: Any) -> None:
+            watch.modules.append(name)
+            watch.tape.ran.add(name)
+
+        def leave(*_: Any) -> None:
+            watch.modules.pop()
+
+        return enter, leave
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            enter, leave = hooks(name)
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield

@@ -1,0 +1,211 @@
+"""QK norms into the modules of a model: the projections hand their heads through an `nn.RMSNorm`.
+
+In: a model and its layout. Out: an `InsertReport`. A norm is a submodule (`q_norm`, `k_norm`) of the module that holds
+the projection's weight, called by a hook on that module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from quack_fx.errors import StripError
+from quack_fx.find import Pairs, pairs_of
+from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
+from quack_fx.qk_norm.call import Inputs
+from quack_fx.qk_norm.insert.report import InsertReport
+from quack_fx.qk_norm.insert.streams import sides_of_streams
+from quack_fx.qk_norm.strip.report import LeftSite
+
+
+class NormHeads:
+    """Forward hook of a projection: some of its features pass a norm, head by head.
+
+    Arguments:
+        name: The norm, a submodule of the projection.
+        weight: The projection's weight.
+        rows: Features of each head, [heads, head_dim].
+        axis: Axis of the output on which the features lie.
+    """
+
+    def __init__(self, name: str, weight: str, rows: Tensor, axis: int) -> None:
+        self.name, self.weight, self.rows, self.axis = name, weight, rows, axis
+        self._stretch = _stretch(rows)
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The output with those features normed."""
+        if output.is_nested:  # sequences of unlike length, one after the other
+            values = self._normed(module, output.values())
+            return torch.nested.nested_tensor_from_jagged(values, output.offsets(), output.lengths())  # type: ignore[attr-defined]
+        return self._normed(module, output)
+
+    def _normed(self, module: nn.Module, output: Tensor) -> Tensor:
+        norm, x = module.get_submodule(self.name), output.movedim(self.axis, -1)
+        if self._stretch is not None:  # which costs less than to gather them
+            start, stop = self._stretch
+            heads = norm(x[..., start:stop].unflatten(-1, self.rows.shape)).flatten(-2)
+            put = torch.cat((x[..., :start], heads.to(x.dtype), x[..., stop:]), -1)
+        else:
+            rows = self.rows.to(output.device)
+            put = x.index_copy(-1, rows.flatten(), norm(x[..., rows]).flatten(-2))
+        return put.movedim(-1, self.axis)
+
+
+def _stretch(rows: Tensor) -> tuple[int, int] | None:
+    """First feature and end of heads that lie side by side; None where they do not."""
+    in_order = rows[rows[:, 0].argsort()]
+    start = int(in_order[0, 0])
+    stop = start + rows.numel()
+    return (start, stop) if torch.equal(in_order.flatten(), torch.arange(start, stop)) else None
+
+
+def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: Inputs | None) -> InsertReport:
+    """Put norms behind the projections of queries and keys, in place.
+
+    Arguments:
+        model: The model.
+        layout: Its layout.
+        eps: What the norms add to the mean square.
+        inputs: Example inputs, which tell joint attention from sums of projections.
+
+    Returns:
+        The account.
+
+    Raises:
+        StripError: The layout names a parameter that the model does not have.
+    """
+    left: list[LeftSite] = []
+    norms: dict[int, tuple[Norm, ...]] = {}
+    hooks: dict[str, NormHeads] = {}
+    several = any(len(site.query) > 1 or len(site.key) > 1 for site in layout.sites)
+    streams = sides_of_streams(model, inputs) if several and inputs is not None else set()
+    for place, site in enumerate(layout.sites):
+        planned = _planned(model, site, hooks, streams)
+        if isinstance(planned, str):
+            left.append(LeftSite(site.name, planned))
+            continue
+        hooks.update({name: hook for _, name, hook in planned})
+        norms[place] = tuple(Norm(side, "rms", site.head_dim, name, f"{name}.weight") for side, name, _ in planned)
+    handles = [_put_in(model, hook, eps) for hook in hooks.values()]
+
+    def restore() -> None:
+        for take_out in handles:
+            take_out()
+
+    sites = tuple(replace(s, qk_norm=norms[i]) if i in norms else s for i, s in enumerate(layout.sites))
+    return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), model, restore)
+
+
+_Planned = tuple[Side, str, NormHeads]
+"""Side, name and hook of a norm."""
+
+
+def _planned(
+    model: nn.Module, site: AttentionSite, hooks: dict[str, NormHeads], streams: set[tuple[Pairs, Side]]
+) -> list[_Planned] | str:
+    """The norms of a site; or why it gets none."""
+    if site.qk_norm:
+        return "it has a QK norm"
+    planned: list[_Planned] = []
+    for side, block in site.blocks():
+        together = len(getattr(site, side))
+        if together > 1 and (pairs_of(site), side) not in streams:
+            return (
+                f"its {side} heads are put together from {together} weights; put the norm into a graph of the model, "
+                "or give inputs=(...) if these are kinds of tokens"
+            )
+        plan = _plan(model, site, side, block)
+        if isinstance(plan, str):
+            return plan
+        name, hook = plan
+        if name in hooks and not torch.equal(hooks[name].rows, hook.rows):
+            return f"another attention reads other heads of {name.rpartition('.')[0]!r}"
+        planned.append((side, name, hook))
+    for (one, query, q_hook), (other, key, k_hook) in combinations(planned, 2):
+        same = query.rpartition(".")[0] == key.rpartition(".")[0]
+        if one != other and same and _share(q_hook.rows, k_hook.rows):
+            return "its queries and keys are the same features"
+    return planned
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.isin(a, b).any())
+
+
+def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock) -> tuple[str, NormHeads] | str:
+    """Norm and hook for one projection of a site; or why there can be none."""
+    owner, _, weight = block.param.rpartition(".")
+    try:
+        module, parameter = model.get_submodule(owner), model.get_parameter(block.param)
+    except AttributeError:
+        raise StripError(
+            f"the layout names the parameter {block.param!r}, which {type(model).__name__} does not have; "
+            "find the pairs again on this model"
+        ) from None
+    rows = [[row for start, stop in ranges for row in range(start, stop)] for ranges in block.heads]
+    if any(len(row) != site.head_dim for row in rows):
+        return f"its {side} heads do not have {site.head_dim} features each"
+    distinct = list(dict.fromkeys(map(tuple, rows)))
+    axis = _feature_axis(module, weight, block, parameter)
+    if axis is None:
+        return (
+            f"{block.param!r} is not the weight of a module that multiplies with it; "
+            "put the norm into a graph of the model"
+        )
+    name = "q_norm" if side == "query" else "k_norm"
+    modules = list(_sharing(model, parameter))
+    if any(hasattr(one, name) for one in modules):
+        return f"{owner!r} already has a {name!r}"
+    if any(_feature_axis(one, weight, block, parameter) != axis for one in modules):
+        return f"its {side} projection {block.param!r} is tied to a module of another kind"
+    return f"{owner}.{name}".removeprefix("."), NormHeads(name, block.param, torch.tensor(distinct), axis)
+
+
+def _sharing(model: nn.Module, parameter: nn.Parameter) -> Iterator[nn.Module]:
+    """The modules that hold a parameter, each once."""
+    for module in model.modules():
+        if any(own is parameter for own in module.parameters(recurse=False)):
+            yield module
+
+
+@torch.no_grad()
+def _feature_axis(module: nn.Module, weight: str, block: WeightBlock, parameter: Tensor) -> int | None:
+    """Axis of a projection's output on which the features lie; None for a module that is no projection."""
+    if getattr(module, weight, None) is None or len(list(module.children())) > 0:
+        return None
+    if isinstance(module, _ConvNd):
+        return 1
+    if isinstance(module, nn.Linear) and block.axis == 0:
+        return -1
+    if parameter.dim() != 2:
+        return None
+    # A linear layer of somebody else's (Conv1D of transformers): it turns one width into the other.
+    width = parameter.shape[1 - block.axis]
+    try:
+        made = module(torch.zeros(2, 3, width, dtype=parameter.dtype, device=parameter.device))
+    except Exception:
+        return None
+    return -1 if isinstance(made, Tensor) and made.shape == (2, 3, parameter.shape[block.axis]) else None
+
+
+def _put_in(model: nn.Module, hook: NormHeads, eps: float) -> Callable[[], None]:
+    """Add one norm and its hook, to all modules that share the weight; what takes them out again."""
+    like = model.get_parameter(hook.weight)
+    modules = list(_sharing(model, like))
+    norm = nn.RMSNorm(hook.rows.shape[1], eps=eps, device=like.device, dtype=like.dtype).train(modules[0].training)
+    for module in modules:
+        module.add_module(hook.name, norm)
+    handles = [module.register_forward_hook(hook) for module in modules]
+
+    def take_out() -> None:
+        for handle, module in zip(handles, modules, strict=True):
+            handle.remove()
+            delattr(module, hook.name)
+
+    return take_out

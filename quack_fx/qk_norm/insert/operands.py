@@ -1,0 +1,157 @@
+"""Where the features of queries and keys enter the products of an attention.
+
+In: an ATen-level graph. Out: its layout, and for every attention the nodes that read its features last before they are
+multiplied with each other and scaled: the place where something can be done to all features of a head at once, however
+they were put together (MLA, joint attention, low-rank adapters). Or why there is no such place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch.fx import GraphModule, Node
+
+from quack_fx.find import Attentions, Heads, Logits, Product, find_each, pairs_of, places_of
+from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.ops import op_of
+from quack_fx.layout import SIDES, QKLayout, Side
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Features of one side, as they enter a product.
+
+    Attributes:
+        side: Side of the product.
+        x: The node that holds them, before they are multiplied with numbers and factors that all features share.
+        reader: The node that reads them from it.
+        axis: Axis of `x` on which the features lie, counted from the end.
+        width: How many features one after the other on that axis are a head.
+    """
+
+    side: Side
+    x: Node
+    reader: Node
+    axis: int
+    width: int
+
+
+def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[Operand, ...] | str]]:
+    """Layout of an ATen-level graph, and where the features of its attentions enter their products.
+
+    Arguments:
+        graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
+
+    Returns:
+        The layout, and for the place of each site its operands, of all its calls and products; or why there is no place
+        at which the features of a head are all together.
+    """
+    finding, layout = find_each(graph_module)
+    places, found = places_of(layout), dict[int, tuple[Operand, ...] | str]()
+    for one, site, heads in finding.understood:
+        place = places[pairs_of(site)]
+        known = found.get(place, ())
+        if isinstance(known, str):
+            continue
+        try:
+            found[place] = (*known, *_operands(finding.attentions, one, heads))
+        except _NoPlace as reason:
+            found[place] = str(reason)
+    return layout, _without_shared(found)
+
+
+def _without_shared(found: dict[int, tuple[Operand, ...] | str]) -> dict[int, tuple[Operand, ...] | str]:
+    """Attentions with operands of their own; one product may be the logits of two (there and back)."""
+    places: dict[tuple[Node, Node], set[int]] = {}
+    for place, operands in found.items():
+        for one in operands if not isinstance(operands, str) else ():
+            places.setdefault((one.reader, one.x), set()).add(place)
+    shared = {place for of in places.values() if len(of) > 1 for place in of}
+    return found | dict.fromkeys(shared, "another attention has the same product")
+
+
+class _NoPlace(Exception):
+    """Why features of an attention cannot be changed all together."""
+
+
+def _operands(attentions: Attentions, one: Logits, heads: Heads) -> Iterator[Operand]:
+    df = attentions.tracer.df
+    if heads.channels:
+        raise _NoPlace("its logits compare channels, not features of tokens")
+    for product, query, key in zip(one.products, *heads.operands, strict=True):
+        if query is key:
+            raise _NoPlace("its queries and keys are the same features")
+        for side, node in zip(SIDES, (query, key), strict=True):
+            axis = _axis(df, product, left=node is product.left)
+            if df.shape(node)[axis] != heads.head_dim:
+                raise _NoPlace("its logits are the sum of products with a part of the features each")
+            operand = _before_factors(df, Operand(side, node, product.node, axis, heads.head_dim))
+            scale = attentions.tracer.trace([operand.x])[operand.x].scale
+            if scale is None:
+                raise _NoPlace(f"its {side} features have no one scale (a learned factor, parts scaled unlike)")
+            if scale != 1:
+                raise _NoPlace(f"its {side} features are multiplied with {scale:.4g} too early for a norm behind it")
+            if operand.reader is not product.node and not attentions.uses.only_logits(operand.reader, set()):
+                raise _NoPlace(f"its {side} features are used outside the logits, too")
+            yield operand
+
+
+def _axis(df: Dataflow, product: Product, left: bool) -> int:
+    """Axis of an operand, from the end, that a product sums over."""
+    if product.form == "bilinear":
+        raise _NoPlace("its logits are sums that are written out, not a product of matrices")
+    if left or product.form != "matmul":
+        return -1
+    return -min(2, len(df.shape(product.right)))
+
+
+def _before_factors(df: Dataflow, operand: Operand) -> Operand:
+    """The operand before the last factors that all its features share, if it has some: a scale, a temperature."""
+    found = here = operand
+    while (source := _moved_from(df, here.x, here.axis)) is not None:
+        x, axis = source
+        is_factor = op_of(here.x).kind == "elementwise"
+        here = replace(here, x=x, reader=here.x, axis=axis)
+        if is_factor:
+            found = here
+    return found
+
+
+def _is_shared(df: Dataflow, factor: object, axis: int) -> bool:
+    """Whether a factor is the same for all features."""
+    return not isinstance(factor, Node) or len(df.shape(factor)) < -axis or df.shape(factor)[axis] == 1
+
+
+def _moved_from(df: Dataflow, node: Node, axis: int) -> tuple[Node, int] | None:
+    """What a node's features were before it moved them or gave them a factor, and their axis; None for other ops."""
+    name, args = op_of(node).name, node.args
+    if df.group[node] in df.writes:
+        return None
+    if name in ("mul", "div"):
+        for x, factor in [(args[0], args[1])] + ([(args[1], args[0])] if name == "mul" else []):
+            if isinstance(x, Node) and df.shape(x) == df.shape(node) and _is_shared(df, factor, axis):
+                return x, axis
+        return None
+    source = args[0] if args else None
+    if not isinstance(source, Node):
+        return None
+    old, new = df.shape(source), df.shape(node)
+    if name in ("clone", "contiguous", "alias", "detach", "_to_copy", "expand"):
+        return (source, axis) if len(old) >= -axis and old[axis] == new[axis] else None
+    if name in ("t", "numpy_T", "mT", "transpose"):
+        a, b = (args[1], args[2]) if name == "transpose" else (-1, -2)
+        moved = {int(d) % len(new) - len(new) for d in (a, b)}  # type: ignore[arg-type]
+        return (source, (moved - {axis}).pop() if axis in moved and len(moved) == 2 else axis)
+    if name == "permute":
+        return source, int(args[1][axis]) % len(old) - len(old)  # type: ignore[index, arg-type]
+    if name in ("view", "_unsafe_view", "reshape"):
+        behind = new[axis:].numel()
+        same = [d for d in range(-len(old), 0) if old[d] == new[axis] and old[d:].numel() == behind]
+        split = [
+            d
+            for d in range(-len(old), 0)
+            if old[d] % new[axis] == 0 and old[d:].numel() == behind * old[d] // new[axis]
+        ]
+        return (source, (same or split)[-1]) if same or split else None
+    return None

@@ -1,0 +1,105 @@
+"""Gains of norms folded into the projections before them, so that what was learned is kept without a norm.
+
+In: a model, the rows behind each norm that is to go, example inputs. Out: weight rows (and biases) multiplied in place,
+and a check: the model computes what it computes with the gains as they were and the statistics gone. `FoldedRows.undo`
+puts the old numbers back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from quack_fx.errors import StripError
+from quack_fx.qk_norm.call import Inputs, call_of
+from quack_fx.qk_norm.strip.gains import Place, RowGain
+
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
+
+
+@dataclass
+class FoldedRows:
+    """Rows that were multiplied, and their numbers from before."""
+
+    before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def multiply(self, model: nn.Module, rows: Mapping[Place, RowGain], divided: float) -> None:
+        """Multiply rows with their gains and add what the norm adds, divided by a number, to their biases."""
+        for (name, axes, at), gain in rows.items():
+            weight = model.get_parameter(name)
+            self._keep(weight)
+            index: list[Any] = [slice(None)] * weight.dim()
+            for axis, coordinate in zip(axes, at, strict=True):
+                index[axis] = coordinate
+            weight[tuple(index)] *= gain.factor
+            if gain.bias is not None:
+                bias = model.get_parameter(gain.bias)
+                self._keep(bias)
+                bias[at[0]] = bias[at[0]] * gain.factor + gain.offset / divided
+
+    def _keep(self, parameter: Tensor) -> None:
+        if not any(parameter is known for known, _ in self.before):
+            self.before.append((parameter, parameter.detach().clone()))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """The numbers from before."""
+        for parameter, old in self.before:
+            parameter.copy_(old)
+
+
+def reasons_against(rows: Mapping[str, Mapping[Place, RowGain] | str], modules: Iterable[str]) -> dict[str, str]:
+    """For each norm module whose gain cannot be folded, why."""
+    reasons: dict[str, str] = {}
+    owner: dict[Place, str] = {}
+    for module in modules:
+        gains = rows.get(module, "it did not run on these inputs")
+        if isinstance(gains, str):
+            reasons[module] = f"the gain of its norm {module!r} cannot be folded: {gains}"
+            continue
+        for place, gain in gains.items():
+            other = owner.setdefault(place, module)
+            if other != module:
+                reasons[module] = reasons[other] = f"a row of {place[0]!r} passes {other!r} and {module!r}"
+            if gain.offset and gain.bias is None:
+                reasons[module] = (
+                    f"the norm {module!r} adds a bias, and the projection {place[0]!r} has none to fold it into"
+                )
+    return reasons
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """What a model computes, in evaluation mode."""
+    args, kwargs = call_of(inputs)
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            leaves = tree_flatten(model.eval()(*args, **kwargs))[0]
+    finally:
+        for module, was in training.items():
+            module.training = was
+    return [x.detach().clone() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def check(expected: Sequence[Tensor], found: Sequence[Tensor], undo: Callable[[], None]) -> None:
+    """Refuse a folding that changed what the model computes.
+
+    Raises:
+        StripError: It did; everything is as it was before.
+    """
+    for a, b in zip(expected, found, strict=True):
+        bound = _ROUNDING.get(a.dtype, 2e-2) * float(a.abs().max())
+        if not bool((a - b).abs().max() <= bound):
+            undo()
+            raise StripError(
+                "folding the gains changes what the model computes: their rows serve something else, too; "
+                "use gain='keep' or gain='drop' (the model is unchanged)"
+            )

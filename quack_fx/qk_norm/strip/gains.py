@@ -1,0 +1,157 @@
+"""What the gains of QK norms are to the weight rows before them.
+
+In: a model and example inputs. Out: for every norm module the number that each row of a projection would have to be
+multiplied with (and what would have to be added to its bias) for the gain to be dispensed with; or the reason why it
+cannot be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from quack_fx.find import Attentions, NormOp, NormTag, Projection, attentions_of
+from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.ops import arguments_of, channels_first, op_of
+
+Place = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""A row: its parameter, the axes that count rows, its coordinates along them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowGain:
+    """What a norm does to one row after its statistic.
+
+    Attributes:
+        factor: What the row's feature is multiplied with.
+        offset: What is added to it.
+        bias: Bias of the projection, None where it has none.
+    """
+
+    factor: float
+    offset: float
+    bias: str | None
+
+
+class _CannotTell(Exception):
+    """Why a gain cannot be told row by row."""
+
+
+def gain_rows(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, dict[Place, RowGain] | str]:
+    """Rows behind the gain of every QK norm module.
+
+    Arguments:
+        model: The model; its gains have numbers.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+
+    Returns:
+        For each norm module its rows, or a reason.
+    """
+    attentions, found = attentions_of(model, args, kwargs), dict[str, dict[Place, RowGain] | str]()
+    for _, _, heads in attentions.understood():
+        for tags in heads.norms:
+            for tag in tags:
+                known = found.setdefault(str(tag.module), {})
+                if isinstance(known, str):
+                    continue
+                try:
+                    if len({t.module for t in tags if t.features & tag.features}) > 1:
+                        raise _CannotTell("more than one norm follows its projection")
+                    _add(known, _rows(attentions, attentions.tracer.df, tag))
+                except _CannotTell as error:
+                    found[str(tag.module)] = str(error)
+    return found
+
+
+def _add(known: dict[Place, RowGain], rows: dict[Place, RowGain]) -> None:
+    for place, gain in rows.items():
+        if known.setdefault(place, gain) != gain:
+            raise _CannotTell(f"a row of {place[0]!r} meets two different gains")
+
+
+def _rows(attentions: Attentions, df: Dataflow, tag: NormTag) -> dict[Place, RowGain]:
+    """The rows whose features pass a norm, with what its gain and its bias are to each."""
+    last = tag.ops[-1]
+    if last.x is None:
+        raise _CannotTell("its features come from several tensors")
+    label = attentions.tracer.trace([last.x])[last.x].label
+    factor, offset = torch.ones(label.shape), torch.zeros(label.shape)
+    for op, value in _applied(df, last, tag.gains, label.shape):
+        if op == "add":
+            offset = offset + value
+        else:
+            factor, offset = (factor / value, offset / value) if op == "div" else (factor * value, offset * value)
+    features, where = torch.unique(label.reshape(-1), return_inverse=True)
+    labels, projections = attentions.tracer.labels, attentions.tracer.projections
+    rows: dict[Place, RowGain] = {}
+    met: dict[int, tuple[Projection, set[int]]] = {}
+    numbers = torch.stack((factor.reshape(-1), offset.reshape(-1)))
+    low = numbers.new_full((2, len(features)), float("inf")).scatter_reduce(1, where.expand(2, -1), numbers, "amin")
+    high = numbers.new_full((2, len(features)), -float("inf")).scatter_reduce(1, where.expand(2, -1), numbers, "amax")
+    for i, feature in enumerate(features.tolist()):
+        members = labels.members(feature)
+        if len(members) != 1:
+            raise _CannotTell("its features are mixed before its gain, by a rotation for example")
+        if not torch.equal(low[:, i], high[:, i]):
+            raise _CannotTell("a feature meets two different gains")
+        projection, index = projections.by_feature(next(iter(members)))
+        met.setdefault(id(projection), (projection, set()))[1].add(projection.first + index)
+        place = (projection.names[index], projection.axes, tuple(projection.rows[index].tolist()))
+        rows[place] = RowGain(float(low[0, i]), float(low[1, i]), projection.biases[index])
+    for projection, own in met.values():
+        if not attentions.uses.pass_all(projection, frozenset(own), {op.node for op in tag.ops}):
+            raise _CannotTell(f"rows of {projection.names[0]!r} serve something else, too")
+    return rows
+
+
+def _applied(df: Dataflow, last: NormOp, gains: Sequence[NormOp], shape: torch.Size) -> list[tuple[str, Tensor]]:
+    """What is done to features after the statistic: multiplied with, divided by or added what, in order."""
+    done: list[tuple[str, Tensor]] = []
+    node = last.node
+    if df.op[node].kind == "norm":
+        given = arguments_of(node)
+        for name, op in (("weight", "mul"), ("bias", "add")):
+            weight = given.get(name)
+            if isinstance(weight, Node):
+                value = _number(df, weight)
+                value = value.view(-1, *[1] * (len(shape) - 2)) if channels_first(node) else value
+                done.append((op, value.expand(shape)))
+    for gain in gains:
+        others = [n for n in gain.node.all_input_nodes if n is not gain.x]
+        if gain.x is None or len(others) != 1:
+            raise _CannotTell("its gain is applied to several tensors at once")
+        done.append((op_of(gain.node).name, _number(df, others[0]).expand(shape)))
+    return done
+
+
+def _number(df: Dataflow, node: Node) -> Tensor:
+    """The numbers of a node that is made of parameters alone."""
+    known: dict[Node, Tensor] = {}
+    todo = [node]
+    while todo:
+        one = todo[-1]
+        missing = [n for n in one.all_input_nodes if n not in known]
+        todo += missing
+        if missing:
+            continue
+        todo.pop()
+        if one.op == "get_attr":
+            owner, _, name = str(one.target).rpartition(".")
+            made = getattr(one.graph.owning_module.get_submodule(owner), name)  # type: ignore[union-attr]
+        else:
+            constant = df.constant(one)
+            args, kwargs = map_arg((one.args, dict(one.kwargs)), known.__getitem__)
+            made = one.target(*args, **kwargs) if constant is None else constant  # type: ignore[operator]
+        if not isinstance(made, Tensor) or made.is_meta:
+            raise _CannotTell("its gain has no numbers")
+        known[one] = made.detach()
+    return known[node].float()

@@ -1,0 +1,290 @@
+"""QK norms out of an ATen graph, those written inline too.
+
+In: a `GraphModule` of ATen ops. Out: a `StripReport` whose `model` is a copy of the graph in which features go past
+their norms; it shares its parameters with the original, which is not changed.
+
+Rules in the order of a rewriter: `find_norms` matches, `_reason_to_stay` checks, `_Rewriting` rewrites. Where all that
+is made of a norm's result ends in logits, everybody reads the features before the norm instead. Where it serves
+something else, too (a batch norm behind a fused projection of queries, keys and values; keys that are the values as
+well), the norm stays for that, and its way to the logits is laid once more, from the features before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from quack_fx.find import NormOp
+from quack_fx.graph.copies import copy_graph
+from quack_fx.graph.ops import arguments_of, channels_first, op_of
+from quack_fx.layout import AttentionSite, QKLayout, Side
+from quack_fx.qk_norm.strip.norms import GraphNorm, Way, find_norms, results_of
+from quack_fx.qk_norm.strip.report import (
+    LeftSite,
+    RemovedNorm,
+    StripReport,
+    nothing_to_restore,
+    with_sharers,
+    without_norms,
+)
+from quack_fx.qk_norm.strip.scale import Scales, scale_back
+
+
+def strip_graph(
+    graph_module: GraphModule, *, weights: Mapping[Node, str] | None = None, keep_gain: bool, restore_scale: bool
+) -> StripReport:
+    """Take the QK norms out of a copy of a graph.
+
+    Arguments:
+        graph_module: The graph; its nodes carry `meta["val"]`.
+        weights: Names of the nodes that are parameters; those of the graph module by default.
+        keep_gain: Whether gains and biases stay.
+        restore_scale: Whether features are multiplied with what `scale_back` says.
+
+    Returns:
+        The account, with the new graph as its `model`. A graph without QK norm is given back itself.
+    """
+    layout, norms = find_norms(graph_module, weights)
+    reasons = _reasons_to_stay(layout, norms)
+    going = [norm for norm in norms if norm.site not in reasons]
+    left = tuple(LeftSite(layout.sites[place].name, reason) for place, reason in reasons.items())
+    if not going:
+        return StripReport((), left, (), layout, graph_module, nothing_to_restore)
+    sites = {place: layout.sites[place] for place in dict.fromkeys(norm.site for norm in going)}
+    rewriting = _Rewriting(graph_module, keep_gain)
+    scales = {place: scale_back(site) if restore_scale else Scales() for place, site in sites.items()}
+    factors = [1.0 if _passes_another(norm, going) else scales[norm.site].of(norm.norm.side) for norm in going]
+    with_factors = list(zip(going, factors, strict=True))
+    for (reader, operand), norms_there in _by_end(with_factors).items():
+        if not all(norm.alone for norm, _ in norms_there):
+            rewriting.pass_by(norms_there, reader, operand)
+    for norm, factor in with_factors:
+        if norm.alone:
+            rewriting.take_out(norm, factor)
+    stripped = rewriting.done()
+    gone = graph_module.state_dict().keys() - stripped.state_dict().keys()
+    removed = tuple(_removals(sites.values(), [key for key in graph_module.state_dict() if key in gone]))
+    return StripReport(
+        removed=removed,
+        left=left,
+        notes=(*(note for one in scales.values() for note in one.notes), *_notes_on_shared(layout, going)),
+        layout=without_norms(layout, {place: one.query * one.key for place, one in scales.items()}, gone),
+        model=stripped,
+        _restore=nothing_to_restore,
+    )
+
+
+def _reasons_to_stay(layout: QKLayout, norms: Sequence[GraphNorm]) -> dict[int, str]:
+    """Why a site's norms cannot be taken out, for the places of those where they cannot."""
+    reasons: dict[int, str] = {}
+    for norm in norms:
+        if reason := _reason_to_stay(norm):
+            reasons.setdefault(norm.site, reason)
+    uses = [(norm.site, op.node, f"its {norm.norm.side} norm") for norm in norms for op in norm.ops]
+    return with_sharers(reasons, uses, layout)
+
+
+def _reason_to_stay(norm: GraphNorm) -> str | None:
+    """Why one norm cannot be taken out, or None when it can."""
+    if any(op.x is None for op in (*norm.ops, *norm.gains)):
+        return f"its {norm.norm.side} norm mixes several tensors in one op"
+    if norm.alone:
+        return None
+    for way in norm.ways:
+        if reason := _reason_against(way):
+            return (
+                f"what its {norm.norm.side} norm makes is used outside the logits, too (as values, for example), and "
+                f"on its way to them {reason}"
+            )
+    return None
+
+
+def _reason_against(way: Way) -> str | None:
+    """Why a way from a norm to a product cannot be laid once more, or None when it can."""
+    if op_of(way.reader).kind == "attention" and way.operand not in way.reader.args[:2]:
+        return f"{op_of(way.reader).name!r} takes it by name"
+    if way.written:
+        return "it is written in place"
+    for node in way.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return f"it meets random numbers ({op_of(node).name!r})"
+        if any(user.op == "output" for user in node.users):
+            return "it is a result of the model"
+    return None
+
+
+def _passes_another(norm: GraphNorm, norms: Iterable[GraphNorm]) -> bool:
+    """Whether what a norm makes passes another one of its side: features get the factor of a side once."""
+    ahead = {node for way in norm.ways for node in way.nodes} - {r for op in norm.ops for r in results_of(op.node)}
+    sides = (other for other in norms if (other.site, other.norm.side) == (norm.site, norm.norm.side))
+    return any(not ahead.isdisjoint(results_of(other.ops[-1].node)) for other in sides)
+
+
+_Going = tuple[GraphNorm, float]
+"""A norm that is to go, and what features are multiplied with instead."""
+
+
+def _by_end(norms: Iterable[_Going]) -> dict[tuple[Node, Node], list[_Going]]:
+    """For each operand of a product, the norms that its features pass."""
+    found: dict[tuple[Node, Node], list[_Going]] = {}
+    for norm, factor in norms:
+        for way in norm.ways:
+            found.setdefault((way.reader, way.operand), []).append((norm, factor))
+    return found
+
+
+def _notes_on_shared(layout: QKLayout, norms: Iterable[GraphNorm]) -> Iterator[str]:
+    sides: dict[int, dict[Side, None]] = {}
+    for norm in norms:
+        if not norm.alone:
+            sides.setdefault(norm.site, {})[norm.norm.side] = None
+    for place, names in sides.items():
+        yield (
+            f"{layout.sites[place].name!r}: what its {' norm and its '.join(names)} norm makes is used outside the "
+            "logits, too (as values, for example); for that it stays"
+        )
+
+
+def _removals(sites: Iterable[AttentionSite], gone: list[str]) -> Iterator[RemovedNorm]:
+    """The norms of some sites, each module once, inline ones one by one."""
+    by_module: dict[Any, RemovedNorm] = {}
+    for place, site in enumerate(sites):
+        for i, norm in enumerate(site.qk_norm):
+            key = norm.module if norm.module is not None else (place, i)
+            known = by_module.get(key)
+            inside = tuple(k for k in gone if k == norm.weight or (norm.module and k.startswith(f"{norm.module}.")))
+            names = (site.name,) if known is None else tuple(dict.fromkeys((*known.sites, site.name)))
+            by_module[key] = RemovedNorm(norm.module, norm.kind, norm.width, names, inside)
+    yield from by_module.values()
+
+
+class _Rewriting:
+    """A copy of a graph from which norms are taken out."""
+
+    def __init__(self, graph_module: GraphModule, keep_gain: bool) -> None:
+        self._original, self._keep_gain = graph_module, keep_gain
+        self._graph, self._copy = copy_graph(graph_module)
+        self._instead: dict[Node, Node] = {}
+        self._passed_by: set[Node] = set()
+        self._gone: set[Node] = set()
+
+    def take_out(self, norm: GraphNorm, factor: float) -> None:
+        """Let features go past a norm; an op that several norms share is passed once."""
+        ops = [op for op in self._ops(norm) if op.node not in self._instead]
+        for op in ops:
+            assert op.x is not None  # checked by _reason_to_stay
+            here = factor if op is ops[-1] else 1.0
+            instead = self._put_instead(op.node, self._instead.get(op.x) or self._copy[op.x], here)
+            for result in results_of(op.node):
+                self._copy[result].replace_all_uses_with(instead)
+            self._instead.update(dict.fromkeys((op.node, *results_of(op.node)), instead))
+
+    def pass_by(self, norms: Sequence[_Going], reader: Node, operand: Node) -> None:
+        """Let one operand of a product be made without norms, each with a factor; who else reads them still does."""
+        sources: dict[Node, tuple[NormOp, float]] = {}
+        way = set[Node]()
+        for norm, factor in norms:
+            *ops, last = self._ops(norm)
+            for op, here in (*((op, 1.0) for op in ops), (last, factor)):
+                sources |= {result: sources.get(result, (op, here)) for result in results_of(op.node)}
+            way.update(*(own.nodes for own in norm.ways if (own.reader, own.operand) == (reader, operand)))
+        laid: dict[Node, Node] = {}
+        for node in self._needed(operand, way, sources):
+            if node in sources:
+                op, factor = sources[node]
+                assert op.x is not None  # checked by _reason_to_stay
+                laid[node] = self._put_instead(op.node, laid.get(op.x) or self._copy[op.x], factor)
+            else:
+                with self._graph.inserting_before(self._copy[node]):
+                    laid[node] = self._graph.node_copy(node, lambda n: laid.get(n) or self._copy[n])
+        product, old, new = self._copy[reader], self._copy[operand], laid[operand]
+        operands = 2 if op_of(reader).kind == "attention" else len(product.args)  # its values come after them
+        product.args = (
+            *map_arg(product.args[:operands], lambda n: new if n is old else n),
+            *product.args[operands:],
+        )
+        self._passed_by.add(old)
+
+    def done(self) -> GraphModule:
+        """The new graph, without what nobody reads any more."""
+        for node in self._instead:
+            self._erase(self._copy[node], also_writes=True)
+        for old in self._passed_by - self._gone:
+            self._erase(old)
+        self._graph.lint()
+        return GraphModule(self._original, self._graph).train(self._original.training)
+
+    def _ops(self, norm: GraphNorm) -> tuple[NormOp, ...]:
+        """The ops of a norm that are to go."""
+        return norm.ops if self._keep_gain else (*norm.ops, *norm.gains)
+
+    def _needed(self, operand: Node, way: set[Node], sources: Mapping[Node, tuple[NormOp, float]]) -> list[Node]:
+        """The nodes of a way that its end needs when features go past norms, in the order in which they run."""
+        needed, todo = set[Node](), [operand]
+        while todo:
+            node = todo.pop()
+            if node in way and node not in needed:
+                needed.add(node)
+                source = sources[node][0].x if node in sources else None
+                todo += node.all_input_nodes if source is None else [source]
+        return [node for node in self._original.graph.nodes if node in needed]
+
+    def _put_instead(self, original: Node, x: Node, factor: float) -> Node:
+        """What can stand for a norm's result: its input, in the same type and times a number."""
+        node = self._copy[original]
+        value = original.meta["val"]
+        value = value if isinstance(value, Tensor) else value[0]
+        with self._graph.inserting_before(node):
+            instead = self._with_native_gain(node, x) if self._keep_gain and op_of(original).kind == "norm" else x
+            if factor != 1:
+                instead = self._made(torch.ops.aten.mul.Tensor, (instead, factor), instead.meta)
+            if _dtype(instead) != value.dtype:
+                copied = torch.ops.aten._to_copy.default
+                instead = self._graph.call_function(copied, (instead,), {"dtype": value.dtype})
+                instead.meta = {**node.meta, "val": value}
+        return instead
+
+    def _with_native_gain(self, node: Node, x: Node) -> Node:
+        """Features times the gain that a norm op applies by itself, plus its bias."""
+        given = arguments_of(node)
+        for name, op in (("weight", torch.ops.aten.mul.Tensor), ("bias", torch.ops.aten.add.Tensor)):
+            operand = weight = given.get(name)
+            if not isinstance(weight, Node):
+                continue
+            if channels_first(node):
+                shape = [-1] + [1] * (x.meta["val"].dim() - 2)
+                operand = self._made(torch.ops.aten.view.default, (weight, shape), weight.meta)
+            x = self._made(op, (x, operand), x.meta)
+        return x
+
+    def _made(self, target: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Node:
+        node = self._graph.call_function(target, args)
+        node.meta = dict(meta)
+        return node
+
+    def _erase(self, node: Node, also_writes: bool = False) -> None:
+        """Remove a node that nobody reads, and what was computed for it alone."""
+        for part in [user for user in node.users if not user.users and op_of(user).name == "getitem"]:
+            self._remove(part)  # of several results
+        kept = node.users or node.op in ("placeholder", "output") or (node.is_impure() and not also_writes)
+        if node in self._gone or kept:
+            return
+        inputs = node.all_input_nodes
+        self._remove(node)
+        for argument in inputs:
+            self._erase(argument)
+
+    def _remove(self, node: Node) -> None:
+        self._graph.erase_node(node)
+        self._gone.add(node)
+
+
+def _dtype(node: Node) -> torch.dtype:
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return value.dtype

@@ -1,0 +1,375 @@
+"""QK norms out of a module tree, and back in.
+
+In: a model and its layout. Out: a `StripReport`; the model's norm modules between projections and logits are replaced,
+in place, by modules that hand their input on, and `StripReport.restore` puts the old ones back.
+
+Only a norm that is a module of its own can be taken out this way. A site keeps all its norms when one of them has to
+stay, so no site is left with queries and keys treated differently.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.errors import StripError
+from quack_fx.layout import AttentionSite, Norm, QKLayout, Side
+from quack_fx.qk_norm.call import Inputs, call_of
+from quack_fx.qk_norm.strip.fold import FoldedRows, check, outputs, reasons_against
+from quack_fx.qk_norm.strip.gains import Place, RowGain, gain_rows
+from quack_fx.qk_norm.strip.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
+from quack_fx.qk_norm.strip.scale import Scales, scale_back
+
+
+class PassThrough(nn.Module):
+    """Stands where a norm stood; takes whatever the norm took and returns its tensors, times a number.
+
+    Arguments:
+        tensors: How many of the norm's arguments were normalised, and are returned: one as it is, more as a tuple.
+        factor: What to multiply them with.
+    """
+
+    def __init__(self, tensors: int = 1, factor: float = 1.0) -> None:
+        super().__init__()
+        self.tensors, self.factor = tensors, factor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        """Return the first arguments themselves, or multiplied."""
+        given = (*args, *kwargs.values())[: self.tensors]
+        kept = given if self.factor == 1 else tuple(x * self.factor for x in given)
+        return kept[0] if self.tensors == 1 else kept
+
+    def extra_repr(self) -> str:
+        """What it does, for `print(model)`."""
+        return "" if self.factor == 1 else f"factor={self.factor:.4g}"
+
+
+class Gain(nn.Module):
+    """What is left of a norm whose statistic is gone: its gain and its bias, under the names that they had.
+
+    Arguments:
+        parameters: The norm's parameters by name: the gain first, then the bias if it has one.
+        offset: What the norm adds to its gain: 1 where it multiplies with (1 + gain).
+        factor: What to multiply features with besides.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], offset: float, factor: float = 1.0) -> None:
+        super().__init__()
+        self.names, self.offset, self.factor, self.tensors = tuple(parameters), offset, factor, 1
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Features times gain, plus bias, in the type of the features."""
+        weight, *bias = (self.get_parameter(name) for name in self.names)
+        y = (x if self.factor == 1 else x * self.factor) * (weight + self.offset if self.offset else weight)
+        return (y + bias[0] if bias else y).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a removal would do; nothing has been done yet.
+
+    Attributes:
+        stand_ins: For the name of each norm module that is to go, what is to stand there.
+        norms: For each of them its norm in the layout, and the names of the attentions that it is for.
+        left: The sites whose norms stay, and why.
+        notes: What was decided about logit scales.
+        scales: What the logits are multiplied with, for the place of each site that will have no norms.
+    """
+
+    stand_ins: dict[str, PassThrough | Gain]
+    norms: dict[str, tuple[Norm, tuple[str, ...]]]
+    left: tuple[LeftSite, ...]
+    notes: tuple[str, ...]
+    scales: dict[int, float]
+
+    def layout(self, layout: QKLayout, vanished: Iterable[str]) -> QKLayout:
+        """The layout of the stripped model, in which some parameters are gone."""
+        return without_norms(layout, self.scales, vanished)
+
+
+def plan_strip(
+    model: nn.Module,
+    layout: QKLayout,
+    *,
+    keep_gain: bool = False,
+    restore_scale: bool = True,
+    against: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide which norm modules of a model can go, and what is to stand in their place.
+
+    Arguments:
+        model: Model the layout was found on.
+        layout: Its layout.
+        keep_gain: Whether gains and biases stay.
+        restore_scale: Whether features are multiplied with what `scale_back` says.
+        against: Reasons to leave some norm modules where they are.
+
+    Raises:
+        StripError: The layout names a module that the model does not have.
+    """
+    normed = {place: site for place, site in enumerate(layout.sites) if site.qk_norm}
+    made: dict[str, PassThrough | Gain] = {}
+    reasons = _reasons_to_stay(model, normed, keep_gain, made, against or {}, layout)
+    going = {place: site for place, site in normed.items() if place not in reasons}
+    norms = _callers(going.values())
+    if restore_scale:
+        scales = {place: scale_back(site) for place, site in going.items()}
+    else:  # with the modules of L2 norms go the numbers that they multiply with
+        scales = {place: Scales() if keep_gain else _without_numbers(site, made) for place, site in going.items()}
+    factors, unclear = _factors(going, norms, scales)
+    for name, factor in factors.items():
+        made[name].factor *= factor
+    return Plan(
+        stand_ins={name: made[name] for name in norms},
+        norms=norms,
+        left=tuple(LeftSite(layout.sites[place].name, reason) for place, reason in reasons.items()),
+        notes=(*(note for one in scales.values() for note in one.notes), *unclear),
+        scales={place: one.query * one.key for place, one in scales.items()},
+    )
+
+
+def strip_modules(
+    model: nn.Module, layout: QKLayout, *, keep_gain: bool, restore_scale: bool, fold_with: Inputs | None = None
+) -> StripReport:
+    """Take the QK norms out of a model, in place.
+
+    Arguments:
+        model: Model the layout was found on.
+        layout: Its layout.
+        keep_gain: Whether gains and biases stay.
+        restore_scale: Whether features are multiplied with what `scale_back` says.
+        fold_with: Example inputs; given, the gains that stay are folded into the projections.
+
+    Returns:
+        The account.
+
+    Raises:
+        StripError: The layout names a module that the model does not have, or folding would change the model.
+    """
+    against: dict[str, str] = {}
+    rows: dict[str, dict[Place, RowGain] | str] = {}
+    if fold_with is not None:
+        args, kwargs = call_of(fold_with)
+        rows = gain_rows(model, args, kwargs)
+        against = reasons_against(rows, {str(n.module): None for s in layout.sites for n in s.qk_norm if n.module})
+    plan = plan_strip(model, layout, keep_gain=keep_gain, restore_scale=restore_scale, against=against)
+    originals = {name: model.get_submodule(name) for name in plan.stand_ins}
+    # A module may have several names in its parent.
+    names = {n: name for name, module in originals.items() for n, m in _all_names(model) if m is module}
+    before, folded = list(model.state_dict(keep_vars=True)), FoldedRows()
+    for name, first in names.items():
+        model.set_submodule(name, plan.stand_ins[first].train(originals[first].training))
+
+    def restore() -> None:
+        folded.undo()
+        for name, first in names.items():
+            originals[first].train(model.get_submodule(name).training)
+            model.set_submodule(name, originals[first])
+
+    if fold_with is not None:
+        expected = outputs(model, fold_with)
+        for name, first in names.items():
+            gain = plan.stand_ins[first]
+            model.set_submodule(name, PassThrough(gain.tensors, gain.factor).train(originals[first].training))
+        for first in originals:
+            gains = rows[first]
+            assert not isinstance(gains, str)  # a reason, and the norm stayed
+            folded.multiply(model, gains, plan.stand_ins[first].factor)
+        check(expected, outputs(model, fold_with), restore)
+    after = model.state_dict(keep_vars=True).keys()
+    gone = [key for key in before if key not in after]
+
+    return StripReport(
+        removed=tuple(
+            RemovedNorm(name, norm.kind, norm.width, sites, tuple(key for key in gone if key.startswith(f"{name}.")))
+            for name, (norm, sites) in plan.norms.items()
+        ),
+        left=plan.left,
+        notes=plan.notes,
+        layout=plan.layout(layout, gone),
+        model=model,
+        _restore=restore,
+    )
+
+
+# ---- what has to stay ------------------------------------------------------------------------------------------------
+
+
+def _reasons_to_stay(
+    model: nn.Module,
+    sites: dict[int, AttentionSite],
+    keep_gain: bool,
+    stand_ins: dict[str, PassThrough | Gain],
+    against: Mapping[str, str],
+    layout: QKLayout,
+) -> dict[int, str]:
+    """Why a site's norms cannot be taken out, where they cannot; fills in what is put in place of the others."""
+    reasons: dict[int, str] = {}
+    for place, site in sites.items():
+        for norm in site.qk_norm:
+            made = against.get(str(norm.module)) or _stand_in(model, site, norm, keep_gain)
+            if isinstance(made, str):
+                reasons.setdefault(place, made)
+            else:
+                stand_ins.setdefault(str(norm.module), made)
+    uses = [
+        (place, norm.module, f"its norm {norm.module!r}")
+        for place, site in sites.items()
+        for norm in site.qk_norm
+        if norm.module is not None
+    ]
+    return with_sharers(reasons, uses, layout)
+
+
+def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool) -> PassThrough | Gain | str:
+    """What can stand where a norm stands; or a reason why nothing can."""
+    if norm.module is None:
+        return (
+            f"its {norm.side} norm is no module of its own (it is written inline, or its module serves more than the "
+            "logits); take it out of a graph of the model"
+        )
+    try:
+        module = model.get_submodule(norm.module)
+    except AttributeError:
+        raise StripError(
+            f"the layout names the norm {norm.module!r}, which {type(model).__name__} does not have; "
+            "find the pairs again on this model"
+        ) from None
+    if norm.module == "":
+        return f"its {norm.side} norm is the whole model"
+    parents = {id(model.get_submodule(n.rpartition(".")[0])) for n, m in _all_names(model) if m is module}
+    if len(parents) > 1:
+        others = [name for name, m in _all_names(model) if m is module and name != norm.module]
+        return f"its {norm.side} norm {norm.module!r} is also registered as {others[0]!r}"
+    required = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if keep_gain or norm.kind == "l2":
+        form = _form(module, norm)
+        if form is None:
+            return f"what its {norm.side} norm {norm.module!r} multiplies features with cannot be told"
+        gain = keep_gain and bool(form.parameters)
+        return Gain(form.parameters, form.offset, form.number) if gain else PassThrough(factor=form.number)
+    if len(required) == 1:
+        return PassThrough()
+    both = {n.side for n in site.qk_norm if n.module == norm.module} == {"query", "key"}
+    if both and len(required) == 2 and _norms_each(module, norm.width):
+        return PassThrough(tensors=2)
+    names = ", ".join(required)
+    return (
+        f"its {norm.side} norm {norm.module!r} takes more than one tensor ({names}), and what it returns is not clear"
+    )
+
+
+def _all_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield from ((name, module) for name, module in model.named_modules(remove_duplicate=False) if name)
+
+
+@torch.no_grad()
+def _norms_each(module: nn.Module, width: int) -> bool:
+    """Whether a module of two tensors gives both back, in order, each without its size and independent of the other."""
+    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(()))
+    if like.is_meta:
+        return False
+    a, b = (torch.randn(2, 3, width).to(like) for _ in range(2))
+    try:
+        one, two = module(a, b), module(4 * a, b)
+    except Exception:
+        return False
+    if not isinstance(one, tuple) or len(one) != 2 or any(y.shape != a.shape for y in one):
+        return False
+    other = module(a, 4 * b)
+    straight = all(((y * x).sum(-1) > 0).all() for x, y in zip((a, b), one, strict=True))
+    sizeless = torch.allclose(one[0], two[0], rtol=2e-2, atol=1e-3) and torch.allclose(
+        one[1], other[1], rtol=2e-2, atol=1e-3
+    )
+    apart = torch.equal(one[1], two[1]) and torch.equal(one[0], other[0])
+    return bool(straight and sizeless and apart)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A norm module as x / statistic * number * (offset + gain) + bias."""
+
+    parameters: dict[str, nn.Parameter]
+    offset: float
+    number: float
+
+
+@torch.no_grad()
+def _form(module: nn.Module, norm: Norm) -> _Form | None:
+    """The form of a norm module, told from what it makes of features of mean 0 and RMS 1; None where it has another."""
+    own = dict(module.named_parameters())
+    gain = next((n for n in own if norm.weight is not None and norm.weight.endswith(f".{n}")), None)
+    if (gain is None and own) or len(own) > 2 or any("." in n or p.is_meta for n, p in own.items()):
+        return None
+    parameters = {} if gain is None else {gain: own.pop(gain), **own}
+    weight, bias = (*parameters.values(), None, None)[:2]
+    shape = (norm.width,) if weight is None else weight.shape
+    if math.prod(shape) % 2:
+        return None
+    x = torch.tensor([1.0, -1.0]).repeat(2, math.prod(shape) // 2).view(2, *shape)
+    training = module.training
+    try:
+        y = module.eval()(x if weight is None else x.to(weight)).float()
+    except Exception:
+        return None
+    finally:
+        module.train(training)
+    statistic = math.sqrt(norm.width) if norm.kind == "l2" else 1.0
+    for offset in (0.0, 1.0):
+        scaled = x / statistic * (1 if weight is None else weight.float() + offset)
+        rest = y if bias is None else y - bias.float()
+        number = float((rest * scaled).sum() / scaled.square().sum().clamp_min(1e-12))
+        if number and torch.allclose(rest, number * scaled, rtol=2e-2, atol=1e-3):
+            return _Form(parameters, offset, 1.0 if abs(number - 1) < 1e-3 else number)
+    return None
+
+
+# ---- what is put in their place --------------------------------------------------------------------------------------
+
+
+def _callers(sites: Iterable[AttentionSite]) -> dict[str, tuple[Norm, tuple[str, ...]]]:
+    """The norm modules of some sites, each once, in the order of the layout, with the names of those sites."""
+    found: dict[str, tuple[Norm, tuple[str, ...]]] = {}
+    for site in sites:
+        for norm in site.qk_norm:
+            assert norm.module is not None  # sites with inline norms stay
+            first, names = found.get(norm.module, (norm, ()))
+            found[norm.module] = first, tuple(dict.fromkeys((*names, site.name)))
+    return found
+
+
+def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | Gain]) -> Scales:
+    """What undoes the numbers that stand-ins multiply with, so that they hand on what they are given."""
+    sides: dict[Side, float] = {"query": 1.0, "key": 1.0}
+    for norm in site.qk_norm:
+        sides[norm.side] = 1 / stand_ins[str(norm.module)].factor
+    return Scales(sides["query"], sides["key"])
+
+
+def _factors(
+    sites: dict[int, AttentionSite], callers: dict[str, tuple[Norm, tuple[str, ...]]], scales: dict[int, Scales]
+) -> tuple[dict[str, float], list[str]]:
+    """Factor of each stand-in; and a note for those whose attentions want different ones, which get none."""
+    wanted: dict[str, set[float]] = {name: set() for name in callers}
+    for place, site in sites.items():
+        for norm in site.qk_norm:
+            assert norm.module is not None
+            one, both = scales[place], {n.side for n in site.qk_norm if n.module == norm.module}
+            # One module for both sides: each gets the root of the product.
+            wanted[norm.module].add(math.sqrt(one.query * one.key) if len(both) == 2 else one.of(norm.side))
+    unclear = [
+        f"{name!r}: its attentions want different scales; set them by hand" for name, f in wanted.items() if len(f) > 1
+    ]
+    return {name: factors.pop() for name, factors in wanted.items() if len(factors) == 1}, unclear

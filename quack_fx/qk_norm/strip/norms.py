@@ -1,0 +1,116 @@
+"""By which nodes of a graph QK norms are computed, and by which ways what they make reaches the logits.
+
+In: an ATen-level graph. Out: its layout and a `GraphNorm` for each norm of each call of an attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from quack_fx.find import Attentions, Heads, Logits, NormOp, Product, find_each, pairs_of, places_of
+from quack_fx.graph.dataflow import Dataflow
+from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout
+
+
+@dataclass(frozen=True)
+class Way:
+    """How what a norm makes reaches one product.
+
+    Attributes:
+        reader: The node that multiplies queries with keys.
+        operand: The one that it reads.
+        nodes: All nodes between what the norm gives and the operand, which is one of them.
+        written: Whether one of them is written in place.
+    """
+
+    reader: Node
+    operand: Node
+    nodes: frozenset[Node]
+    written: bool
+
+
+@dataclass(frozen=True)
+class GraphNorm:
+    """A QK norm as it stands in a graph.
+
+    Attributes:
+        site: Place of its attention among the sites of the layout.
+        norm: The norm in the layout.
+        ops: Nodes by which features pass it, each with the node that its features come from.
+        gains: The nodes after those that apply its gain and its bias.
+        alone: Whether all that is computed from it ends in attention logits.
+        ways: From it to the products of its call.
+    """
+
+    site: int
+    norm: Norm
+    ops: tuple[NormOp, ...]
+    gains: tuple[NormOp, ...]
+    alone: bool
+    ways: tuple[Way, ...]
+
+
+def find_norms(
+    graph_module: GraphModule, weights: Mapping[Node, str] | None = None
+) -> tuple[QKLayout, tuple[GraphNorm, ...]]:
+    """Layout of an ATen-level graph, and the nodes that compute its QK norms.
+
+    Arguments:
+        graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
+        weights: As for `find_in_graph`.
+
+    Returns:
+        The layout, as `find_in_graph` gives it, and the norms of each call of each site.
+    """
+    finding, layout = find_each(graph_module, weights)
+    places = places_of(layout)
+    return layout, tuple(
+        norm
+        for one, site, heads in finding.understood
+        for norm in _norms(finding.attentions, one, places[pairs_of(site)], site, heads)
+    )
+
+
+def _norms(attentions: Attentions, one: Logits, place: int, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
+    for side, tags, operands in zip(SIDES, heads.norms, heads.operands, strict=True):
+        named = [n for n in site.qk_norm if n.side == side]
+        for tag in tags if named else ():  # without one, they are the norms of a latent
+            norm = next(n for n in named if (n.kind, n.width, n.weight) == (tag.kind, tag.width, tag.weight))
+            alone = attentions.uses.only_logits(tag.ops[0].node, set())
+            ways = _ways(attentions.tracer.df, tag.ops, map(_reader, one.products), operands)
+            yield GraphNorm(place, norm, tag.ops, tag.gains, alone, tuple(ways))
+
+
+def results_of(node: Node) -> list[Node]:
+    """The nodes that are a norm's result: itself, or the first of several that it gives."""
+    return [node] if isinstance(node.meta["val"], Tensor) else [user for user in node.users if user.args[1] == 0]
+
+
+def _reader(product: Product) -> Node:
+    """The node of a product that reads its operands."""
+    (first, *_) = product.node.all_input_nodes
+    return first if product.form == "bilinear" else product.node
+
+
+def _ways(df: Dataflow, ops: Sequence[NormOp], readers: Iterable[Node], operands: Iterable[Node]) -> Iterator[Way]:
+    results = [result for op in ops for result in results_of(op.node)]
+    first = min(map(df.index.__getitem__, results))
+    for reader, operand in zip(readers, operands, strict=True):
+        above = _reached([operand], lambda node: (n for n in node.all_input_nodes if df.index[n] >= first))
+        nodes = _reached(above.intersection(results), lambda node: above.intersection(node.users))  # noqa: B023
+        if nodes:  # the norm may be one of another product's features
+            yield Way(reader, operand, frozenset(nodes), any(df.group[node] in df.writes for node in nodes))
+
+
+def _reached(start: Iterable[Node], neighbours: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    seen, todo = set[Node](), list(start)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += neighbours(node)
+    return seen

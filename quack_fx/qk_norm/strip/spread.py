@@ -1,0 +1,81 @@
+"""The logits of each attention in numbers, and the norms that its values pass.
+
+In: a model with numbers and example inputs. Out: for each attention the standard deviation of its logits before masks
+are added as minus infinity, and the norms between the value projection and the attention's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from quack_fx.find import Logits, Pairs, Product, attentions_of, fused_scale, pairs_of
+from quack_fx.graph.dataflow import Dataflow
+
+_MASKED = -1e4
+"""Logits below are those of masked keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """One attention on given inputs.
+
+    Attributes:
+        std: Standard deviation of its logits over all heads and tokens, in its first call; NaN where none were seen.
+        value_norms: Kinds of the norms on its values, each with the module that computes it, or None.
+    """
+
+    std: float
+    value_norms: tuple[tuple[str, str | None], ...]
+
+
+def logit_spread(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Pairs, Spread]:
+    """Spread of the logits of every attention.
+
+    Arguments:
+        model: The model, with numbers.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+    """
+    attentions, found = attentions_of(model, args, kwargs, real=True), dict[Pairs, Spread]()
+    for one, site, _ in attentions.understood():
+        norms = {(tag.kind, tag.module): None for tag in attentions.value_norms(one)}
+        found.setdefault(pairs_of(site), Spread(_std(attentions.tracer.df, one), tuple(norms)))
+    return found
+
+
+def _std(df: Dataflow, one: Logits) -> float:
+    seen = [_seen(df, part) for part in one.parts or (one,)]
+    numbers = torch.cat([x.flatten().double() for x in seen if x is not None] or [torch.empty(0).double()])
+    numbers = numbers[numbers.isfinite() & (numbers > _MASKED)]
+    return float(numbers.std()) if len(numbers) > 1 else float("nan")
+
+
+def _seen(df: Dataflow, one: Logits) -> Tensor | None:
+    """The logits of one softmax; those of fused attention are computed from what it was given."""
+    first = one.products[0]
+    if not first.form.startswith("fused"):
+        return _numbers(df, one.end)
+    return _of_fused(df, first)
+
+
+def _of_fused(df: Dataflow, product: Product) -> Tensor | None:
+    q, k = _numbers(df, product.left), _numbers(df, product.right)
+    if q is None or k is None:
+        return None
+    if product.form == "fused-tokens-first":
+        q, k = q.transpose(-2, -3), k.transpose(-2, -3)
+    if q.dim() > 2 and q.shape[-3] != k.shape[-3]:
+        k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
+    scale = fused_scale(df, product)
+    return None if scale is None else q @ k.mT * scale
+
+
+def _numbers(df: Dataflow, node: Node) -> Tensor | None:
+    value = df.value(node)
+    return value.detach().double() if isinstance(value, Tensor) and not value.is_meta else None
