@@ -32,7 +32,7 @@ def test_every_package_is_installed() -> None:
 
 
 def test_the_page_on_programs_shows_what_is_written() -> None:
-    """Its pieces of Python are the part of the file for examples/mla.py that is about the model; the last is it whole."""
+    """Its pieces of Python are what is about the model in the file for examples/mla.py; the last is the whole file."""
     source = quack_fx.convert(str(ROOT / "examples" / "mla.py"))
     own = source[source.index("# 4 attentions: MLA") : source.index("class QuacK:")]
     *shown, whole = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "program.md").read_text(), re.DOTALL)
