@@ -1,4 +1,4 @@
-"""FINDER: a model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
+"""A model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
 
 `find_qk_pairs` is the public call; `find` also tells how it was done; `find_in_graph` takes an ATen graph that somebody
 else made (torch.export, make_fx), and `find_each` gives what was understood of each of its attentions as well.

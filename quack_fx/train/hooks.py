@@ -1,4 +1,4 @@
-"""USER: QuacK on any torch.optim optimizer, through its public hooks.
+"""QuacK on any torch.optim optimizer, through its public hooks.
 
 In: an optimizer, the model it trains, and the model's layout. Out: the same optimizer, whose `step()` now scales the
 update of every query and key row, and whose `state_dict()` carries what a resumed run needs.

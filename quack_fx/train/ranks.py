@@ -1,4 +1,4 @@
-"""USER: ranks that train one model together take the same steps.
+"""Ranks that train one model together take the same steps.
 
 In: a model that DistributedDataParallel copies to several ranks, or whose weights are spread over them (DTensors). Out:
 one line on every rank where they were not given the same; whether a step that one of them would skip is skipped by all.

@@ -1,4 +1,4 @@
-"""USER: a compiled training step with QuacK's scaling inside the update.
+"""A compiled training step with QuacK's scaling inside the update.
 
 In: a model, the user's optimizer, maybe a loss function and a layout. Out: `step(*batch, **batch) -> loss`.
 

@@ -1,4 +1,4 @@
-"""USER: which optimizers QuacK can be attached to.
+"""Which optimizers QuacK can be attached to.
 
 In: an optimizer. Out: one line on why it has to be another, or a warning where QuacK does not suit what it does.
 """

@@ -1,4 +1,4 @@
-"""FINDER: model + example inputs -> torch.fx.GraphModule of ATen ops.
+"""Model + example inputs -> torch.fx.GraphModule of ATen ops.
 
 In: an `nn.Module` (on any device, meta included) and the arguments of one forward call. Out: a `Capture`, whose graph
 holds every ATen op that ran, in order, with `node.meta["val"]` (the value: real where no parameter reached it, a

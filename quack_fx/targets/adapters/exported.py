@@ -1,4 +1,4 @@
-"""ADAPTER: `model.pt2` -> the program that torch.export.save wrote, as a module, and its own example inputs.
+"""`model.pt2` -> the program that torch.export.save wrote, as a module, and its own example inputs.
 
 In: the file. Out: `Adapted`. Modules and parameters have the names of the model that was exported, and the inputs are
 those it was exported with. A program without numbers (exported on the meta device) will do.

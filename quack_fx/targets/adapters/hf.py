@@ -1,4 +1,4 @@
-"""ADAPTER: a Hugging Face config -> its model at full size on meta, or a small one of the same structure.
+"""A Hugging Face config -> its model at full size on meta, or a small one of the same structure.
 
 In: a config.json or the folder that holds it, with or without the prefix `hf:`. Out: `Adapted`. The class is the one
 that the config's `architectures` names, so that parameters have the names they have in its checkpoints. No weights are

@@ -1,4 +1,4 @@
-"""ADAPTER: `litgpt:pythia-14m` -> the GPT of that config of LitGPT, without its weights.
+"""`litgpt:pythia-14m` -> the GPT of that config of LitGPT, without its weights.
 
 In: a name that `litgpt.Config.from_name` knows. Out: `Adapted`. Token ids are inferred from the model.
 """

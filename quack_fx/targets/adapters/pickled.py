@@ -1,4 +1,4 @@
-"""ADAPTER: `model.pt` or `model.pth` -> the nn.Module that torch.save wrote into it.
+"""`model.pt` or `model.pth` -> the nn.Module that torch.save wrote into it.
 
 In: the file. Out: `Adapted`. Reading a pickled module runs code that the file names, as running a .py does, so give
 only files whose origin you trust. A file that holds weights alone is told apart without running any, and refused.

@@ -1,4 +1,4 @@
-"""ADAPTER: `timm:vit_base_patch16_224` -> that model of timm, without its weights, and an image of its size.
+"""`timm:vit_base_patch16_224` -> that model of timm, without its weights, and an image of its size.
 
 In: a name that `timm.list_models()` knows. Out: `Adapted`; the image has the `input_size` of the model's `default_cfg`.
 """

@@ -1,4 +1,4 @@
-"""ADAPTER: `torchtitan:llama3/debugmodel` -> that flavor of that model of torchtitan, and tokens with its masks.
+"""`torchtitan:llama3/debugmodel` -> that flavor of that model of torchtitan, and tokens with its masks.
 
 In: the names that `--module` and the model registries of torchtitan 0.3 know. Out: `Adapted`. The attention is flex
 attention, which every language model there has and most begin with; other kernels read the same weights. Its block mask

@@ -1,4 +1,4 @@
-"""USER: the program that is written for a model as it stands, run; and the scales of its query and key rows.
+"""The program that is written for a model as it stands, run; and the scales of its query and key rows.
 
 In: a model and its layout. Out: the module of its program, and from that a `QuacK` over the model's weights.
 """

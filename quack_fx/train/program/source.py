@@ -1,4 +1,4 @@
-"""USER: the training step of one model as one text.
+"""The training step of one model as one text.
 
 In: a layout, the shapes of its parameters, the optimizers. Out: source that needs torch alone: what the attentions of
 the model are (`write.py`), then what is the same for all models (`parts/`, copied).
