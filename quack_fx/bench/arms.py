@@ -112,7 +112,8 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
     shared = copy.deepcopy(case.model)
     optimizer, second = _adamw(shared, case), _adamw(shared, case)
     second.state = optimizer.state
-    for name in (name for name in names if name in _PAIR):
+    # "quack" goes first: to it, a state without its first factors would be that of a run that has lost them.
+    for name in sorted((name for name in names if name in _PAIR), key="quack".__ne__):
         own, layout = (optimizer, case.layout) if name == "quack" else (second, QKLayout())
         made[name] = _ours(shared, own, layout, case)
     return made, missing
