@@ -91,7 +91,8 @@ def test_all_ways_take_the_same_step(case: Case) -> None:
     """All but QK norm's; the table has a row for each, with what they cost.
 
     In fp64: they sum up in other orders, and Adam makes much of a rounding where a gradient is little. What is left is
-    that torch, where it compiles its own AdamW, corrects its moments in fp32.
+    that torch, where it compiles its own AdamW, corrects its moments in fp32, and that its fused kernel, which our step
+    takes, is given the clipping in fp32.
     """
     comparison = compare(case, [*MEANING], rounds=1)
     assert comparison.ways.keys() == MEANING.keys() and not comparison.missing
@@ -108,8 +109,8 @@ def test_all_ways_take_the_same_step(case: Case) -> None:
         for _ in range(5):
             made[name].step()
         weights[name] = torch.cat([p.detach().flatten() for p in made[name].model.parameters()])
-    for name in ("b", "c", "plain"):
-        assert torch.allclose(weights[name], weights["a"], rtol=0, atol=1e-5 if name == "c" else 1e-9)
+    for name, limit in {"b": 1e-9, "c": 1e-5, "plain": 1e-8}.items():
+        assert torch.allclose(weights[name], weights["a"], rtol=0, atol=limit)
     made, _ = arms(["quack"], case)
     for _ in range(5):
         made["quack"].step()
