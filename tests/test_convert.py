@@ -311,6 +311,12 @@ def test_the_file_of_a_wrapped_model_is_that_of_the_model() -> None:
         assert convert(wrapped, layout=QKLayout(tuple(sites)), title="model") == source
 
 
+def test_names_that_only_a_wrapper_tells_apart_are_refused() -> None:
+    layout, shapes = layout_of("gqa")
+    with pytest.raises(EmitError, match=r"two parameters are called '.*' without their wrappers; rename"):
+        emit(layout, shapes | {f"module.{name}": shape for name, shape in shapes.items()}, title="model")
+
+
 def test_frozen_weights_count_and_stay() -> None:
     layout, shapes = layout_of("gqa")
     model = Bag(shapes)

@@ -5,6 +5,7 @@ In: a model or target, or a layout to write it for. Out: source text; nothing is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -178,7 +179,8 @@ def emit(
         The source.
 
     Raises:
-        EmitError: There is nothing to emit, the optimizer is not known, or `tau` is not a positive number.
+        EmitError: There is nothing to emit, the optimizer is not known, `tau` is not a positive number, or the names of
+            two parameters differ in what wrappers add alone.
         LayoutError: The layout does not fit the shapes.
     """
     if not 0 < tau < float("inf"):
@@ -188,8 +190,13 @@ def emit(
     if not any(site.terms and not site.qk_norm for site in layout.sites):
         raise EmitError(_why_empty(layout))
     names = OPTIMIZERS[optimizer]
-    layout, shapes = without_wrappers(layout), {bare_name(name): shape for name, shape in shapes.items()}
-    return write_program(layout, shapes, title, names, tau=tau, features=features, stand_ins=stand_ins)
+    layout, inside = without_wrappers(layout), {bare_name(name): shape for name, shape in shapes.items()}
+    if len(inside) < len(shapes):
+        twice = next(name for name, count in Counter(map(bare_name, shapes)).items() if count > 1)
+        raise EmitError(
+            f"two parameters are called {twice!r} without their wrappers; rename the attribute 'module' of this model"
+        )
+    return write_program(layout, inside, title, names, tau=tau, features=features, stand_ins=stand_ins)
 
 
 def _why_empty(layout: QKLayout) -> str:
