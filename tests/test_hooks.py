@@ -961,13 +961,8 @@ def test_bad_input(run: Callable[[], Any], error: type[Exception], message: str)
     assert "\n" not in str(raised.value)
 
 
-class AdamWScheduleFree(SGD):
-    """Bears the name of the third-party optimizer."""
-
-
 UNSUITED: dict[str, tuple[Callable[[Any], Optimizer], str]] = {
     "LBFGS": (torch.optim.LBFGS, "LBFGS: it evaluates the loss at several points"),
-    "schedule-free": (partial(AdamWScheduleFree, lr=0.1), "AdamWScheduleFree: it rebuilds the weights"),
     "Adafactor": (torch.optim.Adafactor, "Adafactor: its steps are relative"),
 }
 

@@ -184,7 +184,7 @@ def shared_steps_are_resumed() -> None:
 
     model, optimizer = build()
     with pytest.raises(
-        OptimizerError, match=r"ZeroRedundancyOptimizer saves .* in its 'optim', .*; attach QuacK to that"
+        OptimizerError, match=r"ZeroRedundancyOptimizer is around .* in its 'optim'; attach QuacK to that"
     ):
         QuacK(optimizer, model, LAYOUT)
     QuacK(optimizer.optim, model, LAYOUT, tau=0.5)

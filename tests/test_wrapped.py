@@ -317,7 +317,7 @@ def test_containers_of_optimizers() -> None:
         return model, Container(AdamW(queries, lr=1e-2), AdamW(others, lr=1e-2))
 
     model, optimizer = build()
-    with pytest.raises(OptimizerError, match=r"the optimizer in its 'inside', .* attach QuacK to that one, or to each"):
+    with pytest.raises(OptimizerError, match=r"the optimizer in its 'inside'; attach QuacK to that one, or to each"):
         QuacK(optimizer, model, LAYOUT)
     for inside in optimizer.inside:
         QuacK(inside, model, LAYOUT, tau=0.5)

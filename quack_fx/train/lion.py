@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from quack_fx.train.suited import remade
+
 _OPTIONS = {"lr", "betas", "weight_decay"}
 
 
@@ -34,7 +36,7 @@ def _steps_as_lion(kind: Callable[..., Optimizer], group: Mapping[str, Any]) -> 
     expected, mean = weight.detach().clone(), torch.zeros_like(weight)
     try:
         beta1, beta2 = options["betas"]
-        optimizer = kind([{**options, "params": [weight], "lr": lr, "weight_decay": decay}], lr=lr)
+        optimizer = remade(kind, group, weight, lr=lr, weight_decay=decay)
         for step in range(3):
             weight.grad = torch.linspace(0.5, -1.5, 8, dtype=torch.float64, device="cpu").roll(step)
             grad = weight.grad.clone()

@@ -5,26 +5,34 @@ In: an optimizer. Out: one line on why it has to be another, or a warning where 
 
 from __future__ import annotations
 
+import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quack_fx.errors import OptimizerError
 
 _UNSUITED = {
     "lbfgs": "it evaluates the loss at several points in one step and learns curvature from steps that QuacK changes",
-    "schedulefree": "it rebuilds the weights from sequences of its own, so that a scaled update does not last",
     "adafactor": "its steps are relative to the size of the weights, which already changes with their norms",
 }
 """Why QuacK does not suit an optimizer, by part of its class name."""
+
+_STEPS = 16
+"""How long a change of the weights has to last: some optimizers fall back to a copy of their own every five or six."""
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
     """Refuse an optimizer that QuacK cannot be attached to, and warn of one that it does not suit.
 
     Raises:
-        OptimizerError: It has no step hooks, or its state is that of optimizers inside it.
+        OptimizerError: It has no step hooks, steps optimizers inside it, or makes the weights anew from copies of its
+            own, as far as a try tells.
     """
     kind = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
@@ -37,8 +45,13 @@ def check_optimizer(optimizer: Optimizer) -> None:
         ) from None
     if inside := _inside(optimizer):
         raise OptimizerError(
-            f"{kind} saves the state of the optimizer in its {inside!r}, and not QuacK's first factors with its own; "
-            f"attach QuacK to that one, or to each where there are several, and step {kind} as before"
+            f"{kind} is around the optimizer in its {inside!r}; attach QuacK to that one, or to each where there are "
+            f"several, and step {kind} as before"
+        )
+    if not all(_lasts(type(optimizer), group) for group in optimizer.param_groups):
+        raise OptimizerError(
+            f"{kind} makes the weights anew from copies of its own, so that what QuacK scales would not last; use an "
+            "optimizer that adds its updates to the weights"
         )
     lineage = " ".join(cls.__name__.lower() for cls in type(optimizer).__mro__)
     for name, reason in _UNSUITED.items():
@@ -46,15 +59,62 @@ def check_optimizer(optimizer: Optimizer) -> None:
             warnings.warn(f"QuacK does not suit {kind}: {reason}", stacklevel=3)
 
 
+def remade(kind: Callable[..., Any], group: Mapping[str, Any], weight: Tensor, **numbers: Any) -> Any:
+    """An optimizer of some class for one weight, with the options of a group, but for some numbers."""
+    options = {name: value for name, value in group.items() if name != "params"}
+    return kind(
+        [{**options, "params": [weight], **{n: x for n, x in numbers.items() if n in options}}], lr=numbers["lr"]
+    )
+
+
 def _inside(optimizer: Optimizer) -> str | None:
-    """The attribute with the optimizers that an optimizer with a `state_dict` of its own is around."""
-    if type(optimizer).state_dict is Optimizer.state_dict:
-        return None
+    """The attribute with the optimizers that an optimizer is around: they hold weights that it holds."""
+    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, value in vars(optimizer).items():
         each = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(one, Optimizer) and one is not optimizer for one in each):
+        others = [one for one in each if isinstance(one, Optimizer) and one is not optimizer]
+        if any(id(p) in own for one in others for group in one.param_groups for p in group["params"]):
             return name
     return None
+
+
+@torch.no_grad()
+def _lasts(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
+    """Whether a change that somebody else makes to a weight is still there some steps later.
+
+    A copy of the optimizer steps a tiny weight with and without such a change. An exception tells nothing: it may be
+    one that cannot be made of groups alone.
+    """
+    if kind.__module__.startswith("torch.optim."):
+        return True
+    start = torch.linspace(-1, 1, 16, device="cpu").view(4, 4).cos()
+    change = 0.1 * torch.linspace(-2, 3, 16, device="cpu").view(4, 4).sin()
+    try:
+        with torch.random.fork_rng([]), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            ends = [_run(kind, group, start, change * n) for n in (0, 1)]
+    except Exception:
+        return True
+    left = ((ends[1] - ends[0]) * change).sum() / change.square().sum()
+    return bool(left > 0.75)
+
+
+def _run(kind: type[Optimizer], group: Mapping[str, Any], start: Tensor, change: Tensor) -> Tensor:
+    """A weight after some steps, changed after the first of them."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(start.clone())
+    optimizer = remade(kind, group, weight, lr=1e-3, weight_decay=0.0)
+    if callable(train := getattr(optimizer, "train", None)):
+        train()
+    for step in range(_STEPS):
+        weight.grad = start.roll(step).clone()
+        try:
+            optimizer.step()
+        except TypeError:  # it asks for a closure
+            optimizer.step(lambda: torch.zeros(()))
+        if step == 0:
+            weight.add_(change)
+    return weight.detach()
 
 
 def _relative(optimizer: Optimizer, name: str) -> bool:
