@@ -41,7 +41,7 @@ def _row(parameter: Any, kind: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"| `{parameter.metavar}` | {_cell(parameter.help)} | required |"
     value = "" if kind is bool else f" {parameter.metavar or _choices(kind)}"
-    names = ", ".join(f"`{_cell(name + value)}`" for name in parameter.opts)
+    names = ", ".join(f"`{name}{value}`" for name in parameter.opts)  # code may hold a bar
     default = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
     return f"| {names} | {_cell(parameter.help)} | {'' if default is None or kind is bool else f'`{default}`'} |"
 
