@@ -8,6 +8,7 @@
 #   make wild REPOS=folder    what a first command does on public repositories as they are; writes docs/wild.md
 #   make strip                those with QK norm, stripped both ways; after a sweep; writes docs/qk_norm.md
 #   make bench                a training step with and without QuacK, and other ways to take it, on this CPU
+#   make docs                 the site, in site/; `make docs SERVE=1` shows it and follows changes
 #   make lint                 ruff and mypy
 #   make test TORCH=2.11.0    the same on another torch, in an environment of its own
 
@@ -18,7 +19,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-with-torch-$(TORCH)
 
-.PHONY: demo test slow fuzz sweep wild strip bench lint format setup clean
+.PHONY: demo test slow fuzz sweep wild strip bench docs lint format setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -84,6 +85,20 @@ $(SWEEP_STAMP): pyproject.toml
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step --markdown benchmarks/results/step_cpu.md
 
+# The site is made from sources alone: an environment of its own, without torch.
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.made-for-docs
+SERVE ?=
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs $(if $(SERVE),serve,build --strict)
+
+$(DOCS_STAMP): pyproject.toml
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --upgrade pip  # groups of dependencies want 25.1
+	$(DOCS_VENV)/bin/python -m pip install --quiet --group docs
+	$(DOCS_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,4 +109,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .demo build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -193,28 +192,3 @@ def test_trainer_trains_with_the_file(tmp_path: Path) -> None:
     assert last < first - 0.5
     low, high = map(float, re.findall(r"1\.000 -> ([\d.]+) to ([\d.]+)", done.stdout)[0])
     assert 0 < low < 1 and low < high, "weights grow, so that scales fall"
-
-
-# -- the README --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_readme_code_runs() -> None:
-    text = (EXAMPLES.parent / "README.md").read_text()
-    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    names: dict[str, Any] = {"build_model": lambda: build("gpt", layers=2)}
-    exec(compile(code, "README.md", "exec"), names)
-    assert torch.isfinite(names["loss"])
-    assert [s["name"] for s in names["layout"].to_dict()["sites"]] == ["blocks.0.attn", "blocks.1.attn"]
-
-
-@pytest.mark.slow
-def test_readme_shows_what_the_tool_prints() -> None:
-    text = (EXAMPLES.parent / "README.md").read_text()
-    command, shown = re.findall(r"```console\n\$ (.*?)\n(.*?)```", text, flags=re.DOTALL)[0]
-    program = Path(sys.executable).parent / command.split()[0]
-    words = [str(program), *command.split()[1:]]
-    plain = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    done = subprocess.run(words, cwd=EXAMPLES.parent, env=plain, capture_output=True, text=True, check=True)
-    printed, written = (re.sub(r"\d+\.\d s$", "T s", t.rstrip(), flags=re.MULTILINE) for t in (done.stdout, shown))
-    assert printed == written
