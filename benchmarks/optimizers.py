@@ -47,7 +47,7 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "adam-atan2-pytorch": ("adam_atan2_pytorch", ("AdamAtan2", "AdoptAtan2")),
     "pytorch-optimizer": (
         "pytorch_optimizer",
-        ("ADOPT", "AdaBelief", "AdEMAMix", "AdamP", "Adan", "CAME", "GaLore", "Kron", "LaProp", "Lamb", "LARS", "Lion",
+        ("ADOPT", "AdaBelief", "AdEMAMix", "AdamP", "Adan", "CAME", "GaLore", "LaProp", "Lamb", "LARS", "Lion",
          "Lookahead", "MADGRAD", "MARS", "Muon", "Prodigy", "Ranger", "SAM", "SCION", "SOAP", "ScheduleFreeAdamW",
          "Shampoo", "SignSGD", "StableAdamW"),
     ),

@@ -22,8 +22,14 @@ ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.s
 ]
 
 
+def param_of(row: list[str]) -> Any:
+    package = row[0].split()[0]
+    long = [pytest.mark.slow] if package == "pytorch-optimizer" else []
+    return pytest.param(row, id=f"{package}-{row[1]}", marks=long)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", ROWS, ids=[f"{row[0].split()[0]}-{row[1]}" for row in ROWS])
+@pytest.mark.parametrize("row", map(param_of, ROWS))
 def test_the_page_tells_what_happens(row: list[str]) -> None:
     package, name, outcome, _, resumed = row
     module = PACKAGES[package.split()[0]][0]
