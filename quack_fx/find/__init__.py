@@ -3,10 +3,11 @@
 In: a model and example inputs, or an ATen graph of it. Out: a `QKLayout`, and for those who rewrite graphs what was
 understood of each attention.
 
-    search.py     the calls: a model, a recording or a graph in, a layout out
-    attention.py  where a graph makes attention logits
-    grouped.py    softmaxes over groups of entries, as attention over the edges of a graph has them
-    provenance/   which weight rows each operand of the logits is made of
+    search.py       the calls: a model, a recording or a graph in, a layout out
+    attention.py    where a graph makes attention logits
+    explanation.py  how one attention was understood, node by node
+    grouped.py      softmaxes over groups of entries, as attention over the edges of a graph has them
+    provenance/     which weight rows each operand of the logits is made of
 
 Whoever is outside this folder imports what stands here, and nothing from its files.
 """
@@ -21,6 +22,7 @@ from quack_fx.find.search import (
     Found,
     Pairs,
     attentions_of,
+    explain,
     find,
     find_each,
     find_in_graph,
@@ -44,6 +46,7 @@ __all__ = [
     "Projection",
     "Vector",
     "attentions_of",
+    "explain",
     "find",
     "find_each",
     "find_in_graph",

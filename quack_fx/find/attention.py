@@ -401,6 +401,5 @@ def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:
             continue
         other = _multiplied_with_data(df, node)
         if other is not None and other not in used:
-            module = (df.modules(node) or ("",))[-1]
-            misses.setdefault(module, NearMiss(node, "no-softmax", text))
+            misses.setdefault(df.home(node), NearMiss(node, "no-softmax", text))
     return list(misses.values())

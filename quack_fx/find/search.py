@@ -1,22 +1,26 @@
 """FINDER: a model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
 
-`find_qk_pairs` is the public call; `find` also tells how it was done; `find_in_graph` takes an ATen graph that somebody
-else made (torch.export, make_fx), and `find_each` gives what was understood of each of its attentions as well.
+`find_qk_pairs` is the public call; `find` also tells how it was done, `explain` how one attention was understood;
+`find_in_graph` takes an ATen graph that somebody else made (torch.export, make_fx), and `find_each` gives what was
+understood of each of its attentions as well.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from quack_fx.dump import dump, dumping
 from quack_fx.find.attention import Logits, NearMiss, find_logits
+from quack_fx.find.explanation import explain_miss, explain_refusal, explain_site
 from quack_fx.find.provenance import (
     Basis,
     BehindLayer,
@@ -27,6 +31,7 @@ from quack_fx.find.provenance import (
     Refused,
     Repeats,
     Tracer,
+    Trail,
     Uses,
     find_heads,
     make_site,
@@ -36,6 +41,9 @@ from quack_fx.find.provenance import (
 from quack_fx.graph.capture import Capture, RepeatedLayer, capture, unwrapped
 from quack_fx.graph.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Skipped, WeightBlock
+from quack_fx.layout.walk import Explanation
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,14 +142,18 @@ def _find(
     tell = progress or (lambda text: None)
     tell("recording one forward pass")
     start = time.perf_counter()
-    recorded = recording or capture(model, args, kwargs, layers_once=True)
+    if recording is None or dumping():
+        recorded = capture(model, args, kwargs, layers_once=True, sources=dumping())
+    else:
+        recorded = recording
     captured = time.perf_counter()
     try:
         layout = _in_recording(model, recorded, tell)
-    except BehindLayer:
+    except BehindLayer as behind:
         # What is wanted lies behind a layer that was left out: all of them are needed.
+        _log.info("recording once more, with every layer: %s", behind)
         tell("recording the forward pass with every layer")
-        recorded = capture(model, args, kwargs)
+        recorded = capture(model, args, kwargs, sources=dumping())
         layout = _in_recording(model, recorded, tell)
     if recorded.made_up:
         other = _in_recording(model, capture(model, args, kwargs, number=0.75), tell)
@@ -188,27 +200,29 @@ def find_in_graph(
         The layout.
     """
     weights = own_parameters(graph_module) if weights is None else weights
-    return Finding(Dataflow(graph_module, weights)).layout(weights, all_names, repeated, progress)
+    return Finding(graph_module, weights).layout(all_names, repeated, progress)
 
 
 class Finding:
     """The search through one graph.
 
     Arguments:
-        df: The graph.
+        graph_module: The graph.
+        weights: Name of each node that is a parameter.
         each: Whether each attention is understood by itself, even one that is equal to another: `understood` then holds
             the logits, the site and the heads of all.
     """
 
-    def __init__(self, df: Dataflow, *, each: bool = False) -> None:
-        self._df, self._each = df, each
-        logits, self._misses = find_logits(df)
-        self.attentions = Attentions(df, logits)
+    def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str], *, each: bool = False) -> None:
+        self._df, self._each = Dataflow(graph_module, weights), each
+        logits, self._misses = find_logits(self._df)
+        _log.info("%d nodes, %d softmaxes that weigh products", len(self._df.nodes), len(logits))
+        dump("graph", ".py", lambda: graph_module.print_readable(print_output=False))
+        self.attentions = Attentions(self._df, logits, explaining=dumping())
         self.understood: list[tuple[Logits, AttentionSite, Heads]] = []
 
     def layout(
         self,
-        weights: Mapping[Node, str],
         all_names: Sequence[str] = (),
         repeated: Sequence[RepeatedLayer] = (),
         progress: Callable[[str], None] | None = None,
@@ -223,11 +237,13 @@ class Finding:
                 progress(f"following the weight rows of attention {len(sites) + 1} of {count}")
             known = None if self._each else repeats.find(one)
             if known is not None:
+                _log.debug("%s: equal to an attention that is understood", known.name)
                 sites.append((one.output, known))
                 continue
             try:
                 site, heads = attentions.look_at(one)
             except NotOneAttention:
+                _log.debug("%s: no loop over heads; each iteration is an attention", df.home(one.output))
                 continue
             except Refused as refusal:
                 misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
@@ -236,20 +252,39 @@ class Finding:
                 self.understood.append((one, site, heads))
                 repeats.remember(one, site, attentions.tracer.basis)
             layers.check(one, attentions.tracer.basis.all_nodes())
-        skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
-        reached = layers.all_names({name for node, name in weights.items() if node.users})
+        for explanation in attentions.explanations:
+            dump(explanation.name, ".walk.txt", explanation.text)
+        skipped = [(miss.node, Skipped(df.home(miss.node), miss.code, miss.reason)) for miss in misses]
+        for _, entry in skipped:
+            _log.debug("%s: skipped: %s [%s]", entry.name, entry.reason, entry.code)
+        reached = layers.all_names({name for node, name in df.weights.items() if node.users})
         return QKLayout(
             sites=tuple(merge_calls(layers.all_sites(sites))),
             skipped=tuple(dict.fromkeys(layers.all_skipped(skipped))),
             untouched=tuple(name for name in all_names if name not in reached),
         )
 
+    def explain(self, name: str) -> tuple[Explanation, ...]:
+        """How the attentions of one module were understood, those alike once; `name` as in `sites` or `skipped`."""
+        found: dict[object, Explanation] = {}
+        for one in self.attentions:
+            if self._df.home(one.products[-1].node) == name:
+                with suppress(NotOneAttention, Refused):
+                    self.attentions.look_at(one)
+        misses = [explain_miss(self._df, miss) for miss in self._misses if self._df.home(miss.node) == name]
+        for explanation in (*self.attentions.explanations, *misses):
+            found.setdefault((explanation.site, explanation.code, explanation.reason), explanation)
+        return tuple(found.values())
+
 
 class Attentions:
     """The attentions of a graph one by one; the turns of a loop that is no loop over heads follow as attentions."""
 
-    def __init__(self, df: Dataflow, logits: Sequence[Logits]) -> None:
+    def __init__(self, df: Dataflow, logits: Sequence[Logits], *, explaining: bool = False) -> None:
         self.tracer = Tracer(df)
+        self.explaining = explaining
+        self.explanations: list[Explanation] = []
+        """Of those that were looked at while `explaining` was set."""
         self.uses = Uses(self.tracer, logits)
         self._todo = [*reversed(logits)]
 
@@ -269,13 +304,22 @@ class Attentions:
             NotOneAttention: Its parts come next.
             Refused: It is not understood.
         """
-        self.tracer.basis = Basis()
+        tracer = self.tracer
+        tracer.basis = Basis()
+        tracer.trail = trail = Trail(tracer.labels, tracer.projections) if self.explaining else None
         try:
-            heads = find_heads(self.tracer, one)
+            heads = find_heads(tracer, one)
+            site = make_site(tracer, one, heads, self.uses)
         except NotOneAttention:
             self._todo += one.parts[::-1]
             raise
-        return make_site(self.tracer, one, heads, self.uses), heads
+        except Refused as refusal:
+            if trail is not None:
+                self.explanations.append(explain_refusal(tracer.df, trail, one, refusal))
+            raise
+        if trail is not None:
+            self.explanations.append(explain_site(tracer.df, trail, one, site, heads))
+        return site, heads
 
     def understood(self) -> Iterator[tuple[Logits, AttentionSite, Heads]]:
         """Those that are understood, each with its site and heads."""
@@ -296,8 +340,42 @@ class Attentions:
 def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
     """Search an ATen-level graph of somebody's, each attention by itself; arguments as those of `find_in_graph`."""
     weights = own_parameters(graph_module) if weights is None else weights
-    finding = Finding(Dataflow(graph_module, weights), each=True)
-    return finding, finding.layout(weights, [name for name, _ in graph_module.named_parameters()])
+    finding = Finding(graph_module, weights, each=True)
+    return finding, finding.layout([name for name, _ in graph_module.named_parameters()])
+
+
+def explain(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    name: str,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Explanation, ...]:
+    """How the attentions of one module of a model were understood, or at which node that ended.
+
+    Arguments:
+        model: The model.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        name: The module, as it is called in the layout's `sites` or `skipped`.
+        progress: Called with a short text when a new part of the work begins.
+
+    Returns:
+        An explanation for each attention of that module; a shared one that runs several times is explained once.
+
+    Example:
+        >>> layer, x = torch.nn.MultiheadAttention(8, 2), torch.zeros(3, 1, 8)
+        >>> [walk.operand for walk in explain(layer, (x, x, x), {}, "")[0].walks]
+        ['query', 'key']
+    """
+    tell = progress or (lambda text: None)
+    tell("recording one forward pass with its lines of Python")
+    with _collector_off(), unwrapped(model) as inner:
+        graph_module = capture(inner, args, kwargs, sources=True).graph_module
+        finding = Finding(graph_module, parameters_in(graph_module, inner))
+        finding.attentions.explaining = True
+        tell(f"following the weight rows of {name or 'the model itself'}")
+        return finding.explain(name)
 
 
 def attentions_of(
@@ -339,7 +417,3 @@ def own_parameters(graph_module: GraphModule) -> dict[Node, str]:
         for n in graph_module.graph.nodes
         if n.op == "get_attr" and str(n.target) in named
     }
-
-
-def _skipped(df: Dataflow, miss: NearMiss) -> Skipped:
-    return Skipped((df.modules(miss.node) or ("",))[-1], miss.code, miss.reason)

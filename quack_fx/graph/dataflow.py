@@ -154,10 +154,13 @@ class Dataflow:
         stack = node.meta.get("nn_module_stack") or {}
         return tuple(name for name in (_module_name(entry) for entry in stack.values()) if name)
 
+    def home(self, node: Node) -> str:
+        """Deepest module whose forward was running; "" for the root."""
+        return (self.modules(node) or ("",))[-1]
+
     def describe(self, node: Node) -> str:
         """A node for people: what it does, to a tensor of which shape, in which module."""
-        module = (self.modules(node) or ("",))[-1]
-        return f"{self.op[node].name} {list(self.shape(node))} in {module or 'the model itself'}"
+        return f"{self.op[node].name} {list(self.shape(node))} in {self.home(node) or 'the model itself'}"
 
     def reads(self, node: Node) -> Iterator[Node]:
         """What a node reads: its arguments, and every earlier write into the memory of one of them.

@@ -8,6 +8,7 @@ In: the dataflow of a graph and the logits found in it. Out: attention sites, or
     flow.py         what is known of one tensor: labels, norms, scale
     rules/          what each kind of op does to features
     trace.py        from an operand back to the projections
+    trail.py        what the tracer saw, for explanations
     vectors.py      features of an operand at each place of the head dimension
     meeting.py      which query vectors meet which key vectors
     heads.py        vectors -> heads
@@ -33,6 +34,7 @@ from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.refused import NotOneAttention, Refused
 from quack_fx.find.provenance.repeat import Repeats
 from quack_fx.find.provenance.trace import Tracer
+from quack_fx.find.provenance.trail import Trail
 from quack_fx.find.provenance.uses import Uses
 from quack_fx.find.provenance.values import values_of
 from quack_fx.find.provenance.vectors import Vector
@@ -50,6 +52,7 @@ __all__ = [
     "Refused",
     "Repeats",
     "Tracer",
+    "Trail",
     "Uses",
     "Vector",
     "find_heads",

@@ -54,7 +54,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
     query_chains, key_chains = _flat(query), _flat(key)
     blocks = (tuple(_finish(tracer, b) for b in query_chains), tuple(_finish(tracer, b) for b in key_chains))
     site = AttentionSite(
-        name=(df.modules(logits.products[-1].node) or ("",))[-1],  # earlier ones may come from an earlier layer
+        name=df.home(logits.products[-1].node),  # earlier ones may come from an earlier layer
         kind=_kind(heads, mla),
         cross=not _same_sequence(tracer, query, key),
         calls=1,
@@ -157,7 +157,9 @@ def _finish(tracer: Tracer, block: Block) -> WeightBlock:
             heads = tuple(merged((row, row + 1) for row in _along(rows, i, gathered)) for rows in block.rows)
             return WeightBlock(block.param, block.role, axis, heads, _bias(block) if len(axes) == 1 else None)
     raise Refused(
-        "rows-on-two-axes", f"a head reads a part of {block.param!r} that is no set of whole rows along one axis"
+        "rows-on-two-axes",
+        f"a head reads a part of {block.param!r} that is no set of whole rows along one axis",
+        block.projection.node,
     )
 
 

@@ -10,7 +10,7 @@ the softmax's input: the numbers of the two vectors are carried there through th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -81,11 +81,11 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
         scales.add(_product_scale(df, product, flows, meeting.scale))
     vectors = reader.vectors
     pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)
-    _check(vectors, pairs, lambda side: tracer.where_unknown(flows, operands[side]))
+    _check(tracer, vectors, pairs, flows, operands)
     _check_streams(tracer, reader, pairs)
-    channels = _compares_channels(vectors, pairs)
+    channels = _compares_channels(vectors, pairs, logits.products[-1].node)
     if channels:
-        pairs = _of_channels(reader, list(pairs))
+        pairs = _of_channels(reader, list(pairs), logits.products[-1].node)
     width = len(vectors[next(iter(pairs))[0]])
     if len({frozenset(q for q, _ in meeting.pairs) for meeting in met}) > 1:
         pairs, width = summed(met, reader) or (pairs, width)
@@ -138,7 +138,7 @@ def _all_norms(turns: list[Heads], side: int) -> tuple[NormTag, ...]:
     return tuple(dict.fromkeys(norm for turn in turns for norm in turn.norms[side]))
 
 
-def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None]) -> bool:
+def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None], product: Node) -> bool:
     """Whether the vectors are one feature each, over tokens: the logits compare channels.
 
     Raises:
@@ -152,10 +152,11 @@ def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None]
         return False
     if len(set().union(*channels)) == len({v for pair in pairs for v in pair}):
         return True
-    raise Refused("channel-attention", "its logits compare channels of one side with something else of the other")
+    text = "its logits compare channels of one side with something else of the other"
+    raise Refused("channel-attention", text, product)
 
 
-def _of_channels(reader: Vectors, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], None]:
+def _of_channels(reader: Vectors, pairs: list[tuple[int, int]], product: Node) -> dict[tuple[int, int], None]:
     """The channels that meet each other laid side by side, as the vectors of heads (attention over channels).
 
     Raises:
@@ -168,7 +169,8 @@ def _of_channels(reader: Vectors, pairs: list[tuple[int, int]]) -> dict[tuple[in
     for q, met in keys.items():
         queries.setdefault(tuple(sorted(met)), []).append(q)
     if sum(map(len, queries)) != len({k for _, k in pairs}):
-        raise Refused("channel-attention", "its logits compare channels over tokens, and no set of channels is a head")
+        text = "its logits compare channels over tokens, and no set of channels is a head"
+        raise Refused("channel-attention", text, product)
     return {(reader.channels(head), reader.channels(met)): None for met, head in queries.items()}
 
 
@@ -187,17 +189,35 @@ def _product_scale(df: Dataflow, product: Product, flows: dict[Node, Flow], afte
     return result
 
 
-def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None], end: Callable[[int], str]) -> None:
-    """Refuse what cannot be told; `end` says where on a side understanding ended."""
+def _check(
+    tracer: Tracer,
+    vectors: list[Vector],
+    pairs: dict[tuple[int, int], None],
+    flows: dict[Node, Flow],
+    operands: tuple[list[Node], list[Node]],
+) -> None:
+    """Refuse sides whose rows are not known."""
     for side, name in enumerate(("query", "key")):
         used = {pair[side] for pair in pairs}
         if any(("", ()) in rows for v in used for rows in vectors[v]):
+            lost = tracer.where_unknown(flows, operands[side])
             raise Refused(
                 f"unknown-{name}",
-                f"its {name} side holds data that is not, or not only, the output of projections{end(side)}",
+                f"its {name} side holds data that is not, or not only, the output of projections"
+                f"{'' if lost is None else _about_loss(tracer.df, lost)}",
+                operands[side][0] if lost is None else lost,
             )
         if not any(rows for v in used for rows in vectors[v]):
-            raise Refused(f"learned-{name}", f"its {name} side is a parameter or a constant, not a projection")
+            text = f"its {name} side is a parameter or a constant, not a projection"
+            raise Refused(f"learned-{name}", text, operands[side][0])
+
+
+def _about_loss(df: Dataflow, lost: Node) -> str:
+    """Where the features of a side were lost: op, tensor and module, for people to read."""
+    what = df.describe(lost)
+    if df.op[lost].kind in ("contraction", "convolution") and any(map(df.is_weight, lost.all_input_nodes)):
+        return f": the weight of {what} is computed from parameters, and none of its rows is one of theirs"
+    return f": they are lost at {what}"
 
 
 def _check_streams(tracer: Tracer, reader: Vectors, pairs: dict[tuple[int, int], None]) -> None:
@@ -207,11 +227,13 @@ def _check_streams(tracer: Tracer, reader: Vectors, pairs: dict[tuple[int, int],
         sums = {rows for number in used for rows in reader.vectors[number] if len(rows) > 1}
         added = {frozenset(id(reader.projection[row]) for row in rows): rows for rows in sums}
         for rows in added.values():
-            if _read_each_other(tracer, [reader.projection[row] for row in rows]):
+            projections = [reader.projection[row] for row in rows]
+            if _read_each_other(tracer, projections):
                 raise Refused(
                     f"residual-{name}",
                     f"its {name} side is, for some tokens at least, the sum of layers that read each other (a residual "
                     "stream), not the output of a projection of its own",
+                    max((p.node for p in projections), key=tracer.df.index.__getitem__),
                 )
 
 

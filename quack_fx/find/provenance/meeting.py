@@ -46,7 +46,7 @@ class Meeting:
 def meeting_of(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: Tensor) -> Meeting:
     """Pairs of vectors that meet, as they stand in the softmax's input."""
     if not left.numel() or not right.numel():
-        raise Refused("one-key", "no query or no key is left on these inputs")
+        raise Refused("one-key", "no query or no key is left on these inputs", product.node)
     count = int(compact(right).max()) + 1
     # Most axes (samples, tokens) are one and the same throughout: on large pictures only a fraction is worth a number.
     codes = shrink((compact(left) * count + compact(right)).expand(torch.broadcast_shapes(left.shape, right.shape)))
@@ -58,7 +58,7 @@ def meeting_of(tracer: Tracer, logits: Logits, product: Product, left: Tensor, r
     shape = tracer.df.shape(product.node)
     carried = tracer.carry(product.node, reshape((compact(codes) + first).expand(codes.shape), shape), logits.path)
     end = carried.get(logits.end)
-    lost = Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
+    lost = Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}", logits.end)
     if end is None or end.empty:
         raise lost
     if logits.groups is not None:
@@ -75,7 +75,7 @@ def meeting_of(tracer: Tracer, logits: Logits, product: Product, left: Tensor, r
         both = [(code // count, code % count) for code in found]
         sets[label] = [(b, a) for a, b in both] if swapped else both
         if len({q for q, _ in sets[label]}) > 1 and len({k for _, k in sets[label]}) > 1:
-            raise Refused("mixed-heads", "logits of several heads are added up before the softmax")
+            raise Refused("mixed-heads", "logits of several heads are added up before the softmax", logits.end)
     pairs = list(dict.fromkeys(pair for known in sets.values() for pair in known))
     return Meeting(pairs, end.label, sets, end.scale, swapped)
 
@@ -98,7 +98,9 @@ def _is_gathered_swapped(df: Dataflow, groups: Groups, product: Product) -> bool
     left, right = (is_gathered_by(df, operand, groups) for operand in (product.left, product.right))
     if left == right:
         raise Refused(
-            "lost-logits", "its softmax runs over groups, and it cannot be told which side belongs to a group"
+            "lost-logits",
+            "its softmax runs over groups, and it cannot be told which side belongs to a group",
+            product.node,
         )
     return right
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from torch.fx import Node
+
 
 class Refused(Exception):
-    """An attention whose rows cannot be told: a code and a sentence."""
+    """An attention whose rows cannot be told.
 
-    def __init__(self, code: str, reason: str) -> None:
+    Attributes:
+        code: Short machine-readable reason.
+        reason: One sentence that a user understands.
+        node: The node at which it showed.
+    """
+
+    def __init__(self, code: str, reason: str, node: Node) -> None:
         super().__init__(reason)
         self.code = code
         self.reason = reason
+        self.node = node
 
 
 class NotOneAttention(Exception):

@@ -20,6 +20,7 @@ from quack_fx.find.provenance.flow import Flow, unknown_flow
 from quack_fx.find.provenance.labels import NOTHING, UNKNOWN, Labels, constant_along
 from quack_fx.find.provenance.projections import Projections
 from quack_fx.find.provenance.rules import ADDING, Step, flow_of
+from quack_fx.find.provenance.trail import Trail
 from quack_fx.graph.dataflow import Dataflow, factors_of, is_depthwise
 
 _LARGEST_SLICE = 3000
@@ -35,6 +36,8 @@ class Tracer:
         self.projections = Projections(df, self.labels)
         self.basis = Basis()
         """What the work so far rests on; a new one for each attention."""
+        self.trail: Trail | None = None
+        """Keeps what each node holds, where somebody asked how the attention was understood."""
         self._token_mixing: dict[Node, bool] = {}
 
     def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:
@@ -54,6 +57,9 @@ class Tracer:
             reads = {n for node in nodes for n in node.all_input_nodes if self.df.is_given(n)}
             flows.update((n, unknown_flow(self.df, n)) for n in reads if self._is_added(n))
         self.basis.ends.update(flows)
+        if self.trail is not None:
+            for end, flow in flows.items():
+                self.trail.visit(end, flow)
         return self._run(nodes, flows, UNKNOWN)
 
     def _is_added(self, node: Node) -> bool:
@@ -75,8 +81,8 @@ class Tracer:
         self.basis.inside.add(source)
         return self._run(path, {source: self._window(source, Flow(label))}, NOTHING)
 
-    def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> str:
-        """Where on the way to some operands their features were lost: op, tensor and module, for people to read."""
+    def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> Node | None:
+        """The first node between the projections and some operands at which features were lost."""
         df, todo, seen = self.df, list(operands), set[Node]()
         lost: list[Node] = []
         while todo:
@@ -89,16 +95,11 @@ class Tracer:
             if several or UNKNOWN in self.labels.features(flow.label):
                 lost += [] if several else [node]
                 todo.extend(df.reads(node))
-        if not lost:
-            return ""
-        first = min(lost, key=df.index.__getitem__)
-        what = df.describe(first)
-        if df.op[first].kind in ("contraction", "convolution") and any(map(df.is_weight, first.all_input_nodes)):
-            return f": the weight of {what} is computed from parameters, and none of its rows is one of theirs"
-        return f": they are lost at {what}"
+        return min(lost, key=df.index.__getitem__, default=None)
 
     def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
         self.basis.inside.update(nodes)
+        trail = self.trail if outside == UNKNOWN else None  # labels of our own say nothing about weights
         for node in nodes:
             step = Step(self.df, self.labels, self.projections, self.mixes_tokens, node, flows, outside)
             flow = flow_of(step)
@@ -106,6 +107,8 @@ class Tracer:
                 self._write(node, flow, flows)
             else:
                 flows[node] = self._window(node, flow)
+            if trail is not None:
+                trail.visit(node, flows[node])
         return flows
 
     def _slice(self, targets: list[Node], outside: Callable[[Node], bool] | None) -> tuple[list[Node], list[Node]]:

@@ -16,12 +16,14 @@ small, it runs on real numbers instead.
     equal.py      which layers are equal but for the numbers in their weights
     layers.py     equal layers are recorded once, where that is safe
     memory.py     where a tensor's numbers lie
+    sources.py    the lines of Python that run an op
     isolate.py    the model, its hooks, its RNG and the global switches stay as they were
     wrappers.py   the module inside wrappers, with whole weights
 """
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +43,8 @@ from quack_fx.graph.capture.wrappers import unwrapped
 from quack_fx.graph.forward.machine import available_memory
 
 __all__ = ["Capture", "RepeatedLayer", "capture", "unwrapped"]
+
+_log = logging.getLogger(__name__)
 
 REAL_LIMIT_BYTES = 4 << 30
 """Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed; less on a machine
@@ -81,6 +85,7 @@ def capture(
     number: float = 0.5,
     real: bool = False,
     executable: bool = False,
+    sources: bool = False,
 ) -> Capture:
     """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
 
@@ -94,6 +99,7 @@ def capture(
         executable: Make a graph that runs: it is called as the model is, returns what the model returns, has its
             gradients (both are checked on these arguments) and shares its parameters. The model must have numbers, and
             what is no tensor among the arguments is written down as it was given.
+        sources: Note for each op the lines of Python that ran it (`Node.stack_trace`).
         number: What a fake tensor answers that is asked for its one number (`float(x)`); `made_up` tells if one was.
 
     Returns:
@@ -108,7 +114,7 @@ def capture(
         ['weight', 'bias']
     """
     with unwrapped(model) as inner:
-        return _capture(inner, args, kwargs or {}, layers_once, number, real, executable)
+        return _capture(inner, args, kwargs or {}, layers_once, number, real, executable, sources)
 
 
 def _capture(
@@ -119,6 +125,7 @@ def _capture(
     number: float,
     real: bool,
     executable: bool,
+    sources: bool,
 ) -> Capture:
     if executable:
         try:
@@ -136,10 +143,11 @@ def _capture(
     for equal in () if real else [groups, []] if groups else [[]]:
         for _, earlier in failures:
             traceback.clear_frames(earlier.__traceback__)  # they hold the recording
-        recorder = Recorder(model, "hybrid", equal, number)
+        recorder = Recorder(model, "hybrid", equal, number, sources)
         try:
             return _run(model, args, kwargs, recorder)
         except Exception as error:
+            _log.debug("with fake weights%s: %s", " and equal layers once" if equal else "", first_line(error))
             failures.append((recorder.entered, error))
     reason = first_line(failures[-1][1]) if failures else None
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -152,7 +160,8 @@ def _capture(
         ) from (failures[-1][1] if failures else None)
     for _, earlier in failures:
         traceback.clear_frames(earlier.__traceback__)
-    recorder = Recorder(model, "real")
+    _log.info("recording on real numbers: %s", reason or "asked for")
+    recorder = Recorder(model, "real", sources=sources)
     try:
         return _run(model, args, kwargs, recorder, reason)
     except Exception as error:

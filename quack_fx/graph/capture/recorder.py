@@ -27,6 +27,7 @@ from quack_fx.graph.capture.hybrid import NUMBER, REAL_LIMIT, run_mixed
 from quack_fx.graph.capture.isolate import no_autocast
 from quack_fx.graph.capture.layers import EqualLayers
 from quack_fx.graph.capture.memory import Place, place_of, storage_of, window_on
+from quack_fx.graph.capture.sources import own_lines
 from quack_fx.graph.forward.fused import AnyLayout
 from quack_fx.graph.forward.gpus import OnThisMachine
 from quack_fx.graph.forward.jagged import JaggedWrittenOut, takes_itself_apart
@@ -48,6 +49,7 @@ class Recorder(TorchDispatchMode):
         way: Literal["hybrid", "real"],
         equal: Sequence[EqualGroup] = (),
         number: float = 0.5,
+        sources: bool = False,
     ) -> None:
         super().__init__()
         self.graph = Graph()
@@ -56,6 +58,7 @@ class Recorder(TorchDispatchMode):
         self.entered = 0
         self.most: int | None = REAL_LIMIT if way == "hybrid" else sys.maxsize
         self._number = number
+        self._sources = sources
         self._room = self._left = max(available_memory() // 2, LITTLE)
         self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
@@ -195,6 +198,8 @@ class Recorder(TorchDispatchMode):
             return result
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
+        if self._sources:
+            node.meta["stack_trace"] = own_lines()
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
 
     def _bind(self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node) -> Any:
@@ -234,7 +239,7 @@ class Recorder(TorchDispatchMode):
         for i, item in enumerate(results):
             if isinstance(item, Tensor):
                 part = self.graph.call_function(_getitem, (node, i))
-                part.meta = {"val": item, "nn_module_stack": self._stacks[-1]}
+                part.meta = {**node.meta, "val": item}
                 self._remember(item, part)
 
     def _as_written(self, value: Any) -> Any:
