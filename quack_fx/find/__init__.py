@@ -27,10 +27,10 @@ from quack_fx.find.search import (
     find_each,
     find_in_graph,
     find_qk_pairs,
+    indices_of_sites,
     own_parameters,
     pairs_of,
     parameters_in,
-    places_of,
 )
 
 __all__ = [
@@ -52,8 +52,8 @@ __all__ = [
     "find_in_graph",
     "find_qk_pairs",
     "fused_scale",
+    "indices_of_sites",
     "own_parameters",
     "pairs_of",
     "parameters_in",
-    "places_of",
 ]

@@ -19,7 +19,7 @@ from torch.fx import Node
 from quack_fx.find.grouped import Groups, groups_of, scattered, scatters
 from quack_fx.graph.dataflow import Dataflow, factors_of
 
-_SMOOTH = ("movement", "elementwise", "getitem", "norm")
+_SMOOTH = ("view", "elementwise", "getitem", "norm")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _put_into(df: Dataflow, output: Node) -> Node | None:
         if df.group[node] in df.writes and node is not output:
             return df.group[node]
         users = [user for user in node.users if user.op == "call_function"]
-        if len(users) != 1 or df.op[users[0]].kind not in ("movement", "getitem"):
+        if len(users) != 1 or df.op[users[0]].kind not in ("view", "getitem"):
             return None
         node = users[0]
 
@@ -198,7 +198,7 @@ def _softmax(df: Dataflow, node: Node) -> _Softmax | None:
 
 def _is_read(df: Dataflow, node: Node) -> bool:
     """Whether anything is computed from a node, or it is a result, however it is moved before."""
-    return any(df.op[user].kind not in ("movement", "getitem") or _is_read(df, user) for user in node.users)
+    return any(df.op[user].kind not in ("view", "getitem") or _is_read(df, user) for user in node.users)
 
 
 def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
@@ -375,15 +375,15 @@ def fused_scale(df: Dataflow, product: Product) -> float | None:
     """The number by which fused attention multiplies its product; None where it is no number."""
     node = product.node
     given = node.kwargs.get("scale")
-    place = _place_of_scale(node.target, df.op[node].name)
-    if place is not None and len(node.args) > place:
-        given = node.args[place]
+    position = _index_of_scale(node.target, df.op[node].name)
+    if position is not None and len(node.args) > position:
+        given = node.args[position]
     if given is None:
         return float(df.shape(product.left)[-1] ** -0.5)
     return float(given) if isinstance(given, int | float) else None
 
 
-def _place_of_scale(target: object, name: str) -> int | None:
+def _index_of_scale(target: object, name: str) -> int | None:
     """Which positional argument of an attention op its scale is."""
     schema = getattr(target, "_schema", None)
     if schema is None:

@@ -55,7 +55,7 @@ def scattered(df: Dataflow, node: Node) -> Node | None:
     for user in node.users:
         if scatters(df, user) and len(user.args) > 3 and user.args[3] is node:
             return user
-        if df.op[user].kind == "movement" and (found := scattered(df, user)) is not None:
+        if df.op[user].kind == "view" and (found := scattered(df, user)) is not None:
             return found
     return None
 

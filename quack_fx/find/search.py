@@ -397,7 +397,7 @@ def pairs_of(site: AttentionSite) -> Pairs:
     return site.query, site.key, site.terms
 
 
-def places_of(layout: QKLayout) -> dict[Pairs, int]:
+def indices_of_sites(layout: QKLayout) -> dict[Pairs, int]:
     """Where in a layout each attention is."""
     return {pairs_of(site): place for place, site in enumerate(layout.sites)}
 

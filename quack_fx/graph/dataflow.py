@@ -144,7 +144,7 @@ class Dataflow:
             return False
         if self.op[node].name in ("zeros", "zeros_like", "new_zeros"):
             return True
-        if self.op[node].kind == "movement" and node.all_input_nodes:
+        if self.op[node].kind == "view" and node.all_input_nodes:
             return all(map(self.is_zero, node.all_input_nodes))
         numbers = self.constant(node)
         return numbers is not None and not numbers.any()
@@ -232,7 +232,7 @@ def _aliases(node: Node) -> tuple[Node | None, bool]:
         if not isinstance(first, Node) or op_of(node).name != "getitem":
             return None, False
         # A piece of a split is a window; each of several results (a norm and its statistics) has memory of its own.
-        return (first if op_of(first).kind in ("movement", "layer") else None), False
+        return (first if op_of(first).kind in ("view", "layer") else None), False
     base: Node | None = None
     for i, spec in enumerate(schema.arguments):
         given = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch.fx import Node
 
 Kind = Literal[
-    "input", "getitem", "movement", "contraction", "convolution", "lookup", "attention", "softmax", "reduction",
+    "input", "getitem", "view", "contraction", "convolution", "lookup", "attention", "softmax", "reduction",
     "pooling", "norm", "factory", "elementwise", "layer",
 ]  # fmt: skip
 
@@ -37,7 +37,7 @@ VALUE_FREE = frozenset(
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
     "new_empty_strided sym_size size".split()
 )
-MOVEMENT = frozenset(
+VIEW = frozenset(
     "view _unsafe_view reshape _reshape_alias permute transpose t numpy_T mT slice select expand cat split "
     "split_with_sizes unsafe_split chunk unbind stack clone contiguous squeeze unsqueeze index_select gather repeat "
     "flip roll as_strided alias detach lift_fresh lift_fresh_copy unfold constant_pad_nd slice_scatter select_scatter "
@@ -97,7 +97,7 @@ def _of_target(target: Any) -> Op:
 
 _TABLE: tuple[tuple[frozenset[str], Kind], ...] = (
     (FACTORY | VALUE_FREE, "factory"),
-    (MOVEMENT, "movement"),
+    (VIEW, "view"),
     (CONTRACTION, "contraction"),
     (CONVOLUTION, "convolution"),
     (LOOKUP, "lookup"),

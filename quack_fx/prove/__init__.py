@@ -48,11 +48,11 @@ from quack_fx.prove.copy import CannotRun, TooLarge, as_float32, random_copy
 from quack_fx.prove.evidence import CannotTell, Evidence, NothingWeighed
 from quack_fx.prove.form import carried_over
 from quack_fx.prove.graph import Graph
+from quack_fx.prove.loops import heads_behind, with_heads
 from quack_fx.prove.ops import Softmax
 from quack_fx.prove.owners import check_complete, is_told_of, softmaxes_of
 from quack_fx.prove.report import NotProved, SiteProof, VerifyReport
 from quack_fx.prove.tape import record
-from quack_fx.prove.turns import heads_behind, with_heads
 
 __all__ = ["CannotRun", "NotProved", "SiteProof", "TooLarge", "VerifyReport", "carried_over", "verify_qk_pairs"]
 

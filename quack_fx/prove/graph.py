@@ -21,10 +21,10 @@ from quack_fx.prove.ops import (
     is_linear,
     keeps_numbers,
     kind,
+    makes_rotation,
     product_of,
     softmax_of,
     statistics,
-    turns,
     weighs_by_groups,
 )
 from quack_fx.prove.tape import Op, Tape, Value
@@ -60,7 +60,7 @@ class Factor:
 
 
 @dataclass(repr=False)
-class _Back:
+class _BackwardWalk:
     """What a walk back met."""
 
     products: list[Product] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Graph:
         ]
         self._softmax_ops = {s.op for s in self.softmaxes}
         self._products = {p.op: p for op in tape.ops if (p := product_of(op)) is not None and self._multiplies(p)}
-        self._walks: dict[tuple[Value, Op], _Back] = {}
+        self._walks: dict[tuple[Value, Op], _BackwardWalk] = {}
         self.barriers: frozenset[Op] = frozenset()
         """Ops at which a way back ends unless one asks for more."""
         for op in [op for op, product in self._products.items() if self._pools(product)]:
@@ -118,7 +118,7 @@ class Graph:
         found: list[Product] = []
         todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
         while todo:
-            for product in self._back(*todo.pop()).products:
+            for product in self._walk_back(*todo.pop()).products:
                 source = self._mixed(product)
                 if source is not None:
                     todo.append((source, product.reader))
@@ -128,13 +128,13 @@ class Graph:
 
     def mixing(self, softmax: Softmax) -> list[Product]:
         """The products with a weight that mix the heads of the logits before a softmax."""
-        return [p for p in self._back(softmax.logits, softmax.op).products if self._mixed(p) is not None]
+        return [p for p in self._walk_back(softmax.logits, softmax.op).products if self._mixed(p) is not None]
 
     def between(self, softmax: Softmax) -> Iterator[Op]:
         """Ops between the products of queries and keys and the softmax, heads mixed or not, the last one first."""
         todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
         while todo:
-            back = self._back(*todo.pop())
+            back = self._walk_back(*todo.pop())
             yield from sorted(back.passed, key=lambda op: -op.index)
             todo += [(s, p.reader) for p in back.products if (s := self._mixed(p)) is not None]
 
@@ -157,7 +157,7 @@ class Graph:
             name
             for product in self.logit_products(softmax)
             for operand in product.factors
-            for nearest in self._back(operand, product.reader).products
+            for nearest in self._walk_back(operand, product.reader).products
             for name in self._factor(nearest).params
         }
 
@@ -166,7 +166,7 @@ class Graph:
         found = []
         for op in self.tape.ops:
             if op.data and is_opaque(op.func):
-                behind = (p for v in op.inputs for p in self._back(v, op).products)
+                behind = (p for v in op.inputs for p in self._walk_back(v, op).products)
                 if any(self._factor(p).params & params for p in behind):
                     found.append(op)
         return found
@@ -180,13 +180,13 @@ class Graph:
             if softmax.op not in self._behind_weights(value, product.reader)
         ]
         found: set[Op] = set()
-        todo = [p for place in weighed for p in self._back(*place).products]
+        todo = [p for place in weighed for p in self._walk_back(*place).products]
         while todo:
             product = todo.pop()
             if product.op not in found:
                 found.add(product.op)
                 sources = self._factor(product).sources
-                todo += [p for source in sources for p in self._back(source, product.reader).products]
+                todo += [p for source in sources for p in self._walk_back(source, product.reader).products]
         return found
 
     def features(self, factor: Factor) -> int | None:
@@ -203,14 +203,14 @@ class Graph:
         if all(data) or not any(data):
             return all(data)
         other = product.factors[data.index(False)]
-        return bool(self._back(other, product.reader).products)
+        return bool(self._walk_back(other, product.reader).products)
 
     def _pools(self, product: Product) -> bool:
         """Whether a sum takes shares of features that no queries and keys have made: it pools them, token by token."""
         if product.op is product.reader:
             return False
         for value in product.factors:
-            back = self._back(value, product.reader)
+            back = self._walk_back(value, product.reader)
             if back.softmaxes and not back.products:
                 shares = [s for s in self.softmaxes if s.op in back.softmaxes]
                 return not any(self._of_two_sides(p) for s in shares for p in self.logit_products(s))
@@ -228,7 +228,7 @@ class Graph:
         weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
         if len(sources) != 1 or len(weights) != 1 or sources[0].tensor.numel() != product.op.out.tensor.numel():
             return None
-        back = self._back(sources[0], product.reader)
+        back = self._walk_back(sources[0], product.reader)
         normed = any(op in self.statistics and op.name != "amax" for op in back.passed)
         if back.softmaxes or back.joined or normed:  # a layer of its own, and not logits
             return None
@@ -254,7 +254,7 @@ class Graph:
 
     def _is_gated(self, product: Product, softmax: Softmax, weighs: Mapping[Softmax, Sequence[Product]]) -> bool:
         """Whether a softmax gates features (of keys that it chose), which another attention then reads."""
-        shares = [v for v in product.factors if softmax.op in self._back(v, product.reader).softmaxes]
+        shares = [v for v in product.factors if softmax.op in self._walk_back(v, product.reader).softmaxes]
         if not shares or any(v.tensor.numel() <= math.prod(softmax.shape) for v in shares):
             return False
         weighed = any(product in products for s, products in weighs.items() if s is not softmax)
@@ -264,18 +264,18 @@ class Graph:
     def _has_values(self, product: Product) -> bool:
         """Whether no factor of a product is a bare weight, as that of a layer which reads attention maps is."""
         return all(
-            self.tape.is_data(v, product.reader) or bool(self._back(v, product.reader).products)
+            self.tape.is_data(v, product.reader) or bool(self._walk_back(v, product.reader).products)
             for v in product.factors
         )
 
     def _behind_weights(self, value: Value, reader: Op) -> Set[Op]:
         """Softmaxes behind a factor; where their heads are mixed afterwards, behind the mixing product."""
-        back = self._back(value, reader)
+        back = self._walk_back(value, reader)
         found = set(back.softmaxes)
         for product in back.products:
             data = [v for v in product.factors if self.tape.is_data(v, product.reader)]
             if len(data) == 1 and data[0].tensor.numel() == product.op.out.tensor.numel():
-                found |= set(self._back(data[0], product.reader).softmaxes)
+                found |= set(self._walk_back(data[0], product.reader).softmaxes)
         return found
 
     # -- chains --------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class Graph:
         key = (id(value), id(reader))
         if not nearest and key in known:
             return known[key]
-        back = self._back(value, reader)
+        back = self._walk_back(value, reader)
         found = []
         for product in back.products:
             factor = self._factor(product)
@@ -319,7 +319,7 @@ class Graph:
         if len(weights) == 2:
             # The input is made of parameters as well (learned queries): the weight is the one made by no product. Where
             # that is both, either may be it: the claim has to say.
-            plain = [v for v in weights if not self._back(v, product.reader).products]
+            plain = [v for v in weights if not self._walk_back(v, product.reader).products]
             weights = plain if len(plain) == 1 else weights
         sources = tuple(v for v in product.factors if v not in weights)
         params = frozenset(name for v in weights for name in self._params(v, product.reader))
@@ -402,12 +402,12 @@ class Graph:
 
     # -- walking back --------------------------------------------------------------------------------------------------
 
-    def _back(self, value: Value, reader: Op) -> _Back:
+    def _walk_back(self, value: Value, reader: Op) -> _BackwardWalk:
         """Walk from a value back to the nearest products of two things that inputs or parameters reach."""
         known = self._walks.get((value, reader))
         if known is not None:
             return known
-        back = self._walks[value, reader] = _Back()
+        back = self._walks[value, reader] = _BackwardWalk()
         seen: set[Op] = set()
         todo = list(self.tape.behind(value, reader))
         while todo:
@@ -425,7 +425,7 @@ class Graph:
             if op in self.barriers:
                 back.joined = True
                 continue
-            if turns(op) or op.name == "logsumexp":
+            if makes_rotation(op) or op.name == "logsumexp":
                 continue  # angles, learned or given, and the size of whole rows of logits, are no features
             back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants moves features
             back.passed.append(op)

@@ -131,7 +131,7 @@ def is_linear(op: Op) -> bool:
     return kind(op) in _LINEAR or _is_depthwise(op)
 
 
-def turns(op: Op) -> bool:
+def makes_rotation(op: Op) -> bool:
     """Whether an op makes rotations out of angles: they change the direction of features, and are none themselves."""
     return kind(op) in ("sin", "cos", "polar")
 

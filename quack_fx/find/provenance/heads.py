@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from quack_fx.find.attention import Logits, Product, fused_scale
 from quack_fx.find.provenance.flow import Flow, NormTag
-from quack_fx.find.provenance.meeting import Meeting, meeting_of, summed
+from quack_fx.find.provenance.pairing import Meeting, meeting_of, summed
 from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.refused import NotOneAttention, Refused
 from quack_fx.find.provenance.trace import Tracer
@@ -105,26 +105,30 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
     )
 
 
-def _side_by_side(turns: list[Heads]) -> Heads:
-    """Heads of the turns of a loop as those of one attention."""
-    query = tuple(head for turn in turns for head in turn.query)
-    if len(set(query)) != len(query) or len({turn.head_dim for turn in turns}) > 1 or any(t.channels for t in turns):
+def _side_by_side(iterations: list[Heads]) -> Heads:
+    """Heads of the iterations of a Python loop over heads, as those of one attention."""
+    query = tuple(head for one in iterations for head in one.query)
+    if (
+        len(set(query)) != len(query)
+        or len({one.head_dim for one in iterations}) > 1
+        or any(t.channels for t in iterations)
+    ):
         raise NotOneAttention
-    if any(_rows(one.query) & _rows(other.key) for one, other in permutations(turns, 2)):
-        raise NotOneAttention  # what asks in one turn is asked in another: two attentions, there and back
-    key = tuple(dict.fromkeys(head for turn in turns for head in turn.key))
-    scales = {turn.scale for turn in turns}
+    if any(_rows(one.query) & _rows(other.key) for one, other in permutations(iterations, 2)):
+        raise NotOneAttention  # queries of one iteration are keys of another: cross-attention in both directions
+    key = tuple(dict.fromkeys(head for one in iterations for head in one.key))
+    scales = {one.scale for one in iterations}
     return Heads(
         query=query,
         key=key,
-        head_map=tuple(key.index(turn.key[k]) for turn in turns for k in turn.head_map),
-        head_dim=turns[0].head_dim,
-        projection={row: projection for turn in turns for row, projection in turn.projection.items()},
-        norms=(_all_norms(turns, 0), _all_norms(turns, 1)),
+        head_map=tuple(key.index(one.key[k]) for one in iterations for k in one.head_map),
+        head_dim=iterations[0].head_dim,
+        projection={row: projection for one in iterations for row, projection in one.projection.items()},
+        norms=(_all_norms(iterations, 0), _all_norms(iterations, 1)),
         scale=scales.pop() if len(scales) == 1 else None,
         operands=(
-            tuple(node for turn in turns for node in turn.operands[0]),
-            tuple(node for turn in turns for node in turn.operands[1]),
+            tuple(node for one in iterations for node in one.operands[0]),
+            tuple(node for one in iterations for node in one.operands[1]),
         ),
     )
 
@@ -134,8 +138,8 @@ def _rows(heads: tuple[tuple[Vector, ...], ...]) -> frozenset[Row]:
     return frozenset(row for vectors in heads for vector in vectors for rows in vector for row in rows)
 
 
-def _all_norms(turns: list[Heads], side: int) -> tuple[NormTag, ...]:
-    return tuple(dict.fromkeys(norm for turn in turns for norm in turn.norms[side]))
+def _all_norms(iterations: list[Heads], side: int) -> tuple[NormTag, ...]:
+    return tuple(dict.fromkeys(norm for one in iterations for norm in one.norms[side]))
 
 
 def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None], product: Node) -> bool:

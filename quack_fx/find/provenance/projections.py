@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.find.provenance.labels import Labels, compact, constant_along
-from quack_fx.find.provenance.movement import move
+from quack_fx.find.provenance.views import run_view
 from quack_fx.graph.dataflow import Dataflow, factors_of
 
 
@@ -257,7 +257,7 @@ class Projections:
             only = self._coordinates(inputs[0])
             numbers = all(df.is_constant(n) for n in node.all_input_nodes if n is not inputs[0])
             return only if numbers and df.shape(inputs[0]) == df.shape(node) else None
-        if kind not in ("movement", "getitem") or not inputs:
+        if kind not in ("view", "getitem") or not inputs:
             return None
         if kind == "getitem":
             inputs = [node.args[0]]  # type: ignore[list-item]
@@ -299,14 +299,14 @@ class Projections:
             table = torch.tensor([names.index(name) for name in own.names])
             return table[compact(own.which)].expand(own.which.shape)
 
-        result: Tensor = move(self._df, node, plane, unknown=-1)
+        result: Tensor = run_view(self._df, node, plane, unknown=-1)
         return result
 
     def _part(self, node: Node) -> _Coordinates | None:
         """One piece of a split or unbound weight."""
         whole: Node = node.args[0]  # type: ignore[assignment]
         inputs = [n for n in whole.all_input_nodes if self._df.is_weight(n)]
-        source = self._coordinates(inputs[0]) if len(inputs) == 1 and self._df.op[whole].kind == "movement" else None
+        source = self._coordinates(inputs[0]) if len(inputs) == 1 and self._df.op[whole].kind == "view" else None
         if source is None:
             return None
         i: int = node.args[1]  # type: ignore[assignment]

@@ -170,7 +170,7 @@ class Tracer:
         df = self.df
         while df.op[node].kind != "contraction":
             data = [n for n in node.all_input_nodes if n in df.activation]
-            moved = df.op[node].kind in ("movement", "getitem") or df.op[node].name == "add"
+            moved = df.op[node].kind in ("view", "getitem") or df.op[node].name == "add"
             if len(data) != 1 or not moved or node in df.writes:
                 return False
             node = data[0]

@@ -24,7 +24,7 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.
 # What nn.Module keeps for itself; parameters, buffers and children are compared as such.
 _INTERNAL = frozenset(vars(nn.Module()))
 
-Place = tuple[str, str]
+AttributePath = tuple[str, str]
 """An attribute inside a layer: name of the submodule relative to the layer, name of the attribute."""
 
 
@@ -41,8 +41,8 @@ class EqualGroup:
 
     members: list[nn.Module]
     trees: dict[nn.Module, list[nn.Module]]
-    differing: set[Place] = field(default_factory=set)
-    fixed: set[Place] = field(default_factory=set)
+    differing: set[AttributePath] = field(default_factory=set)
+    fixed: set[AttributePath] = field(default_factory=set)
 
 
 def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
@@ -110,10 +110,10 @@ def _tensor_form(tensor: Tensor | None) -> object:
     return (type(tensor), tensor.shape, tensor.dtype, tensor.device, stride, tensor.requires_grad)
 
 
-def _differing(paths: list[str], first: list[nn.Module], other: list[nn.Module]) -> set[Place]:
+def _differing(paths: list[str], first: list[nn.Module], other: list[nn.Module]) -> set[AttributePath]:
     """Attributes in which two layers of one form differ; a difference between buffers stands under their name."""
     pairs = {id(a): b for a, b in zip(first, other, strict=False)}
-    found: set[Place] = set()
+    found: set[AttributePath] = set()
     for path, a, b in zip(paths, first, other, strict=False):
         ours, theirs = vars(a), vars(b)
         for name in ours.keys() | theirs.keys():
@@ -153,7 +153,7 @@ def _same(a: Any, b: Any, pairs: dict[int, nn.Module]) -> bool:
     return False
 
 
-def _in_class(layer: nn.Module, place: Place) -> bool:
+def _in_class(layer: nn.Module, place: AttributePath) -> bool:
     """Whether taking the attribute out of the instance would show the class's own, or it is no plain attribute."""
     path, name = place
     module = layer.get_submodule(path)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from quack_fx.graph.capture.equal import EqualGroup, Place, renamed
+from quack_fx.graph.capture.equal import AttributePath, EqualGroup, renamed
 from quack_fx.graph.capture.isolate import Snapshot, unrecorded
 from quack_fx.graph.capture.memory import storage_of
 
@@ -86,7 +86,7 @@ class _Call:
     form: TreeSpec
     result: list[Any]
     result_form: TreeSpec
-    read: dict[Place, Any]
+    read: dict[AttributePath, Any]
     given_nodes: dict[Node, int]
     nodes: list[Node]
     confirmed: bool = False
@@ -204,7 +204,7 @@ class EqualLayers:
                 self._confirm(calls, group, call)
         return output
 
-    def _values_read(self, group: EqualGroup, layer: nn.Module) -> dict[Place, Any] | None:
+    def _values_read(self, group: EqualGroup, layer: nn.Module) -> dict[AttributePath, Any] | None:
         """Values of the attributes that the call read, of those that differ; None if one cannot be watched."""
         if group.fixed:
             return None
@@ -237,7 +237,7 @@ class EqualLayers:
             and all(self._value(layer, place) == value for place, value in known.read.items())
         )
 
-    def _value(self, layer: nn.Module, place: Place) -> Any:
+    def _value(self, layer: nn.Module, place: AttributePath) -> Any:
         path, name = place
         return self._held[id(layer.get_submodule(path))].get(name)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Place = tuple[Any, ...]
+Window = tuple[Any, ...]
 """A view's place: storage, offset, shape, strides, dtype."""
 
 
@@ -19,7 +19,7 @@ def storage_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else -id(tensor)
 
 
-def place_of(tensor: Tensor) -> Place:
+def window_of(tensor: Tensor) -> Window:
     """Equal for two handles of the same window on the same memory."""
     if tensor.layout != torch.strided:
         return (id(tensor),)

@@ -26,7 +26,7 @@ from quack_fx.graph.capture.equal import EqualGroup
 from quack_fx.graph.capture.hybrid import NUMBER, REAL_LIMIT, run_mixed
 from quack_fx.graph.capture.isolate import no_autocast
 from quack_fx.graph.capture.layers import EqualLayers
-from quack_fx.graph.capture.memory import Place, place_of, storage_of, window_on
+from quack_fx.graph.capture.memory import Window, storage_of, window_of, window_on
 from quack_fx.graph.capture.sources import own_lines
 from quack_fx.graph.forward.fused import AnyLayout
 from quack_fx.graph.forward.gpus import OnThisMachine
@@ -62,7 +62,7 @@ class Recorder(TorchDispatchMode):
         self._room = self._left = max(available_memory() // 2, LITTLE)
         self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
-        self._places: dict[Place, Node] = {}
+        self._windows: dict[Window, Node] = {}
         self._twins: dict[int, torch.UntypedStorage] = {}
         self.alive: list[Any] = []  # identities stay unique only while the tensors live
         self._stacks: list[dict[str, tuple[str, type]]] = [{}]
@@ -71,11 +71,11 @@ class Recorder(TorchDispatchMode):
         buffers = [(_within(path, n), t) for path, m in modules for n, t in m._buffers.items() if t is not None]
         self.names = {id(m): n for n, m in modules}
         self._own: dict[int, str] = {}
-        self._own_places: dict[Place, str] = {}
+        self._own_windows: dict[Window, str] = {}
         self._own_storages: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in [*parameters, *buffers]:
             self._own.setdefault(id(tensor), name)
-            self._own_places.setdefault(place_of(tensor), name)
+            self._own_windows.setdefault(window_of(tensor), name)
             self._own_storages.setdefault(storage_of(tensor), (name, tensor))
         self.names.update(self._own)
         self._parameters = {storage_of(p) for _, p in parameters}
@@ -257,18 +257,18 @@ class Recorder(TorchDispatchMode):
     def _remember(self, tensor: Tensor, node: Node) -> None:
         node.meta.setdefault("val", tensor)
         self._nodes[id(tensor)] = node
-        self._places[place_of(tensor)] = node
+        self._windows[window_of(tensor)] = node
         self.alive.append(tensor)
 
     def node(self, tensor: Tensor) -> Node:
         """Node of a tensor: of the op that made it, or one for a tensor from outside."""
-        node = self._nodes.get(id(tensor)) or self._places.get(place_of(tensor))
+        node = self._nodes.get(id(tensor)) or self._windows.get(window_of(tensor))
         return node if node is not None else self._outside(tensor)
 
     def _outside(self, tensor: Tensor) -> Node:
         """Node of a tensor that no recorded op made: a parameter, a buffer, a view of one, or a constant."""
         self._make_twin(tensor)
-        name = self._own.get(id(tensor)) or self._own_places.get(place_of(tensor))
+        name = self._own.get(id(tensor)) or self._own_windows.get(window_of(tensor))
         if name is None and (owner := self._own_storages.get(storage_of(tensor))) is not None:
             base = self.node(owner[1])
             place = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())

@@ -57,7 +57,7 @@ def _attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     mask = _sequences(q)[:, None] == _sequences(k)
     if is_causal:
-        mask = mask & (_places(q)[:, None] >= _places(k))
+        mask = mask & (_positions(q)[:, None] >= _positions(k))
     q_1HND, k_1HND, v_1HND = (x.values().transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # N: tokens of all sequences
     out = F.scaled_dot_product_attention(q_1HND, k_1HND, v_1HND, mask, scale=scale, enable_gqa=enable_gqa)
     rows = out.squeeze(0).transpose(0, 1)
@@ -70,7 +70,7 @@ def _sequences(x: Jagged) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
-def _places(x: Jagged) -> Tensor:
-    """For each token its place in its sequence."""
+def _positions(x: Jagged) -> Tensor:
+    """For each token its position in its sequence."""
     offsets: Tensor = x.offsets().cpu()
     return torch.arange(int(offsets[-1])) - offsets[:-1][_sequences(x)]

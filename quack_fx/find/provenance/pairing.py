@@ -83,7 +83,7 @@ def meeting_of(tracer: Tracer, logits: Logits, product: Product, left: Tensor, r
 def _is_swapped(tracer: Tracer, logits: Logits, product: Product, shape: Sequence[int]) -> bool:
     """Whether the left operand of a product holds the keys: whether it alone changes along the softmax's axis."""
     varies = [
-        _varies(tracer, product.node, logits, _places(product, shape, side)) if len(shape) > 1 else side == 1
+        _varies(tracer, product.node, logits, _numbered(product, shape, side)) if len(shape) > 1 else side == 1
         for side in (0, 1)
     ]
     return varies[0] and not varies[1]
@@ -105,7 +105,7 @@ def _is_gathered_swapped(df: Dataflow, groups: Groups, product: Product) -> bool
     return right
 
 
-def _places(product: Product, shape: Sequence[int], side: int) -> Tensor:
+def _numbered(product: Product, shape: Sequence[int], side: int) -> Tensor:
     """A plane that numbers the vectors of one operand as they lie in the product's result."""
     if product.form == "matmul":
         summed = len(shape) - (1 if side == 0 else 2)

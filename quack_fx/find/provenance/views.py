@@ -30,12 +30,12 @@ _DROPPED = ("dtype", "device", "memory_format", "layout", "pin_memory", "non_blo
 Plane = Callable[[Node], Tensor]
 
 
-def move(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool = False) -> Any:
+def run_view(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool = False) -> Any:
     """Plane (or list of planes) of a movement node.
 
     Arguments:
         df: The graph's dataflow.
-        node: The node; its op is of kind "movement".
+        node: The node; its op is of kind "view".
         plane: Gives the plane of each tensor that is moved.
         unknown: Value for elements whose source depends on data (a gather by computed indices).
         alias: Keep the result a window on its argument's plane, because something writes through it.
