@@ -9,7 +9,7 @@ understood of each attention.
     grouped.py      softmaxes over groups of entries, as attention over the edges of a graph has them
     provenance/     which weight rows each operand of the logits is made of
 
-Whoever is outside this folder imports what stands here, and nothing from its files.
+Code outside this folder imports the names below, and nothing from its files.
 """
 
 from __future__ import annotations

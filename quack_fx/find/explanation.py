@@ -34,7 +34,7 @@ def explain_site(df: Dataflow, trail: Trail, logits: Logits, site: AttentionSite
 
 
 def explain_refusal(df: Dataflow, trail: Trail, logits: Logits, refusal: Refused) -> Explanation:
-    """An attention whose rows cannot be told; the walks lead to the node at which that showed."""
+    """An attention that was refused; the walks lead to the node at which its rows were lost."""
     stopped = refusal.node
     path, output = _logits(df, logits)
     return Explanation(
@@ -50,7 +50,7 @@ def explain_refusal(df: Dataflow, trail: Trail, logits: Logits, refusal: Refused
 
 
 def explain_miss(df: Dataflow, miss: NearMiss) -> Explanation:
-    """What looked like attention, and was none that could be followed: no walk was begun."""
+    """Something like attention that was refused before any walk."""
     return Explanation(df.home(miss.node), code=miss.code, reason=miss.reason, stopped=_walked(df, miss.node))
 
 
@@ -107,7 +107,7 @@ def _walked(df: Dataflow, node: Node, held: Held | None = None) -> WalkedNode:
 
 
 def _weights_of(df: Dataflow, node: Node) -> tuple[str, ...]:
-    """The parameters that a product multiplies data with, however they were moved before."""
+    """The parameters that a product multiplies data with, also through view ops."""
     sides = factors_of(df, node) if df.op[node].kind in ("contraction", "convolution") else None
     todo, names = [n for n in (sides or ())[:2] if n is not None and df.is_weight(n)], dict[str, None]()
     while todo:

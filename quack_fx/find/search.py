@@ -1,8 +1,8 @@
-"""FINDER: a model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
+"""From a model and example inputs to its `QKLayout`: capture, then attention, then provenance.
 
-`find_qk_pairs` is the public call; `find` also tells how it was done, `explain` how one attention was understood;
-`find_in_graph` takes an ATen graph that somebody else made (torch.export, make_fx), and `find_each` gives what was
-understood of each of its attentions as well.
+`find_qk_pairs` is the public call; `find` also reports how it was done, `explain` how one attention was understood;
+`find_in_graph` takes any ATen graph (torch.export, make_fx), and `find_each` also returns what was understood of each
+attention in it.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Found:
 
     Attributes:
         layout: The layout.
-        way: How the forward was recorded: "hybrid" (fake weights, size does not matter) or "real".
+        way: How the forward was recorded: "hybrid" (fake weights, so the size of the model does not matter) or "real".
         nodes: Number of nodes of the recorded graph.
         seconds: Seconds spent on each part of the work.
-        canned: Ops that needed numbers which are not there and got a made-up answer (routing, mostly).
-        fallback_reason: Why the hybrid recording was given up, or None.
+        canned: Ops whose result depends on the values of fake tensors and was made up (mostly routing).
+        fallback_reason: Why the hybrid recording failed, or None.
     """
 
     layout: QKLayout
@@ -103,14 +103,14 @@ def find(
     progress: Callable[[str], None] | None = None,
     recording: Capture | None = None,
 ) -> Found:
-    """`find_qk_pairs` with an account of how it went.
+    """`find_qk_pairs`, with a report of how the layout was found.
 
     Arguments:
         model: The model.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         progress: Called with a short text when a new part of the work begins.
-        recording: The recording of that very call, where there is one already.
+        recording: A recording of this call, if there already is one.
 
     Returns:
         Layout, way of recording, size of the graph, seconds.
@@ -121,8 +121,8 @@ def find(
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """A recording makes hundreds of thousands of objects that all live on; looking for garbage among them takes longer
-    than the recording itself."""
+    """Context without garbage collection: a recording makes hundreds of thousands of objects that all stay alive, and
+    collecting among them takes longer than the recording itself."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -150,7 +150,7 @@ def _find(
     try:
         layout = _in_recording(model, recorded, tell)
     except BehindLayer as behind:
-        # What is wanted lies behind a layer that was left out: all of them are needed.
+        # The weights lie behind a layer that was left out, so every layer has to be recorded.
         _log.info("recording once more, with every layer: %s", behind)
         tell("recording the forward pass with every layer")
         recorded = capture(model, args, kwargs, sources=dumping())
@@ -171,7 +171,7 @@ def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], Non
 
 
 def _with_scales_of_both(sites: Sequence[AttentionSite], others: Sequence[AttentionSite]) -> Iterator[AttentionSite]:
-    """Sites whose scales are told where another number in place of the one that was made up gives the same."""
+    """The sites, with a logit scale only where it does not depend on the number that was made up."""
     scales: dict[str, set[float | None]] = {}
     for site in others:
         scales.setdefault(site.name, set()).add(site.logit_scale)
@@ -187,13 +187,13 @@ def find_in_graph(
     repeated: Sequence[RepeatedLayer] = (),
     progress: Callable[[str], None] | None = None,
 ) -> QKLayout:
-    """Layout of an ATen-level graph, one of torch.export or make_fx as well as ours.
+    """Layout of an ATen-level graph: one of our recordings, or of torch.export or make_fx.
 
     Arguments:
         graph_module: The graph; its nodes carry `meta["val"]`.
         weights: Name of each node that is a parameter. Default: `get_attr` nodes that are parameters of `graph_module`.
         all_names: All parameters of the model; those that no op reads are reported as untouched.
-        repeated: Layers that one node of the graph stands for; they get the sites of the layer that they are like.
+        repeated: Layers that are one node of the graph each; they get the sites of the layer they are equal to.
         progress: Called with a short text as the work goes on.
 
     Returns:
@@ -209,8 +209,8 @@ class Finding:
     Arguments:
         graph_module: The graph.
         weights: Name of each node that is a parameter.
-        each: Whether each attention is understood by itself, even one that is equal to another: `understood` then holds
-            the logits, the site and the heads of all.
+        each: Analyse every attention on its own, even one that is equal to another, so that `understood` holds the
+            logits, the site and the heads of all of them.
     """
 
     def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str], *, each: bool = False) -> None:
@@ -278,7 +278,8 @@ class Finding:
 
 
 class Attentions:
-    """The attentions of a graph one by one; the turns of a loop that is no loop over heads follow as attentions."""
+    """The attentions of a graph one by one. A Python loop that turns out not to be over heads is followed by its
+    iterations, as attentions of their own."""
 
     def __init__(self, df: Dataflow, logits: Sequence[Logits], *, explaining: bool = False) -> None:
         self.tracer = Tracer(df)
@@ -294,15 +295,15 @@ class Attentions:
 
     @property
     def left(self) -> int:
-        """How many are still to come."""
+        """Number of attentions that are not yet iterated over."""
         return len(self._todo)
 
     def look_at(self, one: Logits) -> tuple[AttentionSite, Heads]:
-        """Site and heads of one; `tracer.basis` then is what they rest on.
+        """Site and heads of one attention; afterwards `tracer.basis` holds the nodes that they were derived from.
 
         Raises:
-            NotOneAttention: Its parts come next.
-            Refused: It is not understood.
+            NotOneAttention: It is several; they come next.
+            Refused: Its weight rows cannot be determined.
         """
         tracer = self.tracer
         tracer.basis = Basis()
@@ -322,7 +323,7 @@ class Attentions:
         return site, heads
 
     def understood(self) -> Iterator[tuple[Logits, AttentionSite, Heads]]:
-        """Those that are understood, each with its site and heads."""
+        """The attentions that are understood, each with its site and heads."""
         for one in self:
             try:
                 site, heads = self.look_at(one)
@@ -331,14 +332,14 @@ class Attentions:
             yield one, site, heads
 
     def value_norms(self, one: Logits) -> list[NormTag]:
-        """Norms that the values of an attention pass."""
+        """Norms between the projections of an attention's values and their use."""
         values = [value for part in one.parts or (one,) for value in values_of(self.tracer, part)]
         flows = self.tracer.trace(values)
         return [tag for value in values if value in flows for tag in flows[value].norms]
 
 
 def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
-    """Search an ATen-level graph of somebody's, each attention by itself; arguments as those of `find_in_graph`."""
+    """Search any ATen-level graph, analysing each attention on its own; arguments as for `find_in_graph`."""
     weights = own_parameters(graph_module) if weights is None else weights
     finding = Finding(graph_module, weights, each=True)
     return finding, finding.layout([name for name, _ in graph_module.named_parameters()])
@@ -381,7 +382,7 @@ def explain(
 def attentions_of(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, real: bool = False
 ) -> Attentions:
-    """The attentions of one call of a model; `real`: every node of its graph has numbers."""
+    """The attentions of one call of a model; with `real`, every node of its graph has real values."""
     with unwrapped(model) as inner:
         graph_module = capture(inner, args, kwargs, real=real).graph_module
         df = Dataflow(graph_module, parameters_in(graph_module, inner))
@@ -389,17 +390,17 @@ def attentions_of(
 
 
 Pairs = tuple[tuple[WeightBlock, ...], tuple[WeightBlock, ...], tuple[LogitTerm, ...]]
-"""What tells an attention from others, whatever its norms."""
+"""Identity of an attention: its query blocks, key blocks and terms. Norms are left out, so that they can change."""
 
 
 def pairs_of(site: AttentionSite) -> Pairs:
-    """What tells a site from others."""
+    """Identity of a site, whatever its norms."""
     return site.query, site.key, site.terms
 
 
 def indices_of_sites(layout: QKLayout) -> dict[Pairs, int]:
-    """Where in a layout each attention is."""
-    return {pairs_of(site): place for place, site in enumerate(layout.sites)}
+    """Index of each attention in `layout.sites`."""
+    return {pairs_of(site): i for i, site in enumerate(layout.sites)}
 
 
 def parameters_in(graph_module: GraphModule, model: nn.Module) -> dict[Node, str]:

@@ -1,7 +1,8 @@
-"""ATen ops in the few kinds that matter for following weight rows.
+"""ATen ops, grouped into the few kinds that matter for tracing weight rows.
 
-In: a graph node. Out: an `Op`, its base name (overloads and in-place underscores dropped) and its kind. An op that is
-not listed here is taken for elementwise; whoever follows labels through it checks that its shapes agree with that.
+In: a graph node. Out: an `Op`: its base name (without overload and in-place underscore) and its kind. An op that is not
+listed here counts as elementwise; the tracer checks that its shapes agree with that. "view" is every op that only
+rearranges elements: views, and also copies, concatenations and gathers.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ REDUCTION = frozenset(
     "sum mean amax amin max min var var_mean std std_mean norm linalg_vector_norm logsumexp prod argmax argmin topk "
     "sort any all cumsum cumprod median mode kthvalue count_nonzero nansum".split()
 )
-# Each result is made of a window on the last axes of the data, whose number the name tells.
+# Each result depends on a window over the last axes of the data; the name says over how many.
 _POOLING = re.compile(r"_?(?:(?:adaptive_|fractional_)?(?:avg|max)_pool|upsample_\w+?|grid_sampler_)([123])d")
 NORM = frozenset(
     "native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm group_norm native_batch_norm batch_norm "
@@ -66,7 +67,7 @@ NORM = frozenset(
     "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
     "instance_norm".split()
 )
-# Names of attention ops of torch and of the flash kernels that register themselves as ops: arguments are q, k, v.
+# Names of the attention ops of torch, and of flash kernels that are registered as ops: their arguments are q, k, v.
 _ATTENTION_MARKS: tuple[str, ...] = ("scaled_dot_product", "flex_attention", "flash_attn", "_flash_attention_forward")
 _ATTENTION_MARKS += ("_efficient_attention_forward", "memory_efficient_attention", "varlen_attn")
 
@@ -108,7 +109,7 @@ _TABLE: tuple[tuple[frozenset[str], Kind], ...] = (
 
 
 def pooled_axes(op: Op) -> int:
-    """Over how many axes, the last ones of its data, an op of kind "pooling" runs."""
+    """Number of axes, the last ones of its data, that an op of kind "pooling" runs over."""
     found = _POOLING.match(op.name)
     assert found is not None
     return int(found[1])

@@ -6,12 +6,12 @@ from torch.fx import Node
 
 
 class Refused(Exception):
-    """An attention whose rows cannot be told.
+    """An attention whose weight rows cannot be determined.
 
     Attributes:
         code: Short machine-readable reason.
         reason: One sentence that a user understands.
-        node: The node at which it showed.
+        node: The node at which that showed.
     """
 
     def __init__(self, code: str, reason: str, node: Node) -> None:
@@ -22,4 +22,4 @@ class Refused(Exception):
 
 
 class NotOneAttention(Exception):
-    """The turns of a loop are no heads of one attention: some are alike (a loop over pieces of the sequence)."""
+    """The iterations of a Python loop are not heads of one attention (a loop over chunks of the sequence, say)."""

@@ -1,7 +1,7 @@
-"""What the tracer saw, kept for whoever asks how an attention was understood.
+"""A record of what the tracer computed, for explanations.
 
-In: each node that the tracer runs, with its flow. Out: `Trail`, which knows for each of them what its labels said then
-(memory that is written into later says something else afterwards), and `Held`, that in words of weight rows.
+In: each node that the tracer runs, with its flow. Out: `Trail`, with a `Held` for each node: its weight rows at that
+moment (in-place writes may change its labels later).
 """
 
 from __future__ import annotations

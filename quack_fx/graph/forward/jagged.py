@@ -2,7 +2,7 @@
 
 In: nothing. Out: a context in which `scaled_dot_product_attention` of jagged nested tensors (sequences of different
 lengths, one behind the other) runs as ordinary attention of all tokens with all, masked to those of the same sequence.
-The kernels that torch has for it say nothing to whoever watches ops, and know no meta device.
+The kernels that torch has for it hide the logits from a dispatch mode, and do not support the meta device.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def takes_itself_apart(types: Any) -> bool:
-    """Whether an op is to be left to a nested tensor first, which then calls ops on its parts.
+    """Whether an op is to be dispatched to a nested tensor first, which then runs ops on its parts.
 
     Arguments:
-        types: Classes of the op's tensors, as a dispatch mode is told them.
+        types: Classes of the op's tensors, as passed to a dispatch mode.
     """
     return any(issubclass(t, NestedTensor) for t in types)
 

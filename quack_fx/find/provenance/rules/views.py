@@ -1,4 +1,4 @@
-"""Movement ops, run on labels, and single results of ops that have several."""
+"""View ops, run on labels, and single results of ops that have several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quack_fx.find.provenance.views import run_view
 
 
 def view(step: Step) -> Flow:
-    """A movement op: the same features, elsewhere."""
+    """A view op: the same features at other indices."""
     df, node, labels = step.df, step.node, step.labels
     name = df.op[node].name
     given = node.all_input_nodes[:1] if name.endswith("_as") else node.all_input_nodes  # the other gives a shape
@@ -43,7 +43,7 @@ def view(step: Step) -> Flow:
 
 
 def _is_data(step: Step, node: Node) -> bool:
-    """Whether an argument is data that is moved (and not an index)."""
+    """Whether an argument is the data of a view op, and not an index."""
     return node in step.df.activation or step.df.group[node] in step.df.writes
 
 

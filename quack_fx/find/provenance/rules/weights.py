@@ -1,4 +1,4 @@
-"""What else stands in an elementwise op beside features: plain factors, gains of norms, biases."""
+"""The other operand of an elementwise op on features: plain factors, gains of norms, biases."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _times_node(step: Step, name: str, flow: Flow, other: Node, x: Node | None) 
 
 
 def _is_rotation(step: Step, node: Node) -> bool:
-    """Whether a node is the sine or cosine of angles, learned ones too: a rotation changes no size."""
+    """Whether a node is the sine or cosine of angles, also of learned ones: a rotation changes no norm."""
     df = step.df
     while df.op[node].kind == "view" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
