@@ -119,7 +119,9 @@ def _weights_of(df: Dataflow, node: Node) -> tuple[str, ...]:
 
 
 def source_of(node: Node) -> str | None:
-    """The line of Python that ran a node, as far as its stack trace tells: the innermost one that is not torch's own.
+    """The line of Python that ran a node, if it has a stack trace: the innermost frame that is not in torch itself.
+
+    Paths are relative to the current folder, or to the installed packages.
 
     Example:
         >>> source_of(node)
@@ -128,5 +130,6 @@ def source_of(node: Node) -> str | None:
     frames = [frame for frame in _FRAME.finditer(node.stack_trace or "") if not frame["file"].startswith(_TORCH)]
     if not frames:
         return None
-    last, here = frames[-1], f"{Path.cwd()}{os.sep}"
-    return f"{last['file'].removeprefix(here)}:{last['line']}" + (f": {last['code'].strip()}" if last["code"] else "")
+    last = frames[-1]
+    file = last["file"].rpartition(f"{os.sep}site-packages{os.sep}")[2].removeprefix(f"{Path.cwd()}{os.sep}")
+    return f"{file}:{last['line']}" + (f": {last['code'].strip()}" if last["code"] else "")
