@@ -70,7 +70,7 @@ class Evidence:
 
     Raises:
         VerifyError: Other weights than the claimed ones lie behind the logits.
-        CannotTell: It cannot be told what lies behind them.
+        CannotTell: The weights before the logits cannot be determined.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Evidence:
             for part in self.parts:
                 part.lower[side] = self._slice(part, side)
         self.reading = softmax.logits, torch.zeros([1] * len(softmax.shape), dtype=torch.long)
-        """A tensor of logits and the head of each; of a single head until more are told apart."""
+        """A tensor of logits and the head of each; a single head until the heads are found."""
         self.channels = False
-        """Whether the logits compare channels over tokens: found out when heads are told apart."""
+        """Whether the logits compare channels over tokens; known once the heads are found."""
 
     def error(self, what: str) -> VerifyError:
         """An error about this site."""
@@ -175,7 +175,7 @@ class Evidence:
                 products.append((product, all(ours)))
         if not products:
             raise self.error("no product of queries and keys stands before the softmax that runs there")
-        # Beside a product of claimed weights, one with weights that nobody claims is a relative position's.
+        # Beside a product of claimed weights, one with unclaimed weights is a relative position bias.
         products = [p for p in products if p[1]] or products
         self.upper = Upper(self.graph, self.softmax, [p for p, _ in products], self.generator)
         parts = []

@@ -48,7 +48,7 @@ class Upper:
         outs = [p.op.out for p in products]
         size = outs[0].tensor.numel()
         self.cuts = [softmax.logits] if not mixing else [v for v in passed + outs if v.tensor.numel() == size]
-        """Where heads can be told apart: the softmax's input, or the tensors before heads are mixed."""
+        """Tensors in which heads are separate: the softmax's input, or those before heads are mixed."""
         self._replay = Replay(
             graph.tape,
             [(softmax.logits, softmax.op), *((v, None) for v in self.cuts if v is not softmax.logits)],

@@ -170,7 +170,7 @@ def _sums_to_zero(gradient: Tensor) -> bool:
 
 
 def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]) -> None:
-    """The module that is said to compute a norm computes one on this side, and its gain is on the way."""
+    """The module that is claimed to compute a norm computes one on this side, and the claimed gain is applied."""
     both_sides = norm.module in {other.module for other in evidence.site.qk_norm if other.side != side}
     ran = {
         module
@@ -205,7 +205,7 @@ def _reads(evidence: Evidence, module: str | None, param: str) -> bool:
 
 
 def _check_latent_norm(evidence: Evidence, side: Side) -> None:
-    """A norm stands between two factors exactly where one is claimed."""
+    """There is a norm between two factors exactly where one is claimed."""
     claimed = [norm for norm in evidence.site.latent_norm if norm.side == side]
     found = {
         module

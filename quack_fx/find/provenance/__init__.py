@@ -1,4 +1,4 @@
-"""Operand of a logit product -> weight rows of each head, chain of factors, norms on the way.
+"""Operand of a logit product -> weight rows of each head, chain of factors, norms in between.
 
 In: the dataflow of a graph and the logits found in it. Out: attention sites, or a refusal with its reason. Operands are
 walked back to the projections, and labels that name weight rows are carried forwards again.

@@ -18,7 +18,7 @@ from quack_fx.layout import NormKind
 
 @dataclass(frozen=True)
 class NormOp:
-    """A node that a norm consists of, and the node whose features it normalises: what would stand there without it.
+    """A node of a norm, and the node whose features it normalises, which would take its place without the norm.
 
     `x` is None where the features come from more than one node.
     """

@@ -111,9 +111,9 @@ class OneDevice(TorchFunctionMode):
 
     def _score(self, query: Tensor, _key: Tensor, _value: Tensor, modify: Callable[..., Any]) -> None:
         """Call the score_mod of flex attention once, so that the weights in it are recorded."""
-        place = torch.zeros((), dtype=torch.int32)
+        index = torch.zeros((), dtype=torch.int32)
         with self, suppress(Exception):  # what is wrong with it the attention itself will say
-            modify(query.new_zeros(()), place, place, place, place)
+            modify(query.new_zeros(()), index, index, index, index)
 
     def _twin(self, tensor: Tensor) -> Tensor:
         with unrecorded():

@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):
 
         placed_before: dict[int, Tensor] = {}
 
-        def place(tensor: Tensor) -> Tensor:
+        def as_input(tensor: Tensor) -> Tensor:
             if id(tensor) in self._own:
                 return tensor
             if id(tensor) not in placed_before:
@@ -143,7 +143,7 @@ class Recorder(TorchDispatchMode):
             self._remember(value, node)
             return value
 
-        placed: tuple[Any, Any] = tree_map_only(Tensor, place, (tuple(args), dict(kwargs)))
+        placed: tuple[Any, Any] = tree_map_only(Tensor, as_input, (tuple(args), dict(kwargs)))
         return placed
 
     def finish(self, output: Any) -> GraphModule:
@@ -271,8 +271,8 @@ class Recorder(TorchDispatchMode):
         name = self._own.get(id(tensor)) or self._own_windows.get(window_of(tensor))
         if name is None and (owner := self._own_storages.get(storage_of(tensor))) is not None:
             base = self.node(owner[1])
-            place = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
-            node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *place))
+            window = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
+            node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *window))
             node.meta["nn_module_stack"] = self._stacks[-1]
         else:
             name = name if name is not None else f"_constant_{len(self.attributes)}"
