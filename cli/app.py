@@ -1,15 +1,18 @@
 """The program. In: the words of a command line. Out: an exit status.
 
 0: done. 1: the check said no (a proof failed, no attention was found). 2: bad input, told in one line on stderr that
-says what to do; `--debug` adds the traceback. Anything else is a mistake of quack-fx itself and keeps its traceback.
+says what to do; `--debug` adds the traceback and the log. Anything else is a mistake of quack-fx itself and keeps its
+traceback.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Annotated
 
 import typer
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = typer.main.get_command(app)
     try:
-        with open_command():
+        with open_command(), _log_on_stderr() if "--debug" in words else nullcontext():
             status = command.main(words, prog_name="quack-fx", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except QuackError as error:
@@ -87,6 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not message():
             return 2  # no command was named: the help has been shown
         return _refuse(f"{message().rstrip('.')}; see {where} --help", 2, debug=False)
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """Context in which everything that quack-fx logs is shown."""
+    logger, handler = logging.getLogger("quack_fx"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _refuse(message: str, status: int, debug: bool) -> int:

@@ -57,7 +57,7 @@ LayoutOption = Annotated[
     ),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log on stderr.")]
 
 WIDTH = 120
 """Columns of text that goes to a file."""

@@ -1,8 +1,9 @@
 """`quack-fx inspect TARGET`: every query/key pair of a model, what was skipped and why, what never ran.
 
 In: a target. Out: on stdout a table with one row per group of equal layers and the tree of one pair, or the layout as
-JSON; with --html also a page; with --verify a tick or a dash for each attention. Exit status 1 where there is no
-attention, and where one was to be proved and could not be.
+JSON; with --html also a page; with --verify a tick or a dash for each attention; with --explain how one attention was
+understood or why it was skipped, and nothing else. Exit status 1 where there is no attention, and where one was to be
+proved and could not be.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from quack_fx.errors import TargetError
 
 from .common import (
     BuildOption,
@@ -45,6 +48,15 @@ def inspect(
         str | None,
         typer.Option("--pair", metavar="NAME", help="Show this attention alone, in full; the end of its name will do."),
     ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="NAME",
+            help="Show how this attention was understood, or where that ended if it was skipped: where its logits are "
+            "made, the nodes from there back to the weights, and what each holds. The end of its name will do.",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Prove by gradients what was found; a tick for each attention.")
     ] = False,
@@ -54,9 +66,13 @@ def inspect(
     debug: DebugOption = False,
 ) -> int:
     """Show every query/key pair of a model, with the weight rows of each head."""
+    if explain is not None and (pair is not None or html is not None or verify):
+        raise TargetError("--explain stands alone, or with --json; leave out --pair, --html and --verify")
     if html is not None:
         check_output(html, force)
     finding = find(target, build, inputs)
+    if explain is not None:
+        return _explain(finding, explain, as_json)
     from quack_fx import report
     from quack_fx.layout import QKLayout
 
@@ -80,6 +96,28 @@ def inspect(
     if facts.proof is not None and facts.proof.open:
         note(facts.proof.summary([s.name for s in layout.sites]))
         return 1
+    return 0
+
+
+def _explain(finding: Finding, name: str, as_json: bool) -> int:
+    """Show how the attentions of one module were understood.
+
+    Raises:
+        LayoutError: No attention is called so, or several are.
+    """
+    from quack_fx import report
+    from quack_fx.find import explain
+
+    layout, target = finding.layout, finding.target
+    names = [site.name for site in layout.sites] + [entry.name for entry in layout.skipped]
+    full = report.find_name(names, name)
+    with progress() as say:
+        found = explain(target.model, target.args, target.kwargs, full, say)
+    if as_json:
+        note_notes(finding)
+        typer.echo(json.dumps([one.to_dict() for one in found]))
+    else:
+        show(*map(report.explanation, found))
     return 0
 
 

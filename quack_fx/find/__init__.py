@@ -3,12 +3,13 @@
 In: a model and example inputs, or an ATen graph of it. Out: a `QKLayout`, and for those who rewrite graphs what was
 understood of each attention.
 
-    search.py     the calls: a model, a recording or a graph in, a layout out
-    attention.py  where a graph makes attention logits
-    grouped.py    softmaxes over groups of entries, as attention over the edges of a graph has them
-    provenance/   which weight rows each operand of the logits is made of
+    search.py       the calls: a model, a recording or a graph in, a layout out
+    attention.py    where a graph makes attention logits
+    explanation.py  how one attention was understood, node by node
+    grouped.py      softmaxes over groups of entries, as attention over the edges of a graph has them
+    provenance/     which weight rows each operand of the logits is made of
 
-Whoever is outside this folder imports what stands here, and nothing from its files.
+Code outside this folder imports the names below, and nothing from its files.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from quack_fx.find.search import (
     Found,
     Pairs,
     attentions_of,
+    explain,
     find,
     find_each,
     find_in_graph,
     find_qk_pairs,
+    indices_of_sites,
     own_parameters,
     pairs_of,
     parameters_in,
-    places_of,
 )
 
 __all__ = [
@@ -44,13 +46,14 @@ __all__ = [
     "Projection",
     "Vector",
     "attentions_of",
+    "explain",
     "find",
     "find_each",
     "find_in_graph",
     "find_qk_pairs",
     "fused_scale",
+    "indices_of_sites",
     "own_parameters",
     "pairs_of",
     "parameters_in",
-    "places_of",
 ]

@@ -1,11 +1,11 @@
 """Where a graph makes attention logits.
 
 In: the dataflow of a graph. Out: one `Logits` for each softmax (or fused attention op) that weighs values by products
-of queries and keys, and a `NearMiss` with a reason for each place that looks like attention and is none that we handle.
+of queries and keys, and a `NearMiss` with a reason for each node that looks like attention but is not supported.
 
-A product of two activations is logits when it reaches a softmax through elementwise and movement ops, and the softmax's
-result enters another product of two activations. A router's softmax is not (its logits are data times a weight), nor is
-CLIP's similarity (its softmax weighs nothing).
+A product of two activations is attention logits if it reaches a softmax through elementwise and view ops, and the
+softmax's result enters another product of two activations. So neither a router is attention (its logits are data times
+a weight) nor CLIP's similarity (its softmax weighs nothing).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.fx import Node
 from quack_fx.find.grouped import Groups, groups_of, scattered, scatters
 from quack_fx.graph.dataflow import Dataflow, factors_of
 
-_SMOOTH = ("movement", "elementwise", "getitem", "norm")
+_PASS_THROUGH = ("view", "elementwise", "getitem", "norm")
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Logits:
         path: Nodes between the products and the softmax's input.
         end: The softmax's input; the product itself for fused ops.
         axis: Axis of `end` that the softmax runs over: the keys.
-        groups: Set where it runs over groups of entries of that axis, each for itself.
-        output: Product of the weights and the values; the fused op itself.
+        groups: Set if the softmax runs over groups of entries of that axis, separately for each group.
+        output: Product of the attention weights and the values; the op itself for fused ops.
         siblings: Outputs of attentions of the same form in the same module call.
-        parts: The turns of a Python loop over heads, each with logits and a softmax of its own, whose outputs are put
-            side by side. Products and paths of all of them are here as well.
+        parts: The iterations of a Python loop over heads: each has its own logits and softmax, and their outputs are
+            concatenated. `products` and `path` hold those of all iterations.
     """
 
     products: tuple[Product, ...]
@@ -68,7 +68,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """Something like attention that is not in the layout: where, a code and a sentence."""
+    """Something like attention that is not in the layout: the node, a code and a sentence."""
 
     node: Node
     code: str
@@ -116,15 +116,15 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
 
 
 def _with_siblings(df: Dataflow, found: list[Logits]) -> list[Logits]:
-    """The attentions, each with those of its form in the same call of a module; turns of a loop made one."""
+    """The attentions, each with its siblings; the iterations of a Python loop over heads are made one attention."""
     calls: dict[object, list[Node]] = {}
     loops: dict[object, list[Logits]] = {}
     for one in found:
         calls.setdefault(_call(df, one), []).append(one.output)
     for one in found:
         one = replace(one, siblings=tuple(n for n in calls[_call(df, one)] if n is not one.output))
-        place = _put_into(df, one.output)
-        key = (df.modules(one.end), *_form(df, one), place) if place is not None else one.end
+        joined = _put_into(df, one.output)
+        key = (df.modules(one.end), *_form(df, one), joined) if joined is not None else one.end
         loops.setdefault(key, []).append(one)
     return [parts[0] if len(parts) == 1 else _loop(parts) for parts in loops.values()]
 
@@ -139,7 +139,7 @@ def _form(df: Dataflow, one: Logits) -> tuple[object, ...]:
 
 
 def _loop(parts: list[Logits]) -> Logits:
-    """Turns of a loop as one attention."""
+    """The iterations of a loop as one attention."""
     return replace(
         parts[-1],
         products=tuple(product for one in parts for product in one.products),
@@ -149,7 +149,7 @@ def _loop(parts: list[Logits]) -> Logits:
 
 
 def _put_into(df: Dataflow, output: Node) -> Node | None:
-    """The tensor that an attention's output is put into beside others, on the way to which it is only moved."""
+    """The concatenation that an attention's output goes into, through view ops alone."""
     node = output
     while True:
         if df.op[node].name in ("cat", "stack"):
@@ -157,7 +157,7 @@ def _put_into(df: Dataflow, output: Node) -> Node | None:
         if df.group[node] in df.writes and node is not output:
             return df.group[node]
         users = [user for user in node.users if user.op == "call_function"]
-        if len(users) != 1 or df.op[users[0]].kind not in ("movement", "getitem"):
+        if len(users) != 1 or df.op[users[0]].kind not in ("view", "getitem"):
             return None
         node = users[0]
 
@@ -167,7 +167,7 @@ def _put_into(df: Dataflow, output: Node) -> Node | None:
 
 @dataclass(frozen=True)
 class _Softmax:
-    """A softmax: its node (the exponential of one written by hand), its input, the axis, and groups along the axis."""
+    """A softmax: its node (the exponential, if it is written out), its input, its axis, and groups along that axis."""
 
     node: Node
     source: Node
@@ -176,7 +176,7 @@ class _Softmax:
 
 
 def _softmax(df: Dataflow, node: Node) -> _Softmax | None:
-    """A softmax, written as an op, as exp(x) / sum(exp(x)), or with sums over groups."""
+    """The softmax that a node is: one op, exp(x) / sum(exp(x)), or an exponential divided by sums over groups."""
     if node not in df.activation:
         return None
     if df.op[node].kind == "softmax":
@@ -197,8 +197,8 @@ def _softmax(df: Dataflow, node: Node) -> _Softmax | None:
 
 
 def _is_read(df: Dataflow, node: Node) -> bool:
-    """Whether anything is computed from a node, or it is a result, however it is moved before."""
-    return any(df.op[user].kind not in ("movement", "getitem") or _is_read(df, user) for user in node.users)
+    """Whether a node, or a view of it, is read by an op that computes something."""
+    return any(df.op[user].kind not in ("view", "getitem") or _is_read(df, user) for user in node.users)
 
 
 def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
@@ -209,19 +209,19 @@ def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
 
 
 def _weighted_values(df: Dataflow, softmax: _Softmax) -> Node | None:
-    """The product of a softmax's weights with data, or None."""
+    """The product of the attention weights of a softmax with data, or None."""
     if softmax.groups is not None:
         return _weighted_in_groups(df, softmax.node)
     return _multiplied_with_data(df, softmax.node)
 
 
 def _weighted_in_groups(df: Dataflow, exponential: Node) -> Node | None:
-    """The elementwise product of weights with data whose entries are added up by groups, or None."""
+    """The elementwise product of attention weights with data whose entries are added up by groups, or None."""
     seen: set[Node] = set()
     todo = [exponential]
     while todo:
         for user in todo.pop(0).users:
-            if user in seen or user not in df.activation or df.op[user].kind not in _SMOOTH:
+            if user in seen or user not in df.activation or df.op[user].kind not in _PASS_THROUGH:
                 continue
             seen.add(df.open(user))
             both = len([n for n in user.all_input_nodes if n in df.activation]) == 2
@@ -233,9 +233,9 @@ def _weighted_in_groups(df: Dataflow, exponential: Node) -> Node | None:
 
 
 def _multiplied_with_data(df: Dataflow, softmax: Node) -> Node | None:
-    """The product of a node with data, however it is moved and scaled before."""
+    """The product of a node with data, also through view ops and scaling."""
     seen: set[Node] = set()
-    mixed: set[Node] = set()  # weights that were combined with other data: a router's, mostly
+    mixed: set[Node] = set()  # attention weights combined with other data: mostly those of a router
     todo = [softmax]
     while todo:
         node = todo.pop(0)
@@ -250,7 +250,7 @@ def _multiplied_with_data(df: Dataflow, softmax: Node) -> Node | None:
                 df.open(user)
             if _is_product(df, user) or _is_bilinear(df, user):
                 return user
-            if op.kind in _SMOOTH and not (op.name == "mul" and _summed(df, user)):
+            if op.kind in _PASS_THROUGH and not (op.name == "mul" and _summed(df, user)):
                 todo.append(user)
                 todo.extend(df.writes.get(df.group[user], ()) if op.inplace else ())
             elif op.name == "mul":
@@ -261,7 +261,7 @@ def _multiplied_with_data(df: Dataflow, softmax: Node) -> Node | None:
 
 
 def _summed(df: Dataflow, mul: Node) -> bool:
-    """Whether a product of two activations is summed right away: weights times values, written elementwise."""
+    """Whether a product of two activations is summed at once: attention weights times values, written elementwise."""
     both = [n for n in mul.all_input_nodes if n in df.activation]
     return len(both) == 2 and any(df.op[u].name == "sum" for u in mul.users)
 
@@ -270,7 +270,7 @@ def _summed(df: Dataflow, mul: Node) -> bool:
 
 
 def _is_data(df: Dataflow, node: Node) -> bool:
-    """Whether a node is an activation, or made of the model's floating-point inputs alone."""
+    """Whether a node is an activation, or depends on floating-point inputs of the model alone."""
     return node in df.activation or df.is_given(node)
 
 
@@ -308,7 +308,7 @@ def _keeps_logits(df: Dataflow, node: Node) -> Node | None:
 def _behind(
     df: Dataflow, softmax: _Softmax, value_products: set[Node]
 ) -> tuple[list[Product], list[Node], Node | None]:
-    """Products that a softmax's input is made of, the nodes on the way, and a product with a bare parameter if seen."""
+    """The products that make up a softmax's input, the nodes in between, and a product with a bare parameter if any."""
     products: list[Product] = []
     path: list[Node] = []
     learned: Node | None = None
@@ -329,7 +329,7 @@ def _behind(
             left, right = (n for n in node.args[0].all_input_nodes if n in df.activation)  # type: ignore[union-attr]
             products.append(Product(node, left, right, "bilinear"))
             path.append(node)
-        elif df.op[node].kind in (*_SMOOTH, "factory") or df.op[node].name in ("cumsum", "cumprod"):
+        elif df.op[node].kind in (*_PASS_THROUGH, "factory") or df.op[node].name in ("cumsum", "cumprod"):
             path.append(node)
             todo.extend(df.reads(node))
         elif (x := _keeps_logits(df, node)) is not None:
@@ -342,19 +342,19 @@ def _behind(
 
 
 def _may_be_logits(df: Dataflow, node: Node) -> bool:
-    """Whether a node can hold logits: a comparison cannot, so that a mask made of products of its own ends here."""
+    """Whether a node can hold logits. A comparison cannot, so a mask that is computed from products ends the walk."""
     value = df.value(node)
     floating = not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
     return floating and (node in df.activation or df.group[node] in df.writes)
 
 
 def _bare_parameter(df: Dataflow, node: Node) -> Node | None:
-    """The node if it multiplies data with a parameter batch by batch, as attention with learned queries does."""
+    """The node, if it is a batched product of data with a parameter, as in attention with learned queries."""
     return node if df.op[node].name in ("bmm", "baddbmm", "matmul") and len(df.shape(node)) > 2 else None
 
 
 def _content(df: Dataflow, products: list[Product]) -> list[Product]:
-    """Products of data with data; those with learned queries or with positions only where there are no others."""
+    """The products of data with data; those with learned queries or positions count only if there are no others."""
     sides = [(p.left in df.from_input) + (p.right in df.from_input) for p in products]
     return [p for p, n in zip(products, sides, strict=True) if n == max(sides)]
 
@@ -372,19 +372,19 @@ def _fused(df: Dataflow, node: Node, misses: list[NearMiss]) -> list[Logits]:
 
 
 def fused_scale(df: Dataflow, product: Product) -> float | None:
-    """The number by which fused attention multiplies its product; None where it is no number."""
+    """The scale of a fused attention op; None if it is not a plain number."""
     node = product.node
     given = node.kwargs.get("scale")
-    place = _place_of_scale(node.target, df.op[node].name)
-    if place is not None and len(node.args) > place:
-        given = node.args[place]
+    position = _index_of_scale(node.target, df.op[node].name)
+    if position is not None and len(node.args) > position:
+        given = node.args[position]
     if given is None:
         return float(df.shape(product.left)[-1] ** -0.5)
     return float(given) if isinstance(given, int | float) else None
 
 
-def _place_of_scale(target: object, name: str) -> int | None:
-    """Which positional argument of an attention op its scale is."""
+def _index_of_scale(target: object, name: str) -> int | None:
+    """Index of the positional argument of an attention op that is its scale."""
     schema = getattr(target, "_schema", None)
     if schema is None:
         return 5 if name == "flex_attention" else None  # after score_mod and block_mask
@@ -393,7 +393,7 @@ def _place_of_scale(target: object, name: str) -> int | None:
 
 
 def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:
-    """Products of products without a softmax between them: linear attention, recurrences."""
+    """Products of products without a softmax in between: linear attention, recurrences."""
     misses: dict[str, NearMiss] = {}
     text = "products of queries, keys and values without a softmax between them (linear attention or a recurrence)"
     for node in df.nodes:
@@ -401,6 +401,5 @@ def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:
             continue
         other = _multiplied_with_data(df, node)
         if other is not None and other not in used:
-            module = (df.modules(node) or ("",))[-1]
-            misses.setdefault(module, NearMiss(node, "no-softmax", text))
+            misses.setdefault(df.home(node), NearMiss(node, "no-softmax", text))
     return list(misses.values())

@@ -1,7 +1,7 @@
-"""Softmaxes over groups of entries, as attention over the edges of a graph has them.
+"""Softmaxes over groups of entries, as in graph neural networks that attend over edges.
 
-In: an exponential in a graph. Out: whether sums over groups of its entries divide it, and which entries are a group:
-the edges that end in one node. Queries are gathered at the node that a group belongs to, keys at the other ends.
+In: an exponential in a graph. Out: whether it is divided by sums over groups of its entries, and the groups: the edges
+that end in one node. Queries are gathered at the node where the edges end, keys at the nodes where they start.
 
     weights = exp(logits)                                        # [edges, heads]
     weights / zeros(nodes, heads).index_add(0, target, weights)[target]
@@ -22,7 +22,7 @@ _SCATTERS = frozenset("scatter_add scatter_reduce index_add index_reduce".split(
 
 @dataclass(frozen=True)
 class Groups:
-    """Which entries along an axis are summed together: where each is scattered to."""
+    """Groups of entries along an axis: `index` says for each entry which sum it is scattered to."""
 
     axis: int
     index: Node
@@ -39,7 +39,7 @@ def scatters(df: Dataflow, node: Node) -> bool:
 
 
 def groups_of(df: Dataflow, exponential: Node) -> Groups | None:
-    """The groups over which an exponential is normalised; None where it is over an axis, or not at all."""
+    """The groups over which an exponential is normalised; None if it is normalised over an axis, or not at all."""
     if not any(df.op[user].name in ("div", "mul") for user in exponential.users):
         return None
     for user in exponential.users:
@@ -51,17 +51,17 @@ def groups_of(df: Dataflow, exponential: Node) -> Groups | None:
 
 
 def scattered(df: Dataflow, node: Node) -> Node | None:
-    """The sum over groups that a node's entries go into, moved at most on the way."""
+    """The sum over groups that reads a node, directly or through view ops."""
     for user in node.users:
         if scatters(df, user) and len(user.args) > 3 and user.args[3] is node:
             return user
-        if df.op[user].kind == "movement" and (found := scattered(df, user)) is not None:
+        if df.op[user].kind == "view" and (found := scattered(df, user)) is not None:
             return found
     return None
 
 
 def is_gathered_by(df: Dataflow, operand: Node, groups: Groups) -> bool:
-    """Whether an operand takes the same entry for all of a group: whether it holds queries."""
+    """Whether an operand gathers the same entry for a whole group, which makes it the queries."""
     target = groups.numbers(df)
     return target is not None and any(
         index is not None and index.shape == target.shape and torch.equal(index, target)
@@ -70,7 +70,7 @@ def is_gathered_by(df: Dataflow, operand: Node, groups: Groups) -> bool:
 
 
 def _gathers(df: Dataflow, node: Node) -> Tensor | None:
-    """For a node that picks entries, the entry of each."""
+    """The indices that a gathering node picks; None if it is none, or they are not constant."""
     name, args = df.op[node].name, node.args
     if name == "index" and isinstance(args[1], list | tuple):
         given = [i for i in args[1] if i is not None]
@@ -83,7 +83,7 @@ def _gathers(df: Dataflow, node: Node) -> Tensor | None:
 
 
 def _back_to_products(df: Dataflow, operand: Node) -> list[Node]:
-    """An operand and what it is made of, back to the nearest products."""
+    """An operand and the nodes behind it, back to the nearest products."""
     seen: dict[Node, None] = {}
     todo = [operand]
     while todo:
@@ -96,6 +96,6 @@ def _back_to_products(df: Dataflow, operand: Node) -> list[Node]:
 
 
 def _along(index: Tensor, axis: int) -> Tensor | None:
-    """An index that is the same at every place of the other axes, along its own."""
+    """The one-dimensional index behind a broadcast one; None if it varies along other axes as well."""
     lines = index.movedim(axis, 0).flatten(1) if index.dim() > 1 else index[:, None]
     return lines[:, 0] if bool((lines == lines[:, :1]).all()) else None

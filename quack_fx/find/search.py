@@ -1,22 +1,26 @@
-"""A model and example inputs in, its `QKLayout` out: capture, then attention, then provenance.
+"""From a model and example inputs to its `QKLayout`: capture, then attention, then provenance.
 
-`find_qk_pairs` is the public call; `find` also tells how it was done; `find_in_graph` takes an ATen graph that somebody
-else made (torch.export, make_fx), and `find_each` gives what was understood of each of its attentions as well.
+`find_qk_pairs` is the public call; `find` also reports how it was done, `explain` how one attention was understood;
+`find_in_graph` takes any ATen graph (torch.export, make_fx), and `find_each` also returns what was understood of each
+attention in it.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from quack_fx.dump import dump, dumping
 from quack_fx.find.attention import Logits, NearMiss, find_logits
+from quack_fx.find.explanation import explain_miss, explain_refusal, explain_site
 from quack_fx.find.provenance import (
     Basis,
     BehindLayer,
@@ -27,6 +31,7 @@ from quack_fx.find.provenance import (
     Refused,
     Repeats,
     Tracer,
+    Trail,
     Uses,
     find_heads,
     make_site,
@@ -36,6 +41,9 @@ from quack_fx.find.provenance import (
 from quack_fx.graph.capture import Capture, RepeatedLayer, capture, unwrapped
 from quack_fx.graph.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Skipped, WeightBlock
+from quack_fx.layout.walk import Explanation
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,11 @@ class Found:
 
     Attributes:
         layout: The layout.
-        way: How the forward was recorded: "hybrid" (fake weights, size does not matter) or "real".
+        way: How the forward was recorded: "hybrid" (fake weights, so the size of the model does not matter) or "real".
         nodes: Number of nodes of the recorded graph.
         seconds: Seconds spent on each part of the work.
-        canned: Ops that needed numbers which are not there and got a made-up answer (routing, mostly).
-        fallback_reason: Why the hybrid recording was given up, or None.
+        canned: Ops whose result depends on the values of fake tensors and was made up (mostly routing).
+        fallback_reason: Why the hybrid recording failed, or None.
     """
 
     layout: QKLayout
@@ -95,14 +103,14 @@ def find(
     progress: Callable[[str], None] | None = None,
     recording: Capture | None = None,
 ) -> Found:
-    """`find_qk_pairs` with an account of how it went.
+    """`find_qk_pairs`, with a report of how the layout was found.
 
     Arguments:
         model: The model.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         progress: Called with a short text when a new part of the work begins.
-        recording: The recording of that very call, where there is one already.
+        recording: A recording of this call, if there already is one.
 
     Returns:
         Layout, way of recording, size of the graph, seconds.
@@ -113,8 +121,8 @@ def find(
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """A recording makes hundreds of thousands of objects that all live on; looking for garbage among them takes longer
-    than the recording itself."""
+    """Context without garbage collection: a recording makes hundreds of thousands of objects that all stay alive, and
+    collecting among them takes longer than the recording itself."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -134,14 +142,18 @@ def _find(
     tell = progress or (lambda text: None)
     tell("recording one forward pass")
     start = time.perf_counter()
-    recorded = recording or capture(model, args, kwargs, layers_once=True)
+    if recording is None or dumping():
+        recorded = capture(model, args, kwargs, layers_once=True, sources=dumping())
+    else:
+        recorded = recording
     captured = time.perf_counter()
     try:
         layout = _in_recording(model, recorded, tell)
-    except BehindLayer:
-        # What is wanted lies behind a layer that was left out: all of them are needed.
+    except BehindLayer as behind:
+        # The weights lie behind a layer that was left out, so every layer has to be recorded.
+        _log.info("recording once more, with every layer: %s", behind)
         tell("recording the forward pass with every layer")
-        recorded = capture(model, args, kwargs)
+        recorded = capture(model, args, kwargs, sources=dumping())
         layout = _in_recording(model, recorded, tell)
     if recorded.made_up:
         other = _in_recording(model, capture(model, args, kwargs, number=0.75), tell)
@@ -159,7 +171,7 @@ def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], Non
 
 
 def _with_scales_of_both(sites: Sequence[AttentionSite], others: Sequence[AttentionSite]) -> Iterator[AttentionSite]:
-    """Sites whose scales are told where another number in place of the one that was made up gives the same."""
+    """The sites, with a logit scale only where it does not depend on the number that was made up."""
     scales: dict[str, set[float | None]] = {}
     for site in others:
         scales.setdefault(site.name, set()).add(site.logit_scale)
@@ -175,40 +187,42 @@ def find_in_graph(
     repeated: Sequence[RepeatedLayer] = (),
     progress: Callable[[str], None] | None = None,
 ) -> QKLayout:
-    """Layout of an ATen-level graph, one of torch.export or make_fx as well as ours.
+    """Layout of an ATen-level graph: one of our recordings, or of torch.export or make_fx.
 
     Arguments:
         graph_module: The graph; its nodes carry `meta["val"]`.
         weights: Name of each node that is a parameter. Default: `get_attr` nodes that are parameters of `graph_module`.
         all_names: All parameters of the model; those that no op reads are reported as untouched.
-        repeated: Layers that one node of the graph stands for; they get the sites of the layer that they are like.
+        repeated: Layers that are one node of the graph each; they get the sites of the layer they are equal to.
         progress: Called with a short text as the work goes on.
 
     Returns:
         The layout.
     """
     weights = own_parameters(graph_module) if weights is None else weights
-    return Finding(Dataflow(graph_module, weights)).layout(weights, all_names, repeated, progress)
+    return Finding(graph_module, weights).layout(all_names, repeated, progress)
 
 
 class Finding:
     """The search through one graph.
 
     Arguments:
-        df: The graph.
-        each: Whether each attention is understood by itself, even one that is equal to another: `understood` then holds
-            the logits, the site and the heads of all.
+        graph_module: The graph.
+        weights: Name of each node that is a parameter.
+        each: Analyse every attention on its own, even one that is equal to another, so that `understood` holds the
+            logits, the site and the heads of all of them.
     """
 
-    def __init__(self, df: Dataflow, *, each: bool = False) -> None:
-        self._df, self._each = df, each
-        logits, self._misses = find_logits(df)
-        self.attentions = Attentions(df, logits)
+    def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str], *, each: bool = False) -> None:
+        self._df, self._each = Dataflow(graph_module, weights), each
+        logits, self._misses = find_logits(self._df)
+        _log.info("%d nodes, %d softmaxes that weigh products", len(self._df.nodes), len(logits))
+        dump("graph", ".py", lambda: graph_module.print_readable(print_output=False))
+        self.attentions = Attentions(self._df, logits, explaining=dumping())
         self.understood: list[tuple[Logits, AttentionSite, Heads]] = []
 
     def layout(
         self,
-        weights: Mapping[Node, str],
         all_names: Sequence[str] = (),
         repeated: Sequence[RepeatedLayer] = (),
         progress: Callable[[str], None] | None = None,
@@ -223,11 +237,13 @@ class Finding:
                 progress(f"following the weight rows of attention {len(sites) + 1} of {count}")
             known = None if self._each else repeats.find(one)
             if known is not None:
+                _log.debug("%s: equal to an attention that is understood", known.name)
                 sites.append((one.output, known))
                 continue
             try:
                 site, heads = attentions.look_at(one)
             except NotOneAttention:
+                _log.debug("%s: no loop over heads; each iteration is an attention", df.home(one.output))
                 continue
             except Refused as refusal:
                 misses.append(NearMiss(one.products[-1].node, refusal.code, refusal.reason))
@@ -236,20 +252,40 @@ class Finding:
                 self.understood.append((one, site, heads))
                 repeats.remember(one, site, attentions.tracer.basis)
             layers.check(one, attentions.tracer.basis.all_nodes())
-        skipped = [(miss.node, _skipped(df, miss)) for miss in misses]
-        reached = layers.all_names({name for node, name in weights.items() if node.users})
+        for explanation in attentions.explanations:
+            dump(explanation.name, ".walk.txt", explanation.text)
+        skipped = [(miss.node, Skipped(df.home(miss.node), miss.code, miss.reason)) for miss in misses]
+        for _, entry in skipped:
+            _log.debug("%s: skipped: %s [%s]", entry.name, entry.reason, entry.code)
+        reached = layers.all_names({name for node, name in df.weights.items() if node.users})
         return QKLayout(
             sites=tuple(merge_calls(layers.all_sites(sites))),
             skipped=tuple(dict.fromkeys(layers.all_skipped(skipped))),
             untouched=tuple(name for name in all_names if name not in reached),
         )
 
+    def explain(self, name: str) -> tuple[Explanation, ...]:
+        """How the attentions of one module were understood, those alike once; `name` as in `sites` or `skipped`."""
+        found: dict[object, Explanation] = {}
+        for one in self.attentions:
+            if self._df.home(one.products[-1].node) == name:
+                with suppress(NotOneAttention, Refused):
+                    self.attentions.look_at(one)
+        misses = [explain_miss(self._df, miss) for miss in self._misses if self._df.home(miss.node) == name]
+        for explanation in (*self.attentions.explanations, *misses):
+            found.setdefault((explanation.site, explanation.code, explanation.reason), explanation)
+        return tuple(found.values())
+
 
 class Attentions:
-    """The attentions of a graph one by one; the turns of a loop that is no loop over heads follow as attentions."""
+    """The attentions of a graph one by one. A Python loop that turns out not to be over heads is followed by its
+    iterations, as attentions of their own."""
 
-    def __init__(self, df: Dataflow, logits: Sequence[Logits]) -> None:
+    def __init__(self, df: Dataflow, logits: Sequence[Logits], *, explaining: bool = False) -> None:
         self.tracer = Tracer(df)
+        self.explaining = explaining
+        self.explanations: list[Explanation] = []
+        """Of those that were looked at while `explaining` was set."""
         self.uses = Uses(self.tracer, logits)
         self._todo = [*reversed(logits)]
 
@@ -259,26 +295,35 @@ class Attentions:
 
     @property
     def left(self) -> int:
-        """How many are still to come."""
+        """Number of attentions that are not yet iterated over."""
         return len(self._todo)
 
     def look_at(self, one: Logits) -> tuple[AttentionSite, Heads]:
-        """Site and heads of one; `tracer.basis` then is what they rest on.
+        """Site and heads of one attention; afterwards `tracer.basis` holds the nodes that they were derived from.
 
         Raises:
-            NotOneAttention: Its parts come next.
-            Refused: It is not understood.
+            NotOneAttention: It is several; they come next.
+            Refused: Its weight rows cannot be determined.
         """
-        self.tracer.basis = Basis()
+        tracer = self.tracer
+        tracer.basis = Basis()
+        tracer.trail = trail = Trail(tracer.labels, tracer.projections) if self.explaining else None
         try:
-            heads = find_heads(self.tracer, one)
+            heads = find_heads(tracer, one)
+            site = make_site(tracer, one, heads, self.uses)
         except NotOneAttention:
             self._todo += one.parts[::-1]
             raise
-        return make_site(self.tracer, one, heads, self.uses), heads
+        except Refused as refusal:
+            if trail is not None:
+                self.explanations.append(explain_refusal(tracer.df, trail, one, refusal))
+            raise
+        if trail is not None:
+            self.explanations.append(explain_site(tracer.df, trail, one, site, heads))
+        return site, heads
 
     def understood(self) -> Iterator[tuple[Logits, AttentionSite, Heads]]:
-        """Those that are understood, each with its site and heads."""
+        """The attentions that are understood, each with its site and heads."""
         for one in self:
             try:
                 site, heads = self.look_at(one)
@@ -287,23 +332,57 @@ class Attentions:
             yield one, site, heads
 
     def value_norms(self, one: Logits) -> list[NormTag]:
-        """Norms that the values of an attention pass."""
+        """Norms between the projections of an attention's values and their use."""
         values = [value for part in one.parts or (one,) for value in values_of(self.tracer, part)]
         flows = self.tracer.trace(values)
         return [tag for value in values if value in flows for tag in flows[value].norms]
 
 
 def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
-    """Search an ATen-level graph of somebody's, each attention by itself; arguments as those of `find_in_graph`."""
+    """Search any ATen-level graph, analysing each attention on its own; arguments as for `find_in_graph`."""
     weights = own_parameters(graph_module) if weights is None else weights
-    finding = Finding(Dataflow(graph_module, weights), each=True)
-    return finding, finding.layout(weights, [name for name, _ in graph_module.named_parameters()])
+    finding = Finding(graph_module, weights, each=True)
+    return finding, finding.layout([name for name, _ in graph_module.named_parameters()])
+
+
+def explain(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    name: str,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Explanation, ...]:
+    """How the attentions of one module of a model were understood, or at which node that ended.
+
+    Arguments:
+        model: The model.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        name: The module, as it is called in the layout's `sites` or `skipped`.
+        progress: Called with a short text when a new part of the work begins.
+
+    Returns:
+        An explanation for each attention of that module; a shared one that runs several times is explained once.
+
+    Example:
+        >>> layer, x = torch.nn.MultiheadAttention(8, 2), torch.zeros(3, 1, 8)
+        >>> [walk.operand for walk in explain(layer, (x, x, x), {}, "")[0].walks]
+        ['query', 'key']
+    """
+    tell = progress or (lambda text: None)
+    tell("recording one forward pass with its lines of Python")
+    with _collector_off(), unwrapped(model) as inner:
+        graph_module = capture(inner, args, kwargs, sources=True).graph_module
+        finding = Finding(graph_module, parameters_in(graph_module, inner))
+        finding.attentions.explaining = True
+        tell(f"following the weight rows of {name or 'the model itself'}")
+        return finding.explain(name)
 
 
 def attentions_of(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, real: bool = False
 ) -> Attentions:
-    """The attentions of one call of a model; `real`: every node of its graph has numbers."""
+    """The attentions of one call of a model; with `real`, every node of its graph has real values."""
     with unwrapped(model) as inner:
         graph_module = capture(inner, args, kwargs, real=real).graph_module
         df = Dataflow(graph_module, parameters_in(graph_module, inner))
@@ -311,17 +390,17 @@ def attentions_of(
 
 
 Pairs = tuple[tuple[WeightBlock, ...], tuple[WeightBlock, ...], tuple[LogitTerm, ...]]
-"""What tells an attention from others, whatever its norms."""
+"""Identity of an attention: its query blocks, key blocks and terms. Norms are left out, so that they can change."""
 
 
 def pairs_of(site: AttentionSite) -> Pairs:
-    """What tells a site from others."""
+    """Identity of a site, whatever its norms."""
     return site.query, site.key, site.terms
 
 
-def places_of(layout: QKLayout) -> dict[Pairs, int]:
-    """Where in a layout each attention is."""
-    return {pairs_of(site): place for place, site in enumerate(layout.sites)}
+def indices_of_sites(layout: QKLayout) -> dict[Pairs, int]:
+    """Index of each attention in `layout.sites`."""
+    return {pairs_of(site): i for i, site in enumerate(layout.sites)}
 
 
 def parameters_in(graph_module: GraphModule, model: nn.Module) -> dict[Node, str]:
@@ -339,7 +418,3 @@ def own_parameters(graph_module: GraphModule) -> dict[Node, str]:
         for n in graph_module.graph.nodes
         if n.op == "get_attr" and str(n.target) in named
     }
-
-
-def _skipped(df: Dataflow, miss: NearMiss) -> Skipped:
-    return Skipped((df.modules(miss.node) or ("",))[-1], miss.code, miss.reason)

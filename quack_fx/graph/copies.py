@@ -1,6 +1,6 @@
 """A copy of a graph, to be rewritten.
 
-In: a `GraphModule`. Out: its graph once more, and which node of it stands for which of the original.
+In: a `GraphModule`. Out: a copy of its graph, and the copy of each node.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from torch.fx import Graph, GraphModule, Node
 
 
 def copy_graph(graph_module: GraphModule) -> tuple[Graph, dict[Node, Node]]:
-    """Copy a graph, with the way in which it is called.
+    """Copy a graph, with its calling convention.
 
     Arguments:
-        graph_module: Whose graph; it is not changed.
+        graph_module: The module whose graph to copy; it is not changed.
 
     Returns:
-        The copy, which belongs to no module yet, and for each node of the original its copy.
+        The copy, which belongs to no module yet, and the copy of each node of the original.
     """
     graph, copies = Graph(), dict[Node, Node]()
     for node in graph_module.graph.nodes:

@@ -1,8 +1,8 @@
-"""What every node of an ATen graph depends on, and which nodes are windows on the same memory.
+"""What every node of an ATen graph depends on, and which nodes are views of the same memory.
 
 In: a `torch.fx.GraphModule` of ATen ops (ours, or one from torch.export or make_fx) and the names of its parameters.
-Out: a `Dataflow`. Its flags answer the questions that find attention without names: is this a weight, is it an
-activation, does it depend on the input at all.
+Out: a `Dataflow`: whether a node is a weight or an activation, and whether it depends on the input at all. That is
+enough to find attention without knowing any names.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from quack_fx.graph.ops import FACTORY, VALUE_FREE, Op, op_of
 
 
 class BehindLayer(Exception):
-    """The search needs to see behind a node that stands for a whole layer."""
+    """The search needs the inside of a layer that the graph holds as one node."""
 
     def __init__(self, node: Node) -> None:
-        super().__init__(f"{node.name} stands in the way")
+        super().__init__(f"{node.name} is a layer that was not recorded")
 
 
 class Dataflow:
@@ -29,14 +29,14 @@ class Dataflow:
 
     Attributes:
         nodes: The nodes in the order in which they ran.
-        index: Place of each node in that order.
-        op: What kind of operation each node is.
+        index: Index of each node in that order.
+        op: Name and kind of each node's operation.
         weights: Fully qualified name of each node that is a parameter.
         weight_shapes: Shape of each of these parameters, by name.
         from_weight: Nodes that depend on a parameter.
         from_input: Nodes that depend on an input of the model.
-        activation: Nodes behind a product of something with a weight (or a table look-up): data, not weights.
-        group: For each node, the first node whose memory it is a window on (itself, mostly).
+        activation: Nodes that depend on a product with a weight (or a table look-up): data, not weights.
+        group: For each node, the first node whose memory it is a view of (mostly itself).
         writes: For each group that is written in place, the writing nodes in order.
     """
 
@@ -69,7 +69,7 @@ class Dataflow:
         weight = any(n in self.from_weight for n in inputs)
         given = any(n in self.from_input for n in inputs)
         active = any(n in self.activation for n in inputs)
-        # A weight meets something in a product, or an input in any op: from here on it is data.
+        # A weight in a product with anything, or in any op with an input: the result is data.
         active |= weight and (given or self.op[node].kind in ("contraction", "convolution", "lookup", "attention"))
         for member in self._members[group] if written else [node]:
             if weight:
@@ -82,10 +82,10 @@ class Dataflow:
             self.writes.setdefault(group, []).append(node)
 
     def open(self, node: Node) -> Node:
-        """The node, for a walk that goes on behind it.
+        """The node itself, for a walk that goes through it.
 
         Raises:
-            BehindLayer: It stands for a layer that was not recorded.
+            BehindLayer: It is a layer that was not recorded.
         """
         if self.op[node].kind == "layer":
             raise BehindLayer(node)
@@ -101,11 +101,11 @@ class Dataflow:
         return value.shape if isinstance(value, Tensor) else torch.Size()
 
     def is_weight(self, node: Node) -> bool:
-        """Whether a node is made of parameters alone and has not met data: a weight, also after casts and slices."""
+        """Whether a node depends on parameters alone: a weight, also after casts and slices."""
         return node in self.from_weight and node not in self.activation
 
     def is_given(self, node: Node) -> bool:
-        """Whether a node is made of a floating-point input of the model alone: data that no parameter has met."""
+        """Whether a node depends on floating-point inputs of the model, and on no parameter."""
         value = self.value(node)
         floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
         return floating and node in self.from_input and node not in self.from_weight
@@ -115,10 +115,10 @@ class Dataflow:
         return node not in self.from_weight and not self.is_given(node)
 
     def constant(self, node: Node) -> Tensor | None:
-        """The true numbers of a node that depends on no parameter, where the graph has them or they can be computed.
+        """The values of a node that depends on no parameter, if the graph has them or they can be computed.
 
-        Our captures carry the numbers; graphs of torch.export carry none, but their tables (`arange` and what follows)
-        depend on nothing and are run here.
+        Our captures hold these values. Graphs of torch.export hold none, but their tables (`arange` and what follows
+        from it) depend on nothing and are computed here.
         """
         if node not in self._constants:
             self._constants[node] = self._compute_constant(node)
@@ -139,12 +139,12 @@ class Dataflow:
         return result if isinstance(result, Tensor) else None
 
     def is_zero(self, node: Node) -> bool:
-        """Whether a node is known to be zero everywhere, its numbers or not: queries that begin with nothing."""
+        """Whether a node is known to be zero everywhere, also without its values: queries that start at zero."""
         if self.group[node] in self.writes:
             return False
         if self.op[node].name in ("zeros", "zeros_like", "new_zeros"):
             return True
-        if self.op[node].kind == "movement" and node.all_input_nodes:
+        if self.op[node].kind == "view" and node.all_input_nodes:
             return all(map(self.is_zero, node.all_input_nodes))
         numbers = self.constant(node)
         return numbers is not None and not numbers.any()
@@ -154,10 +154,13 @@ class Dataflow:
         stack = node.meta.get("nn_module_stack") or {}
         return tuple(name for name in (_module_name(entry) for entry in stack.values()) if name)
 
+    def home(self, node: Node) -> str:
+        """Deepest module whose forward was running; "" for the root."""
+        return (self.modules(node) or ("",))[-1]
+
     def describe(self, node: Node) -> str:
-        """A node for people: what it does, to a tensor of which shape, in which module."""
-        module = (self.modules(node) or ("",))[-1]
-        return f"{self.op[node].name} {list(self.shape(node))} in {module or 'the model itself'}"
+        """A node in words: its op, the shape of its result, and its module."""
+        return f"{self.op[node].name} {list(self.shape(node))} in {self.home(node) or 'the model itself'}"
 
     def reads(self, node: Node) -> Iterator[Node]:
         """What a node reads: its arguments, and every earlier write into the memory of one of them.
@@ -182,7 +185,7 @@ class Dataflow:
 
 
 def factors_of(df: Dataflow, node: Node) -> tuple[Node, Node, Node | None] | None:
-    """Left and right operand of a product, and what is added to it; None for ops that are not one plain product."""
+    """Left and right operand of a product, and what is added to it; None for ops that are not a single product."""
     name, args = df.op[node].name, node.args
     pick: tuple[object, object, object]
     if name in ("mm", "bmm", "matmul", "mv", "dot"):
@@ -201,7 +204,7 @@ def factors_of(df: Dataflow, node: Node) -> tuple[Node, Node, Node | None] | Non
 
 
 def is_depthwise(df: Dataflow, node: Node) -> bool:
-    """Whether a convolution keeps every channel to itself."""
+    """Whether a convolution is depthwise: no channel depends on another."""
     sides = factors_of(df, node)
     if sides is None or df.op[node].kind != "convolution":
         return False
@@ -228,8 +231,8 @@ def _aliases(node: Node) -> tuple[Node | None, bool]:
         first = node.args[0] if node.args else None
         if not isinstance(first, Node) or op_of(node).name != "getitem":
             return None, False
-        # A piece of a split is a window; each of several results (a norm and its statistics) has memory of its own.
-        return (first if op_of(first).kind in ("movement", "layer") else None), False
+        # A chunk of a split is a view; each of several results (a norm and its statistics) has its own memory.
+        return (first if op_of(first).kind in ("view", "layer") else None), False
     base: Node | None = None
     for i, spec in enumerate(schema.arguments):
         given = node.args[i] if i < len(node.args) else node.kwargs.get(spec.name)
@@ -242,7 +245,7 @@ def _aliases(node: Node) -> tuple[Node | None, bool]:
 
 
 def _converts(node: Node, given: Node) -> bool:
-    """Whether a cast that may hand on its argument makes a copy."""
+    """Whether a cast that may return its argument makes a copy."""
     before, after = given.meta.get("val"), node.meta.get("val")
     if op_of(node).name != "to" or not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False

@@ -1,7 +1,8 @@
-"""ATen ops in the few kinds that matter for following weight rows.
+"""ATen ops, grouped into the few kinds that matter for tracing weight rows.
 
-In: a graph node. Out: an `Op`, its base name (overloads and in-place underscores dropped) and its kind. An op that is
-not listed here is taken for elementwise; whoever follows labels through it checks that its shapes agree with that.
+In: a graph node. Out: an `Op`: its base name (without overload and in-place underscore) and its kind. An op that is not
+listed here counts as elementwise; the tracer checks that its shapes agree with that. "view" is every op that only
+rearranges elements: views, and also copies, concatenations and gathers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from torch.fx import Node
 
 Kind = Literal[
-    "input", "getitem", "movement", "contraction", "convolution", "lookup", "attention", "softmax", "reduction",
+    "input", "getitem", "view", "contraction", "convolution", "lookup", "attention", "softmax", "reduction",
     "pooling", "norm", "factory", "elementwise", "layer",
 ]  # fmt: skip
 
@@ -37,7 +38,7 @@ VALUE_FREE = frozenset(
     "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full new_empty "
     "new_empty_strided sym_size size".split()
 )
-MOVEMENT = frozenset(
+VIEW = frozenset(
     "view _unsafe_view reshape _reshape_alias permute transpose t numpy_T mT slice select expand cat split "
     "split_with_sizes unsafe_split chunk unbind stack clone contiguous squeeze unsqueeze index_select gather repeat "
     "flip roll as_strided alias detach lift_fresh lift_fresh_copy unfold constant_pad_nd slice_scatter select_scatter "
@@ -58,7 +59,7 @@ REDUCTION = frozenset(
     "sum mean amax amin max min var var_mean std std_mean norm linalg_vector_norm logsumexp prod argmax argmin topk "
     "sort any all cumsum cumprod median mode kthvalue count_nonzero nansum".split()
 )
-# Each result is made of a window on the last axes of the data, whose number the name tells.
+# Each result depends on a window over the last axes of the data; the name says over how many.
 _POOLING = re.compile(r"_?(?:(?:adaptive_|fractional_)?(?:avg|max)_pool|upsample_\w+?|grid_sampler_)([123])d")
 NORM = frozenset(
     "native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm group_norm native_batch_norm batch_norm "
@@ -66,7 +67,7 @@ NORM = frozenset(
     "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
     "instance_norm".split()
 )
-# Names of attention ops of torch and of the flash kernels that register themselves as ops: arguments are q, k, v.
+# Names of the attention ops of torch, and of flash kernels that are registered as ops: their arguments are q, k, v.
 _ATTENTION_MARKS: tuple[str, ...] = ("scaled_dot_product", "flex_attention", "flash_attn", "_flash_attention_forward")
 _ATTENTION_MARKS += ("_efficient_attention_forward", "memory_efficient_attention", "varlen_attn")
 
@@ -97,7 +98,7 @@ def _of_target(target: Any) -> Op:
 
 _TABLE: tuple[tuple[frozenset[str], Kind], ...] = (
     (FACTORY | VALUE_FREE, "factory"),
-    (MOVEMENT, "movement"),
+    (VIEW, "view"),
     (CONTRACTION, "contraction"),
     (CONVOLUTION, "convolution"),
     (LOOKUP, "lookup"),
@@ -108,7 +109,7 @@ _TABLE: tuple[tuple[frozenset[str], Kind], ...] = (
 
 
 def pooled_axes(op: Op) -> int:
-    """Over how many axes, the last ones of its data, an op of kind "pooling" runs."""
+    """Number of axes, the last ones of its data, that an op of kind "pooling" runs over."""
     found = _POOLING.match(op.name)
     assert found is not None
     return int(found[1])

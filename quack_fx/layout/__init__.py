@@ -3,6 +3,7 @@
 sites.py    the layout
 fit.py      whether a layout fits a model, and which of its parameters it means
 pattern.py  rows of heads and head maps as formulas of the head's number
+walk.py     how one attention was understood, node by node
 """
 
 from __future__ import annotations

@@ -2,29 +2,29 @@
 
 In: a model, a layout, example inputs. Out: a `VerifyReport`, or `VerifyError` for the first claim that is wrong.
 
-The proof shares nothing with the finders but the layout, and what lets a forward run on this machine (`graph/forward`:
-GPUs that are not there, inference mode, nested tensors in plain ops), which says nothing about rows. A copy of the
-model runs once on random weights, and every op is written to a tape. Behind each softmax stands a product of queries
-and keys; the slice of the tape that makes its operands, from what enters the attention on, runs again with gradients.
-A seed on one head's part of the query operand must reach exactly the claimed query rows, and one on the key operand
-exactly the claimed key rows. What cannot be decided, because the logits are made inside a fused kernel, say, is listed
-as not proved and never passes silently.
+The proof has nothing in common with the finder but the layout, and what lets a forward run on this machine
+(`graph/forward`), which knows nothing about rows. A copy of the model runs once on random weights, and every op is
+recorded on a tape. Before each softmax there is a product of queries and keys; the slice of the tape that computes its
+operands from the input of the attention runs again with gradients. A gradient seeded on one head of the query operand
+must reach exactly the claimed query rows, and one on the key operand exactly the claimed key rows. What cannot be
+decided, for example because the logits are computed inside a fused kernel, is listed as not proved; it never passes
+silently.
 
     copy.py       a copy of the model on random weights
-    tape.py       everything that runs, op by op
-    opaque.py     fused attention written out
-    ops.py        what single ops are: products, softmaxes, norms
-    graph.py      products behind a softmax, products with weights behind their operands
-    owners.py     which softmax a site speaks about
-    replay.py     a slice of the tape again, with gradients
+    tape.py       a record of every op that runs
+    opaque.py     fused attention as plain ops
+    ops.py        which ops are products, softmaxes, norms
+    graph.py      products before a softmax, products with weights before their operands
+    owners.py     which softmaxes belong to a site
+    replay.py     a slice of the tape run again, with gradients
     heads.py      heads in a tensor of logits; queries and keys
-    turns.py      heads that are looped over, each with a softmax of its own
-    evidence.py   seeds, and the rows they reach
+    loops.py      Python loops over heads, with a softmax for each
+    evidence.py   seeds of gradients, and the rows they reach
     compare.py    a site against the evidence: rows and heads ...
     norms.py      ... norms ...
     terms.py      ... and terms
     report.py     what was proved
-    form.py       what a proof on a small copy says about a large model
+    form.py       what a proof on a small copy implies for a large model
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from quack_fx.prove.copy import CannotRun, TooLarge, as_float32, random_copy
 from quack_fx.prove.evidence import CannotTell, Evidence, NothingWeighed
 from quack_fx.prove.form import carried_over
 from quack_fx.prove.graph import Graph
+from quack_fx.prove.loops import heads_behind, with_heads
 from quack_fx.prove.ops import Softmax
 from quack_fx.prove.owners import check_complete, is_told_of, softmaxes_of
 from quack_fx.prove.report import NotProved, SiteProof, VerifyReport
 from quack_fx.prove.tape import record
-from quack_fx.prove.turns import heads_behind, with_heads
 
 __all__ = ["CannotRun", "NotProved", "SiteProof", "TooLarge", "VerifyReport", "carried_over", "verify_qk_pairs"]
 
@@ -104,7 +104,8 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
 
 
 def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Graph:
-    """Run a copy of a model on random weights, in evaluation mode or, but for dropout and batch norms, as it is.
+    """Run a copy of a model on random weights, in evaluation mode; with `training`, in its own mode except for dropout
+    and batch norms.
 
     Raises:
         CannotRun: It cannot be copied or run.
@@ -124,7 +125,7 @@ def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 
 def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
-    """Check every site of a layout on a run that there is already; `verify_qk_pairs` without the run.
+    """Check every site of a layout on a given run; `verify_qk_pairs` without the run.
 
     Raises:
         VerifyError: A claim is wrong.
@@ -155,17 +156,17 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
                         raise
                     idle[softmax], checks[softmax] = reason, 0
                 except VerifyError as error:
-                    # Two attentions of one module: a site that is wrong about one may be right about the other.
+                    # One module may have two attentions: a site that is wrong for one may be right for the other.
                     if claimed[softmax] == 1 and not (len(softmaxes) > site.calls and is_told_of(layout, softmax)):
                         raise
                     if claimed[softmax] == 1:
-                        continue  # what the layout skips in this module; the number of calls is checked below
+                        continue  # an attention of this module that the layout skips; calls are counted below
                     wrong[softmax] = error
                     refuted.setdefault(softmax, error)
                 if softmax in checks:
                     runs.update(heads or range(site.query_heads))
             if idle and len(idle) == len(checks):
-                raise next(iter(idle.values()))  # otherwise the other calls have shown whose rows are whose
+                raise next(iter(idle.values()))  # otherwise the other calls have proved the rows
             if taken := [s.modules[-1] for s in checks if s in settled]:
                 raise VerifyError(f"site {site.name!r}: another site has the attention in module {taken[0]!r} already")
             settled |= checks.keys()
@@ -180,7 +181,7 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
 
 
 def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], errors: Sequence[VerifyError]) -> None:
-    """Every head of a site runs as often as it says, at least once."""
+    """Every head of a site runs as often as the site says, and at least once."""
     if all(runs.get(head, 0) == site.calls for head in range(site.query_heads)):
         return
     if not runs and errors:
@@ -219,7 +220,7 @@ def _bare(model: nn.Module, layout: QKLayout) -> nn.Module:
 def alone() -> Iterator[None]:
     """Leave the process's random state and threads as they were."""
     threads = torch.get_num_threads()
-    # A proof is hundreds of tiny backward passes, which waking a second thread makes slower.
+    # A proof is hundreds of tiny backward passes, which a second thread makes slower.
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):

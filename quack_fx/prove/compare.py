@@ -1,4 +1,4 @@
-"""The claim of a site against the evidence.
+"""The claims of a site against the evidence.
 
 In: a site of the layout and a softmax that ran in it. Out: the number of checks that held; `VerifyError` for the first
 that did not; `CannotTell` where the gradients cannot decide.
@@ -20,7 +20,7 @@ from quack_fx.prove.terms import check_terms
 
 
 def check_site(evidence: Evidence) -> int:
-    """Hold a site against the evidence.
+    """Compare a site with the evidence.
 
     Returns:
         Number of comparisons of one parameter on one side of one head, of one norm, of one term.
@@ -95,10 +95,10 @@ def _claimed_rows(evidence: Evidence, side: Side, *heads: int) -> dict[str, Rows
 
 
 def _find_heads(evidence: Evidence, claimed: Heads) -> Heads:
-    """Rows that receive a gradient, by head and side, under a reading of the shape that tells heads apart.
+    """Rows that receive a gradient, by head and side, for a division of the logits that separates the heads.
 
-    Where two readings do (key heads on one axis and their query heads on another, in either order), it is the one that
-    the claim means: under both, each head's queries and keys are those of one slice of the logits.
+    If two do (key heads on one axis and their query heads on another, in either order), the one that fits the claim is
+    taken: in both, each head's queries and keys are those of one slice of the logits.
     """
     heads, softmax = evidence.site.query_heads, evidence.softmax
     best: Heads = []
@@ -128,7 +128,7 @@ def _find_heads(evidence: Evidence, claimed: Heads) -> Heads:
 
 
 def _check_together(evidence: Evidence) -> None:
-    """All heads together read the rows that all heads together claim, however heads lie in the logits."""
+    """All heads together read the rows that they are claimed to read, however heads are arranged in the logits."""
     everything = torch.zeros([1] * len(evidence.softmax.shape), dtype=torch.long)
     found = evidence.rows_of_head(evidence.softmax.logits, everything, 0)
     for side in SIDES:
@@ -146,7 +146,7 @@ def _check_together(evidence: Evidence) -> None:
 def _is_finest(
     evidence: Evidence, cut: Value, labels: Tensor, first: Mapping[Side, Mapping[str, Rows]]
 ) -> tuple[bool, bool]:
-    """Whether no further axis splits the rows of head 0, as it would if two heads were taken for one.
+    """Whether no other axis splits the rows of head 0, as it would if two heads were counted as one.
 
     Returns:
         That, and whether an axis splits them into channels, which are no heads.
@@ -158,7 +158,7 @@ def _is_finest(
         part = _at_index(evidence, cut, labels, axis, 0)
         split = [side for side in SIDES if _is_less(part[side], first[side])]
         if split and not all(_is_channel(evidence, part, first, side) for side in split):
-            # A sine of position 0 is 0, and takes features of that place out: another place reads all of them.
+            # The sine of position 0 is 0, which hides features at that position: another position reads all of them.
             last = _at_index(evidence, cut, labels, axis, length - 1)
             if any(_is_less(last[side], first[side]) for side in SIDES):
                 return False, False
@@ -168,7 +168,7 @@ def _is_finest(
 
 
 def _is_less(part: Mapping[str, Rows], whole: Mapping[str, Rows]) -> bool:
-    """Whether a part of the logits reads other rows of a parameter than all of them do."""
+    """Whether a part of the logits reads other rows of some parameter than all logits do."""
     return any(whole.get(name) != rows for name, rows in part.items())
 
 
@@ -187,9 +187,9 @@ def _is_channel(
     whole: Mapping[Side, Mapping[str, Rows]],
     side: Side,
 ) -> bool:
-    """Whether a part of a head's logits reads one row on a side, over many places, and all of the other side's.
+    """Whether a part of a head's logits reads one row on a side, at many positions, and all rows of the other side.
 
-    Such logits compare channels over tokens: a head of them is all channels that its softmax compares.
+    Such logits compare channels over tokens: a head is all channels that its softmax compares.
     """
     other: Side = "key" if side == "query" else "query"
     wide = all(p.operand[side].value.tensor.shape[p.operand[side].axis] > 1 for p in evidence.parts)
@@ -213,7 +213,7 @@ def _check_head_dim(evidence: Evidence) -> int:
 
 
 def _check_channels(evidence: Evidence) -> int:
-    """A head that compares channels has as many as rows, and each key is one of them as each query is."""
+    """A head that compares channels has as many channels as rows, and its keys are channels as well."""
     cut, labels = evidence.reading
     whole = evidence.rows_of_head(cut, labels, 0)
     for side in SIDES:
@@ -227,7 +227,7 @@ def _check_channels(evidence: Evidence) -> int:
 
 
 def _live_features(evidence: Evidence, index: int) -> int:
-    """Features of an operand that a weight on both sides reaches."""
+    """Number of features of an operand that depend on weights on both sides."""
     part = evidence.parts[index]
     count = 0
     for feature in range(part.operand["query"].value.tensor.shape[part.operand["query"].axis]):

@@ -19,7 +19,7 @@ from quack_fx.graph.forward.machine import available_memory
 
 
 class CannotRun(VerifyError):
-    """There is nothing to prove on: the model is too large to copy, or its copy does not run."""
+    """The proof cannot run: the model is too large to copy, or its copy fails."""
 
 
 class TooLarge(CannotRun):
@@ -27,7 +27,7 @@ class TooLarge(CannotRun):
 
 
 SIZE_LIMIT = 500_000_000
-"""Parameters of a model that is still copied and run, where memory is no question."""
+"""Most parameters of a model that is copied and run, however much memory there is."""
 
 
 def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -76,8 +76,7 @@ def _random(parameter: Tensor, kernel: bool, generator: torch.Generator) -> Tens
 
 
 def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
-    """Contents for a buffer whose values were never made: positive numbers, a count of 1, index 0, a mask that hides
-    nothing."""
+    """Values for a buffer that was on meta: positive numbers, a count of 1, index 0, a mask that hides nothing."""
     if buffer.is_complex():
         angles = torch.rand(buffer.shape, generator=generator)
         return torch.polar(torch.ones(buffer.shape), angles).to(buffer.dtype)

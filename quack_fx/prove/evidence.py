@@ -1,8 +1,8 @@
-"""What the gradients say about one site on one softmax.
+"""What the gradients show about one site on one softmax.
 
 In: a site of the layout, a softmax that ran in it. Out: `Evidence`: the logit products with their operands, the factors
-behind those, and the rows of each parameter that a seed on an operand reaches. It raises `VerifyError` where what
-stands behind the logits is not what the site claims, `CannotTell` where that cannot be decided.
+behind those, and the rows of each parameter that a seed on an operand reaches. It raises `VerifyError` if
+other weights than claimed lie before the logits, `CannotTell` if that cannot be decided.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quack_fx.prove.tape import Op, Value
 Rows = frozenset[int]
 
 _ELEMENTS_TRIED = 4
-"""Elements of a product that are looked at to tell what it sums over."""
+"""Number of elements of a product that are tried to find out what it sums over."""
 
 
 class CannotTell(Exception):
@@ -34,7 +34,7 @@ class CannotTell(Exception):
 
 
 class NothingWeighed(CannotTell):
-    """No logit of this call makes a difference."""
+    """The output of this call depends on none of its logits."""
 
 
 @dataclass(eq=False, repr=False)
@@ -70,7 +70,7 @@ class Evidence:
 
     Raises:
         VerifyError: Other weights than the claimed ones lie behind the logits.
-        CannotTell: It cannot be told what lies behind them.
+        CannotTell: The weights before the logits cannot be determined.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Evidence:
             for part in self.parts:
                 part.lower[side] = self._slice(part, side)
         self.reading = softmax.logits, torch.zeros([1] * len(softmax.shape), dtype=torch.long)
-        """A tensor of logits and the head of each; of a single head until more are told apart."""
+        """A tensor of logits and the head of each; a single head until the heads are found."""
         self.channels = False
-        """Whether the logits compare channels over tokens: found out when heads are told apart."""
+        """Whether the logits compare channels over tokens; known once the heads are found."""
 
     def error(self, what: str) -> VerifyError:
-        """A refutation."""
+        """An error about this site."""
         return VerifyError(f"site {self.site.name!r}: {what}")
 
     # -- seeds -------------------------------------------------------------------------------------------------------
@@ -122,8 +122,8 @@ class Evidence:
         gradients: dict[Side, dict[str, Tensor]] = {side: {} for side in SIDES}
         for part in self.parts:
             operands = [part.operand[side] for side in SIDES]
-            for side, places in zip(SIDES, self.upper.places(cut, labels, head, operands), strict=True):
-                self._send(part, side, self.noise(part.operand[side]) * places, gradients[side])
+            for side, positions in zip(SIDES, self.upper.positions(cut, labels, head, operands), strict=True):
+                self._send(part, side, self.noise(part.operand[side]) * positions, gradients[side])
         return {side: self._rows(gradients[side], side) for side in SIDES}
 
     def rows_reached(self, part: Part, side: Side, seed: Tensor) -> dict[str, Rows]:
@@ -152,7 +152,7 @@ class Evidence:
         """A parameter's gradient, row by row, summed in size."""
         return gradient.movedim(self._axes.get(name, 0), 0).flatten(1).abs().sum(1) if gradient.ndim > 1 else gradient
 
-    # -- what stands behind the logits -------------------------------------------------------------------------------
+    # -- what lies before the logits ---------------------------------------------------------------------------------
 
     def _checked_axes(self) -> dict[str, int]:
         """For each claimed parameter the axis that counts output features."""
@@ -175,7 +175,7 @@ class Evidence:
                 products.append((product, all(ours)))
         if not products:
             raise self.error("no product of queries and keys stands before the softmax that runs there")
-        # Beside a product of claimed weights, one with weights that nobody claims is a relative position's.
+        # Beside a product of claimed weights, one with unclaimed weights is a relative position bias.
         products = [p for p in products if p[1]] or products
         self.upper = Upper(self.graph, self.softmax, [p for p, _ in products], self.generator)
         parts = []
@@ -191,7 +191,7 @@ class Evidence:
         return parts
 
     def _check_chains(self, side: Side) -> None:
-        """Every product with a weight on the way is claimed, and every claimed weight is met."""
+        """Every product with a weight before the logits is claimed, and every claimed weight is met."""
         if not any(part.around[side] for part in self.parts):
             raise CannotTell(f"its {side} side comes out of no product with a weight")
         for part in self.parts:
@@ -207,7 +207,7 @@ class Evidence:
         return bool(factor.params & self.claimed[side])
 
     def _reaches(self, part: Part, side: Side, factor: Factor) -> bool:
-        """Whether an operand reads a product at all: other tokens than its own may stand on the same way."""
+        """Whether an operand depends on a product at all: on the same path there may be other tokens."""
         operand = part.operand[side]
         slice_ = Replay(
             self.graph.tape,
@@ -223,7 +223,7 @@ class Evidence:
     def _met(self, factors: Sequence[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
         """Claimed factors of a tree, from the logits outwards, as far as the claim goes.
 
-        A factor that is not claimed ends the way if it is no link of the chain; if it is one, the claim forgot it.
+        A factor that is not claimed ends the walk, unless it is a link of the chain: then the claim is incomplete.
         """
         for factor in factors:
             if self._is_claimed(factor, side):
@@ -270,7 +270,7 @@ class Evidence:
         return set.intersection(*behind, set(self.graph.values_behind(self.softmax)))
 
     def _keeps_features(self, factor: Factor, side: Side) -> bool:
-        """Whether a product with a weight sums claimed features over tokens: each of its elements is of one feature."""
+        """Whether a product with a weight sums claimed features over tokens: each element depends on one feature."""
         if not factor.outer or not all(self._is_claimed(f, side) and f.linear for f in factor.outer):
             return False
         slice_ = Replay(
@@ -283,8 +283,8 @@ class Evidence:
         )
         claimed = self.claimed[side] & {name for f in factor.outer for name in f.params}
         size = factor.result.tensor.numel()
-        for place in torch.randint(size, (_ELEMENTS_TRIED,), generator=self.generator).tolist():
-            seed = torch.zeros(size).index_fill(0, torch.tensor([place]), 1.0).view(factor.result.tensor.shape)
+        for position in torch.randint(size, (_ELEMENTS_TRIED,), generator=self.generator).tolist():
+            seed = torch.zeros(size).index_fill(0, torch.tensor([position]), 1.0).view(factor.result.tensor.shape)
             arrived = slice_.gradients(factor.result, seed.to(factor.result.tensor))
             if sum(int((self.by_row(n, g) > 0).sum()) for n, g in arrived.items() if n in claimed) != 1:
                 return False
@@ -354,7 +354,7 @@ class Evidence:
 
 
 def all_factors(factors: Sequence[Factor]) -> list[Factor]:
-    """These factors and all farther out, each once: many ways through a deep model lead to the same one."""
+    """These factors and all behind them, each once: many paths through a deep model lead to the same one."""
     seen: dict[int, Factor] = {}
     waiting = list(factors)
     while waiting:

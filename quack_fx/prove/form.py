@@ -1,8 +1,8 @@
-"""Attentions of one form: what a proof on a small copy of a model says about the model itself.
+"""Attentions of one form: what a proof on a small copy of a model implies for the model itself.
 
 In: the layout of a model, and the layout and the proof of a smaller model of the same architecture. Out: a report about
-the first. Two sites are of one form when they differ in sizes and in the numbers of their layers alone: the same
-parameters in the same roles, rows of heads arranged alike, the same terms, head maps, norms and biases.
+the first. Two sites are of one form if they differ only in sizes and in the indices of their layers: the same
+parameters in the same roles, the same arrangement of rows, the same terms, head maps, norms and biases.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def carried_over(layout: QKLayout, small: QKLayout, proof: VerifyReport) -> Veri
 
 
 def form(site: AttentionSite) -> Form:
-    """A site without its sizes and the numbers of its layers; equal for sites of one form."""
+    """A site without its sizes and the indices of its layers; equal for sites of one form."""
     return (
         _pattern(site.name),
         site.cross,
@@ -64,7 +64,7 @@ def form(site: AttentionSite) -> Form:
 
 
 def _pattern(name: str | None) -> str | None:
-    """A name without the numbers of layers and experts."""
+    """A name without the indices of layers and experts."""
     return None if name is None else re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
 
 
@@ -82,7 +82,7 @@ def _block_form(block: WeightBlock) -> Form:
 
 
 def _arrangement(heads: Sequence[tuple[tuple[int, int], ...]]) -> str:
-    """How the rows of the heads lie to one another."""
+    """How the rows of the heads are arranged."""
     used = [ranges for ranges in heads if ranges]
     some = "" if len(used) == len(heads) else "some heads, "
     if len(set(used)) <= 1:

@@ -1,9 +1,9 @@
-"""Questions about a tape: where logits are made, and which products with weights lie behind their operands.
+"""Where a tape makes logits, and which products with weights lie before their operands.
 
-In: a `Tape`. Out: its softmaxes; for each the products of queries and keys behind it; for each operand of those a tree
-of `Factor`s, the products with weights met on the way back, from the logits outwards.
+In: a `Tape`. Out: its softmaxes; for each the products of queries and keys before it; for each operand of those a tree
+of `Factor`s: the products with weights that a backward walk meets, starting at the logits.
 
-The way back ends where the attention begins: at a tensor that also feeds something else, such as the residual stream.
+The backward walk ends where the attention begins: at a tensor that is also used elsewhere, such as the residual stream.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from quack_fx.prove.opaque import is_opaque
 from quack_fx.prove.ops import (
     Product,
     Softmax,
+    base_name,
     is_linear,
     keeps_numbers,
-    kind,
+    makes_rotation,
     product_of,
     softmax_of,
     statistics,
-    turns,
     weighs_by_groups,
 )
 from quack_fx.prove.tape import Op, Tape, Value
@@ -42,9 +42,9 @@ class Factor:
         params: Names of the parameters behind `weights`.
         biases: Names of the parameters that are added to it before anything else happens.
         linear: Whether only norms and changes of shape lie between it and the factor nearer to the logits.
-        sole: Whether nothing is added to it on the way.
-        norms: Norms on the way.
-        outer: Factors farther out.
+        sole: Whether nothing is added to it in between.
+        norms: Norms in between.
+        outer: Factors behind it.
     """
 
     product: Product
@@ -60,8 +60,8 @@ class Factor:
 
 
 @dataclass(repr=False)
-class _Back:
-    """What a walk back met."""
+class _BackwardWalk:
+    """What a backward walk met."""
 
     products: list[Product] = field(default_factory=list)
     softmaxes: list[Op] = field(default_factory=list)
@@ -71,7 +71,7 @@ class _Back:
 
 
 def _may_have(product: Product, heads: int) -> bool:
-    """Whether a product of queries and keys can be one of so many heads."""
+    """Whether a product of queries and keys can have this many heads."""
     shape = product.op.out.tensor.shape
     return heads in shape or heads <= max(shape[0], math.sqrt(shape.numel()))
 
@@ -94,9 +94,9 @@ class Graph:
         ]
         self._softmax_ops = {s.op for s in self.softmaxes}
         self._products = {p.op: p for op in tape.ops if (p := product_of(op)) is not None and self._multiplies(p)}
-        self._walks: dict[tuple[Value, Op], _Back] = {}
+        self._walks: dict[tuple[Value, Op], _BackwardWalk] = {}
         self.barriers: frozenset[Op] = frozenset()
-        """Ops at which a way back ends unless one asks for more."""
+        """Ops at which a backward walk ends by default."""
         for op in [op for op, product in self._products.items() if self._pools(product)]:
             del self._products[op]
         self._walks.clear()
@@ -108,7 +108,7 @@ class Graph:
 
     @cached_property
     def statistics(self) -> frozenset[Op]:
-        """Norms, and the reductions of features that come back to scale or shift those very features."""
+        """Norms, and reductions of features whose result scales or shifts the same features."""
         return statistics(self.tape, self._readers)
 
     # -- logits --------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Graph:
         found: list[Product] = []
         todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
         while todo:
-            for product in self._back(*todo.pop()).products:
+            for product in self._walk_back(*todo.pop()).products:
                 source = self._mixed(product)
                 if source is not None:
                     todo.append((source, product.reader))
@@ -128,13 +128,13 @@ class Graph:
 
     def mixing(self, softmax: Softmax) -> list[Product]:
         """The products with a weight that mix the heads of the logits before a softmax."""
-        return [p for p in self._back(softmax.logits, softmax.op).products if self._mixed(p) is not None]
+        return [p for p in self._walk_back(softmax.logits, softmax.op).products if self._mixed(p) is not None]
 
     def between(self, softmax: Softmax) -> Iterator[Op]:
         """Ops between the products of queries and keys and the softmax, heads mixed or not, the last one first."""
         todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
         while todo:
-            back = self._back(*todo.pop())
+            back = self._walk_back(*todo.pop())
             yield from sorted(back.passed, key=lambda op: -op.index)
             todo += [(s, p.reader) for p in back.products if (s := self._mixed(p)) is not None]
 
@@ -157,7 +157,7 @@ class Graph:
             name
             for product in self.logit_products(softmax)
             for operand in product.factors
-            for nearest in self._back(operand, product.reader).products
+            for nearest in self._walk_back(operand, product.reader).products
             for name in self._factor(nearest).params
         }
 
@@ -166,7 +166,7 @@ class Graph:
         found = []
         for op in self.tape.ops:
             if op.data and is_opaque(op.func):
-                behind = (p for v in op.inputs for p in self._back(v, op).products)
+                behind = (p for v in op.inputs for p in self._walk_back(v, op).products)
                 if any(self._factor(p).params & params for p in behind):
                     found.append(op)
         return found
@@ -180,13 +180,13 @@ class Graph:
             if softmax.op not in self._behind_weights(value, product.reader)
         ]
         found: set[Op] = set()
-        todo = [p for place in weighed for p in self._back(*place).products]
+        todo = [p for read in weighed for p in self._walk_back(*read).products]
         while todo:
             product = todo.pop()
             if product.op not in found:
                 found.add(product.op)
                 sources = self._factor(product).sources
-                todo += [p for source in sources for p in self._back(source, product.reader).products]
+                todo += [p for source in sources for p in self._walk_back(source, product.reader).products]
         return found
 
     def features(self, factor: Factor) -> int | None:
@@ -203,32 +203,32 @@ class Graph:
         if all(data) or not any(data):
             return all(data)
         other = product.factors[data.index(False)]
-        return bool(self._back(other, product.reader).products)
+        return bool(self._walk_back(other, product.reader).products)
 
     def _pools(self, product: Product) -> bool:
-        """Whether a sum takes shares of features that no queries and keys have made: it pools them, token by token."""
+        """Whether a weighted sum is pooling: its weights are a softmax, but not of a product of queries and keys."""
         if product.op is product.reader:
             return False
         for value in product.factors:
-            back = self._back(value, product.reader)
+            back = self._walk_back(value, product.reader)
             if back.softmaxes and not back.products:
-                shares = [s for s in self.softmaxes if s.op in back.softmaxes]
-                return not any(self._of_two_sides(p) for s in shares for p in self.logit_products(s))
+                weights = [s for s in self.softmaxes if s.op in back.softmaxes]
+                return not any(self._of_two_sides(p) for s in weights for p in self.logit_products(s))
         return False
 
     def _is_read(self, op: Op) -> bool:
-        """Whether anything is computed from an op's results, or they are results of the model: dead code is not."""
+        """Whether an op's results are used: something is computed from them, or the model returns them."""
         if any(v in self.tape.results for v in op.outputs):
             return True
         return any(not keeps_numbers(reader) or self._is_read(reader) for reader in self._readers[op])
 
     def _mixed(self, product: Product) -> Value | None:
-        """The logits that a product with a weight mixes head by head, or None if it does nothing of the kind."""
+        """The logits that a product with a weight mixes head by head, or None if it mixes none."""
         sources = [v for v in product.factors if self.tape.is_data(v, product.reader)]
         weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
         if len(sources) != 1 or len(weights) != 1 or sources[0].tensor.numel() != product.op.out.tensor.numel():
             return None
-        back = self._back(sources[0], product.reader)
+        back = self._walk_back(sources[0], product.reader)
         normed = any(op in self.statistics and op.name != "amax" for op in back.passed)
         if back.softmaxes or back.joined or normed:  # a layer of its own, and not logits
             return None
@@ -254,8 +254,8 @@ class Graph:
 
     def _is_gated(self, product: Product, softmax: Softmax, weighs: Mapping[Softmax, Sequence[Product]]) -> bool:
         """Whether a softmax gates features (of keys that it chose), which another attention then reads."""
-        shares = [v for v in product.factors if softmax.op in self._back(v, product.reader).softmaxes]
-        if not shares or any(v.tensor.numel() <= math.prod(softmax.shape) for v in shares):
+        weights = [v for v in product.factors if softmax.op in self._walk_back(v, product.reader).softmaxes]
+        if not weights or any(v.tensor.numel() <= math.prod(softmax.shape) for v in weights):
             return False
         weighed = any(product in products for s, products in weighs.items() if s is not softmax)
         later = (s for s in self.softmaxes if s.op.index > product.op.index)
@@ -264,18 +264,18 @@ class Graph:
     def _has_values(self, product: Product) -> bool:
         """Whether no factor of a product is a bare weight, as that of a layer which reads attention maps is."""
         return all(
-            self.tape.is_data(v, product.reader) or bool(self._back(v, product.reader).products)
+            self.tape.is_data(v, product.reader) or bool(self._walk_back(v, product.reader).products)
             for v in product.factors
         )
 
     def _behind_weights(self, value: Value, reader: Op) -> Set[Op]:
         """Softmaxes behind a factor; where their heads are mixed afterwards, behind the mixing product."""
-        back = self._back(value, reader)
+        back = self._walk_back(value, reader)
         found = set(back.softmaxes)
         for product in back.products:
             data = [v for v in product.factors if self.tape.is_data(v, product.reader)]
             if len(data) == 1 and data[0].tensor.numel() == product.op.out.tensor.numel():
-                found |= set(self._back(data[0], product.reader).softmaxes)
+                found |= set(self._walk_back(data[0], product.reader).softmaxes)
         return found
 
     # -- chains --------------------------------------------------------------------------------------------------------
@@ -293,11 +293,11 @@ class Graph:
     def _factors(
         self, value: Value, reader: Op, attention: Set[Op], known: dict[tuple[int, int], list[Factor]], *, nearest: bool
     ) -> list[Factor]:
-        # A residual stream is reached over many ways: what is behind a value is looked up once.
+        # Many paths lead to a residual stream: what lies before a value is computed once.
         key = (id(value), id(reader))
         if not nearest and key in known:
             return known[key]
-        back = self._back(value, reader)
+        back = self._walk_back(value, reader)
         found = []
         for product in back.products:
             factor = self._factor(product)
@@ -319,7 +319,7 @@ class Graph:
         if len(weights) == 2:
             # The input is made of parameters as well (learned queries): the weight is the one made by no product. Where
             # that is both, either may be it: the claim has to say.
-            plain = [v for v in weights if not self._back(v, product.reader).products]
+            plain = [v for v in weights if not self._walk_back(v, product.reader).products]
             weights = plain if len(plain) == 1 else weights
         sources = tuple(v for v in product.factors if v not in weights)
         params = frozenset(name for v in weights for name in self._params(v, product.reader))
@@ -330,15 +330,15 @@ class Graph:
         """Whether no weight of a factor is a parameter, or a part of one, whose numbers are used as they are."""
         return all(map(self._is_made, [(v, factor.product.reader) for v in factor.weights]))
 
-    def _is_made(self, place: tuple[Value, Op]) -> bool:
+    def _is_made(self, read: tuple[Value, Op]) -> bool:
         """Whether a value that parameters alone reach is more than a parameter of another shape or scale."""
-        todo, seen = [op for op in self.tape.behind(*place) if op.weight], set[Op]()
+        todo, seen = [op for op in self.tape.behind(*read) if op.weight], set[Op]()
         while todo:
             op = todo.pop()
             if op in seen:
                 continue
             seen.add(op)
-            scaled = kind(op) in ("mul", "div") and sum(self.tape.is_weight(v, op) for v in op.inputs) == 1
+            scaled = base_name(op) in ("mul", "div") and sum(self.tape.is_weight(v, op) for v in op.inputs) == 1
             if not keeps_numbers(op) and not scaled:
                 return True
             todo += [source for source in op.reads if source.weight]
@@ -351,7 +351,7 @@ class Graph:
         todo = [product.op]
         while todo:
             for reader in self._readers[todo.pop()]:
-                if kind(reader) in ("add", "sub"):
+                if base_name(reader) in ("add", "sub"):
                     weights = [v for v in reader.inputs if self.tape.is_weight(v, reader)]
                     others = [v for v in weights if not self._multiplied(v, reader)]
                     found |= {name for v in others for name in self._params(v, reader)}
@@ -386,7 +386,7 @@ class Graph:
         return names
 
     def _private(self, start: Op, attention: Set[Op]) -> bool:
-        """Whether every way from an op's result leads into this attention."""
+        """Whether every path from an op's result leads into this attention."""
         todo, seen = [start], set()
         while todo:
             op = todo.pop()
@@ -396,18 +396,18 @@ class Graph:
             if any(v in self.tape.results for v in op.outputs):
                 return False
             todo += [reader for reader in self._readers[op] if reader.data or reader.weight]
-            if len(seen) > 200:  # whatever goes that far has left
+            if len(seen) > 200:  # a path this long has left the attention
                 return False
         return True
 
-    # -- walking back --------------------------------------------------------------------------------------------------
+    # -- backward walk -------------------------------------------------------------------------------------------------
 
-    def _back(self, value: Value, reader: Op) -> _Back:
+    def _walk_back(self, value: Value, reader: Op) -> _BackwardWalk:
         """Walk from a value back to the nearest products of two things that inputs or parameters reach."""
         known = self._walks.get((value, reader))
         if known is not None:
             return known
-        back = self._walks[value, reader] = _Back()
+        back = self._walks[value, reader] = _BackwardWalk()
         seen: set[Op] = set()
         todo = list(self.tape.behind(value, reader))
         while todo:
@@ -425,9 +425,9 @@ class Graph:
             if op in self.barriers:
                 back.joined = True
                 continue
-            if turns(op) or op.name == "logsumexp":
-                continue  # angles, learned or given, and the size of whole rows of logits, are no features
-            back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants moves features
+            if makes_rotation(op) or op.name == "logsumexp":
+                continue  # angles, learned or not, and log-sums of rows of logits hold no features
+            back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants is linear
             back.passed.append(op)
             back.joined |= any(v.is_input and v.is_numeric for v in op.inputs)
             todo += [s for v in op.inputs if v.is_numeric and v.tensor.numel() for s in self.tape.behind(v, op)]

@@ -1,8 +1,8 @@
 """Heads in a tensor of logits, and which operand of their product holds the keys.
 
-In: the logits of a softmax, made again with the operands of its products as leaves (`Upper`). Out: for every plausible
-reading of "axis of heads" the head of each logit; for a head, the places of each operand that its logits read; and
-which of two operands the softmax runs over.
+In: the logits of a softmax, computed again with the operands of its products as leaves (`Upper`). Out: for every axis
+that may count heads, the head of each logit; for a head, the positions of each operand that its logits read; and which
+of two operands the softmax runs over.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Upper:
         outs = [p.op.out for p in products]
         size = outs[0].tensor.numel()
         self.cuts = [softmax.logits] if not mixing else [v for v in passed + outs if v.tensor.numel() == size]
-        """Where heads can be told apart: the softmax's input, or the tensors before heads are mixed."""
+        """Tensors in which heads are separate: the softmax's input, or those before heads are mixed."""
         self._replay = Replay(
             graph.tape,
             [(softmax.logits, softmax.op), *((v, None) for v in self.cuts if v is not softmax.logits)],
             stops=graph.barriers - {p.op for p in (*products, *mixing)},
-            # Random, for a zero or equal numbers on one side would hide what the logits read on the other.
+            # Random: zeros or equal values on one side would hide what the logits read on the other.
             leaves={
                 v: torch.randn(v.tensor.shape, generator=generator).to(v.tensor) for p in products for v in p.factors
             },
@@ -65,8 +65,8 @@ class Upper:
         arrived = self._replay.gradients_at(cut, seed.to(cut.tensor.dtype), values)
         return [arrived[v] != 0 if v in arrived else torch.zeros_like(v.tensor, dtype=torch.bool) for v in values]
 
-    def places(self, cut: Value, labels: Tensor, head: int, operands: Sequence[Operand]) -> list[Tensor]:
-        """For each operand the places that the logits of a head read, each with all its features."""
+    def positions(self, cut: Value, labels: Tensor, head: int, operands: Sequence[Operand]) -> list[Tensor]:
+        """For each operand the positions that the logits of a head read, each with all its features."""
         mask = (labels.to(cut.tensor.device) == head).to(torch.float32).expand(cut.tensor.shape)
         if cut is self.softmax.logits:
             mask = mask * self._weights_of_no_shift().to(mask.device)
@@ -74,14 +74,14 @@ class Upper:
         return [t.any(o.axis, keepdim=True) for t, o in zip(touched, operands, strict=True)]
 
     def shifts_only(self, product: Product) -> bool:
-        """Whether a product moves all logits of a query alike, as the largest logit of the keys before these does."""
+        """Whether a product shifts all logits of a query alike, such as the maximum over earlier keys."""
         seed = self._weights_of_no_shift().expand(self.softmax.shape).to(self.softmax.logits.tensor.device)
         return not any(t.any() for t in self.touched(self.softmax.logits, seed, product.factors))
 
     def _weights_of_no_shift(self) -> Tensor:
         """Small whole numbers along the softmax's axis whose sum is zero.
 
-        What is taken from all logits alike, such as the largest one of all heads, then adds up to nothing at all.
+        A value subtracted from all logits alike, such as the maximum over all heads, then has no gradient.
         """
         size, dim = self.softmax.shape[self.softmax.dim], self.softmax.dim
         weights = 1.0 - 2.0 * (torch.arange(size) % 2)
@@ -90,11 +90,11 @@ class Upper:
         return weights.view([-1 if axis == dim else 1 for axis in range(len(self.softmax.shape))])
 
     def operands(self, product: Product) -> dict[Side, Operand] | None:
-        """Query and key operand of a product; None when that cannot be told.
+        """Query and key operand of a product; None if that cannot be determined.
 
-        The softmax tells: it runs over the keys of one query. So a gradient on all logits of two keys touches few
-        places of the key operand, and as many of the query operand as there are queries; one on all logits of a query
-        touches few places of the query operand.
+        The softmax shows it: it runs over the keys of one query. So a gradient on all logits of two keys touches few
+        positions of the key operand, and as many of the query operand as there are queries; one on all logits of one
+        query touches few positions of the query operand.
         """
         if product.axes is None:
             return None
@@ -107,7 +107,7 @@ class Upper:
         return {"query": right if key is left else left, "key": key}
 
     def _changes_within(self, groups: Tensor, operands: Sequence[Operand]) -> int | None:
-        """Which of two operands alone has different vectors for the entries of a group: keys, at the ends of edges."""
+        """Which of two operands alone has different vectors within a group: that one holds the keys."""
         changes = []
         for operand in operands:
             vectors = operand.value.tensor.movedim(self.softmax.dim, 0)
@@ -129,11 +129,11 @@ class Upper:
             touched = self.touched(self.softmax.logits, seed, [o.value for o in operands])
             return [t.any(o.axis) for t, o in zip(touched, operands, strict=True)]
 
-        # Not all places are read: a table of relative positions has more of them than there are tokens.
+        # Not all positions are read: a table of relative positions has more of them than there are tokens.
         ever = [float(t.sum()) for t in read(torch.rand(shape, generator=torch.Generator().manual_seed(0)))]
 
-        def share(*slices: tuple[int, int, float]) -> list[float]:
-            """Part of each operand's places that a gradient on slices (axis, index, value) of the logits touches."""
+        def fraction(*slices: tuple[int, int, float]) -> list[float]:
+            """Fraction of each operand's positions that a seed on slices (axis, index, value) of the logits reaches."""
             seed = torch.zeros(shape)
             for axis, index, value in slices:
                 seed.select(axis, index).fill_(value)
@@ -144,21 +144,21 @@ class Upper:
         seeds = [((dim, i, 1.0), (dim, j, -1.0)) for i, j in [(0, last), *((i, i + 1) for i in range(min(last, 8)))]]
         few: list[tuple[tuple[int, int, float], ...]] = [((dim, i, 1.0),) for i in range(min(last + 1, 3))]
         for seed in [*seeds, *few] if last else []:
-            shares = share(*seed)
-            # Few queries, too, where one softmax runs over all pairs of queries and keys: nothing tells them apart.
-            if 0 < 2 * min(shares) <= max(shares) >= 0.5:
-                return shares.index(min(shares))
+            fractions = fraction(*seed)
+            # If one softmax runs over all pairs of queries and keys, both fractions are small, and nothing is decided.
+            if 0 < 2 * min(fractions) <= max(fractions) >= 0.5:
+                return fractions.index(min(fractions))
         for axis in range(1, len(shape)):
-            shares = share((axis, shape[axis] - 1, 1.0)) if axis != dim else [0.0]
-            if 0 < 2 * min(shares) <= max(shares):
-                return shares.index(max(shares))
+            fractions = fraction((axis, shape[axis] - 1, 1.0)) if axis != dim else [0.0]
+            if 0 < 2 * min(fractions) <= max(fractions):
+                return fractions.index(max(fractions))
         return None
 
 
 def head_labels(cut: Value, heads: int, without: int | None) -> Iterator[Tensor]:
-    """Readings of the logits' shape: int tensors that broadcast to it and name the head of each logit.
+    """Ways to divide the logits into heads: int tensors that broadcast to their shape, with the head of each logit.
 
-    The usual place of the head axis comes first; then any other axis of that size, a pair of axes (key heads, and
+    The usual position of the head axis comes first; then any other axis of that size, a pair of axes (key heads, and
     query heads that share one), and an axis that folds heads and batch.
 
     Arguments:

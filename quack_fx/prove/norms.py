@@ -2,9 +2,9 @@
 
 In: the evidence about a site. Out: the number of norms confirmed; `VerifyError` for the first claim that is wrong.
 
-Behind a norm the logits do not depend on the size of the weights before it (Euler's rule: the gradient of the operand
-along the product is zero), and where the mean is taken away as well, the gradients of the features sum to zero. How
-many features share a statistic is how many go into one. Here, and here alone, statistics carry gradients.
+After a norm, the logits do not depend on the norm of the weights before it (Euler's rule: the gradient of the operand
+along the product is zero), and if the mean is subtracted as well, the gradients of the features sum to zero. The width
+of a norm is the number of features that go into one statistic. Only here do statistics carry gradients.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from quack_fx.prove.replay import Replay
 from quack_fx.prove.tape import Op
 
 _BLIND = 1e-2
-"""Below this part of the whole, what an operand owes to the size of its weights is a norm's epsilon."""
+"""A dependence on the norm of the weights that is smaller than this fraction comes from the norm's epsilon."""
 
 _LONG = 3000.0
-"""The length to which vectors are drawn out: an epsilon or a bias is nothing beside it, even where features cancel."""
+"""Length of long test vectors: an epsilon or a bias is negligible beside it, even if features cancel."""
 
 _SHORT, _BLIND_WHEN_SHORT = 0.2, 0.3
-"""The length to which vectors are cut, to tell a norm from a clip; a norm's epsilon counts for more there."""
+"""Length of short test vectors, which tell a norm from a clip; a norm's epsilon matters more there."""
 
 
 def check_norms(evidence: Evidence) -> int:
@@ -80,7 +80,7 @@ def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, 
         evidence: The evidence.
         part: The logit product.
         side: The side.
-        expected: Norms taken for granted where no gradient tells.
+        expected: Norms that are assumed where no gradient can decide.
     """
     ops = sorted({op for factor in part.around[side] for op in factor.norms}, key=lambda op: op.index)
     long, short = _Probe(evidence, part, side, _LONG), _Probe(evidence, part, side, _SHORT)
@@ -88,15 +88,15 @@ def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, 
     found: dict[int, bool] = {}
     for op in ops:
         # A norm may be over some of the features alone, or over those of some of the tokens.
-        places = long.places(op)
-        normed |= places
-        # What cuts long vectors down is a norm of those alone.
-        if not long.is_blind(places, _BLIND) or not short.is_blind(places, _BLIND_WHEN_SHORT):
+        positions = long.positions(op)
+        normed |= positions
+        # A clip is a norm for long vectors only.
+        if not long.is_blind(positions, _BLIND) or not short.is_blind(positions, _BLIND_WHEN_SHORT):
             continue
         width = op.inputs[0].tensor.numel() // max(1, op.outputs[-1].tensor.numel())
-        # Two features less their mean, or one, leave nothing but a sign: there is no gradient to go by.
-        unclear = width <= 2 or long.is_saturated(places)
-        found.setdefault(width, (width, True) in expected if unclear else long.takes_the_mean(places, op))
+        # One feature, or two minus their mean, is only a sign after the norm: there is no gradient.
+        unclear = width <= 2 or long.is_saturated(positions)
+        found.setdefault(width, (width, True) in expected if unclear else long.takes_the_mean(positions, op))
     if long.is_blind(~normed, _BLIND):
         names = {name for factor in part.around[side] for name in factor.params}
         raise CannotTell(f"its {side} side does not depend on the size of {min(names)!r}, yet passes no norm")
@@ -104,7 +104,7 @@ def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, 
 
 
 class _Probe:
-    """Seeds on an operand that is made from results of one length, and what of them arrives at those.
+    """Seeds on an operand that is computed from vectors of one length, and the gradients that arrive at those.
 
     Arguments:
         evidence: The evidence.
@@ -124,39 +124,39 @@ class _Probe:
 
     @cached_property
     def _growth(self) -> Tensor:
-        """What larger results would make of the operand without a norm: a seed along it sees every change of size."""
+        """The operand's change if the results grew and there were no norm: a seed along it sees any change of size."""
         fixed = self._replays[1]
         return fixed.changes(self._operand.value, {out: fixed.start(out).detach() for out in self._outs})
 
-    def places(self, norm: Op) -> Tensor:
-        """Places of the operand that a statistic reaches."""
+    def positions(self, norm: Op) -> Tensor:
+        """Positions of the operand that depend on a statistic."""
         # Away from zero: one in ten million of normal numbers is none, and a large model has as many.
         noise = (0.5 + torch.rand(norm.out.tensor.shape, generator=self._evidence.generator)).to(norm.out.tensor)
         return self._replays[0].changes(self._operand.value, {norm.out: noise}) != 0
 
-    def is_blind(self, places: Tensor, limit: float) -> bool:
-        """Whether some places do not depend on the size of what the products with weights make."""
-        return bool(places.any()) and all(
+    def is_blind(self, positions: Tensor, limit: float) -> bool:
+        """Whether some positions do not depend on the size of what the products with weights make."""
+        return bool(positions.any()) and all(
             abs(sum(float(gain.sum()) for gain in self._gains(seed))) < limit * float((seed * self._growth).sum())
-            for seed in self._seeds(places)
+            for seed in self._seeds(positions)
         )
 
-    def is_saturated(self, places: Tensor) -> bool:
-        """Whether some places do not depend on anything else of it, either."""
+    def is_saturated(self, positions: Tensor) -> bool:
+        """Whether these positions depend on nothing else of it, either."""
         return all(
             sum(float(gain.abs().sum()) for gain in self._gains(seed)) < _BLIND * float((seed * self._growth).sum())
-            for seed in self._seeds(places)
+            for seed in self._seeds(positions)
         )
 
-    def takes_the_mean(self, places: Tensor, norm: Op) -> bool:
+    def takes_the_mean(self, positions: Tensor, norm: Op) -> bool:
         """Whether the gradients of the features that go into a norm sum to zero."""
         live, source = self._replays[0], norm.inputs[0]
-        found = [live.gradients_at(self._operand.value, seed, [source]) for seed in self._seeds(places)]
+        found = [live.gradients_at(self._operand.value, seed, [source]) for seed in self._seeds(positions)]
         return all(source in arrived and _sums_to_zero(arrived[source]) for arrived in found)
 
-    def _seeds(self, places: Tensor) -> Iterator[Tensor]:
+    def _seeds(self, positions: Tensor) -> Iterator[Tensor]:
         for _ in range(3):  # without a norm, one seed may happen to show none of the size
-            yield self._growth * (0.5 + self._evidence.noise(self._operand).abs()) * places
+            yield self._growth * (0.5 + self._evidence.noise(self._operand).abs()) * positions
 
     def _gains(self, seed: Tensor) -> list[Tensor]:
         """What arrives of a seed at each number of the results, times that number."""
@@ -170,13 +170,14 @@ def _sums_to_zero(gradient: Tensor) -> bool:
 
 
 def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]) -> None:
-    """The module that is said to compute a norm computes one on this side, and its gain is on the way."""
+    """The module that is claimed to compute a norm computes one on this side, and the claimed gain is applied."""
     both_sides = norm.module in {other.module for other in evidence.site.qk_norm if other.side != side}
     ran = {
         module
         for part in evidence.parts
         for op in {op for factor in part.factors[side] for op in factor.norms}
-        if not both_sides or _Probe(evidence, part, side, _LONG).places(op).any()  # queries and keys may share a tensor
+        if not both_sides
+        or _Probe(evidence, part, side, _LONG).positions(op).any()  # queries and keys may share a tensor
         for module in op.modules
     }
     # Tied stacks are one site with several calls, each with norm modules of its own.
@@ -204,7 +205,7 @@ def _reads(evidence: Evidence, module: str | None, param: str) -> bool:
 
 
 def _check_latent_norm(evidence: Evidence, side: Side) -> None:
-    """A norm stands between two factors exactly where one is claimed."""
+    """There is a norm between two factors exactly where one is claimed."""
     claimed = [norm for norm in evidence.site.latent_norm if norm.side == side]
     found = {
         module

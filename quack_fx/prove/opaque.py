@@ -1,8 +1,8 @@
-"""Ops that hide several, written out: attention that runs as one op, so that its logits can be seen.
+"""Fused attention as plain ops, so that its logits are on the tape.
 
-In: an op that is about to run. Out: a function of the same arguments made of plain ATen ops, or None where the op needs
-none or has none. `F.scaled_dot_product_attention` is not here: PyTorch itself writes it out when asked to; but a model
-may ask for its flash kernel by name.
+In: an op that is about to run. Out: a function of the same arguments made of plain ATen ops, or None if the op needs
+none or has none. `F.scaled_dot_product_attention` is not here, as PyTorch itself can run it as plain ops; but a model
+may call its flash kernel by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OWN_NAMESPACES = frozenset({"aten", "prims", "prim", "_c10d_functional", "torch
 
 
 def written_out(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """The function to run in an op's stead."""
+    """The function to run instead of an op."""
     if isinstance(func, torch._ops.HigherOrderOperator):
         return _flex_attention if func.name() == "flex_attention" else None
     if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
@@ -25,7 +25,7 @@ def written_out(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     if str(func) == "torch_attn._varlen_attn.default":  # registered when `varlen_attn` is first imported
         return _packed_attention
     if func.namespace in _OWN_NAMESPACES:
-        # What autograd would have taken apart comes whole where it was switched off, as inside one of these functions.
+        # Composite ops are not decomposed where autograd is off, as inside one of these functions.
         composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
         return func.decompose if composite else None
     return _python_of_custom_op(f"{func.namespace}::{func.overloadpacket.__name__}", args)
@@ -52,9 +52,9 @@ def _flex_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1).expand(query.shape[0], -1, -1, -1) for t in (key, value))
     scores = query @ key.transpose(-1, -2) * scale
-    places = [torch.arange(n, device=query.device) for n in scores.shape]
-    allowed = _over_all(block_mask[-1], (), len(mask_mod_buffers))(*places, *mask_mod_buffers)
-    scores = _over_all(score_mod, (0,), len(score_mod_buffers))(scores, *places, *score_mod_buffers)
+    index = [torch.arange(n, device=query.device) for n in scores.shape]
+    allowed = _over_all(block_mask[-1], (), len(mask_mod_buffers))(*index, *mask_mod_buffers)
+    scores = _over_all(score_mod, (0,), len(score_mod_buffers))(scores, *index, *score_mod_buffers)
     scores = scores.masked_fill(~allowed, float("-inf"))
     weights = scores.softmax(-1).nan_to_num()
     return weights @ value, scores.logsumexp(-1), scores.amax(-1)
@@ -70,7 +70,7 @@ def _flash_attention(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The flash kernel of CPUs, with the logits that it never stores; without dropout, as in evaluation."""
+    """The CPU's flash kernel, with its logits; without dropout, as in evaluation."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -98,7 +98,7 @@ def _packed_attention(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`varlen_attn` as its documentation defines it: sequences in a row, [tokens, heads, features], each by itself."""
+    """`varlen_attn` as its documentation defines it: concatenated sequences, [tokens, heads, features]."""
     if seqused_k is not None or block_table is not None:
         raise NotImplementedError("varlen_attn with a cache of pages is not written out here")
     groups = query.shape[1] // key.shape[1]
@@ -108,7 +108,7 @@ def _packed_attention(
     of_q, of_k = (
         torch.searchsorted(e, torch.arange(len(t)), right=True) for e, t in zip(ends, (q[0], k[0]), strict=True)
     )
-    # Places are counted from a sequence's end: the last query and the last key lie side by side.
+    # Positions are counted from a sequence's end: its last query and last key have the same position.
     from_end_q, from_end_k = (e[of] - torch.arange(len(of)) for e, of in zip(ends, (of_q, of_k), strict=True))
     later = from_end_q[:, None] - from_end_k
     left, right = window_size or (-1, -1)
@@ -122,7 +122,7 @@ def _packed_attention(
 
 
 def _over_all(function: Callable[..., Tensor], first: tuple[int, ...], buffers: int) -> Callable[..., Tensor]:
-    """A function of one place (batch, head, query, key) as one of all; `first` says whether a score comes first."""
+    """A function of one (batch, head, query, key), over all of them; `first` is (0,) if it takes a score first."""
     for axis in reversed(range(4)):
         dims = tuple(0 if axis == i else None for i in range(4))
         function = torch.vmap(function, in_dims=(*first, *dims, *(None,) * buffers), out_dims=0)

@@ -1,4 +1,4 @@
-"""What single ops of a tape are: products, softmaxes, changes of shape, norms and their statistics.
+"""Which ops of a tape are products, softmaxes, changes of shape, norms and their statistics.
 
 In: an op and, where it takes several to tell, the ops that read it. Out: `Product`, `Softmax`, or sets of names. ATen's
 names are the only ones here; a model's are asked for nowhere.
@@ -15,7 +15,7 @@ from quack_fx.prove.replay import NORM_OPS
 from quack_fx.prove.tape import Op, Tape, Value
 
 Readers = Mapping[Op, Sequence[Op]]
-"""For each op, those that read what it made."""
+"""For each op, the ops that read its results."""
 
 _PRODUCTS: dict[str, tuple[int, int, int | None]] = {
     "mm": (0, 1, None),
@@ -30,10 +30,10 @@ _PRODUCTS: dict[str, tuple[int, int, int | None]] = {
     "matmul": (0, 1, None),
     "_grouped_mm": (0, 1, 3),
 }
-"""Where an op keeps its two factors and what it adds to their product."""
+"""Argument indices of an op's two factors, and of what it adds to their product."""
 
 _SOFTMAXES = {"_softmax": 1, "_safe_softmax": 1, "_log_softmax": 1, "_masked_softmax": 2}
-"""Where an op keeps the axis it runs over."""
+"""Argument index of the axis that an op runs over."""
 
 _REDUCTIONS = frozenset({"mean", "sum", "var", "var_mean", "std", "std_mean", "linalg_vector_norm", "norm", "amax"})
 
@@ -65,7 +65,7 @@ _LINEAR = (
 _SCATTERS = frozenset("scatter_add scatter_reduce index_add index_reduce".split())
 
 _NEAR = 12
-"""Ops between a statistic and the features it is taken of, or comes back to; eight in the longest norm known."""
+"""Most ops between a statistic and the features that it is computed from or applied to."""
 
 
 @dataclass(eq=False, repr=False)
@@ -121,24 +121,24 @@ class Softmax:
         return self.op.modules
 
 
-def kind(op: Op) -> str:
-    """Name of an op, whether it works in place or not."""
+def base_name(op: Op) -> str:
+    """Name of an op without the underscore of an in-place op."""
     return op.name.rstrip("_")
 
 
 def is_linear(op: Op) -> bool:
-    """Whether an op moves features, scales them, adds to them or normalises them."""
-    return kind(op) in _LINEAR or _is_depthwise(op)
+    """Whether an op rearranges, scales, shifts or normalises features."""
+    return base_name(op) in _LINEAR or _is_depthwise(op)
 
 
-def turns(op: Op) -> bool:
-    """Whether an op makes rotations out of angles: they change the direction of features, and are none themselves."""
-    return kind(op) in ("sin", "cos", "polar")
+def makes_rotation(op: Op) -> bool:
+    """Whether an op computes a rotation from angles, which holds no features itself."""
+    return base_name(op) in ("sin", "cos", "polar")
 
 
 def keeps_numbers(op: Op) -> bool:
     """Whether an op changes nothing but the shape or the type."""
-    return kind(op) in _SAME_NUMBERS
+    return base_name(op) in _SAME_NUMBERS
 
 
 def product_of(op: Op) -> Product | None:
@@ -159,12 +159,12 @@ def product_of(op: Op) -> Product | None:
     axis = dims[0] - op.inputs[0].tensor.ndim
     shapes = [v.tensor.shape for v in mul.inputs]
     if any(len(s) < 2 or len(s) + axis < 0 or s[axis] == 1 for s in shapes):
-        return None  # a factor that the sum does not run over only scales
+        return None  # a factor that is not summed over only scales
     return Product(op, *mul.inputs, None, mul, (axis, axis))
 
 
 def _is_depthwise(op: Op) -> bool:
-    """Whether an op is a convolution of each feature by itself, which mixes none."""
+    """Whether an op is a depthwise convolution, which mixes no features."""
     return op.name == "convolution" and op.args[8] > 1 and op.args[8] == op.inputs[1].tensor.shape[0]
 
 
@@ -174,56 +174,60 @@ def softmax_of(op: Op, readers: Readers) -> Softmax | None:
         return None
     logits = op.inputs[0]
     if op.name in _SOFTMAXES:
-        place = _SOFTMAXES[op.name]
-        dim = op.args[place] if len(op.args) > place else None
+        i = _SOFTMAXES[op.name]
+        dim = op.args[i] if len(op.args) > i else None
         return Softmax(op, logits, (-1 if dim is None else dim) % logits.tensor.ndim)
-    if kind(op) != "exp":
+    if base_name(op) != "exp":
         return None
     sums = [reader for reader in readers[op] if reader.name == "sum"]
     sums += [
-        source for minus in op.reads if kind(minus) == "sub" for source in minus.reads if source.name == "logsumexp"
+        source
+        for minus in op.reads
+        if base_name(minus) == "sub"
+        for source in minus.reads
+        if source.name == "logsumexp"
     ]
     over_one = [dims[0] for reduction in sums if len(dims := _dims(reduction)) == 1]
     return Softmax(op, logits, over_one[0]) if over_one else _softmax_over_groups(op, logits, readers)
 
 
 def _softmax_over_groups(op: Op, logits: Value, readers: Readers) -> Softmax | None:
-    """An exponential that sums over groups of its entries divide."""
-    if not any(kind(reader) in ("div", "mul") for reader in readers[op]):
+    """An exponential that is divided by sums over groups of its entries."""
+    if not any(base_name(reader) in ("div", "mul") for reader in readers[op]):
         return None
     for reader in readers[op]:
-        if kind(reader) in _SCATTERS and reader.args[3] is op.out:
+        if base_name(reader) in _SCATTERS and reader.args[3] is op.out:
             dim, index = reader.args[1] % logits.tensor.ndim, reader.args[2].tensor
             return Softmax(op, logits, dim, index if index.ndim == 1 else index.movedim(dim, 0).flatten(1)[:, 0])
     return None
 
 
 def weighs_by_groups(softmax: Softmax, readers: Readers) -> Iterator[Product]:
-    """Elementwise products of a softmax's weights with data, whose entries are then added up by groups."""
+    """Elementwise products of attention weights with data, whose entries are then added up by groups."""
     todo, seen = [softmax.op], set[Op]()
     while todo:
         for reader in readers[todo.pop()]:
-            if reader in seen or kind(reader) not in _ELEMENTWISE | _SAME_NUMBERS:
+            if reader in seen or base_name(reader) not in _ELEMENTWISE | _SAME_NUMBERS:
                 continue
             seen.add(reader)
-            if kind(reader) == "mul" and len(reader.inputs) == 2 and _is_scattered(reader, readers):
+            if base_name(reader) == "mul" and len(reader.inputs) == 2 and _is_scattered(reader, readers):
                 yield Product(reader, *reader.inputs, None, reader, None)
             else:
                 todo.append(reader)
 
 
 def _is_scattered(op: Op, readers: Readers) -> bool:
-    return any(kind(r) in _SCATTERS or (keeps_numbers(r) and _is_scattered(r, readers)) for r in readers[op])
+    return any(base_name(r) in _SCATTERS or (keeps_numbers(r) and _is_scattered(r, readers)) for r in readers[op])
 
 
 def statistics(tape: Tape, readers: Readers) -> frozenset[Op]:
-    """Norms, and the reductions of features that come back to scale or shift those very features."""
+    """Norms, and reductions of features whose result scales or shifts the same features."""
     live = (op for op in tape.ops if op.data or op.weight)
     return frozenset(op for op in live if op.name in NORM_OPS or _comes_back(tape, readers, op))
 
 
 def _comes_back(tape: Tape, readers: Readers, reduction: Op) -> bool:
-    """Whether the result of a reduction scales or shifts what it was taken of."""
+    """Whether the result of a reduction scales or shifts the features it was computed from."""
     if reduction.name not in _REDUCTIONS or not reduction.inputs or product_of(reduction) is not None:
         return False
     features = _near(tape, reduction, {reduction.inputs[0]})
@@ -232,11 +236,11 @@ def _comes_back(tape: Tape, readers: Readers, reduction: Op) -> bool:
     while todo and len(seen) < _NEAR:
         op = todo.pop(0)
         for reader in readers[op]:
-            if reader in seen or kind(reader) not in _ELEMENTWISE:
+            if reader in seen or base_name(reader) not in _ELEMENTWISE:
                 continue
             seen.add(reader)
             todo.append(reader)
-            if kind(reader) in _SCALING:
+            if base_name(reader) in _SCALING:
                 others = {v for v in reader.inputs if op not in tape.behind(v, reader)}
                 larger = {v for v in others if v.tensor.numel() > reduction.out.tensor.numel()}
                 if features & _near(tape, reader, larger):
@@ -245,12 +249,12 @@ def _comes_back(tape: Tape, readers: Readers, reduction: Op) -> bool:
 
 
 def _near(tape: Tape, reader: Op, values: Set[Value]) -> set[Value]:
-    """Values that some values are made of, by a few elementwise ops."""
+    """Values that some values are computed from by a few elementwise ops."""
     found, todo = set(values), [(v, reader) for v in values]
     while todo and len(found) < _NEAR:
         value, before = todo.pop(0)
         for op in tape.behind(value, before):
-            if kind(op) in _ELEMENTWISE and (op.data or op.weight):
+            if base_name(op) in _ELEMENTWISE and (op.data or op.weight):
                 new = {v for v in op.inputs if v not in found and v.tensor.numel() >= value.tensor.numel()}
                 found |= new
                 todo += [(v, op) for v in new]

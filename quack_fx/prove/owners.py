@@ -1,4 +1,4 @@
-"""Which softmax of the run a site speaks about.
+"""Which softmaxes of a run belong to a site.
 
 In: a layout and the graph of a run. Out: for each site its softmaxes; `VerifyError` where an attention belongs to none.
 """
@@ -35,20 +35,20 @@ def softmaxes_of(layout: QKLayout, graph: Graph) -> dict[AttentionSite, list[Sof
                     found[site].append(softmax)
             elif claims and (inside is None or site.name not in graph.tape.ran):
                 found[site].append(softmax)
-    # Beside an attention, a softmax of the same logits that weighs nothing chooses tokens. One that no input reaches
-    # (of learned tokens alone) weighs what no input reaches.
+    # A second softmax of the same logits that weighs no values selects tokens. A softmax that depends on no input
+    # (learned tokens alone) weighs values that depend on none either.
     return {
         site: [s for s in of_site if graph.weighs(s) or not s.op.data] or of_site for site, of_site in found.items()
     }
 
 
 def _has_a_term_of(site: AttentionSite, params: Set[str]) -> bool:
-    """Whether both sides of a term come out of some parameters, as far as those are nearest to the logits."""
+    """Whether both sides of a term have one of these parameters nearest to the logits."""
     return any(site.query[t.query[0]].param in params and site.key[t.key[0]].param in params for t in site.terms)
 
 
 def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite, Sequence[Softmax]]) -> None:
-    """Refuse a layout that is silent about an attention of the model."""
+    """Refuse a layout that neither has nor skips an attention of the model."""
     known = {softmax for softmaxes in claims.values() for softmax in softmaxes}
     for softmax in graph.softmaxes:
         if softmax not in known and not is_told_of(layout, softmax) and graph.is_attention(softmax):
@@ -60,10 +60,10 @@ def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite
 
 def is_told_of(layout: QKLayout, softmax: Softmax) -> bool:
     """Whether the layout says that it skips this softmax."""
-    return any(_speaks_of(entry.name, softmax) for entry in layout.skipped)
+    return any(_is_about(entry.name, softmax) for entry in layout.skipped)
 
 
-def _speaks_of(name: str, softmax: Softmax) -> bool:
-    """Whether a remark on a skipped attention means this one: it names its module, the one around it, or a sibling."""
+def _is_about(name: str, softmax: Softmax) -> bool:
+    """Whether a skipped entry is about this softmax: it names its module, the one around it, or a sibling."""
     around = softmax.modules[-2:]
     return name in around or (name.rpartition(".")[0] in around and name.rpartition(".")[0] != "")

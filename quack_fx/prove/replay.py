@@ -1,13 +1,13 @@
 """A slice of the tape, run again with gradients.
 
-In: a tape, the values wanted, and where the slice begins. Out: a `Replay`: the same numbers, made by the same ops, with
-every parameter and every chosen value a leaf of autograd. What a model hides from autograd (`no_grad`, the forward of
-an autograd.Function) gives its gradient here like anything else, and nothing flows past the beginning of the slice.
+In: a tape, the wanted values, and where the slice begins. Out: a `Replay`: the same values, computed by the same ops,
+with every parameter and every chosen value a leaf of autograd. What a model hides from autograd (`no_grad`, the forward
+of an autograd.Function) has gradients here, and no gradient flows past the beginning of the slice.
 
-The statistics of norms are constants here unless asked for: a mean or a root mean square of many features is one
-number per position, through which every feature would reach every other. With statistics held fixed, a norm scales and
-shifts each feature by itself, so that a seed on one head stays with the rows that make this head's features. No wrong
-row can pass for a right one that way: a row that acts through a statistic alone is no row of that head.
+The statistics of norms are constants here by default: a mean or a root mean square of many features is one number per
+position, through which every feature would depend on every other. With constant statistics a norm scales and shifts
+each feature separately, so that a seed on one head reaches only the rows of this head's features. This cannot hide a
+wrong row: a row that acts only through a statistic is not a row of that head.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quack_fx.prove.opaque import is_opaque
 from quack_fx.prove.tape import Op, Tape, Value
 
 Target = tuple[Value, Op | None]
-"""A value as an op reads it; without an op, as it was left in the end."""
+"""A value as an op reads it; without an op, as it is at the end."""
 
 
 class Replay:
@@ -32,13 +32,13 @@ class Replay:
 
     Arguments:
         tape: The tape.
-        targets: Values to make again.
+        targets: Values to compute again.
         cuts: Values at which the slice begins; they are constants.
-        stops: Ops that are not run again; what they made is constant.
-        leaves: Further cuts, with numbers of their own, that gradients are wanted for.
+        stops: Ops that are not run again; their results are constant.
+        leaves: Further cuts, with given values, whose gradients are wanted.
         statistics: Reductions and norms whose statistics are constants.
         live: Whether those statistics carry gradients instead.
-        biases: Factor on parameters of one axis: biases, and gains, which change no proportions.
+        biases: Factor on one-dimensional parameters: biases, and gains, which only change by the same factor.
         through_detach: Whether gradients pass `detach`.
     """
 
@@ -62,7 +62,7 @@ class Replay:
         self._tensors: dict[Value, Tensor] = {}
         self.params: dict[str, Tensor] = {}
         self.opaque: list[Op] = []
-        """Ops of unknown meaning that let no gradient pass."""
+        """Ops of unknown meaning that have no gradient."""
         ops = self._slice(targets)
         self._written = {v.storage for op in ops for v in op.outputs if op in tape.writes.get(v.storage, ())}
         self._leaves = {leaf: numbers.clone().requires_grad_() for leaf, numbers in (leaves or {}).items()}
@@ -73,7 +73,7 @@ class Replay:
                 self._run(op)
 
     def __getitem__(self, value: Value) -> Tensor:
-        """The value, made again."""
+        """The value, computed again."""
         if value not in self._tensors:
             self._tensors[value] = self._constant(value)
         return self._tensors[value]
@@ -86,18 +86,18 @@ class Replay:
         """Gradient of every parameter of the slice that a seed on a value reaches."""
         return dict(self._gradients(value, seed, self.params))
 
-    def gradients_at(self, value: Value, seed: Tensor, places: Iterable[Value]) -> dict[Value, Tensor]:
-        """Gradient of those values, leaves or not, that a seed on a value reaches."""
-        inside = {place: self.start(place) for place in places}
+    def gradients_at(self, value: Value, seed: Tensor, values: Iterable[Value]) -> dict[Value, Tensor]:
+        """Gradient of each of some values, leaves or not, that a seed on a value reaches."""
+        inside = {one: self.start(one) for one in values}
         return dict(self._gradients(value, seed, {p: t for p, t in inside.items() if t.requires_grad}))
 
     def changes(self, value: Value, directions: Mapping[Value, Tensor]) -> Tensor:
-        """How a value changes where other ones do: its Jacobian times what is added to them."""
+        """How a value changes with others: its Jacobian times their change."""
         root = self[value]
         sources = {on: self.start(on) for on in directions if self[on].requires_grad}
         if not root.requires_grad or not sources:
             return torch.zeros_like(root)
-        # The gradient is linear in the seed: its own gradient is the Jacobian the other way round.
+        # The gradient is linear in the seed, so its own gradient is the transposed Jacobian.
         seed = torch.zeros_like(root, requires_grad=True)
         arrived = torch.autograd.grad([root], list(sources.values()), [seed], create_graph=True, allow_unused=True)
         linear = [(g, directions[on]) for on, g in zip(sources, arrived, strict=True) if g is not None]
@@ -119,8 +119,8 @@ class Replay:
     def _slice(self, targets: Iterable[Target]) -> list[Op]:
         """The ops to run, in order.
 
-        Ops that neither inputs nor parameters reach are constant, unless what they made is written to afterwards: then
-        the same storage has to be made anew.
+        Ops that depend on neither inputs nor parameters are constant, unless their results are written in place later:
+        then the storage has to be computed again.
         """
         chosen: set[Op] = set()
         idle: set[Op] = set()

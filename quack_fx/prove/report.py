@@ -28,7 +28,7 @@ class SiteProof:
 
 @dataclass(frozen=True, slots=True)
 class NotProved:
-    """A site about which the gradients say neither yes nor no, and why."""
+    """A site that the gradients neither prove nor refute, and why."""
 
     name: str
     reason: str

@@ -1,11 +1,11 @@
-"""What a forward pass on real numbers did: every ATen op that ran, in order, with its real operands.
+"""A record of a forward pass on real values: every ATen op that ran, in order, with its operands.
 
-In: a model and its inputs. Out: a `Tape` of `Op`s over `Value`s. Each op knows which earlier ops it reads, writes in
-place included, so a slice of the tape can run again (`replay.py`); each value knows whether the model's inputs reach it
-(`data`) and whether parameters do (`weight`).
+In: a model and its inputs. Out: a `Tape` of `Op`s over `Value`s. Each op knows which earlier ops it depends on,
+in-place writes included, so that a slice of the tape can run again (`replay.py`), and whether it depends on the
+model's inputs (`data`) and on parameters (`weight`).
 
-The ops are seen below autograd, by a TorchDispatchMode: what runs under `no_grad` or inside an autograd.Function is
-seen as well. Nothing here asks for a module's class or name.
+The ops are recorded below autograd, by a TorchDispatchMode, so that what runs under `no_grad` or inside an
+autograd.Function is recorded as well. No module class or name is looked at.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Value:
     """One tensor of the forward pass.
 
     Attributes:
-        tensor: The tensor; alive as long as the tape, so that no address is used twice.
+        tensor: The tensor; kept alive by the tape, so that no address is used twice.
         op: The op that made it; None for inputs, parameters and buffers.
-        param: Name of the parameter that it is, or None.
-        is_input: Whether the model was given it.
+        param: Its name if it is a parameter, or None.
+        is_input: Whether it is an input of the model.
         storage: Address of its storage.
     """
 
@@ -49,7 +49,7 @@ class Value:
 
     @property
     def is_numeric(self) -> bool:
-        """Whether it holds numbers with a gradient, not places or choices."""
+        """Whether it holds floating-point values, not indices or masks."""
         return self.tensor.is_floating_point() or self.tensor.is_complex()
 
 
@@ -58,7 +58,7 @@ class Op:
     """One ATen op that ran.
 
     Attributes:
-        index: Its place on the tape.
+        index: Its index on the tape.
         func: The op.
         name: Its name without namespace and overload: "bmm".
         args: Its arguments, with a `Value` for each tensor.
@@ -67,10 +67,10 @@ class Op:
         outputs: All values among the results; an argument that is written in place is one of them.
         reads: The earlier ops whose results it depends on: those that made its inputs, and those that wrote to them.
         modules: Names of the modules that were running, outermost first.
-        given: Whether the model's inputs reach its results.
-        weight: Whether parameters do.
-        data: Whether its results are numbers made of inputs: what whole numbers alone make (masks, positions, tables
-            looked up by them) is constant.
+        given: Whether its results depend on the model's inputs.
+        weight: Whether they depend on parameters.
+        data: Whether its results are floating-point values that depend on inputs; what depends on integers alone
+            (masks, positions, tables looked up by them) is constant.
     """
 
     index: int
@@ -114,7 +114,7 @@ class Tape:
     params: dict[str, Tensor] = field(default_factory=dict)
 
     def behind(self, value: Value, before: Op | None = None) -> tuple[Op, ...]:
-        """The ops that made what is in a value when an op reads it: its maker and all writers in place until then."""
+        """The ops that produced the contents of a value as an op reads it: its op and all earlier in-place writes."""
         made = (value.op,) if value.op is not None else ()
         writers = self.writes.get(value.storage)
         if not writers:
@@ -122,11 +122,11 @@ class Tape:
         return made + tuple(op for op in writers if op is not value.op and (before is None or op.index < before.index))
 
     def is_data(self, value: Value, before: Op | None = None) -> bool:
-        """Whether the model's inputs reach a value."""
+        """Whether a value depends on the model's inputs."""
         return value.is_input or any(op.data for op in self.behind(value, before))
 
     def is_weight(self, value: Value, before: Op | None = None) -> bool:
-        """Whether parameters alone, at least one, reach a value."""
+        """Whether a value depends on parameters alone, and on at least one."""
         if self.is_data(value, before):
             return False
         return value.param is not None or any(op.weight for op in self.behind(value, before))
@@ -135,7 +135,7 @@ class Tape:
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
     """Run the model once and record it.
 
-    Fused attention is switched to its written-out form, in which the logits are a tensor like any other.
+    Fused attention is replaced by plain ops, so that the logits are a tensor like any other.
 
     Arguments:
         model: A model on real tensors.
@@ -178,7 +178,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 class _Watch(TorchDispatchMode):
-    """Writes the tape."""
+    """The mode that records the tape."""
 
     supports_higher_order_operators = True
 
@@ -194,22 +194,22 @@ class _Watch(TorchDispatchMode):
             self.tape.params[name] = parameter
 
     def value(self, tensor: Tensor, op: Op | None = None) -> Value:
-        """The value that a tensor is, a new one if it was never seen."""
+        """The `Value` of a tensor; a new one if it was not seen before."""
         known = self._values.get(id(tensor))
         if known is not None:
             return known
         storage = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-        storage = storage or -id(tensor)  # an empty tensor has no address, and shares it with nobody
-        place = (storage, tensor.storage_offset() if storage > 0 else 0, tensor.shape, tensor.stride(), tensor.dtype)
-        if op is None and (known := self._same.get(place)) is not None:
-            # The same numbers in a new tensor object, as `.data` makes them out of sight.
+        storage = storage or -id(tensor)  # an empty tensor has no address, and so no views
+        view = (storage, tensor.storage_offset() if storage > 0 else 0, tensor.shape, tensor.stride(), tensor.dtype)
+        if op is None and (known := self._same.get(view)) is not None:
+            # The same memory in a new tensor object, as `.data` makes it without an op.
             self._alive.append(tensor)
             value = known
         else:
             value = Value(tensor, op, None, False, storage)
         self._values[id(tensor)] = value
         if storage > 0:
-            self._same.setdefault(place, value)
+            self._same.setdefault(view, value)
         return value
 
     def __torch_dispatch__(
@@ -277,7 +277,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """Switch off the one op that torch.nn's attention runs as where no gradients are asked for."""
+    """Disable the fast path of torch.nn's attention, which is a single op when no gradients are needed."""
     was_on = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -2,9 +2,9 @@
 
 In: the evidence about a site. Out: the number of terms confirmed; `VerifyError` for the first thing that is wrong.
 
-Three things make a term. The blocks of a chain follow one another: the products with weights behind an operand say so.
-A chain reaches certain features of its operand: seeds on those features say so. A query chain and a key chain that
-reach one feature are multiplied there.
+A term has three parts. The blocks of a chain follow one another: checked on the products with weights before an
+operand. A chain reaches certain features of its operand: checked with seeds on those features. A query chain and a key
+chain that reach the same feature are multiplied there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Names = tuple[str, ...]
 
 
 def check_terms(evidence: Evidence) -> int:
-    """Blocks meet in head dimensions exactly as the terms say; asked for one head of each pattern of blocks.
+    """Blocks meet in head dimensions exactly as the terms say; checked for one head of each pattern of blocks.
 
     Returns:
         Number of terms.

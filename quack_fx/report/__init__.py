@@ -6,6 +6,7 @@ The JSON is the layout's own (`QKLayout.to_dict`). No torch is imported, so a sa
     facts.py      what is known besides the layout, and sums
     groups.py     equal layers as one group; rows, scales, norms, head maps and factors in words
     terminal.py   the table of groups, the lists, the tree of one pair
+    walk.py       the tree of how one attention was understood
     graph.py      the pair graph, and its drawing
     html.py       the page
 """
@@ -13,6 +14,7 @@ The JSON is the layout's own (`QKLayout.to_dict`). No torch is imported, so a sa
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from rich.console import RenderableType
 
@@ -21,8 +23,9 @@ from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.report.facts import Facts, Proof
 from quack_fx.report.html import page
 from quack_fx.report.terminal import Overview, pair_tree
+from quack_fx.report.walk import explanation
 
-__all__ = ["Facts", "Proof", "find_site", "html", "overview", "pair"]
+__all__ = ["Facts", "Proof", "explanation", "find_name", "find_site", "html", "overview", "pair"]
 
 
 def overview(layout: QKLayout, facts: Facts) -> RenderableType:
@@ -46,15 +49,27 @@ def find_site(layout: QKLayout, name: str) -> AttentionSite:
     Raises:
         LayoutError: No site is called so, or several are.
     """
-    exact = [site for site in layout.sites if site.name == name]
-    found = exact or [site for site in layout.sites if site.name.endswith("." + name)]
-    if len({site.name for site in found}) == 1:
+    found = find_name([site.name for site in layout.sites], name)
+    return next(site for site in layout.sites if site.name == found)
+
+
+def find_name(names: Sequence[str], wanted: str) -> str:
+    """The name that is `wanted`, or the only one that ends with it.
+
+    Arguments:
+        names: Names of attentions; a name may be there more than once.
+        wanted: What the user typed.
+
+    Raises:
+        LayoutError: No name is, or several are.
+    """
+    found = [wanted] if wanted in names else sorted({name for name in names if name.endswith("." + wanted)})
+    if len(found) == 1:
         return found[0]
     if found:
         raise LayoutError(
-            f"{name!r} ends the names of {len(found)} attentions; give one in full, such as {found[0].name!r}"
+            f"{wanted!r} ends the names of {len(found)} attentions; give one in full, such as {found[0]!r}"
         )
-    names = [site.name for site in layout.sites]
-    close = difflib.get_close_matches(name, names, 1, cutoff=0.3) or names[:1]
+    close = difflib.get_close_matches(wanted, names, 1, cutoff=0.3) or names[:1]
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise LayoutError(f"no attention is called {name!r}{hint}")
+    raise LayoutError(f"no attention is called {wanted!r}{hint}")

@@ -1,27 +1,29 @@
-"""Operand of a logit product -> weight rows of each head, chain of factors, norms on the way.
+"""Operand of a logit product -> weight rows of each head, chain of factors, norms in between.
 
-In: the dataflow of a graph and the logits found in it. Out: attention sites, or a refusal with its reason.
+In: the dataflow of a graph and the logits found in it. Out: attention sites, or a refusal with its reason. Operands are
+walked back to the projections, and labels that name weight rows are carried forwards again.
 
     labels.py       sets of features as int64 tensors
-    movement.py     movement ops run on labels
+    views.py        view ops run on labels
     projections.py  products with a weight: which row makes which feature
-    flow.py         what is known of one tensor: labels, norms, scale
+    flow.py         what is known about one tensor: labels, norms, scale
     rules/          what each kind of op does to features
     trace.py        from an operand back to the projections
-    vectors.py      features of an operand at each place of the head dimension
-    meeting.py      which query vectors meet which key vectors
+    trail.py        what the tracer saw, for explanations
+    vectors.py      features of an operand at each index of the head dimension
+    pairing.py      which query vectors are multiplied with which key vectors
     heads.py        vectors -> heads
-    block.py        a block while it is put together
-    chains.py       further projections behind a block
-    values.py       what the values are made of
+    block.py        a block under construction
+    chains.py       projections before a projection (low rank, MLA)
+    values.py       projections behind the values
     roles.py        names for the parts of a chain
     blocks.py       heads -> blocks, terms: a site
     refused.py      why an attention is not in the layout
-    uses.py         whether a norm serves logits alone
-    basis.py        what a finding rests on
-    join.py         parts of one block are one block
-    repeat.py       equal layers are understood once
-    left_out.py     sites of layers that were not even recorded
+    uses.py         whether a norm is used for logits alone
+    basis.py        the nodes that a site was derived from
+    join.py         blocks that are parts of one block are joined
+    repeat.py       equal layers are analysed once
+    left_out.py     sites of layers that were not recorded
 """
 
 from quack_fx.find.provenance.basis import Basis
@@ -33,6 +35,7 @@ from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.refused import NotOneAttention, Refused
 from quack_fx.find.provenance.repeat import Repeats
 from quack_fx.find.provenance.trace import Tracer
+from quack_fx.find.provenance.trail import Trail
 from quack_fx.find.provenance.uses import Uses
 from quack_fx.find.provenance.values import values_of
 from quack_fx.find.provenance.vectors import Vector
@@ -50,6 +53,7 @@ __all__ = [
     "Refused",
     "Repeats",
     "Tracer",
+    "Trail",
     "Uses",
     "Vector",
     "find_heads",

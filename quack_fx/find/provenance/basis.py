@@ -1,7 +1,7 @@
-"""What the finding of one attention rests on, so that another like it need not be found anew.
+"""The nodes that a site was derived from, so that an equal attention need not be analysed again.
 
-In: the questions that the finder asks while it works. Out: the nodes and answers that another attention must have, too,
-to have the same site (`repeat.py`), and all nodes that were seen (`left_out.py`).
+In: the nodes that the finder looks at. Out: the nodes and properties that another attention must share to get the same
+site (`repeat.py`), and all nodes that were looked at (`left_out.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from quack_fx.graph.dataflow import Dataflow
 
 @dataclass
 class Basis:
-    """The basis of one finding.
+    """What one site was derived from.
 
     Attributes:
         inside: Nodes whose op, arguments and users matter.
-        ends: Data behind which nobody looked.
-        alone: For some nodes, whether all that is computed from them ends in the attention.
-        walked: Nodes seen to answer that; where the answer is the same, they do not matter.
+        ends: Nodes at which the backward walk stopped.
+        alone: For some nodes, whether everything computed from them ends in the attention.
+        walked: Nodes looked at for `alone`; they matter only through that answer.
     """
 
     inside: set[Node] = field(default_factory=set)
@@ -32,29 +32,29 @@ class Basis:
     walked: set[Node] = field(default_factory=set)
 
     def all_nodes(self) -> set[Node]:
-        """Everything that was seen."""
+        """All nodes that were looked at."""
         return self.inside | self.ends | self.walked
 
     def serves_alone(self, df: Dataflow, node: Node, logits: Logits) -> bool:
-        """Whether everything that is computed from a node ends in this attention's output; asked once for each node."""
+        """Whether everything computed from a node ends in this attention's output; computed once for each node."""
         if node not in self.alone:
             self.alone[node] = serves_alone(df, node, logits, self.walked)
         return self.alone[node]
 
 
 def serves_alone(df: Dataflow, node: Node, logits: Logits, walked: set[Node]) -> bool:
-    """Whether everything that is computed from a node ends in an attention's output.
+    """Whether everything computed from a node ends in an attention's output.
 
     Arguments:
         df: The graph.
         node: The node.
         logits: The attention.
-        walked: Receives the nodes that were seen.
+        walked: Receives the nodes that were looked at.
     """
     ends = {logits.output, *logits.siblings}
     end = max(df.index[output] for output in ends)
     seen: set[Node] = set()
-    # In the order in which they ran: what decides stands in the same layer, mostly.
+    # In the order in which they ran: the deciding node is mostly in the same layer.
     todo = [(0, node)]
     while todo:
         for user in heapq.heappop(todo)[1].users:
@@ -76,4 +76,4 @@ def serves_alone(df: Dataflow, node: Node, logits: Logits, walked: set[Node]) ->
 
 
 _MAKES_MORE = ("contraction", "convolution", "attention", "softmax", "layer")
-"""Ops that show that a tensor serves more than the attention before them."""
+"""Ops that show that a tensor is used for more than the attention."""

@@ -1,4 +1,4 @@
-"""A block while it is being put together: rows of each head, and the projection behind it."""
+"""A weight block under construction: the rows of each head, and the block before it in the chain."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ Rows = set[tuple[int, ...]]
 """Coordinates of rows along the axes of a projection."""
 
 MAX_CHAIN = 4
-"""How many projections a chain has behind its first."""
+"""Most projections of a chain, its first not counted."""
 
 
 @dataclass(eq=False)
 class Block:
-    """Rows of one parameter that meet the same partners.
+    """Rows of one parameter that are multiplied with rows of the same parameters.
 
     Attributes:
         param: The parameter.
-        partners: Parameters that the rows meet in the logits, or in the block before.
+        partners: Parameters whose rows these are multiplied with: in the logits, or in the chain.
         rows: For each head its rows.
-        projection: What makes features of the rows.
-        behind: The block whose features the projection reads, if it is a factor of this attention.
-        parallel: Whether other parameters make the same features, added up (adapters).
+        projection: The product that these rows take part in.
+        behind: The block whose features the projection reads, if that one is a factor of this attention as well.
+        parallel: Whether the products of other parameters are added to the same features (adapters).
         latent_norms: Norms between this block and the one behind.
-        role: Its part.
+        role: Its role in the attention.
     """
 
     param: str
@@ -40,5 +40,5 @@ class Block:
     role: Role = "other"
 
     def chain(self) -> list[Block]:
-        """The block and what lies behind it."""
+        """The block and those behind it, nearest to the logits first."""
         return [self, *(self.behind.chain() if self.behind is not None else [])]

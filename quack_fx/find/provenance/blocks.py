@@ -2,9 +2,9 @@
 
 In: the `Heads` of one attention. Out: an `AttentionSite`.
 
-A block is a set of rows of one parameter that meets the same partners: MLA's up projection of the query falls into one
-block that meets the keys' up projection and one that meets the rotary keys. Behind a block there may be a further
-projection, and so on: a chain (`chains.py`), whose parts have roles (`roles.py`).
+A block is a set of rows of one parameter that are multiplied with rows of the same parameters: MLA's up projection of
+the query becomes two blocks, one multiplied with the keys' up projection and one with the rotary keys. The data of a
+block's projection may come from another projection: a chain (`chains.py`), whose blocks have roles (`roles.py`).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
     """The site of one attention.
 
     Arguments:
-        tracer: The one that followed its operands.
+        tracer: The tracer that walked its operands.
         logits: The attention.
         heads: Its heads.
-        uses: Tells which norm modules serve logits alone.
+        uses: Says which norm modules are used for logits alone.
 
     Raises:
-        Refused: Rows that are no ranges along one axis of their parameter.
+        Refused: A head reads rows that are not ranges along one axis of their parameter.
     """
     df = tracer.df
     query = _side(heads, heads.query, [_joined(heads.key[k]) for k in heads.head_map])
@@ -54,7 +54,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
     query_chains, key_chains = _flat(query), _flat(key)
     blocks = (tuple(_finish(tracer, b) for b in query_chains), tuple(_finish(tracer, b) for b in key_chains))
     site = AttentionSite(
-        name=(df.modules(logits.products[-1].node) or ("",))[-1],  # earlier ones may come from an earlier layer
+        name=df.home(logits.products[-1].node),  # earlier ones may come from an earlier layer
         kind=_kind(heads, mla),
         cross=not _same_sequence(tracer, query, key),
         calls=1,
@@ -77,12 +77,12 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
 
 
 def _joined(vectors: tuple[Vector, ...]) -> Vector:
-    """Features of several vectors at each place."""
-    return tuple(frozenset().union(*places) for places in zip(*vectors, strict=True))
+    """Several vectors as one, with the union of their features at each index."""
+    return tuple(frozenset().union(*rows) for rows in zip(*vectors, strict=True))
 
 
 def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vector]) -> list[Block]:
-    """Blocks that meet directly in the logits."""
+    """Blocks whose features are multiplied in the logits themselves."""
     blocks: dict[tuple[str, frozenset[str], Node], Block] = {}
     for h, (vectors, partner) in enumerate(zip(own, partners, strict=True)):
         met: dict[Row, set[str]] = {}
@@ -93,14 +93,14 @@ def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vect
                 parallel |= names if len(names) > 1 else set()
                 for row in sorted(rows):  # sets have no order of their own, layouts must
                     met.setdefault(row, set()).update(name for name, _ in others)
-        for (name, place), names_met in met.items():
-            projection = heads.projection[name, place]
+        for (name, row_index), names_met in met.items():
+            projection = heads.projection[name, row_index]
             key = (name, frozenset(names_met), projection.node)
             block = blocks.get(key)
             if block is None:
                 block = Block(name, key[1], [set() for _ in own], projection)
                 blocks[key] = block
-            block.rows[h].add(place)
+            block.rows[h].add(row_index)
             block.parallel |= name in parallel
     return list(blocks.values())
 
@@ -122,7 +122,7 @@ def _terms(
 
 
 def _flat(blocks: list[Block]) -> list[Block]:
-    """Blocks of all chains, each once, those nearest to the input first."""
+    """Blocks of all chains, each once, starting at the input."""
     flat: list[Block] = []
     for block in blocks:
         for link in reversed(block.chain()):
@@ -157,7 +157,9 @@ def _finish(tracer: Tracer, block: Block) -> WeightBlock:
             heads = tuple(merged((row, row + 1) for row in _along(rows, i, gathered)) for rows in block.rows)
             return WeightBlock(block.param, block.role, axis, heads, _bias(block) if len(axes) == 1 else None)
     raise Refused(
-        "rows-on-two-axes", f"a head reads a part of {block.param!r} that is no set of whole rows along one axis"
+        "rows-on-two-axes",
+        f"a head reads a part of {block.param!r} that is no set of whole rows along one axis",
+        block.projection.node,
     )
 
 
@@ -180,8 +182,8 @@ def _bias(block: Block) -> str | None:
     rows = set().union(*block.rows)
     found = {
         block.projection.biases[i]
-        for i, place in enumerate(block.projection.rows.tolist())
-        if tuple(place) in rows and block.projection.names[i] == block.param
+        for i, row in enumerate(block.projection.rows.tolist())
+        if tuple(row) in rows and block.projection.names[i] == block.param
     }
     return found.pop() if len(found) == 1 else None
 

@@ -1,6 +1,6 @@
-"""Chains of factors: further projections behind a block, followed while their data serves this attention alone.
+"""Chains of factors: projections before a block's projection, as long as their output is used by this attention alone.
 
-In: the blocks that meet in the logits. Out: nothing; each block gets the one behind it, and the norms in between.
+In: the blocks that meet in the logits. Out: nothing; each block gets the block behind it and the norms in between.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 def follow_chains(tracer: Tracer, logits: Logits, query: list[Block], key: list[Block]) -> None:
-    """Hang upstream projections behind the blocks, where they serve this attention alone, on one side or on both."""
+    """Attach upstream projections to the blocks, if this attention alone uses them, on one side or on both."""
     for blocks in (query, key):
         todo = list(blocks)
         while todo:
@@ -34,7 +34,7 @@ def follow_chains(tracer: Tracer, logits: Logits, query: list[Block], key: list[
                 flow, reads = upstream
                 parts = _by_source(tracer, link, reads)
                 if len(parts) > 1:
-                    if link is block:  # heads with factors of their own: a block for each factor
+                    if link is block:  # each head has its own factor: one block per factor
                         blocks[blocks.index(block) : blocks.index(block) + 1] = parts
                         todo.extend(parts)
                     break
@@ -46,10 +46,10 @@ def follow_chains(tracer: Tracer, logits: Logits, query: list[Block], key: list[
 
 
 def cut_at_input(tracer: Tracer, logits: Logits, query: list[Block], key: list[Block]) -> None:
-    """Cut chains at features that queries, keys and values are all made of: those of the layer before the attention.
+    """Cut chains at features that queries, keys and values all depend on: those of the layer before the attention.
 
-    A latent of MLA makes keys and values alone, and one of all three is narrower than what is made of it; an adapter
-    stands beside a weight, not before it.
+    A latent of MLA is used for keys and values only, and one for all three is narrower than the queries. An adapter is
+    added to a weight, and is not a layer before it.
     """
     both = _behind_rows(query).items() & _behind_rows(key).items()
     wide = max((len(set().union(*block.rows)) for block in query), default=0)
@@ -61,7 +61,7 @@ def cut_at_input(tracer: Tracer, logits: Logits, query: list[Block], key: list[B
 
 
 def _behind_rows(blocks: list[Block]) -> dict[Node, frozenset[tuple[int, ...]]]:
-    """For each projection behind some blocks its rows that they read."""
+    """For each projection behind some blocks, the rows of it that they read."""
     found: dict[Node, set[tuple[int, ...]]] = {}
     for block in blocks:
         if block.behind is not None and not block.parallel:
@@ -70,7 +70,7 @@ def _behind_rows(blocks: list[Block]) -> dict[Node, frozenset[tuple[int, ...]]]:
 
 
 def _value_sources(tracer: Tracer, logits: Logits) -> dict[Node, frozenset[tuple[int, ...]]]:
-    """For each projection behind those of the values its rows that they read."""
+    """For each projection behind those of the values, the rows of it that they read."""
     found: dict[Node, set[tuple[int, ...]]] = {}
     for node in {projection.x for projection, _ in value_features(tracer, logits)} & tracer.df.activation:
         flow = tracer.trace([node], lambda n: not tracer.basis.serves_alone(tracer.df, n, logits)).get(node)
@@ -81,12 +81,12 @@ def _value_sources(tracer: Tracer, logits: Logits) -> dict[Node, frozenset[tuple
 
 
 def _upstream(tracer: Tracer, logits: Logits, block: Block) -> tuple[Flow, list[set[int]]] | None:
-    """What a block multiplies, if it serves this attention alone: its flow, and the features that each head reads."""
+    """The data of a block's projection, if this attention alone uses it: its flow, and the features each head reads."""
     x = block.projection.x
     if x not in tracer.df.activation or not tracer.basis.serves_alone(tracer.df, x, logits):
         return None
     flow = tracer.trace([x], lambda node: not tracer.basis.serves_alone(tracer.df, node, logits)).get(x)
-    if flow is None or flow.statistic is not None or flow.ops:  # what bends between two maps makes them two layers
+    if flow is None or flow.statistic is not None or flow.ops:  # with a nonlinearity in between they are two layers
         return None
     features = tracer.labels.features(flow.label)
     if not features or UNKNOWN in features:
@@ -95,7 +95,7 @@ def _upstream(tracer: Tracer, logits: Logits, block: Block) -> tuple[Flow, list[
 
 
 def _by_source(tracer: Tracer, block: Block, reads: list[set[int]]) -> list[Block]:
-    """The block, cut into one for each upstream parameter where heads have different ones."""
+    """The block, split by upstream parameter if heads have different ones."""
     names = _of_each(reads, lambda own: {p.names[i] for p, i in map(tracer.projections.by_feature, own)})
     distinct = {next(iter(own)) for own in names if len(own) == 1}
     if len(distinct) < 2 or any(len(own) > 1 for own in names):
@@ -107,7 +107,7 @@ def _by_source(tracer: Tracer, block: Block, reads: list[set[int]]) -> list[Bloc
 
 
 def _behind(tracer: Tracer, logits: Logits, block: Block, reads: list[set[int]]) -> Block | None:
-    """The projection whose output a block multiplies, if it is a factor of this attention alone."""
+    """The block of the projection before a block, if it is a factor of this attention alone."""
     by_feature = tracer.projections.by_feature
     found = set().union(*_of_each(reads, lambda own: {(p.first, p.names[i]) for p, i in map(by_feature, own)}))
     if len(found) != 1:
@@ -121,37 +121,39 @@ def _behind(tracer: Tracer, logits: Logits, block: Block, reads: list[set[int]])
 
 
 def _of_each(reads: list[set[int]], of: Callable[[set[int]], set[_T]]) -> list[set[_T]]:
-    """What `of` makes of each head's features; heads of a latent share one set, which is looked at once."""
+    """`of` applied to each head's features; it is computed once for a set that several heads read (a latent)."""
     made = {key: of(own) for key, own in {id(own): own for own in reads}.items()}
     return [made[id(own)] for own in reads]
 
 
 def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: Block) -> list[set[int]]:
-    """Upstream features that each head's rows of a projection are multiplied with.
+    """The upstream features that each head's rows of a projection are multiplied with.
 
-    All of them, mostly; but an up projection of its own for each head (absorbed MLA), or a grouped convolution, meets
-    the features of that head alone.
+    Mostly all of them. An up projection per head (absorbed MLA) or a grouped convolution is multiplied with the
+    features of its own head only.
     """
     made = tracer.projections.of(projection.node)
     everything = tracer.labels.features(given)
     pairs = [] if made is None else tracer.projections.pairs(projection, made[1], given)
-    if len({source for _, source in pairs}) < 2:  # a latent is read whole
+    if len({source for _, source in pairs}) < 2:  # every head reads the whole latent
         return [everything if own else set() for own in block.rows]
     met: dict[int, set[int]] = {}
     for feature, source in pairs:
         met.setdefault(feature, set()).update(tracer.labels.members(source))
-    place = {tuple(row): projection.first + i for i, row in enumerate(projection.rows.tolist())}
+    feature_of = {tuple(row): projection.first + i for i, row in enumerate(projection.rows.tolist())}
     return [
-        set().union(*(met.get(place[row], everything) if row in place else everything for row in own)) if own else set()
+        set().union(*(met.get(feature_of[row], everything) if row in feature_of else everything for row in own))
+        if own
+        else set()
         for own in block.rows
     ]
 
 
 def _is_factor(tracer: Tracer, logits: Logits, source: Projection, projection: Projection) -> bool:
-    """Whether an upstream projection is a factor of this attention's weights and not a layer of its own before it.
+    """Whether an upstream projection is a factor of this attention, and not a separate layer before it.
 
-    Its output must serve this attention alone, and it must run inside the module that holds the attention, where
-    modules are known.
+    This attention alone must use its output, and it must run inside the module that holds the attention, if the graph
+    knows modules.
     """
     df = tracer.df
     home = df.common_module([logits.products[0].node, projection.node])

@@ -1,6 +1,6 @@
-"""What is known of one tensor on the way from the projections to the logits.
+"""What is known about one tensor between the projections and the logits.
 
-In: nothing. Out: `Flow`, plain frozen data, and the norms and statistics that it tells of.
+In: nothing. Out: `Flow`, plain frozen data, with norms and statistics.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quack_fx.layout import NormKind
 
 @dataclass(frozen=True)
 class NormOp:
-    """A node that a norm consists of, and the node whose features it normalises: what would stand there without it.
+    """A node of a norm, and the node whose features it normalises, which would take its place without the norm.
 
     `x` is None where the features come from more than one node.
     """
@@ -29,15 +29,15 @@ class NormOp:
 
 @dataclass(frozen=True)
 class NormTag:
-    """A norm seen on the way.
+    """A norm between a projection and the logits.
 
     Attributes:
-        kind: Which one.
+        kind: "rms", "layer", "l2", "batch" or "other".
         width: Number of features that share a statistic.
         module: Module that computes it and nothing else.
-        weight: Its gain.
-        features: What it normalises.
-        ops: Nodes by which the features pass it, without its gain and its bias.
+        weight: Name of its gain.
+        features: Labels of the features that it normalises.
+        ops: Nodes that apply it to the features, without its gain and its bias.
         gains: Nodes that apply its gain and its bias.
     """
 
@@ -67,10 +67,10 @@ class Flow:
         label: Labels of its elements.
         scale: Product of the plain numbers it was multiplied with since the projection; None where not a plain number.
         norms: Norms since the projection.
-        ops: Functions that bend (not linear) since the projection.
-        statistic: Set where the tensor may be used as a statistic of features. Its label is UNKNOWN then, but for sums,
-            which are features, too.
-        centring: Where a mean of them was taken away, for the norm that is to follow.
+        ops: Names of the nonlinearities since the projection.
+        statistic: Set if the tensor may be a statistic of features. Its label is UNKNOWN then, except for sums, which
+            are features as well.
+        centring: Nodes that subtracted a mean; they belong to the norm that follows.
     """
 
     label: Tensor
@@ -87,12 +87,12 @@ class Flow:
 
 
 def unknown_flow(df: Dataflow, node: Node) -> Flow:
-    """Data of which no row is known, in the shape of a node."""
+    """Data whose weight rows are unknown, in the shape of a node."""
     return Flow(torch.tensor(UNKNOWN).expand(df.shape(node)))
 
 
 def merged_flow(flows: list[Flow]) -> Flow:
-    """What several tensors have in common, their norms and functions taken together."""
+    """One flow for several tensors: the union of their norms and nonlinearities, and their scale if it is the same."""
     flows = [f for f in flows if not f.empty] or flows
     if len(flows) == 1:
         return flows[0]
@@ -112,6 +112,6 @@ def merged_flow(flows: list[Flow]) -> Flow:
 
 
 def with_gain(flow: Flow, weight: str | None, op: NormOp) -> Flow:
-    """A flow whose last norm has a gain, or a bias, that one more node applies."""
+    """The flow with one more node that applies a gain, or a bias, of its last norm."""
     last = flow.norms[-1]
     return replace(flow, norms=(*flow.norms[:-1], replace(last, weight=weight, gains=(*last.gains, op))))

@@ -1,16 +1,16 @@
-"""From labelled operands to heads: which vectors of features meet in the logits, and which of them are one head.
+"""From labelled operands to heads: which vectors of features are multiplied in the logits, and which are one head.
 
 In: the `Logits` of one attention and a `Tracer`. Out: a `Heads`: for every query head the feature vectors that it uses,
 the key vectors that it reads, the norms and the scale.
 
-Along the head dimension every (batch, token, head) of an operand has a *vector* of labels. Distinct query vectors are
-heads, whatever axis they lie on. Which key vectors a query vector meets, and in which order heads stand, is read off
-the softmax's input: the numbers of the two vectors are carried there through the ops in between.
+Along the head dimension, every (batch, token, head) of an operand has a *vector* of labels. Distinct query vectors are
+heads, on whichever axis they are. Which key vectors a query vector is multiplied with, and the order of the heads, is
+read from the softmax's input: the indices of the two vectors are carried there through the ops in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from quack_fx.find.attention import Logits, Product, fused_scale
 from quack_fx.find.provenance.flow import Flow, NormTag
-from quack_fx.find.provenance.meeting import Meeting, meeting_of, summed
+from quack_fx.find.provenance.pairing import Meeting, meeting_of, summed
 from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.refused import NotOneAttention, Refused
 from quack_fx.find.provenance.trace import Tracer
@@ -31,13 +31,13 @@ class Heads:
     """Heads of one attention.
 
     Attributes:
-        query: For each query head, its vectors: one, or one per kind of token in joint attention.
+        query: For each query head its vectors: one, or one per stream of tokens in joint attention.
         key: For each key head, its vectors.
         head_map: Key head of each query head.
         head_dim: Width of the vectors.
         projection: A projection that each row of the vectors came from.
         norms: Norms on the query side and on the key side.
-        scale: Factor on the product, None where it is not a plain number.
+        scale: Factor on the product; None if it is not a plain number.
         operands: Query operands and key operands of the products.
         channels: Whether the logits compare channels over tokens: a head is all channels that a softmax compares.
     """
@@ -57,8 +57,8 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
     """Heads of one attention.
 
     Raises:
-        Refused: A side holds data whose weight rows are not known, or no weight at all.
-        NotOneAttention: What was taken for a loop over heads is none.
+        Refused: A side holds data whose weight rows are unknown, or no weight at all.
+        NotOneAttention: What looked like a loop over heads is several attentions.
     """
     if logits.parts:
         return _side_by_side([find_heads(tracer, part) for part in logits.parts])
@@ -76,16 +76,18 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
         query, key = (product.right, product.left) if meeting.swapped else (product.left, product.right)
         for side, operand in enumerate((query, key)):
             operands[side].append(operand)
-            features = tracer.labels.features(flows[operand].label)  # norms of others passed the same tensor, perhaps
+            features = tracer.labels.features(
+                flows[operand].label
+            )  # the same tensor may hold normalised features of others
             norms[side].extend(n for n in flows[operand].norms if n.features & features and n not in norms[side])
         scales.add(_product_scale(df, product, flows, meeting.scale))
     vectors = reader.vectors
     pairs = dict.fromkeys(pair for meeting in met for pair in meeting.pairs)
-    _check(vectors, pairs, lambda side: tracer.where_unknown(flows, operands[side]))
+    _check(tracer, vectors, pairs, flows, operands)
     _check_streams(tracer, reader, pairs)
-    channels = _compares_channels(vectors, pairs)
+    channels = _compares_channels(vectors, pairs, logits.products[-1].node)
     if channels:
-        pairs = _of_channels(reader, list(pairs))
+        pairs = _of_channels(reader, list(pairs), logits.products[-1].node)
     width = len(vectors[next(iter(pairs))[0]])
     if len({frozenset(q for q, _ in meeting.pairs) for meeting in met}) > 1:
         pairs, width = summed(met, reader) or (pairs, width)
@@ -105,26 +107,27 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
     )
 
 
-def _side_by_side(turns: list[Heads]) -> Heads:
-    """Heads of the turns of a loop as those of one attention."""
-    query = tuple(head for turn in turns for head in turn.query)
-    if len(set(query)) != len(query) or len({turn.head_dim for turn in turns}) > 1 or any(t.channels for t in turns):
+def _side_by_side(iterations: list[Heads]) -> Heads:
+    """Heads of the iterations of a Python loop over heads, as those of one attention."""
+    query = tuple(head for one in iterations for head in one.query)
+    widths = {one.head_dim for one in iterations}
+    if len(set(query)) != len(query) or len(widths) > 1 or any(one.channels for one in iterations):
         raise NotOneAttention
-    if any(_rows(one.query) & _rows(other.key) for one, other in permutations(turns, 2)):
-        raise NotOneAttention  # what asks in one turn is asked in another: two attentions, there and back
-    key = tuple(dict.fromkeys(head for turn in turns for head in turn.key))
-    scales = {turn.scale for turn in turns}
+    if any(_rows(one.query) & _rows(other.key) for one, other in permutations(iterations, 2)):
+        raise NotOneAttention  # queries of one iteration are keys of another: cross-attention in both directions
+    key = tuple(dict.fromkeys(head for one in iterations for head in one.key))
+    scales = {one.scale for one in iterations}
     return Heads(
         query=query,
         key=key,
-        head_map=tuple(key.index(turn.key[k]) for turn in turns for k in turn.head_map),
-        head_dim=turns[0].head_dim,
-        projection={row: projection for turn in turns for row, projection in turn.projection.items()},
-        norms=(_all_norms(turns, 0), _all_norms(turns, 1)),
+        head_map=tuple(key.index(one.key[k]) for one in iterations for k in one.head_map),
+        head_dim=iterations[0].head_dim,
+        projection={row: projection for one in iterations for row, projection in one.projection.items()},
+        norms=(_all_norms(iterations, 0), _all_norms(iterations, 1)),
         scale=scales.pop() if len(scales) == 1 else None,
         operands=(
-            tuple(node for turn in turns for node in turn.operands[0]),
-            tuple(node for turn in turns for node in turn.operands[1]),
+            tuple(node for one in iterations for node in one.operands[0]),
+            tuple(node for one in iterations for node in one.operands[1]),
         ),
     )
 
@@ -134,15 +137,15 @@ def _rows(heads: tuple[tuple[Vector, ...], ...]) -> frozenset[Row]:
     return frozenset(row for vectors in heads for vector in vectors for rows in vector for row in rows)
 
 
-def _all_norms(turns: list[Heads], side: int) -> tuple[NormTag, ...]:
-    return tuple(dict.fromkeys(norm for turn in turns for norm in turn.norms[side]))
+def _all_norms(iterations: list[Heads], side: int) -> tuple[NormTag, ...]:
+    return tuple(dict.fromkeys(norm for one in iterations for norm in one.norms[side]))
 
 
-def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None]) -> bool:
-    """Whether the vectors are one feature each, over tokens: the logits compare channels.
+def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None], product: Node) -> bool:
+    """Whether each vector is one feature over all tokens, so that the logits compare channels.
 
     Raises:
-        Refused: Those of one side are, those of the other are not.
+        Refused: This is so for one side only.
     """
     channels = [
         {v for v in side if len(vectors[v]) > 1 and len(set(vectors[v])) == 1 and len(vectors[v][0]) == 1}
@@ -152,14 +155,15 @@ def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None]
         return False
     if len(set().union(*channels)) == len({v for pair in pairs for v in pair}):
         return True
-    raise Refused("channel-attention", "its logits compare channels of one side with something else of the other")
+    text = "its logits compare channels of one side with something else of the other"
+    raise Refused("channel-attention", text, product)
 
 
-def _of_channels(reader: Vectors, pairs: list[tuple[int, int]]) -> dict[tuple[int, int], None]:
-    """The channels that meet each other laid side by side, as the vectors of heads (attention over channels).
+def _of_channels(reader: Vectors, pairs: list[tuple[int, int]], product: Node) -> dict[tuple[int, int], None]:
+    """Attention over channels: the channels that are compared with each other, as the vectors of one head.
 
     Raises:
-        Refused: Channels meet some but not all others of their head.
+        Refused: A channel is compared with some, but not all, others of its head.
     """
     keys: dict[int, list[int]] = {}
     queries: dict[tuple[int, ...], list[int]] = {}
@@ -168,7 +172,8 @@ def _of_channels(reader: Vectors, pairs: list[tuple[int, int]]) -> dict[tuple[in
     for q, met in keys.items():
         queries.setdefault(tuple(sorted(met)), []).append(q)
     if sum(map(len, queries)) != len({k for _, k in pairs}):
-        raise Refused("channel-attention", "its logits compare channels over tokens, and no set of channels is a head")
+        text = "its logits compare channels over tokens, and no set of channels is a head"
+        raise Refused("channel-attention", text, product)
     return {(reader.channels(head), reader.channels(met)): None for met, head in queries.items()}
 
 
@@ -187,36 +192,56 @@ def _product_scale(df: Dataflow, product: Product, flows: dict[Node, Flow], afte
     return result
 
 
-def _check(vectors: list[Vector], pairs: dict[tuple[int, int], None], end: Callable[[int], str]) -> None:
-    """Refuse what cannot be told; `end` says where on a side understanding ended."""
+def _check(
+    tracer: Tracer,
+    vectors: list[Vector],
+    pairs: dict[tuple[int, int], None],
+    flows: dict[Node, Flow],
+    operands: tuple[list[Node], list[Node]],
+) -> None:
+    """Refuse sides whose rows are not known."""
     for side, name in enumerate(("query", "key")):
         used = {pair[side] for pair in pairs}
         if any(("", ()) in rows for v in used for rows in vectors[v]):
+            lost = tracer.where_unknown(flows, operands[side])
             raise Refused(
                 f"unknown-{name}",
-                f"its {name} side holds data that is not, or not only, the output of projections{end(side)}",
+                f"its {name} side holds data that is not, or not only, the output of projections"
+                f"{'' if lost is None else _about_loss(tracer.df, lost)}",
+                operands[side][0] if lost is None else lost,
             )
         if not any(rows for v in used for rows in vectors[v]):
-            raise Refused(f"learned-{name}", f"its {name} side is a parameter or a constant, not a projection")
+            text = f"its {name} side is a parameter or a constant, not a projection"
+            raise Refused(f"learned-{name}", text, operands[side][0])
+
+
+def _about_loss(df: Dataflow, lost: Node) -> str:
+    """Where the features of a side were lost: op, tensor and module, for people to read."""
+    what = df.describe(lost)
+    if df.op[lost].kind in ("contraction", "convolution") and any(map(df.is_weight, lost.all_input_nodes)):
+        return f": the weight of {what} is computed from parameters, and none of its rows is one of theirs"
+    return f": they are lost at {what}"
 
 
 def _check_streams(tracer: Tracer, reader: Vectors, pairs: dict[tuple[int, int], None]) -> None:
-    """Refuse a side that is the residual stream itself: what layers add up is no projection of this attention."""
+    """Refuse a side that is the residual stream itself: a sum over layers is not a projection of this attention."""
     for side, name in enumerate(("query", "key")):
         used = {pair[side] for pair in pairs}
         sums = {rows for number in used for rows in reader.vectors[number] if len(rows) > 1}
         added = {frozenset(id(reader.projection[row]) for row in rows): rows for rows in sums}
         for rows in added.values():
-            if _read_each_other(tracer, [reader.projection[row] for row in rows]):
+            projections = [reader.projection[row] for row in rows]
+            if _read_each_other(tracer, projections):
                 raise Refused(
                     f"residual-{name}",
                     f"its {name} side is, for some tokens at least, the sum of layers that read each other (a residual "
                     "stream), not the output of a projection of its own",
+                    max((p.node for p in projections), key=tracer.df.index.__getitem__),
                 )
 
 
 def _read_each_other(tracer: Tracer, projections: Sequence[Projection]) -> bool:
-    """Whether one projection is made of another one's output."""
+    """Whether one projection depends on the output of another."""
     df = tracer.df
     products = {p.node for p in projections}
     first = min(df.index[node] for node in products)
@@ -237,27 +262,27 @@ def _read_each_other(tracer: Tracer, projections: Sequence[Projection]) -> bool:
 def _group(reader: Vectors, pairs: list[tuple[int, int]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """Query heads, and the key vectors that each reads.
 
-    Each query vector is a head of its own, but for joint attention (text and image tokens, each with projections of
-    their own): there the first vectors of the streams are the first head, and so on. Streams are told apart by the data
-    that their projections read, or else by their parameters.
+    Each query vector is a head, except in joint attention (text and image tokens, each with their own projections):
+    there the first vectors of all streams are the first head, and so on. Streams differ in the data that their
+    projections read, or else in their parameters.
     """
     reads: dict[int, list[int]] = {}
     for q, k in pairs:
         reads.setdefault(q, []).append(k)
-    # Tokens of one head may be treated in different ways (no rotation for a class token): the rows are the same.
+    # Tokens of one head may be treated differently (no rotation for a class token), but with the same rows.
     heads: dict[frozenset[Row], list[int]] = {}
     for q in reads:
         heads.setdefault(frozenset().union(*reader.vectors[q]), []).append(q)
     alone = [tuple(head) for head in heads.values()]
     keys = {head: tuple(dict.fromkeys(k for q in head for k in reads[q])) for head in alone}
-    for kind_of in (reader.data, reader.parameters):
+    for stream_of in (reader.data, reader.parameters):
         streams: dict[object, list[tuple[int, ...]]] = {}
         for head in alone:
-            streams.setdefault(kind_of(head[0]), []).append(head)
+            streams.setdefault(stream_of(head[0]), []).append(head)
         if len(streams) > 1 and len({len(stream) for stream in streams.values()}) == 1:
             joint = list(zip(*streams.values(), strict=True))
             same = all(len({frozenset(keys[head]) for head in parts}) == 1 for parts in joint)
-            if same and all(len({kind_of(k) for k in keys[parts[0]]}) > 1 for parts in joint):
+            if same and all(len({stream_of(k) for k in keys[parts[0]]}) > 1 for parts in joint):
                 found = [tuple(q for head in parts for q in head) for parts in joint]
                 return found, [tuple(sorted(keys[parts[0]])) for parts in joint]
     return alone, [tuple(sorted(keys[head])) for head in alone]

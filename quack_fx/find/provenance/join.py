@@ -1,7 +1,8 @@
-"""Blocks that are parts of one block are made one, and terms that no head has are left out.
+"""Blocks that are parts of one block are joined, and terms that no head has are dropped.
 
-In: a site whose blocks were told apart by what some heads multiply them with (heads that are modules of their own, or
-streams with weights of their own). Out: the same site in its shortest form. The products of every head stay the same.
+In: a site with more blocks than needed, because different heads multiply the same rows with different parameters (each
+head is a module, or each stream has its weights). Out: the same site with as few blocks as possible. The products of
+every head stay the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _Product = tuple[tuple[str, ...], tuple[tuple[str, Ranges], ...]]
 
 
 def join_blocks(site: AttentionSite) -> AttentionSite:
-    """The site with as few blocks as say the same."""
+    """The site with as few blocks as possible."""
     site = replace(site, terms=tuple(t for t in site.terms if _is_there(site, t)))
     products = _products(site)
     for side in SIDES:
@@ -34,7 +35,7 @@ def _is_there(site: AttentionSite, term: LogitTerm) -> bool:
 
 
 def _joined(site: AttentionSite, side: Side, products: list[set[_Product]]) -> Iterator[AttentionSite]:
-    """The site with two blocks made one, for each two that can be without a change of any head's products."""
+    """The site with two blocks joined, for each two that can be without changing any head's products."""
     blocks = getattr(site, side)
     for (i, a), (j, b) in combinations(enumerate(blocks), 2):
         whole = _whole(a, b)
@@ -49,14 +50,14 @@ def _joined(site: AttentionSite, side: Side, products: list[set[_Product]]) -> I
 
 
 def _renumbered(term: LogitTerm, side: Side, number: Sequence[int]) -> LogitTerm:
-    """The term with other numbers for the blocks of one side."""
+    """The term with the blocks of one side renumbered."""
     if side == "query":
         return replace(term, query=tuple(number[n] for n in term.query))
     return replace(term, key=tuple(number[n] for n in term.key))
 
 
 def _whole(a: WeightBlock, b: WeightBlock) -> WeightBlock | None:
-    """The block that two are parts of: no head may read other rows in one than in the other."""
+    """The block that two blocks are parts of; None if some head reads different rows in each."""
     if replace(a, heads=()) != replace(b, heads=()):
         return None
     if any(ours and theirs and ours != theirs for ours, theirs in zip(a.heads, b.heads, strict=True)):
@@ -65,7 +66,7 @@ def _whole(a: WeightBlock, b: WeightBlock) -> WeightBlock | None:
 
 
 def _products(site: AttentionSite) -> list[set[_Product]]:
-    """For each query head the products of blocks that its logits are, whatever the blocks are called."""
+    """For each query head, the products of blocks that its logits are a sum of, independent of block indices."""
     queries = set(map(id, site.query))
     return [
         {

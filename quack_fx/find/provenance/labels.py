@@ -1,9 +1,9 @@
-"""Labels: for every element of a tensor, the set of projection features that it is made of.
+"""Labels: for every element of a tensor, the set of projection features that it depends on.
 
-A label is an int64: 0 for nothing (a constant, padding), `UNKNOWN` for data whose rows are not known, a small number
-for one feature, a large one for a set of several. Label tensors have the shape of the tensor they describe, but are
-kept *expanded* (stride 0) along every axis on which nothing varies, batch and tokens above all: their cost is that of
-the features alone. `reshape` keeps that up where torch would copy.
+A label is an int64: 0 for none (a constant, padding), `UNKNOWN` for data whose rows are unknown, a small number for one
+feature, a large one for a set of several. A label tensor has the shape of the tensor it describes, but stays *expanded*
+(stride 0) along every axis on which nothing varies, such as batch and tokens, so that it costs no more memory than its
+features. `reshape` keeps tensors expanded where torch would copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FIRST_SET = 1 << 40
 
 
 class Labels:
-    """The features handed out so far, and the sets that were made of them."""
+    """The features assigned so far, and the sets made of them."""
 
     def __init__(self) -> None:
         self._next = _FIRST_FEATURE
@@ -28,7 +28,7 @@ class Labels:
         self._ids: dict[frozenset[int], int] = {}
 
     def new_features(self, count: int) -> int:
-        """Reserve `count` consecutive labels; gives the first."""
+        """Reserve `count` consecutive labels and return the first."""
         first = self._next
         self._next += count
         return first

@@ -4,8 +4,8 @@ In: the sites of a graph in which one node stands for each layer that is equal t
 (`graph/capture/layers.py`).
 Out: the sites of all layers, by renaming, in the order in which they run.
 
-That is right only where a recorded layer's sites were found from ops inside that layer alone. Where the search looked
-outside it, or would have had to look behind a layer that is not there, `BehindLayer` asks for a full recording.
+That is right only if a recorded layer's sites were derived from ops inside that layer alone. If the search looked
+outside it, or had to look behind a layer that was not recorded, `BehindLayer` asks for a full recording.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quack_fx.layout import AttentionSite, Skipped
 
 
 class LeftOut:
-    """The layers that were left out of one graph."""
+    """The layers that were not recorded in one graph."""
 
     def __init__(self, df: Dataflow, repeated: Sequence[RepeatedLayer]) -> None:
         self._df = df
@@ -34,16 +34,16 @@ class LeftOut:
             given.update({n: same and given[n] for n, same in layer.given.items()})
 
     def check(self, logits: Logits, seen: Iterable[Node]) -> None:
-        """Make sure that what was found of an attention in a layer with copies rests on that layer alone.
+        """Check that the site of an attention in a layer with copies was derived from that layer alone.
 
         Raises:
-            BehindLayer: It does not.
+            BehindLayer: It was not.
         """
         home = self._layer(logits.products[0].node)
         if home is None:
             return
         df, given = self._df, self._given[home]
-        # Of what is added to the products (masks, position biases) only this matters: that all layers add the same.
+        # What is added to the products (masks, position biases) need only be the same in all layers.
         added = {*logits.path, logits.end} - {p.node for p in logits.products}
         for node in {*seen, *added, logits.output, *(p.node for p in logits.products)}:
             if node in added and node in given and not given[node]:
@@ -61,7 +61,7 @@ class LeftOut:
         return [site for _, _, site in sorted(placed, key=lambda entry: entry[:2])]
 
     def all_skipped(self, skipped: Sequence[tuple[Node, Skipped]]) -> list[Skipped]:
-        """The same for what was refused."""
+        """Skipped attentions of all layers."""
         found = [entry for _, entry in skipped]
         for layer in self._repeated:
             for node, entry in skipped:
@@ -75,5 +75,5 @@ class LeftOut:
         return reached | {theirs for layer in self._repeated for ours, theirs in layer.names.items() if ours in reached}
 
     def _layer(self, node: Node) -> str | None:
-        """The recorded layer around a node, if others are like it."""
+        """The recorded layer around a node, if others are equal to it."""
         return next((name for name in self._df.modules(node) if name in self._given), None)

@@ -1,11 +1,11 @@
-"""Projections: products of data with a weight, and what each of their output features is.
+"""Projections: products of data with a weight, and the weight row behind each output feature.
 
-In: a node (matmul, linear, convolution) with a weight among its operands. Out: a `Projection`: which parameter, which
-row along which axis makes each output feature, found from how the weight was moved before the product (transposed,
-sliced, concatenated, reshaped), so that Linear, Conv1D, fused and raw three-dimensional weights need no cases.
+In: a node (matmul, linear, convolution) with a weight among its operands. Out: a `Projection`: for each output feature
+the parameter and the row along one of its axes. They follow from the view ops between the parameter and the product
+(transpose, slice, cat, reshape), so that Linear, Conv1D, fused and three-dimensional weights need no special code.
 
-A *plane* of coordinates per axis of the parameter goes through the same movement ops as the weight. In the product,
-coordinates that vary along the contracted axis are summed over; the others name the output feature.
+For each axis of the parameter a *plane* of coordinates goes through the same view ops as the weight. Coordinates that
+vary along the contracted axis are summed over; the others identify the output feature.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.find.provenance.labels import Labels, compact, constant_along
-from quack_fx.find.provenance.movement import move
+from quack_fx.find.provenance.views import run_view
 from quack_fx.graph.dataflow import Dataflow, factors_of
 
 
@@ -33,11 +33,11 @@ class Projection:
         x_axis: Axis of `x` that the product sums over.
         first: Label of its first feature; feature i has the label `first + i`.
         names: Parameter of each feature.
-        axes: Axes of the parameter that are not summed over: they number its output features (one axis, mostly).
+        axes: Axes of the parameter that are not summed over: they index its output features (mostly one axis).
         rows: Coordinates of each feature along `axes`, int64 [features, len(axes)].
-        gathered: For each axis of the parameter that is summed over part by part (the rows of each head by themselves,
-            as in absorbed MLA): by the coordinate that stands in `rows`, all that are summed.
-        biases: Bias parameter of each feature, None where there is none or its entries are not the same rows.
+        gathered: For each axis of the parameter that is summed over in parts (the rows of each head separately, as in
+            absorbed MLA): for the coordinate in `rows`, all coordinates that are summed.
+        biases: Bias parameter of each feature; None if there is none, or its entries are not indexed like the rows.
     """
 
     node: Node
@@ -56,7 +56,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class _Coordinates:
-    """Planes of a moved weight: index into `names`, then one coordinate per axis of the parameter."""
+    """Planes of a view of a weight: index into `names`, then one coordinate per axis of the parameter."""
 
     names: tuple[str, ...]
     which: Tensor
@@ -67,7 +67,7 @@ class _Coordinates:
 
 
 class Projections:
-    """All projections of one graph, made on first use."""
+    """All projections of one graph, computed on first use."""
 
     def __init__(self, df: Dataflow, labels: Labels) -> None:
         self._df = df
@@ -83,7 +83,7 @@ class Projections:
         return projection, feature - projection.first
 
     def of(self, node: Node) -> tuple[Projection, Tensor] | None:
-        """The projection that a node is, with the labels of its result; None where its rows cannot be told."""
+        """The projection that a node is, with the labels of its result; None if its rows cannot be determined."""
         if node not in self._of:
             self._of[node] = self._make(node)
         return self._of[node]
@@ -99,7 +99,7 @@ class Projections:
             if self._spread(right) and not self._spread(left):
                 return right, left, True, bias
             if df.op[node].name == "bmm" and not self._spread(left):
-                return None  # learned queries times a weight, and nothing tells which is which
+                return None  # learned queries times a weight, and it is ambiguous which is which
         if df.is_weight(right) and (left in df.activation or not df.is_weight(left) or df.op[node].name != "mv"):
             return left, right, False, bias
         if df.is_weight(left):
@@ -107,7 +107,7 @@ class Projections:
         return None
 
     def _spread(self, weight: Node) -> bool:
-        """Whether a parameter was given to every sample of a batch: learned queries, which are data and no weight."""
+        """Whether a parameter was expanded over the batch: learned queries, which count as data, not as a weight."""
         while weight not in self._df.weights and weight.all_input_nodes:
             if self._df.op[weight].name in ("expand", "repeat", "expand_as"):
                 return True
@@ -181,12 +181,12 @@ class Projections:
         return projection, label
 
     def _is_thin(self, coordinates: _Coordinates, axis: int) -> bool:
-        """Whether an axis of the parameters has one entry only, as the kernel of a 1x1 convolution has."""
+        """Whether an axis of the parameters has size 1, as the kernel of a 1x1 convolution has."""
         shapes = self._df.weight_shapes
         return len(coordinates.along) > 1 and all(shapes[name][axis] == 1 for name in coordinates.names)
 
     def add_bias(self, label: Tensor, bias: Node) -> None:
-        """Note a bias that was added to labelled features, where its entries are numbered like the rows."""
+        """Record a bias that is added to labelled features, if its entries are indexed like the rows."""
         coordinates = self._coordinates(bias)
         if coordinates is None or len(coordinates.along) != 1:
             return
@@ -195,7 +195,7 @@ class Projections:
         except RuntimeError:
             return
         added = torch.unique(torch.stack(pairs).flatten(1), dim=1).t().tolist()
-        entries = Counter(feature for feature, _, _ in added)  # one for each token is no bias of a feature
+        entries = Counter(feature for feature, _, _ in added)  # one entry per token is not the bias of a feature
         for feature, which, entry in added:
             if len(self._labels.members(feature)) != 1 or feature < 2 or which < 0 or entries[feature] > 1:
                 continue
@@ -204,7 +204,7 @@ class Projections:
                 projection.biases[i] = coordinates.names[which]
 
     def pairs(self, projection: Projection, made: Tensor, given: Tensor) -> list[tuple[int, int]]:
-        """Which labels of its data go into which feature of a projection.
+        """Which labels of its data are summed into which feature of a projection.
 
         Arguments:
             projection: The projection.
@@ -212,7 +212,7 @@ class Projections:
             given: Labels of its data.
 
         Returns:
-            Pairs of a feature of the projection and the label of all the features that are summed into it.
+            Pairs of a feature of the projection and the label of the set of features that are summed into it.
         """
         if self._df.op[projection.node].kind == "convolution":
             groups = _groups(projection.node)
@@ -227,10 +227,10 @@ class Projections:
         together = torch.stack(torch.broadcast_tensors(compact(made), compact(read))).flatten(1)
         return [(int(a), int(b)) for a, b in torch.unique(together, dim=1).t().tolist()]
 
-    # ---- how a weight was moved ----------------------------------------------------------------------------------
+    # ---- view ops on a weight ------------------------------------------------------------------------------------
 
     def weight_names(self, node: Node) -> tuple[str, ...]:
-        """Parameters that a weight node is a moved copy of; empty where it is computed from several."""
+        """Parameters that a weight node is a view or copy of; empty if it is computed from them."""
         coordinates = self._coordinates(node)
         return coordinates.names if coordinates is not None else ()
 
@@ -253,11 +253,11 @@ class Projections:
         inputs = [n for n in node.all_input_nodes if df.is_weight(n)]
         kind, name = df.op[node].kind, df.op[node].name
         if kind == "elementwise" and name in ("mul", "div", "neg") and len(inputs) == 1:
-            # A weight times numbers (equalised learning rates, a pruning mask) keeps its rows.
+            # A weight times constants (equalised learning rates, a pruning mask) keeps its rows.
             only = self._coordinates(inputs[0])
             numbers = all(df.is_constant(n) for n in node.all_input_nodes if n is not inputs[0])
             return only if numbers and df.shape(inputs[0]) == df.shape(node) else None
-        if kind not in ("movement", "getitem") or not inputs:
+        if kind not in ("view", "getitem") or not inputs:
             return None
         if kind == "getitem":
             inputs = [node.args[0]]  # type: ignore[list-item]
@@ -275,7 +275,7 @@ class Projections:
         return _Coordinates(names, planes[0], tuple(planes[1:]))
 
     def _blanked(self, node: Node) -> _Coordinates | None:
-        """A copy of a weight in which places are set to a number (a bias without its keys' part): they are nothing."""
+        """A copy of a weight with some entries overwritten (a bias with zeros for the keys): those have no row."""
         df, value = self._df, self._df.value(node)
         writes = df.writes[df.group[node]]
         if df.group[node] is not node or df.op[node].name != "clone" or not value.is_contiguous():
@@ -299,14 +299,14 @@ class Projections:
             table = torch.tensor([names.index(name) for name in own.names])
             return table[compact(own.which)].expand(own.which.shape)
 
-        result: Tensor = move(self._df, node, plane, unknown=-1)
+        result: Tensor = run_view(self._df, node, plane, unknown=-1)
         return result
 
     def _part(self, node: Node) -> _Coordinates | None:
         """One piece of a split or unbound weight."""
         whole: Node = node.args[0]  # type: ignore[assignment]
         inputs = [n for n in whole.all_input_nodes if self._df.is_weight(n)]
-        source = self._coordinates(inputs[0]) if len(inputs) == 1 and self._df.op[whole].kind == "movement" else None
+        source = self._coordinates(inputs[0]) if len(inputs) == 1 and self._df.op[whole].kind == "view" else None
         if source is None:
             return None
         i: int = node.args[1]  # type: ignore[assignment]

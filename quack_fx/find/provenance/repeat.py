@@ -1,12 +1,12 @@
-"""Equal layers are understood once.
+"""Equal layers are analysed once.
 
-In: the site of one attention, what its finding rests on, another attention of the same graph. Out: the other's site, by
-renaming, where its nodes are the same ops on the same shapes in the same arrangement; None where anything differs, and
-the attention is then worked out by itself.
+In: the site of one attention, the nodes it was derived from, and another attention of the same graph. Out: the other's
+site, by renaming, if its nodes are the same ops on the same shapes in the same arrangement; None if anything differs,
+and the attention is then analysed on its own.
 
 The other attention's nodes are those at the same distance from its softmax. Their arguments must correspond one by one:
-to each other, to parameters of equal shape, or to the very same (or equal) constants; their users likewise, because a
-chain of factors depends on who else reads a tensor. What is told apart by nothing but names then has the same layout.
+to each other, to parameters of equal shape, or to equal constants. So must their users, because a chain of factors
+depends on what else reads a tensor. Attentions that then differ in nothing but names have the same layout.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from quack_fx.graph.dataflow import Dataflow
 from quack_fx.layout import AttentionSite, Norm, WeightBlock
 
 _LARGEST = 6000
-"""Most nodes for which the comparison is made; an attention that needed more is worked out anew."""
+"""Most nodes for which the comparison is made; an attention that needs more is analysed again."""
 
 
 class Repeats:
-    """Attentions understood so far, to be recognised again."""
+    """The attentions understood so far, to recognise equal ones."""
 
     def __init__(self, df: Dataflow) -> None:
         self._df = df
         self._known: list[tuple[Logits, AttentionSite, list[Node], dict[Node, bool]]] = []
 
     def remember(self, logits: Logits, site: AttentionSite, basis: Basis) -> None:
-        """Keep a site with what it was found from."""
+        """Keep a site with the nodes it was derived from."""
         nodes = self._with_weights(basis.inside)
         if len(nodes) <= _LARGEST:
             self._known.append((logits, site, nodes, basis.alone))
 
     def find(self, logits: Logits) -> AttentionSite | None:
-        """Site of an attention that is like a known one, or None."""
+        """Site of an attention that is equal to a known one, or None."""
         for known, site, nodes, alone in reversed(self._known):
             if _arrangement(self._df, known) == _arrangement(self._df, logits):
                 match = _Match(self._df, self._df.index[logits.end] - self._df.index[known.end])
@@ -50,7 +50,7 @@ class Repeats:
         return None
 
     def _with_weights(self, looked_at: set[Node]) -> list[Node]:
-        """The nodes and whatever their weights are computed from."""
+        """The nodes, and those that their weights are computed from."""
         df, nodes, todo = self._df, set(looked_at), list(looked_at)
         while todo:
             for argument in todo.pop().all_input_nodes:
@@ -94,8 +94,8 @@ class _Match:
         )
 
     def _image(self, node: Node) -> Node | None:
-        place = self._df.index[node] + self._distance
-        return self._df.nodes[place] if 0 <= place < len(self._df.nodes) else None
+        i = self._df.index[node] + self._distance
+        return self._df.nodes[i] if 0 <= i < len(self._df.nodes) else None
 
     def _same_node(self, node: Node) -> bool:
         df, image = self._df, self._image(node)
@@ -122,7 +122,7 @@ class _Match:
         return self._same_outside(a, b)
 
     def _same_outside(self, a: Node, b: Node) -> bool:
-        """Nodes that were not looked behind: parameters of one shape, equal constants, or data of one shape."""
+        """Whether nodes at which the walk stopped correspond: parameters or data of one shape, or equal constants."""
         df = self._df
         if df.shape(a) != df.shape(b):
             return False
@@ -140,13 +140,13 @@ class _Match:
         return torch.equal(ours, theirs)
 
     def _same_unknown(self, a: Node, b: Node) -> bool:
-        """Whether constants whose numbers nobody knows are made alike: by one op, or buffers (caches) of each layer."""
+        """Whether constants of unknown value correspond: made by the same op, or buffers (caches) of each layer."""
         if a.op == b.op == "get_attr":
             return self._pair(str(a.target), str(b.target))
         return a.target == b.target
 
     def _same_users(self, node: Node, image: Node) -> bool:
-        """Whether the users that were looked at correspond, and there are no others on one side alone."""
+        """Whether the users that were looked at correspond, and both nodes have equally many."""
         users = [u for u in node.users if u in self._inside]
         return len(node.users) == len(image.users) and all(self._image(u) in image.users for u in users)
 

@@ -1,6 +1,6 @@
-"""Roles of blocks: plain projections, and the parts of MLA, absorbed or not.
+"""Roles of blocks: plain projections, and the factors of MLA, absorbed or not.
 
-In: the blocks of both sides with their chains. Out: whether it is MLA; each block gets its role.
+In: the blocks of both sides with their chains. Out: whether the attention is MLA; each block gets its role.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quack_fx.layout import Role
 
 
 def give_roles(query: list[Block], key: list[Block]) -> bool:
-    """Name the blocks' parts; whether this is MLA."""
+    """Give each block its role; returns whether this is MLA."""
     latent_key = [b for b in key if b.behind is not None and not b.parallel]
     latent_query = [b for b in query if b.behind is not None and not b.parallel]
     mla = bool(latent_key)
@@ -47,10 +47,10 @@ def give_roles(query: list[Block], key: list[Block]) -> bool:
 def absorbed_in(
     tracer: Tracer, logits: Logits, heads: Heads, query: list[Block], key: list[Block]
 ) -> tuple[list[Block], list[Block]] | None:
-    """Absorbed MLA: the keys' up projection is multiplied to the queries, and meets the latent that the values are.
+    """Absorbed MLA: the keys' up projection is applied to the queries, which then meet the latent that the values are.
 
     Returns:
-        The up projections of the keys on the query side, and the latents that they meet; None where it is not absorbed.
+        The up projections of the keys on the query side, and the latents that they meet; None if it is not absorbed.
     """
     if len(heads.key) > 1 or len(heads.query) == 1:
         return None
@@ -61,20 +61,20 @@ def absorbed_in(
 
 
 def _value_rows(tracer: Tracer, logits: Logits) -> set[Row]:
-    """Rows of the projections that the values are made of, as far as they are known."""
+    """Rows of the projections behind the values, as far as they are known."""
     found = value_features(tracer, logits)
     return {(projection.names[i], tuple(projection.rows[i].tolist())) for projection, i in found}
 
 
 def _are_of_each_head(blocks: list[Block]) -> bool:
-    """Whether blocks map the output of each head's own rows: no latent that heads share lies behind them."""
+    """Whether each head's rows of some blocks read different rows: no latent common to all heads lies behind them."""
     behind = [{(b.behind.param, row) for row in rows} for b in blocks if b.behind is not None for rows in b.behind.rows]
     behind = [rows for rows in behind if rows]
     return len(behind) > 1 and sum(map(len, behind)) == len(set().union(*behind))
 
 
 def give_roles_absorbed(query: list[Block], key: list[Block], absorbed: tuple[list[Block], list[Block]]) -> bool:
-    """Name the parts of absorbed MLA; always true: it is MLA."""
+    """Give each block of absorbed MLA its role; always returns True: it is MLA."""
     ups, latents = absorbed
     for block in query:
         roles: tuple[Role, ...] = ("uk", "uq", "dq") if block in ups else ("qr", "dq")

@@ -1,8 +1,8 @@
-"""From an operand of a logit product back to the projections that it is made of.
+"""From an operand of a logit product back to the projections that it depends on.
 
 In: some nodes of a graph. Out: the `Flow` of each: labels that say which projection features every element holds, and
-what happened on the way (norms, plain factors, functions that bend). The slice behind the nodes is walked back to the
-nearest projections and then run forwards on labels, each node by the rule for its kind of op (`rules/`).
+what lies in between (norms, plain factors, nonlinearities). A backward walk collects the nodes up to the nearest
+projections; they are then run forwards on labels, each by the rule for its kind of op (`rules/`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from quack_fx.find.provenance.flow import Flow, unknown_flow
 from quack_fx.find.provenance.labels import NOTHING, UNKNOWN, Labels, constant_along
 from quack_fx.find.provenance.projections import Projections
 from quack_fx.find.provenance.rules import ADDING, Step, flow_of
+from quack_fx.find.provenance.trail import Trail
 from quack_fx.graph.dataflow import Dataflow, factors_of, is_depthwise
 
 _LARGEST_SLICE = 3000
-"""Nodes walked behind one attention before the rest is given up: without projections the walk would not end."""
+"""Most nodes of one backward walk, which would reach the model's inputs if there were no projections."""
 
 
 class Tracer:
@@ -34,7 +35,9 @@ class Tracer:
         self.labels = Labels()
         self.projections = Projections(df, self.labels)
         self.basis = Basis()
-        """What the work so far rests on; a new one for each attention."""
+        """The nodes that the results depend on; replaced for each attention."""
+        self.trail: Trail | None = None
+        """Set to record what each node holds, for an explanation."""
         self._token_mixing: dict[Node, bool] = {}
 
     def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:
@@ -42,7 +45,7 @@ class Tracer:
 
         Arguments:
             targets: Nodes of interest.
-            outside: Tells which nodes are not to be looked behind: they hold unknown data.
+            outside: Says at which nodes the backward walk stops: they hold unknown data.
 
         Returns:
             Flow of every node that was run.
@@ -50,23 +53,26 @@ class Tracer:
         nodes, ends = self._slice(list(targets), outside)
         flows = {end: unknown_flow(self.df, end) for end in ends}
         if outside is not None:
-            # A floating-point input of the model that is added on the way is data like any other.
+            # A floating-point input of the model that is added in between is unknown data like any other.
             reads = {n for node in nodes for n in node.all_input_nodes if self.df.is_given(n)}
             flows.update((n, unknown_flow(self.df, n)) for n in reads if self._is_added(n))
         self.basis.ends.update(flows)
+        if self.trail is not None:
+            for end, flow in flows.items():
+                self.trail.visit(end, flow)
         return self._run(nodes, flows, UNKNOWN)
 
     def _is_added(self, node: Node) -> bool:
         return any(self.df.op[user].name in ADDING for user in node.users)
 
     def carry(self, source: Node, label: Tensor, path: Iterable[Node]) -> dict[Node, Flow]:
-        """Follow labels of our own from one node forwards.
+        """Carry given labels from one node forwards.
 
         Arguments:
             source: Node whose result carries `label`.
             label: Label tensor of its shape.
-            path: Nodes behind it through which the labels are to be carried; what comes in from elsewhere counts as
-                nothing, and products on the path keep the labels of their data (heads mixed after the product).
+            path: Nodes after it through which to carry the labels. Other inputs of these nodes carry none, and products
+                on the path keep the labels of their data (heads mixed after the product).
 
         Returns:
             Flows of the nodes on the path.
@@ -75,8 +81,8 @@ class Tracer:
         self.basis.inside.add(source)
         return self._run(path, {source: self._window(source, Flow(label))}, NOTHING)
 
-    def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> str:
-        """Where on the way to some operands their features were lost: op, tensor and module, for people to read."""
+    def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> Node | None:
+        """The first node between the projections and some operands at which features were lost."""
         df, todo, seen = self.df, list(operands), set[Node]()
         lost: list[Node] = []
         while todo:
@@ -89,16 +95,11 @@ class Tracer:
             if several or UNKNOWN in self.labels.features(flow.label):
                 lost += [] if several else [node]
                 todo.extend(df.reads(node))
-        if not lost:
-            return ""
-        first = min(lost, key=df.index.__getitem__)
-        what = df.describe(first)
-        if df.op[first].kind in ("contraction", "convolution") and any(map(df.is_weight, first.all_input_nodes)):
-            return f": the weight of {what} is computed from parameters, and none of its rows is one of theirs"
-        return f": they are lost at {what}"
+        return min(lost, key=df.index.__getitem__, default=None)
 
     def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
         self.basis.inside.update(nodes)
+        trail = self.trail if outside == UNKNOWN else None  # `carry` runs labels that are not weight rows
         for node in nodes:
             step = Step(self.df, self.labels, self.projections, self.mixes_tokens, node, flows, outside)
             flow = flow_of(step)
@@ -106,10 +107,12 @@ class Tracer:
                 self._write(node, flow, flows)
             else:
                 flows[node] = self._window(node, flow)
+            if trail is not None:
+                trail.visit(node, flows[node])
         return flows
 
     def _slice(self, targets: list[Node], outside: Callable[[Node], bool] | None) -> tuple[list[Node], list[Node]]:
-        """Nodes to run, in order, back to the projections; and those behind which nobody looks."""
+        """The nodes to run, in order, back to the projections; and those at which the walk stopped earlier."""
         df, todo = self.df, deque(targets)
         needed: set[Node] = set()
         ends: list[Node] = []
@@ -127,7 +130,7 @@ class Tracer:
         return sorted(needed.difference(ends), key=df.index.__getitem__), ends
 
     def _ends_here(self, node: Node) -> bool:
-        """Whether labels begin at this node: projections, table look-ups, and data that cannot be followed."""
+        """Whether labels begin at this node: projections, table look-ups, and data that cannot be traced."""
         kind = self.df.op[node].kind
         if kind in ("lookup", "attention", "input"):
             return True
@@ -140,9 +143,9 @@ class Tracer:
         return False
 
     def mixes_tokens(self, node: Node) -> bool:
-        """Whether a product with a weight sums features of a projection over tokens, each by itself (Linformer).
+        """Whether a product with a weight sums each feature of a projection over tokens (Linformer).
 
-        It makes no features of its own then: keys of fewer tokens are made of the same rows.
+        Its result holds the same features then: keys of fewer tokens depend on the same rows.
         """
         if node not in self._token_mixing:
             self._token_mixing[node] = self._finds_token_mixing(node)
@@ -155,26 +158,26 @@ class Tracer:
             return False
         x, _, on_left, _ = operands
         axis = -2 if on_left and len(df.shape(x)) > 1 else -1
-        if df.shape(x)[axis] == 1 or not self._is_moved_projection(x):
+        if df.shape(x)[axis] == 1 or not self._is_view_of_projection(x):
             return False
         label = self.trace([x])[x].label
         others = [d for d in range(label.dim()) if d != axis % label.dim()]
         known = UNKNOWN not in self.labels.features(label)
         return known and constant_along(label, axis) and not all(constant_along(label, d) for d in others)
 
-    def _is_moved_projection(self, node: Node) -> bool:
-        """Whether a tensor is the result of a projection, biased and moved at most."""
+    def _is_view_of_projection(self, node: Node) -> bool:
+        """Whether a tensor is the result of a projection, with at most view ops and a bias in between."""
         df = self.df
         while df.op[node].kind != "contraction":
             data = [n for n in node.all_input_nodes if n in df.activation]
-            moved = df.op[node].kind in ("movement", "getitem") or df.op[node].name == "add"
-            if len(data) != 1 or not moved or node in df.writes:
+            kept = df.op[node].kind in ("view", "getitem") or df.op[node].name == "add"
+            if len(data) != 1 or not kept or node in df.writes:
                 return False
             node = data[0]
         return self.projections.operands(node) is not None
 
     def _window(self, node: Node, flow: Flow) -> Flow:
-        """Labels of memory that something writes into later must be real windows on one tensor of labels."""
+        """Labels of memory that is written in place later must be real views of one tensor of labels."""
         df = self.df
         if df.group[node] is not node or node not in df.writes:
             return flow
@@ -193,7 +196,7 @@ class Tracer:
         if any(
             stride == 0 and size > 1 for size, stride in zip(before.label.shape, before.label.stride(), strict=True)
         ):
-            # Memory whose labels are not windows on one tensor: nobody can tell what stands where from now on.
+            # The labels of this memory are not views of one tensor: from here on its contents are unknown.
             for other in flows:
                 if self.df.group[other] is self.df.group[node]:
                     flows[other] = unknown_flow(self.df, other)
@@ -201,7 +204,7 @@ class Tracer:
             return
         before.label.copy_(flow.label)
         flows[node] = replace(flow, label=before.label)
-        # Whatever else looks at this memory now holds what was written, with its history.
+        # All other views of this memory now hold what was written, with its norms and nonlinearities.
         group = self.df.group[node]
         for other, old in flows.items():
             if other is not node and self.df.group[other] is group:

@@ -1,7 +1,7 @@
-"""What becomes of the result of a norm: whether all of it ends in attention logits, as a query or as a key.
+"""How the result of a norm is used: whether all of it ends in attention logits, as queries or keys.
 
 In: the tracer of a graph and all logits found in it. Out: `Uses`, which answers for a node, or for all calls of a
-module. A norm whose result also is a value, or goes on into the next layer, is more than a QK norm.
+module. A norm whose result is also used as values, or by the next layer, is more than a QK norm.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class Uses:
         """Queries and keys of fused attention, whose values enter the same op."""
 
     def only_logits(self, node: Node, walked: set[Node]) -> bool:
-        """Whether whatever is computed from a node ends in logits, or is handed out as it is (a cache of keys).
+        """Whether everything computed from a node ends in logits, or is returned as it is (a cache of keys).
 
         Arguments:
             node: The node.
             walked: Receives the nodes that were looked at.
         """
-        if isinstance(self._df.value(node), list | tuple):  # a norm that gives its statistics, too
+        if isinstance(self._df.value(node), list | tuple):  # a norm that returns its statistics as well
             return all(self.only_logits(user, walked) for user in node.users if user.args[1] == 0)
 
         def is_other(source: Node, user: Node) -> bool | None:
             if user in self._products:
-                places = [a for a in (*user.args, *user.kwargs.values()) if a is source]
-                return user in self._fused and len(places) > sum(x is source for x in self._fused[user])  # a value, too
+                uses = [a for a in (*user.args, *user.kwargs.values()) if a is source]
+                return user in self._fused and len(uses) > sum(x is source for x in self._fused[user])  # a value, too
             return False if user.op == "output" else self._makes_more(user) or None
 
         seen, others = self._read_from(node, is_other)
@@ -52,7 +52,7 @@ class Uses:
         return not others or (node not in others and not self._arrives(node, everything, seen, others))
 
     def pass_all(self, projection: Projection, features: frozenset[int], gates: Set[Node]) -> bool:
-        """Whether features of a projection go nowhere but through some nodes.
+        """Whether all uses of some features of a projection go through some nodes.
 
         Arguments:
             projection: The projection.
@@ -76,11 +76,11 @@ class Uses:
 
         Arguments:
             node: The node.
-            is_other: Tells of a node and one that reads it whether that is another use (True), the wanted one (False),
-                or neither: then it is followed.
+            is_other: For a node and one that reads it, whether that is another use (True), the wanted use (False), or
+                neither (None): then the walk goes on.
 
         Returns:
-            The nodes that were followed, and those that have another use.
+            The nodes that were walked, and those that have another use.
         """
         df, todo, seen = self._df, [node], {node}
         others: list[Node] = []
@@ -94,12 +94,12 @@ class Uses:
                     todo.append(user)
                     seen.add(user)
                     if df.op[user].inplace:
-                        # Whatever reads this memory later reads what was written.
+                        # What reads this memory later reads what was written.
                         todo += [n for n in df.nodes[df.index[user] :] if df.group.get(n) is df.group[user]]
         return seen, others
 
     def _arrives(self, node: Node, marked: Tensor, path: set[Node], others: list[Node]) -> bool:
-        """Whether marked elements of a node (not 0) are among those of others."""
+        """Whether marked elements of a node (those that are not 0) reach some others."""
         mark = self._tracer.labels.new_features(1)
         flows = self._tracer.carry(node, (marked != 0) * mark, path)
         labels = self._tracer.labels
@@ -128,7 +128,7 @@ class Uses:
         return found
 
     def _makes_more(self, node: Node) -> bool:
-        """Whether a node makes something new of its data: no movement, no rotation, no function of each element."""
+        """Whether a node computes more than a view, a rotation or an elementwise function of its data."""
         df = self._df
         op = df.op[node]
         if op.kind == "contraction":  # with a table of numbers it is a rotation, or pools tokens

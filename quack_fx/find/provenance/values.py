@@ -1,4 +1,4 @@
-"""What the values of an attention are made of."""
+"""The values of an attention, and the projections behind them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quack_fx.graph.dataflow import factors_of
 
 
 def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
-    """What a softmax weighs: the factor of its output that it does not lie behind."""
+    """The values: the factor of the output that does not depend on the softmax."""
     df, output = tracer.df, logits.output
     if df.op[output].kind == "attention":
         return [n for n in output.args[2:3] if isinstance(n, Node)]
@@ -22,7 +22,7 @@ def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
 
 
 def value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int]]:
-    """The features that the values are made of, each with its projection, as far as they are known."""
+    """The features that the values depend on, each with its projection, as far as they are known."""
     values = [value for part in logits.parts or (logits,) for value in values_of(tracer, part)]
     flows = tracer.trace(values)
     features = set().union(*(tracer.labels.features(flows[n].label) for n in values if n in flows)) - {UNKNOWN}
@@ -30,7 +30,7 @@ def value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int
 
 
 def _is_behind(tracer: Tracer, start: Node, node: Node) -> bool:
-    """Whether a node is made from another one."""
+    """Whether a node depends on another one."""
     index, todo, seen = tracer.df.index, [node], set[Node]()
     while todo:
         one = todo.pop()

@@ -1,6 +1,6 @@
-"""Vectors of features: what an operand of a product holds at each place of the head dimension.
+"""Vectors of features: what an operand of a product holds along the head dimension.
 
-In: labels of an operand. Out: a number for each distinct vector of them, and the rows behind every number.
+In: labels of an operand. Out: an id for each distinct vector, and the rows behind every id.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from quack_fx.graph.dataflow import Dataflow
 Row = tuple[str, tuple[int, ...]]
 """One feature: parameter, and coordinates along the projection's axes."""
 Vector = tuple[frozenset[Row], ...]
-"""Features at each place of the head dimension."""
+"""Features at each index of the head dimension."""
 
 
 class Vectors:
-    """Numbers for the distinct vectors of labels."""
+    """Ids of the distinct vectors of labels: indices into `vectors`."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
@@ -35,7 +35,7 @@ class Vectors:
         self.projection: dict[Row, Projection] = {}
 
     def ids(self, label: Tensor) -> Tensor:
-        """Number of the vector along the last axis, for each place of the others."""
+        """Id of the vector along the last axis, for each index of the other axes."""
         width = label.shape[-1]
         small = compact(label[..., :1]) if label.stride(-1) == 0 and width > 1 else compact(label)
         lines, where = torch.unique(small.reshape(-1, small.shape[-1]), dim=0, return_inverse=True)
@@ -43,15 +43,15 @@ class Vectors:
         return numbers[where].view(small.shape[:-1]).expand(label.shape[:-1])
 
     def joined(self, numbers: Sequence[int]) -> int:
-        """Number of several vectors laid side by side."""
+        """Id of the concatenation of several vectors."""
         return self._known(tuple(rows for n in numbers for rows in self.vectors[n]))
 
     def channels(self, numbers: Sequence[int]) -> int:
-        """Number of several vectors, each one feature throughout, as one vector of those features."""
+        """Id of one vector made of several, each of which is a single feature throughout."""
         return self._known(tuple(self.vectors[n][0] for n in numbers))
 
     def data(self, number: int) -> frozenset[Node]:
-        """What the projections behind a vector read."""
+        """The data that the projections behind a vector read."""
         of = self._tracer.df.group
         return frozenset(of[self.projection[row].x] for rows in self.vectors[number] for row in rows)
 

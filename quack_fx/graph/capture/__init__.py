@@ -1,27 +1,29 @@
-"""Model + example inputs -> torch.fx.GraphModule of ATen ops.
+"""A model and example inputs -> a torch.fx.GraphModule of ATen ops.
 
 In: an `nn.Module` (on any device, meta included) and the arguments of one forward call. Out: a `Capture`, whose graph
 holds every ATen op that ran, in order, with `node.meta["val"]` (the value: real where no parameter reached it, a
 meta tensor elsewhere) and `node.meta["nn_module_stack"]` (modules whose forward was running, as in torch.export).
 
-The forward runs once, for real Python and fake weights ("hybrid"): parameters are replaced by meta tensors, so size
-does not matter; what no parameter reached (token ids, masks, positions, RoPE tables) is computed for real, so that
-control flow and index tensors are true. To Python every tensor is on the CPU then. Where that fails and the model is
-small, it runs on real numbers instead.
+The forward runs once, in Python, with fake weights ("hybrid"): parameters are replaced by meta tensors, so that the
+size of the model does not matter. What depends on no parameter (token ids, masks, positions, RoPE tables) has real
+values, so that control flow and index tensors are right. To Python code, every tensor is on the CPU. If this fails and
+the model is small, the forward runs on real values instead.
 
     recorder.py   the dispatch mode that writes the graph
-    devices.py    what Python is told about the devices of tensors
+    devices.py    to Python code, every tensor is on the CPU
     hybrid.py     how one op runs when some of its inputs are fake
     executable.py a graph that runs, checked against the model
-    equal.py      which layers are equal but for the numbers in their weights
+    equal.py      which layers differ only in the values of their weights
     layers.py     equal layers are recorded once, where that is safe
-    memory.py     where a tensor's numbers lie
-    isolate.py    the model, its hooks, its RNG and the global switches stay as they were
+    memory.py     storages and views
+    sources.py    the lines of Python that run an op
+    isolate.py    the model, its hooks, the RNG and global settings stay as they were
     wrappers.py   the module inside wrappers, with whole weights
 """
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +44,8 @@ from quack_fx.graph.forward.machine import available_memory
 
 __all__ = ["Capture", "RepeatedLayer", "capture", "unwrapped"]
 
+_log = logging.getLogger(__name__)
+
 REAL_LIMIT_BYTES = 4 << 30
 """Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed; less on a machine
 that has less than four times as much memory left."""
@@ -55,9 +59,9 @@ class Capture:
         graph_module: The graph. Parameters and buffers are `get_attr` nodes named by their first fully qualified name,
             other tensors from outside are `get_attr` nodes `_constant_<n>`, tensor inputs are placeholders.
         way: "hybrid" or "real": how the forward was run, see above.
-        canned: Ops whose result depends on the numbers in fake tensors, and so was made up (routing, for example).
-        fallback_reason: Why the hybrid run was given up, or None.
-        repeated: Layers that were not run, because they do what a recorded one does; only with `layers_once`.
+        canned: Ops whose result depends on the values of fake tensors and was made up (routing, for example).
+        fallback_reason: Why the hybrid run failed, or None.
+        repeated: Layers that were not run, because they are equal to a recorded one; only with `layers_once`.
     """
 
     graph_module: torch.fx.GraphModule
@@ -68,7 +72,7 @@ class Capture:
 
     @property
     def made_up(self) -> bool:
-        """Whether the forward was given a made-up number, which may have become a factor of anything."""
+        """Whether the forward was given a made-up number, which it may have used as a factor."""
         return NUMBER in self.canned
 
 
@@ -81,26 +85,28 @@ def capture(
     number: float = 0.5,
     real: bool = False,
     executable: bool = False,
+    sources: bool = False,
 ) -> Capture:
     """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
 
     Arguments:
-        model: Any module, on any device; on the meta device its size does not matter. Of one that is wrapped or sharded
-            the module inside is recorded, under its own names and with whole weights; no rank waits for another.
+        model: Any module, on any device; on the meta device its size does not matter. If it is wrapped or sharded, the
+            module inside is recorded, under its own names and with whole weights; no rank waits for another.
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments of the forward call.
         layers_once: Record only a few of many equal layers, where that is provably safe; see `layers.py`.
-        real: Run on real numbers at once; every node then has them.
+        real: Run on real values only; every node then has them.
         executable: Make a graph that runs: it is called as the model is, returns what the model returns, has its
             gradients (both are checked on these arguments) and shares its parameters. The model must have numbers, and
             what is no tensor among the arguments is written down as it was given.
-        number: What a fake tensor answers that is asked for its one number (`float(x)`); `made_up` tells if one was.
+        sources: Note for each op the lines of Python that ran it (`Node.stack_trace`).
+        number: Value of a fake tensor that Python converts to a number (`float(x)`); sets `made_up`.
 
     Returns:
         The recorded pass.
 
     Raises:
-        CaptureError: The forward raised, in one line with the forward's own message; or no graph does what it does.
+        CaptureError: The forward raised an error, which the message quotes; or no graph can do what it does.
 
     Example:
         >>> lin = nn.Linear(3, 5, device="meta")
@@ -108,7 +114,7 @@ def capture(
         ['weight', 'bias']
     """
     with unwrapped(model) as inner:
-        return _capture(inner, args, kwargs or {}, layers_once, number, real, executable)
+        return _capture(inner, args, kwargs or {}, layers_once, number, real, executable, sources)
 
 
 def _capture(
@@ -119,6 +125,7 @@ def _capture(
     number: float,
     real: bool,
     executable: bool,
+    sources: bool,
 ) -> Capture:
     if executable:
         try:
@@ -132,14 +139,15 @@ def _capture(
             ) from error
     failures: list[tuple[int, Exception]] = []
     groups = list(equal_groups(model)) if layers_once and not real else []
-    # A forward that fails because layers were left out is run again with all of them.
+    # If the forward fails because layers were left out, it runs again with all of them.
     for equal in () if real else [groups, []] if groups else [[]]:
         for _, earlier in failures:
             traceback.clear_frames(earlier.__traceback__)  # they hold the recording
-        recorder = Recorder(model, "hybrid", equal, number)
+        recorder = Recorder(model, "hybrid", equal, number, sources)
         try:
             return _run(model, args, kwargs, recorder)
         except Exception as error:
+            _log.debug("with fake weights%s: %s", " and equal layers once" if equal else "", first_line(error))
             failures.append((recorder.entered, error))
     reason = first_line(failures[-1][1]) if failures else None
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -152,12 +160,13 @@ def _capture(
         ) from (failures[-1][1] if failures else None)
     for _, earlier in failures:
         traceback.clear_frames(earlier.__traceback__)
-    recorder = Recorder(model, "real")
+    _log.info("recording on real numbers: %s", reason or "asked for")
+    recorder = Recorder(model, "real", sources=sources)
     try:
         return _run(model, args, kwargs, recorder, reason)
     except Exception as error:
         failures.insert(0, (recorder.entered, error))
-    # Whichever came furthest met what is wrong with the call; of the others, what is wrong with the attempt.
+    # The run that got furthest shows what is wrong with the call; the others what is wrong with that way of running.
     _, telling = max(failures, key=lambda failure: failure[0])
     raise CaptureError(
         f"the forward of {type(model).__name__} fails on the example inputs: {first_line(telling)}"

@@ -1,11 +1,11 @@
-"""One device: while a forward is recorded every tensor says that it is on the CPU, fake ones as well.
+"""While a forward is recorded, every tensor reports that it is on the CPU, fake ones as well.
 
-In: a recorder. Out: a context in which Python code sees one device, and PyTorch's own checks do too.
+In: a recorder. Out: a context in which Python code sees one device, and so do PyTorch's own checks.
 
 Forwards look at devices: they compare those of token ids and buffers, make tables on the device of an activation, ask
-where the parameters are. Half of the tensors are fake (on meta) here and half are real, which is nobody's business but
-the recorder's: what an op does with a tensor is decided below, in `hybrid.py`, by what the tensor really is. (Modes of
-this kind are off while PyTorch's own functions run, so those see what is there; this is why some are helped here.)
+where the parameters are. In a recording some tensors are fake (on meta) and some real. The model's code must not see
+that: how an op runs is decided later, in `hybrid.py`, by what its tensors really are. (Function modes are off while
+PyTorch's own Python functions run, so those do see the real devices; a few of them are handled here.)
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _CPU = torch.device("cpu")
 
 
 class Twins(Protocol):
-    """What this file asks of the recorder."""
+    """What this file needs from the recorder."""
 
     def twin(self, tensor: Tensor) -> Tensor:
-        """What ops get in place of a tensor."""
+        """The tensor that ops get instead of a tensor."""
 
     def stand_in(self, tensor: Tensor, fake: bool) -> Tensor:
-        """A tensor that is the given one in the graph: its twin, or, where `fake`, a tensor on meta in any case."""
+        """A tensor that the graph takes for the given one: its twin or, with `fake`, always a tensor on meta."""
 
     def made_up(self, tensor: Tensor) -> Any:
-        """A made-up number in place of each of a fake tensor's."""
+        """Made-up values for a fake tensor."""
 
 
 def _type(tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -56,10 +56,10 @@ _CLAIMS: dict[Any, Callable[..., Any]] = {
         if hasattr(Tensor, f"is_{kind}")
     },
 }
-"""What a tensor says when it is asked where it is."""
+"""Attributes that say on which device a tensor is, with the answer."""
 
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
-"""How Python gets at numbers without an op that could be seen."""
+"""Methods by which Python reads values without running an op."""
 
 
 class OneDevice(TorchFunctionMode):
@@ -110,10 +110,10 @@ class OneDevice(TorchFunctionMode):
             return plain(lambda t: self._twins.stand_in(t, fake=True))
 
     def _score(self, query: Tensor, _key: Tensor, _value: Tensor, modify: Callable[..., Any]) -> None:
-        """Call the function that flex attention modifies scores by once, so that the weights in it are seen."""
-        place = torch.zeros((), dtype=torch.int32)
+        """Call the score_mod of flex attention once, so that the weights in it are recorded."""
+        index = torch.zeros((), dtype=torch.int32)
         with self, suppress(Exception):  # what is wrong with it the attention itself will say
-            modify(query.new_zeros(()), place, place, place, place)
+            modify(query.new_zeros(()), index, index, index, index)
 
     def _twin(self, tensor: Tensor) -> Tensor:
         with unrecorded():
@@ -125,7 +125,7 @@ class OneDevice(TorchFunctionMode):
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a function may write into what it is given; what it wrote into a stand-in would be lost."""
+    """Whether a function may write into its arguments; a write into a stand-in would be lost."""
     name = getattr(func, "__name__", "_")
     return name.endswith("_") or "out" in kwargs or bool(kwargs.get("inplace"))
 
@@ -135,6 +135,6 @@ def _on_two_devices(tree: Any) -> bool:
 
 
 def _as_index(item: Any) -> Any:
-    """Places that Python hands over, as a tensor on the CPU: on the device of a fake tensor they would be lost."""
+    """Indices given as Python lists, as a tensor on the CPU: on the meta device their values would be lost."""
     integers = isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
     return torch.tensor(item, device=_CPU) if integers else item

@@ -1,8 +1,8 @@
-"""Which layers of a model are equal but for the numbers in their weights.
+"""Which layers of a model differ only in the values of their weights.
 
-In: a model. Out: its `EqualGroup`s: siblings (the layers of a stack) whose trees have the same classes, the same
-parameters' shapes and the same attributes, with the attributes in which they do differ listed (a layer's index, a
-window). Whether a difference matters is only known when a layer runs: `layers.py` watches who reads it.
+In: a model. Out: its `EqualGroup`s: siblings (the layers of a stack) whose module trees have the same classes, shapes
+of parameters and attributes. Attributes in which they do differ are listed (a layer's index, a window size). Whether
+such a difference matters shows only when a layer runs: `layers.py` watches whether it is read.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST_GROUP = 16
-"""Smaller groups are not worth the checks; the first two layers and the last one are always recorded anyway."""
+"""Smallest group that is worth the checks: the first two layers and the last one are always recorded."""
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
 # What nn.Module keeps for itself; parameters, buffers and children are compared as such.
 _INTERNAL = frozenset(vars(nn.Module()))
 
-Place = tuple[str, str]
-"""An attribute inside a layer: name of the submodule relative to the layer, name of the attribute."""
+AttributePath = tuple[str, str]
+"""An attribute of a submodule: the submodule's name relative to the layer, and the attribute's name."""
 
 
 @dataclass(eq=False)
 class EqualGroup:
-    """Layers that are equal but for weights and the attributes at `differing`.
+    """Layers that differ only in the values of their weights and in the attributes `differing`.
 
     Attributes:
         members: The layers, in the order of their parent's children.
-        trees: All modules of each of them, corresponding ones at the same place.
+        trees: All modules of each layer; corresponding modules have the same index.
         differing: Attributes that are not the same in all members.
-        fixed: Those of them whose reads cannot be watched, because the class has an attribute of that name too.
+        fixed: Those whose reads cannot be watched, because the class has an attribute of the same name.
     """
 
     members: list[nn.Module]
     trees: dict[nn.Module, list[nn.Module]]
-    differing: set[Place] = field(default_factory=set)
-    fixed: set[Place] = field(default_factory=set)
+    differing: set[AttributePath] = field(default_factory=set)
+    fixed: set[AttributePath] = field(default_factory=set)
 
 
 def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
-    """Groups of equal layers, each layer in one group at most, outermost first."""
+    """Groups of equal layers, outermost first; a layer is in at most one group."""
     taken: set[nn.Module] = set()
     for parent in model.modules():
         if parent in taken or len(parent._modules) < SMALLEST_GROUP:
@@ -63,7 +63,7 @@ def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
                 group = EqualGroup(members, trees)
                 for member in members[1:]:
                     group.differing |= _differing(paths, trees[members[0]], trees[member])
-                group.fixed = {place for place in group.differing if _in_class(members[0], place)}
+                group.fixed = {path for path in group.differing if _in_class(members[0], path)}
                 yield group
 
 
@@ -76,7 +76,7 @@ def renamed(like: list[nn.Module], layer: list[nn.Module], names: dict[int, str]
         names: Name in the model of parameters, buffers and modules, by identity.
 
     Returns:
-        The names, or None where tensors or modules are shared in different ways within the two layers.
+        The names, or None if tensors or modules are shared differently within the two layers.
     """
     found: dict[str, str] = {}
     for ours, theirs in zip(_contents(like), _contents(layer), strict=True):
@@ -93,7 +93,7 @@ def _contents(modules: list[nn.Module]) -> Iterator[Any]:
 
 
 def _form(module: nn.Module) -> object | None:
-    """What two layers must have in common to be equal; None where something stands in for the module's own forward."""
+    """What two layers must have in common to be equal; None if hooks or attributes replace the module's own forward."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
     children = tuple((name, None if c is None else _form(c)) for name, c in module._modules.items())
@@ -110,10 +110,10 @@ def _tensor_form(tensor: Tensor | None) -> object:
     return (type(tensor), tensor.shape, tensor.dtype, tensor.device, stride, tensor.requires_grad)
 
 
-def _differing(paths: list[str], first: list[nn.Module], other: list[nn.Module]) -> set[Place]:
-    """Attributes in which two layers of one form differ; a difference between buffers stands under their name."""
+def _differing(paths: list[str], first: list[nn.Module], other: list[nn.Module]) -> set[AttributePath]:
+    """Attributes in which two layers of one form differ; buffers of different values are listed under their name."""
     pairs = {id(a): b for a, b in zip(first, other, strict=False)}
-    found: set[Place] = set()
+    found: set[AttributePath] = set()
     for path, a, b in zip(paths, first, other, strict=False):
         ours, theirs = vars(a), vars(b)
         for name in ours.keys() | theirs.keys():
@@ -128,12 +128,12 @@ def _differing(paths: list[str], first: list[nn.Module], other: list[nn.Module])
 
 
 def _same_numbers(a: Tensor, b: Tensor | None) -> bool:
-    # On meta there are no numbers, so no forward can have read any.
+    # On meta there are no values, so no forward can have read any.
     return b is not None and (a is b or a.is_meta or torch.equal(a, b))
 
 
 def _same(a: Any, b: Any, pairs: dict[int, nn.Module]) -> bool:
-    """Whether two attributes' values are surely the same to any code; unknown kinds of objects only when identical."""
+    """Whether two values of an attribute are the same to any code; objects of unknown classes only if identical."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -153,8 +153,8 @@ def _same(a: Any, b: Any, pairs: dict[int, nn.Module]) -> bool:
     return False
 
 
-def _in_class(layer: nn.Module, place: Place) -> bool:
-    """Whether taking the attribute out of the instance would show the class's own, or it is no plain attribute."""
-    path, name = place
+def _in_class(layer: nn.Module, attribute: AttributePath) -> bool:
+    """Whether the attribute is not a plain one of the instance, or removing it would uncover one of the class."""
+    path, name = attribute
     module = layer.get_submodule(path)
     return name not in vars(module) or hasattr(type(module), name)

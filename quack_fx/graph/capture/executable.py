@@ -1,10 +1,10 @@
 """A recording that runs: the same forward, as a `GraphModule` that computes, trains, exports and compiles.
 
-In: a model with numbers, and the arguments of one forward call. Out: a `GraphModule` that is called as the model is and
-returns what the model returns. Its parameters and buffers are the model's own.
+In: a model with real weights, and the arguments of one forward call. Out: a `GraphModule` with the calling convention
+and the results of the model. Its parameters and buffers are the model's own.
 
-The forward is recorded once more, on real numbers and with gradients on. What is computed under `no_grad` is cut off by
-a `detach`. Then the graph and the model run side by side on the example inputs: outputs must be equal bitwise, and
+The forward is recorded on real values with gradients enabled. Results computed under `no_grad` are followed by a
+`detach`. Then the graph and the model run side by side on the example inputs: outputs must be equal bitwise, and
 gradients but for the order of sums, or the capture is refused. (A custom `autograd.Function` has a backward of its own,
 for example, that no graph of its forward knows.)
 """
@@ -29,14 +29,14 @@ from quack_fx.graph.capture.recorder import Recorder
 from quack_fx.graph.forward.jagged import JaggedWrittenOut
 
 _DECIDES = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
-"""Ops by which a forward looks at numbers: what it decides by them is written down as it came out."""
+"""Ops by which a forward reads values: what it decides by them is fixed in the graph."""
 
 _ROUNDING = 1e-5
-"""By how much gradients may differ, of the largest of a parameter: terms may be summed in another order."""
+"""Largest difference of gradients, relative to the largest entry: terms may be summed in another order."""
 
 
 class _WithGradients(Recorder):
-    """Records what a forward does to gradients, too."""
+    """A recorder that also records what a forward does to gradients."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "real")
@@ -77,7 +77,7 @@ class _WithGradients(Recorder):
         return result
 
     def _is_computed(self, node: Node) -> bool:
-        """Whether a parameter has a part in it."""
+        """Whether a node depends on a parameter."""
         return node in self._computed or (node.op == "get_attr" and str(node.target) in self.parameter_names)
 
     def _has_gradient(self, node: Node) -> bool:
@@ -144,7 +144,7 @@ def _packed(recorder: Recorder, names: list[str], given: Any, output: Any, strid
     inputs: dict[Node, Node] = {}
     to_copy: list[tuple[Node, Node]] = []
     with graph.inserting_before(next(iter(graph.nodes))):
-        for i, leaf in enumerate(leaves):  # each has a place of its own, numbers and None too
+        for i, leaf in enumerate(leaves):  # every leaf is an argument of its own, also numbers and None
             made = graph.placeholder(f"leaf_{i}")
             made.meta["val"] = leaf
             node = recorded.pop(id(leaf), None)

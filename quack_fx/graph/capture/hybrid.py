@@ -2,12 +2,12 @@
 
 In: an op and its arguments. Out: its result. The rules, in this order:
 
-1. Nothing fake: the op runs for real, on the CPU whatever device was asked for, so that masks, positions and tables
-   that no parameter reached have true values. Only what is too large for that becomes fake.
-2. The op's result does not depend on the fake numbers (`zeros_like`, `new_ones`, ...): it is made for real.
-3. The op needs numbers that are not there (`nonzero`, `item`, boolean indexing): it gets a canned answer,
-   and the recording says so. Routing, mostly; the layout behind it is the same for every route.
-4. Otherwise the op runs on meta tensors, which computes shapes and strides alone.
+1. No input is fake: the op runs for real, on the CPU whatever device was asked for, so that masks, positions and tables
+   that depend on no parameter have their real values. Only results that are too large become fake.
+2. The result does not depend on the fake values (`zeros_like`, `new_ones`, ...): it is real.
+3. The op needs the values of a fake tensor (`nonzero`, `item`, boolean indexing): it gets a canned answer, and the
+   recording says so. This is mostly routing; the layout is the same for every route.
+4. Otherwise the op runs on meta tensors, which computes shapes and strides only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from quack_fx.graph.forward.machine import available_memory
 
 REAL_LIMIT = 1 << 24
-"""Tables of more elements than this are fake where weights are: one that large is never worth its memory here."""
+"""Tables of more elements than this are fake in a hybrid recording: no larger one is worth its memory."""
 
 # Uninitialised ones are not among them: they are always about to be filled, mostly with fake values.
 _LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"})
 _NEW = frozenset({"new_zeros", "new_ones", "new_full"})
 _NUMBERS = frozenset({"_local_scalar_dense", "item"})
 NUMBER = "a number out of a tensor"
-"""Stands among the canned answers for a number that was made up, and may have become a factor."""
+"""Entry of `canned` for a Python number that was made up, and may have become a factor."""
 _UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
 
 
@@ -52,9 +52,9 @@ def run_mixed(
         kwargs: Keyword arguments, likewise.
         taint: Called with a real tensor that is about to receive fake values in place; gives back its fake twin.
         canned: Names of ops that got a canned answer are appended here.
-        number: What a fake tensor of floating point answers when it is asked for its one number.
-        most: Elements of the largest table that is made for real; no other result may take more than a part of the
-            memory that is left. None: all of that is real.
+        number: Value of a floating-point fake tensor that is converted to a Python number.
+        most: Elements of the largest table that is real; no other result may take more than a part of the memory that
+            is left. None: no limit.
 
     Returns:
         The op's result; an in-place op returns the very tensor it was given (its twin after `taint`).
@@ -96,18 +96,18 @@ def _real(
 
 
 def _may_be_large(name: str, leaves: list[Any]) -> bool:
-    """A bound that costs little: few results have more elements than all the sizes in the arguments multiplied."""
+    """A cheap bound: few results have more elements than the product of all sizes in the arguments."""
     sizes = [x.numel() if isinstance(x, Tensor) else x if type(x) is int else 1 for x in leaves]
     return math.prod(max(1, n) for n in sizes) ** (2 if name == "eye" else 1) > REAL_LIMIT
 
 
 def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], most: int) -> bool:
-    """Whether an op makes more numbers than should be made: of a table, or than this machine can hold."""
+    """Whether a result has more elements than a real table may have, or than this machine can hold."""
     if func.is_view or func._schema.is_mutable:
         return False
     try:
         made = [t for t in tree_leaves(_on_meta(func, args, kwargs)) if isinstance(t, Tensor)]
-    except Exception:  # its size depends on numbers: it is at most that of what holds them
+    except Exception:  # its size depends on values: it is at most that of the tensor that holds them
         return False
     if not any(isinstance(x, Tensor) for x in leaves) and sum(t.numel() for t in made) > most:
         return True
@@ -128,7 +128,7 @@ def _value_free(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-    """A made-up result in a 1-tuple, or None where the op needs none."""
+    """A made-up result in a 1-tuple, or None if the op needs none."""
     if not args or not isinstance(args[0], Tensor):
         return None
     x = args[0]
@@ -183,7 +183,7 @@ def _host_copies(
 
 
 def _check_mask(mask: Tensor, indexed: Tensor, start: int) -> None:
-    """Refuse a boolean mask that torch would refuse: as indices, a small one would pass.
+    """Refuse a boolean mask that torch would refuse: converted to indices, a smaller one would pass.
 
     Raises:
         IndexError: It has another shape than what it indexes.
@@ -199,7 +199,7 @@ def _check_mask(mask: Tensor, indexed: Tensor, start: int) -> None:
 def _mutation_targets(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], taint: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Real tensors that this op writes fake values into become fake first."""
+    """Make real tensors that this op writes fake values into fake first."""
     new_args, new_kwargs = list(args), dict(kwargs)
     for i, spec in enumerate(func._schema.arguments):
         if spec.alias_info is None or not spec.alias_info.is_write:

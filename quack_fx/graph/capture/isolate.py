@@ -1,8 +1,8 @@
-"""What a recorded forward must leave as it was: the model's attributes, random numbers, global switches.
+"""What a recorded forward must leave unchanged: the model's attributes, the random state, global settings.
 
 In: a model. Out: a context in which its forward may run; afterwards every module has the attributes, buffers, hooks and
 submodules that it had before, and the random generators of torch and Python and torch's fast paths are restored.
-(That buffers keep their *values* is the recorder's work: it hands every op a copy.)
+(The *values* of buffers are kept by the recorder, which passes a copy to every op.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quack_fx.graph.forward.inference import without_inference_mode
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Context in which `model`'s forward may run without leaving a trace."""
+    """Context in which `model`'s forward may run without lasting effects."""
     before = [(module, Snapshot(module)) for module in model.modules()]
     python_rng = random.getstate()
     # nn.MultiheadAttention and TransformerEncoder would otherwise run as one opaque op.
@@ -44,14 +44,14 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Context in which ops are ours and not the model's, and tensors are what they are."""
+    """Context in which ops are not recorded, and tensors report their real device."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """Context in which autocast does nothing: it would cast real tensors and not the fake ones that they meet."""
+    """Context in which autocast does nothing: it would cast real tensors, but not fake ones."""
     original = torch.autocast.__init__
 
     def init(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:

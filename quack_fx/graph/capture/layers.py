@@ -3,9 +3,9 @@
 In: a model's equal layers (`equal.py`) and the calls of their forwards. Out: a `RepeatedLayer` for each layer that was
 not run, with a node that stands for it.
 
-A call may be left out when two calls of equal layers were recorded, turned out the same op by op, and a third layer is
-called in the same way. The same: nothing that differs between the layers was read; the inputs are the very same
-objects, or fake tensors of one form; nothing was written that outlives the call (no attribute, no input in place, no
+A call is left out if two calls of equal layers were recorded with the same ops, and a third layer is called in the same
+way. The same means: nothing that differs between the layers was read; the inputs are the same objects, or fake tensors
+of one form; nothing was written that outlives the call (no attribute, no input in place, no
 tensor kept somewhere else than in the output), and no data was read that was not given. Anything else runs as usual.
 The last layer of a group is always recorded, and must turn out the same. What is left is code that counts its own calls
 in an object outside the model and changes its mind in the middle of the stack.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from quack_fx.graph.capture.equal import EqualGroup, Place, renamed
+from quack_fx.graph.capture.equal import AttributePath, EqualGroup, renamed
 from quack_fx.graph.capture.isolate import Snapshot, unrecorded
 from quack_fx.graph.capture.memory import storage_of
 
@@ -71,7 +71,7 @@ class Tape(Protocol):
         """Node of a tensor."""
 
     def twin(self, tensor: Tensor) -> Tensor:
-        """What ops get in place of a tensor."""
+        """The tensor that ops get instead of a tensor."""
 
     def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
         """Write down one more node with several results."""
@@ -86,7 +86,7 @@ class _Call:
     form: TreeSpec
     result: list[Any]
     result_form: TreeSpec
-    read: dict[Place, Any]
+    read: dict[AttributePath, Any]
     given_nodes: dict[Node, int]
     nodes: list[Node]
     confirmed: bool = False
@@ -204,14 +204,14 @@ class EqualLayers:
                 self._confirm(calls, group, call)
         return output
 
-    def _values_read(self, group: EqualGroup, layer: nn.Module) -> dict[Place, Any] | None:
+    def _values_read(self, group: EqualGroup, layer: nn.Module) -> dict[AttributePath, Any] | None:
         """Values of the attributes that the call read, of those that differ; None if one cannot be watched."""
         if group.fixed:
             return None
-        places = {id(module): path for path, module in layer.named_modules()}
-        if any(owner not in places for owner, _ in self._read):
+        paths = {id(module): path for path, module in layer.named_modules()}
+        if any(owner not in paths for owner, _ in self._read):
             return None
-        return {(places[owner], name): self._held[owner][name] for owner, name in self._read}
+        return {(paths[owner], name): self._held[owner][name] for owner, name in self._read}
 
     def _confirm(self, calls: list[_Call], group: EqualGroup, call: _Call) -> None:
         """Keep a call; mark an earlier one, of another layer, that ran the same ops."""
@@ -229,16 +229,16 @@ class EqualLayers:
         return names is not None and _same_nodes(known, call, names)
 
     def _same_call(self, known: _Call, group: EqualGroup, layer: nn.Module, given: list[Any], form: TreeSpec) -> bool:
-        """Whether a layer is called like the known one was, and agrees with it in all that was read then."""
+        """Whether a layer is called like the known one, and has the same values of the attributes that were read."""
         return (
             form == known.form
             and all(self._same_input(a, b) for a, b in zip(known.given, given, strict=True))
             and _sharing(known.given) == _sharing(given)
-            and all(self._value(layer, place) == value for place, value in known.read.items())
+            and all(self._value(layer, attribute) == value for attribute, value in known.read.items())
         )
 
-    def _value(self, layer: nn.Module, place: Place) -> Any:
-        path, name = place
+    def _value(self, layer: nn.Module, attribute: AttributePath) -> Any:
+        path, name = attribute
         return self._held[id(layer.get_submodule(path))].get(name)
 
     def _same_input(self, a: Any, b: Any) -> bool:
@@ -252,13 +252,13 @@ class EqualLayers:
         return ours.is_meta == theirs.is_meta and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
     def _stand_in(self, call: _Call, layer: nn.Module, given: list[Any], names: Mapping[str, str]) -> Any:
-        """Give back what the layer would have given back, as tensors that nothing is known of."""
+        """Return what the layer would have returned, as new fake tensors."""
         result, made = list(call.result), []
         for i, value in enumerate(call.result):
             if isinstance(value, Tensor):
-                place = next((j for j, x in enumerate(call.given) if x is value), None)
-                if place is not None:
-                    result[i] = given[place]
+                position = next((j for j, x in enumerate(call.given) if x is value), None)
+                if position is not None:
+                    result[i] = given[position]
                     continue
                 result[i] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
                 made.append(result[i])
@@ -274,7 +274,7 @@ class EqualLayers:
 
 
 def _since(graph: Graph, last: Node | None) -> list[Node]:
-    """Nodes written after `last`."""
+    """Nodes added to the graph after `last`."""
     found: list[Node] = []
     for node in reversed(graph.nodes):
         if node is last:
@@ -346,7 +346,7 @@ def _sharing(values: list[Any]) -> list[int]:
 
 def _same_nodes(known: _Call, other: _Call, names: Mapping[str, str]) -> bool:
     """Whether two calls ran the same ops on corresponding tensors."""
-    ours, theirs = (  # constants come into the graph where they are first used: with the first layer, mostly
+    ours, theirs = (  # constants enter the graph where they are first used: mostly in the first layer
         [n for n in call.nodes if n.op == "call_function"] for call in (known, other)
     )
     if len(ours) != len(theirs):
@@ -377,7 +377,7 @@ def _same_nodes(known: _Call, other: _Call, names: Mapping[str, str]) -> bool:
 
 
 def _same_constant(a: Node, b: Node, names: Mapping[str, str]) -> bool:
-    """Whether two tensors from outside that are nobody's parameter have the same numbers."""
+    """Whether two constants that are not parameters have the same values."""
     x, y = a.meta["val"], b.meta["val"]
     own = str(a.target) in names or str(b.target) in names.values()
     return not own and not x.is_meta and not y.is_meta and x.dtype == y.dtype and torch.equal(x, y)

@@ -1,6 +1,6 @@
-"""Where a tensor's numbers lie.
+"""Storages and the views of them.
 
-In: a tensor. Out: its storage's identity, its place in it, or the same window on another storage.
+In: a tensor. Out: the identity of its storage, a key of the view that it is, or the same view of another storage.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Place = tuple[Any, ...]
-"""A view's place: storage, offset, shape, strides, dtype."""
+Window = tuple[Any, ...]
+"""Key of a view: storage, offset, shape, strides, dtype."""
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Identity of the memory that a tensor and all its views share; its own where it has no such memory (sparse)."""
+    """Identity of the storage of a tensor and all its views; of the tensor itself if it has none (sparse)."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else -id(tensor)
 
 
-def place_of(tensor: Tensor) -> Place:
-    """Equal for two handles of the same window on the same memory."""
+def window_of(tensor: Tensor) -> Window:
+    """Equal for two tensors that are the same view of the same storage."""
     if tensor.layout != torch.strided:
         return (id(tensor),)
     return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def window_on(storage: torch.UntypedStorage, tensor: Tensor) -> Tensor:
-    """The window that `tensor` has on its storage, on another one."""
+    """A view of a storage, with the offset, shape and strides that `tensor` has in its own."""
     window = torch.empty(0, dtype=tensor.dtype, device=storage.device)
     return window.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -2,9 +2,9 @@
 
 In: a model and the calls of its forward. Out: a `torch.fx.GraphModule`.
 
-A tensor is known by identity, or, where autograd handed out another handle of the same data, by its place in its
-storage. Parameters and buffers are never given to an op: every op sees their *twin*. The twin of a parameter is a meta
-tensor (hybrid) or, for parameters that have no numbers, a random tensor (real); the twin of a buffer is a copy.
+A tensor is recognised by identity or, if autograd made another tensor object of the same data, by its view of its
+storage. Parameters and buffers are never passed to an op: every op gets their *twin*. The twin of a parameter is a meta
+tensor (hybrid) or, for a parameter on meta, a random tensor (real); the twin of a buffer is a copy.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from quack_fx.graph.capture.equal import EqualGroup
 from quack_fx.graph.capture.hybrid import NUMBER, REAL_LIMIT, run_mixed
 from quack_fx.graph.capture.isolate import no_autocast
 from quack_fx.graph.capture.layers import EqualLayers
-from quack_fx.graph.capture.memory import Place, place_of, storage_of, window_on
+from quack_fx.graph.capture.memory import Window, storage_of, window_of, window_on
+from quack_fx.graph.capture.sources import own_lines
 from quack_fx.graph.forward.fused import AnyLayout
 from quack_fx.graph.forward.gpus import OnThisMachine
 from quack_fx.graph.forward.jagged import JaggedWrittenOut, takes_itself_apart
 from quack_fx.graph.forward.machine import available_memory
 
 LITTLE = 1 << 26
-"""Bytes that a recording may hold in any case."""
+"""Bytes that a recording may always hold."""
 
 
 class Recorder(TorchDispatchMode):
@@ -48,6 +49,7 @@ class Recorder(TorchDispatchMode):
         way: Literal["hybrid", "real"],
         equal: Sequence[EqualGroup] = (),
         number: float = 0.5,
+        sources: bool = False,
     ) -> None:
         super().__init__()
         self.graph = Graph()
@@ -56,10 +58,11 @@ class Recorder(TorchDispatchMode):
         self.entered = 0
         self.most: int | None = REAL_LIMIT if way == "hybrid" else sys.maxsize
         self._number = number
+        self._sources = sources
         self._room = self._left = max(available_memory() // 2, LITTLE)
         self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
-        self._places: dict[Place, Node] = {}
+        self._windows: dict[Window, Node] = {}
         self._twins: dict[int, torch.UntypedStorage] = {}
         self.alive: list[Any] = []  # identities stay unique only while the tensors live
         self._stacks: list[dict[str, tuple[str, type]]] = [{}]
@@ -68,11 +71,11 @@ class Recorder(TorchDispatchMode):
         buffers = [(_within(path, n), t) for path, m in modules for n, t in m._buffers.items() if t is not None]
         self.names = {id(m): n for n, m in modules}
         self._own: dict[int, str] = {}
-        self._own_places: dict[Place, str] = {}
+        self._own_windows: dict[Window, str] = {}
         self._own_storages: dict[int, tuple[str, Tensor]] = {}
         for name, tensor in [*parameters, *buffers]:
             self._own.setdefault(id(tensor), name)
-            self._own_places.setdefault(place_of(tensor), name)
+            self._own_windows.setdefault(window_of(tensor), name)
             self._own_storages.setdefault(storage_of(tensor), (name, tensor))
         self.names.update(self._own)
         self._parameters = {storage_of(p) for _, p in parameters}
@@ -104,7 +107,7 @@ class Recorder(TorchDispatchMode):
         self._around.__exit__(*exc)
 
     def _contexts(self) -> list[AbstractContextManager[Any]]:
-        """What the forward is told about its tensors; see the files that these come from."""
+        """Contexts in which the forward runs; each is described in its own file."""
         if self.way == "real":
             return [OnThisMachine(), JaggedWrittenOut(), OneDevice(self)]
         return [no_autocast(), OnThisMachine(), JaggedWrittenOut(), AnyLayout(), OneDevice(self)]
@@ -119,11 +122,11 @@ class Recorder(TorchDispatchMode):
             self._stacks.pop()
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Example inputs as placeholders, on the CPU; those on meta get numbers (zeros, or ones for masks)."""
+        """Example inputs as placeholders, on the CPU; those on meta get values (zeros, or ones for masks)."""
 
         placed_before: dict[int, Tensor] = {}
 
-        def place(tensor: Tensor) -> Tensor:
+        def as_input(tensor: Tensor) -> Tensor:
             if id(tensor) in self._own:
                 return tensor
             if id(tensor) not in placed_before:
@@ -140,7 +143,7 @@ class Recorder(TorchDispatchMode):
             self._remember(value, node)
             return value
 
-        placed: tuple[Any, Any] = tree_map_only(Tensor, place, (tuple(args), dict(kwargs)))
+        placed: tuple[Any, Any] = tree_map_only(Tensor, as_input, (tuple(args), dict(kwargs)))
         return placed
 
     def finish(self, output: Any) -> GraphModule:
@@ -149,7 +152,7 @@ class Recorder(TorchDispatchMode):
         seen: set[int] = set()
 
         def collect(value: Any) -> None:
-            # Outputs may be any object (a ModelOutput, a dataclass); only tensors matter here.
+            # Outputs may be any object (a ModelOutput, a dataclass); only its tensors matter.
             if isinstance(value, Tensor):
                 leaves.append(self.node(value))
             elif isinstance(value, Mapping):
@@ -172,7 +175,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if takes_itself_apart(types):
             return NotImplemented
-        # What is fake and what is real is decided here, so nobody may say something else about it.
+        # Whether a tensor is fake or real is decided here; other modes must not change its device.
         with torch._C.DisableTorchFunction():
             return self._run(func, args, kwargs or {})
 
@@ -191,14 +194,16 @@ class Recorder(TorchDispatchMode):
         )
         if isinstance(func, torch._ops.OpOverload) and not func.is_view and not func._schema.is_mutable:
             self._count(result)
-        if not _tensors((args, kwargs, result)):  # a mark of the profiler, for example: nothing is computed
+        if not _tensors((args, kwargs, result)):  # no computation: a marker of the profiler, for example
             return result
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
+        if self._sources:
+            node.meta["stack_trace"] = own_lines()
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
 
     def _bind(self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node) -> Any:
-        """Attach the op's results to its node; give back what the model's code expects (its own tensors)."""
+        """Attach the op's results to its node; return what the model's code expects (its own tensors)."""
         given = {
             id(run): own for own, run in zip(_tensors((args, kwargs)), _tensors((run_args, run_kwargs)), strict=True)
         }
@@ -214,7 +219,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _count(self, result: Any) -> None:
-        """Note what an op has made for real, all of which is kept, before too much of that takes the last memory."""
+        """Count the bytes of real results, which are all kept alive, and stop before memory runs out."""
         for made in result if isinstance(result, list | tuple) else (result,):
             if isinstance(made, Tensor) and not made.is_meta:
                 self._left -= made.numel() * made.element_size()
@@ -222,7 +227,7 @@ class Recorder(TorchDispatchMode):
             raise MemoryError(f"what it computes takes more than {self._room / 2**30:.1f} GiB, half of what is left")
 
     def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
-        """Write down a node of our own that gives several tensors."""
+        """Add a node that stands for several ops and returns several tensors."""
         node = self.graph.call_function(target, tuple(inputs))
         node.meta["nn_module_stack"] = self._stacks[-1]
         self._take_apart(node, results)
@@ -234,14 +239,14 @@ class Recorder(TorchDispatchMode):
         for i, item in enumerate(results):
             if isinstance(item, Tensor):
                 part = self.graph.call_function(_getitem, (node, i))
-                part.meta = {"val": item, "nn_module_stack": self._stacks[-1]}
+                part.meta = {**node.meta, "val": item}
                 self._remember(item, part)
 
     def _as_written(self, value: Any) -> Any:
-        """An argument as it stands in the graph.
+        """An argument as written in the graph.
 
-        Sub-graphs of higher-order ops are left out, their tensors come as arguments of their own; so are generators of
-        random numbers and objects of TorchScript classes (packed weights, process groups), which have no text.
+        Left out are subgraphs of higher-order ops (their tensors are arguments themselves), random number generators,
+        and objects of TorchScript classes (packed weights, process groups), which have no textual form.
         """
         if isinstance(value, Tensor):
             return self.node(value)
@@ -252,22 +257,22 @@ class Recorder(TorchDispatchMode):
     def _remember(self, tensor: Tensor, node: Node) -> None:
         node.meta.setdefault("val", tensor)
         self._nodes[id(tensor)] = node
-        self._places[place_of(tensor)] = node
+        self._windows[window_of(tensor)] = node
         self.alive.append(tensor)
 
     def node(self, tensor: Tensor) -> Node:
         """Node of a tensor: of the op that made it, or one for a tensor from outside."""
-        node = self._nodes.get(id(tensor)) or self._places.get(place_of(tensor))
+        node = self._nodes.get(id(tensor)) or self._windows.get(window_of(tensor))
         return node if node is not None else self._outside(tensor)
 
     def _outside(self, tensor: Tensor) -> Node:
         """Node of a tensor that no recorded op made: a parameter, a buffer, a view of one, or a constant."""
         self._make_twin(tensor)
-        name = self._own.get(id(tensor)) or self._own_places.get(place_of(tensor))
+        name = self._own.get(id(tensor)) or self._own_windows.get(window_of(tensor))
         if name is None and (owner := self._own_storages.get(storage_of(tensor))) is not None:
             base = self.node(owner[1])
-            place = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
-            node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *place))
+            window = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
+            node = self.graph.call_function(torch.ops.aten.as_strided.default, (base, *window))
             node.meta["nn_module_stack"] = self._stacks[-1]
         else:
             name = name if name is not None else f"_constant_{len(self.attributes)}"
@@ -279,14 +284,14 @@ class Recorder(TorchDispatchMode):
         return node
 
     def twin(self, tensor: Tensor) -> Tensor:
-        """What an op gets in place of `tensor`: see the file's docstring."""
+        """The tensor that an op gets instead of `tensor`; see the file's docstring."""
         key, storage = storage_of(tensor), None
         while (twin := self._twins.get(key)) is not None and twin is not storage:
             storage, key = twin, int(twin._cdata)  # the real twin of a buffer may have become fake
         return tensor if storage is None else window_on(storage, tensor)
 
     def _make_twin(self, tensor: Tensor) -> None:
-        """Twin storage of a tensor from outside the recording; see the file's docstring."""
+        """Make the twin storage of a tensor from outside the recording; see the file's docstring."""
         key = storage_of(tensor)
         if key in self._twins or tensor.layout != torch.strided:
             return
@@ -305,7 +310,7 @@ class Recorder(TorchDispatchMode):
         self.alive.append(tensor)
 
     def _taint(self, tensor: Tensor) -> Tensor:
-        """A real tensor receives fake values in place: from now on all of its storage is fake."""
+        """A real tensor is about to be overwritten with fake values: from now on all of its storage is fake."""
         storage = _fake_storage(tensor.untyped_storage())
         self._twins[storage_of(tensor)] = storage
         self.alive.append(tensor)

@@ -1,4 +1,4 @@
-"""What people train through is taken off a model for as long as a forward is recorded.
+"""Wrappers and sharding are removed from a model while a forward is recorded.
 
 In: a model, plain, wrapped, sharded, or with wrapped and sharded layers. Out: a context with the module inside, whose
 forward is that of one process: no wrapper (DistributedDataParallel, torch.compile, activation checkpointing and
@@ -22,10 +22,10 @@ from quack_fx.errors import CaptureError
 from quack_fx.graph.capture.isolate import Snapshot
 
 _INSIDE = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Under which names wrappers of torch hold the module that they wrap."""
+"""Attributes in which wrappers of torch hold the module that they wrap."""
 
 _PARALLEL = ("torch.distributed.", "torch.nn.parallel.")
-"""Where hooks come from that shard, gather and synchronise."""
+"""Packages whose hooks shard, gather and synchronise."""
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         The module inside; the model itself where nothing is wrapped or sharded.
 
     Raises:
-        CaptureError: The whole shape of a weight cannot be told.
+        CaptureError: The whole shape of a weight is unknown.
 
     Example:
         >>> with unwrapped(torch.compile(layer)) as inner:
@@ -76,7 +76,7 @@ def _inside(module: nn.Module) -> nn.Module:
 
 
 def _is_of_torch(kind: type) -> bool:
-    """Whether what runs when a module of this class is called is torch's own, and no layer's."""
+    """Whether the forward of this class is a wrapper of torch, and not a layer."""
     running = next(cls for cls in kind.__mro__ if not vars(cls).keys().isdisjoint({"forward", "__call__"}))
     return running.__module__.startswith("torch.") and not running.__module__.startswith("torch.nn.modules.")
 
@@ -100,13 +100,13 @@ def _take_off(modules: list[nn.Module]) -> None:
 
 
 def is_part(value: Any) -> bool:
-    """Whether a value is a tensor that is spread over ranks. Imports nothing: there is none before somebody does."""
+    """Whether a value is a DTensor. Nothing is imported: there is none unless its module is already imported."""
     home = sys.modules.get("torch.distributed.tensor")
     return home is not None and isinstance(value, home.DTensor)
 
 
 def _whole(tensor: Any) -> Tensor:
-    """A tensor as one process has it: with the numbers where every rank has all of them, else on meta."""
+    """A tensor in its whole shape: with its values if every rank has all of them, else on meta."""
     if isinstance(tensor, nn.Parameter):
         return _on_meta(tensor.shape, tensor.dtype, tensor.requires_grad)
     if all(placement.is_replicate() for placement in tensor.placements):
@@ -120,18 +120,18 @@ def _on_meta(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.P
 
 
 def _unflatten(wrapper: nn.Module) -> None:
-    """Give the modules in an FSDP1 wrapper their weights back; where they were, only its flat weight knows.
+    """Give the modules in an FSDP1 wrapper their weights back; only its flat weight knows which were where.
 
     Raises:
-        CaptureError: It does not say (what says so is private to torch), or tensor parallelism cut the weights before.
+        CaptureError: It does not say so (the attributes are private to torch), or the weights are tensor-parallel too.
     """
     try:
         handle = vars(wrapper)["_handle"]
         if handle is None:  # all weights belong to wrappers inside
             return
         flat = handle.flat_param
-        places, shapes, shared = flat._param_infos, flat._shapes, flat._shared_param_infos
-        own = flat._params or [flat] * len(places)
+        infos, shapes, shared = flat._param_infos, flat._shapes, flat._shared_param_infos
+        own = flat._params or [flat] * len(infos)
         cut = any(extension is not None for extension in flat._param_extensions)
     except (AttributeError, KeyError):
         cut = True
@@ -140,7 +140,7 @@ def _unflatten(wrapper: nn.Module) -> None:
             "the shapes of weights that FSDP1 flattened cannot be told; find the pairs before the model is wrapped in "
             "FullyShardedDataParallel"
         )
-    for (name, module, _), shape, parameter in zip(places, shapes, own, strict=False):
+    for (name, module, _), shape, parameter in zip(infos, shapes, own, strict=False):
         _give(module, name, _on_meta(shape, parameter.dtype, parameter.requires_grad))
     for name, module, _, first_name, first, _ in shared:
         _give(module, name, first._parameters[first_name])

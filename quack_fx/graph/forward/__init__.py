@@ -1,10 +1,10 @@
-"""How the forward of a model runs on this machine, whoever runs it.
+"""How the forward of a model runs on this machine.
 
-Each file is a context, or a number; all that run models (`capture`, `targets`, `prove`) share them.
+Each file is a context manager or a number, used by all folders that run models (`capture`, `targets`, `prove`).
 
     machine.py    how much memory is left
     gpus.py       code that asks for a GPU, on a machine without one
-    inference.py  forwards that switch inference mode on, run without it
-    fused.py      what fused attention gives back, as its kernels lay it out in memory
+    inference.py  forwards that use inference mode run under no_grad instead
+    fused.py      memory layout of the results of fused attention
     jagged.py     attention over nested tensors in plain ops
 """

@@ -1,11 +1,11 @@
-"""What fused attention gives back, as its kernels lay it out in memory.
+"""Memory layout of the results of fused attention.
 
-In: nothing. Out: a context in which a view of what attention made is a copy where the layout forbids a view.
+In: nothing. Out: a context in which a view of an attention's result becomes a copy if its strides forbid a view.
 
 The kernels return [batch, heads, positions, width] with the strides of [batch, positions, heads, width], or those of
-the queries, and forwards rely on it: `y.transpose(1, 2).view(b, s, d)`. Written out, as attention is here, its result
-is contiguous, and that very view is refused. Some forwards rely on a contiguous result instead, so no single layout
-does. A copy has the same elements in the same order, whatever the layout.
+the queries, and forwards rely on it: `y.transpose(1, 2).view(b, s, d)`. Computed by plain ops, as here, the result is
+contiguous, and this view is an error. Other forwards rely on a contiguous result, so no single layout suits all. A copy
+has the same elements in the same order, whatever the layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _REFUSED = "view size is not compatible"
-"""How PyTorch says that the strides, and not the number of elements, are in the way."""
+"""Text of PyTorch's error if the strides, and not the number of elements, forbid a view."""
 
 
 def is_flex(func: Any) -> bool:
@@ -26,7 +26,7 @@ def is_flex(func: Any) -> bool:
 
 
 class AnyLayout(TorchFunctionMode):
-    """The context; a mode of torch. Before the first attention a view that fails is the model's own mistake."""
+    """The context. Before the first attention, a view that fails is an error of the model."""
 
     def __init__(self) -> None:
         super().__init__()

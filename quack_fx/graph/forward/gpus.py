@@ -1,7 +1,7 @@
 """Code that asks for a GPU, on a machine without one.
 
-In: nothing. Out: a mode of torch under which tensors that are asked for on a GPU are made on `Device.now`: on the CPU,
-or on the meta device while a model is built there. On a machine with a GPU it changes nothing.
+In: nothing. Out: a function mode in which tensors requested on a GPU are made on `Device.now`: the CPU, or the meta
+device while a model is built there. On a machine with a GPU it changes nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _GPUS = ("cuda", "hip", "npu", "xpu", "mps")
 
 
 class Device:
-    """Where tensors go that are asked for on a GPU: "cpu", or "meta" while a model is built there."""
+    """Device of tensors that are requested on a GPU: "cpu", or "meta" while a model is built there."""
 
     now = "cpu"
 
 
 class OnThisMachine(TorchFunctionMode):
-    """Sends what is asked for on a GPU to `Device.now`."""
+    """Makes tensors that are requested on a GPU on `Device.now`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,7 +42,7 @@ _TO = {torch.Tensor.to, torch.Tensor.type}
 
 
 def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A tensor on a device; a meta tensor has nothing to be moved."""
+    """A tensor on a device; a meta tensor stays as it is."""
     return tensor if tensor.is_meta or tensor.device.type == device else tensor.to(device)
 
 

@@ -1,7 +1,7 @@
-"""Forwards that switch inference mode on, run without it.
+"""Forwards that use inference mode run under no_grad instead.
 
 In: nothing. Out: a context in which `torch.inference_mode`, as a decorator or a context, is `torch.no_grad`. Tensors
-made in inference mode can be neither viewed nor differentiated outside it, and whoever reads a forward does both.
+made in inference mode can be neither viewed nor differentiated outside it, and recording a forward does both.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 In: nothing. Out: a context in which `scaled_dot_product_attention` of jagged nested tensors (sequences of different
 lengths, one behind the other) runs as ordinary attention of all tokens with all, masked to those of the same sequence.
-The kernels that torch has for it say nothing to whoever watches ops, and know no meta device.
+The kernels that torch has for it hide the logits from a dispatch mode, and do not support the meta device.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def takes_itself_apart(types: Any) -> bool:
-    """Whether an op is to be left to a nested tensor first, which then calls ops on its parts.
+    """Whether an op is to be dispatched to a nested tensor first, which then runs ops on its parts.
 
     Arguments:
-        types: Classes of the op's tensors, as a dispatch mode is told them.
+        types: Classes of the op's tensors, as passed to a dispatch mode.
     """
     return any(issubclass(t, NestedTensor) for t in types)
 
@@ -57,7 +57,7 @@ def _attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     mask = _sequences(q)[:, None] == _sequences(k)
     if is_causal:
-        mask = mask & (_places(q)[:, None] >= _places(k))
+        mask = mask & (_positions(q)[:, None] >= _positions(k))
     q_1HND, k_1HND, v_1HND = (x.values().transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # N: tokens of all sequences
     out = F.scaled_dot_product_attention(q_1HND, k_1HND, v_1HND, mask, scale=scale, enable_gqa=enable_gqa)
     rows = out.squeeze(0).transpose(0, 1)
@@ -70,7 +70,7 @@ def _sequences(x: Jagged) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
-def _places(x: Jagged) -> Tensor:
-    """For each token its place in its sequence."""
+def _positions(x: Jagged) -> Tensor:
+    """For each token its position in its sequence."""
     offsets: Tensor = x.offsets().cpu()
     return torch.arange(int(offsets[-1])) - offsets[:-1][_sequences(x)]

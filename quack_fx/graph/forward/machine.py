@@ -1,8 +1,8 @@
-"""How much memory this machine can still give.
+"""How much memory this machine can still allocate.
 
-In: nothing. Out: a number of bytes. Nothing is built, copied or recorded for real that is larger than a part of it, and
-what runs code that nobody knows does so within `bounded_memory`: an allocation that fails is an error that can be told,
-while a process that takes the last memory is killed without a word.
+In: nothing. Out: a number of bytes. Nothing larger than a part of it is built, copied or recorded for real, and unknown
+code runs within `bounded_memory`: an allocation that fails is an error that can be reported, while a process that uses
+up the memory is killed without a message.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 SMALL_MACHINE = 8 << 30
-"""What is assumed where the system does not say (Windows)."""
+"""Assumed where the system does not say (Windows)."""
 
 _GROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container what it may use."""
+"""Files in which Linux says how much memory a container may use."""
 
 
 def available_memory() -> int:
@@ -45,7 +45,7 @@ def _limits() -> Iterator[int]:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Context in which an allocation fails that would take the last eighth of the memory that is left."""
+    """Context in which an allocation fails if it would use the last eighth of the memory that is left."""
     with ExitStack() as stack:
         with suppress(ImportError, OSError, ValueError):  # macOS does not tell what a process has
             import resource  # not on Windows
@@ -65,7 +65,7 @@ def _own_data() -> int:
 
 
 def _free() -> int | None:
-    """What the machine has left; caches of files count as free, as the system gives them up."""
+    """Free memory of the machine; file caches count as free, as the system can drop them."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10

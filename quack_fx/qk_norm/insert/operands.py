@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
-from quack_fx.find import Attentions, Heads, Logits, Product, find_each, pairs_of, places_of
+from quack_fx.find import Attentions, Heads, Logits, Product, find_each, indices_of_sites, pairs_of
 from quack_fx.graph.dataflow import Dataflow
 from quack_fx.graph.ops import op_of
 from quack_fx.layout import SIDES, QKLayout, Side
@@ -48,7 +48,7 @@ def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[
         at which the features of a head are all together.
     """
     finding, layout = find_each(graph_module)
-    places, found = places_of(layout), dict[int, tuple[Operand, ...] | str]()
+    places, found = indices_of_sites(layout), dict[int, tuple[Operand, ...] | str]()
     for one, site, heads in finding.understood:
         place = places[pairs_of(site)]
         known = found.get(place, ())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quack_fx.find import Attentions, Heads, Logits, NormOp, Product, find_each, pairs_of, places_of
+from quack_fx.find import Attentions, Heads, Logits, NormOp, Product, find_each, indices_of_sites, pairs_of
 from quack_fx.graph.dataflow import Dataflow
 from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout
 
@@ -67,7 +67,7 @@ def find_norms(
         The layout, as `find_in_graph` gives it, and the norms of each call of each site.
     """
     finding, layout = find_each(graph_module, weights)
-    places = places_of(layout)
+    places = indices_of_sites(layout)
     return layout, tuple(
         norm
         for one, site, heads in finding.understood

@@ -9,6 +9,8 @@ import linecache
 from itertools import count
 from types import ModuleType
 
+from quack_fx.dump import dump
+
 _numbers = count(1)
 
 
@@ -27,6 +29,7 @@ def execute(source: str) -> ModuleType:
         >>> program = execute(write_program(layout, shapes, "GPT"))
         >>> program.TrainStep(model, optimizer)
     """
+    dump("program", ".py", lambda: source)
     name = f"quack_fx_program_{next(_numbers)}"
     module = ModuleType(name)
     module.__file__ = f"<{name}>"

@@ -1,14 +1,14 @@
 """What an op does to features: one rule for each kind of op.
 
-In: a `Step`, a node with the flows before it. Out: its `Flow`.
+In: a `Step`, a node with the flows of its arguments. Out: its `Flow`.
 
     step.py         a node, as a rule sees it
     products.py     projections and other products
-    moves.py        movement, single results of several
+    views.py        view ops, single results of several
     reductions.py   reductions and pooling
-    elementwise.py  everything else ...
-    norms.py        ... where features meet their own statistic ...
-    weights.py      ... or factors, gains and biases
+    elementwise.py  all other ops, and among them ...
+    norms.py        ... features times a statistic of themselves: norms
+    weights.py      ... features with factors, gains and biases
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from collections.abc import Callable, Mapping
 from quack_fx.find.provenance.flow import Flow
 from quack_fx.find.provenance.labels import UNKNOWN
 from quack_fx.find.provenance.rules.elementwise import elementwise
-from quack_fx.find.provenance.rules.moves import movement, part
 from quack_fx.find.provenance.rules.norms import ADDING, norm_op
 from quack_fx.find.provenance.rules.products import product
 from quack_fx.find.provenance.rules.reductions import pooled, reduction
 from quack_fx.find.provenance.rules.step import Step
+from quack_fx.find.provenance.rules.views import part, view
 from quack_fx.graph.ops import Kind
 
 __all__ = ["ADDING", "RULES", "Step", "flow_of"]
 
 
 def _lookup(step: Step) -> Flow:
-    """A table of positions is a parameter, whether it is sliced or looked up; one of tokens makes data."""
+    """A table look-up by positions is a parameter, like a slice of it; one by tokens is data."""
     return step.unknown() if step.node in step.df.from_input else step.nothing()
 
 
@@ -42,7 +42,7 @@ def _input(step: Step) -> Flow:
 RULES: Mapping[Kind, Callable[[Step], Flow]] = {
     "contraction": product,
     "convolution": product,
-    "movement": movement,
+    "view": view,
     "getitem": part,
     "reduction": reduction,
     "pooling": pooled,

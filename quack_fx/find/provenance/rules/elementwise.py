@@ -1,4 +1,4 @@
-"""Elementwise ops: features stay where they are; what they meet tells of norms, factors and biases."""
+"""Elementwise ops: every element keeps its features; the other operand may be a norm, a factor or a bias."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from quack_fx.find.provenance.rules.weights import with_weights
 from quack_fx.graph.ops import SOFTMAX
 
 _BOUNDED = SOFTMAX | frozenset("sin cos polar".split())
-"""Ops that make shares, or rotations, of whatever they are given."""
+"""Ops whose result is attention weights or a rotation, whatever their input."""
 
 
 def elementwise(step: Step) -> Flow:
-    """An op that makes each element of those in the same place; every op that is not listed elsewhere."""
+    """An op that computes each element from those at the same index; every op that is not listed elsewhere."""
     df, node, labels = step.df, step.node, step.labels
     value = df.value(node)
     if isinstance(value, list | tuple):
@@ -30,7 +30,7 @@ def elementwise(step: Step) -> Flow:
     name = df.op[node].name
     inputs = [n for n in node.all_input_nodes if step.carries(n)]
     flows = [f for f in map(step.input, inputs) if not f.empty]
-    flows = _told_apart(step, _weighed(name, flows))
+    flows = _told_apart(step, _without_weights(name, flows))
     labelled = [f for f in flows if f.statistic is None]
     statistics = [f.statistic for f in flows if f.statistic is not None]
     if not labelled:
@@ -42,7 +42,7 @@ def elementwise(step: Step) -> Flow:
     merged = merged_flow(labelled)
     features = [labels.features(f.label) for f in labelled]
     if name in ("mul", "div") and len(labelled) > 1 and any(f != features[0] for f in features):
-        return step.unknown()  # one projection gates another: neither alone makes the result
+        return step.unknown()  # one projection gates another: the result depends on both
     result = replace(merged, label=shrink(label))
     if name == "mul" and _is_outer(step, inputs):
         return step.unknown()
@@ -57,7 +57,7 @@ def elementwise(step: Step) -> Flow:
 
 
 def _only_data(step: Step, inputs: list[Node]) -> Node | None:
-    """The one argument whose features are the result's; None where there are several."""
+    """The one argument that the features of the result come from; None if there are several."""
     holds = {n: flow for n in inputs if not (flow := step.input(n)).empty}
     data = [n for n, flow in holds.items() if flow.statistic is None]
     if not data:
@@ -66,7 +66,7 @@ def _only_data(step: Step, inputs: list[Node]) -> Node | None:
 
 
 def _is_outer(step: Step, inputs: list[Node]) -> bool:
-    """Whether one feature is spread over many by a weight: a product with a factor of rank one."""
+    """Whether a weight spreads one feature over many: an outer product."""
     df = step.df
     shapes = [df.shape(n) for n in inputs]
     for other in step.node.all_input_nodes:
@@ -77,14 +77,14 @@ def _is_outer(step: Step, inputs: list[Node]) -> bool:
     return False
 
 
-def _weighed(name: str, flows: list[Flow]) -> list[Flow]:
-    """Rotations turn the features that they are multiplied with, and shares pool them: both are no features."""
+def _without_weights(name: str, flows: list[Flow]) -> list[Flow]:
+    """The flows without rotations and attention weights, which are multiplied with features but are none."""
     others = [f for f in flows if not f.ops & _BOUNDED]
     return others if name == "mul" and others else flows
 
 
 def _told_apart(step: Step, flows: list[Flow]) -> list[Flow]:
-    """Sums that meet a statistic are features: nobody norms a statistic."""
+    """The flows, with sums taken for features where they meet a statistic: a statistic is never normalised."""
     if all(f.statistic is not None for f in flows):
         known = [UNKNOWN not in step.labels.features(f.label) for f in flows]
         if any(known) and not all(known):

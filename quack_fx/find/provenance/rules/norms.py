@@ -1,4 +1,4 @@
-"""Norms: ops of their own, and features that meet a statistic of themselves."""
+"""Norms: single ops, and features multiplied with a statistic of themselves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def norm_op(step: Step) -> Flow:
 
 
 def of_statistics(step: Step, name: str, flows: list[Flow]) -> Flow:
-    """Statistics computed with each other; sums stay features as well."""
+    """An op on statistics alone; sums stay features as well."""
     shape = step.df.shape(step.node)
     statistics = [f.statistic for f in flows if f.statistic is not None]
     joined = Statistic(
@@ -60,7 +60,7 @@ def of_statistics(step: Step, name: str, flows: list[Flow]) -> Flow:
 def with_statistics(
     step: Step, name: str, flow: Flow, statistics: list[Statistic], features: frozenset[int], x: Node | None
 ) -> Flow:
-    """Features that meet statistics: a norm where they are their own, a mean that is taken away, unknown data else."""
+    """Features combined with statistics: with their own it is a norm, or the mean is subtracted; else unknown data."""
     here = NormOp(step.node, x)
     for statistic in statistics:
         own = statistic.features <= features
@@ -84,7 +84,7 @@ def with_statistics(
 
 
 def _clips(step: Step, name: str) -> bool:
-    """Whether a statistic is bounded by more than an epsilon: what is short is left as it is then."""
+    """Whether a statistic is clamped by more than an epsilon, so that short vectors stay as they are."""
     if name not in _BOUNDS:
         return False
     given = [*step.node.args[1:], *step.node.kwargs.values()]
@@ -94,7 +94,7 @@ def _clips(step: Step, name: str) -> bool:
 
 
 def _module_of(step: Step, x: Flow) -> str | None:
-    """Module that computes the norm and does not hold the projection: the deepest one that is only here."""
+    """Module that computes the norm: the deepest one that does not run the projection as well."""
     df = step.df
     around: set[str] = set()
     for feature in step.labels.features(x.label) - {UNKNOWN}:

@@ -1,4 +1,4 @@
-"""Products of data with weights or numbers: projections, rotations, pooling, heads that are mixed."""
+"""Products of data with weights or constants: projections, rotations, pooling, mixing of heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quack_fx.graph.dataflow import factors_of, is_depthwise
 
 
 def product(step: Step) -> Flow:
-    """A projection, or a product that makes no features of its own; carried labels pass as heads that are mixed."""
+    """A projection, or a product whose result holds the features of its data (rotation, pooling, mixed heads)."""
     df, node = step.df, step.node
     if step.outside != UNKNOWN:
         return _mixed_heads(step)
@@ -38,7 +38,7 @@ def product(step: Step) -> Flow:
 
 
 def _by_matrix(step: Step, left: Node, right: Node) -> Flow:
-    """Data times a matrix that makes no features: numbers (rotation, pooling), or a weight that mixes tokens."""
+    """Data times a matrix that is not a projection: constants (rotation, pooling), or a weight that mixes tokens."""
     df, node = step.df, step.node
     data_left = left in df.activation
     flow = step.input(left if data_left else right)
@@ -54,7 +54,7 @@ def _by_matrix(step: Step, left: Node, right: Node) -> Flow:
 
 
 def _mixed_heads(step: Step) -> Flow:
-    """A product with a weight that keeps the number of logits: heads mixed, each still where it was."""
+    """A product with a weight that keeps the number of logits: heads are mixed, each label stays at its index."""
     shape = step.df.shape(step.node)
     for argument in step.node.all_input_nodes:
         flow = step.flows.get(argument)
@@ -64,7 +64,7 @@ def _mixed_heads(step: Step) -> Flow:
 
 
 def _depthwise(step: Step) -> Flow:
-    """A convolution that keeps channels apart: a gain for each, where it is known what they are."""
+    """A depthwise convolution: a gain for each channel, if the features of the channels are known."""
     df, node = step.df, step.node
     x = step.input(node.args[0])  # type: ignore[arg-type]
     if UNKNOWN in step.labels.features(x.label) or x.empty:

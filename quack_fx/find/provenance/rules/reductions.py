@@ -1,4 +1,4 @@
-"""Reductions over axes and pooling in windows: statistics of features, or sums that are features themselves."""
+"""Reductions over axes and pooling over windows: statistics of features, or sums that are features themselves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quack_fx.graph.ops import pooled_axes
 
 _SUMS = frozenset("sum mean nansum".split())
 _PICKS = frozenset("amax amin max min cumsum cumprod".split())
-"""Reductions whose result, the first if there are several, is made of some of the elements alone."""
+"""Reductions whose (first) result depends on some of the elements only."""
 
 _OF_SIZE = frozenset("pow abs square exp".split())
 """Ops whose mean is a statistic of features and not their average."""
@@ -39,7 +39,7 @@ def reduction_of(step: Step, node: Node, value: object, part: int = 0) -> Flow:
     if not isinstance(value, Tensor):
         return x  # its parts are made by `part`
     if not value.is_floating_point():
-        return step.nothing()  # where something stands, not what
+        return step.nothing()  # indices, not features
     unknown = torch.tensor(UNKNOWN).expand(value.shape)
     features = step.labels.features(x.label)
     if x.statistic is not None and UNKNOWN in features:
@@ -55,7 +55,7 @@ def reduction_of(step: Step, node: Node, value: object, part: int = 0) -> Flow:
             if label is not None:
                 return replace(x, label=label)
         elif name in _SUMS:
-            # The mean that a norm takes away, or what a rotation by small matrices makes: use will tell.
+            # Either the mean that a norm subtracts, or a rotation by small matrices: its use will show which.
             label = _without(step.labels.union_along(x.label, dims), dims, value.shape)
     width = x.label.numel() // max(1, value.numel())
     statistic = Statistic(frozenset(features), x.ops | {name}, width)
@@ -63,7 +63,7 @@ def reduction_of(step: Step, node: Node, value: object, part: int = 0) -> Flow:
 
 
 def pooled_of(step: Step, node: Node) -> Flow:
-    """Windows on the last axes: what is the same all over them is so afterwards."""
+    """Windows on the last axes: labels that do not vary along those axes stay."""
     df = step.df
     x = step.input(node.args[0])  # type: ignore[arg-type]
     axes = range(x.label.dim() - pooled_axes(df.op[node]), x.label.dim())

@@ -1,6 +1,6 @@
-"""One node, as the rule for its kind of op sees it.
+"""What the rule for a kind of op is given: one node and the flows of its arguments.
 
-In: the graph, the flows so far. Out: `Step`, which gives the flows of a node's arguments, and those that hold nothing.
+In: the graph and the flows so far. Out: `Step`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from quack_fx.graph.dataflow import Dataflow
 
 @dataclass(frozen=True)
 class Step:
-    """A node that is run on labels.
+    """One node that is run on labels.
 
     Attributes:
         df: The graph.
         labels: Sets of features.
         projections: The projections met so far.
-        mixes_tokens: Whether a product with a weight sums features over tokens, each by itself.
+        mixes_tokens: Whether a product with a weight sums each feature over tokens.
         node: The node.
         flows: Flows of the nodes that were run before.
-        outside: Label of data that comes in from elsewhere: UNKNOWN, or NOTHING where labels of our own are carried.
+        outside: Label of arguments that were not run: UNKNOWN, or NOTHING where given labels are carried.
     """
 
     df: Dataflow

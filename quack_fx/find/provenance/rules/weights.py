@@ -1,4 +1,4 @@
-"""What else stands in an elementwise op beside features: plain factors, gains of norms, biases."""
+"""The other operand of an elementwise op on features: plain factors, gains of norms, biases."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _is_bias_of(step: Step, norm: NormTag, bias: Node, x: Node | None) -> bool:
 
 def _times_node(step: Step, name: str, flow: Flow, other: Node, x: Node | None) -> Flow:
     df = step.df
-    if _turns(step, other):
+    if _is_rotation(step, other):
         return flow
     if df.is_weight(other):
         names = _gain_names(step, other)
@@ -56,10 +56,10 @@ def _times_node(step: Step, name: str, flow: Flow, other: Node, x: Node | None) 
     return flow
 
 
-def _turns(step: Step, node: Node) -> bool:
-    """Whether a node is the sine or cosine of angles, learned ones too: a rotation changes no size."""
+def _is_rotation(step: Step, node: Node) -> bool:
+    """Whether a node is the sine or cosine of angles, also of learned ones: a rotation changes no norm."""
     df = step.df
-    while df.op[node].kind == "movement" and len(node.all_input_nodes) == 1:
+    while df.op[node].kind == "view" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
     return df.op[node].name in ("sin", "cos", "polar")
 

@@ -1,4 +1,4 @@
-"""Movement ops, run on labels, and single results of ops that have several."""
+"""View ops, run on labels, and single results of ops that have several."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.fx import Node
 
 from quack_fx.find.provenance.flow import Flow, merged_flow
 from quack_fx.find.provenance.labels import NOTHING, UNKNOWN, shrink
-from quack_fx.find.provenance.movement import move
 from quack_fx.find.provenance.rules.reductions import pooled_of, reduction_of
 from quack_fx.find.provenance.rules.step import Step
+from quack_fx.find.provenance.views import run_view
 
 
-def movement(step: Step) -> Flow:
-    """A movement op: the same features, elsewhere."""
+def view(step: Step) -> Flow:
+    """A view op: the same features at other indices."""
     df, node, labels = step.df, step.node, step.labels
     name = df.op[node].name
     given = node.all_input_nodes[:1] if name.endswith("_as") else node.all_input_nodes  # the other gives a shape
-    sources = [step.input(n) for n in given if _moves(step, n)]
+    sources = [step.input(n) for n in given if _is_data(step, n)]
     if name == "view_as_complex":
         label = step.input(node.args[0]).label  # type: ignore[arg-type]
         return replace(sources[0], label=labels.union_along(label, [-1]).squeeze(-1))
@@ -32,7 +32,7 @@ def movement(step: Step) -> Flow:
         return replace(merged_flow(sources), label=step.full(NOTHING))  # its parts are made by `part`
     try:
         alias = df.group[node] in df.writes and df.group[node] is not node
-        label = move(df, node, lambda n: step.input(n).label, UNKNOWN, alias)
+        label = run_view(df, node, lambda n: step.input(n).label, UNKNOWN, alias)
     except (RuntimeError, TypeError, IndexError, ValueError):
         return step.unknown()
     if not isinstance(label, Tensor) or label.shape != df.shape(node):
@@ -42,8 +42,8 @@ def movement(step: Step) -> Flow:
     return replace(merged_flow(sources), label=label)
 
 
-def _moves(step: Step, node: Node) -> bool:
-    """Whether an argument is data that is moved (and not an index)."""
+def _is_data(step: Step, node: Node) -> bool:
+    """Whether an argument is the data of a view op, and not an index."""
     return node in step.df.activation or step.df.group[node] in step.df.writes
 
 
@@ -52,8 +52,8 @@ def part(step: Step) -> Flow:
     df, node = step.df, step.node
     whole: Node = node.args[0]  # type: ignore[assignment]
     i: int = node.args[1]  # type: ignore[assignment]
-    if df.op[whole].kind == "movement":
-        parts = move(df, whole, lambda n: step.input(n).label, UNKNOWN, df.group[whole] in df.writes)
+    if df.op[whole].kind == "view":
+        parts = run_view(df, whole, lambda n: step.input(n).label, UNKNOWN, df.group[whole] in df.writes)
         return replace(step.input(whole), label=parts[i])
     if df.op[whole].kind == "norm" and i == 0:
         return step.input(whole)

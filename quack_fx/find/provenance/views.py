@@ -1,8 +1,8 @@
-"""Movement ops on planes: views, slices, permutations, concatenations, gathers.
+"""View ops on planes: views, slices, permutations, concatenations, gathers.
 
-In: a node that only moves elements, and for each tensor it reads a *plane* (an int64 tensor of the same shape: labels,
-coordinates of a weight, places in a logit tensor). Out: the plane of its result, made by the very same op, so that no
-layout of heads needs a case of its own.
+In: a node that only rearranges elements, and for each tensor it reads a *plane* (an int64 tensor of the same shape:
+labels, coordinates of a weight, indices into a logit tensor). Out: the plane of its result, made by the same op, so
+that no arrangement of heads needs special code.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _DROPPED = ("dtype", "device", "memory_format", "layout", "pin_memory", "non_blo
 Plane = Callable[[Node], Tensor]
 
 
-def move(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool = False) -> Any:
-    """Plane (or list of planes) of a movement node.
+def run_view(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool = False) -> Any:
+    """Plane (or list of planes) of the result of a view op.
 
     Arguments:
         df: The graph's dataflow.
-        node: The node; its op is of kind "movement".
-        plane: Gives the plane of each tensor that is moved.
+        node: The node; its op is of kind "view".
+        plane: Returns the plane of each tensor that the node reads.
         unknown: Value for elements whose source depends on data (a gather by computed indices).
-        alias: Keep the result a window on its argument's plane, because something writes through it.
+        alias: Return a view of its argument's plane, because something writes through it.
     """
     name, source = df.op[node].name, node.args[0]
     if alias and name not in ("copy_", "copy", "to"):
@@ -60,7 +60,7 @@ def move(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool = Fal
 
 
 def _reinterprets(df: Dataflow, node: Node) -> bool:
-    """Whether a view changes the dtype, and with it what one element is."""
+    """Whether a view changes the dtype and with it the number of elements."""
     return df.shape(node).numel() != df.shape(node.args[0]).numel()  # type: ignore[arg-type]
 
 
@@ -87,7 +87,7 @@ def _as_strided(df: Dataflow, node: Node, plane: Tensor) -> Tensor:
 
 
 def _gather(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Tensor:
-    """Gathers by known indices run as they are; by computed ones they keep what does not vary along the axis."""
+    """A gather. Constant indices are used as they are; for computed ones, labels must not vary along the axis."""
     source: Node = node.args[0]  # type: ignore[assignment]
     given = [n for n in node.all_input_nodes if n is not source]
     if all(df.constant(n) is not None for n in given):

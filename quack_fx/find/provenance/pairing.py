@@ -1,7 +1,7 @@
-"""Which query vectors meet which key vectors in the softmax's input.
+"""Which query vectors are multiplied with which key vectors in the softmax's input.
 
-In: a product with the numbers of the vectors of both operands. Out: a `Meeting`: the pairs, where they stand, and which
-side is the keys.
+In: a product, with an index for each vector of both operands. Out: a `Meeting`: the pairs, their positions in the
+softmax's input, and which operand holds the keys.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Meeting:
     """How the vectors of one product meet in the softmax's input.
 
     Attributes:
-        pairs: Query vector and key vector, in the order in which they first stand there.
-        plane: For each place of the softmax's input, a number for the set of pairs there; 0 for none.
-        sets: The pairs behind each number.
+        pairs: Query vector and key vector, in the order of their first position.
+        plane: For each element of the softmax's input, an id of the set of pairs in it; 0 for none.
+        sets: The pairs behind each id.
         scale: Factor between the product and the softmax.
-        swapped: Whether the left operand is the keys.
+        swapped: Whether the left operand holds the keys.
     """
 
     pairs: list[tuple[int, int]]
@@ -44,21 +44,21 @@ class Meeting:
 
 
 def meeting_of(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: Tensor) -> Meeting:
-    """Pairs of vectors that meet, as they stand in the softmax's input."""
+    """The pairs of vectors that a product multiplies, as found in the softmax's input."""
     if not left.numel() or not right.numel():
-        raise Refused("one-key", "no query or no key is left on these inputs")
+        raise Refused("one-key", "no query or no key is left on these inputs", product.node)
     count = int(compact(right).max()) + 1
-    # Most axes (samples, tokens) are one and the same throughout: on large pictures only a fraction is worth a number.
+    # Nothing varies along most axes (samples, tokens): on large images this keeps the number of codes small.
     codes = shrink((compact(left) * count + compact(right)).expand(torch.broadcast_shapes(left.shape, right.shape)))
     if logits.end is product.node and product.form.startswith("fused"):
         sets = {code + 1: [(code // count, code % count)] for code in in_order(codes)}
         return Meeting([pair for pairs in sets.values() for pair in pairs], codes + 1, sets, 1.0, False)
-    # Codes travel as labels of their own, so that two that fall on one place (a shift, a fold) are both kept.
+    # Codes are carried as labels, so that both are kept where two are added to the same element (a shift, a fold).
     first = tracer.labels.new_features(int(codes.max()) + 1)
     shape = tracer.df.shape(product.node)
     carried = tracer.carry(product.node, reshape((compact(codes) + first).expand(codes.shape), shape), logits.path)
     end = carried.get(logits.end)
-    lost = Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}")
+    lost = Refused("lost-logits", f"the products cannot be followed to the softmax in {logits.end.name}", logits.end)
     if end is None or end.empty:
         raise lost
     if logits.groups is not None:
@@ -75,36 +75,38 @@ def meeting_of(tracer: Tracer, logits: Logits, product: Product, left: Tensor, r
         both = [(code // count, code % count) for code in found]
         sets[label] = [(b, a) for a, b in both] if swapped else both
         if len({q for q, _ in sets[label]}) > 1 and len({k for _, k in sets[label]}) > 1:
-            raise Refused("mixed-heads", "logits of several heads are added up before the softmax")
+            raise Refused("mixed-heads", "logits of several heads are added up before the softmax", logits.end)
     pairs = list(dict.fromkeys(pair for known in sets.values() for pair in known))
     return Meeting(pairs, end.label, sets, end.scale, swapped)
 
 
 def _is_swapped(tracer: Tracer, logits: Logits, product: Product, shape: Sequence[int]) -> bool:
-    """Whether the left operand of a product holds the keys: whether it alone changes along the softmax's axis."""
+    """Whether the left operand of a product holds the keys: it alone varies along the softmax's axis."""
     varies = [
-        _varies(tracer, product.node, logits, _places(product, shape, side)) if len(shape) > 1 else side == 1
+        _varies(tracer, product.node, logits, _numbered(product, shape, side)) if len(shape) > 1 else side == 1
         for side in (0, 1)
     ]
     return varies[0] and not varies[1]
 
 
 def _is_gathered_swapped(df: Dataflow, groups: Groups, product: Product) -> bool:
-    """Whether the right operand of a product holds the queries: whether it alone is gathered as the groups are.
+    """Whether the right operand of a product holds the queries: it alone is gathered with the index of the groups.
 
     Raises:
-        Refused: Both are, or neither.
+        Refused: This is so for both, or for neither.
     """
     left, right = (is_gathered_by(df, operand, groups) for operand in (product.left, product.right))
     if left == right:
         raise Refused(
-            "lost-logits", "its softmax runs over groups, and it cannot be told which side belongs to a group"
+            "lost-logits",
+            "its softmax runs over groups, and it cannot be told which side belongs to a group",
+            product.node,
         )
     return right
 
 
-def _places(product: Product, shape: Sequence[int], side: int) -> Tensor:
-    """A plane that numbers the vectors of one operand as they lie in the product's result."""
+def _numbered(product: Product, shape: Sequence[int], side: int) -> Tensor:
+    """A tensor in the shape of the product's result with a number for each vector of one operand."""
     if product.form == "matmul":
         summed = len(shape) - (1 if side == 0 else 2)
         sizes = [1 if d == summed else n for d, n in enumerate(shape)]
@@ -116,7 +118,7 @@ def _places(product: Product, shape: Sequence[int], side: int) -> Tensor:
 
 
 def _varies(tracer: Tracer, node: Node, logits: Logits, plane: Tensor) -> bool:
-    """Whether the vectors of one operand change along the softmax's axis."""
+    """Whether the vectors of one operand vary along the softmax's axis."""
     first = tracer.labels.new_features(int(plane.max()) + 1)
     end = tracer.carry(node, (compact(plane) + first).expand(plane.shape), logits.path)[logits.end].label
     if end.stride(logits.axis) == 0 or end.shape[logits.axis] == 1:
@@ -129,19 +131,19 @@ def _varies(tracer: Tracer, node: Node, logits: Logits, plane: Tensor) -> bool:
 
 
 def summed(met: list[Meeting], reader: Vectors) -> tuple[dict[tuple[int, int], None], int] | None:
-    """Pairs of the vectors of products that are added up, laid side by side as if they were one longer vector.
+    """Pairs of vectors of products that are added up: their vectors are concatenated to one longer vector.
 
     Returns:
-        The pairs and the width of a head; None where no two of the products fall on one place.
+        The pairs and the width of a head; None if no two of the products are added in the same element.
     """
     planes = torch.broadcast_tensors(*(compact(meeting.plane) for meeting in met))
     columns, where = torch.unique(torch.stack(planes).flatten(1), dim=1, return_inverse=True)
-    places: dict[frozenset[tuple[int, int, int]], None] = {}
+    added: dict[frozenset[tuple[int, int, int]], None] = {}
     for column in columns.t()[in_order(where)].tolist():
         present = [[(i, q, k) for q, k in met[i].sets[label]] for i, label in enumerate(column) if label != NOTHING]
-        places.update(dict.fromkeys(frozenset(parts) for parts in product_of(*present)))
-    # Where a product is missing (the edge of a shift) the others stand for the same head as elsewhere.
-    whole = [parts for parts in places if parts and not any(parts < other for other in places)]
+        added.update(dict.fromkeys(frozenset(parts) for parts in product_of(*present)))
+    # Where one of the products is missing (the edge of a shift), the others belong to the same head as elsewhere.
+    whole = [parts for parts in added if parts and not any(parts < other for other in added)]
     if all(len(parts) == 1 for parts in whole):
         return None
     pairs: dict[tuple[int, int], None] = {}
@@ -152,7 +154,7 @@ def summed(met: list[Meeting], reader: Vectors) -> tuple[dict[tuple[int, int], N
 
 
 def _width(parts: frozenset[tuple[int, int, int]], reader: Vectors) -> int:
-    """Width of the products that share no vector with an earlier one."""
+    """Total width of the products that have no vector in common with an earlier one."""
     width, seen = 0, (set[int](), set[int]())
     for _, q, k in sorted(parts):
         if q not in seen[0] and k not in seen[1]:
@@ -163,8 +165,8 @@ def _width(parts: frozenset[tuple[int, int, int]], reader: Vectors) -> int:
 
 
 def in_order(plane: Tensor) -> list[int]:
-    """Distinct values in the order in which they first stand in the tensor."""
+    """Distinct values in the order of their first position in the tensor."""
     flat = compact(plane).flatten()
     values, where = torch.unique(flat, return_inverse=True)
-    places = torch.full((len(values),), len(flat)).scatter_reduce_(0, where, torch.arange(len(flat)), "amin")
-    return [int(values[i]) for i in places.argsort().tolist()]
+    first = torch.full((len(values),), len(flat)).scatter_reduce_(0, where, torch.arange(len(flat)), "amin")
+    return [int(values[i]) for i in first.argsort().tolist()]

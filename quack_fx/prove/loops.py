@@ -1,7 +1,7 @@
-"""Heads that are looped over: each softmax of a site shows some of its heads.
+"""Python loops over heads: each softmax of a site has some of its heads.
 
-In: a site and one of the softmaxes that run in it. Out: the query heads all of whose claimed rows lie behind that
-softmax, and the site cut down to them. The evidence then speaks about these heads as about any others.
+In: a site and one of the softmaxes that run in it. Out: the query heads whose claimed rows all lie before that softmax,
+and the site reduced to them, which is then checked like any other.
 """
 
 from __future__ import annotations

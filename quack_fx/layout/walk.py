@@ -1,0 +1,204 @@
+"""How one attention was understood, or why it was not: plain frozen data.
+
+In: nothing; the finder fills it in. Out: `Explanation`, read by the report (as a tree), by JSON and by dumped files. It
+lists the nodes of the graph from the logits back to the weights, and what each of them was found to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from quack_fx.layout.sites import AttentionSite, NormKind, Ranges
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """Rows of one parameter: half-open ranges along `axis`."""
+
+    param: str
+    axis: int
+    rows: Ranges
+
+    def text(self, home: str) -> str:
+        """In a few words; names inside the module `home` without its own."""
+        rows = ", ".join(f"{a}:{b}" for a, b in self.rows[:4]) + (", …" if len(self.rows) > 4 else "")
+        return f"{_local(self.param, home)} {rows}" + (f" (axis {self.axis})" if self.axis else "")
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the labels of one tensor say.
+
+    Attributes:
+        rows: The weight rows that its elements are made of.
+        unknown: Whether some elements are data whose rows are not known.
+        statistic: Whether it is a statistic of those rows (a mean square, say) and not made of them.
+        features: The last axis along which the rows differ: that of a head's features, once heads are apart.
+        vectors: Number of different vectors along that axis: heads, once they are apart.
+        axes: Axes along which these vectors differ.
+        first: Rows of the first vector.
+        norms: Norms between the projections and here: kind, width, module, gain.
+        scale: Product of the plain numbers between the projections and here; None where one is no plain number.
+    """
+
+    rows: tuple[RowsOf, ...] = ()
+    unknown: bool = False
+    statistic: bool = False
+    features: int | None = None
+    vectors: int = 1
+    axes: tuple[int, ...] = ()
+    first: tuple[RowsOf, ...] = ()
+    norms: tuple[tuple[NormKind, int, str | None, str | None], ...] = ()
+    scale: float | None = 1.0
+
+    def text(self, home: str) -> str:
+        """In a few words; names inside the module `home` without its own."""
+        rows, first = (", ".join(of.text(home) for of in some) for some in (self.rows, self.first))
+        parts = [f"a statistic of {rows}" if self.statistic else rows] if rows else []
+        parts += ["data of unknown rows"] if self.unknown else []
+        if not parts:
+            return "no weight rows"
+        if self.axes:
+            axes = " and ".join(map(str, self.axes))
+            parts.append(f"{self.vectors} vectors along axis {axes}, the first {first or 'without rows'}")
+        for kind, width, module, gain in self.norms:
+            where = f" in {_local(module, home)}" if module else ""
+            parts.append(f"after {kind} norm over {width}{where}{f', gain {_local(gain, home)}' if gain else ''}")
+        parts += (
+            [] if self.scale == 1.0 else ["times a learned factor" if self.scale is None else f"* {self.scale:.6g}"]
+        )
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class WalkedNode:
+    """One node of the graph.
+
+    Attributes:
+        name: Its name in the graph.
+        op: What it does: "view", "mm".
+        shape: Shape of its result.
+        module: Deepest module whose forward was running; "" for the root.
+        source: The line of Python that ran it, "model.py:12: q = self.q(x)", where the graph knows it.
+        held: What its labels say, where it was walked.
+        weight: For a product with a weight, the parameters whose rows make the features.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    module: str
+    source: str | None = None
+    held: Held | None = None
+    weight: tuple[str, ...] = ()
+
+    def text(self, home: str, before: Held | None = None) -> str:
+        """In one line; what it holds only where that is not what the node listed before it holds."""
+        made = f" by {', '.join(_local(name, home) for name in self.weight)}" if self.weight else ""
+        line = f"{self.name}  {self.op}{made} {list(self.shape)}"
+        if self.held is None:
+            return line
+        return f"{line}  {'the same' if self.held == before else self.held.text(home)}"
+
+
+@dataclass(frozen=True)
+class Walk:
+    """From one operand of a product back to the weights.
+
+    Attributes:
+        operand: "query" or "key"; "left" or "right" where it was not yet known which is which.
+        product: Name of the product.
+        nodes: The nodes, the operand first, those nearest to the input last.
+    """
+
+    operand: Literal["query", "key", "left", "right"]
+    product: str
+    nodes: tuple[WalkedNode, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How one attention was understood.
+
+    Attributes:
+        name: Module whose forward makes the logits; "" for the root.
+        logits: Nodes between the products of queries and keys and the softmax, in the order in which they ran.
+        output: Product of the attention weights and the values.
+        walks: One for each operand of a product.
+        site: What was found; None for an attention that was refused.
+        code: Code of the refusal.
+        reason: Its sentence.
+        stopped: The node at which the walk stopped.
+        reads: What that node reads, as far as it was walked.
+    """
+
+    name: str
+    logits: tuple[WalkedNode, ...] = ()
+    output: WalkedNode | None = None
+    walks: tuple[Walk, ...] = ()
+    site: AttentionSite | None = None
+    code: str | None = None
+    reason: str | None = None
+    stopped: WalkedNode | None = None
+    reads: tuple[WalkedNode, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; `site` is that of the layout."""
+        return {
+            "name": self.name,
+            "outcome": "skipped" if self.site is None else "found",
+            "code": self.code,
+            "reason": self.reason,
+            "stopped": None if self.stopped is None else asdict(self.stopped),
+            "reads": [asdict(node) for node in self.reads],
+            "logits": [asdict(node) for node in self.logits],
+            "output": None if self.output is None else asdict(self.output),
+            "walks": [asdict(walk) for walk in self.walks],
+            "site": None if self.site is None else self.site.to_dict(),
+        }
+
+    def outline(self) -> Iterator[tuple[int, str]]:
+        """The explanation as lines of text, each with its depth: what the terminal and dumped files show."""
+        yield 0, f"{self.name or '(root)'}  {self._outcome()}"
+        if self.stopped is not None:
+            yield 1, "stopped at"
+            yield from self._listed((self.stopped,))
+        if self.reads:
+            yield 1, "which reads"
+            yield from self._listed(self.reads)
+        if self.logits:
+            yield 1, "logits, from the product to the softmax"
+            yield from self._listed(self.logits)
+        if self.output is not None:
+            yield 1, "attention weights times values"
+            yield from self._listed((self.output,))
+        for walk in self.walks:
+            yield 1, f"{walk.operand} of {walk.product}, back to the weights"
+            yield from self._listed(walk.nodes)
+
+    def text(self) -> str:
+        """The outline, indented."""
+        return "".join(f"{'  ' * depth}{line}\n" for depth, line in self.outline())
+
+    def _outcome(self) -> str:
+        if self.site is None:
+            return f"skipped: {self.reason} [{self.code}]"
+        one = self.site
+        return f"found: {one.kind}, {one.query_heads} query heads, {one.key_heads} key heads, head dim {one.head_dim}"
+
+    def _listed(self, nodes: Sequence[WalkedNode]) -> Iterator[tuple[int, str]]:
+        """Nodes one by one; the module and the line of Python above all the nodes that it ran."""
+        place, held = "", None
+        for node in nodes:
+            where = f"in {node.module or 'the model itself'}" + (f", {node.source}" if node.source else "")
+            if where != place:
+                yield 2, where
+            yield 3, node.text(self.name, held)
+            place, held = where, node.held
+
+
+def _local(name: str, home: str) -> str:
+    """A name inside a module, without the module's own."""
+    return name.removeprefix(f"{home}.")
