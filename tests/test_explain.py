@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quack_fx.cli.app import main
-from quack_fx.dump import VARIABLE
 from quack_fx.find import explain, find_in_graph, find_qk_pairs
+from quack_fx.find.dumps import VARIABLE
 from quack_fx.layout.walk import Explanation, Held, RowsOf
 from quack_fx.train.program.execute import execute
 

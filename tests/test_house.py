@@ -15,12 +15,11 @@ import pytest
 import quack_fx
 
 ROOT = Path(quack_fx.__file__).parents[1]
-LOOSE = {"__init__.py", "dump.py", "errors.py", "py.typed"}
+LOOSE = {"__init__.py", "errors.py", "py.typed"}
 MOST_LINES = 500
 
 EVERYTHING = {
     "errors",
-    "dump",
     "layout",
     "graph",
     "find",
@@ -34,18 +33,17 @@ EVERYTHING = {
 }
 ARROWS = {
     "errors": set[str](),
-    "dump": set[str](),
     "layout": {"errors"},
     "graph": {"errors"},
-    "find": {"dump", "layout", "graph"},
+    "find": {"layout", "graph"},
     "prove": {"errors", "layout", "graph"},  # and nothing of find: a proof must not share its mistakes
     "qk_norm": {"errors", "layout", "graph", "find"},
-    "train": {"dump", "errors", "layout", "find"},
+    "train": {"errors", "layout", "find"},
     "report": {"errors", "layout", "__version__"},
     "targets": {"errors", "graph"},
     "bench": {"errors", "layout", "qk_norm", "train"},
     "cli": EVERYTHING | {"__version__"},
-    "": EVERYTHING - {"cli", "dump", "bench", "report", "targets"},  # the public names
+    "": EVERYTHING - {"cli", "bench", "report", "targets"},  # the public names
 }
 """What each wing may import, besides itself."""
 
@@ -140,7 +138,7 @@ def test_every_arrow_of_the_plan_is_used(imports: Imports) -> None:
 
 def test_nothing_lies_loose() -> None:
     wings = {path.name for path in (ROOT / "quack_fx").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert wings == EVERYTHING - {"errors", "dump", "cli"}
+    assert wings == EVERYTHING - {"errors", "cli"}
     assert {path.name for path in (ROOT / "quack_fx").iterdir() if path.is_file()} == LOOSE
 
 

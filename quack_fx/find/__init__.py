@@ -4,6 +4,7 @@ In: a model and example inputs, or an ATen graph of it. Out: a `QKLayout`, and f
 understood of each attention.
 
     search.py       the calls: a model, a recording or a graph in, a layout out
+    dumps.py        files of what was made on the way, where they are asked for
     attention.py    where a graph makes attention logits
     explanation.py  how one attention was understood, node by node
     grouped.py      softmaxes over groups of entries, as attention over the edges of a graph has them
@@ -15,6 +16,7 @@ Code outside this folder imports the names below, and nothing from its files.
 from __future__ import annotations
 
 from quack_fx.find.attention import Logits, Product, fused_scale
+from quack_fx.find.dumps import dump
 from quack_fx.find.provenance import Heads, NormOp, NormTag, Projection, Vector
 from quack_fx.find.search import (
     Attentions,
@@ -46,6 +48,7 @@ __all__ = [
     "Projection",
     "Vector",
     "attentions_of",
+    "dump",
     "explain",
     "find",
     "find_each",

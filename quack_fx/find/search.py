@@ -18,8 +18,8 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quack_fx.dump import dump, dumping
 from quack_fx.find.attention import Logits, NearMiss, find_logits
+from quack_fx.find.dumps import dump, dumping
 from quack_fx.find.explanation import explain_miss, explain_refusal, explain_site
 from quack_fx.find.provenance import (
     Basis,

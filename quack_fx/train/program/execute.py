@@ -9,7 +9,7 @@ import linecache
 from itertools import count
 from types import ModuleType
 
-from quack_fx.dump import dump
+from quack_fx.find import dump
 
 _numbers = count(1)
 
