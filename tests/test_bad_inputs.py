@@ -493,6 +493,7 @@ def flattened() -> nn.Module:
 
 
 def zero(model: Attention) -> Attention:
+    nn.init.zeros_(model.q.weight)
     nn.init.zeros_(model.k.weight)
     return model
 
@@ -508,7 +509,7 @@ API: dict[str, tuple[Callable[[], object], type[QuackError], str]] = {
     "a block of norm zero": (
         lambda: attach(zero(Attention())),
         FactorError,
-        r"a head in q.weight, k.weight has norm zero, or one that is not finite; initialise it",
+        r"a head in q.weight, k.weight has zeros on both sides, or is not finite; initialise it",
     ),
     "an optimizer without the query/key weights": (
         lambda: attach(Attention(), [nn.Parameter(torch.ones(2))]),

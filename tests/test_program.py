@@ -491,9 +491,10 @@ def test_norms_that_cannot_be_divided_by_are_refused(value: float) -> None:
     layout, shapes = layout_of("gqa")
     model = Bag(shapes)
     with torch.no_grad():
-        model.get_parameter("layers.1.attn.k_proj.weight")[4:8] = value
+        for name in ("q_proj", "k_proj"):
+            model.get_parameter(f"layers.1.attn.{name}.weight")[:] = value
     with pytest.raises(
-        FactorError, match=r"a head in .*layers\.1\.attn\.k_proj.* has norm zero, or one that is not finite"
+        FactorError, match=r"a head in .*layers\.1\.attn\.k_proj.* has zeros on both sides, or is not finite"
     ) as error:
         scaling_of(model, layout, 1.0, "frobenius")
     assert "\n" not in str(error.value)
@@ -639,12 +640,12 @@ def test_equal_layers_are_written_once() -> None:
 
 
 LIMITS = [
-    ("examples/mla.py", "adamw", 320),
-    ("examples/gpt.py", "adamw", 320),
-    ("examples/mla.py", "muon", 440),
-    ("examples/gpt.py", "muon", 440),
-    ("examples/configs/llama-3.1-405b", "adamw", 360),
-    ("examples/configs/deepseek-v3-671b", "adamw", 360),
+    ("examples/mla.py", "adamw", 345),
+    ("examples/gpt.py", "adamw", 345),
+    ("examples/mla.py", "muon", 460),
+    ("examples/gpt.py", "muon", 460),
+    ("examples/configs/llama-3.1-405b", "adamw", 385),
+    ("examples/configs/deepseek-v3-671b", "adamw", 385),
 ]
 
 

@@ -128,9 +128,9 @@ def _spectral(program: ModuleType) -> Any:
 
     class Spectral(program.QuacK):  # type: ignore[name-defined, misc]
         @torch.no_grad()
-        def factors(self) -> list[Any]:
+        def norms(self) -> list[Any]:
             found = []
-            for kind, stacks, rows in zip(program.KINDS, self.stacks, self.rows, strict=True):
+            for stacks, rows in zip(self.stacks, self.rows, strict=True):
                 whole = {name: ([_whole(weight) for weight in own], axis) for name, (own, axis) in stacks.items()}
                 blocks = []
                 for index, *names in rows:
@@ -140,7 +140,7 @@ def _spectral(program: ModuleType) -> Any:
                             [_top(index, [(w[i], axis) for w, axis in columns]) for i in range(len(columns[0][0]))]
                         )
                     )
-                found.append(kind.factors(type(rows)(*blocks)))
+                found.append(type(rows)(*blocks))
             return found
 
     return Spectral

@@ -34,11 +34,11 @@ class QuacK:
         self.first, self.saved = list[Any](), list[Tensor]()  # initial factors, by block, and as saved
         # Where a state has first factors a run goes on, in which heads may have become zero (they were pruned).
         begun = {self.home.get(w) for o in optimizers for w, state in o.state.items() if "quack_init" in state}
-        for k, (kind, factors) in enumerate(zip(KINDS, self.factors(), strict=True)):
+        for k, (kind, factors) in enumerate(zip(KINDS, self.start(), strict=True)):
             for i, (numbers, *own) in enumerate(zip(kind.numbers, *factors, strict=True)):
-                if (k, i) not in begun and not torch.cat(own).log().isfinite().all():
+                if (k, i) not in begun and not (torch.cat(own).abs().log().abs() < 115).all():
                     names = ", ".join(name for name, _ in kind.weights(*numbers).values())
-                    raise ValueError(f"a head in {names} has norm zero, or one that is not finite; initialise it")
+                    raise ValueError(f"a head in {names} has zeros on both sides, or is not finite; initialise it")
             self.saved.append(torch.cat([torch.full_like(factors[0][:, :1], kind.mark), *factors], 1))
             self.first.append(type(factors)(*torch.split(self.saved[-1][:, 1:], [f.shape[1] for f in factors], 1)))
 
@@ -65,8 +65,8 @@ class QuacK:
         self.meshes = meshes_of(self.home)  # if sharded
 
     @torch.no_grad()
-    def factors(self) -> list[Any]:
-        """Factors of the blocks as the weights are, [attentions, heads] for each block; the same on every rank."""
+    def norms(self) -> list[Any]:
+        """Norms of the blocks as the weights are, [attentions, heads] for each block; the same on every rank."""
         squares = []
         for stacks, rows in zip(self.stacks, self.rows, strict=True):
             of = {}
@@ -80,18 +80,40 @@ class QuacK:
                 of[name] = torch.stack(norms, -2).double().square()
             squares.append([torch.stack([of[n][..., index].sum(-1) for n in names]).sum(0) for index, *names in rows])
         add_up(squares, self.meshes)  # if sharded
-        norms_of = zip(KINDS, self.rows, squares, strict=True)
-        return [kind.factors(type(rows)(*(x.sqrt() for x in own))) for kind, rows, own in norms_of]
+        return [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
+
+    def factors(self, norms: list[Any] | None = None) -> list[Any]:
+        """Factors of the blocks, by their norms as the weights are unless others are given."""
+        return [kind.factors(own) for kind, own in zip(KINDS, norms or self.norms(), strict=True)]
+
+    def start(self) -> list[Any]:
+        """Factors of the blocks at the start of training; negative where a learning rate may only fall.
+
+        A block that is multiplied with zeros (LoRA's A with B, keys with zero-initialised queries) has no factor yet.
+        It starts where those have grown as large as the block was; up to there its learning rate is tau's.
+        """
+        found, tiny = [], 1e-100  # stands for a zero; what meets several of them stays huge
+        for kind, norms in zip(KINDS, self.norms(), strict=True):
+            near = kind.factors(type(norms)(*(n.where(n != 0, tiny) for n in norms)))
+            each = zip(kind.factors(norms), near, norms, strict=True)
+            found.append(type(norms)(*(f.where(f.isfinite(), -x * tiny / n) for f, x, n in each)))
+        return found
+
+    def relative(self, norms: list[Any] | None = None) -> list[Any]:
+        """Factors relative to the start; 1 where a head has become zero (it was pruned): no rate changes its logits."""
+        found = []
+        for now, first in zip(self.factors(norms), self.first, strict=True):
+            each = ((f, x.abs(), torch.where(x > 0, torch.inf, 1.0)) for f, x in zip(now, first, strict=True))
+            found.append(type(now)(*((f / x).clamp(max=most).where(f.isfinite(), 1.0) for f, x, most in each)))
+        return found
 
     def scales(self) -> dict[Tensor, Tensor]:
         """Scale of each row of the weights with heads, [rows, 1, ...]: tau * factor / first; 1 for rows of values."""
         found: dict[Tensor, Tensor] = {}
-        for stacks, rows, now, first in zip(self.stacks, self.rows, self.factors(), self.first, strict=True):
-            scale = {n: now[0].new_full((len(w), w[0].shape[axis]), torch.inf) for n, (w, axis) in stacks.items()}
-            for (index, *names), factor, start in zip(rows, now, first, strict=True):
-                # What is multiplied with a head that has become zero (it was pruned) makes logits of zero at any rate.
-                relative = torch.where(factor.isinf(), 1.0, factor / start).unsqueeze(-1)
-                by_row = relative.expand(-1, *index.shape).flatten(1)
+        for stacks, rows, relative in zip(self.stacks, self.rows, self.relative(), strict=True):
+            scale = {n: relative[0].new_full((len(w), w[0].shape[axis]), torch.inf) for n, (w, axis) in stacks.items()}
+            for (index, *names), factor in zip(rows, relative, strict=True):
+                by_row = factor.unsqueeze(-1).expand(-1, *index.shape).flatten(1)
                 for name in names:
                     scale[name].scatter_reduce_(1, index.flatten().expand_as(by_row), by_row, "amin")
             for name, (weights, axis) in stacks.items():
