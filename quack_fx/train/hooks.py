@@ -381,7 +381,9 @@ class QuacK:
         pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=False)]
         for param, key in pairs:
             state = state_dict["state"].get(key)
-            if param in self.scaling.home and state and STATE_KEY not in state and param.requires_grad:
+            if not (param in self.scaling.home and state and param.requires_grad):
+                continue
+            if not isinstance(state.get(STATE_KEY), Tensor):  # distributed checkpoints leave an empty dict for none
                 raise OptimizerError(_no_start(self._names()[param]))
 
     def _after_load(self, optimizer: Optimizer) -> None:

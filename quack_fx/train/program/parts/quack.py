@@ -140,7 +140,7 @@ class QuacK:
             state = optimizer.state.get(weight)
             if state and (saved := state.get("quack_init")) is not self.kept.get(weight):
                 own = self.saved[kind][attention]
-                saved = None if saved is None else saved.to(own.device, torch.uint8).clone()
+                saved = saved.to(own.device, torch.uint8).clone() if isinstance(saved, Tensor) else None
                 if saved is None or len(saved) != 8 * len(own) or saved[:8].view(torch.float64) != own[:1]:
                     raise ValueError("the optimizer state has no first factors of QuacK for these heads and this norm")
                 own.copy_(saved.view(torch.float64))
