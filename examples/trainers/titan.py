@@ -8,12 +8,14 @@ Any config of torchtitan becomes one with QuacK by `with_quack(config)`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3
 from torchtitan.models.llama3 import config_registry as llama3
 from torchtitan.trainer import Trainer
@@ -27,6 +29,7 @@ quacks: list[quack_fx.QuacK] = []
 class QuackMetrics(MetricsProcessor):
     """The metrics of torchtitan, and attention's."""
 
+    @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
         """Its config."""
 
@@ -43,10 +46,15 @@ def with_quack(config: Trainer.Config, tau: float = 1.0) -> Trainer.Config:
     def attach(optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: Any) -> None:
         if build is not None:
             build(optimizers, model_parts, parallel_dims)
-        (model,) = model_parts  # stages of a pipeline have layouts of their own
+        (model,) = model_parts  # one stage: a pipeline's has a part of the model, and a layout of its own
         with torch.device("meta"):
-            tokens = torch.zeros(1, 16, dtype=torch.int64)
-            layout = quack_fx.find_qk_pairs(spec.model.build(), tokens)
+            plain = spec.model.build()
+        positions = torch.arange(16)[None]
+        masks = {}
+        if not isinstance(spec.model.first_attention.inner_attention, ScaledDotProductAttention.Config):
+            with torch.compiler.set_stance("force_eager"):
+                masks["attention_masks"] = plain.get_attention_masks(positions)
+        layout = quack_fx.find_qk_pairs(plain, positions, positions=positions, **masks)
         held = {block.param for site in layout.sites for _, block in site.blocks()}
         pairs = {p for name, p in model.named_parameters() if name.replace("_checkpoint_wrapped_module.", "") in held}
         for optimizer in optimizers:
@@ -54,6 +62,7 @@ def with_quack(config: Trainer.Config, tau: float = 1.0) -> Trainer.Config:
                 quacks.append(quack_fx.QuacK(optimizer, model, layout, tau))
 
     spec.post_optimizer_build_fn = attach
+    config.metrics = QuackMetrics.Config(log_freq=config.metrics.log_freq)
     return config
 
 
