@@ -76,11 +76,9 @@ def test_the_trainer_of_transformers_resumes_to_the_bit(
     whole = example.trainer_of(str(tmp_path), steps=6)
     whole.train()
     resumed = example.trainer_of(str(tmp_path), steps=6)
-    with torch.no_grad():  # so that factors which are not loaded would be others
+    with torch.no_grad():  # so that factors which are not loaded would be others; what is frozen is not saved
         for p in resumed.model.parameters():
-            p.mul_(1.5)
-    frozen = {n: p.detach() / 1.5 for n, p in resumed.model.named_parameters() if not p.requires_grad}
-    resumed.model.load_state_dict(frozen, strict=False)  # adapters are saved alone
+            p.mul_(1.5 if p.requires_grad else 1.0)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert_same(whole.model, resumed.model)
     assert torch.equal(whole.quack.init_factors, resumed.quack.init_factors)

@@ -1,9 +1,9 @@
 """torchtitan's own Trainer on a CPU, for a config of examples/trainers/titan.py: `titan_on_cpu.py CONFIG FOLDER STEPS`.
 
-torchtitan 0.3 is for accelerators: it calls the device "cuda" where there is none, asks it for memory and names, and its
-flex attention has no backward on a CPU. Here its device is the CPU with made-up answers, its attention the causal one
-of torch (which torchtitan has, too), and its text and tokenizer are made up, since its package has none. The rest is
-torchtitan as it is: models, FSDP2 over gloo, optimizers, schedules, checkpoints, loggers.
+torchtitan 0.3 is for accelerators: it takes the device for "cuda" where there is none, asks it for memory, and its
+flex attention has no backward on a CPU. Here the device is the CPU with made-up answers, the attention torch's causal
+one (which torchtitan has, too), and text and tokenizer are made up, since its package has none. The rest is torchtitan
+as it is: models, FSDP2 over gloo, optimizers, schedules, checkpoints, loggers.
 """
 
 from __future__ import annotations

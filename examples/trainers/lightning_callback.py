@@ -62,7 +62,7 @@ class Llama(lightning.LightningModule):
 
 
 def fit(folder: str, steps: int, resume: Path | None = None) -> tuple[Llama, QuackCallback]:
-    """Train for some steps, with a checkpoint at each third; go on from one of them."""
+    """Train for some steps, with a checkpoint after each epoch of three; go on from one of them."""
     torch.manual_seed(0)
     callback = QuackCallback({"input_ids": torch.zeros(1, 16, dtype=torch.int64)}, tau=0.5)
     trainer = lightning.Trainer(
@@ -70,7 +70,7 @@ def fit(folder: str, steps: int, resume: Path | None = None) -> tuple[Llama, Qua
         callbacks=[callback, ModelCheckpoint(folder, "{step}", every_n_train_steps=3, save_top_k=-1)],
     )  # fmt: skip
     module = Llama()
-    trainer.fit(module, DataLoader([(torch.arange(16) + i) % 32 for i in range(64)], batch_size=8), ckpt_path=resume)
+    trainer.fit(module, DataLoader([(torch.arange(16) + i) % 32 for i in range(24)], batch_size=8), ckpt_path=resume)
     return module, callback
 
 
