@@ -53,8 +53,7 @@ def assert_scaled(metrics: Mapping[str, float], tau: float) -> None:
 @pytest.fixture
 def no_accelerator() -> Iterator[None]:
     """Accelerate keeps its settings for the whole process."""
-    from accelerate.state import AcceleratorState
-
+    AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -186,6 +185,7 @@ def largest_met(model: nn.Module, b: str, other: str, branch: float) -> float:
     return float((read[0] * torch.maximum(read[1], branch * read[2])).max())
 
 
+@pytest.mark.slow  # `make trainers` runs it, too
 def test_torchrun_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     """FSDP2 on two ranks, then on one; tests/test_checkpoints.py compares to the bit."""
     said = ""
