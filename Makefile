@@ -7,6 +7,7 @@
 #   make sweep                every model class of other packages: found, proved, counted; writes docs/sweep.md
 #   make wild REPOS=folder    what a first command does on public repositories as they are; writes docs/wild.md
 #   make strip                those with QK norm, stripped both ways; after a sweep; writes docs/qk_norm.md
+#   make trainers             the tests of QuacK in other people's trainers, in an environment that has those
 #   make bench                a training step with and without QuacK, and other ways to take it, on this CPU
 #   make docs                 the site, in site/; `make docs SERVE=1` shows it and follows changes
 #   make lint                 ruff and mypy
@@ -19,7 +20,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-with-torch-$(TORCH)
 
-.PHONY: demo test slow fuzz sweep wild strip bench docs lint format setup clean
+.PHONY: demo test slow trainers fuzz sweep wild strip bench docs lint format setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -45,6 +46,20 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The trainers are 450 MB beside torch. torchtitan asks for older versions of what the others want, and runs with these.
+TRAINERS_VENV := .venv-trainers
+TRAINERS_STAMP := $(TRAINERS_VENV)/.made-with-torch-$(TORCH)
+trainers: $(TRAINERS_STAMP)
+	OMP_NUM_THREADS=1 $(TRAINERS_VENV)/bin/python -m pytest tests/test_trainers.py
+
+$(TRAINERS_STAMP): pyproject.toml
+	test -x $(TRAINERS_VENV)/bin/python || $(PYTHON) -m venv $(TRAINERS_VENV)
+	$(TRAINERS_VENV)/bin/python -m pip install --quiet "torch==$(TORCH)"
+	$(TRAINERS_VENV)/bin/python -m pip install --quiet --editable ".[hf,dev,trainers]" "torch==$(TORCH)"
+	$(TRAINERS_VENV)/bin/python -m pip install --quiet torchdata tyro spmd_types==0.2.3 "torch==$(TORCH)"
+	$(TRAINERS_VENV)/bin/python -m pip install --quiet --no-deps torchtitan==0.3.0 torch_checkpointing triton
+	touch $@
 
 # MODELS=500 tries fewer; each failure prints the command that shows its model.
 MODELS ?= 10000

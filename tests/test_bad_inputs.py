@@ -493,6 +493,7 @@ def flattened() -> nn.Module:
 
 
 def zero(model: Attention) -> Attention:
+    nn.init.zeros_(model.q.weight)
     nn.init.zeros_(model.k.weight)
     return model
 

@@ -491,7 +491,8 @@ def test_norms_that_cannot_be_divided_by_are_refused(value: float) -> None:
     layout, shapes = layout_of("gqa")
     model = Bag(shapes)
     with torch.no_grad():
-        model.get_parameter("layers.1.attn.k_proj.weight")[4:8] = value
+        for name in ("q_proj", "k_proj"):
+            model.get_parameter(f"layers.1.attn.{name}.weight")[:] = value
     with pytest.raises(
         FactorError, match=r"a head in .*layers\.1\.attn\.k_proj.* has norm zero, or one that is not finite"
     ) as error:

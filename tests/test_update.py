@@ -793,9 +793,10 @@ def test_a_head_is_pruned(pruned: tuple[str, ...], make: Callable[[Any], Optimiz
     assert reference.off(model) < 1e-9
 
 
-def test_weights_that_start_at_zero_are_refused() -> None:
+def test_weights_that_start_at_zero_on_both_sides_are_refused() -> None:
     model = Model()
-    nn.init.zeros_(model.layers[1].kv.weight)
+    for weight in (model.layers[1].kv.weight, model.layers[1].q.weight, model.layers[1].q.bias):
+        nn.init.zeros_(weight)
     with pytest.raises(FactorError, match=r"layers\.1\.kv\.weight has norm zero"):
         step_on("stacked", model, AdamW(model.parameters()))
 

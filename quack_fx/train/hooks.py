@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout, merged
 from quack_fx.layout.fit import layout_params
+from quack_fx.train.metrics import Metrics
 from quack_fx.train.program.scaling import NormName, is_sharded, local, scaling_of
 from quack_fx.train.ranks import check_ranks
 from quack_fx.train.suited import check_optimizer
@@ -70,6 +71,12 @@ class QuacK:
 
     An optimizer that keeps the norms of the weights fixed leaves all factors at one.
 
+    Weights that start at zero (LoRA's B, zero-initialised queries) leave what they are multiplied with (LoRA's A, the
+    keys) without a factor to be relative to: its bound on the change of a logit, the learning rate times the norms that
+    it meets, is zero there. Such a block gets the bound that the weights of zero have: it trains at `tau` until those
+    have grown to the norm that the block itself had at the start, and by the rule from then on; it never trains
+    faster. Heads that are zero on both sides could never train, and are refused.
+
     Arguments:
         optimizer: Any `torch.optim.Optimizer` that holds at least one query or key weight of the layout.
         model: The model, plain or wrapped by torch.compile, DistributedDataParallel or FSDP2.
@@ -83,7 +90,7 @@ class QuacK:
             it has a QuacK already, is no `torch.optim.Optimizer` or wraps one; `tau` is not a positive number, or
             another one on other ranks; or a loaded state does not fit.
         LayoutError: The layout does not fit the model, or is another one on other ranks.
-        FactorError: A head's weights have norm zero, or are not finite.
+        FactorError: A head's weights are zero on both sides, or are not finite.
 
     Example:
         >>> optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -130,6 +137,7 @@ class QuacK:
             )
         self.optimizer, self.layout, self.scaling, self._model = optimizer, layout, scaling, model
         self.left_out = tuple(site.name for site in layout.sites if site.qk_norm)
+        self._metrics: Metrics | None = None
         self._seen: list[int] = []
         self._hold()
         own = set(model.parameters())
@@ -174,7 +182,10 @@ class QuacK:
 
     @property
     def init_factors(self) -> Tensor:
-        """Factors at the start of training, kind by kind and block by block; others once a state was loaded."""
+        """Factors at the start of training, kind by kind and block by block; others once a state was loaded.
+
+        That of a block which met zeros is negative: of when those have grown as large as the block was.
+        """
         return torch.cat([factor.flatten() for first in self.scaling.first for factor in first])
 
     def factors(self) -> dict[str, dict[str, float]]:
@@ -201,6 +212,32 @@ class QuacK:
                     for name, ranges in sorted(heads)
                 }
         return report
+
+    def metrics(self, heads: bool = False) -> dict[str, float]:
+        """Attention and its learning rates as the weights are now, for a logger.
+
+        Waits for the device once, to copy all numbers at once. Where weights are sharded all ranks call it, and get the
+        same. The names of a site `layers.0.attn`, each with `/min`, `/median` and `/max` over its heads:
+
+        - `attention/layers.0.attn/qk_norm_product`: the product of a head's norms times the logit scale (where the
+          layout knows one), added up over the terms of the logit: no logit of inputs of norm one is larger;
+        - `attention/layers.0.attn/q/norm`, and so on for each block, by role, or by parameter (LoRA): its norm;
+        - `attention/layers.0.attn/q/lr_scale`: what its learning rate is multiplied with, `tau` included;
+        - `attention/layers.0.attn/growth`: how often the norms that a block is multiplied with are what they were at
+          the start of training.
+
+        Arguments:
+            heads: Whether to add the number of each head, as `/head_3`.
+
+        Returns:
+            Names and numbers.
+
+        Example:
+            >>> wandb.log(quack.metrics())
+        """
+        if self._metrics is None:
+            self._metrics = Metrics(self.layout, self._model)
+        return self._metrics.read(self.scaling, heads)
 
     def _scale_of_first_rows(self) -> dict[tuple[Tensor, int], float]:
         """The scale of each head by its weight and the first of its rows."""
@@ -351,7 +388,9 @@ class QuacK:
         pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=False)]
         for param, key in pairs:
             state = state_dict["state"].get(key)
-            if param in self.scaling.home and state and STATE_KEY not in state and param.requires_grad:
+            if not (param in self.scaling.home and state and param.requires_grad):
+                continue
+            if not isinstance(state.get(STATE_KEY), Tensor):  # distributed checkpoints leave an empty dict for none
                 raise OptimizerError(_no_start(self._names()[param]))
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -360,7 +399,8 @@ class QuacK:
         self._take_over()
         home = self.scaling.home
         begun = {home[param] for param in self.scaling.kept if param in home}
-        for kind, (first, now) in enumerate(zip(self.scaling.first, self.scaling.factors(), strict=True)):
+        starts = self.scaling.start()  # type: ignore[attr-defined]  # see program/zeros.py
+        for kind, (first, now) in enumerate(zip(self.scaling.first, starts, strict=True)):
             for factor, start in zip(first, now, strict=True):
                 anew = [i for i in range(len(factor)) if (kind, i) not in begun]
                 factor[anew] = start[anew]

@@ -194,6 +194,10 @@ class TrainStep:
             if scaler is not None:
                 scaler.update()
 
+    def metrics(self, heads: bool = False) -> dict[str, float]:
+        """Attention and its learning rates for a logger, as `QuacK.metrics`; nothing where nothing is scaled."""
+        return self.quacks[0].metrics(heads) if self.quacks else {}
+
     def __repr__(self) -> str:
         kinds = [type(optimizer).__name__ for optimizer in self._optimizers]
         if self._program is None:

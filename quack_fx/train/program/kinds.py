@@ -81,9 +81,10 @@ class Kind:
     terms: tuple[Term, ...]
     instances: tuple[Names, ...]
 
-    def names(self) -> list[str]:
-        """The names of the tensors of its first attention."""
-        return [tensor.name.format(*self.instances[0]).replace("{{", "{").replace("}}", "}") for tensor in self.tensors]
+    def names(self, numbers: Names | None = None) -> list[str]:
+        """The names of the tensors of the attention with some numbers; of the first one unless given."""
+        own = self.instances[0] if numbers is None else numbers
+        return [tensor.name.format(*own).replace("{{", "{").replace("}}", "}") for tensor in self.tensors]
 
 
 def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kind, ...]:

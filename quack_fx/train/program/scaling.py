@@ -20,6 +20,7 @@ from quack_fx.layout import QKLayout
 from quack_fx.layout.fit import with_bare_names
 from quack_fx.train.program.execute import execute
 from quack_fx.train.program.source import write_program
+from quack_fx.train.program.zeros import from_zero
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
@@ -89,6 +90,7 @@ def run_program(text: str, norm: NormName) -> ModuleType:
     program = execute(text)
     if norm == "spectral":
         program.QuacK = _spectral(program)  # type: ignore[attr-defined]
+    program.QuacK = from_zero(program)  # type: ignore[attr-defined]
     return program
 
 
@@ -128,9 +130,9 @@ def _spectral(program: ModuleType) -> Any:
 
     class Spectral(program.QuacK):  # type: ignore[name-defined, misc]
         @torch.no_grad()
-        def factors(self) -> list[Any]:
+        def norms(self) -> list[Any]:
             found = []
-            for kind, stacks, rows in zip(program.KINDS, self.stacks, self.rows, strict=True):
+            for stacks, rows in zip(self.stacks, self.rows, strict=True):
                 whole = {name: ([_whole(weight) for weight in own], axis) for name, (own, axis) in stacks.items()}
                 blocks = []
                 for index, *names in rows:
@@ -140,7 +142,7 @@ def _spectral(program: ModuleType) -> Any:
                             [_top(index, [(w[i], axis) for w, axis in columns]) for i in range(len(columns[0][0]))]
                         )
                     )
-                found.append(kind.factors(type(rows)(*blocks)))
+                found.append(type(rows)(*blocks))
             return found
 
     return Spectral

@@ -65,8 +65,8 @@ class QuacK:
         self.meshes = meshes_of(self.home)  # if sharded
 
     @torch.no_grad()
-    def factors(self) -> list[Any]:
-        """Factors of the blocks as the weights are, [attentions, heads] for each block; the same on every rank."""
+    def norms(self) -> list[Any]:
+        """Norms of the blocks as the weights are, [attentions, heads] for each block; the same on every rank."""
         squares = []
         for stacks, rows in zip(self.stacks, self.rows, strict=True):
             of = {}
@@ -80,8 +80,11 @@ class QuacK:
                 of[name] = torch.stack(norms, -2).double().square()
             squares.append([torch.stack([of[n][..., index].sum(-1) for n in names]).sum(0) for index, *names in rows])
         add_up(squares, self.meshes)  # if sharded
-        norms_of = zip(KINDS, self.rows, squares, strict=True)
-        return [kind.factors(type(rows)(*(x.sqrt() for x in own))) for kind, rows, own in norms_of]
+        return [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
+
+    def factors(self) -> list[Any]:
+        """Factors of the blocks as the weights are, by the rule."""
+        return [kind.factors(norms) for kind, norms in zip(KINDS, self.norms(), strict=True)]
 
     def scales(self) -> dict[Tensor, Tensor]:
         """Scale of each row of the weights with heads, [rows, 1, ...]: tau * factor / first; 1 for rows of values."""
@@ -118,7 +121,7 @@ class QuacK:
             state = optimizer.state.get(weight)
             if state and (saved := state.get("quack_init")) is not self.kept.get(weight):
                 own = self.saved[kind][attention]
-                saved = None if saved is None else saved.to(own.device, torch.uint8).clone()
+                saved = saved.to(own.device, torch.uint8).clone() if isinstance(saved, Tensor) else None
                 if saved is None or len(saved) != 8 * len(own) or saved[:8].view(torch.float64) != own[:1]:
                     raise ValueError("the optimizer state has no first factors of QuacK for these heads and this norm")
                 own.copy_(saved.view(torch.float64))

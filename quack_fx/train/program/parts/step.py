@@ -19,10 +19,7 @@ STEPS: dict[type[Optimizer], Callable[..., None]] = {}
 
 
 class TrainStep:
-    """Trains on one batch: compiled loss, backward, compiled update; gives the loss, detached.
-
-    The optimizers stay yours: groups, schedulers, state_dict. Make the step while the model has its initial weights.
-    """
+    """Trains on a batch and gives its loss; the optimizers stay yours. Make it while the model has its first weights."""
 
     def __init__(
         self,
