@@ -19,7 +19,7 @@ STEPS: dict[type[Optimizer], Callable[..., None]] = {}
 
 
 class TrainStep:
-    """Trains on a batch and gives its loss; the optimizers stay yours. Make it while the model has its first weights."""
+    """Trains on a batch, gives its loss; the optimizers stay yours. Make it while the model has its first weights."""
 
     def __init__(
         self,
