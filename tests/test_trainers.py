@@ -198,20 +198,27 @@ def test_torchrun_goes_on_with_fewer_ranks(tmp_path: Path) -> None:
     assert losses == sorted(losses, reverse=True) and products == sorted(products)
 
 
+TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 @pytest.mark.skipif(
     find_spec("torchtitan") is None or find_spec("triton") is None, reason="torchtitan (with triton) is not installed"
 )
 @pytest.mark.parametrize(
-    ("config", "site", "blocks"),
+    ("config", "ranks", "site", "blocks"),
     [
-        ("llama3_debugmodel", "layers.0.attention.inner_attention", {"q", "k"}),
-        ("deepseek_v3_debugmodel", "layers.0.attention.inner_attention", {"uq", "qr", "dkv", "uk", "kr"}),
+        ("llama3_debugmodel", TWO_RANKS, "layers.0.attention.inner_attention", {"q", "k"}),
+        ("deepseek_v3_debugmodel", (), "layers.0.attention.inner_attention", {"uq", "qr", "dkv", "uk", "kr"}),
     ],
 )
-def test_torchtitan_trains_and_goes_on(config: str, site: str, blocks: set[str], tmp_path: Path) -> None:
-    """Its own Trainer, checkpoints and logger; the first factors come back to the bit."""
+def test_torchtitan_trains_and_goes_on(
+    config: str, ranks: tuple[str, ...], site: str, blocks: set[str], tmp_path: Path
+) -> None:
+    """Its own Trainer, checkpoints and logger, sharded or not; the first factors come back to the bit."""
     run, again = (
-        json.loads(python(str(ROOT / "tests" / "titan_on_cpu.py"), config, str(tmp_path), steps).splitlines()[-1])
+        json.loads(
+            python(*ranks, str(ROOT / "tests" / "titan_on_cpu.py"), config, str(tmp_path), steps).splitlines()[-1]
+        )
         for steps in ("2", "4")
     )
     assert (run["step"], again["step"]) == (2, 4)

@@ -9,6 +9,7 @@ as it is: models, FSDP2 over gloo, optimizers, schedules, checkpoints, loggers.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 
 class Cpu(types.ModuleType):
@@ -83,12 +85,18 @@ def main(name: str, folder: str, steps: int) -> None:
     config.training.disable_cuda_graphs, config.validator.enable = True, False
     config.checkpoint.enable, config.checkpoint.interval, config.checkpoint.keep_latest_k = True, 2, 0
     config.metrics.enable_tensorboard, config.dump_folder = True, folder
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        config.parallelism.spmd_backend = "full_dtensor"  # FSDP2 of torch 2.13 takes no other
     trainer = config.build()
+    for module in trainer.model_parts[0].modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no averages
     attached = titan.quacks[0].init_factors.tolist()
     trainer.train()
     metrics = titan.quacks[0].metrics()
     first = titan.quacks[0].init_factors.tolist()
-    print(json.dumps({"attached": attached, "first": first, "metrics": metrics, "step": trainer.step}))
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps({"attached": attached, "first": first, "metrics": metrics, "step": trainer.step}))
     trainer.close()
 
 
