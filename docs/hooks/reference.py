@@ -90,7 +90,7 @@ def _in_file(file: Path) -> Iterator[tuple[str, str]]:
             continue
         if call.func.id not in ("Refused", "NearMiss"):
             continue
-        code, said = call.args[-2:]
+        code, said = call.args[:2] if call.func.id == "Refused" else call.args[-2:]
         if isinstance(code, ast.Attribute):  # a refusal that was caught, told as it is
             continue
         if isinstance(said, ast.Name):  # the sentence has a name: the last text that was given it above
