@@ -29,7 +29,7 @@ def param_of(row: list[str]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("row", map(param_of, ROWS))
+@pytest.mark.parametrize("row", [param_of(row) for row in ROWS])
 def test_the_page_tells_what_happens(row: list[str]) -> None:
     package, name, outcome, _, resumed = row
     module = PACKAGES[package.split()[0]][0]
