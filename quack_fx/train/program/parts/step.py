@@ -39,7 +39,9 @@ class TrainStep:
         self.quack, self.seen = QuacK(model, tau, optimizers), list[int]()
         self.masters = [Masters(optimizer) for optimizer in optimizers]  # if masters
         self.loss = torch.compile(self.loss_of) if compile else self.loss_of
-        self.change = torch.compile(change, dynamic=True) if compile else change
+        # All of a weight in one pass over memory: nothing in between is worth a buffer.
+        one_pass = {f"realize_{what}_threshold": 999 for what in ("reads", "acc_reads", "opcount")}
+        self.change = torch.compile(change, dynamic=True, options=one_pass) if compile else change
 
     def __call__(self, *batch: Any, **named: Any) -> Tensor:
         """Train on one batch; gives its loss."""
