@@ -48,9 +48,9 @@ EVERY = 10
 """Steps from one checkpoint to the next."""
 
 PHASES = ("starting", "loading a checkpoint", "training", "saving a checkpoint")
-"""What a rank does; it tells the number."""
+"""What a rank does. It tells the number of that, and behind those of all ranks how many steps it has taken."""
 
-PATIENCE = 120.0
+PATIENCE = 600.0
 """Seconds without an end, or a moment to kill in, after which something is wrong."""
 
 
@@ -144,6 +144,7 @@ def rank_main(
     with (folder / f"steps-{rank}").open("a") as lines:
         while until is None or run.step < until:
             run.train()
+            phases[WORLD + rank] += 1
             lines.write(f"\n{run.step} {digest(run.tensors())} .")  # a line that a kill cuts has no point
             lines.flush()
             if until is None and run.step % EVERY == 0:
@@ -166,7 +167,7 @@ class Life:
     @classmethod
     def begin(cls, context: Any, folder: Path, layout: QKLayout, until: int | None = None) -> Life:
         """Start both ranks."""
-        phases = context.Array("i", WORLD, lock=False)
+        phases = context.Array("i", 2 * WORLD, lock=False)
         store = str(folder / f"store-{len([*folder.glob('store-*')])}")
         ranks = [
             context.Process(target=rank_main, args=(rank, store, folder, layout, until, phases), daemon=True)
@@ -209,8 +210,14 @@ class Life:
                         self._check(end)
                         time.sleep(0.0005)
             time.sleep(dice.uniform(0, 0.03))
+        elif dice.random() < 0.2:
+            time.sleep(dice.uniform(0, 2))
         else:
-            time.sleep(dice.uniform(0, 6))
+            steps = dice.randrange(3 * EVERY)
+            while self.phases[WORLD + victim] < steps:
+                self._check(end)
+                time.sleep(0.0005)
+            time.sleep(dice.uniform(0, 0.03))
         self._check(end)
         phase = PHASES[self.phases[victim]]
         os.kill(self.ranks[victim].pid or 0, signal.SIGKILL)
@@ -224,7 +231,9 @@ class Life:
         if time.monotonic() > end or any(code not in ended for code in codes):
             self.end()
             said = "\n".join((self.folder / f"said-{rank}").read_text() for rank in range(WORLD))
-            raise RuntimeError(f"{[PHASES[p] for p in self.phases]}, exit codes {codes}, and nobody killed:\n{said}")
+            raise RuntimeError(
+                f"{[PHASES[p] for p in self.phases[:WORLD]]}, exit codes {codes}, and nobody killed:\n{said}"
+            )
 
 
 def steps_of(folder: Path, rank: int) -> Iterator[tuple[int, str]]:
