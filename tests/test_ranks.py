@@ -37,8 +37,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, NAdam
 
-from quack_fx import QuacK, compile_train_step, find_qk_pairs
-from quack_fx.errors import LayoutError, OptimizerError
+from quack_fx import QuacK, compile_train_step, find_qk_pairs, strip_qk_norm, verify_qk_pairs
+from quack_fx.errors import LayoutError, OptimizerError, StripError
 from quack_fx.layout import QKLayout
 
 
@@ -85,7 +85,7 @@ SHARDED: dict[str, Callable[[Model], nn.Module]] = {
 
 
 def pairs_are_found_on_one_rank() -> None:
-    """The other rank does something else: nobody waits for it. Nothing in the model is changed, and it trains."""
+    """And proved. The other rank does something else: nobody waits for it. Nothing is changed, and the model trains."""
     x = batch(0, torch.float32)
     expected = find_qk_pairs(Model(), x)
     assert len(expected.sites) == 2
@@ -94,6 +94,9 @@ def pairs_are_found_on_one_rank() -> None:
         if dist.get_rank() == 0:
             before = everything(model)
             assert find_qk_pairs(model, x) == expected, name
+            assert verify_qk_pairs(model, expected, x).complete, name
+            with pytest.raises(StripError, match="take QK norms out, or put them in, before the model is wrapped"):
+                strip_qk_norm(model, expected)
             assert everything(model) == before, name
         dist.barrier()
         if "offloaded" not in name:  # gloo takes no copies to the host while it reduces

@@ -143,7 +143,7 @@ class QuacK:
         own = set(model.parameters())
         # Where ranks share the steps of an optimizer (ZeRO), the weights may all be another rank's.
         if not self._held and not (elsewhere and not own.isdisjoint(_params(optimizer))):
-            raise OptimizerError(_nothing_held(optimizer, layout, scaling))
+            raise OptimizerError(_nothing_held(optimizer, layout, scaling, own))
         if stale := _stale(optimizer, own, self._names(), scaling):
             raise OptimizerError(
                 f"{type(optimizer).__name__} holds weights that are not in the model, and not {stale!r}, which is; "
@@ -478,7 +478,7 @@ def _is_stepping(optimizer: Optimizer) -> bool:
     return steps > 1
 
 
-def _nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> str:
+def _nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling, own: set[nn.Parameter]) -> str:
     """Message for an optimizer that holds no rows of a layout."""
     kind = type(optimizer).__name__
     if not scaling.home:
@@ -486,6 +486,11 @@ def _nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> s
         left_out = f" ({kept} sites keep a QK norm)" if kept else ""
         return f"the layout has no query or key weights that QuacK scales{left_out}; use {kind} as it is"
     first = next(block.param for site in layout.sites if not site.qk_norm for _, block in site.blocks())
+    if all(p.dim() == 1 and p not in own for p in _params(optimizer)):
+        return (
+            f"{kind} holds flat parts of weights, as ZeRO makes them, in which the rows of {first!r} are lost; "
+            "use FSDP2 (fully_shard), or another way to train that keeps the shapes of weights"
+        )
     return (
         f"{kind} holds none of the query and key weights, such as {first!r}; attach QuacK to the "
         "optimizer that has them, made after the model was wrapped, sharded and moved"
