@@ -138,9 +138,10 @@ def _train(
     Returns:
         The weights at the end and at the start.
     """
+    layout = _layout()  # before the seed: finding it draws numbers, as do some optimizers
     torch.manual_seed(0)
     model = OneHead()
-    optimizer = _made(make, model, attach)
+    optimizer = _made(make, model, layout if attach else None)
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     first = _norms(model)
     generator = torch.Generator().manual_seed(1)
@@ -148,7 +149,7 @@ def _train(
         if resume and step == STEPS // 2:
             saved = io.BytesIO()
             torch.save(optimizer.state_dict(), saved)
-            optimizer = _made(make, model, attach)
+            optimizer = _made(make, model, layout if attach else None)
             saved.seek(0)
             optimizer.load_state_dict(torch.load(saved, weights_only=False))
         for param in model.parameters():
@@ -173,12 +174,12 @@ def _layout() -> QKLayout:
     return find_qk_pairs(OneHead(), torch.randn(1, 3, 64))
 
 
-def _made(make: Callable[[list[dict[str, Any]]], Optimizer], model: OneHead, attach: bool) -> Optimizer:
+def _made(make: Callable[[list[dict[str, Any]]], Optimizer], model: OneHead, layout: QKLayout | None) -> Optimizer:
     optimizer = make([{"params": [layer.weight], "lr": 1e-2} for layer in (model.q, model.k, model.v)])
     if callable(train := getattr(optimizer, "train", None)):
         train()
-    if attach:
-        QuacK(optimizer, model, _layout(), tau=TAU)
+    if layout is not None:
+        QuacK(optimizer, model, layout, tau=TAU)
     return optimizer
 
 
