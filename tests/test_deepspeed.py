@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import LAYOUT, Model, adamw, batch, loss_of, run_in_processes, train
+from test_distributed import run_in_processes
 from test_ranks import refused_by_all
+from torch import Tensor, nn
 
+from benchmarks.attentions import ODD, Model
+from benchmarks.sharded import LIMIT, distance, layout_of, loss_of, optimizers_of
 from quack_fx import QuacK
 from quack_fx.errors import LayoutError, OptimizerError
 
 pytest.importorskip("deepspeed")
 
 
-def engine_of(stage: int, model: Model, optimizer: Any) -> Any:
+def engine_of(stage: int, model: nn.Module, optimizer: Any) -> Any:
     import deepspeed
 
     os.environ["LOCAL_RANK"] = str(dist.get_rank())  # as its launcher does
@@ -32,35 +35,42 @@ def engine_of(stage: int, model: Model, optimizer: Any) -> Any:
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
+def made() -> tuple[nn.Module, Any]:
+    model = Model("GQA", ODD)
+    return model, optimizers_of("AdamW", model)[0]
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(4, 6, ODD.width, generator=torch.Generator().manual_seed(step))
+
+
 def without_zero_it_is_one_process() -> None:
-    plain, model = Model().double(), Model().double()
-    reference, optimizer = adamw(plain), adamw(model)
-    engine = engine_of(0, model, optimizer)
-    QuacK(reference, plain, LAYOUT, tau=0.5)
-    QuacK(optimizer, engine.module, LAYOUT, tau=0.5)
-    train(plain, reference, range(5))
-    for i in range(5):
-        engine.backward(loss_of(engine, batch(i, torch.float64).chunk(2)[dist.get_rank()]))
+    (plain, reference), (model, optimizer) = made(), made()
+    engine, layout = engine_of(0, model, optimizer), layout_of("GQA", ODD)
+    QuacK(reference, plain, layout, tau=0.5)
+    QuacK(optimizer, engine.module, layout, tau=0.5)
+    for i in range(10):
+        loss_of(plain, batch(i)).backward()
+        reference.step()
+        reference.zero_grad()
+        engine.backward(loss_of(engine, batch(i).chunk(2)[dist.get_rank()]))
         engine.step()
-    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-11)
+    assert distance(model.parameters(), plain.parameters()) < LIMIT
 
 
 def with_zero_it_is_refused(stage: int) -> None:
     """Attached before or after the engine is made: flat parts of weights, and at stage 3 empty ones."""
-    model = Model()
-    optimizer = adamw(model)
-    QuacK(optimizer, model, LAYOUT)
+    (model, optimizer), layout = made(), layout_of("GQA", ODD)
+    QuacK(optimizer, model, layout)
     engine = engine_of(stage, model, optimizer)
-    engine.backward(loss_of(engine, batch(0, torch.float32)))
+    engine.backward(loss_of(engine, batch(0)))
     known: Any = (LayoutError, "which is empty here, as ZeRO-3") if stage == 3 else (OptimizerError, "no longer holds")
     refused_by_all(engine.step, *known)
-    model = Model()
-    optimizer = adamw(model)
+    model, optimizer = made()
     engine = engine_of(stage, model, optimizer)
     known = known if stage == 3 else (OptimizerError, "flat parts of weights")
-    refused_by_all(lambda: QuacK(optimizer, engine.module, LAYOUT), *known)
-    refused_by_all(lambda: QuacK(engine.optimizer, engine.module, LAYOUT), OptimizerError, "no torch.optim.Optimizer")
+    refused_by_all(lambda: QuacK(optimizer, engine.module, layout), *known)
+    refused_by_all(lambda: QuacK(engine.optimizer, engine.module, layout), OptimizerError, "no torch.optim.Optimizer")
 
 
 def cases_of(world: int) -> dict[str, Callable[[], None]]:
