@@ -8,6 +8,7 @@ own.
     step.py      the same text, run, with accumulation, scaler, several optimizers
     hooks.py     QuacK on any optimizer's own step
     metrics.py   norms, learning rates and growth as numbers for a logger
+    record.py    a run as a file of JSON lines, and TensorBoard
     inline.py    the scaling inside a graph that somebody traced
     loss.py      what a loss function feeds its model
     lion.py      whether an optimizer is Lion

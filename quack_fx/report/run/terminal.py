@@ -1,0 +1,124 @@
+"""A recorded run -> rich renderables for a terminal.
+
+In: a run as far as it was read. Out: one summary, which `quack-fx report` prints once and `quack-fx watch` again and
+again: loss and the user's other numbers, the largest logit, norm products, learning-rate scales, the heads that grew
+most. Colours carry no meaning of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from quack_fx.report.run.page import remarks
+from quack_fx.report.run.read import RunFile
+from quack_fx.report.run.series import Growth, Point, curves, growth, number, site_name
+
+DIM, HEAD = "dim", "bold"
+_BARS = "▁▂▃▄▅▆▇█"
+_NOT_FINITE = "!"
+_MOST_GROWN, _MOST_WIDTH = 8, 48
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a few lines; a rich renderable that fits the width it is given, and the height of a screen.
+
+    Attributes:
+        file: What was read.
+        live: Whether to say how long ago the last step was recorded.
+    """
+
+    file: RunFile
+    live: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.file.run.records:
+            yield Text(f"waiting for the first record in {self.file.path}", DIM)
+            return
+        width = max(8, min(_MOST_WIDTH, options.max_width - 62))
+        numbers = self._numbers(width)
+        yield self._head()
+        yield numbers
+        grown = growth(self.file.run)
+        room = options.max_height - 12 - numbers.row_count if self.live else _MOST_GROWN
+        if grown and room > 0:
+            yield Text()
+            yield _grown(grown[: min(_MOST_GROWN, room)], width)
+
+    def _head(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style=DIM, no_wrap=True)
+        grid.add_column(overflow="fold")
+        grid.add_row("run", Text(str(self.file.path), HEAD))
+        for text in remarks(self.file):
+            grid.add_row("", Text(text))
+        last = self.file.run.records[-1].time
+        if self.live and math.isfinite(last):
+            grid.add_row("last", Text(f"{max(0, round(time.time() - last)):,} s ago; Ctrl-C ends the view"))
+        return Group(grid, Text())
+
+    def _numbers(self, width: int) -> Table:
+        table = _table("Number", ["First", "Now", "Smallest", "Largest"])
+        for picture in curves(self.file.run):
+            for name, points in picture.lines.items():
+                title = picture.title if len(picture.lines) == 1 else f"{name} {picture.title}"
+                finite = [y for _, y in points if math.isfinite(y)]
+                ends = [number(min(finite)), number(max(finite))] if finite else ["", ""]
+                row: list[RenderableType] = [
+                    Text(title),
+                    number(points[0][1]),
+                    Text(number(points[-1][1]), HEAD),
+                    *ends,
+                ]
+                table.add_row(*row, spark(points, width))
+        return table
+
+
+def _grown(grown: Sequence[Growth], width: int) -> Table:
+    table = _table("Heads that grew most", ["Head", "First", "Now", "Times"])
+    for g in grown:
+        table.add_row(
+            Text(site_name(g.site)), str(g.head), number(g.first), Text(number(g.now), HEAD), number(g.ratio),
+            spark(g.way, width),
+        )  # fmt: skip
+    return table
+
+
+def _table(title: str, numbers: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False, padding=(0, 1), show_edge=False)
+    table.add_column(title, overflow="ellipsis", no_wrap=True, min_width=20, max_width=32)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("Over time", no_wrap=True)
+    return table
+
+
+def spark(points: Sequence[Point], width: int) -> str:
+    """A curve in characters: each is the mean of some steps, or "!" where one of them is not finite.
+
+    Example:
+        >>> spark([(0, 1.0), (1, 2.0), (2, float("nan")), (3, 8.0)], 4)
+        '▁▂!█'
+    """
+    size = min(width, len(points))
+    cells: list[float] = []
+    for i in range(size):
+        stretch = [y for _, y in points[i * len(points) // size : (i + 1) * len(points) // size]]
+        cells.append(math.fsum(y / len(stretch) for y in stretch) if all(map(math.isfinite, stretch)) else math.nan)
+    finite = [y for y in cells if math.isfinite(y)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    top = len(_BARS) - 1
+    return "".join(
+        _NOT_FINITE
+        if math.isnan(y)
+        else _BARS[round(top * (y / 2 - low / 2) / (high / 2 - low / 2)) if high > low else 0]
+        for y in cells
+    )
