@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 
-from quack_fx.report.run.series import Curves, Point, number, spread, thinned
+from quack_fx.report.run.series import Curves, Point, fraction, number, spread, thinned
 
 STYLE = """
 svg.chart, svg.heat { width: 100%; height: auto; display: block; }
 .chart text, .heat text { fill: var(--soft); font-size: 11px; }
 .chart .grid, .heat .grid { stroke: var(--line); stroke-width: 1; }
 .chart polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.chart circle { stroke: none; }
-.chart .c0 { stroke: var(--query); fill: var(--query); } .chart .c1 { stroke: var(--key); fill: var(--key); }
-.chart .c2 { stroke: var(--mark); fill: var(--mark); } .chart .c1 { stroke-dasharray: 7 3; }
-.chart .c2 { stroke-dasharray: 2 3; } .chart polyline { fill: none; }
+.chart .c0 { stroke: var(--query); } .chart .c1 { stroke: var(--key); } .chart .c2 { stroke: var(--mark); }
+.chart .c1 { stroke-dasharray: 7 3; } .chart .c2 { stroke-dasharray: 2 3; }
 .chart .broken { stroke: var(--mark); stroke-width: 2; }
 .chart .hit, .heat .hit { fill: transparent; } .chart .hit:hover, .heat .hit:hover { fill: var(--soft); opacity: .2; }
 """
@@ -86,9 +84,7 @@ class _Up:
 
     def __call__(self, value: float) -> float:
         at = math.log10(value) if self.log else value
-        # Halves, because the difference of two large numbers may be infinite.
-        part = (at / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
-        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * part
+        return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * fraction(at, self.low, self.high)
 
     def ticks(self) -> list[float]:
         if not self.log:
@@ -162,8 +158,7 @@ def sparkline(points: Sequence[Point]) -> str:
     low, high = min(y for _, y in finite), max(y for _, y in finite)
     start, end = finite[0][0], finite[-1][0]
     places = " ".join(
-        f"{80 * (step - start) / (end - start):.1f},{18 - 16 * ((y - low) / (high - low) if high > low else 0.5):.1f}"
-        for step, y in finite
+        f"{80 * (step - start) / (end - start):.1f},{18 - 16 * fraction(y, low, high):.1f}" for step, y in finite
     )
     return (
         '<svg class="chart" style="width:80px" viewBox="0 0 80 20" aria-hidden="true">'

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from html import escape
 
 from quack_fx.report.run.read import SCALE, Run, Sample
-from quack_fx.report.run.series import number, site_name, spread
+from quack_fx.report.run.series import extent, number, site_name, spread
 
 SLOWER, FASTER, BROKEN = (14, 140, 160), (214, 64, 140), (230, 150, 30)
 _LEVELS = 16
@@ -129,10 +129,7 @@ def in_words(heat: HeatMap) -> str:
 
 def _site_in_words(site: str, scales: Sequence[Sequence[float]]) -> str:
     first, last = scales[0], scales[-1]
-    return (
-        f"{site_name(site)}: {number(min(first))} to {number(max(first))} at first, {number(min(last))} to "
-        f"{number(max(last))} at the end"
-    )
+    return f"{site_name(site)}: {extent(first)} at first, {extent(last)} at the end"
 
 
 def _octaves(now: float, first: float) -> float:

@@ -14,26 +14,29 @@ from html import escape
 
 from quack_fx.report.run import chart, heatmap
 from quack_fx.report.run.read import LOGIT, NORM, PRODUCT, SCALE, Run, RunFile, Sample
-from quack_fx.report.run.series import Curves, Growth, curves, growth, number, site_name, spread
+from quack_fx.report.run.series import Curves, Growth, curves, extent, growth, number, site_name, spread
 from quack_fx.report.style import document, sums
 
 MOST_ROWS, MOST_GROWN = 40, 12
 _STYLE = (
     chart.STYLE
     + """
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 14px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 14px;
+  align-items: start; }
 figure { margin: 0; padding: 12px 16px 4px; } figure + figure.heat { margin-top: 14px; }
 figcaption { font-weight: 600; margin-bottom: 6px; } figcaption small { font-weight: 400; color: var(--soft); }
 figure details, .heads details { border: 0; border-top: 1px solid var(--line); border-radius: 0; margin: 8px 0 0;
   padding: 0; }
 figure summary, .heads summary { font-weight: 400; color: var(--soft); font-size: 13px; padding: 8px 0; }
+td[colspan] { text-align: center !important; }
 figure td, figure th, .heads td, .heads th { padding: 3px 10px; font-size: 12.5px; text-align: right; }
-.heads th:first-child, td.name, th.name { text-align: left; }
+figure.heat :is(th, td):first-child, .heads th:first-child { text-align: left; }
+th.num { text-align: right; }
 td { font-variant-numeric: tabular-nums; }
 .heads { padding: 0 16px 8px; } .heads details:first-child { border-top: 0; margin-top: 0; }
 .scroll { overflow: auto; max-height: 320px; }
-.key { white-space: nowrap; margin-left: 10px; font-weight: 400; color: var(--soft); font-size: 13px; }
-.key svg { width: 26px; height: 8px; vertical-align: middle; }
+.curve { white-space: nowrap; margin-left: 12px; font-weight: 400; color: var(--soft); font-size: 13px; }
+.curve svg.chart { display: inline-block; width: 26px; height: 8px; vertical-align: middle; }
 svg.legend { width: 220px; height: 14px; vertical-align: middle; border: 1px solid var(--line); }
 .broken { color: var(--mark); }
 @media print { details > * { display: block; } }
@@ -48,11 +51,11 @@ def page(file: RunFile) -> str:
         file: What was read; see `read`.
     """
     run, name = file.run, file.path.name
-    pictures, maps, grown = curves(run), heatmap.heat_maps(run), growth(run)
+    pictures, maps, grown = curves(run), heatmap.heat_maps(run), growth(run, MOST_GROWN)
     body = [
         f"<h1>{escape(name)}</h1>",
         *(f'<p class="soft">{escape(text)}</p>' for text in remarks(file)),
-        sums(_cards(run, grown)),
+        sums(_cards(run)),
         "<h2>Curves</h2>" if pictures else "",
         '<div class="charts">' + "".join(map(_figure, pictures)) + "</div>" if pictures else "",
         _grown(grown) if grown else "",
@@ -89,7 +92,7 @@ def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _cards(run: Run, grown: Sequence[Growth]) -> list[tuple[str, str]]:
+def _cards(run: Run) -> list[tuple[str, str]]:
     last = run.records[-1]
     cards = [(f"{last.step:,}", "last step")]
     own = {name: value for record in run.records for name, value in record.own.items()}
@@ -99,9 +102,10 @@ def _cards(run: Run, grown: Sequence[Growth]) -> list[tuple[str, str]]:
             cards.append((number(last.attention[key]), text))
     low, high = last.attention.get(f"{SCALE}/min"), last.attention.get(f"{SCALE}/max")
     if low is not None and high is not None:
-        cards.append((f"{number(low)} to {number(high)}", "learning-rate scales"))
-    if grown:
-        cards.append((f"{len(grown):,}", f"query heads in {len({g.site for g in grown})} attentions"))
+        cards.append((extent([low, high]), "learning-rate scales"))
+    heads = [len(values) for (_, metric), values in run.last.heads.items() if metric == PRODUCT] if run.last else []
+    if heads:
+        cards.append((f"{sum(heads):,}", f"query heads in {len(heads)} attentions"))
     return cards
 
 
@@ -125,7 +129,7 @@ def _figure(picture: Curves) -> str:
 def _key(i: int, name: str) -> str:
     """A piece of a curve, and its name."""
     return (
-        f'<span class="key"><svg class="chart" style="width:26px" viewBox="0 0 26 8" aria-hidden="true">'
+        f'<span class="curve"><svg class="chart" viewBox="0 0 26 8" aria-hidden="true">'
         f'<polyline class="c{i % 3}" points="0,4 26,4"/></svg> {escape(name)}</span>'
     )
 
@@ -143,15 +147,16 @@ def _grown(grown: Sequence[Growth]) -> str:
         f"<tr><td><code>{escape(site_name(g.site))}</code><td class=num>{g.head}<td class=num>{number(g.first)}"
         f"<td class=num>{number(g.now)}<td class=num>{number(g.ratio)}"
         f"{f'<td class=num>{number(g.logit)}' if has_logit else ''}<td>{chart.sparkline(g.way)}"
-        for g in grown[:MOST_GROWN]
+        for g in grown
     )
-    head = '<th scope="col">Attention<th scope="col">Head<th scope="col">At first<th scope="col">Now'
-    head += f'<th scope="col">Times{"<th scope=col>Largest logit" if has_logit else ""}<th scope="col">Over time'
+    numbers = ["Head", "At first", "Now", "Times", *(["Largest logit"] if has_logit else [])]
+    head = "".join(f'<th scope="col" class=num>{title}' for title in numbers)
     first = grown[0].way[0][0]
     return (
         "<h2>Heads that grew most</h2>"
         f'<p class="soft">By the norm product: how many times that of step {first:,}, where this record begins.</p>'
-        f'<div class="wide frame" tabindex="0"><table><tr>{head}{rows}</table></div>'
+        f'<div class="wide frame" tabindex="0"><table>'
+        f'<tr><th scope="col">Attention{head}<th scope="col">Over time{rows}</table></div>'
     )
 
 
@@ -176,10 +181,7 @@ def _heat_maps(maps: Sequence[heatmap.HeatMap]) -> str:
 def _heat_table(heat: heatmap.HeatMap) -> str:
     """Smallest and largest scale of each attention, at a few steps; every head at the last one is further down."""
     at = spread(range(len(heat.steps)), 5)
-    rows = [
-        [escape(site_name(site)), *(f"{number(min(scales[i]))} to {number(max(scales[i]))}" for i in at)]
-        for site, scales in heat.sites
-    ]
+    rows = [[escape(site_name(site)), *(extent(scales[i]) for i in at)] for site, scales in heat.sites]
     return _table(["attention", *(f"step {heat.steps[i]:,}" for i in at)], rows)
 
 

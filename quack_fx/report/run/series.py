@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from quack_fx.report.run.read import LOGIT, PRODUCT, SCALE, Run
+from quack_fx.report.run.read import LOGIT, PRODUCT, SCALE, Run, Sample, least, most
 
 Point = tuple[int, float]
 """A step and a value."""
@@ -48,6 +48,7 @@ class Growth:
         head: Its number.
         first: The product of its norms when the record begins.
         now: The product at the last step.
+        ratio: How many times the first product that is; infinite where the first is zero.
         logit: Its largest logit at the last step; None where the record has none.
         way: The product over time.
     """
@@ -56,15 +57,9 @@ class Growth:
     head: int
     first: float
     now: float
+    ratio: float
     logit: float | None
     way: tuple[Point, ...]
-
-    @property
-    def ratio(self) -> float:
-        """How many times the first product the last one is."""
-        if self.first == 0:
-            return 1.0 if self.now == 0 else math.inf * self.now
-        return self.now / self.first
 
 
 _OF_ATTENTION = (
@@ -100,14 +95,14 @@ def curves(run: Run) -> list[Curves]:
     return found
 
 
-def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """At most about `most` points with the smallest and largest value of each stretch, and all that are not finite.
+def thinned(points: Sequence[Point], limit: int) -> list[Point]:
+    """At most about `limit` points with the smallest and largest value of each stretch, and all that are not finite.
 
     Of values that are not finite one a stretch is kept.
     """
-    if len(points) <= most:
+    if len(points) <= limit:
         return list(points)
-    size = math.ceil(len(points) / (most // 3))
+    size = math.ceil(len(points) / (limit // 3))
     kept = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
@@ -119,29 +114,44 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
     return sorted([*kept, *ends], key=lambda point: point[0])
 
 
-def spread(items: Sequence[_T], most: int) -> list[_T]:
-    """At most `most` of some things, evenly spread, the first and the last among them."""
-    if len(items) <= most:
+def spread(items: Sequence[_T], limit: int) -> list[_T]:
+    """At most `limit` of some things, evenly spread, the first and the last among them."""
+    if len(items) <= limit:
         return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def growth(run: Run) -> list[Growth]:
-    """The query heads of a run, those whose product of norms grew most first; NaN counts as more than all."""
+def growth(run: Run, limit: int) -> list[Growth]:
+    """The `limit` query heads whose product of norms grew most, the first of them most; NaN counts as more than all."""
     if run.last is None:
         return []
-    found = []
     samples = [*run.samples, *([run.last] if run.samples[-1] is not run.last else [])]
+    found = []
     for (site, metric), now in run.last.heads.items():
-        if metric != PRODUCT:
-            continue
-        ways = [(s.step, s.heads[site, metric]) for s in samples if len(s.heads.get((site, metric), ())) == len(now)]
-        logits = run.last.heads.get((site, LOGIT), ())
-        for head, value in enumerate(now):
-            way = tuple((step, values[head]) for step, values in ways)
-            logit = logits[head] if head < len(logits) else None
-            found.append(Growth(site, head, way[0][1], value, logit, way))
-    return sorted(found, key=lambda g: -math.inf if math.isnan(g.ratio) else -g.ratio)
+        if metric == PRODUCT:
+            alike = [s for s in samples if len(s.heads.get((site, PRODUCT), ())) == len(now)]
+            first = alike[0].heads[site, PRODUCT]
+            found += [(_ratio(*pair), site, head, alike) for head, pair in enumerate(zip(now, first, strict=True))]
+    found.sort(key=lambda one: (not math.isnan(one[0]), -one[0]))
+    return [_growth(*one, run.last) for one in found[:limit]]
+
+
+def _ratio(now: float, first: float) -> float:
+    """How many times the first product the last one is; infinite where the first is zero."""
+    if first == 0:
+        return 1.0 if now == 0 else math.inf * now
+    return now / first
+
+
+def _growth(ratio: float, site: str, head: int, samples: Sequence[Sample], last: Sample) -> Growth:
+    way = tuple((sample.step, sample.heads[site, PRODUCT][head]) for sample in samples)
+    logits = last.heads.get((site, LOGIT), ())
+    return Growth(site, head, way[0][1], way[-1][1], ratio, logits[head] if head < len(logits) else None, way)
+
+
+def fraction(value: float, low: float, high: float) -> float:
+    """Where a value is between two others, from 0 to 1; halves, because the difference of two may be infinite."""
+    return (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
 
 
 def number(value: float | None) -> str:
@@ -151,6 +161,12 @@ def number(value: float | None) -> str:
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
     return f"{value:.4g}"
+
+
+def extent(values: Sequence[float]) -> str:
+    """Smallest and largest of some numbers, as text; NaN where one is NaN."""
+    low, high = number(least(values)), number(most(values))
+    return low if low == high else f"{low} to {high}"
 
 
 def site_name(site: str) -> str:

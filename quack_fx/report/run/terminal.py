@@ -19,7 +19,7 @@ from rich.text import Text
 
 from quack_fx.report.run.page import remarks
 from quack_fx.report.run.read import RunFile
-from quack_fx.report.run.series import Growth, Point, curves, growth, number, site_name
+from quack_fx.report.run.series import Growth, Point, curves, fraction, growth, number, site_name
 
 DIM, HEAD = "dim", "bold"
 _BARS = "▁▂▃▄▅▆▇█"
@@ -47,11 +47,11 @@ class Summary:
         numbers = self._numbers(width)
         yield self._head()
         yield numbers
-        grown = growth(self.file.run)
         room = options.max_height - 12 - numbers.row_count if self.live else _MOST_GROWN
-        if grown and room > 0:
+        grown = growth(self.file.run, max(0, min(_MOST_GROWN, room)))
+        if grown:
             yield Text()
-            yield _grown(grown[: min(_MOST_GROWN, room)], width)
+            yield _grown(grown, width)
 
     def _head(self) -> RenderableType:
         grid = Table.grid(padding=(0, 2))
@@ -116,9 +116,4 @@ def spark(points: Sequence[Point], width: int) -> str:
     finite = [y for y in cells if math.isfinite(y)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     top = len(_BARS) - 1
-    return "".join(
-        _NOT_FINITE
-        if math.isnan(y)
-        else _BARS[round(top * (y / 2 - low / 2) / (high / 2 - low / 2)) if high > low else 0]
-        for y in cells
-    )
+    return "".join(_NOT_FINITE if math.isnan(y) else _BARS[round(top * fraction(y, low, high))] for y in cells)
