@@ -627,6 +627,15 @@ def test_watch_follows_a_file_that_is_made_later_and_ends_on_ctrl_c(tmp_path: Pa
     assert b"Traceback" not in screen and b"steps 0 to 10" in screen
 
 
+@pytest.mark.parametrize("width", [50, 60, 84, 100, 200])
+def test_numbers_are_whole_at_any_width(width: int, mla: Path) -> None:
+    text, last = shown(read(mla), width), lines_of(mla)[-1]
+    assert all(len(line) <= width for line in text.splitlines())
+    assert f"{last['loss']:.4g}" in text and f"{last['lr']:.4g}" in text
+    scales = [v for name, values in last.items() if name.endswith("lr_scale") for v in values]
+    assert all(f"{value:.4g}" in text for value in (min(scales), max(scales)))
+
+
 def test_a_screen_is_filled_and_not_more(tmp_path: Path) -> None:
     path = record_of(tmp_path / "run.jsonl", {0: 3.0, 1: 2.0}, heads=tuple(range(1, 40)))
     for height in (12, 24, 40):

@@ -64,7 +64,8 @@ def _heat_map(block: str, sites: Sequence[str], samples: Sequence[Sample]) -> He
 
 def reach(maps: Sequence[HeatMap]) -> float:
     """The largest distance of any scale from its first one, in powers of two; at least 0.05."""
-    found = [abs(_octaves(now, first)) for m in maps for _, s in m.sites for v in s for now, first in zip(v, s[0])]  # noqa: B905
+    samples = ((values, scales[0]) for heat in maps for _, scales in heat.sites for values in scales)
+    found = (abs(_octaves(now, first)) for values, firsts in samples for now, first in zip(values, firsts, strict=True))
     return max([0.05, *(one for one in found if math.isfinite(one))])
 
 

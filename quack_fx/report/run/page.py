@@ -7,14 +7,12 @@ so that the page stays below 2 MB.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from html import escape
 
 from quack_fx.report.run import chart, heatmap
 from quack_fx.report.run.read import LOGIT, NORM, PRODUCT, SCALE, Run, RunFile, Sample
-from quack_fx.report.run.series import Curves, Growth, curves, extent, growth, number, site_name, spread
+from quack_fx.report.run.series import Curves, Growth, curves, extent, growth, number, remarks, site_name, spread
 from quack_fx.report.style import document, sums
 
 MOST_ROWS, MOST_GROWN = 40, 12
@@ -63,33 +61,6 @@ def page(file: RunFile) -> str:
         _every_head(run),
     ]
     return document(f"{name}: training run", body, _STYLE)
-
-
-def remarks(file: RunFile) -> list[str]:
-    """What a reader should know of a record: its extent, restarts, a line cut short, values that are not finite."""
-    run, said = file.run, []
-    records = run.records
-    times = [record.time for record in records if math.isfinite(record.time)]
-    lasted = f", {_duration(times[-1] - times[0])}" if len(times) > 1 and times[-1] >= times[0] else ""
-    steps = f"step {records[0].step:,}" if len(records) == 1 else f"steps {records[0].step:,} to {records[-1].step:,}"
-    said.append(f"{len(records):,} record{'s' * (len(records) != 1)}, {steps}{lasted}")
-    if run.restarts:
-        again = ", ".join(f"{step:,}" for step in run.restarts[-5:])
-        more = f"the last 5 of {len(run.restarts)} times: " if len(run.restarts) > 5 else ""
-        said.append(
-            f"went on from an earlier step; what was recorded again replaces what was there: {more}step {again}"
-        )
-    if file.unfinished:
-        said.append("the last line is not complete and was left out")
-    for picture in curves(run):
-        if broken := picture.not_finite:
-            times_text = "once" if len(broken) == 1 else f"at {len(broken):,} steps"
-            said.append(f"{picture.title} is not finite {times_text}, first at step {broken[0]:,}")
-    return said
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _cards(run: Run) -> list[tuple[str, str]]:

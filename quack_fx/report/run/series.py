@@ -1,7 +1,7 @@
 """A `Run` -> curves over steps, and the growth of every head.
 
 In: a run. Out: `Curves` that belong in one picture, thinned so that no extreme is lost, and `Growth` of heads, the
-largest first. Numbers as text, for all reports of a run.
+largest first. What to remark on a record, and numbers as text, for all reports of a run.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
-from quack_fx.report.run.read import LOGIT, PRODUCT, SCALE, Run, Sample, least, most
+from quack_fx.report.run.read import LOGIT, PRODUCT, SCALE, Run, RunFile, Sample, least, most
 
 Point = tuple[int, float]
 """A step and a value."""
@@ -147,6 +148,33 @@ def _growth(ratio: float, site: str, head: int, samples: Sequence[Sample], last:
     way = tuple((sample.step, sample.heads[site, PRODUCT][head]) for sample in samples)
     logits = last.heads.get((site, LOGIT), ())
     return Growth(site, head, way[0][1], way[-1][1], ratio, logits[head] if head < len(logits) else None, way)
+
+
+def remarks(file: RunFile) -> list[str]:
+    """What a reader should know of a record: its extent, restarts, a line cut short, values that are not finite."""
+    run, said = file.run, []
+    records = run.records
+    times = [record.time for record in records if math.isfinite(record.time)]
+    lasted = f", {_duration(times[-1] - times[0])}" if len(times) > 1 and times[-1] >= times[0] else ""
+    steps = f"step {records[0].step:,}" if len(records) == 1 else f"steps {records[0].step:,} to {records[-1].step:,}"
+    said.append(f"{len(records):,} record{'s' * (len(records) != 1)}, {steps}{lasted}")
+    if run.restarts:
+        again = ", ".join(f"{step:,}" for step in run.restarts[-5:])
+        more = f"the last 5 of {len(run.restarts)} times: " if len(run.restarts) > 5 else ""
+        said.append(
+            f"went on from an earlier step; what was recorded again replaces what was there: {more}step {again}"
+        )
+    if file.unfinished:
+        said.append("the last line is not complete and was left out")
+    for picture in curves(run):
+        if broken := picture.not_finite:
+            times_text = "once" if len(broken) == 1 else f"at {len(broken):,} steps"
+            said.append(f"{picture.title} is not finite {times_text}, first at step {broken[0]:,}")
+    return said
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def fraction(value: float, low: float, high: float) -> float:

@@ -17,14 +17,14 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from quack_fx.report.run.page import remarks
 from quack_fx.report.run.read import RunFile
-from quack_fx.report.run.series import Growth, Point, curves, fraction, growth, number, site_name
+from quack_fx.report.run.series import Point, curves, fraction, growth, number, remarks, site_name
 
 DIM, HEAD = "dim", "bold"
 _BARS = "▁▂▃▄▅▆▇█"
 _NOT_FINITE = "!"
-_MOST_GROWN, _MOST_WIDTH = 8, 48
+_COURSE, _GAP = "Over time", 3
+_MOST_GROWN, _MOST_WIDTH, _MOST_TITLE = 8, 48, 40
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,18 @@ class Summary:
         if not self.file.run.records:
             yield Text(f"waiting for the first record in {self.file.path}", DIM)
             return
-        width = max(8, min(_MOST_WIDTH, options.max_width - 62))
-        numbers = self._numbers(width)
         yield self._head()
-        yield numbers
-        room = options.max_height - 12 - numbers.row_count if self.live else _MOST_GROWN
+        rows = self._rows()
+        yield _table("Number", ["First", "Now", "Smallest", "Largest"], rows, options.max_width)
+        room = options.max_height - 12 - len(rows) if self.live else _MOST_GROWN
         grown = growth(self.file.run, max(0, min(_MOST_GROWN, room)))
         if grown:
             yield Text()
-            yield _grown(grown, width)
+            heads = [
+                _Row(site_name(g.site), [str(g.head), number(g.first), number(g.now), number(g.ratio)], g.way)
+                for g in grown
+            ]
+            yield _table("Heads that grew most", ["Head", "First", "Now", "Times"], heads, options.max_width)
 
     def _head(self) -> RenderableType:
         grid = Table.grid(padding=(0, 2))
@@ -65,39 +68,42 @@ class Summary:
             grid.add_row("last", Text(f"{max(0, round(time.time() - last)):,} s ago; Ctrl-C ends the view"))
         return Group(grid, Text())
 
-    def _numbers(self, width: int) -> Table:
-        table = _table("Number", ["First", "Now", "Smallest", "Largest"])
+    def _rows(self) -> list[_Row]:
+        rows = []
         for picture in curves(self.file.run):
             for name, points in picture.lines.items():
                 title = picture.title if len(picture.lines) == 1 else f"{name} {picture.title}"
                 finite = [y for _, y in points if math.isfinite(y)]
                 ends = [number(min(finite)), number(max(finite))] if finite else ["", ""]
-                row: list[RenderableType] = [
-                    Text(title),
-                    number(points[0][1]),
-                    Text(number(points[-1][1]), HEAD),
-                    *ends,
-                ]
-                table.add_row(*row, spark(points, width))
-        return table
+                rows.append(_Row(title, [number(points[0][1]), number(points[-1][1]), *ends], points))
+        return rows
 
 
-def _grown(grown: Sequence[Growth], width: int) -> Table:
-    table = _table("Heads that grew most", ["Head", "First", "Now", "Times"])
-    for g in grown:
-        table.add_row(
-            Text(site_name(g.site)), str(g.head), number(g.first), Text(number(g.now), HEAD), number(g.ratio),
-            spark(g.way, width),
-        )  # fmt: skip
-    return table
+@dataclass(frozen=True)
+class _Row:
+    """A row of a table: what it is about, numbers as text, its course."""
+
+    title: str
+    numbers: Sequence[str]
+    points: Sequence[Point]
 
 
-def _table(title: str, numbers: Sequence[str]) -> Table:
+def _table(title: str, names: Sequence[str], rows: Sequence[_Row], width: int) -> Table:
+    """A table whose numbers are whole at any width: the course takes what is left, then titles are cut."""
+    each = [max([len(name), *(len(row.numbers[i]) for row in rows)]) for i, name in enumerate(names)]
+    left = width - sum(each) - _GAP * len(names)
+    longest = min(_MOST_TITLE, max([len(title), *(len(row.title) for row in rows)]))
+    room = left - longest - _GAP
     table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False, padding=(0, 1), show_edge=False)
-    table.add_column(title, overflow="ellipsis", no_wrap=True, min_width=20, max_width=32)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("Over time", no_wrap=True)
+    table.add_column(title, overflow="ellipsis", no_wrap=True, width=min(longest, max(1, left)))
+    for name, size in zip(names, each, strict=True):
+        table.add_column(name, justify="right", no_wrap=True, width=size)
+    drawn = min(_MOST_WIDTH, room) if room >= len(_COURSE) else 0
+    if drawn:
+        table.add_column(_COURSE, no_wrap=True, width=max(drawn, len(_COURSE)))
+    for row in rows:
+        course = [spark(row.points, drawn)] if drawn else []
+        table.add_row(Text(row.title), *map(Text, row.numbers), *course)
     return table
 
 
