@@ -68,13 +68,11 @@ class MaxLogits:
     def __init__(self, model: nn.Module, layout: QKLayout) -> None:
         self._model = model
         self._device = next(model.parameters()).device
-        modules = {
-            bare_name(name) if name else "": module for name, module in model.named_modules(remove_duplicate=False)
-        }
+        modules = {_bare(name): module for name, module in model.named_modules(remove_duplicate=False)}
         by_module: dict[nn.Module, list[_Site]] = {}
         self._sites = list(_sites(model, layout))
         for site in self._sites:
-            module = modules.get(bare_name(site.layout.name) if site.layout.name else "")
+            module = modules.get(_bare(site.layout.name))
             if module is None:
                 raise OptimizerError(
                     f"the logits of {site.layout.name!r} cannot be read: it is no module of this model; "
@@ -206,7 +204,8 @@ def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
     if not rows:
         raise _Unread("none of its query and key rows is trained and belongs to one head alone")
     try:
-        with torch.random.fork_rng([]):
+        # Gradients through a checkpoint run it once more, and may draw random numbers.
+        with torch.random.fork_rng([source.device] if source.is_cuda else []):
             axes = find_axes(source, call.axis, heads, site.layout.key_heads, rows)
             if axes is not None and call.op == "softmax" and has_sink(source, call.axis, rows):
                 raise _Unread("a column of its logits is no product of queries and keys, but an attention sink")
@@ -241,17 +240,22 @@ def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
         for attribute, param in module.named_parameters(recurse=False, remove_duplicate=False):
             homes.setdefault(id(param), (module, attribute))
     axes = {block.param: block.axis for site in layout.sites for _, block in site.blocks()}
-    owners = Owners(layout, {name: param.shape[axes.get(name, 0)] for name, param in params.items()})
-    for site, first in zip(layout.sites, owners.first, strict=True):
+    sizes = {name: param.shape[axes.get(name, 0)] for name, param in params.items()}
+    for site in layout.sites:
+        # By this site alone: rows that another one uses as well tell its heads apart no less.
+        owners = Owners(QKLayout((site,)), sizes)
         pairs = [pair for head in range(site.query_heads) for pair in nearest(site, head)]
         names = dict.fromkeys(at for pair in pairs for unit in pair if unit is not None for at in unit.names)
         rows = []
         for name, axis in names:
-            heads = owners.rows[name] - first
-            heads[(heads < 0) | (heads >= site.query_heads)] = -1
-            if bool((heads >= 0).any()):
-                rows.append((*homes[id(params[name])], axis, heads))
+            if bool((owners.rows[name] >= 0).any()):
+                rows.append((*homes[id(params[name])], axis, owners.rows[name]))
         yield _Site(site, tuple(rows))
+
+
+def _bare(name: str) -> str:
+    """Name of a module without the segments that wrappers add."""
+    return bare_name(f"{name}.weight").rpartition(".")[0]
 
 
 def _check_eager(model: nn.Module, watched: dict[nn.Module, list[_Site]]) -> None:
