@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-from per_head import DIM, HEADS, KEY_HEADS, LAYOUT, Model, PerHead, assert_same, batch, loss_of, train
+from per_head import HEADS, LAYOUT, Model, PerHead, assert_same, batch, train
 from test_distributed import LAYOUT as CUT
 from test_distributed import Model as Cut
 from test_distributed import batch as cut_batch
@@ -19,11 +19,11 @@ from test_distributed import data_parallel, fsdp, run_in_processes, tensor_paral
 from test_max_logits import by_hand, loud
 from tiny_models import CASES, Case
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Muon, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from quack_fx import QuacK
 from quack_fx.errors import OptimizerError
-from quack_fx.layout import LogitTerm, QKLayout, WeightBlock
+from quack_fx.layout import QKLayout
 from quack_fx.train.logits import MaxLogits
 
 METHODS = ["quack", "constant", "qk-clip", "compositional", "none"]
@@ -85,7 +85,7 @@ def test_qk_clip_is_the_reference_step_by_step(name: str, clip: Any, attention: 
     mine, reference = pair(getattr(tiny_models, name))
     mine.model.set_attn_implementation(attention)  # type: ignore[operator]
     threshold = float(by_hand(mine).median())
-    optimizers = [AdamW(case.model.parameters(), lr=2e-2) for case in (mine, reference)]
+    optimizers = [SGD(case.model.parameters(), lr=0.2, momentum=0.9) for case in (mine, reference)]
     QuacK(optimizers[0], mine.model, mine.layout, method="qk-clip", threshold=threshold)
     clipped = set[bool]()
     for _ in range(6):
@@ -115,7 +115,6 @@ PLAIN = [
 def test_logits_become_gamma_times_as_large(name: str) -> None:
     """On the same inputs of each attention, exactly: multi-head, grouped, one key head, latent, called twice."""
     case = loud(CASES[name]())
-    case.model.double()
     names = {site.name for site in case.layout.sites}
     calls: list[tuple[nn.Module, Any, Any]] = []
     kept = [
@@ -123,10 +122,9 @@ def test_logits_become_gamma_times_as_large(name: str) -> None:
         for at, module in case.model.named_modules()
         if at in names
     ]
-    inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.inputs.items()}
     watch = MaxLogits(case.model, case.layout)
-    case.model(**inputs)
-    before = watch.take().double()
+    case.model(**case.inputs)
+    before = watch.take()
     for hook in kept:
         hook.remove()
     normed = torch.tensor([bool(site.qk_norm) for site in case.layout.sites for _ in range(site.query_heads)])
@@ -135,14 +133,14 @@ def test_logits_become_gamma_times_as_large(name: str) -> None:
         pytest.skip("QK norm: there is nothing to scale")
     optimizer = SGD(case.model.parameters(), lr=0.0)
     QuacK(optimizer, case.model, case.layout, method="qk-clip", threshold=threshold)
-    case.model(**inputs)
+    case.model(**case.inputs)
     watch.take()
     optimizer.step()
     for module, args, kwargs in calls:
         module(*args, **kwargs)
     gamma = torch.where(before > threshold, threshold / before, 1.0)
     assert (gamma < 0.99).any() and (gamma == 1).any()
-    torch.testing.assert_close(watch.take().double(), before * gamma, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(watch.take(), before * gamma, rtol=1e-5, atol=1e-5)
 
 
 def test_joint_attention_and_adapters_have_the_same_rule() -> None:
@@ -187,10 +185,8 @@ def test_logits_that_are_not_finite_clip_nothing(value: float) -> None:
     optimizer = SGD(model.parameters(), lr=0.0)
     quack = QuacK(optimizer, model, LAYOUT, method="qk-clip", threshold=0.01)
     before = copy.deepcopy(model)
-    quack.method.after_step(
-        {name: dict(model.named_parameters())[name] for name in ("layers.0.q.weight", "layers.0.kv.weight")},
-        torch.full((2 * HEADS,), value),
-    )
+    held = {name: param.detach() for name, param in model.named_parameters() if ".q." in name or ".kv." in name}
+    quack.method.after_step(held, torch.full((2 * HEADS,), value))
     assert_same(model, before)
 
 
@@ -321,7 +317,6 @@ def test_after_detach_the_optimizer_is_as_before(method: Any) -> None:
     assert_same(model, plain)
     assert optimizers[0].state_dict().keys() == optimizers[1].state_dict().keys()
     assert all("quack_init" not in state for state in optimizers[0].state.values())
-    QuacK(optimizers[0], model, LAYOUT, method=method)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +351,7 @@ def test_bad_input_is_told_in_one_line(options: Any, message: str) -> None:
 def test_tau_of_a_method_without_one_cannot_be_set() -> None:
     model = Model()
     quack = QuacK(SGD(model.parameters()), model, LAYOUT, method="none")
-    with pytest.raises(OptimizerError, match="tau is 0.5, and this method leaves learning rates as they are"):
+    with pytest.raises(OptimizerError, match=r"tau is 0.5, and this method leaves learning rates as they are"):
         quack.tau = 0.5
     assert quack.tau == 1.0
 
