@@ -351,7 +351,7 @@ def test_bad_input_is_told_in_one_line(options: Any, message: str) -> None:
 def test_tau_of_a_method_without_one_cannot_be_set() -> None:
     model = Model()
     quack = QuacK(SGD(model.parameters()), model, LAYOUT, method="none")
-    with pytest.raises(OptimizerError, match=r"tau is 0.5, and this method leaves learning rates as they are"):
+    with pytest.raises(OptimizerError, match=r"tau is 0.5, and method 'none' leaves learning rates as they are"):
         quack.tau = 0.5
     assert quack.tau == 1.0
 

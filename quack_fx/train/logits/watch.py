@@ -55,8 +55,12 @@ class MaxLogits:
             its logits are not seen.
         layout: Its layout. Of a site that keeps a QK norm the logits are read where that norm leaves heads apart.
 
+    A forward may take other branches in other passes, as long as a call that comes at another place than before is no
+    call of the same function, number of axes and size of the heads' axis.
+
     Raises:
-        OptimizerError: The model, or a part of it with an attention, is compiled; a site is no module of it.
+        OptimizerError: The model, or a part of it with an attention, is compiled, or in `nn.DataParallel`; a site is no
+            module of it.
 
     Example:
         >>> watch = MaxLogits(model, layout)
@@ -261,6 +265,8 @@ def _bare(name: str) -> str:
 def _check_eager(model: nn.Module, watched: dict[nn.Module, list[_Site]]) -> None:
     """Refuse modules whose code torch.compile runs instead of Python."""
     for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise OptimizerError("the largest logits cannot be read in nn.DataParallel; use DistributedDataParallel")
         compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
         if compiled and any(inner in watched for inner in module.modules()):
             raise OptimizerError(

@@ -57,6 +57,7 @@ class Compositional(Method):
         OptimizerError: A head's logits are not the product of two blocks of rows that no other head uses.
     """
 
+    name: ClassVar[str] = "compositional"
     uses_tau: ClassVar[bool] = True
 
     def __init__(self, scaling: Scaling, model: nn.Module, layout: QKLayout) -> None:
