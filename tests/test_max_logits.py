@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -298,6 +299,51 @@ def test_only_passes_that_are_trained_count() -> None:
     assert torch.equal(watch.take(), found)
 
 
+def test_autocast_has_the_dtype_of_the_kernel() -> None:
+    model = Model()
+    watch = MaxLogits(model, GROUPED)
+    seen: list[Tensor] = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(batch(0))
+        q = F.linear(seen[0], model.layers[0].q.weight, model.layers[0].q.bias).float()
+        k = F.linear(seen[0], model.layers[0].kv.weight).float()[..., : 2 * HEAD]
+    logits = split(q) @ split(k).repeat_interleave(2, 1).mT / 2
+    torch.testing.assert_close(watch.take()[:HEADS], logits.amax((0, 2, 3)).detach())
+
+
+def test_copies_are_not_watched() -> None:
+    """Of an average of the weights, or a model that is saved whole."""
+    model = Model()
+    watch = MaxLogits(model, GROUPED)
+    model(batch(0))
+    copy.deepcopy(model)(100 * batch(1))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    torch.load(file, weights_only=False)(100 * batch(1))
+    found = watch.take()
+    model(batch(0))
+    assert torch.equal(watch.take(), found)
+
+
+def test_weights_of_zero_are_looked_at_again() -> None:
+    """No gradient reaches the queries behind keys of zero, and the keys serve two heads each."""
+    toy, one = attention(grouped_by_hand, 2)
+    watch = MaxLogits(toy, QKLayout((one,)))
+    x = torch.randn(2, 5, 8)
+    keys = toy.k.detach().clone()
+    for scale in (0.0, 1.0):
+        with torch.no_grad():
+            toy.k.copy_(scale * keys)
+        toy(x)
+        if scale == 0:
+            with pytest.raises(OptimizerError, match="its forward called no softmax"):
+                watch.take()
+    q, k = split(F.linear(x, toy.q)), split(F.linear(x, toy.k)).repeat_interleave(2, 1)
+    torch.testing.assert_close(watch.take(), (q @ k.mT).amax((0, 2, 3)).detach())
+
+
 def test_after_detach_nothing_is_seen() -> None:
     model = Model()
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -316,11 +362,14 @@ def test_metrics_have_them_of_the_last_step_by_one_copy() -> None:
     quack = QuacK(optimizer, model, GROUPED, logits=True)
     plain = quack.metrics()
     assert not any("max_attn_logit" in name for name in plain)
-    watch = MaxLogits(copy.deepcopy(model), GROUPED)
-    watch._model(batch(0))
+    other = Model()
+    watch = MaxLogits(other, GROUPED)
+    other(batch(0))
     expected = watch.take().tolist()
     train_grouped(model, optimizer, steps=range(1))
-    found = quack.metrics(heads=True)
+    with Waits() as waits:
+        found = quack.metrics(heads=True)
+    assert waits.calls == ["tolist"]
     at = "attention/layers.1/max_attn_logit"
     assert [found[f"{at}/head_{h}"] for h in range(HEADS)] == pytest.approx(expected[HEADS:])
     assert found[f"{at}/max"] == max(expected[HEADS:]) and found[f"{at}/min"] == min(expected[HEADS:])
@@ -382,6 +431,11 @@ def test_compiled_models_are_refused() -> None:
     model.layers[1].compile()
     with pytest.raises(OptimizerError, match=r"cannot be read: 'layers.1' is compiled"):
         QuacK(SGD(model.parameters()), model, GROUPED, logits=True)
+
+
+def test_data_parallel_is_refused() -> None:
+    with pytest.raises(OptimizerError, match=r"cannot be read in nn.DataParallel; use DistributedDataParallel"):
+        MaxLogits(nn.DataParallel(Model()), GROUPED)
 
 
 def test_a_model_that_did_not_run_is_refused() -> None:

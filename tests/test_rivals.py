@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from per_head import HEADS, LAYOUT, Model, PerHead, assert_same, batch, train
 from test_distributed import LAYOUT as CUT
 from test_distributed import Model as Cut
 from test_distributed import batch as cut_batch
-from test_distributed import data_parallel, fsdp, run_in_processes, tensor_parallel, whole
+from test_distributed import data_parallel, fsdp, mesh, run_in_processes, tensor_parallel, whole
 from test_max_logits import by_hand, loud
+from test_zero_start import WIDTH, Lora
 from tiny_models import CASES, Case
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import SGD, AdamW, Optimizer
 
-from quack_fx import QuacK
+from quack_fx import QuacK, find_qk_pairs
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout
 from quack_fx.train.logits import MaxLogits
@@ -143,27 +146,42 @@ def test_logits_become_gamma_times_as_large(name: str) -> None:
     torch.testing.assert_close(watch.take(), before * gamma, rtol=1e-5, atol=1e-5)
 
 
-def test_joint_attention_and_adapters_have_the_same_rule() -> None:
+def assert_clipped(model: nn.Module, layout: QKLayout, inputs: dict[str, Tensor]) -> None:
+    """A step of no length with QK-Clip leaves the largest logits at the threshold, and the others as they are."""
+    watch = MaxLogits(model, layout)
+    model(**inputs)
+    before = watch.take()
+    threshold = float(before.mean())
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    QuacK(optimizer, model, layout, method="qk-clip", threshold=threshold)
+    model(**inputs)
+    optimizer.step()
+    watch.take()
+    model(**inputs)
+    torch.testing.assert_close(watch.take(), before.clamp_max(threshold))
+    assert (before > 1.01 * threshold).any()
+
+
+def test_joint_attention_has_the_same_rule() -> None:
     """Two kinds of tokens, each with projections of their own: every product becomes gamma times as large."""
     case = tiny_models.joint()
     for stream in ("image", "text"):
         for part in ("q", "k"):
             setattr(case.model, f"{stream}_{part}_norm", nn.Identity())
-    site = case.layout.sites[0]
-    from dataclasses import replace
+    assert_clipped(case.model, QKLayout((replace(case.layout.sites[0], qk_norm=()),)), case.inputs)
 
-    layout = QKLayout((replace(site, qk_norm=()),))
-    watch = MaxLogits(case.model, layout)
-    case.model(**case.inputs)
-    before = watch.take()
-    threshold = float(before.median())
-    optimizer = SGD(case.model.parameters(), lr=0.0)
-    QuacK(optimizer, case.model, layout, method="qk-clip", threshold=threshold)
-    case.model(**case.inputs)
-    optimizer.step()
-    watch.take()
-    case.model(**case.inputs)
-    torch.testing.assert_close(watch.take(), before.clamp_max(threshold))
+
+def test_adapters_have_the_same_rule() -> None:
+    """The frozen weight's rows and those of B beside it; what is frozen cannot be scaled."""
+    model = Lora(b=1.0)
+    x = torch.randn(2, 5, WIDTH)
+    layout = find_qk_pairs(model, x)
+    with pytest.raises(OptimizerError, match=r"scales '[qk].w.weight' of '', which is frozen \(requires_grad=False\)"):
+        assert_clipped(model, layout, {"x": x})
+    model.requires_grad_()
+    down = [model.q.a.weight.clone(), model.k.a.weight.clone()]
+    assert_clipped(model, layout, {"x": x})
+    assert torch.equal(down[0], model.q.a.weight) and torch.equal(down[1], model.k.a.weight)
 
 
 def test_a_clip_counts_all_passes_since_the_last_step() -> None:
@@ -413,6 +431,23 @@ def ranks_are_one_process(shard: Callable[[Any], nn.Module]) -> None:
             assert any("max_attn_logit" in name for name in found) == (options["method"] in ("none", "qk-clip"))
 
 
+def half_precision(model: Any) -> nn.Module:
+    return fully_shard(model, mesh=mesh(2), mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+
+
+def logits_of_half_precision_are_read() -> None:
+    """What FSDP2 gives the forward are copies of the weights in bfloat16."""
+    alone, shared = Cut(), half_precision(Cut())
+    x = cut_batch(0, torch.float32)
+    found = []
+    for net in (alone, shared):
+        optimizer = SGD(net.parameters(), lr=0.1)
+        quack = QuacK(optimizer, net, CUT, method="qk-clip", threshold=0.4)
+        one_step(net, x, optimizer)
+        found.append({name: value for name, value in quack.metrics(heads=True).items() if "max_attn_logit" in name})
+    assert found[1] == pytest.approx(found[0], rel=0.05, abs=0.02) and found[0] != found[1]
+
+
 def a_step_sends_one_message_more() -> None:
     """All heads of all attentions at once."""
     sent = []
@@ -452,6 +487,7 @@ def methods_that_differ_are_refused() -> None:
 TOGETHER: dict[str, Callable[[], None]] = {
     "data parallel": lambda: ranks_are_one_process(data_parallel),
     "FSDP2": lambda: ranks_are_one_process(fsdp),
+    "bfloat16": logits_of_half_precision_are_read,
     "messages": a_step_sends_one_message_more,
     "tensor parallel": tensor_parallel_logits_are_refused,
     "differ": methods_that_differ_are_refused,
