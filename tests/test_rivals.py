@@ -375,9 +375,9 @@ def test_tau_of_a_method_without_one_cannot_be_set() -> None:
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "llama"])
-def test_compositional_is_refused_where_it_was_not_published(name: str) -> None:
+def test_compositional_is_refused_where_it_has_no_formula(name: str) -> None:
     case = CASES[name]()
-    with pytest.raises(OptimizerError, match="was published for heads with one query and one key projection"):
+    with pytest.raises(OptimizerError, match="is for heads with one query and one key projection of their own"):
         QuacK(SGD(case.model.parameters()), case.model, case.layout, method="compositional")
 
 
