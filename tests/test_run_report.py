@@ -207,6 +207,7 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     assert file.run.records == []
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=40))
 def test_what_is_recorded_again_takes_the_place_of_what_was_there(steps: list[int]) -> None:
     """A resumed run: of each step the last record counts, and none that a later one has gone back behind."""
@@ -480,6 +481,7 @@ def test_the_heads_that_grew_most_come_first(tmp_path: Path) -> None:
 # ---- curves ----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=300), st.integers(6, 60))
 def test_thinning_loses_no_extreme(values: list[float], limit: int) -> None:
     points = list(enumerate(values))
@@ -494,12 +496,14 @@ def test_thinning_loses_no_extreme(values: list[float], limit: int) -> None:
     assert kept[0][0] == 0 and kept[-1][0] == len(values) - 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(), min_size=1, max_size=50), st.integers(2, 20))
 def test_spread_keeps_both_ends(items: list[int], limit: int) -> None:
     kept = spread(items, limit)
     assert len(kept) == min(limit, len(items)) and (kept[0], kept[-1]) == (items[0], items[-1])
 
 
+@settings(deadline=None)
 @given(st.floats(-1e300, 1e300), st.floats(-1e300, 1e300))
 def test_ticks_are_few_and_within(one: float, other: float) -> None:
     low, high = min(one, other), max(one, other)
@@ -508,6 +512,7 @@ def test_ticks_are_few_and_within(one: float, other: float) -> None:
     assert len(ticks) <= 6 and all(low - slack <= tick <= high + slack for tick in ticks)
 
 
+@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=80), st.integers(1, 40))
 def test_a_curve_in_characters_fits(values: list[float], width: int) -> None:
     line = spark(list(enumerate(values)), width)

@@ -109,7 +109,7 @@ def _x_axis(x: _Across) -> list[str]:
 
 
 def _y_axis(y: _Up) -> list[str]:
-    parts = []
+    parts = [f'<text x="{_LEFT + 6}" y="{_TOP + 8}">log scale</text>'] if y.log else []
     for tick in y.ticks():
         parts.append(f'<path class="grid" d="M{_LEFT} {y(tick):.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
