@@ -24,7 +24,9 @@ from .bench import bench
 from .common import command as open_command
 from .convert import convert
 from .inspect import inspect
+from .report import report
 from .verify import verify
+from .watch import watch
 
 app = typer.Typer(
     name="quack-fx",
@@ -33,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (inspect, convert, verify, bench):
+for _command in (inspect, convert, verify, bench, report, watch):
     app.command()(_command)
 
 

@@ -47,9 +47,9 @@ def check_ranks(
 
     Raises:
         LayoutError: The layouts differ, or the layout does not fit the model of another rank.
-        OptimizerError: Tau or the norm differ, or not all ranks ask.
+        OptimizerError: Tau, the norm or the method differ, or not all ranks ask.
     """
-    groups = _groups_of(model)
+    groups = groups_of(model)
     if not groups:
         return False
     sites = without_wrappers(layout).sites
@@ -82,7 +82,7 @@ def check_ranks(
         low, high = (struct.unpack("d", struct.pack("q", n))[0] for n in (least[2], most[2]))
         raise OptimizerError(f"the ranks that train this model were given tau from {low} to {high}; give all the same")
     if most[3] != least[3]:
-        raise OptimizerError("the ranks that train this model were given different norms; give all the same")
+        raise OptimizerError("the ranks that train this model were given different norms or methods; give all the same")
     return bool(most[4])
 
 
@@ -92,7 +92,7 @@ def groups_that_differ(model: nn.Module) -> Groups:
     Where all weights are spread over one mesh it is summed up over that, and is the same everywhere.
     """
     meshes = {p.device_mesh if is_sharded(p) else None for p in model.parameters()}  # type: ignore[attr-defined]
-    return _groups_of(model) if len(meshes) > 1 else {}
+    return groups_of(model) if len(meshes) > 1 else {}
 
 
 def everywhere(finite: Tensor | None, groups: Groups) -> Tensor | None:
@@ -103,7 +103,7 @@ def everywhere(finite: Tensor | None, groups: Groups) -> Tensor | None:
     return finite
 
 
-def _groups_of(model: nn.Module) -> Groups:
+def groups_of(model: nn.Module) -> Groups:
     """The groups of several ranks that a model communicates in, in the same order on each."""
     if not dist.is_available() or not dist.is_initialized():
         return {}

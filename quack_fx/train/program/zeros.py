@@ -12,7 +12,7 @@ does not have this, refuses such a state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -52,6 +52,13 @@ def from_zero(program: ModuleType) -> Any:
                 found.append(type(norms)(*(x.where(x.abs() < _HUGE, torch.inf) for x in starts)))
             return found
 
+        def restart(self, begun: Container[tuple[int, int]]) -> None:
+            """Start training anew, from the weights now, for all attentions but those in `begun`."""
+            for kind, (saved, starts) in enumerate(zip(self.saved, self.start(), strict=True)):
+                anew = [i for i in range(len(saved)) if (kind, i) not in begun]
+                saved[anew, 1:] = torch.cat(list(starts), 1)[anew]
+                saved[:, 0] = saved[:, 0].abs() * torch.where((saved[:, 1:] < 0).any(1), -1.0, 1.0)
+
         def factors(self) -> list[Any]:
             """Factors of the blocks; where a learning rate may only fall, negative, as the first ones are."""
             if not self.first:
@@ -67,10 +74,11 @@ def from_zero(program: ModuleType) -> Any:
             """Take over first factors from a state that was loaded, negative ones, too."""
             for weight, (kind, attention) in self.home.items():
                 saved = (optimizer.state.get(weight) or {}).get("quack_init")
-                own = self.saved[kind][attention]
-                if isinstance(saved, Tensor) and saved is not self.kept.get(weight) and len(saved) == 8 * len(own):
-                    mark = saved.to(own.device, torch.uint8)[:8].clone().view(torch.float64)
-                    own[:1] = own[:1].where(mark != -own[:1], mark)
+                if isinstance(saved, Tensor) and saved is not self.kept.get(weight):
+                    own = self.saved[kind][attention]
+                    if len(saved) == 8 * len(own):
+                        mark = saved.to(own.device, torch.uint8)[:8].clone().view(torch.float64)
+                        own[:1] = own[:1].where(mark != -own[:1], mark)
             super().take_over(optimizer)
 
     return FromZero
