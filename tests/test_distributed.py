@@ -180,15 +180,14 @@ class Messages(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def a_step_sends_one_message_for_each_axis(
-    shard: Callable[[Model], nn.Module], axes: int, make: Callable[[nn.Module], Any] = adamw
+def a_step_sends_one_message(
+    shard: Callable[[Model], nn.Module], meshes: int = 1, make: Callable[[nn.Module], Any] = adamw
 ) -> None:
-    """All ranks add up the norms of all heads at once: one all_reduce for each axis of each mesh, of eight bytes a norm
-    (they are squares, in fp64: products of four norms must not overflow).
+    """All ranks add up the norms of all heads at once: one all_reduce for each mesh, of four bytes a norm.
 
     Nothing else is sent that steps without QuacK do not send: by hooks, by compiled steps, by the emitted file.
     """
-    norms = 8 * 2 * 2 * HEADS  # bytes; of queries and keys, in two layers
+    norms = 4 * 2 * 2 * HEADS  # bytes; of queries and keys, in two layers
 
     def messages(layout: QKLayout, taker: str) -> Counter[tuple[str, int]]:
         model = shard(Model())
@@ -212,7 +211,7 @@ def a_step_sends_one_message_for_each_axis(
 
     for taker in ("hooks", "step", "emitted") if make is adamw else ("step", "emitted"):
         plain, ours = messages(QKLayout(), taker), messages(LAYOUT, taker)
-        assert ours - plain == {("c10d::allreduce_", norms): 2 * axes} and plain <= ours, (taker, plain, ours)
+        assert ours - plain == {("c10d::allreduce_", norms): 2 * meshes} and plain <= ours, (taker, plain, ours)
 
 
 def mesh(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
@@ -352,10 +351,10 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
         "DistributedDataParallel": lambda: equal_to_one_process(data_parallel),
         "steps, compiled, FSDP2": lambda: steps_equal_one_process(fsdp, compile=True),
         "steps, Muon and AdamW, FSDP2": lambda: steps_equal_one_process(fsdp, muon_and_adamw),
-        "messages, FSDP2": lambda: a_step_sends_one_message_for_each_axis(fsdp, 1),
-        "messages, FSDP2 with replicas": lambda: a_step_sends_one_message_for_each_axis(hybrid, 2),
-        "messages, tensor parallel": lambda: a_step_sends_one_message_for_each_axis(tensor_parallel, 1),
-        "messages, Muon and AdamW": lambda: a_step_sends_one_message_for_each_axis(fsdp, 1, muon_and_adamw),
+        "messages, FSDP2": lambda: a_step_sends_one_message(fsdp),
+        "messages, FSDP2 with replicas": lambda: a_step_sends_one_message(hybrid),
+        "messages, tensor parallel": lambda: a_step_sends_one_message(tensor_parallel),
+        "messages, Muon and AdamW": lambda: a_step_sends_one_message(fsdp, 1, muon_and_adamw),
         "rows": rows_are_where_the_tensors_say,
         "norms": norms_are_those_of_the_whole,
         "resume": a_resumed_run_is_the_uninterrupted_one,
@@ -367,7 +366,7 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
         "FSDP2 with replicas": lambda: equal_to_one_process(hybrid),
         "steps, Muon and AdamW": lambda: steps_equal_one_process(fsdp_over_tensor_parallel, muon_and_adamw),
         # Two meshes: of the weights that are cut once, and of those that are cut twice.
-        "messages": lambda: a_step_sends_one_message_for_each_axis(fsdp_over_tensor_parallel, 1 + 2),
+        "messages": lambda: a_step_sends_one_message(fsdp_over_tensor_parallel, meshes=2),
         "strided rows": strided_rows_are_where_the_tensors_say,
         "rows": rows_are_where_the_tensors_say,
     },
