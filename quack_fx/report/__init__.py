@@ -16,31 +16,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from rich.console import RenderableType
-
 from quack_fx.errors import LayoutError
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.report.facts import Facts, Proof
-from quack_fx.report.html import page
-from quack_fx.report.terminal import Overview, pair_tree
+from quack_fx.report.html import page as html
+from quack_fx.report.terminal import Overview as overview
+from quack_fx.report.terminal import pair
 from quack_fx.report.walk import explanation
 
 __all__ = ["Facts", "Proof", "explanation", "find_name", "find_site", "html", "overview", "pair"]
-
-
-def overview(layout: QKLayout, facts: Facts) -> RenderableType:
-    """Everything that was found, one row per group of equal layers; for `rich.console.Console.print`."""
-    return Overview(layout, facts)
-
-
-def pair(site: AttentionSite, facts: Facts) -> RenderableType:
-    """One attention as a tree; for `rich.console.Console.print`."""
-    return pair_tree(site, facts)
-
-
-def html(layout: QKLayout, facts: Facts) -> str:
-    """The page, complete."""
-    return page(layout, facts)
 
 
 def find_site(layout: QKLayout, name: str) -> AttentionSite:

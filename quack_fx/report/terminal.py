@@ -28,7 +28,10 @@ _COLOUR: dict[Side, str] = {"query": QUERY, "key": KEY}
 
 @dataclass(frozen=True)
 class Overview:
-    """Everything that was found, group by group; a rich renderable that fits the width it is given."""
+    """Everything that was found, one row per group of equal layers; for `rich.console.Console.print`.
+
+    A rich renderable, which chooses the form of its table by the width that it is given.
+    """
 
     layout: QKLayout
     facts: Facts
@@ -153,8 +156,8 @@ def _listing(title: str, entries: Sequence[tuple[str, str]], counts: bool) -> Re
     return Padding(tree, (0, 0, 1, 0))
 
 
-def pair_tree(site: AttentionSite, facts: Facts) -> RenderableType:
-    """One attention in full: chains of factors with their rows, head map, terms, norms, and QuacK's factors."""
+def pair(site: AttentionSite, facts: Facts) -> RenderableType:
+    """One attention as a tree, for `rich.console.Console.print`: chains of factors with their rows, head map, terms, norms, and QuacK's factors."""
     title = Text(site.name or "(root)", HEAD)
     title.append(f"  {g.kind_text(site)}, head dim {site.head_dim}", "not bold")
     title.append(f"{', cross' if site.cross else ''}{f', {site.calls} calls' if site.calls > 1 else ''}", "not bold")

@@ -17,6 +17,7 @@ from torch import nn
 
 from quack_fx.targets.files import Namespace, defines
 from quack_fx.targets.sizes.uses import read_name
+from quack_fx.targets.source import tree_of, tree_of_function
 from quack_fx.targets.world.inert import Inert, InertModule
 
 
@@ -66,7 +67,7 @@ def sizes_of_one(namespace: Namespace, names: list[str]) -> bool:
     """Whether classes of the file are one model in several sizes: they have a base in common and only construct it."""
     if namespace.file is None:
         return False
-    nodes = dict(_definitions(_tree(namespace).body))
+    nodes = dict(_definitions(tree_of(namespace.file).body))
     bases = {tuple(getattr(namespace.names[name], "__bases__", ())) for name in names}
     return len(bases) == 1 and all(_only_constructs(nodes.get(name)) for name in names)
 
@@ -98,7 +99,7 @@ def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
     found: dict[str, str] = {}
     if namespace.file is None:
         return found
-    functions = [n for _, n in _definitions(_tree(namespace).body) if not isinstance(n, ast.ClassDef)]
+    functions = [n for _, n in _definitions(tree_of(namespace.file).body) if not isinstance(n, ast.ClassDef)]
     for _ in functions:  # one that calls another that makes a model makes one
         before = len(found)
         for node in functions:
@@ -151,11 +152,8 @@ def _runs(model: Any) -> bool:
     """Whether a class has a forward that does something."""
     if inspect.isabstract(model) or model.forward is nn.Module.forward:
         return False
-    try:
-        tree = ast.parse(inspect.cleandoc(inspect.getsource(model.forward)))
-    except (OSError, TypeError, SyntaxError):
-        return True
-    body = tree.body[0].body if isinstance(tree.body[0], ast.FunctionDef) else []
+    functions = tree_of_function(model.forward).body
+    body = functions[0].body if functions and isinstance(functions[0], ast.FunctionDef) else []
     return not body or not isinstance(body[-1], ast.Raise)
 
 
@@ -163,18 +161,13 @@ def _class_uses(namespace: Namespace) -> nx.DiGraph[str]:
     """Which definition of a file names which other."""
     uses: nx.DiGraph[str] = nx.DiGraph()
     if namespace.file is not None:
-        for name, node in _definitions(_tree(namespace).body):
+        for name, node in _definitions(tree_of(namespace.file).body):
             uses.add_edges_from(
                 (name, other)
                 for other in _names_in(node)
                 if other != name and defined_here(namespace.names.get(other), namespace)
             )
     return uses
-
-
-def _tree(namespace: Namespace) -> ast.Module:
-    assert namespace.file is not None  # asked for files only
-    return ast.parse(namespace.file.read_bytes())
 
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -23,6 +23,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from quack_fx.targets.source import text_of, tree_of
+
 _INSTALLED = tuple(
     str(Path(p).resolve()) for p in {sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")} if p
 )
@@ -188,7 +190,7 @@ def moved(module: str, name: str) -> str | None:
     for depth in range(len(inner), -1, -1):
         folder = roots[0].joinpath(*inner[:depth])
         files = sorted(folder.glob("*.py")) if folder.is_dir() else []
-        found = [f for f in files if defines.search(f.read_text("utf-8", errors="ignore"))]
+        found = [f for f in files if defines.search(text_of(f))]
         if len(found) == 1:
             stem = [] if found[0].stem == "__init__" else [found[0].stem]
             return ".".join([module.split(".")[0], *inner[:depth], *stem])
@@ -292,10 +294,7 @@ def _importer() -> str | None:
 
 @lru_cache(maxsize=512)
 def _imports_of(file: str) -> frozenset[str]:
-    try:
-        return frozenset(_absolute(ast.parse(Path(file).read_bytes())))
-    except (OSError, SyntaxError, ValueError):
-        return frozenset()
+    return frozenset(_absolute(tree_of(Path(file))))
 
 
 def _imported_by(file: str, first: str) -> set[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +17,13 @@ from torch import nn
 from quack_fx.targets.sizes.made_up import made_up
 from quack_fx.targets.sizes.signatures import hints_of, required
 from quack_fx.targets.sizes.uses import asserted
+from quack_fx.targets.source import tree_of_function
 
 
 def set_up(model: nn.Module) -> list[str]:
     """Call the methods that a model's forward asks for; returns the calls as text."""
     done: list[str] = []
-    for name in asserted(_tree(model.forward)):
+    for name in asserted(tree_of_function(model.forward)):
         if getattr(model, name, 0) is None and (method := _setter(model, name)) is not None:
             hints = hints_of(method)
             given = {n: made_up(n, hints.get(n)) for n in required(method)}
@@ -37,16 +37,8 @@ def _setter(model: nn.Module, attribute: str) -> Callable[..., Any] | None:
     for name, function in inspect.getmembers(type(model), inspect.isfunction):
         if name.startswith("__") or name == "forward" or hasattr(nn.Module, name):
             continue
-        for node in ast.walk(_tree(function)):
+        for node in ast.walk(tree_of_function(function)):
             targets = node.targets if isinstance(node, ast.Assign) else []
             if any(isinstance(t, ast.Attribute) and t.attr == attribute for t in targets):
                 return getattr(model, name)  # type: ignore[no-any-return]
     return None
-
-
-def _tree(function: Callable[..., Any]) -> ast.Module:
-    """Source of a function; an empty module where there is none to be had."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return ast.Module([], [])

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.files import Namespace, name_and_text
-from quack_fx.targets.inputs import Inputs
+from quack_fx.targets.inputs.values import Inputs, named
 from quack_fx.targets.pick import Recipe
 
 Examples = Callable[[nn.Module], list[Inputs]]
@@ -106,11 +106,4 @@ def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
 
 def example(*args: Any, **kwargs: Any) -> Inputs:
     """Inputs that an adapter gives: "float32[2, 3, 224, 224]"."""
-    parts = [*map(_shown, args), *(f"{name}={_shown(value)}" for name, value in kwargs.items())]
-    return Inputs(args, kwargs, ", ".join(parts) or "nothing")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
+    return named(args, kwargs)

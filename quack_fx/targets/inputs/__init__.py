@@ -28,7 +28,7 @@ from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets import hf
-from quack_fx.targets.inputs import values
+from quack_fx.targets.failure import cause_of
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
 from quack_fx.targets.inputs.changes import LARGEST
 from quack_fx.targets.inputs.made import maker_of
@@ -98,20 +98,20 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
     Returns:
         The inputs, those first whose new argument stands in the statement that failed.
     """
-    cause = error.__cause__ or error
+    cause = cause_of(error)
     parameters = signature(model)
     optional = [p for p in parameters if p.default is None and p.name not in given.kwargs]
     unmet = unmet_names(cause)
     failing = unmet or failing_names(cause)
-    named = [p for p in optional if p.name in failing]
-    if not named and not asks_for_more(cause):
+    failed = [p for p in optional if p.name in failing]
+    if not failed and not asks_for_more(cause):
         return []
     filled = [p for p in parameters if p.default is p.empty or p.name in given.kwargs]
     filled = [p for p in filled if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     # Where a check ended the forward, nothing was read of what comes behind it: all arguments are inferred again.
     return [
         inputs if unmet else _with(given, p.name, inputs.kwargs[p.name])
-        for p in (named or optional)[:4]
+        for p in (failed or optional)[:4]
         for inputs in _candidates(model, [*filled, p], 2)
         if p.name in inputs.kwargs
     ]
@@ -119,7 +119,7 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
 
 def _with(given: Inputs, name: str, value: Any) -> Inputs:
     """Inputs with one more argument; the others stay as they came to be."""
-    return values.named(given.args, {**given.kwargs, name: value}, given.names or [""] * len(given.args))
+    return named(given.args, {**given.kwargs, name: value}, given.names)
 
 
 def _wanted(model: nn.Module) -> list[inspect.Parameter]:

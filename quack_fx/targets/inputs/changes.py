@@ -84,9 +84,7 @@ def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def changed(inputs: Inputs, change: Change) -> Inputs:
     """Inputs with every tensor in them changed."""
     args = tuple(each_in(value, change) for value in inputs.args)
-    return named(
-        args, {name: each_in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
-    )
+    return named(args, {name: each_in(value, change) for name, value in inputs.kwargs.items()}, inputs.names)
 
 
 def each_in(value: Any, change: Change) -> Any:

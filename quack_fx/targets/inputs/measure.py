@@ -11,18 +11,25 @@ from __future__ import annotations
 
 import ast
 import itertools
-import linecache
 import math
 import re
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from types import FrameType, TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
+from quack_fx.targets.failure import (
+    cause_of,
+    condition_of,
+    evaluator,
+    factors_in,
+    shapes_in,
+    statements_at,
+    users_frame,
+)
 from quack_fx.targets.inputs.changes import LARGEST, changed, refilled, tensors
 from quack_fx.targets.inputs.values import Inputs
 
@@ -62,17 +69,17 @@ class Mismatch:
 
 
 def mismatch(error: BaseException) -> Mismatch | None:
-    """The sizes that differ where a forward failed; None where it is about no sizes."""
-    cause = error.__cause__ or error
-    found = users_frame(cause.__traceback__)
+    """The sizes that differ where a forward failed; None for an error that is not about sizes."""
+    cause = cause_of(error)
+    found = users_frame(cause)
     if found is None:
         return None
     frame, line = found
     text = str(cause)
     without_numbers = re.sub(r"-?\d+", "#", text)
     place = (frame.f_code.co_filename, line, f"{type(cause).__name__}: {without_numbers}")
-    sides = _stated(frame, line)
-    if sides is not None:
+    condition = condition_of(statements_at(frame, line))
+    if condition is not None and (sides := _sides(condition[0], evaluator(frame))) is not None:
         return _of_pairs(place, sides) if sides else None
     mask = re.search(r"shape of the mask \[(.*?)\] at index (\d+) .*indexed tensor \[(.*?)\] at index (\d+)", text)
     if mask:
@@ -82,13 +89,12 @@ def mismatch(error: BaseException) -> Mismatch | None:
         return None
     if re.search(r"values to unpack|satisfy the constraint", text):  # numbers of axes, numbers that are no sizes
         return None
-    product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
-    if product:
-        return Mismatch(place, tuple(int(n) for n in product.groups() if n is not None), ((0, 1),))
+    if (factors := factors_in(text)) is not None:
+        return Mismatch(place, factors, ((0, 1),))
     one = re.search(r"tensor a \((\d+)\) must match .*tensor b \((\d+)\) at non-singleton dimension (\d+)", text)
     if one:
         return Mismatch((*place[:2], f"sizes [{one[3]}]"), (int(one[1]), int(one[2])), ((0, 1),))
-    shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
+    shapes = shapes_in(text)
     if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
         return _of_pairs(place, list(zip(*shapes, strict=True)))
     numbers = tuple(
@@ -111,44 +117,19 @@ def _of_pairs(place: tuple[str, int, str], sides: list[tuple[int, int]]) -> Mism
     return Mismatch((*place[:2], f"sizes {wrong}"), numbers, tuple((2 * n, 2 * n + 1) for n in range(len(wrong))))
 
 
-def users_frame(traceback: TracebackType | None) -> tuple[FrameType, int] | None:
-    """The innermost frame of the user's own code, and the line where it stands."""
-    found: tuple[FrameType, int] | None = None
-    while traceback is not None:
-        module = traceback.tb_frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "quack_fx.", "importlib", "einops")):
-            found = traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next
-    return found
-
-
-def _stated(frame: FrameType, line: int) -> list[tuple[int, int]] | None:
-    """The two sides of the condition that failed, where they are sizes; None where no condition did."""
+def _sides(test: ast.expr, value: Callable[[ast.expr], Any]) -> list[tuple[int, int]] | None:
+    """The sizes on the two sides of each equality in a condition; None where they cannot be evaluated."""
+    found: list[tuple[int, int]] = []
     try:
-        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
-        around = [
-            n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)
-        ]
-        if around and isinstance(around[-1], ast.Assert):
-            test = around[-1].test
-        elif len(around) > 1 and isinstance(around[-1], ast.Raise) and isinstance(around[-2], ast.If):
-            test = around[-2].test
-        else:
-            return None
-        found: list[tuple[int, int]] = []
         for part in test.values if isinstance(test, ast.BoolOp) else [test]:
-            if isinstance(part, ast.Compare) and isinstance(part.ops[0], ast.Eq | ast.NotEq):
-                sides = [
-                    eval(compile(ast.Expression(side), "<condition>", "eval"), frame.f_globals, frame.f_locals)
-                    for side in (part.left, part.comparators[0])
-                ]
-                # What must divide a size is no size itself: the statement tells it.
-                found += (
-                    [] if isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod) else _pairs(*sides)
-                )
-        return found
-    except Exception:  # the condition is of the user's own making; this is a hint
+            if not isinstance(part, ast.Compare) or not isinstance(part.ops[0], ast.Eq | ast.NotEq):
+                continue
+            sides = value(part.left), value(part.comparators[0])
+            # In `x % 8 == 0` the two sides are no sizes.
+            found += [] if isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod) else _pairs(*sides)
+    except Exception:  # the user's expression may raise anything
         return None
+    return found
 
 
 def _pairs(have: Any, want: Any) -> list[tuple[int, int]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from quack_fx.targets.inputs import calls
 from quack_fx.targets.inputs.loops import comprehension, same_keys
 from quack_fx.targets.inputs.operators import compared, computed
 from quack_fx.targets.inputs.uses import UNKNOWN, Data, Dim, Items, Known, Rank, Shape, Unknown, Use, Value
+from quack_fx.targets.source import tree_of_function
 
 DEPTH, STATEMENTS = 16, 4000
 """How deep calls are followed, and how many statements are read in all."""
@@ -53,11 +53,8 @@ def read_uses(model: nn.Module, given: list[str]) -> dict[str, Use]:
 
 @functools.lru_cache(maxsize=512)
 def _definition(code: types.CodeType) -> ast.FunctionDef | None:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    return next((n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == code.co_name), None)
+    nodes = ast.walk(tree_of_function(code))
+    return next((n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == code.co_name), None)
 
 
 class _Enough(Exception):

@@ -13,18 +13,28 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
-import linecache
 import math
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quack_fx.targets.failure import (
+    cause_of,
+    condition_of,
+    evaluator,
+    factors_in,
+    frames_of,
+    none_names,
+    shapes_in,
+    statements_at,
+    users_frame,
+)
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.changes import LARGEST, Change, changed, only, refilled, reshape, resize, sizes, with_rank
 from quack_fx.targets.inputs.measure import Answer, Budget, Search, mismatch
@@ -169,7 +179,7 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
         candidate: The inputs for which it failed.
         error: What it raised, or an error that has it as its cause, with the traceback.
     """
-    cause = error.__cause__ or error
+    cause = cause_of(error)
     found: dict[str, Inputs] = {}
     try:
         for change in itertools.islice(_changes(model, candidate, cause), 12):
@@ -182,63 +192,41 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
 
 
 def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Iterator[Change]:
-    frames = list(_frames(error.__traceback__))
-    known = sizes(candidate)
-    for frame, line in reversed(frames):
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "quack_fx.", "importlib")):
-            yield from _statement(frame, line, str(error))
-            break
-    yield from _layer(model, frames)
-    yield from _message(str(error), known)
+    if (found := users_frame(error)) is not None:
+        yield from _statement(*found, str(error))
+    yield from _layer(model, error)
+    yield from _message(str(error), sizes(candidate))
 
 
 def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
     """Inputs with block masks of the size that flex attention asks for."""
-    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(error.__cause__ or error))
+    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(cause_of(error)))
     if wanted is None:
         return []
     mask = causal_blocks(int(wanted[1]), int(wanted[2]))
     args = tuple(mask if is_blocks(value) else value for value in inputs.args)
     kwargs = {name: mask if is_blocks(value) else value for name, value in inputs.kwargs.items()}
-    return [named(args, kwargs, inputs.names or [""] * len(args))]
+    return [named(args, kwargs, inputs.names)]
 
 
 def asks_for_more(error: BaseException) -> bool:
-    """Whether a forward failed since something is None, by what the error or the condition in front of it says."""
-    cause = error.__cause__ or error
+    """Whether a forward failed because an argument is None, by the message or by the condition that it checks."""
+    cause = cause_of(error)
     return "None" in str(cause) or bool(unmet_names(cause))
 
 
 def unmet_names(error: BaseException) -> set[str]:
-    """Names that are None where the forward checks what it is given, and says that it cannot do with it."""
-    for frame, line in list(_frames(error.__traceback__))[-1:]:
-        text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
-        try:
-            within = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.If | ast.Assert | ast.Raise)]
-        except SyntaxError:
-            return set()
-        around = [n for n in within if n.lineno <= line <= (n.end_lineno or n.lineno)]
-        if around and isinstance(around[-1], ast.Raise | ast.Assert):
-            tests = [n.test for n in around[-2:] if not isinstance(n, ast.Raise)]
-            names = {part.id for test in tests for part in ast.walk(test) if isinstance(part, ast.Name)}
+    """Names that are None in the condition by which a forward checks its arguments, and refuses them."""
+    for frame, line in list(frames_of(error))[-1:]:
+        if (condition := condition_of(statements_at(frame, line))) is not None:
+            names = {part.id for part in ast.walk(condition[0]) if isinstance(part, ast.Name)}
             return {name for name in names if frame.f_locals.get(name, 0) is None}
     return set()
 
 
 def failing_names(error: BaseException) -> set[str]:
-    """Names that are None where a forward failed, in its statement and those that led to it."""
-    found: set[str] = set()
-    for frame, line in _frames(error.__traceback__):
-        text = linecache.getline(frame.f_code.co_filename, line)
-        found |= {word for word in re.findall(r"\w+", text) if frame.f_locals.get(word, 0) is None}
-    return found
-
-
-def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
-    while traceback is not None:
-        yield traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next
+    """Names that are None in the line where a forward failed, and in the lines that called it."""
+    return {name for frame, line in frames_of(error) for name in none_names(frame, line)}
 
 
 # ---- the statement ---------------------------------------------------------------------------------------------------
@@ -282,31 +270,23 @@ def _of_named(named: list[Tensor], message: str) -> Iterator[Change]:
 
 
 def _statement(frame: FrameType, line: int, message: str) -> Iterator[Change]:
-    """What the statement that failed asks for."""
-    text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
-    tree = ast.parse(text)
-    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)]
+    """Changes that the failed statement asks for."""
+    around, value = statements_at(frame, line), evaluator(frame)
     if not around:
         return
-
-    def value(node: ast.expr) -> Any:
-        return eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
-
     statement = around[-1]
     if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
         read = [frame.f_locals.get(n.id) for n in ast.walk(statement) if isinstance(n, ast.Name)]
         yield from _of_named([v for v in read if isinstance(v, Tensor)], message)
-    if isinstance(statement, ast.Assert):
-        yield from _condition(statement.test, True, value)
-    elif isinstance(statement, ast.Raise) and len(around) > 1 and isinstance(around[-2], ast.If):
-        yield from _condition(around[-2].test, False, value)
+    if (condition := condition_of(around)) is not None:
+        yield from _condition(*condition, value)
     elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         source = statement.value.func if isinstance(statement.value, ast.Call) else statement.value
         if isinstance(source, ast.Attribute) and source.attr in ("shape", "size"):
             data, count = value(source.value), len(statement.targets[0].elts)
             if isinstance(data, Tensor):
                 yield with_rank(data.dim(), count)
-                yield from (only(number, with_rank(data.dim(), count)) for number in range(2))
+                yield from (only(index, with_rank(data.dim(), count)) for index in range(2))
 
 
 def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
@@ -358,9 +338,9 @@ def _multiple(node: ast.BinOp, value: Callable[[ast.expr], Any]) -> Iterator[Cha
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
-def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Change]:
+def _layer(model: nn.Module, error: BaseException) -> Iterator[Change]:
     """What the layer takes that failed, instead of each argument that has the shape that it was given."""
-    for frame, _ in reversed(frames):
+    for frame, _ in reversed(list(frames_of(error))):
         layer = frame.f_locals.get("self")
         if frame.f_code.co_name != "forward" or not isinstance(layer, nn.Module):
             continue
@@ -397,13 +377,11 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
     """Changes for the sizes and types that a message names."""
     yield from _types(text)
     yield from _viewed(text)
-    shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
-    for given, wanted in itertools.pairwise(shapes):
+    for given, wanted in itertools.pairwise(shapes_in(text)):
         if len(given) == len(wanted):
             yield reshape(given, wanted)
-    product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
-    if product:
-        old, new = (int(n) for n in product.groups() if n is not None)
+    if (factors := factors_in(text)) is not None:
+        old, new = factors
         yield resize(old, new, last=True)
         yield resize(old, new)
         yield from _scaled(old, new, known)

@@ -187,7 +187,7 @@ class Inputs:
 
 def named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Iterable[str] = ()) -> Inputs:
     """Inputs with their text; `names` are the parameters that the positional arguments are given to."""
-    names = tuple(names)
+    names = tuple(names) or ("",) * len(args)
     parts = [f"{name}={shown(value)}" if name else shown(value) for name, value in zip(names, args, strict=True)]
     parts += [f"{name}={shown(value)}" for name, value in kwargs.items()]
     return Inputs(args, kwargs, ", ".join(parts) or "nothing", names=names)

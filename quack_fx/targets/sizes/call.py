@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from quack_fx.targets.failure import frames_of, none_names
 from quack_fx.targets.sizes.signatures import parameters
 
 
@@ -73,13 +74,10 @@ def lacking(error: BaseException, optional: set[str]) -> dict[str, bool]:
     """Optional parameters that are None in the statements that failed, where the error says that this was the matter,
     and whether items or attributes of them are asked for there."""
     found: dict[str, bool] = {}
-    step = error.__traceback__ if "NoneType" in str(error) else None
     asked = re.search("not subscriptable|has no attribute", str(error)) is not None
-    while step is not None:
-        frame = step.tb_frame
-        line = linecache.getline(frame.f_code.co_filename, step.tb_lineno)
-        absent = [w for w in re.findall(r"\w+", line) if w in optional and frame.f_locals.get(w, 0) is None]
+    for frame, number in frames_of(error) if "NoneType" in str(error) else ():
+        line = linecache.getline(frame.f_code.co_filename, number)
+        absent = none_names(frame, number) & optional
         with_fields = {w for w in absent if re.search(rf"\b{w}\s*[\[.]", line)}
-        found |= {w: w in with_fields for w in absent if not asked or not with_fields or w in with_fields}
-        step = step.tb_next
+        found |= {w: w in with_fields for w in sorted(absent) if not asked or not with_fields or w in with_fields}
     return found

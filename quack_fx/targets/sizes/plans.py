@@ -36,6 +36,7 @@ from quack_fx.targets.sizes.settings import Guess, Settings
 from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_config_class, parameters, plain_type, required
 from quack_fx.targets.sizes.sources import Source, sources
 from quack_fx.targets.sizes.uses import Uses, read_name
+from quack_fx.targets.source import tree_of
 
 _CONFIG = re.compile(r"(\w*_)?(config|configs|cfg|conf|args|arguments|opts?|options|hparams?|hps?|params|settings)$")
 _MANY = 6
@@ -106,7 +107,7 @@ class Planner:
     @cached_property
     def _trees(self) -> dict[Path, ast.Module]:
         """Source of the repository's files that are loaded."""
-        return {path: tree for path in self._own_files if (tree := _tree(path)) is not None}
+        return {path: tree_of(path) for path in self._own_files}
 
     @cached_property
     def _uses(self) -> Uses:
@@ -487,10 +488,3 @@ class Planner:
 
 _METHODS = frozenset("get keys values items copy update pop to_dict __dict__ shape size device dtype T".split())
 _METHODS |= frozenset("split strip lower upper startswith endswith format replace append".split())
-
-
-def _tree(path: Path) -> ast.Module | None:
-    try:
-        return ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 import typing
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+
+from quack_fx.targets.source import tree_of_function
 
 
 def required(function: Callable[..., Any]) -> list[str]:
@@ -51,11 +52,7 @@ def _passed_on(made: type) -> tuple[int, set[str]] | None:
     """What a constructor itself gives the one of its base: how many by place, and which by name. None where it does not
     pass on whatever else it is given."""
     owner = next(base for base in made.__mro__ if "__init__" in vars(base))
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(vars(owner)["__init__"])))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of_function(vars(owner)["__init__"])):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "__init__"):
             continue
         if any(keyword.arg is None for keyword in node.keywords):

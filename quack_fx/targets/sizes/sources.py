@@ -78,8 +78,8 @@ def sources(
     """
     found: list[Source] = []
     for path in python_files(repository, near)[:PARSED]:
-        text = _text(path)
-        if text is None or not (any(name in text for name in callees) or sum(word in text for word in words) > 1):
+        text = read(path)
+        if not (any(name in text for name in callees) or sum(word in text for word in words) > 1):
             continue
         try:
             tree = ast.parse(text)
@@ -91,7 +91,7 @@ def sources(
     for path in itertools.islice(walk(repository, (".md",)), READ_ME):
         # Only calls: what else stands on such pages shows how things are used, not how they are.
         shown = str(path.relative_to(repository))
-        text = _text(path) or ""
+        text = read(path)
         for block in _CODE.findall(text) if any(name in text for name in callees) else ():
             with suppress(SyntaxError, ValueError, RecursionError):
                 found += [
@@ -106,14 +106,10 @@ def sources(
 
 def read(path: Path) -> str:
     """The text of a file; "" for one that is no text or too large."""
-    return _text(path) or ""
-
-
-def _text(path: Path) -> str | None:
     try:
-        return path.read_text("utf-8") if path.stat().st_size <= LARGEST else None
+        return path.read_text("utf-8") if path.stat().st_size <= LARGEST else ""
     except (OSError, UnicodeDecodeError):
-        return None
+        return ""
 
 
 # ---- Python ----------------------------------------------------------------------------------------------------------
@@ -331,9 +327,7 @@ def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
 
 def _in_data(path: Path, shown: str, callee: str) -> Iterator[Source]:
     """The dicts of a JSON or YAML file: each by itself, and all of them together."""
-    text = _text(path)
-    if text is None:
-        return
+    text = read(path)
     try:
         data = json.loads(text) if path.suffix == ".json" else _yaml(text)
     except Exception:  # it is no such file, whatever its ending

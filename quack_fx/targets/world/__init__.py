@@ -19,6 +19,7 @@ nothing behind: no module, no path, no process group, no argument.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import time
 import warnings
@@ -31,6 +32,7 @@ import torch._dynamo
 
 from quack_fx.graph.forward.gpus import Device, OnThisMachine
 from quack_fx.targets.packages import LocalImports, Place, is_installed
+from quack_fx.targets.source import text_of
 from quack_fx.targets.world.devices import no_gpu
 from quack_fx.targets.world.imports import Imports
 from quack_fx.targets.world.inert import Phase, StandInUsed
@@ -145,7 +147,7 @@ class World:
     @property
     def asks_for_ranks(self) -> bool:
         """Whether a file of the target's speaks of torch.distributed."""
-        return any("distributed" in _text(file) or "RANK" in _text(file) for file in self.own_files())
+        return any(re.search("distributed|RANK", text_of(file)) for file in self.own_files())
 
     def others(self) -> list[World]:
         """Worlds to try where this one did not do."""
@@ -163,10 +165,3 @@ class World:
 def _places(module: ModuleType) -> list[str]:
     """The file of a module, and the folders of a package."""
     return [str(getattr(module, "__file__", None) or ""), *map(str, getattr(module, "__path__", None) or ())]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8", errors="ignore")
-    except OSError:
-        return ""

@@ -31,8 +31,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 """Options that flash_attn's functions share, in the order in which they may be given by position."""
 
-_REFUSED = ("block_table", "page_table", "qv", "rotary_cos", "rotary_sin", "attention_chunk", "sinks", "s_aux")
-_REFUSED += ("cache_batch_idx", "cache_leftpad")
+_REFUSED = "block_table page_table qv rotary_cos rotary_sin attention_chunk sinks s_aux cache_batch_idx cache_leftpad"
 """Options that change the result and have no stand-in."""
 
 
@@ -75,7 +74,7 @@ def _flash(
         mask: Further limits on which keys a query sees, [T, S].
         distance: How far each key is before each query, [T, S]; by default as their indices say.
     """
-    for name in _REFUSED:
+    for name in _REFUSED.split():
         if options.get(name) is not None:
             raise NotImplementedError(f"flash attention with {name} has no stand-in")
     options = _DEFAULTS | dict(options)
@@ -104,13 +103,15 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
 @_with_options(*_DEFAULTS)
 def flash_attn_qkvpacked_func(qkv: Tensor, options: Options) -> Any:
     """`flash_attn.flash_attn_qkvpacked_func`: [B, T, 3, H, D] -> [B, T, H, D]."""
-    return _flash(*qkv.unbind(2), options)
+    q, k, v = qkv.unbind(2)
+    return _flash(q, k, v, options)
 
 
 @_with_options(*_DEFAULTS)
 def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, options: Options) -> Any:
     """`flash_attn.flash_attn_kvpacked_func`: q [B, T, H, D], kv [B, S, 2, K, D] -> [B, T, H, D]."""
-    return _flash(q, *kv.unbind(2), options)
+    k, v = kv.unbind(2)
+    return _flash(q, k, v, options)
 
 
 def _joined(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, options: Options) -> Any:
@@ -135,7 +136,8 @@ def flash_attn_varlen_func(
 @_with_options("max_seqlen", *_DEFAULTS)
 def flash_attn_varlen_qkvpacked_func(qkv: Tensor, cu_seqlens: Tensor, options: Options) -> Any:
     """`flash_attn.flash_attn_varlen_qkvpacked_func`: [N, 3, H, D] -> [N, H, D]."""
-    return _joined(*qkv.unbind(1), cu_seqlens, cu_seqlens, options)
+    q, k, v = qkv.unbind(1)
+    return _joined(q, k, v, cu_seqlens, cu_seqlens, options)
 
 
 @_with_options("max_seqlen_q", "max_seqlen_k", *_DEFAULTS)
@@ -143,7 +145,8 @@ def flash_attn_varlen_kvpacked_func(
     q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options
 ) -> Any:
     """`flash_attn.flash_attn_varlen_kvpacked_func`: q [N, H, D], kv [N, 2, K, D] -> [N, H, D]."""
-    return _joined(q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, options)
+    k, v = kv.unbind(1)
+    return _joined(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
 
 
 @_with_options(
@@ -202,7 +205,8 @@ class FlashAttention(nn.Module):
         if key_padding_mask is None:
             return flash_attn_qkvpacked_func(qkv, softmax_scale=self.scale, causal=causal), None
         kept = key_padding_mask.bool()
-        out = attend(*qkv.unbind(2), self.scale, causal, kept[:, None, None])
+        q, k, v = qkv.unbind(2)
+        out = attend(q, k, v, self.scale, causal, kept[:, None, None])
         return out * kept[..., None, None], None
 
 

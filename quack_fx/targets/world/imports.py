@@ -25,7 +25,8 @@ from unittest.mock import patch
 
 from quack_fx.targets.packages import is_installed, moved
 from quack_fx.targets.sizes.uses import read_name
-from quack_fx.targets.world.inert import InertPackage, inert
+from quack_fx.targets.source import text_of, tree_of
+from quack_fx.targets.world.inert import Inert, InertPackage
 from quack_fx.targets.world.known import meaning
 from quack_fx.targets.world.old_names import today
 
@@ -67,7 +68,7 @@ class Imports:
             return self._import_module(name, package)
         except ModuleNotFoundError as error:
             # A name that is made up while the file runs asks whether there is such a module.
-            written = file and self._is_own(file) and f'"{name}"' in Path(file).read_text("utf-8", errors="ignore")
+            written = file and self._is_own(file) and f'"{name}"' in text_of(Path(file))
             if not written or package or not self._is_missing(name, error) or _is_guarded(frame):
                 raise
             return self._stand_in(name, error, leaf=True)
@@ -161,7 +162,7 @@ class Imports:
                 full = f"{name}.{wanted}"
                 known = meaning(full)
                 self.missing.setdefault(full, f"{name} has no {wanted}")
-                value = inert(full) if known is None else known
+                value = Inert(full) if known is None else known
             setattr(proxy, wanted, value)
         return proxy
 
@@ -207,13 +208,9 @@ def _is_guarded(frame: FrameType | None) -> bool:
 @functools.lru_cache(maxsize=512)
 def _guards(file: str) -> tuple[tuple[int, int], ...]:
     """Lines of a file that stand in a `try` that goes on where an import fails."""
-    try:
-        tree = ast.parse(Path(file).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ()
     return tuple(
         (node.body[0].lineno, node.body[-1].end_lineno or node.body[-1].lineno)
-        for node in ast.walk(tree)
+        for node in ast.walk(tree_of(Path(file)))
         if (isinstance(node, ast.Try) and any(_goes_on(handler) for handler in node.handlers))
         or (isinstance(node, ast.With) and any(_suppresses(item.context_expr) for item in node.items))
     )
