@@ -69,7 +69,7 @@ class Json:
         if not isinstance(d, Mapping):
             raise LayoutError(f"a {what} is a JSON object, not {type(d).__name__}")
         read: dict[str, Any] = {}
-        for name, kind in _field_types(cls).items():
+        for name, kind in _field_types(cls).items():  # type: ignore[arg-type]
             if name not in d:
                 raise LayoutError(f"{what} {d.get('name', d.get('param', ''))!r} has no field {name!r}")
             read[name] = _read(kind, d[name], f"field {name!r} of a {what}")
