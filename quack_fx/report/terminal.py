@@ -157,7 +157,7 @@ def _listing(title: str, entries: Sequence[tuple[str, str]], counts: bool) -> Re
 
 
 def pair(site: AttentionSite, facts: Facts) -> RenderableType:
-    """One attention as a tree: its factors with their rows, norms, head map, logit and QuacK's learning-rate factors."""
+    """One attention as a tree: weights with their rows, norms, head map, logit and QuacK's learning-rate factors."""
     title = Text(site.name or "(root)", HEAD)
     title.append(f"  {g.kind_text(site)}, head dim {site.head_dim}", "not bold")
     title.append(f"{', cross' if site.cross else ''}{f', {site.calls} calls' if site.calls > 1 else ''}", "not bold")
