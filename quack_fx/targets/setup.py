@@ -1,8 +1,8 @@
-"""What a model asks to be done between its constructor and its forward.
+"""Calls the methods that a model needs between its constructor and its forward.
 
-In: a model, as its constructor left it. Out: the calls that were made on it, as text. A forward that asserts that an
-attribute of the model is not None, where it still is, says that a method was to be called first: the one that sets it
-(`setup_caches(max_batch_size, max_seq_length)`). Its arguments are made up by their names.
+In: a model as its constructor left it. Out: the calls that were made, as text. Where the forward asserts that an
+attribute of the model is not None and it still is, the method that sets it is called first, such as
+`setup_caches(max_batch_size, max_seq_length)`, with arguments made up from their names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quack_fx.targets.source import tree_of_function
 
 
 def set_up(model: nn.Module) -> list[str]:
-    """Call the methods that a model's forward asks for; returns the calls as text."""
+    """Call the methods that the forward of a model depends on; returns the calls as text."""
     done: list[str] = []
     for name in asserted(tree_of_function(model.forward)):
         if getattr(model, name, 0) is None and (method := _setter(model, name)) is not None:
@@ -33,7 +33,7 @@ def set_up(model: nn.Module) -> list[str]:
 
 
 def _setter(model: nn.Module, attribute: str) -> Callable[..., Any] | None:
-    """The method of a model, no part of construction, that sets an attribute."""
+    """The method of a model, other than its constructor and forward, that sets an attribute."""
     for name, function in inspect.getmembers(type(model), inspect.isfunction):
         if name.startswith("__") or name == "forward" or hasattr(nn.Module, name):
             continue

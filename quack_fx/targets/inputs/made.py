@@ -1,8 +1,7 @@
-"""Arguments that the model makes itself: the carry of a recurrence, memories, hidden states.
+"""Arguments that a method of the model makes: hidden states, memories, the carry of a recurrence.
 
-In: a model and a parameter of its forward. Out: a function that gives the argument, once the values of the others are
-known, by calling the method of the model that makes one: `model.initial_carry(batch)`, `model.init_hidden(2)`. It is
-told by what it says that it returns, or by its name.
+In: a model and a parameter of its forward. Out: a function from the other arguments to this one, which calls that
+method: `model.initial_carry(batch)`, `model.init_hidden(2)`. The method is recognised by its return annotation or name.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Maker = Callable[[Mapping[str, Any]], Any]
 
 
 def maker_of(model: nn.Module, parameter: inspect.Parameter) -> Maker | None:
-    """What makes an argument from the values of the others; None where no method of the model is for that."""
+    """The function that makes an argument from the others; None where no method of the model does."""
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         return None
     wanted = hints_of(type(model).forward).get(parameter.name)

@@ -1,10 +1,9 @@
-"""How the sizes that do not fit in a forward depend on the sizes of its inputs: one of these is changed at a time.
+"""Finds the input size for which two sizes in a forward become equal, by measuring how they grow with it.
 
-In: inputs for which a forward failed, and the sizes that differed there (`Mismatch`). Out: inputs to try; each is
-answered with the mismatch that it leads to. A size that stands behind convolutions and patches is no size of the
-inputs, so that it cannot be read off the error; but two failures of one statement tell how it grows with an axis, and
-so which length of that axis makes it what is asked for. Lengths are taken to grow evenly, or as the area of a picture
-does.
+In: inputs for which a forward failed, and the sizes that differed (`Mismatch`). Out: inputs to try; the caller answers
+each with its mismatch. After convolutions and patches the sizes in an error are not sizes of the inputs. But two
+failures of one statement, for two sizes of one input axis, show how fast the sizes grow with that axis, and so for
+which size of it they are equal. Sizes are assumed to grow linearly, or quadratically as the area of an image does.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from quack_fx.targets.inputs.changes import LARGEST, changed, refilled, tensors
 from quack_fx.targets.inputs.values import Inputs
 
 DEPTH = 5
-"""How many statements in turn are made to hold."""
+"""How many statements, each failing once the one before it holds, are solved."""
 
 _LENGTH = re.compile(r"(max_?)?(seq|context|input|block|history)_?(len|length|window|size)|n_ctx|context_window")
 
 
 @dataclass
 class Budget:
-    """Inputs that may be tried to measure: for one model, and for all that are built for one target."""
+    """How many inputs may be tried for measuring: for one model, and for all models that are built for a target."""
 
     each: int = 90
     total: int = 240
@@ -49,12 +48,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Sizes that do not fit.
+    """Sizes that should be equal and are not.
 
     Attributes:
-        place: The statement, and what the error says without its numbers, or which sizes of two shapes differ.
-        numbers: The sizes that it speaks of.
-        pairs: Places in `numbers` of those that should be equal, likeliest first.
+        place: File and line of the statement, and the error's message without numbers, or which axes differ.
+        numbers: The sizes in the message or the statement.
+        pairs: Indices in `numbers` of two that should be equal, likeliest first.
     """
 
     place: tuple[str, int, str]
@@ -63,7 +62,7 @@ class Mismatch:
 
     @property
     def ratio(self) -> Fraction | None:
-        """How many elements a view asks for, of those that there are."""
+        """For a failed view: elements of the wanted shape over elements of the tensor."""
         is_view = "is invalid for input of size" in self.place[2]
         return Fraction(self.numbers[0], self.numbers[1]) if is_view and self.pairs else None
 
@@ -87,7 +86,7 @@ def mismatch(error: BaseException) -> Mismatch | None:
         return Mismatch((*place[:2], f"sizes [{mask[4]}]"), numbers, ((0, 1),))
     if not isinstance(cause, RuntimeError | ValueError | AssertionError):
         return None
-    if re.search(r"values to unpack|satisfy the constraint", text):  # numbers of axes, numbers that are no sizes
+    if re.search(r"values to unpack|satisfy the constraint", text):  # numbers that are not sizes
         return None
     if (factors := factors_in(text)) is not None:
         return Mismatch(place, factors, ((0, 1),))
@@ -110,9 +109,9 @@ def mismatch(error: BaseException) -> Mismatch | None:
 
 
 def _of_pairs(place: tuple[str, int, str], sides: list[tuple[int, int]]) -> Mismatch:
-    """Two shapes, of which errors tell in several ways."""
+    """The mismatch of two shapes, given as pairs of sizes."""
     wrong = [n for n, pair in enumerate(sides) if pair[0] != pair[1]]
-    wrong = [n for n in wrong if 1 not in sides[n]] or wrong  # one entry is spread over many
+    wrong = [n for n in wrong if 1 not in sides[n]] or wrong  # a size of 1 broadcasts
     numbers = tuple(itertools.chain.from_iterable(sides[n] for n in wrong))
     return Mismatch((*place[:2], f"sizes {wrong}"), numbers, tuple((2 * n, 2 * n + 1) for n in range(len(wrong))))
 
@@ -140,22 +139,22 @@ def _pairs(have: Any, want: Any) -> list[tuple[int, int]]:
     return []
 
 
-# ---- what may be changed ---------------------------------------------------------------------------------------------
+# ---- changes of the inputs -------------------------------------------------------------------------------------------
 
 Axes = frozenset[tuple[int, int]]
-"""Axes that have one size and are given another together: (number of the tensor, axis)."""
+"""Axes of one size that change together: pairs of (index of the tensor, axis)."""
 
 
 def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
-    """What may be given another size, with the size that it has: single axes, the sides of pictures, what is equal
-    among all arguments, the batch."""
+    """Axes whose size may be changed, with that size: single axes, both sides of an image, all axes of one size, the
+    batch."""
     shapes = [tuple(x.shape) for x in tensors(inputs)]
     found: dict[Axes, int] = {}
     for number, shape in enumerate(shapes):
-        pictures = len(shape) >= 4 and shape[-1] == shape[-2]
-        if pictures:
+        is_image = len(shape) >= 4 and shape[-1] == shape[-2]
+        if is_image:
             found[frozenset({(number, len(shape) - 1), (number, len(shape) - 2)})] = shape[-1]
-        for axis in range(max(0, min(1, len(shape) - 1)), len(shape) - (2 if pictures else 0)):
+        for axis in range(max(0, min(1, len(shape) - 1)), len(shape) - (2 if is_image else 0)):
             found[frozenset({(number, axis)})] = shape[axis]
     inner = [(number, axis) for number, shape in enumerate(shapes) for axis in range(1, len(shape))]
     for size in dict.fromkeys(shapes[number][axis] for number, axis in inner):
@@ -167,7 +166,7 @@ def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
 
 
 def _resized(inputs: Inputs, axes: Axes, size: int) -> Inputs | None:
-    """The inputs with another size of these axes; None where that is too much to try."""
+    """The inputs with another size of these axes; None where they are too large or the same."""
     number = itertools.count()
     too_large = False
 
@@ -183,10 +182,10 @@ def _resized(inputs: Inputs, axes: Axes, size: int) -> Inputs | None:
 
 
 def declared_lengths(model: nn.Module) -> list[int]:
-    """How many tokens or steps a model says that its inputs have."""
+    """Sequence lengths that a model declares."""
     found = []
     for module in itertools.islice(model.modules(), 8):
-        own = vars(module)  # what stands in for a layer minds being asked for more
+        own = vars(module)  # not getattr: an inert stand-in raises
         for owner in filter(None, (own, getattr(own.get("config", own.get("configs")), "__dict__", None))):
             found += [v for n, v in owner.items() if _LENGTH.fullmatch(n) and type(v) is int and v < 4096]
     return list(dict.fromkeys(found))
@@ -198,7 +197,7 @@ Answer = Mismatch | None
 
 
 class Search:
-    """Inputs that are tried to measure, and those that follow from what was measured."""
+    """The search for sizes that fit: inputs to measure with, and the solutions."""
 
     def __init__(self, model: nn.Module, budget: Budget) -> None:
         self._lengths = declared_lengths(model)
@@ -209,23 +208,23 @@ class Search:
         self._budget, self._left = budget, budget.each
 
     def note(self, inputs: Inputs, answer: Answer) -> None:
-        """Note what inputs led to."""
+        """Record the mismatch of inputs."""
         self._known[inputs.text] = answer
 
     def start(self, inputs: Inputs, sizes: Mismatch, depth: int = 0) -> None:
-        """Note inputs to start from: the first that fail at a place."""
+        """Add inputs to start from, if they are the first that fail at their place."""
         if sizes.place not in self._places and depth < DEPTH:
             self._places.add(sizes.place)
             self._starts.append((inputs, sizes, depth))
 
     def run(self) -> Generator[Inputs, Answer, None]:
-        """Inputs to try, each answered with the mismatch that they lead to."""
+        """Yields inputs to try; each is answered with its mismatch."""
         while self._starts and self._may_try():
             inputs, sizes, depth = self._starts.popleft()
             yield from self._around(inputs, sizes, depth)
 
     def _around(self, inputs: Inputs, sizes: Mismatch, depth: int) -> Generator[Inputs, Answer, None]:
-        """Measure along each axis of inputs."""
+        """Measure along each axis."""
         for axes, size in _axes(inputs):
             yield from self._along(inputs, axes, size, sizes, depth)
 
@@ -247,7 +246,7 @@ class Search:
     def _along(
         self, inputs: Inputs, axes: Axes, size: int, sizes: Mismatch, depth: int
     ) -> Generator[Inputs, Answer, None]:
-        """Measure along these axes, and try the sizes for which what differs would be equal."""
+        """Measure along these axes, and try the sizes for which the mismatch is solved."""
         declared = [length for length in self._lengths if length > size and all(axis for _, axis in axes)]
         for other in (*declared[:1], 2 * size, 4 * size):
             answer = yield from self._try(inputs, axes, other)
@@ -260,7 +259,7 @@ class Search:
             return
         measured, is_area = answer[1], len({number for number, _ in axes}) < len(axes)
         for best in _solutions(sizes, measured, size, other, is_area):
-            # Where a stride rounds, what is found is near: the next step starts from there.
+            # A stride rounds, so the solution may be close only: solve again from there.
             for _ in range(3):
                 found = yield from self._try(inputs, axes, best)
                 if found is None or found[1] is None:
@@ -277,8 +276,15 @@ class Search:
 
 
 def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: bool) -> Iterator[int]:
-    """Sizes of an axis for which two numbers are equal that differ: `one` at `size`, `two` at `other`; `is_area`: the
-    numbers are likelier to grow with the square."""
+    """Sizes of an axis for which a pair of numbers becomes equal, by its values at `size` and at `other`.
+
+    Arguments:
+        one: The mismatch at `size`.
+        two: The mismatch at `other`.
+        size: The first size of the axis.
+        other: The second.
+        is_area: Whether quadratic growth is tried before linear growth.
+    """
     seen = {size, other}
     if len(one.numbers) != len(two.numbers):
         return
@@ -297,7 +303,7 @@ def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: boo
 
 
 def _differences(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
-    """How far two numbers are apart, before and after; an error may tell of them in either order."""
+    """Differences of a pair before and after; an error may list the pair in either order."""
     if one[0] != two[0] and one[1] != two[1] and set(one) & set(two):
         two = two[::-1]
     return one[0] - one[1], two[0] - two[1]
