@@ -8,14 +8,13 @@ attribute of the model is not None and it still is, the method that sets it is c
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from quack_fx.targets.sizes.made_up import made_up
-from quack_fx.targets.sizes.signatures import hints_of, required
+from quack_fx.targets.sizes.signatures import hints_of, own_methods, required
 from quack_fx.targets.sizes.uses import asserted
 from quack_fx.targets.source import tree_of_function
 
@@ -34,9 +33,7 @@ def set_up(model: nn.Module) -> list[str]:
 
 def _setter(model: nn.Module, attribute: str) -> Callable[..., Any] | None:
     """The method of a model, other than its constructor and forward, that sets an attribute."""
-    for name, function in inspect.getmembers(type(model), inspect.isfunction):
-        if name.startswith("__") or name == "forward" or hasattr(nn.Module, name):
-            continue
+    for name, function in own_methods(model).items():
         for node in ast.walk(tree_of_function(function)):
             targets = node.targets if isinstance(node, ast.Assign) else []
             if any(isinstance(t, ast.Attribute) and t.attr == attribute for t in targets):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quack_fx.targets.inputs.changes import each_in
 from quack_fx.targets.inputs.values import BATCH, TOKENS
 from quack_fx.targets.sizes.made_up import made_up
-from quack_fx.targets.sizes.signatures import hints_of, required
+from quack_fx.targets.sizes.signatures import hints_of, own_methods, required
 
 _MAKES = (
     r"_*(get_|make_|create_|generate_|build_|allocate_)?"
@@ -35,9 +35,7 @@ def maker_of(model: nn.Module, parameter: inspect.Parameter) -> Maker | None:
     wanted = hints_of(type(model).forward).get(parameter.name)
     stem = re.escape(parameter.name.lower().rstrip("s"))
     named = re.compile(rf"{_MAKES}_(\w+_)?{stem}s?")
-    for name, method in inspect.getmembers(type(model), inspect.isfunction):
-        if hasattr(nn.Module, name) or name == "forward":
-            continue
+    for name, method in own_methods(model).items():
         returned = hints_of(method).get("return")
         if (_is_own_class(wanted) and returned is wanted) or named.fullmatch(name.lower()):
             return _calling(getattr(model, name))

@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
@@ -194,19 +194,8 @@ def named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Iterable[str] = 
 
 def expression(value: Any) -> str:
     """A Python expression for a value like this one; it may use torch and SimpleNamespace."""
-    if isinstance(value, SimpleNamespace):
-        parts = ", ".join(f"{name}={expression(part)}" for name, part in vars(value).items())
-        return f"SimpleNamespace({parts})"
-    if has_fields(value):
-        parts = ", ".join(f"{f.name}={expression(getattr(value, f.name))}" for f in dataclasses.fields(value))
-        return f"{type(value).__name__}({parts})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {expression(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        parts = ", ".join(expression(part) for part in value)
-        if isinstance(value, list):
-            return f"[{parts}]"
-        return f"({parts},)" if len(value) == 1 else f"({parts})"
+    if (text := _compound(value, expression, "SimpleNamespace")) is not None:
+        return text
     if _is_array(value):
         return f"{expression(torch.from_numpy(value))}.numpy()"
     if is_blocks(value):
@@ -232,23 +221,32 @@ def shown(value: Any) -> str:
     """A value in a few words: "int64[2, 4]"."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, SimpleNamespace):
-        return f"namespace({', '.join(f'{name}={shown(part)}' for name, part in vars(value).items())})"
-    if has_fields(value):
-        fields = ", ".join(f"{field.name}={shown(getattr(value, field.name))}" for field in dataclasses.fields(value))
-        return f"{type(value).__name__}({fields})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {shown(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        same = len(value) > 2 and all(shown(part) == shown(value[0]) for part in value)
-        if isinstance(value, list):
-            return f"[{shown(value[0])}] * {len(value)}" if same else f"[{', '.join(map(shown, value))}]"
-        return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list) and len(value) > 2 and len(set(map(shown, value))) == 1:
+        return f"[{shown(value[0])}] * {len(value)}"
+    if (text := _compound(value, shown, "namespace")) is not None:
+        return text
     if _is_array(value):
         return f"numpy {value.dtype}{list(value.shape)}"
     if is_blocks(value):
         return f"BlockMask{list(value.seq_lengths)}"
     return repr(value)
+
+
+def _compound(value: Any, write: Callable[[Any], str], namespace: str) -> str | None:
+    """A namespace, dataclass, dict, tuple or list as text, with `write` for each part; None for any other value."""
+    if isinstance(value, SimpleNamespace) or has_fields(value):
+        name = namespace if isinstance(value, SimpleNamespace) else type(value).__name__
+        names = (
+            vars(value) if isinstance(value, SimpleNamespace) else [field.name for field in dataclasses.fields(value)]
+        )
+        return f"{name}({', '.join(f'{part}={write(getattr(value, part))}' for part in names)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {write(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(write, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(write, value))}{',' if len(value) == 1 else ''})"
+    return None
 
 
 def has_fields(value: Any) -> bool:

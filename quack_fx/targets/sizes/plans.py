@@ -208,7 +208,7 @@ class Planner:
     # ---- configs -----------------------------------------------------------------------------------------------------
 
     def config_class(self, parameter: str) -> tuple[str, type] | None:
-        """The config class of a parameter: its annotation, the model's `config_class`, or the only dataclass of the file."""
+        """The config class of a parameter: its annotation, the model's `config_class`, or the file's only dataclass."""
         hint = self._hints.get(parameter)
         declared: Any = getattr(self._function, "config_class", None) if parameter == "config" else None
         if hint is None and is_config_class(declared):

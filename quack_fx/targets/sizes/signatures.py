@@ -62,6 +62,12 @@ def _passed_on(made: type) -> tuple[int, set[str]] | None:
     return None
 
 
+def own_methods(model: nn.Module) -> dict[str, Callable[..., Any]]:
+    """Methods of a model other than its forward and those of nn.Module, by name."""
+    members = inspect.getmembers(type(model), inspect.isfunction)
+    return {name: method for name, method in members if name != "forward" and not hasattr(nn.Module, name)}
+
+
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of a function, or of a class's constructor; empty where some name in them is not defined."""
     made = inspect.getattr_static(function, "__init__", None) if isinstance(function, type) else function
