@@ -16,7 +16,7 @@ from quack_fx import find_qk_pairs
 from quack_fx.bench import MEANING, Case, compare, findings, markdown
 from quack_fx.bench.arms import arms
 from quack_fx.bench.compare import _flops, _scaled, _type_of_products
-from quack_fx.bench.measure import Times, take_turns
+from quack_fx.bench.measure import Times, interleaved
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt
@@ -75,7 +75,7 @@ def test_ratios_are_within_a_round() -> None:
     low, middle, high = Times(tuple(1.5 * s for s in slow)).over(Times(slow))
     assert low == middle == high == 1.5
     order: list[str] = []
-    take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2)  # type: ignore[misc]
+    interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 2)  # type: ignore[misc]
     assert order == ["a", "b", "b", "a"]
 
 

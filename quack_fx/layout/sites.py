@@ -1,12 +1,11 @@
-"""The layout, plain frozen data about which weight rows make which attention logits.
+"""The layout: plain frozen data about which weight rows make which attention logits.
 
-In: nothing; finders fill it in. Out: what every user of the layout (factors, optimizers, emission, reports) reads.
-This file imports nothing of the other rooms and no torch, so a layout can be read anywhere, also from its JSON.
+In: nothing; the finder fills it in. Out: what optimizers, programs, proofs and reports read. This file imports no torch
+and no other folder, so a layout can be read anywhere, also from its JSON.
 
-How to read it. The logits of query head `h` of a site are a sum of *terms*. A term is a product of weight blocks: those
-of a chain on the query side and those of a chain on the key side that meet in the same head dimensions. For plain
-multi-head attention there is one term, W_Q^h times W_K^h. For DeepSeek's MLA there are two, W_uq^h W_dq times
-W_uk^h W_dkv, and W_qr^h W_dq times W_kr.
+The logits of query head `h` of a site are a sum of *terms*. A term is a product of weight blocks: a chain on the query
+side times a chain on the key side, both for the same features of the head. Plain multi-head attention has one term,
+W_Q^h times W_K^h. DeepSeek's MLA has two: W_uq^h W_dq times W_uk^h W_dkv, and W_qr^h W_dq times W_kr.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ NormKind = Literal["rms", "layer", "l2", "batch", "other"]
 
 
 class Json:
-    """What the dataclasses of this file share: their JSON form has the names and the nesting of their fields."""
+    """Base class of the dataclasses in this file: their JSON form has the names and the nesting of their fields."""
 
     __slots__ = ()
 
@@ -125,16 +124,16 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class WeightBlock(Json):
-    """The rows of one parameter that take part in one side of an attention, head by head.
+    """The rows of one parameter that one side of an attention uses, head by head.
 
     Attributes:
         param: Fully qualified name of the parameter (the first one where parameters are tied).
-        role: Part the block plays: "q"/"k" for plain projections; "dq", "uq", "qr", "dkv", "uk", "kr" as in MLA
+        role: "q"/"k" for plain projections; "dq", "uq", "qr", "dkv", "uk", "kr" as in MLA
             (down, up, rope; query, key-value); "other" for the branches of low-rank adapters and the like.
         axis: Axis of the parameter that counts output features: 0 for `nn.Linear`, 1 for GPT-2's `Conv1D`.
-        heads: For each head, the half-open ranges along `axis`. Empty for a head that does not read this block; the
-            same range again and again for a block that all heads share.
-        bias: Fully qualified name of the bias whose entries belong to the same rows, or None.
+        heads: For each head, the half-open ranges along `axis`: empty for a head that does not use the block, equal for
+            a block that all heads share.
+        bias: Fully qualified name of the bias with the same rows, or None.
     """
 
     param: str
@@ -154,10 +153,9 @@ class WeightBlock(Json):
 
 @dataclass(frozen=True, slots=True)
 class LogitTerm(Json):
-    """One product of blocks in the logits; it stands for all query heads that follow the pattern.
+    """One product of blocks in the logits, for all query heads that have it.
 
-    The term exists for query head `h` where every block named here has rows: query blocks at head `h`, key blocks at
-    head `head_map[h]`.
+    Query head `h` has it if all its blocks have rows: query blocks for head `h`, key blocks for head `head_map[h]`.
 
     Attributes:
         query: Indices into the site's `query` blocks, from the logits outwards (uq before dq).
@@ -170,10 +168,10 @@ class LogitTerm(Json):
 
 @dataclass(frozen=True, slots=True)
 class Norm(Json):
-    """A normalisation between a projection and the logits (QK norm), or between two factors (latent norm).
+    """A norm between a projection and the logits (QK norm), or between two factors (latent norm).
 
     Attributes:
-        side: Side of the product that it acts on.
+        side: Side of the product.
         kind: "rms", "layer", "l2", "batch", or "other".
         width: Number of features that share one statistic: the head dimension or the full width, for example.
         module: Name of the module that computes it and nothing else, or None for a norm written inline.
@@ -189,7 +187,7 @@ class Norm(Json):
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite(Json):
-    """One attention of the model: the blocks behind its logits and how they are multiplied.
+    """One attention of the model: the blocks of its logits, and how they are multiplied.
 
     Attributes:
         name: Module whose forward makes the logits; "" for the root.
@@ -203,7 +201,7 @@ class AttentionSite(Json):
         query: Blocks of the query side, each with one entry of `heads` per query head.
         key: Blocks of the key side, each with one entry of `heads` per key head.
         terms: Products of blocks whose sum is the logit.
-        qk_norm: QK norms on the way from the projections to the logits.
+        qk_norm: Norms between the projections and the logits.
         latent_norm: Norms between the factors of a latent projection; never QK norm.
         logit_scale: Factor on the product of queries and keys, for example 1/sqrt(head_dim); None where it is learned
             or not a plain number.
@@ -225,7 +223,7 @@ class AttentionSite(Json):
     logit_scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a site that contradicts itself."""
+        """Refuse a site whose fields contradict each other."""
         where = f"site {self.name!r}"
         if len(self.head_map) != self.query_heads:
             raise LayoutError(f"{where}: head_map has {len(self.head_map)} entries for {self.query_heads} query heads")
@@ -250,7 +248,7 @@ class AttentionSite(Json):
             yield "key", block
 
     def head_terms(self, head: int) -> Iterator[tuple[tuple[WeightBlock, Ranges], ...]]:
-        """The terms of one query head, each as the blocks of the product with the rows that this head uses."""
+        """The terms of one query head: for each, its blocks with the rows of this head."""
         key_head = self.head_map[head]
         for term in self.terms:
             product = [(self.query[i], self.query[i].heads[head]) for i in term.query]
@@ -261,7 +259,7 @@ class AttentionSite(Json):
 
 @dataclass(frozen=True, slots=True)
 class Skipped(Json):
-    """An attention, or something close to one, that is not among the sites, and why.
+    """An attention, or something like one, that is not among the sites, and why.
 
     Attributes:
         name: Module in which it was seen.
@@ -280,7 +278,7 @@ class QKLayout(Json):
 
     Attributes:
         sites: The attentions whose weight rows are known.
-        skipped: What looked like attention and is not in `sites`, each with its reason.
+        skipped: Other attentions, each with the reason why it is not in `sites`.
         untouched: Parameters that the example inputs never reached; nothing is known about them.
 
     Example:

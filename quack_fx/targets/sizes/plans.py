@@ -433,7 +433,7 @@ class Planner:
         if self._far:
             yield NEAR
         absent = self._absent()
-        if absent - set(undefined):
+        if not set(absent) <= set(undefined):
             yield dict.fromkeys([*undefined, *absent], WITHOUT)
 
     def _defaults(self) -> dict[str, Any]:
@@ -471,9 +471,9 @@ class Planner:
         some = re.compile(r"batch|vocab|len(gth)?$|n_ctx|block_size|width|(^|_)dim$|heads?$")
         return [n for n, v in self._defaults().items() if v == 0 and type(v) is int and some.search(n)]
 
-    def _absent(self) -> set[str]:
+    def _absent(self) -> list[str]:
         """Fields of the config that are None but by their name are sizes."""
-        return {n for n, v in self._defaults().items() if v is None and isinstance(by_name(n), int)}
+        return [n for n, v in self._defaults().items() if v is None and isinstance(by_name(n), int)]
 
     def _chosen(self) -> set[str]:
         """Fields and parameters that may be a string which the code compares."""

@@ -58,7 +58,7 @@ def _same(value: Any) -> Any:
 
 
 def _dataclass(cls: Any = None, /, **options: Any) -> Any:
-    """`dataclasses.dataclass` as before Python 3.11: of defaults without a hash, only lists, dicts and sets are refused."""
+    """`dataclasses.dataclass` as before Python 3.11: it refuses lists, dicts and sets as defaults, but nothing else."""
     if cls is None:
         return functools.partial(_dataclass, **options)
     for name, value in list(vars(cls).items()) if isinstance(cls, type) else ():
