@@ -33,6 +33,8 @@ from quack_fx.bench.measure import (
     time_of,
 )
 from quack_fx.errors import StepError
+from quack_fx.layout import QKLayout
+from quack_fx.layout.count import qk_count
 
 _OWN_TIMES = 3
 """Updates are timed this many times as often as whole steps, if nothing is said."""
@@ -190,13 +192,8 @@ def _updates_alone(ways: Mapping[str, Arm]) -> dict[str, Callable[[], None]]:
 
 def _scaled(case: Case) -> int:
     """Number of weights in rows that QuacK scales."""
-    params = dict(case.model.named_parameters(remove_duplicate=False))
-    rows: dict[tuple[str, int], set[int]] = {}
-    for site in case.layout.sites:
-        for _, block in site.blocks() if not site.qk_norm else ():
-            own = rows.setdefault((block.param, block.axis), set())
-            own.update(row for ranges in block.heads for start, stop in ranges for row in range(start, stop))
-    return sum(len(own) * params[n].numel() // params[n].shape[axis] for (n, axis), own in rows.items())
+    shapes = {name: tuple(p.shape) for name, p in case.model.named_parameters(remove_duplicate=False)}
+    return qk_count(QKLayout(tuple(site for site in case.layout.sites if not site.qk_norm)), shapes)
 
 
 def _tokens(case: Case) -> Iterator[int]:

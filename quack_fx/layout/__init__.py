@@ -3,6 +3,7 @@
 sites.py    the layout
 fit.py      checks a layout against a model, and looks up its parameters there
 pattern.py  rows of heads and head maps as formulas of the head's index
+count.py    number of weights in a layout
 walk.py     how one attention was traced, node by node
 """
 

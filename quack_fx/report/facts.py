@@ -1,6 +1,6 @@
-"""What a report says besides the layout: the model, its inputs, its graph, a proof; and counts of weights.
+"""What a report says besides the layout: the model, its inputs, its graph, a proof.
 
-In: plain values. Out: `Facts`, and counts over a layout. Imports no torch, so that a saved layout can be reported on.
+In: plain values. Out: `Facts`. Imports no torch, so that a saved layout can be reported on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quack_fx.layout import QKLayout, Range, merged
+from quack_fx.layout.count import qk_count
+
+__all__ = ["Facts", "Proof", "count_text", "qk_count"]
 
 
 @dataclass(frozen=True)
@@ -62,29 +64,6 @@ class Facts:
     def parameters(self) -> int:
         """Number of weights in all parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
-
-
-def qk_count(layout: QKLayout, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Number of weights in blocks of the layout, each counted once, with biases."""
-    rows: dict[tuple[str, int], set[Range]] = {}
-    biases: dict[str, set[Range]] = {}
-    for site in layout.sites:
-        for _, block in site.blocks():
-            ranges = {r for head in block.heads for r in head}
-            rows.setdefault((block.param, block.axis), set()).update(ranges)
-            if block.bias:
-                biases.setdefault(block.bias, set()).update(ranges)
-    total = sum(_count(ranges) for bias, ranges in biases.items() if bias in shapes)
-    for (param, axis), ranges in rows.items():
-        shape = shapes.get(param)
-        if shape is not None and axis < len(shape) and shape[axis]:
-            total += _count(ranges) * (math.prod(shape) // shape[axis])
-    return total
-
-
-def _count(ranges: set[Range]) -> int:
-    """Number of rows in a union of ranges."""
-    return sum(stop - start for start, stop in merged(ranges))
 
 
 def count_text(n: int) -> str:
