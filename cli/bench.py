@@ -1,7 +1,7 @@
-"""`quack-fx bench TARGET`: what a training step of a model costs with and without QuacK, on this machine.
+"""`quack-fx bench TARGET`: times a training step of a model with and without QuacK, on this machine.
 
-In: a target. Out: on stdout the table of all ways to take the step, and what follows from it. They take turns, so that
-a machine that slows down slows all. Exit status 1 where there is no attention.
+In: a target. Out: on stdout the table of all ways to take the step, and the ratios of interest. The ways are timed in
+turn within each round, so that a slower machine affects all of them. Exit status 1 where there is no attention.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def bench(
 ) -> int:
     """Time an AdamW step of a model in several ways, QuacK's among them.
 
-    The inferred inputs are tiny, so that the optimizer's share of a step, and with it QuacK's, is as large as it gets;
-    give a real batch with --inputs for the cost in real training. Each way trains a copy of the model.
+    The inferred inputs are tiny, so QuacK takes a larger part of the step than in real training; give a real batch
+    with --inputs. Each way trains a copy of the model.
     """
     names = list(dict.fromkeys(name.strip() for name in ways.split(",")))
     unknown = [name for name in names if name not in _WAYS.split(",")]
@@ -85,7 +85,7 @@ def bench(
 
 
 def _loss(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The mean square of the model's largest output: any loss would do, its time is that of all ways."""
+    """The mean square of the model's largest output; any loss would do, since all ways have the same."""
     from torch import Tensor
     from torch.utils._pytree import tree_leaves
 
@@ -93,6 +93,6 @@ def _loss(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     leaves = tree_leaves(dict(output) if hasattr(output, "keys") else output)
     outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     largest = outputs[0]
-    for leaf in outputs:  # torch.compile knows no max() with a key
+    for leaf in outputs:  # torch.compile does not support max() with a key
         largest = leaf if leaf.numel() > largest.numel() else largest
     return largest.float().square().mean()

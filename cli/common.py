@@ -1,6 +1,6 @@
 """What the commands share: options, progress, from a target to its layout, writing files.
 
-Results go to stdout, everything else to stderr, what the user's own code prints included.
+Results go to stdout, everything else to stderr, including what the user's code prints.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ WIDTH = 120
 
 @dataclass(frozen=True)
 class Finding:
-    """A target with its layout and what a report says about them."""
+    """A target, its layout, and the facts for reports."""
 
     target: Target
     layout: QKLayout
@@ -73,12 +73,12 @@ class Finding:
 
 
 _command = ExitStack()
-"""What is open while a command runs: the world of its target."""
+"""What stays open while a command runs: the environment of its target."""
 
 
 @contextmanager
 def command() -> Iterator[None]:
-    """Context of one command; what its target found around it is gone afterwards."""
+    """Context of one command, at whose end the environment of its target closes."""
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ def command() -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is going on, gone when it is done; where stderr is no terminal, nothing."""
+    """A status line on stderr while something runs; nothing where stderr is not a terminal."""
     console = Console(stderr=True)
     with redirect_stdout(sys.stderr):
         if not console.is_terminal:
@@ -99,7 +99,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def _without_collecting() -> Iterator[None]:
-    """Context in which no garbage is looked for: importing torch makes a million objects that all stay."""
+    """Context without garbage collection, which would look through the million objects of an import of torch."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -112,10 +112,10 @@ def _without_collecting() -> Iterator[None]:
 def find(
     target: str, build: str | None, inputs: str | None, layout_file: Path | None = None, real: bool = False
 ) -> Finding:
-    """From what the user typed to the layout, found or read; real: with a model that can train.
+    """From what the user typed to the layout, which is found, or read from `layout_file`.
 
-    The world that the target's files need stays open until the command ends. A model that trains must do without: what
-    is compiled must not depend on it.
+    The environment of the target's files stays open until the command ends, except with `real`, for a model that can
+    train: compiled code must not depend on stand-ins.
 
     Raises:
         QuackError: Bad input, in one line.
@@ -154,7 +154,7 @@ def find(
 
 
 def _graph_text(found: Found) -> str:
-    """How the graph was made, with what a reader should doubt."""
+    """How the graph was recorded, with its limits."""
     text = f"{found.nodes:,} nodes, recorded with {'fake' if found.way == 'hybrid' else 'real'} weights"
     if found.fallback_reason:
         text += f" (with fake ones: {found.fallback_reason})"
@@ -182,10 +182,10 @@ def read_layout(path: Path) -> QKLayout:
 
 
 def check_output(path: Path, force: bool) -> None:
-    """Refuse a file that could not be written at the end, before the work begins.
+    """Refuse an output file that cannot be written, before the work begins.
 
     Raises:
-        TargetError: It exists, is a folder, or its folder is missing or closed.
+        TargetError: It exists, is a folder, or its folder is missing or not writable.
     """
     folder = path.resolve().parent
     if path.is_dir():
@@ -199,12 +199,12 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file atomically.
 
     Raises:
         TargetError: The file system refuses.
     """
-    path = path.resolve()  # a link keeps pointing where it does
+    path = path.resolve()  # write through a link
     temporary = ""
     try:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
@@ -221,13 +221,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0o022)  # there is no way to read it without setting it
+    mask = os.umask(0o022)  # reading it means setting it
     os.umask(mask)
     return mask
 
 
 def show(*parts: RenderableType) -> None:
-    """Print results on stdout; to a file as plain text, without the padding of a screen."""
+    """Print results on stdout; as plain text without padding, unless that is a terminal."""
     console = Console()
     if console.is_terminal:
         console.print(*parts, sep="\n")
@@ -240,11 +240,11 @@ def show(*parts: RenderableType) -> None:
 
 
 def note_notes(finding: Finding) -> None:
-    """On stderr what a report would show of how the target was loaded, where no report is printed."""
+    """Print on stderr the notes about how the target was built, for commands without a report."""
     for about, text in finding.facts.notes:
         note(f"{about}: {text}")
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     print(f"quack-fx: {text}", file=sys.stderr)

@@ -43,7 +43,7 @@ def _positive(text: str | float) -> float:
 
 
 class OptimizerChoice(StrEnum):
-    """Whose update the file carries."""
+    """The optimizer whose update the file contains."""
 
     ADAMW = "adamw"
     ADAM = "adam"
@@ -53,14 +53,14 @@ class OptimizerChoice(StrEnum):
 
 
 class QKNorm(StrEnum):
-    """What becomes of QK norms."""
+    """What happens to QK norms."""
 
     STRIP = "strip"
     KEEP = "keep"
 
 
 def _about(plan: Plan) -> Iterator[str]:
-    """What a person should know of the norms that go, and of those that stay."""
+    """Notes on the norms that are removed, and on those that stay."""
     if plan.stand_ins:
         sites = {site for _, sites in plan.norms.values() for site in sites}
         yield (

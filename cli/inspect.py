@@ -1,9 +1,8 @@
 """`quack-fx inspect TARGET`: every query/key pair of a model, what was skipped and why, what never ran.
 
 In: a target. Out: on stdout a table with one row per group of equal layers and the tree of one pair, or the layout as
-JSON; with --html also a page; with --verify a tick or a dash for each attention; with --explain how one attention was
-understood or why it was skipped, and nothing else. Exit status 1 where there is no attention, and where one was to be
-proved and could not be.
+JSON; with --html also a page; with --verify a tick or a dash for each attention; with --explain only how one attention
+was traced, or why it was skipped. Exit status 1 where there is no attention, and where the proof of one is open.
 """
 
 from __future__ import annotations
@@ -100,10 +99,10 @@ def inspect(
 
 
 def _explain(finding: Finding, name: str, as_json: bool) -> int:
-    """Show how the attentions of one module were understood.
+    """Show how the attentions of one module were traced.
 
     Raises:
-        LayoutError: No attention is called so, or several are.
+        LayoutError: No attention has this name, or several have.
     """
     from quack_fx import report
     from quack_fx.find import explain
@@ -122,7 +121,7 @@ def _explain(finding: Finding, name: str, as_json: bool) -> int:
 
 
 def _proof(finding: Finding) -> Proof:
-    """The proof of a finding; where there is nothing to prove on, every attention is open.
+    """The proof of a finding. Where the model cannot run, it leaves every attention open.
 
     Raises:
         VerifyError: A claim is wrong.

@@ -1,6 +1,6 @@
-"""What `verify` and `inspect --verify` share: the proof of a finding, on the model or on a small copy of it.
+"""The proof of a finding, on the model or on a small version of it, for `verify` and `inspect --verify`.
 
-In: a finding. Out: a `VerifyReport` about the finding's own sites, and what it was made on, in words.
+In: a finding. Out: a `VerifyReport` about its sites, and in words the model that the proof ran on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, str]:
     """Prove a finding by gradients.
 
-    A model that is too large to copy is proved on a small one of the same config, where it has one: there the pairs
-    are found and proved anew, and the proof holds for all attentions of the same form.
+    For a model that is too large to copy, and has a config, the pairs of a smaller model of the same structure are
+    found and proved, and the result is carried over to attentions of the same form.
 
     Arguments:
         finding: The target and its layout.
-        say: Called with a few words before what takes time.
+        say: Called with a few words before each step that takes time.
 
     Returns:
-        The report, and what it was made on: "a copy with random weights".
+        The report, and the model that it ran on: "a copy with random weights".
 
     Raises:
         VerifyError: A claim is wrong.
-        CannotRun: There is nothing to prove on.
+        CannotRun: The model cannot run, nor is there a smaller one.
     """
     from quack_fx.prove import TooLarge, carried_over, verify_qk_pairs
     from quack_fx.prove.copy import SIZE_LIMIT
@@ -59,7 +59,7 @@ def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, s
 
 
 def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | None:
-    """A small model with the structure of a target's and its size in words; None where the target has none."""
+    """A smaller model of the same structure as a target's, and its size in words; None where there is none."""
     from quack_fx.targets import settle
     from quack_fx.targets.adapters import adapt
 
@@ -67,6 +67,6 @@ def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | N
     if adapted is None or adapted.smaller is None:
         return None
     for small, size in adapted.smaller():
-        with suppress(TargetError):  # the next one is less small
+        with suppress(TargetError):  # try the next, larger one
             return settle([small.recipe], small.namespace, None, True, say, examples=small.examples), size
     return None

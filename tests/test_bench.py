@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from quack_fx import find_qk_pairs
 from quack_fx.bench import MEANING, Case, compare, findings, markdown
 from quack_fx.bench.arms import arms
-from quack_fx.bench.compare import _flops, _scaled, _type_of_products
-from quack_fx.bench.measure import Times, take_turns
+from quack_fx.bench.compare import _flops, _matmul_dtype, _scaled
+from quack_fx.bench.measure import Times, interleaved
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import gpt
@@ -64,9 +64,9 @@ def test_flops_and_scaled_weights_are_those_counted_by_hand(case: Case) -> None:
     assert all(p.grad is None for p in case.model.parameters())
 
 
-def test_type_of_products(case: Case) -> None:
-    assert _type_of_products(case) == torch.float32
-    assert _type_of_products(Case(case.model, case.layout, half_loss, case.args)) == torch.bfloat16
+def test_matmul_dtype(case: Case) -> None:
+    assert _matmul_dtype(case) == torch.float32
+    assert _matmul_dtype(Case(case.model, case.layout, half_loss, case.args)) == torch.bfloat16
 
 
 def test_ratios_are_within_a_round() -> None:
@@ -75,7 +75,7 @@ def test_ratios_are_within_a_round() -> None:
     low, middle, high = Times(tuple(1.5 * s for s in slow)).over(Times(slow))
     assert low == middle == high == 1.5
     order: list[str] = []
-    take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2)  # type: ignore[misc]
+    interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 2)  # type: ignore[misc]
     assert order == ["a", "b", "b", "a"]
 
 

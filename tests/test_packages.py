@@ -12,7 +12,7 @@ import torch
 
 from quack_fx.errors import TargetError
 from quack_fx.targets import resolve
-from quack_fx.targets.packages import place_of
+from quack_fx.targets.packages import locate
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -121,7 +121,7 @@ def test_name_and_folder(case: str, elsewhere: bool, tmp_path: Path, monkeypatch
     tree({f"repo/{n}": source for n, source in files.items()} | {"repo/.git/HEAD": "", "other/x.py": ""})
     file = tmp_path / "repo" / target
     monkeypatch.chdir(tmp_path / "other" if elsewhere else tmp_path / "repo")
-    place = place_of(file, ast.parse(file.read_bytes()))
+    place = locate(file, ast.parse(file.read_bytes()))
     assert place.base == (tmp_path / "repo" / base).resolve() and place.name == name
     assert place.repository == tmp_path / "repo"
     before = set(sys.modules)

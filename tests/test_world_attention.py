@@ -175,9 +175,9 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 
 def meaning_or_inert(name: str) -> Any:
-    from quack_fx.targets.world.inert import inert
+    from quack_fx.targets.world.inert import Inert
 
-    return meaning(f"xformers.ops.{name}") or inert(f"xformers.ops.{name}")
+    return meaning(f"xformers.ops.{name}") or Inert(f"xformers.ops.{name}")
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,10 +1,10 @@
-"""What a training step costs with and without QuacK, and in other ways to take it.
+"""Times a training step with and without QuacK, and in other implementations.
 
 In: a model, its layout, a loss and a batch. Out: a `Comparison` and its table.
 
     arms.py     the ways to take a step
-    measure.py  times that take turns, memory, kernels, what the machine could do at best
-    compare.py  all ways side by side
+    measure.py  interleaved timing, peak memory, kernels, limits of the machine
+    compare.py  measures all ways in one process
     table.py    their table
 """
 

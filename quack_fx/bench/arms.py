@@ -1,11 +1,11 @@
-"""The ways to take one and the same training step that are compared with each other.
+"""Implementations of the same training step, for comparison.
 
-In: a model, its layout and a loss. Out: `Arm`s: `forward(batch)` leaves gradients, `update()` uses them up.
+In: a model, its layout and a loss. Out: `Arm`s: `forward()` computes gradients, `update()` applies them.
 
     a  eager model, fused optimizer
     b  torch.compile(model), fused optimizer
     c  torch.compile(model), torch.compile(optimizer.step)
-    d  c, with QuacK as one would write it by hand from the paper: a loop over heads around the step
+    d  c, with QuacK as in the paper's algorithm: a loop over heads around the step
     e  the model with QK norm (RMS with a gain), the compiled step of this package, no QuacK
     f  the model with QK norm, else as a
     plain, quack   the compiled step of this package without and with QuacK
@@ -54,7 +54,7 @@ class Case:
         kwargs: Named ones.
         lr: Learning rate.
         clip: Largest total norm of the gradients.
-        normed: The same model with QK norm as its author has it; None to put it in.
+        normed: The same model with its own QK norm; None to add one.
     """
 
     model: nn.Module
@@ -73,8 +73,8 @@ class Arm:
 
     Attributes:
         model: Its own copy of the model.
-        forward: Leaves the gradients, and gives the loss.
-        update: Uses the gradients up.
+        forward: Computes gradients, and returns the loss.
+        update: Applies the gradients and clears them.
     """
 
     model: nn.Module
@@ -91,15 +91,14 @@ class Arm:
 def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, str]]:
     """Arms by name, each on a copy of the model, with AdamW and the same clipping of gradients.
 
-    "plain" and "quack" share a model and an optimizer's state: where tensors lie in memory makes a difference of some
-    percent.
+    "plain" and "quack" share a model and optimizer state, since the addresses of tensors change times by some percent.
 
     Arguments:
         names: Which; keys of `MEANING`.
         case: What is trained.
 
     Returns:
-        The arms, and for those that cannot be had for this model, why.
+        The arms, and for each that cannot be built for this model, the reason.
     """
     made: dict[str, Arm] = {}
     missing: dict[str, str] = {}
@@ -112,7 +111,7 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
     shared = copy.deepcopy(case.model)
     optimizer, second = _adamw(shared, case), _adamw(shared, case)
     second.state = optimizer.state
-    # "quack" goes first: to it, a state without its first factors would be that of a run that has lost them.
+    # "quack" comes first: it refuses an existing optimizer state that lacks its initial factors.
     for name in sorted((name for name in names if name in _PAIR), key="quack".__ne__):
         own, layout = (optimizer, case.layout) if name == "quack" else (second, QKLayout())
         made[name] = _ours(shared, own, layout, case)
@@ -120,7 +119,7 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
 
 
 def _arm(name: str, case: Case) -> Arm | str:
-    """A way that has a model to itself; or why it cannot be had."""
+    """An arm with a model of its own, or the reason why it cannot be built."""
     model = _with_qk_norm(case) if name in ("e", "f") else copy.deepcopy(case.model)
     if isinstance(model, str):
         return model
@@ -148,7 +147,7 @@ def _with_qk_norm(case: Case) -> nn.Module | str:
 
 
 def _own(name: str, model: nn.Module, case: Case) -> Arm:
-    """The arms that take torch's own step."""
+    """An arm with an optimizer of torch."""
     loss = case.loss if name in ("a", "f") else torch.compile(case.loss)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name in ("a", "b", "f"):

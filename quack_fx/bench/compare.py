@@ -1,7 +1,7 @@
-"""All ways to take a training step, timed side by side.
+"""Measures all ways to take a training step in one process.
 
-In: a `Case`. Out: a `Comparison`: for each way its step, its update alone, its peak memory and what it took to compile;
-and what the machine could do at best.
+In: a `Case`. Out: a `Comparison`: for each way the time of its step and of its update alone, its peak memory and the
+time of its first step; and the limits of the machine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from quack_fx.bench.measure import (
     Work,
     bandwidth,
     device_work,
+    interleaved,
     machine,
     matmul_rate,
     peak_bytes,
-    take_turns,
     time_of,
 )
 from quack_fx.errors import StepError
+from quack_fx.layout import QKLayout
+from quack_fx.layout.count import qk_count
 
 _OWN_TIMES = 3
 """Updates are timed this many times as often as whole steps, if nothing is said."""
@@ -44,11 +46,11 @@ class Way:
 
     Attributes:
         step: Seconds of a whole step.
-        update: Seconds of the optimizer alone, clipping included; None where it is no part by itself.
+        update: Seconds of the update alone, with clipping; None where it cannot be timed alone.
         peak: Bytes that tensors take during a step, beyond weights and optimizer state.
         first: Seconds of the first step, compiling included.
-        work: What a step has the device do; None without one.
-        update_work: What an update has it do; None without one, or where it is no part by itself.
+        work: Kernels of a step; None on a CPU.
+        update_work: Kernels of an update; None on a CPU, or where it cannot be run alone.
     """
 
     step: Times
@@ -65,15 +67,15 @@ class Comparison:
 
     Attributes:
         ways: Those that were taken, by name.
-        missing: Why others could not be.
+        missing: For each other way, the reason.
         machine: Kind of machine and versions.
         rounds: Rounds of whole steps.
         update_rounds: Rounds of updates.
         weights: Number of weights that are trained.
         scaled: How many of them are rows of queries and keys.
-        tokens: Tokens in a batch; None where it is none of tokens.
-        flops: Of forward and backward, products alone.
-        update_bytes: What an update has to move: the gradient once for clipping; weight, gradient and moments read;
+        tokens: Tokens in a batch; None for other inputs.
+        flops: Of forward and backward, matrix products only.
+        update_bytes: Memory traffic of an update: the gradient once for clipping; weight, gradient and moments read;
             weight and moments written.
         bandwidth: Bytes a second of a large copy.
         rate: Flops a second of a large product.
@@ -108,7 +110,7 @@ def compare(
     progress: Callable[[str], None] | None = None,
     update_rounds: int | None = None,
 ) -> Comparison:
-    """Take the step in several ways, in turns, in this process.
+    """Take the step in several ways, interleaved, in this process.
 
     Arguments:
         case: What is trained.
@@ -118,7 +120,7 @@ def compare(
         update_rounds: Rounds of updates; three times as many where it is None.
 
     Returns:
-        What they cost.
+        The measurements.
     """
     tell = progress or (lambda text: None)
     ways, missing = arms(names, case)
@@ -135,17 +137,17 @@ def compare(
     works: dict[str, Work | None] = {}
     for name, arm in ways.items():
         arm.step()
-        arm.step()  # after one of its own kind: another one's writes into shared weights have norms measured anew
+        arm.step()  # a second time, since writes by another way into shared weights make it measure norms again
         peaks[name] = peak_bytes(arm.step)
         works[name] = device_work(arm.step)
     tell(f"timing {rounds} rounds of steps")
     models = [arm.model for arm in ways.values()]
     shared = [name for name, arm in ways.items() if models.count(arm.model) > 1]
-    steps = take_turns({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
+    steps = interleaved({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
     update_rounds = update_rounds or _OWN_TIMES * rounds
     tell(f"timing {update_rounds} rounds of updates")
     alone = _updates_alone(ways)
-    updates = take_turns(alone, update_rounds, warm=alone)
+    updates = interleaved(alone, update_rounds, warm=alone)
     update_works = {name: device_work(update) for name, update in alone.items()}
     tell("measuring what the machine can do")
     trained = [p for p in case.model.parameters() if p.requires_grad]
@@ -166,13 +168,13 @@ def compare(
         flops=_flops(case),
         update_bytes=sum(sizes) * (1 + 4 + 3),
         bandwidth=bandwidth(device),
-        rate=matmul_rate(device, _type_of_products(case), 8192 if device.type == "cuda" else 1024),
+        rate=matmul_rate(device, _matmul_dtype(case), 8192 if device.type == "cuda" else 1024),
     )
 
 
 def _updates_alone(ways: Mapping[str, Arm]) -> dict[str, Callable[[], None]]:
-    """The optimizer by itself; for each way a function that gives it the same gradients every time."""
-    kept: dict[nn.Module, list[Tensor | None]] = {}  # one copy for arms that share a model: where it lies, counts
+    """For each way a function that takes its update alone, with the same gradients every time."""
+    kept: dict[nn.Module, list[Tensor | None]] = {}  # one copy for arms that share a model, at the same addresses
     for arm in ways.values():
         arm.forward()
         if arm.model not in kept:
@@ -189,14 +191,9 @@ def _updates_alone(ways: Mapping[str, Arm]) -> dict[str, Callable[[], None]]:
 
 
 def _scaled(case: Case) -> int:
-    """Weights in rows that QuacK scales."""
-    params = dict(case.model.named_parameters(remove_duplicate=False))
-    rows: dict[tuple[str, int], set[int]] = {}
-    for site in case.layout.sites:
-        for _, block in site.blocks() if not site.qk_norm else ():
-            own = rows.setdefault((block.param, block.axis), set())
-            own.update(row for ranges in block.heads for start, stop in ranges for row in range(start, stop))
-    return sum(len(own) * params[n].numel() // params[n].shape[axis] for (n, axis), own in rows.items())
+    """Number of weights in rows that QuacK scales."""
+    shapes = {name: tuple(p.shape) for name, p in case.model.named_parameters(remove_duplicate=False)}
+    return qk_count(QKLayout(tuple(site for site in case.layout.sites if not site.qk_norm)), shapes)
 
 
 def _tokens(case: Case) -> Iterator[int]:
@@ -207,10 +204,10 @@ def _tokens(case: Case) -> Iterator[int]:
 
 
 def _flops(case: Case) -> int:
-    """Of the products in one forward and backward; attention counted in full where it is causal, too.
+    """Flops of the matrix products in one forward and backward; causal attention counts in full.
 
-    On tensors without numbers, if the model does not look at them: attention written out may not fit in memory next to
-    all the copies of the model.
+    Counted on fake tensors, unless the model reads values: unfused attention may not fit in memory beside the copies of
+    the model.
     """
     loss, args, kwargs = _Loss(case), case.args, dict(case.kwargs)
     counter = FlopCounterMode(display=False)
@@ -243,8 +240,8 @@ class _Loss(nn.Module):
         return self._loss(self.model, *args, **kwargs)
 
 
-class _TypesOfProducts(TorchDispatchMode):
-    """Notes the types of all products of matrices."""
+class _MatmulDtypes(TorchDispatchMode):
+    """Records the dtypes of all matrix products."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -256,8 +253,8 @@ class _TypesOfProducts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _type_of_products(case: Case) -> torch.dtype:
-    """In which most products are computed: half precision where the model or autocast around its loss says so."""
-    with _TypesOfProducts() as types, torch.no_grad():
+def _matmul_dtype(case: Case) -> torch.dtype:
+    """The dtype of most matrix products: half precision in such a model, or under autocast in the loss."""
+    with _MatmulDtypes() as types, torch.no_grad():
         case.loss(case.model, *case.args, **case.kwargs)
     return max(types.seen, key=types.seen.count, default=torch.float32)

@@ -1,7 +1,7 @@
-"""Times that take turns, and what the machine could do at best.
+"""Interleaved timing, and the limits of the machine.
 
-In: functions. Out: medians and ratios with their spread. All run in one process, one after the other in every round, so
-that a machine that slows down slows all of them; a ratio is taken inside a round.
+In: functions. Out: medians and ratios, with quartiles. All functions run in one process, one after the other in each
+round, so that a slower machine affects all of them; ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells of each of its starts on stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs each start otherwise
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Times:
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """Their median."""
         return statistics.median(self.seconds)
 
     def over(self, other: Times) -> tuple[float, float, float]:
@@ -51,10 +51,10 @@ def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     return values[quarter], statistics.median(values), values[-1 - quarter]
 
 
-def take_turns(
+def interleaved(
     functions: Mapping[str, Callable[[], object]], rounds: int, warm: Collection[str] = ()
 ) -> dict[str, Times]:
-    """Time functions in turns, in another order every round; those in `warm` run once untimed right before."""
+    """Time functions, interleaved, in another order every round; those in `warm` run once, untimed, before."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
@@ -66,7 +66,7 @@ def take_turns(
 
 
 def time_of(function: Callable[[], object]) -> float:
-    """Seconds of one call, to its end on the device."""
+    """Seconds of one call, including its work on the device."""
     synchronize()
     start = time.perf_counter()
     function()
@@ -100,11 +100,11 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What a call has a device do.
+    """The work of a call on the device.
 
     Attributes:
-        kernels: Kernels that it starts.
-        seconds: What they take, together; the device may wait between them.
+        kernels: Number of kernels.
+        seconds: Sum of their times, without gaps between them.
     """
 
     kernels: int
@@ -112,7 +112,7 @@ class Work:
 
 
 def device_work(function: Callable[[], object]) -> Work | None:
-    """What a call has the device do, the median of three calls; None without a device."""
+    """The work of a call on the device, the median of three calls; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     return sorted((_traced(function) for _ in range(3)), key=lambda work: work.seconds)[1]

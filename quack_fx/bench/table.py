@@ -27,7 +27,7 @@ def terminal(comparison: Comparison) -> Table:
 
 
 def legend(comparison: Comparison) -> Table:
-    """What the ways are."""
+    """The meaning of each way."""
     table = Table.grid(padding=(0, 2))
     for name in comparison.ways:
         table.add_row(name, MEANING[name])
@@ -36,7 +36,7 @@ def legend(comparison: Comparison) -> Table:
 
 
 def markdown(comparison: Comparison) -> str:
-    """All of it as Markdown."""
+    """The comparison as Markdown."""
     head = ["way", "what", *_columns(comparison)]
     ways = [[name, MEANING[name], *_cells(comparison, name)] for name in comparison.ways]
     table = [head, ["---"] * len(head), *ways]
@@ -45,7 +45,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def setting(comparison: Comparison) -> Iterator[str]:
-    """What was measured, and where."""
+    """What was measured, on which machine."""
     c = comparison
     tokens = f", {c.tokens:,} tokens a step" if c.tokens else ""
     yield (
@@ -56,7 +56,7 @@ def setting(comparison: Comparison) -> Iterator[str]:
 
 
 def findings(comparison: Comparison) -> Iterator[str]:
-    """What follows from the table, and the limits."""
+    """The ratios of interest, and the limits."""
     c = comparison
     for name, reason in c.missing.items():
         yield f"Way {name} ({MEANING[name]}) could not be taken: {reason}."
@@ -81,7 +81,7 @@ def findings(comparison: Comparison) -> Iterator[str]:
 
 
 def _share(comparison: Comparison) -> str:
-    """What QuacK adds to an update, as a share of a step: less than whole steps can show."""
+    """What QuacK adds to an update, in percent of a step: too little to see in times of steps."""
     quack, plain = comparison.ways["quack"], comparison.ways["plain"]
     if quack.update is None or plain.update is None:
         return ""
@@ -95,7 +95,7 @@ def _eager(comparison: Comparison) -> str:
 
 
 def _on_device(comparison: Comparison) -> Iterator[str]:
-    """What QuacK adds on the device, where the time of an update alone is that of starting its kernels."""
+    """What QuacK adds on the device; on a GPU the time of an update alone is mostly that of launching kernels."""
     with_quack, without = (comparison.ways[name].update_work for name in ("quack", "plain"))
     if with_quack is not None and without is not None:
         more = with_quack.seconds - without.seconds

@@ -1,9 +1,10 @@
-"""The layout, plain frozen data about which weight rows make which attention logits; no torch.
+"""The layout: plain frozen data about which weight rows make which attention logits; without torch.
 
 sites.py    the layout
-fit.py      whether a layout fits a model, and which of its parameters it means
-pattern.py  rows of heads and head maps as formulas of the head's number
-walk.py     how one attention was understood, node by node
+fit.py      checks a layout against a model, and looks up its parameters there
+pattern.py  rows of heads and head maps as formulas of the head's index
+count.py    number of weights in a layout
+walk.py     how one attention was traced, node by node
 """
 
 from __future__ import annotations

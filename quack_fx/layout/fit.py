@@ -1,7 +1,7 @@
-"""Whether a layout fits a model, and which of its parameters the layout means.
+"""Checks a layout against a model, and looks up its parameters there.
 
-In: a `QKLayout` and a model, plain or wrapped. Out: the parameters by the names that the layout uses, or one line that
-says what does not fit.
+In: a `QKLayout` and a model, plain or wrapped. Out: the parameters by their names in the layout, or an error of one
+line that says what does not fit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
-"""Path segments that torch.compile and activation checkpointing put into names of parameters, anywhere in the path."""
+"""Segments that torch.compile and activation checkpointing insert into names of parameters, anywhere."""
 
 
 def check_layout(layout: QKLayout, model: nn.Module) -> None:
@@ -36,8 +36,8 @@ def check_layout(layout: QKLayout, model: nn.Module) -> None:
 def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model that a layout names, by the layout's names.
 
-    The layout and the model may differ in wrapping: the names that torch.compile, activation checkpointing and
-    DistributedDataParallel add are seen through, on both sides.
+    Either may be of a wrapped model: the segments that torch.compile, activation checkpointing and
+    DistributedDataParallel add to names are ignored on both sides.
 
     Arguments:
         layout: The layout.
@@ -48,7 +48,7 @@ def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]
 
     Raises:
         LayoutError: A parameter is missing, an axis, range or bias does not fit its shape, two names are one tensor,
-            a name has two meanings, or the model is flattened by FSDP1.
+            a name is ambiguous, or FSDP1 has flattened the model.
     """
     given = dict(model.named_parameters(remove_duplicate=False))
     if any(name.rpartition(".")[2].startswith("_flat_param") for name in given) or any(
@@ -82,14 +82,14 @@ def without_wrappers(layout: QKLayout) -> QKLayout:
 
 
 def with_bare_names(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[str, nn.Parameter]]:
-    """The layout and its parameters with the names of a program, which knows those of a model and their bare forms.
+    """The layout and its parameters with the names that a training program uses: those without wrappers.
 
     Arguments:
         layout: The layout.
         model: The model it was found on, or the same model wrapped or sharded.
 
     Returns:
-        The layout with `bare_name` of the names that its parameters have in this very model; the parameters by these.
+        The layout with `bare_name` of its parameters' names in this model, and the parameters by these.
 
     Raises:
         LayoutError: As `layout_params`, or two parameters have one bare name.
@@ -109,7 +109,7 @@ def with_bare_names(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[
 
 
 def _renamed(layout: QKLayout, rename: Callable[[str], str]) -> QKLayout:
-    """The layout with other names of parameters."""
+    """The layout with renamed parameters."""
 
     def new(blocks: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
         return tuple(replace(b, param=rename(b.param), bias=None if b.bias is None else rename(b.bias)) for b in blocks)
@@ -119,20 +119,20 @@ def _renamed(layout: QKLayout, rename: Callable[[str], str]) -> QKLayout:
 
 
 def bare_name(name: str) -> str:
-    """Name of a parameter without the segments that wrappers add."""
+    """Name of a parameter without the segments of wrappers."""
     path = [segment for segment in name.split(".") if segment not in _WRAPPERS]
     return ".".join(path[1:] if path[0] == "module" else path)  # DistributedDataParallel wraps at the root only
 
 
 def _inside(given: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Parameters by their names in the module inside: what holds all of a model as its `module` may be a wrapper."""
+    """Parameters by their names in the wrapped module, if all of them are in one attribute `module`."""
     names = {name: [part for part in name.split(".") if part not in _WRAPPERS] for name in given}
     wrapped = all(path[0] == "module" for path in names.values())
     return {".".join(path[wrapped:]): given[name] for name, path in names.items()}
 
 
 def _find(name: str, given: Mapping[str, nn.Parameter], bare: Mapping[str, nn.Parameter], site: str) -> nn.Parameter:
-    """The parameter that a layout means by a name, that of a wrapped model or of the one inside."""
+    """The parameter of a name in the layout, which may be of the wrapped model or of the model inside."""
     found = given.get(name), bare.get(name)
     if found[0] is not None and found[1] is not None and found[0] is not found[1]:
         raise LayoutError(
@@ -170,8 +170,8 @@ def _check_block(block: WeightBlock, params: Mapping[str, nn.Parameter], site: s
                 f"{where} has the rows [{start}, {stop}] along axis {block.axis} of {block.param!r}, "
                 f"whose shape is {shape}; {again}"
             )
-    # A bias may belong to the first rows alone (BEiT has one for the queries of a fused weight), or to several weights
-    # side by side (MultiheadAttention's for three), but its entries must go as far as the block's rows.
+    # A bias may have entries for the first rows only (BEiT's, for the queries of a fused weight) or for more rows than
+    # the weight (MultiheadAttention's, for three weights), but it needs an entry for each row of the block.
     if block.bias is None:
         return
     entries = max((stop for ranges in block.heads for _, stop in ranges), default=0)

@@ -1,7 +1,7 @@
-"""Rows of heads, and which head each query head reads, as formulas of the head's number.
+"""Rows of heads, and key heads of query heads, as formulas of the head's index.
 
-In: for each head the ranges of its rows, or the head that it reads. Out: the formula, or None where there is none. The
-report spells it in words, the generator as torch code.
+In: for each head the ranges of its rows, or the key head that it reads. Out: the formula, or None where there is none.
+Reports show it as text, training programs as torch code.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Literal
 from quack_fx.layout.sites import Ranges
 
 Loop = tuple[int, int]
-"""How many numbers, and how far apart."""
+"""Count and step of a sequence of numbers."""
 
 MapPattern = Literal["own", "blocks", "cycle"]
-"""Head h reads head h; head h // n, where n heads each read one; or head h % n, where there are n to read."""
+"""Query head h reads key head h; or h // n, for n query heads to a key head; or h % n, for n key heads."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowPattern:
-    """Rows of heads that all have the same form.
+    """Rows of heads that are equal but for an offset.
 
     Attributes:
         first: First row of head 0.
-        loops: One loop through the first rows of the heads, or two nested ones, the outer one first; none for one head.
-        ranges: The ranges of each head, counted from its first row.
+        loops: The first rows of the heads as one loop, or as two nested ones, the outer one first; none for one head.
+        ranges: The ranges of each head, relative to its first row.
     """
 
     first: int
@@ -39,7 +39,7 @@ def row_pattern(heads: Sequence[Ranges]) -> RowPattern | None:
     """The rows of all heads as one formula.
 
     Arguments:
-        heads: The ranges of each head; none is without rows.
+        heads: The ranges of each head; each has some.
 
     Example:
         >>> row_pattern([((0, 4),), ((12, 16),), ((24, 28),)])
@@ -54,7 +54,7 @@ def row_pattern(heads: Sequence[Ranges]) -> RowPattern | None:
 
 
 def loops_of(values: Sequence[int]) -> tuple[Loop, ...] | None:
-    """Nested loops that run through some numbers, from their first; the outermost first; at most two.
+    """A sequence of numbers as at most two nested loops, the outer one first; None where it is not.
 
     Example:
         >>> loops_of([0, 1, 8, 9, 16, 17]), loops_of([5]), loops_of([0, 1, 3])
@@ -76,11 +76,11 @@ def loops_of(values: Sequence[int]) -> tuple[Loop, ...] | None:
 
 
 def map_pattern(heads: Sequence[int], count: int) -> MapPattern | None:
-    """Which head each of many heads reads, as a formula.
+    """Which key head each query head reads, as a formula.
 
     Arguments:
-        heads: The head that each reads.
-        count: How many there are to read.
+        heads: For each query head its key head.
+        count: Number of key heads.
 
     Example:
         >>> map_pattern((0, 0, 1, 1), 2), map_pattern((0, 1, 0, 1), 2), map_pattern((1, 0), 2)

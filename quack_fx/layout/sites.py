@@ -1,19 +1,20 @@
-"""The layout, plain frozen data about which weight rows make which attention logits.
+"""The layout: plain frozen data about which weight rows make which attention logits.
 
-In: nothing; finders fill it in. Out: what every user of the layout (factors, optimizers, emission, reports) reads.
-This file imports nothing of the other rooms and no torch, so a layout can be read anywhere, also from its JSON.
+In: nothing; the finder fills it in. Out: what optimizers, programs, proofs and reports read. This file imports no torch
+and no other folder, so a layout can be read anywhere, also from its JSON.
 
-How to read it. The logits of query head `h` of a site are a sum of *terms*. A term is a product of weight blocks: those
-of a chain on the query side and those of a chain on the key side that meet in the same head dimensions. For plain
-multi-head attention there is one term, W_Q^h times W_K^h. For DeepSeek's MLA there are two, W_uq^h W_dq times
-W_uk^h W_dkv, and W_qr^h W_dq times W_kr.
+The logits of query head `h` of a site are a sum of *terms*. A term is a product of weight blocks: a chain on the query
+side times a chain on the key side, both for the same features of the head. Plain multi-head attention has one term,
+W_Q^h times W_K^h. DeepSeek's MLA has two: W_uq^h W_dq times W_uk^h W_dkv, and W_qr^h W_dq times W_kr.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from quack_fx.errors import LayoutError
 
@@ -47,18 +48,92 @@ SIDES: tuple[Side, Side] = ("query", "key")
 NormKind = Literal["rms", "layer", "l2", "batch", "other"]
 
 
+class Json:
+    """Base class of the dataclasses in this file: their JSON form has the names and the nesting of their fields."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; `from_dict` reads it back, without loss."""
+        return {f.name: _written(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
+        """The object with this JSON form.
+
+        Raises:
+            LayoutError: A field is missing, has the wrong type or contradicts another; with the name of the field.
+        """
+        what = _NAMES[cls.__name__]
+        if not isinstance(d, Mapping):
+            raise LayoutError(f"a {what} is a JSON object, not {type(d).__name__}")
+        read: dict[str, Any] = {}
+        for name, kind in _field_types(cls).items():  # type: ignore[arg-type]
+            if name not in d:
+                raise LayoutError(f"{what} {d.get('name', d.get('param', ''))!r} has no field {name!r}")
+            read[name] = _read(kind, d[name], f"field {name!r} of a {what}")
+        made = cls(**read)
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Refuse what the types of the fields do not rule out."""
+
+
+_NAMES = {"WeightBlock": "block", "LogitTerm": "term", "Norm": "norm", "AttentionSite": "site"}
+_NAMES |= {"Skipped": "skipped entry", "QKLayout": "layout"}
+"""What errors call an object of each class."""
+
+
+@lru_cache
+def _field_types(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, Json):
+        return value.to_dict()
+    return [_written(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as the type that a field is declared with; `where` is the field's name in errors.
+
+    Raises:
+        LayoutError: It has another type.
+    """
+    origin, options = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and issubclass(kind, Json):
+        return kind.from_dict(value)
+    if origin is tuple and isinstance(value, list) and (options[-1] is ... or len(options) == len(value)):
+        kinds = options if options[-1] is not ... else options[:1] * len(value)
+        return tuple(_read(one, part, where) for one, part in zip(kinds, value, strict=True))
+    if origin is Literal and value in options:
+        return value
+    plain = options if origin is UnionType else (kind,)
+    if float in plain and type(value) is int:
+        return float(value)
+    if origin is not tuple and type(value) in plain:
+        return value
+    names = ("null" if t is type(None) else getattr(t, "__name__", str(t)) for t in plain)
+    need = "one of " + ", ".join(options) if origin is Literal else " or ".join(names)
+    if origin is tuple:
+        need = "list" if options[-1] is ... else f"list of {len(options)}"
+    raise LayoutError(f"{where} is {value!r}; need {need}")
+
+
 @dataclass(frozen=True, slots=True)
-class WeightBlock:
-    """The rows of one parameter that take part in one side of an attention, head by head.
+class WeightBlock(Json):
+    """The rows of one parameter that one side of an attention uses, head by head.
 
     Attributes:
         param: Fully qualified name of the parameter (the first one where parameters are tied).
-        role: Part the block plays: "q"/"k" for plain projections; "dq", "uq", "qr", "dkv", "uk", "kr" as in MLA
+        role: "q"/"k" for plain projections; "dq", "uq", "qr", "dkv", "uk", "kr" as in MLA
             (down, up, rope; query, key-value); "other" for the branches of low-rank adapters and the like.
         axis: Axis of the parameter that counts output features: 0 for `nn.Linear`, 1 for GPT-2's `Conv1D`.
-        heads: For each head, the half-open ranges along `axis`. Empty for a head that does not read this block; the
-            same range again and again for a block that all heads share.
-        bias: Fully qualified name of the bias whose entries belong to the same rows, or None.
+        heads: For each head, the half-open ranges along `axis`: empty for a head that does not use the block, equal for
+            a block that all heads share.
+        bias: Fully qualified name of the bias with the same rows, or None.
     """
 
     param: str
@@ -67,47 +142,20 @@ class WeightBlock:
     heads: tuple[Ranges, ...]
     bias: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form of the block; `from_dict` reads it back."""
-        return {
-            "param": self.param,
-            "role": self.role,
-            "axis": self.axis,
-            "heads": [[list(r) for r in ranges] for ranges in self.heads],
-            "bias": self.bias,
-        }
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> WeightBlock:
-        """Block from its JSON form.
-
-        Raises:
-            LayoutError: A field is missing or has the wrong type, an axis is negative or a range is empty.
-        """
-        heads = tuple(tuple((int(r[0]), int(r[1])) for r in ranges) for ranges in _get(d, "heads", list, "block"))
-        for start, stop in (r for ranges in heads for r in ranges):
+    def check(self) -> None:
+        """Refuse rows that no parameter can have."""
+        for start, stop in (r for ranges in self.heads for r in ranges):
             if not 0 <= start < stop:
-                raise LayoutError(
-                    f"block of {d.get('param')!r} has the range [{start}, {stop}]; need 0 <= start < stop"
-                )
-        axis = _get(d, "axis", int, "block")
-        if axis < 0:
-            raise LayoutError(f"block of {d.get('param')!r} has axis {axis}; need an axis counted from 0")
-        return cls(
-            param=_get(d, "param", str, "block"),
-            role=_choice(_get(d, "role", str, "block"), Role, "role"),
-            axis=axis,
-            heads=heads,
-            bias=_get(d, "bias", (str, type(None)), "block"),
-        )
+                raise LayoutError(f"block of {self.param!r} has the range [{start}, {stop}]; need 0 <= start < stop")
+        if self.axis < 0:
+            raise LayoutError(f"block of {self.param!r} has axis {self.axis}; need an axis counted from 0")
 
 
 @dataclass(frozen=True, slots=True)
-class LogitTerm:
-    """One product of blocks in the logits; it stands for all query heads that follow the pattern.
+class LogitTerm(Json):
+    """One product of blocks in the logits, for all query heads that have it.
 
-    The term exists for query head `h` where every block named here has rows: query blocks at head `h`, key blocks at
-    head `head_map[h]`.
+    Query head `h` has it if all its blocks have rows: query blocks for head `h`, key blocks for head `head_map[h]`.
 
     Attributes:
         query: Indices into the site's `query` blocks, from the logits outwards (uq before dq).
@@ -117,22 +165,13 @@ class LogitTerm:
     query: tuple[int, ...]
     key: tuple[int, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form of the term."""
-        return {"query": list(self.query), "key": list(self.key)}
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> LogitTerm:
-        """Term from its JSON form."""
-        return cls(tuple(_get(d, "query", list, "term")), tuple(_get(d, "key", list, "term")))
-
 
 @dataclass(frozen=True, slots=True)
-class Norm:
-    """A normalisation between a projection and the logits (QK norm), or between two factors (latent norm).
+class Norm(Json):
+    """A norm between a projection and the logits (QK norm), or between two factors (latent norm).
 
     Attributes:
-        side: Side of the product that it acts on.
+        side: Side of the product.
         kind: "rms", "layer", "l2", "batch", or "other".
         width: Number of features that share one statistic: the head dimension or the full width, for example.
         module: Name of the module that computes it and nothing else, or None for a norm written inline.
@@ -145,25 +184,10 @@ class Norm:
     module: str | None = None
     weight: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form of the norm."""
-        return {"side": self.side, "kind": self.kind, "width": self.width, "module": self.module, "weight": self.weight}
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> Norm:
-        """Norm from its JSON form."""
-        return cls(
-            side=_choice(_get(d, "side", str, "norm"), Side, "side"),
-            kind=_choice(_get(d, "kind", str, "norm"), NormKind, "norm kind"),
-            width=_get(d, "width", int, "norm"),
-            module=_get(d, "module", (str, type(None)), "norm"),
-            weight=_get(d, "weight", (str, type(None)), "norm"),
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class AttentionSite:
-    """One attention of the model: the blocks behind its logits and how they are multiplied.
+class AttentionSite(Json):
+    """One attention of the model: the blocks of its logits, and how they are multiplied.
 
     Attributes:
         name: Module whose forward makes the logits; "" for the root.
@@ -177,7 +201,7 @@ class AttentionSite:
         query: Blocks of the query side, each with one entry of `heads` per query head.
         key: Blocks of the key side, each with one entry of `heads` per key head.
         terms: Products of blocks whose sum is the logit.
-        qk_norm: QK norms on the way from the projections to the logits.
+        qk_norm: Norms between the projections and the logits.
         latent_norm: Norms between the factors of a latent projection; never QK norm.
         logit_scale: Factor on the product of queries and keys, for example 1/sqrt(head_dim); None where it is learned
             or not a plain number.
@@ -199,7 +223,7 @@ class AttentionSite:
     logit_scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a site that contradicts itself."""
+        """Refuse a site whose fields contradict each other."""
         where = f"site {self.name!r}"
         if len(self.head_map) != self.query_heads:
             raise LayoutError(f"{where}: head_map has {len(self.head_map)} entries for {self.query_heads} query heads")
@@ -224,7 +248,7 @@ class AttentionSite:
             yield "key", block
 
     def head_terms(self, head: int) -> Iterator[tuple[tuple[WeightBlock, Ranges], ...]]:
-        """The terms of one query head, each as the blocks of the product with the rows that this head uses."""
+        """The terms of one query head: for each, its blocks with the rows of this head."""
         key_head = self.head_map[head]
         for term in self.terms:
             product = [(self.query[i], self.query[i].heads[head]) for i in term.query]
@@ -232,54 +256,10 @@ class AttentionSite:
             if all(ranges for _, ranges in product):
                 yield tuple(product)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form of the site."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "cross": self.cross,
-            "calls": self.calls,
-            "query_heads": self.query_heads,
-            "key_heads": self.key_heads,
-            "head_dim": self.head_dim,
-            "head_map": list(self.head_map),
-            "query": [b.to_dict() for b in self.query],
-            "key": [b.to_dict() for b in self.key],
-            "terms": [t.to_dict() for t in self.terms],
-            "qk_norm": [n.to_dict() for n in self.qk_norm],
-            "latent_norm": [n.to_dict() for n in self.latent_norm],
-            "logit_scale": self.logit_scale,
-        }
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> AttentionSite:
-        """Site from its JSON form.
-
-        Raises:
-            LayoutError: A field is missing, has the wrong type or contradicts another.
-        """
-        scale = _get(d, "logit_scale", (int, float, type(None)), "site")
-        return cls(
-            name=_get(d, "name", str, "site"),
-            kind=_choice(_get(d, "kind", str, "site"), SiteKind, "site kind"),
-            cross=_get(d, "cross", bool, "site"),
-            calls=_get(d, "calls", int, "site"),
-            query_heads=_get(d, "query_heads", int, "site"),
-            key_heads=_get(d, "key_heads", int, "site"),
-            head_dim=_get(d, "head_dim", int, "site"),
-            head_map=tuple(_get(d, "head_map", list, "site")),
-            query=tuple(WeightBlock.from_dict(b) for b in _get(d, "query", list, "site")),
-            key=tuple(WeightBlock.from_dict(b) for b in _get(d, "key", list, "site")),
-            terms=tuple(LogitTerm.from_dict(t) for t in _get(d, "terms", list, "site")),
-            qk_norm=tuple(Norm.from_dict(n) for n in _get(d, "qk_norm", list, "site")),
-            latent_norm=tuple(Norm.from_dict(n) for n in _get(d, "latent_norm", list, "site")),
-            logit_scale=None if scale is None else float(scale),
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
-    """An attention, or something close to one, that is not among the sites, and why.
+class Skipped(Json):
+    """An attention, or something like one, that is not among the sites, and why.
 
     Attributes:
         name: Module in which it was seen.
@@ -291,23 +271,14 @@ class Skipped:
     code: str
     reason: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {"name": self.name, "code": self.code, "reason": self.reason}
-
-    @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> Skipped:
-        """From its JSON form."""
-        return cls(*(_get(d, key, str, "skipped entry") for key in ("name", "code", "reason")))
-
 
 @dataclass(frozen=True, slots=True)
-class QKLayout:
+class QKLayout(Json):
     """All query/key pairs of a model.
 
     Attributes:
         sites: The attentions whose weight rows are known.
-        skipped: What looked like attention and is not in `sites`, each with its reason.
+        skipped: Other attentions, each with the reason why it is not in `sites`.
         untouched: Parameters that the example inputs never reached; nothing is known about them.
 
     Example:
@@ -318,51 +289,19 @@ class QKLayout:
 
     sites: tuple[AttentionSite, ...] = ()
     skipped: tuple[Skipped, ...] = ()
-    untouched: tuple[str, ...] = field(default=())
+    untouched: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, lossless: `QKLayout.from_dict(layout.to_dict()) == layout`."""
-        return {
-            "schema": SCHEMA,
-            "sites": [s.to_dict() for s in self.sites],
-            "skipped": [s.to_dict() for s in self.skipped],
-            "untouched": list(self.untouched),
-        }
+        """JSON form, without loss: `QKLayout.from_dict(layout.to_dict()) == layout`."""
+        return {"schema": SCHEMA, **Json.to_dict(self)}
 
     @classmethod
-    def from_dict(cls, d: Mapping[str, Any]) -> QKLayout:
+    def from_dict(cls, d: Mapping[str, Any]) -> Self:
         """Layout from its JSON form.
 
         Raises:
             LayoutError: It is not a layout of a schema known here, or it contradicts itself.
         """
-        if not isinstance(d, Mapping):
-            raise LayoutError(f"a layout is a JSON object, not {type(d).__name__}")
-        if d.get("schema") != SCHEMA:
+        if isinstance(d, Mapping) and d.get("schema") != SCHEMA:
             raise LayoutError(f"layout has schema {d.get('schema')!r}; this version reads schema {SCHEMA}")
-        return cls(
-            sites=tuple(AttentionSite.from_dict(s) for s in _get(d, "sites", list, "layout")),
-            skipped=tuple(Skipped.from_dict(s) for s in _get(d, "skipped", list, "layout")),
-            untouched=tuple(_get(d, "untouched", list, "layout")),
-        )
-
-
-def _get(d: Mapping[str, Any], key: str, types: type | tuple[type, ...], what: str) -> Any:
-    """Field of a JSON object, checked for presence and type."""
-    if not isinstance(d, Mapping):
-        raise LayoutError(f"a {what} is a JSON object, not {type(d).__name__}")
-    if key not in d:
-        raise LayoutError(f"{what} {d.get('name', d.get('param', ''))!r} has no field {key!r}")
-    value = d[key]
-    wanted = types if isinstance(types, tuple) else (types,)
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        names = " or ".join("null" if t is type(None) else t.__name__ for t in wanted)
-        raise LayoutError(f"field {key!r} of a {what} is {value!r}; need {names}")
-    return value
-
-
-def _choice(value: str, literal: Any, what: str) -> Any:
-    """A string that must be one of a Literal's values."""
-    if value not in get_args(literal):
-        raise LayoutError(f"{what} {value!r} is not one of {', '.join(get_args(literal))}")
-    return value
+        return Json.from_dict.__func__(cls, d)  # type: ignore[attr-defined, no-any-return]

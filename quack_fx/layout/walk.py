@@ -1,7 +1,7 @@
-"""How one attention was understood, or why it was not: plain frozen data.
+"""How one attention was traced back to its weights, or why that failed: plain frozen data.
 
-In: nothing; the finder fills it in. Out: `Explanation`, read by the report (as a tree), by JSON and by dumped files. It
-lists the nodes of the graph from the logits back to the weights, and what each of them was found to hold.
+In: nothing; the finder fills it in. Out: `Explanation`, shown as a tree, as JSON and in dumped files. It lists the
+nodes of the graph from the logits back to the weights, each with the weight rows that its tensor is made of.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ class RowsOf:
     rows: Ranges
 
     def text(self, home: str) -> str:
-        """In a few words; names inside the module `home` without its own."""
+        """In a few words; names relative to the module `home`."""
         rows = ", ".join(f"{a}:{b}" for a, b in self.rows[:4]) + (", …" if len(self.rows) > 4 else "")
         return f"{_local(self.param, home)} {rows}" + (f" (axis {self.axis})" if self.axis else "")
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the labels of one tensor say.
+    """The weight rows that one tensor is made of.
 
     Attributes:
-        rows: The weight rows that its elements are made of.
-        unknown: Whether some elements are data whose rows are not known.
-        statistic: Whether it is a statistic of those rows (a mean square, say) and not made of them.
-        features: The last axis along which the rows differ: that of a head's features, once heads are apart.
-        vectors: Number of different vectors along that axis: heads, once they are apart.
+        rows: All of these rows.
+        unknown: Whether some elements come from unknown rows.
+        statistic: Whether it is a statistic of features of these rows, such as a mean square.
+        features: The last axis along which the rows differ: the head dimension, once heads are separate.
+        vectors: Number of distinct vectors along that axis: heads, once they are separate.
         axes: Axes along which these vectors differ.
         first: Rows of the first vector.
         norms: Norms between the projections and here: kind, width, module, gain.
-        scale: Product of the plain numbers between the projections and here; None where one is no plain number.
+        scale: Product of the constants between the projections and here; None where a factor is not a constant.
     """
 
     rows: tuple[RowsOf, ...] = ()
@@ -54,7 +54,7 @@ class Held:
     scale: float | None = 1.0
 
     def text(self, home: str) -> str:
-        """In a few words; names inside the module `home` without its own."""
+        """In a few words; names relative to the module `home`."""
         rows, first = (", ".join(of.text(home) for of in some) for some in (self.rows, self.first))
         parts = [f"a statistic of {rows}" if self.statistic else rows] if rows else []
         parts += ["data of unknown rows"] if self.unknown else []
@@ -82,7 +82,7 @@ class WalkedNode:
         shape: Shape of its result.
         module: Deepest module whose forward was running; "" for the root.
         source: The line of Python that ran it, "model.py:12: q = self.q(x)", where the graph knows it.
-        held: What its labels say, where it was walked.
+        held: What its tensor is made of, if it was visited.
         weight: For a product with a weight, the parameters whose rows make the features.
     """
 
@@ -95,7 +95,7 @@ class WalkedNode:
     weight: tuple[str, ...] = ()
 
     def text(self, home: str, before: Held | None = None) -> str:
-        """In one line; what it holds only where that is not what the node listed before it holds."""
+        """In one line; "the same" where it holds what the node before it holds."""
         made = f" by {', '.join(_local(name, home) for name in self.weight)}" if self.weight else ""
         line = f"{self.name}  {self.op}{made} {list(self.shape)}"
         if self.held is None:
@@ -120,7 +120,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How one attention was understood.
+    """How one attention was traced.
 
     Attributes:
         name: Module whose forward makes the logits; "" for the root.
@@ -131,7 +131,7 @@ class Explanation:
         code: Code of the refusal.
         reason: Its sentence.
         stopped: The node at which the walk stopped.
-        reads: What that node reads, as far as it was walked.
+        reads: The inputs of that node, as far as they were visited.
     """
 
     name: str
@@ -189,7 +189,7 @@ class Explanation:
         return f"found: {one.kind}, {one.query_heads} query heads, {one.key_heads} key heads, head dim {one.head_dim}"
 
     def _listed(self, nodes: Sequence[WalkedNode]) -> Iterator[tuple[int, str]]:
-        """Nodes one by one; the module and the line of Python above all the nodes that it ran."""
+        """Nodes one by one, under the module and the line of Python that ran them."""
         place, held = "", None
         for node in nodes:
             where = f"in {node.module or 'the model itself'}" + (f", {node.source}" if node.source else "")

@@ -1,4 +1,4 @@
-"""What a proof says: sites proved, sites that could not be decided.
+"""The report of a proof: the sites that were proved, and those that could not be decided.
 
 In: plain values. Out: `VerifyReport`.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class SiteProof:
-    """A site whose claims hold.
+    """A site whose claims were confirmed.
 
     Attributes:
         name: Name of the site.
@@ -53,7 +53,7 @@ class VerifyReport:
 
     @property
     def checks(self) -> int:
-        """Number of comparisons that held."""
+        """Number of comparisons made."""
         return sum(proof.checks for proof in self.proved)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""QK norms out of a model, and into one.
+"""Removes QK norms from a model, or adds them.
 
-strip/      out of the modules of a model in place, or out of a copy of an ATen graph of it
-insert/     into modules or a graph, to compare QuacK with
-dynamo.py   the backend of torch.compile that takes them out of what Dynamo hands over
+strip/      removes them from the modules of a model in place, or from a copy of its ATen graph
+insert/     adds them to modules or to a graph, as a baseline for QuacK
+dynamo.py   a backend of torch.compile that removes them from Dynamo's graphs
 call.py     example inputs as users give them
 """

@@ -1,4 +1,4 @@
-"""Example inputs as users give them, and as the arguments of a call."""
+"""Example inputs as users give them, and the call arguments that they stand for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Inputs = Sequence[Any] | Mapping[str, Any]
-"""Example inputs of a forward: positional ones, or named ones."""
+"""Example inputs of a forward: positional arguments, or keyword arguments."""
 
 
 def call_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and named arguments."""
+    """Positional and keyword arguments."""
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})

@@ -1,12 +1,12 @@
-"""A backend of torch.compile that takes QK norms out of the graphs that Dynamo hands over.
+"""A backend of torch.compile that removes QK norms from Dynamo's graphs.
 
-In: a graph of Dynamo and its example inputs. Out: what another backend, Inductor unless told otherwise, makes of the
-graph without its QK norms. Installed as a `torch_dynamo_backends` entry point:
+In: a graph of Dynamo and its example inputs. Out: the graph without its QK norms, compiled by another backend (Inductor
+by default). Installed as a `torch_dynamo_backends` entry point:
 
     torch.compile(model, backend="quack_fx")
     torch.compile(model, backend="quack_fx", options={"backend": "aot_eager", "gain": "keep", "scale": "keep"})
 
-A graph without QK norm is passed on as it came. What was taken out of each graph is logged by the logger "quack_fx".
+A graph without QK norm is passed on unchanged. The logger "quack_fx" logs what was removed from each graph.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def quack_fx(
         The compiled graph.
 
     Raises:
-        StripError: An option is not known, or the graph cannot be looked through; a norm left in unseen would make
-            another model of it.
+        StripError: An option is not known, or the graph cannot be analysed; an undetected norm would make it another
+            model.
     """
     rest = dict(options or {})
     backend = rest.pop("backend", "inductor")
@@ -65,7 +65,7 @@ def quack_fx(
 
 
 def _strip(graph_module: GraphModule, example_inputs: Sequence[Any], chosen: Mapping[str, str]) -> StripReport:
-    """The graph in ATen ops, gradients still to come, without its norms."""
+    """The graph without its norms, in ATen ops, before autograd."""
     if any(isinstance(x, torch.SymInt) for x in example_inputs):
         raise StripError("the backend quack_fx needs fixed shapes; use torch.compile(..., dynamic=False)")
     try:

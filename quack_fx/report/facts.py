@@ -1,6 +1,6 @@
-"""What is known about a finding besides the layout, for the head of a report.
+"""What a report says besides the layout: the model, its inputs, its graph, a proof.
 
-In: plain values. Out: `Facts`, and sums over a layout. No torch here: a report can be made of a layout's JSON.
+In: plain values. Out: `Facts`. Imports no torch, so that a saved layout can be reported on.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quack_fx.layout import QKLayout, Range, merged
+from quack_fx.layout.count import qk_count
+
+__all__ = ["Facts", "Proof", "count_text", "qk_count"]
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a proof by gradients said about the attentions of a layout.
+    """The result of a proof by gradients for the attentions of a layout.
 
     Attributes:
-        where: What it was made on: "a copy with random weights".
+        where: The model that it ran on: "a copy with random weights".
         open: Names of the attentions that it could not decide, each with the reason; all others are proved.
     """
 
@@ -25,13 +27,13 @@ class Proof:
     open: Mapping[str, str] = field(default_factory=dict)
 
     def text(self, names: Sequence[str]) -> str:
-        """Ticks of some attentions in a few characters: "✓", "-", or how many of each."""
+        """The result for some attentions: "✓", "-", or how many of each."""
         wrong = sum(name in self.open for name in names)
         right = len(names) - wrong
         return f"✓ {right}  - {wrong}" if wrong and right else "-" if wrong else "✓"
 
     def summary(self, names: Sequence[str]) -> str:
-        """How many attentions are proved, on what."""
+        """How many attentions are proved, on which model."""
         right = sum(name not in self.open for name in names)
         return f"{right} of {len(names)} proved by gradients on {self.where}"
 
@@ -41,14 +43,13 @@ class Facts:
     """How a layout was found.
 
     Attributes:
-        title: What was looked at.
-        how: How it was built, and on which inputs its forward was recorded.
-        graph: What was recorded: "567 nodes, recorded with fake weights".
+        title: The model.
+        how: How it was built, and the inputs of its recorded forward.
+        graph: Its graph: "567 nodes, recorded with fake weights".
         seconds: Time from the target to the layout.
         shapes: Shape of every parameter by name.
-        proof: What a proof said, where one was asked for.
-        notes: What else a reader should know of how it was built: pairs of a word that says what a note is about, and
-            the note.
+        proof: The result of a proof, if one was run.
+        notes: Further lines about how the model was built: pairs of a heading and a sentence.
     """
 
     title: str
@@ -63,29 +64,6 @@ class Facts:
     def parameters(self) -> int:
         """Number of weights in all parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
-
-
-def qk_count(layout: QKLayout, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Number of weights that stand in some block of the layout, each counted once, biases included."""
-    rows: dict[tuple[str, int], set[Range]] = {}
-    biases: dict[str, set[Range]] = {}
-    for site in layout.sites:
-        for _, block in site.blocks():
-            ranges = {r for head in block.heads for r in head}
-            rows.setdefault((block.param, block.axis), set()).update(ranges)
-            if block.bias:
-                biases.setdefault(block.bias, set()).update(ranges)
-    total = sum(_count(ranges) for bias, ranges in biases.items() if bias in shapes)
-    for (param, axis), ranges in rows.items():
-        shape = shapes.get(param)
-        if shape is not None and axis < len(shape) and shape[axis]:
-            total += _count(ranges) * (math.prod(shape) // shape[axis])
-    return total
-
-
-def _count(ranges: set[Range]) -> int:
-    """Number of rows in a union of ranges."""
-    return sum(stop - start for start, stop in merged(ranges))
 
 
 def count_text(n: int) -> str:

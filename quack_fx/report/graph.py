@@ -1,7 +1,7 @@
-"""One attention -> its pair graph, as a networkx graph and as inline SVG.
+"""The pair graph of one attention, as a networkx graph and as inline SVG.
 
-In: a site. Out: `pair_graph`, from the inputs through the factors and norms to the products and their sum, the logits;
-`svg`, that graph drawn in layers, colours left to the page's style sheet.
+In: a site. Out: `pair_graph`, from the inputs through weights and norms to the products and their sum, the logits;
+`svg`, the same drawn in columns. Colours are in the style sheet of the page.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _CHAR, _LINE = 6.7, 16
 
 
 def pair_graph(site: AttentionSite) -> nx.DiGraph:
-    """The way from the inputs to the logits.
+    """The graph from the inputs to the logits.
 
     Returns:
-        Graph whose nodes carry `kind` ("input", "block", "norm", "product" or "logits"), `side` ("query", "key" or "")
+        Graph whose nodes have `kind` ("input", "block", "norm", "product" or "logits"), `side` ("query", "key" or "")
         and `lines`, the text to show. An edge leads from what is multiplied first to what is multiplied next.
     """
     graph, names = nx.DiGraph(), g.labels(site)
@@ -51,7 +51,7 @@ def pair_graph(site: AttentionSite) -> nx.DiGraph:
 
 
 def _join(graph: nx.DiGraph, a: str, b: str, norms: list[Norm]) -> None:
-    """An edge, through the norm that stands on it."""
+    """Add an edge from a to b, through a norm if there is one."""
     if not norms:
         graph.add_edge(a, b)
         return
@@ -62,13 +62,13 @@ def _join(graph: nx.DiGraph, a: str, b: str, norms: list[Norm]) -> None:
 
 
 def svg(site: AttentionSite) -> str:
-    """The pair graph as an SVG element, layer by layer from left to right."""
+    """The pair graph as an SVG element, in columns from left to right."""
     graph = pair_graph(site)
     graph.remove_nodes_from([n for n in list(graph) if not nx.has_path(graph, n, "logits")])
     level = {n: i for i, layer in enumerate(nx.topological_generations(graph)) for n in layer}
     way: dict[tuple[str, str], list[str]] = {}
     for a, b in list(graph.edges):
-        # An edge over several layers gets a place in each, so that it runs around the boxes between.
+        # An edge across several columns gets a point in each, so that it does not cross boxes.
         stops = [f"{a} > {b} @ {i}" for i in range(level[a] + 1, level[b])]
         for stop, i in zip(stops, range(level[a] + 1, level[b]), strict=True):
             graph.add_node(stop, kind="stop", side=graph.nodes[a]["side"], lines=())

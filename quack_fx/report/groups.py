@@ -1,7 +1,7 @@
-"""Equal layers -> one group; rows of heads -> a formula; both as short text that every report shares.
+"""Equal layers as one group, and rows of heads as a formula: the short texts of all reports.
 
 In: sites and names of a layout. Out: `Group`s with names such as "model.layers.{0..125}.self_attn", and rows such as
-"128h:128h+128", which reads: head h has the rows from 128 h up to, not including, 128 h + 128.
+"128h:128h+128": head h has the rows from 128 h up to, but not including, 128 h + 128.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Indices = tuple[frozenset[int], ...]
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that differ in nothing but the numbers in their names.
+    """Sites that are equal but for the numbers in their names.
 
     Attributes:
         name: Their names in one, with the numbers in braces.
@@ -31,7 +31,7 @@ class Group:
 
     @property
     def first(self) -> AttentionSite:
-        """The site that stands for all."""
+        """The first site, which reports show."""
         return self.sites[0]
 
 
@@ -42,7 +42,7 @@ def group_sites(sites: Sequence[AttentionSite]) -> list[Group]:
         alike.setdefault(_relative(site), []).append(site)
     groups = []
     for members in alike.values():
-        # Two attentions of one module have one name, so the name alone does not tell which site is meant.
+        # Two attentions of one module have the same name.
         named: dict[str, list[AttentionSite]] = {}
         for site in members:
             named.setdefault(site.name, []).append(site)
@@ -53,7 +53,7 @@ def group_sites(sites: Sequence[AttentionSite]) -> list[Group]:
 
 
 def group_names(names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Names that differ in numbers alone, put together where the numbers form a full grid.
+    """Names that differ only in numbers, as one pattern where the numbers form a full grid.
 
     Example:
         >>> group_names(["h.0.q", "h.1.q", "h.2.q", "head"])
@@ -80,7 +80,7 @@ def _fill(pattern: tuple[str | None, ...], indices: tuple[int, ...]) -> str:
 
 
 def _grids(indices: Sequence[tuple[int, ...]]) -> list[Indices]:
-    """The same index tuples as few full grids, merged one axis at a time, the last one first."""
+    """Index tuples as few full grids, merged along one axis after the other, from the last."""
     grids: list[Indices] = [tuple(frozenset((n,)) for n in i) for i in indices]
     for axis in reversed(range(len(indices[0]))):
         merged: dict[tuple[Any, ...], frozenset[int]] = {}
@@ -92,7 +92,7 @@ def _grids(indices: Sequence[tuple[int, ...]]) -> list[Indices]:
 
 
 def _braces(values: frozenset[int]) -> str:
-    """Numbers as a shell would write them: 3, {0..125}, {0..10..2}, {0..2,7}."""
+    """Numbers as in a shell: 3, {0..125}, {0..10..2}, {0..2,7}."""
     numbers = sorted(values)
     if len(numbers) == 1:
         return str(numbers[0])
@@ -110,7 +110,7 @@ def _braces(values: frozenset[int]) -> str:
 
 
 def _relative(site: AttentionSite) -> AttentionSite:
-    """The site with every number of its names replaced by its distance from the site's own."""
+    """The site with names relative to its own, so that equal layers become equal."""
 
     def name(text: str | None) -> str | None:
         return None if text is None else local_name(text, site.name)
@@ -132,7 +132,7 @@ def _relative(site: AttentionSite) -> AttentionSite:
 
 
 def local_name(name: str, site: str) -> str:
-    """A parameter's or module's name as seen from its site: what is inside it without prefix, numbers as {i}.
+    """The name of a parameter or module relative to its site: without the site's prefix, or with its numbers as {i}.
 
     Example:
         >>> local_name("layers.3.attn.q.weight", "layers.3.attn"), local_name("layers.2.kv.weight", "layers.3.attn")
@@ -200,7 +200,7 @@ def _slices(ranges: Ranges) -> str:
 
 
 def _collapse(ranges: Ranges) -> list[tuple[int, int, str]]:
-    """Ranges as slices; rows at even distances (interleaved heads) become one slice with a step."""
+    """Ranges as slices; single rows at equal distances (interleaved heads) become one slice with a step."""
     widths = {b - a for a, b in ranges}
     steps = {b[0] - a[0] for a, b in pairwise(ranges)}
     if len(ranges) > 2 and widths == {1} and len(steps) == 1 and (step := steps.pop()) > 0:
@@ -209,11 +209,11 @@ def _collapse(ranges: Ranges) -> list[tuple[int, int, str]]:
 
 
 def total_rows(block: WeightBlock) -> Ranges:
-    """All rows of a block, whatever the head, as disjoint ranges in order."""
+    """The rows of all heads of a block, as disjoint ranges in order."""
     return merged(r for ranges in block.heads for r in ranges)
 
 
-# ---- the rest of a site in words -------------------------------------------------------------------------------------
+# ---- other properties of a site --------------------------------------------------------------------------------------
 
 
 def kind_text(site: AttentionSite) -> str:
@@ -256,7 +256,7 @@ def map_text(site: AttentionSite) -> str:
 
 @dataclass(frozen=True)
 class Chain:
-    """One term of the logits in the blocks' roles.
+    """The blocks of one term of the logits.
 
     Attributes:
         query: Blocks of the query side, from the logits outwards.
@@ -268,17 +268,17 @@ class Chain:
 
 
 def chains(site: AttentionSite) -> list[Chain]:
-    """The terms of a site with their blocks."""
+    """The blocks of each term of a site."""
     return [Chain(tuple(site.query[i] for i in t.query), tuple(site.key[i] for i in t.key)) for t in site.terms]
 
 
 def key_letter(site: AttentionSite) -> str:
-    """Letter for the number of a key head: h where it is that of the query head, else g."""
+    """Letter for the index of a key head: h where it equals that of the query head, else g."""
     return "h" if site.head_map == tuple(range(site.key_heads)) else "g"
 
 
 def labels(site: AttentionSite) -> dict[int, str]:
-    """A short name for each block, by identity: its role, numbered where a role stands more than once."""
+    """A short name for each block, by `id`: its role, with a number where several blocks have the role."""
     blocks = [b for _, b in site.blocks()]
     seen: dict[str, int] = {}
     names = {}
@@ -290,12 +290,12 @@ def labels(site: AttentionSite) -> dict[int, str]:
 
 
 def per_head(block: WeightBlock) -> bool:
-    """Whether the heads read different rows of a block."""
+    """Whether heads use different rows of a block."""
     return len(set(block.heads)) > 1 or len(block.heads) == 1
 
 
 def rule_texts(site: AttentionSite) -> list[tuple[str, str]]:
-    """The learning-rate factor of each block, from the one rule: min over its terms of 1 / product of the other norms.
+    """The learning-rate factor of each block: the least of 1 / (product of the other norms), over its terms.
 
     Returns:
         Pairs of a block's label and its factor, such as ("uq_h", "1 / (‖dq‖ ‖uk_h‖ ‖dkv‖)").
@@ -312,7 +312,7 @@ def rule_texts(site: AttentionSite) -> list[tuple[str, str]]:
             product = [*chain.query, *chain.key]
             if (mine := next((i for i, b in enumerate(product) if b is block), None)) is not None:
                 others = [b for i, b in enumerate(product) if i != mine]
-                # A block that several query heads read follows the largest of them.
+                # a block of several query heads follows the largest of them
                 largest = "max_h " if letters[id(block)] != "h" and any(letters[id(b)] == "h" for b in others) else ""
                 options.append((largest, " ".join(f"‖{shown[id(b)]}‖" for b in others), len(others)))
         texts = [f"1 / {m}{t}" if n == 1 else f"1 / {m}({t})" for m, t, n in dict.fromkeys(options)]

@@ -1,8 +1,7 @@
-"""Layout -> rich renderables for a terminal.
+"""A layout as rich renderables for a terminal.
 
-In: a layout and the facts of its finding. Out: the overview (what was looked at, a table with one row per group of
-equal layers, what was skipped, what never ran) and the tree of one pair. Colours carry no meaning of their own, so that
-text in a file says as much.
+In: a layout and its facts. Out: the overview (the model, a table with one row per group of equal layers, what was
+skipped, what never ran) and the tree of one attention. Plain text says as much: no colour has a meaning of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +27,10 @@ _COLOUR: dict[Side, str] = {"query": QUERY, "key": KEY}
 
 @dataclass(frozen=True)
 class Overview:
-    """Everything that was found, group by group; a rich renderable that fits the width it is given."""
+    """Everything that was found, one row per group of equal layers; for `rich.console.Console.print`.
+
+    A rich renderable, which chooses the form of its table by the width that it is given.
+    """
 
     layout: QKLayout
     facts: Facts
@@ -51,7 +53,7 @@ class Overview:
 
 
 def header(layout: QKLayout, facts: Facts) -> RenderableType:
-    """What was looked at, how, and the sums."""
+    """The model, how it was built, and counts."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style=DIM, no_wrap=True)
     grid.add_column(overflow="fold")
@@ -77,7 +79,7 @@ def header(layout: QKLayout, facts: Facts) -> RenderableType:
 
 
 def pair_table(layout: QKLayout, proof: Proof | None, narrow: bool) -> Table:
-    """One row per group of equal layers; narrow: its weights stand under its name."""
+    """The table with one row per group; a narrow one has the weights under the name."""
     table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False, padding=(0, 1), show_edge=False, leading=1)
     if proof is not None:
         table.add_column("Proof", no_wrap=True)
@@ -122,7 +124,7 @@ def _weights(site: AttentionSite) -> Table:
 
 
 def notes(layout: QKLayout) -> Text:
-    """How to read the rows, and what QuacK will leave alone."""
+    """How to read the rows, and which attentions QuacK does not scale."""
     key_heads = ", g key heads" if any(g.key_letter(s) == "g" for s in layout.sites) else ""
     lines = [f"h counts query heads{key_heads}; rows a:b end before b"]
     if normed := sum(bool(s.qk_norm) for s in layout.sites):
@@ -135,7 +137,7 @@ def notes(layout: QKLayout) -> Text:
 
 
 def _listing(title: str, entries: Sequence[tuple[str, str]], counts: bool) -> RenderableType:
-    """Names grouped over their numbers, under the remark that they share."""
+    """A list of names by remark, with equal names as one pattern."""
     tree = Tree(Text(title, HEAD), guide_style=DIM)
     remarks: dict[str, list[str]] = {}
     for name, remark in entries:
@@ -153,8 +155,8 @@ def _listing(title: str, entries: Sequence[tuple[str, str]], counts: bool) -> Re
     return Padding(tree, (0, 0, 1, 0))
 
 
-def pair_tree(site: AttentionSite, facts: Facts) -> RenderableType:
-    """One attention in full: chains of factors with their rows, head map, terms, norms, and QuacK's factors."""
+def pair(site: AttentionSite, facts: Facts) -> RenderableType:
+    """One attention as a tree: weights with their rows, norms, head map, logit and QuacK's learning-rate factors."""
     title = Text(site.name or "(root)", HEAD)
     title.append(f"  {g.kind_text(site)}, head dim {site.head_dim}", "not bold")
     title.append(f"{', cross' if site.cross else ''}{f', {site.calls} calls' if site.calls > 1 else ''}", "not bold")

@@ -1,6 +1,6 @@
-"""How one attention was understood, as a tree for a terminal.
+"""The tree of `--explain` for a terminal.
 
-In: an `Explanation`. Out: a rich renderable with the lines of its outline, which dumped files hold as well.
+In: an `Explanation`. Out: a rich renderable with the lines of its outline; dumped files have the same lines.
 """
 
 from __future__ import annotations

@@ -1,30 +1,33 @@
-"""What a user types -> a model and the example inputs of one forward call.
+"""From what a user types to a model and example inputs for one call of its forward.
 
 In: a target, one of
 
-    path/model.py               the file's model: a zero-argument factory (`build_model`), a module that the file
-                                made, or the one nn.Module class that no other class of the file contains
+    path/model.py               the file's model: a factory without arguments (`build_model`), a module that the file
+                                built, or the one nn.Module class that no other class of the file contains
     path/model.py:NAME          that factory, module or class
     package.module[:NAME]       the same for anything importable
     path/config.json            a Hugging Face config, or the folder that holds it
     path/model.pt2, model.pt    a program of torch.export, or a pickled module
-    timm:NAME and the like      a model of another library, by the name it has there
+    timm:NAME and the like      a model of another library, by its name there
 
-and, where the defaults do not do, expressions that build the model or its inputs. Out: a `Target`. Models are built on
-the meta device when that works, so size does not matter. What this machine lacks is stood in for while the target is
-open. A target that is not clear is refused, with what to type.
+and optional expressions that build the model or its inputs. Out: a `Target`. A model is built on the meta device where
+that works, so its size does not matter. Packages and devices that this machine lacks have stand-ins as long as the
+target is open. An ambiguous target is refused with what to type instead.
 
-    packages.py  where a file lies: its module name, the folders of its imports
-    world/       what the user's files find around them: stand-ins for what is not installed, no GPU, one rank
-    files.py     a Python file or module becomes a namespace, its own errors become one line
-    outline.py   what a file defines, and what uses what
-    pick.py      the model among the names of a namespace
-    sizes/       values for constructors that ask for some: found in the repository, or assumed
-    settle.py    a model is built, and inputs are found for which it runs
-    adapters/    every other kind of target, one a file
+    packages.py  the module name of a file, and where its imports are found
+    world/       the environment of the user's files: stand-ins for what is not installed, no GPU, one rank
+    files.py     imports a Python file or module; puts its errors into one line
+    source.py    text and syntax trees of the user's files and functions
+    failure.py   where the user's code failed, and what the traceback and the message say
+    outline.py   what a file defines, and which definition uses which
+    pick.py      chooses the model among the names of a file
+    sizes/       arguments for constructors: found in the repository, or assumed
+    settle.py    builds the model and finds inputs for which its forward runs
+    setup.py     calls methods that a model needs before its forward (`setup_caches`)
+    adapters/    all other kinds of target, one a file
     hf.py        models of transformers: how they are built, and their inputs
     shrink.py    a small config with the structure of a large one
-    inputs/      example inputs from the forward's signature, its source and its layers
+    inputs/      example inputs, from the forward's signature, its source and its layers
 """
 
 from __future__ import annotations
@@ -52,23 +55,23 @@ def resolve(
     real: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Target:
-    """The model and the example inputs that `target` stands for.
+    """The model and the example inputs of a target.
 
     Arguments:
-        target: A file, a file and a name, a module and a name, or what an adapter takes (a Hugging Face config,
+        target: A file or a module, with or without a name, or what an adapter takes (a Hugging Face config,
             timm:NAME); see the docstring of this package.
-        build: Expression that makes the model, evaluated in the file's namespace (torch, nn, SimpleNamespace and
-            `changed(config, field=value)` are there too).
-        inputs: Expression that makes the inputs, evaluated there too (with `model`): a tuple holds positional
-            arguments, a dict keyword arguments, a pair of a tuple and a dict both; anything else is the one argument.
-        real: Build the model for real, with the numbers that its constructor gives it, as training needs it.
-        progress: Called with a few words before each thing that takes time.
+        build: Expression that makes the model. It may use the file's names, torch, nn, SimpleNamespace and
+            `changed(config, field=value)`.
+        inputs: Expression that makes the inputs; it may also use `model`. A tuple is positional arguments, a dict
+            keyword arguments, a pair of a tuple and a dict both; anything else is the only argument.
+        real: Whether to build the model on the CPU with initialised weights, as training needs it.
+        progress: Called with a few words before each step that takes time.
 
     Returns:
         The target, with inputs for which the forward runs.
 
     Raises:
-        TargetError: No model, more than one, or no inputs; in one line that says what was tried and what to type.
+        TargetError: There is no model, more than one, or no inputs; in one line with what was tried and what to type.
 
     Example:
         >>> target = resolve("examples/gpt.py", build="GPT(GPTConfig(layers=2))")
@@ -88,10 +91,10 @@ def opened(
     real: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Iterator[Target]:
-    """`resolve`, with the world that the target's files run in: its forward may need it again.
+    """`resolve` as a context, in which the environment of the target's files stays open for further forwards.
 
-    Where the target does not get as far as a forward pass, it is tried again in a world with more in it: a process
-    group, stand-ins for packages that its files would do without.
+    Where no forward runs, the target is tried again with more in its environment: a process group, stand-ins for
+    packages whose absence its files handle.
     """
     say = progress or (lambda _: None)
     worlds, first = [World()], None
@@ -102,8 +105,8 @@ def opened(
                 with bounded_memory():
                     resolved = _in_world(target, build, inputs, real, say, world)
             except TargetError as error:
-                # What needs a package that is missing says less than what the code does without it, and an error of
-                # a constructor less than one of the forward behind it.
+                # The first error is reported, but an error of the code itself rather than one about a stand-in, and an
+                # error of the forward rather than one of the constructor before it.
                 further = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
                 first = error if first is None or isinstance(first, StandInUsed) or further else first
                 worlds += world.others()

@@ -1,7 +1,7 @@
-"""A Python file or module -> its namespace; errors of the user's code -> one line.
+"""Imports the target's Python file or module; puts errors of the user's code into one line.
 
-In: the target as typed, and the world it runs in. Out: a `Namespace` and the name after the colon, if any. Where a file
-lies is told by `packages.py`.
+In: the target as typed, and the `World` to import it in. Out: a `Namespace`, and the name after the colon, if any.
+`packages.py` finds the module name of a file.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import torch
 
 from quack_fx.errors import TargetError
 from quack_fx.graph.forward.gpus import OnThisMachine
-from quack_fx.targets.packages import Place, place_of, repository_of
+from quack_fx.targets.packages import Location, locate, repository_of
 from quack_fx.targets.world import TrainingBegins, World, before_training
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """The names that a target's expressions may use.
+    """The global names of a target, which --build and --inputs may use.
 
     Attributes:
-        source: The file, module or config, as the user typed it (without the name after the colon).
-        names: Its global names.
-        file: Its path, or None where there is none.
-        module: Name of the module that owns the names, by which a class says where it was defined.
+        source: The file, module or config as typed, without the name after the colon.
+        names: The names and their values.
+        file: Path of the Python file; None where there is none.
+        module: Name of the module, which its classes have as `__module__`.
     """
 
     source: str
@@ -48,39 +48,39 @@ def load(target: str, world: World) -> tuple[Namespace, str | None]:
     """The namespace of "file.py[:NAME]" or "package.module[:NAME]", and the name.
 
     Arguments:
-        target: What was typed.
-        world: What the file finds around it.
+        target: As typed.
+        world: The environment to import it in.
 
     Raises:
-        TargetError: There is no such file or module, or it raises before there is anything in it.
+        TargetError: There is no such file or module, or it raises before it has defined a class.
     """
-    place, colon, name = target.rpartition(":") if ":" in target else (target, "", "")
+    source, colon, name = target.rpartition(":") if ":" in target else (target, "", "")
     if colon and not all(part.isidentifier() for part in name.split(".")):
         if not name or not Path(target).exists():
             raise TargetError(f"{target!r}: what follows the colon must be a Python name; type file.py:NAME")
-        place, name = target, ""
-    if not place.strip():
+        source, name = target, ""
+    if not source.strip():
         raise TargetError(f"{target!r} names no file; type file.py, file.py:NAME or package.module:NAME")
-    path = Path(place).expanduser()
+    path = Path(source).expanduser()
     if (path / "__init__.py").exists():
-        return _file(path / "__init__.py", place, world), name or None
+        return _file(path / "__init__.py", source, world), name or None
     if path.is_dir():
-        raise TargetError(f"{place!r} is a folder without a config.json; give one that has it, or a Python file")
+        raise TargetError(f"{source!r} is a folder without a config.json; give one that has it, or a Python file")
     if path.exists():
         if path.suffix != ".py":
             raise TargetError(
-                f"{place!r} is neither a Python file (.py) nor a Hugging Face config (.json) nor a model (.pt2, .pt)"
+                f"{source!r} is neither a Python file (.py) nor a Hugging Face config (.json) nor a model (.pt2, .pt)"
             )
-        return _file(path, place, world), name or None
-    if path.suffix == ".py" or os.sep in place:
-        raise TargetError(f"no file {place!r} (seen from {Path.cwd()})")
-    if not all(part.isidentifier() for part in place.split(".")):
-        raise TargetError(f"{place!r} is neither a file nor a module; type file.py:NAME or package.module:NAME")
-    return _module(place, world), name or None
+        return _file(path, source, world), name or None
+    if path.suffix == ".py" or os.sep in source:
+        raise TargetError(f"no file {source!r} (seen from {Path.cwd()})")
+    if not all(part.isidentifier() for part in source.split(".")):
+        raise TargetError(f"{source!r} is neither a file nor a module; type file.py:NAME or package.module:NAME")
+    return _module(source, world), name or None
 
 
 def _file(path: Path, typed: str, world: World) -> Namespace:
-    """Run a Python file as a module of the package it lies in."""
+    """Import a Python file as a module of its package."""
     path = path.resolve()
     try:
         tree = ast.parse(path.read_bytes(), typed)
@@ -88,90 +88,90 @@ def _file(path: Path, typed: str, world: World) -> Namespace:
         raise TargetError(_syntax(error, typed)) from error
     except OSError as error:
         raise TargetError(f"{typed!r} cannot be read: {error.strerror}") from error
-    place = place_of(path, tree)
-    world.settle_at(place)
+    location = locate(path, tree)
+    world.enter(location)
     try:
-        module = _run(place, tree, world)
+        module = _run(location, tree, world)
     except (Exception, SystemExit, TrainingBegins) as error:
         raise TargetError(_does_not_run(typed, error, Namespace(typed, {}, path), world)) from error
     return Namespace(typed, vars(module), path, module.__name__)
 
 
-def _run(place: Place, tree: ast.Module, world: World) -> ModuleType:
-    """Run a file under its name, with the packages above it.
+def _run(location: Location, tree: ast.Module, world: World) -> ModuleType:
+    """Import a file under its module name, after the packages that contain it.
 
-    A package that fails by itself is left out, as an empty one: its file may do without.
+    Where the import of such a package fails, empty packages take its place: the file may not need its contents.
     """
-    package, _, leaf = place.name.rpartition(".")
-    if package or place.file.name == "__init__.py":
+    package, _, leaf = location.name.rpartition(".")
+    if package or location.file.name == "__init__.py":
         try:
             with OnThisMachine():
-                importlib.import_module(place.name if place.file.name == "__init__.py" else package)
+                importlib.import_module(location.name if location.file.name == "__init__.py" else package)
         except (Exception, SystemExit, TrainingBegins) as error:
-            if place.file.name == "__init__.py":
+            if location.file.name == "__init__.py":
                 raise
             world.notes.append(f"package {package} left out, since it fails: {name_and_text(error)}")
-            _bare_packages(place)
-    loaded = sys.modules.get(place.name)
-    if loaded is not None and getattr(loaded, "__file__", None) == str(place.file):
+            _empty_packages(location)
+    loaded = sys.modules.get(location.name)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(location.file):
         return loaded
-    name = place.name
+    name = location.name
     if not package and (loaded is not None or "." in leaf or leaf in sys.stdlib_module_names):
-        name = f"_target_{abs(hash(str(place.file)))}"  # somebody else has that name
-    spec = importlib.util.spec_from_file_location(name, place.file)
+        name = f"_target_{abs(hash(str(location.file)))}"  # another module has that name
+    spec = importlib.util.spec_from_file_location(name, location.file)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and string annotations look their module up here
     if package:
         setattr(sys.modules[package], leaf, module)
-    _execute(module, tree, place, world)
+    _execute(module, tree, location, world)
     return module
 
 
-def _bare_packages(place: Place) -> None:
-    """Packages above a file without what their own files do."""
-    parts = place.name.split(".")[:-1]
+def _empty_packages(location: Location) -> None:
+    """Put the packages that contain a file into sys.modules without running their files."""
+    parts = location.name.split(".")[:-1]
     for i in range(1, len(parts) + 1):
         name = ".".join(parts[:i])
         package = ModuleType(name)
-        package.__path__ = [str(place.base.joinpath(*parts[:i]))]
-        package.__file__ = str(place.base.joinpath(*parts[:i], "__init__.py"))
+        package.__path__ = [str(location.base.joinpath(*parts[:i]))]
+        package.__file__ = str(location.base.joinpath(*parts[:i], "__init__.py"))
         sys.modules[name] = package
         if i > 1:
             setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], package)
 
 
-def _execute(module: ModuleType, tree: ast.Module, place: Place, world: World) -> None:
-    """Run a file's statements; where one fails, the definitions behind it still count.
+def _execute(module: ModuleType, tree: ast.Module, location: Location, world: World) -> None:
+    """Run the statements of a file; after one that fails, run the definitions that follow it.
 
-    Scripts that train, read data or look for a GPU at their top fail there; the model is defined all the same.
+    So a script that reads data or trains at its top level still defines its model.
     """
-    names, file = vars(module), str(place.file)
+    names, file = vars(module), str(location.file)
     try:
         with OnThisMachine(), before_training():
             exec(compile(tree, file, "exec"), names)
     except (Exception, SystemExit, TrainingBegins) as error:
         line = _line_in(file, error)
         wanted = _names_of_classes(tree)
-        rest = [node for node in tree.body if node.lineno > line and (defines(node) or _gives(node) & wanted)]
+        rest = [node for node in tree.body if node.lineno > line and (defines(node) or _assigned_names(node) & wanted)]
         for node in rest:
-            # A definition that needs what is missing is missing itself.
+            # A definition that depends on the failed statement may fail, too.
             with OnThisMachine(), suppress(Exception, SystemExit, TrainingBegins):
                 exec(compile(ast.Module([node], []), file, "exec"), names)
         if not any(isinstance(v, type) and v.__module__ == module.__name__ for v in names.values()):
             raise
         what = "training begins" if isinstance(error, TrainingBegins) else name_and_text(error)
-        world.notes.append(f"{place.file.name} stops at line {line} ({what}); what it defines was used")
+        world.notes.append(f"{location.file.name} stops at line {line} ({what}); what it defines was used")
 
 
 def _line_in(file: str, error: BaseException) -> int:
-    """The line of the statement at the top of a file that an error came through."""
+    """The line of the top-level statement of a file in which an error was raised."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return (frames[0].lineno or 0) if frames else 0
 
 
 def defines(node: ast.stmt) -> bool:
-    """Whether a statement only defines: imports, functions, classes, plain values, and choices among those."""
+    """Whether a statement only defines: an import, function, class or plain value, or an `if` or `try` around those."""
     if isinstance(node, ast.If | ast.Try):
         handlers = node.handlers if isinstance(node, ast.Try) else []
         inner = [*node.body, *node.orelse, *(s for h in handlers for s in h.body)]
@@ -184,8 +184,8 @@ def defines(node: ast.stmt) -> bool:
 
 
 def _names_of_classes(tree: ast.Module) -> set[str]:
-    """Names at the top of a file that its classes use, and those that their values are made of."""
-    made_of = {name: node for node in tree.body for name in _gives(node)}
+    """Top-level names of a file that its classes use, directly or through the values of other names."""
+    made_of = {name: node for node in tree.body for name in _assigned_names(node)}
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     left: list[ast.AST] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     found: set[str] = set()
@@ -197,8 +197,8 @@ def _names_of_classes(tree: ast.Module) -> set[str]:
     return found
 
 
-def _gives(node: ast.stmt) -> set[str]:
-    """The names that a statement gives values to."""
+def _assigned_names(node: ast.stmt) -> set[str]:
+    """The names that a statement assigns."""
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
     return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
 
@@ -219,7 +219,7 @@ def _module(name: str, world: World) -> Namespace:
         file = Path(spec.origin).resolve()
         parts = name.split(".") + (["__init__"] if file.name == "__init__.py" else [])
         base = file.parents[len(parts) - 1]
-        world.settle_at(Place(file, base, name, repository_of(file, base)))
+        world.enter(Location(file, base, name, repository_of(file, base)))
     try:
         with OnThisMachine():
             module = importlib.import_module(name)
@@ -235,17 +235,17 @@ def _does_not_run(typed: str, error: BaseException, space: Namespace, world: Wor
 
 
 def without(world: World) -> str:
-    """What an error's line says of the packages that are missing, and of what else did not run."""
+    """What an error message adds about missing packages and about code that did not run; "" for nothing."""
     stops = [note for note in world.notes if " stops at line " in note or " left out" in note]
     missing = [f"not importable here, and stood in for: {', '.join(world.missing)}"] if world.missing else []
     return f" ({'; '.join(missing + stops)})" if missing + stops else ""
 
 
 def evaluate(expression: str, option: str, namespace: Namespace, extra: Mapping[str, Any] | None = None) -> Any:
-    """Value of an expression of the command line in a namespace; torch and nn are there unless the file has its own.
+    """The value of an expression from the command line; torch, nn and a few helpers are defined beside the namespace.
 
     Raises:
-        TargetError: The expression is no expression. What it raises by itself comes through.
+        TargetError: It is not a Python expression. What evaluating it raises comes through.
     """
     helpers = {"torch": torch, "nn": torch.nn, "SimpleNamespace": SimpleNamespace, "changed": changed}
     names = {**helpers, **namespace.names, **(extra or {})}
@@ -257,16 +257,16 @@ def evaluate(expression: str, option: str, namespace: Namespace, extra: Mapping[
 
 
 def changed(config: Any, **fields: Any) -> Any:
-    """A config with some fields changed, for expressions that the reports print."""
+    """Set fields of a config and return it; the reports print expressions that call this."""
     for name, value in fields.items():
         setattr(config, name, value)
     return config
 
 
 def one_line(error: BaseException, namespace: Namespace) -> str:
-    """An error of the user's code in one line, with the file and line of theirs that it came from.
+    """An error of the user's code in one line, with its file and line.
 
-    The place is the innermost one in the target's own file, or else beside it.
+    The line is the innermost one in the target's file, or else in a file in the same folder or below.
     """
     if isinstance(error, SyntaxError):
         return _syntax(error, namespace.source)

@@ -1,7 +1,7 @@
-"""Models of transformers: how one is built from its config, and the inputs that they take.
+"""Models of transformers: builds one from its config, and makes inputs for its forward.
 
-In: a class and a config, or a model of transformers, wherever it comes from. Out: the model; keyword arguments of its
-forward. transformers is imported here, and only to build a model.
+In: a class and a config; or a model of transformers, however it was built. Out: the model; keyword arguments of its
+forward. transformers is imported only when a model is built.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SUB_CONFIGS = ("text_config", "vision_config", "audio_config", "encoder", "deco
 
 
 def build_model(cls: Any, config: Any) -> Any:
-    """Model of a config, by a class of transformers or by `AutoModel`, with an attention that is installed here."""
+    """The model of a config, of a class of transformers or `AutoModel`, with an attention kernel that is installed."""
     import transformers
 
     make = cls.from_config if cls is transformers.AutoModel else cls
@@ -28,12 +28,12 @@ def build_model(cls: Any, config: Any) -> Any:
         try:
             return make(config)
         except (ValueError, ImportError, NotImplementedError):
-            config._attn_implementation = "eager"  # what the model's own default asks for is not to be had
+            config._attn_implementation = "eager"  # the default kernel is not installed
             return make(config)
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether a model is one of transformers', by what it offers."""
+    """Whether a model is one of transformers, by its attributes."""
     return isinstance(getattr(model, "main_input_name", None), str) and hasattr(model, "config")
 
 
@@ -41,11 +41,11 @@ def inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
     """Keyword arguments that the forward of a transformers model may take, most likely first."""
     config, main = model.config, str(model.main_input_name)
     known = inspect.signature(model.forward).parameters
-    vocabulary = _look(config, "vocab_size") or 32
+    vocabulary = _field(config, "vocab_size") or 32
     ids = torch.arange(1, batch * tokens + 1).remainder(vocabulary).view(batch, tokens)
     data: dict[str, list[Tensor]] = {
         "input_ids": [ids],
-        "pixel_values": _videos(config, batch) if _look(config, "num_frames") else _images(config, batch),
+        "pixel_values": _videos(config, batch) if _field(config, "num_frames") else _images(config, batch),
         "pixel_values_videos": _videos(config, batch),
         "input_features": _spectrograms(config, batch),
         "input_values": [*_waves(config, batch)],
@@ -58,13 +58,13 @@ def inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
         base = [*with_decoder, *base]
     other = [n for n in ("pixel_values", "input_features") if n in known and n not in names]
     both = [{**kwargs, name: value} for kwargs in base for name in other for value in data[name]]
-    # A model with a part for the other kind is shown both at once if it can take them; any other only if it must.
+    # A model with a config for images or audio gets them along with tokens first; any other model, last.
     return [*both, *base] if any(_has_part(config, n) for n in other) else [*base, *both]
 
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Without the remarks that transformers logs about configs."""
+    """Context in which transformers logs errors only."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -75,14 +75,14 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 def _without_cache(config: Any) -> None:
-    """A training step keeps no keys and values for later."""
+    """Turn off the key-value cache, which training does not use."""
     for part in (config, *(getattr(config, name, None) for name in _SUB_CONFIGS)):
         if hasattr(part, "use_cache"):
             part.use_cache = False
 
 
-def _look(config: Any, *names: str) -> Any:
-    """The first of these fields that the config or a part of it has."""
+def _field(config: Any, *names: str) -> Any:
+    """The value of the first of these fields that the config or one of its sub-configs has."""
     parts = [config, *(getattr(config, name, None) for name in _SUB_CONFIGS)]
     return next((v for part in parts for name in names if (v := getattr(part, name, None)) is not None), None)
 
@@ -92,26 +92,26 @@ def _has_part(config: Any, name: str) -> bool:
 
 
 def _images(config: Any, batch: int) -> list[Tensor]:
-    size, channels = _look(config, "image_size"), _look(config, "num_channels") or 3
+    size, channels = _field(config, "image_size"), _field(config, "num_channels") or 3
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     sizes = [(height, width)] if isinstance(height, int) else [(224, 224), (64, 64)]
     return [_noise(batch, channels, h, w) for h, w in sizes]
 
 
 def _videos(config: Any, batch: int) -> list[Tensor]:
-    frames = _look(config, "num_frames") or 4
+    frames = _field(config, "num_frames") or 4
     return [_noise(batch, frames, *image.shape[1:]) for image in _images(config, batch)]
 
 
 def _spectrograms(config: Any, batch: int) -> list[Tensor]:
-    bins = _look(config, "num_mel_bins", "input_feat_per_channel") or 80
-    positions = _look(config, "max_source_positions")
+    bins = _field(config, "num_mel_bins", "input_feat_per_channel") or 80
+    positions = _field(config, "max_source_positions")
     frames = [2 * positions] if isinstance(positions, int) else [64]
     return [_noise(batch, bins, n) for n in frames] + [_noise(batch, 64, bins)]
 
 
 def _waves(config: Any, batch: int) -> list[Tensor]:
-    bins, length = _look(config, "num_mel_bins"), _look(config, "max_length")
+    bins, length = _field(config, "num_mel_bins"), _field(config, "max_length")
     spectrogram = [_noise(batch, length, bins)] if isinstance(bins, int) and isinstance(length, int) else []
     return [*spectrogram, _noise(batch, 4000)]
 

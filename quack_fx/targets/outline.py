@@ -1,7 +1,7 @@
 """What a Python file defines, and which definition uses which.
 
-In: a `Namespace`. Out: its model classes that are no parts of others (`roots`), those that they vary (`varied`), the
-functions that make a model (`makers`). The source tells what uses what; what a name is, the namespace tells.
+In: a `Namespace`. Out: the model classes that no other class contains (`roots`), the models that those derive from
+(`varied`), and the functions that return a model (`makers`). Uses are read from the source, values from the namespace.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from quack_fx.targets.files import Namespace, defines
 from quack_fx.targets.sizes.uses import read_name
+from quack_fx.targets.source import tree_of, tree_of_function
 from quack_fx.targets.world.inert import Inert, InertModule
 
 
@@ -36,7 +37,7 @@ def own_names(namespace: Namespace) -> dict[str, Any]:
 
 
 def instances(namespace: Namespace) -> list[str]:
-    """Modules that the file made, without those that are part of another."""
+    """Modules that the file has built, without submodules of others."""
     made = {n: v for n, v in namespace.names.items() if isinstance(v, nn.Module) and not isinstance(v, InertModule)}
     parts = {id(part) for v in made.values() for part in v.modules() if part is not v}
     unique = {id(v): n for n, v in reversed(made.items()) if id(v) not in parts}
@@ -44,8 +45,10 @@ def instances(namespace: Namespace) -> list[str]:
 
 
 def roots(namespace: Namespace) -> list[str]:
-    """Model classes with a forward that no other class of the file builds on or uses; one without a constructor, and so
-    without parts, only where there is no other."""
+    """Model classes that have a forward, and that no other class of the file uses or derives from.
+
+    Classes without a constructor of their own count only where all are such.
+    """
     own = own_names(namespace)
     classes = {n for n, v in own.items() if is_model_class(v) and v.__name__ == n}
     uses = _class_uses(namespace)
@@ -56,23 +59,23 @@ def roots(namespace: Namespace) -> list[str]:
 
 
 def varied(namespace: Namespace, names: list[str]) -> list[str]:
-    """Classes of the file that those of these names build on and that are models by themselves."""
+    """Base classes of these classes that the file defines and that are models themselves."""
     own = own_names(namespace)
     bases = {base for name in names if isinstance(own.get(name), type) for base in own[name].__mro__[1:]}
     return [n for n, v in own.items() if is_model_class(v) and v in bases and _runs(v)]
 
 
 def sizes_of_one(namespace: Namespace, names: list[str]) -> bool:
-    """Whether classes of the file are one model in several sizes: they have a base in common and only construct it."""
+    """Whether classes are one model in several sizes: same base class, and no method but a constructor."""
     if namespace.file is None:
         return False
-    nodes = dict(_definitions(_tree(namespace).body))
+    nodes = dict(_definitions(tree_of(namespace.file).body))
     bases = {tuple(getattr(namespace.names[name], "__bases__", ())) for name in names}
     return len(bases) == 1 and all(_only_constructs(nodes.get(name)) for name in names)
 
 
 def _only_constructs(node: ast.AST | None) -> bool:
-    """Whether a class has a constructor, which gives that of its base values, and no other method."""
+    """Whether the only method of a class is a constructor that passes constants to the one of its base class."""
     methods = [n for n in node.body if isinstance(n, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
     if [method.name for method in methods] != ["__init__"]:
         return False
@@ -82,28 +85,28 @@ def _only_constructs(node: ast.AST | None) -> bool:
 
 
 def contains(namespace: Namespace, name: str) -> set[str]:
-    """Classes and functions of the file that one uses, those that they use included."""
+    """Classes and functions of the file that one of them uses, directly or indirectly."""
     uses = _class_uses(namespace)
     return set(nx.descendants(uses, name)) if name in uses else set()
 
 
 def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
-    """Functions of the file that give back a model that they make, each with the name of its class.
+    """Functions of the file that build a model and return it, each with the name of the model's class.
 
     Arguments:
-        namespace: The file's.
-        of: The class that is meant; None for any that the file knows.
+        namespace: Of the file.
+        of: Name of the class; None for any model class.
     """
-    made = {n: v for n, v in namespace.names.items() if _is_made(n, v, namespace) and of in (None, n)}
+    made = {n: v for n, v in namespace.names.items() if _is_own_model(n, v, namespace) and of in (None, n)}
     found: dict[str, str] = {}
     if namespace.file is None:
         return found
-    functions = [n for _, n in _definitions(_tree(namespace).body) if not isinstance(n, ast.ClassDef)]
-    for _ in functions:  # one that calls another that makes a model makes one
+    functions = [n for _, n in _definitions(tree_of(namespace.file).body) if not isinstance(n, ast.ClassDef)]
+    for _ in functions:  # a function that returns what another one built counts, too
         before = len(found)
         for node in functions:
             value = namespace.names.get(node.name)
-            called = _given_back(node) & (made.keys() | found.keys())
+            called = _returns_of(node) & (made.keys() | found.keys())
             if node.name not in found and called and isinstance(value, FunctionType):
                 first = min(called)
                 found[node.name] = found.get(first, first)
@@ -113,32 +116,32 @@ def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
 
 
 def makers_in(text: str, of: str) -> list[str]:
-    """Functions at the top of another file that give back a model of that class; none where importing the file would do
-    more than define things."""
+    """Top-level functions of another file that return a model of this class; none for a file that does more than define
+    names when it is imported."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return []
     if not all(defines(node) or _is_idle(node) for node in tree.body):
         return []
-    return [n for n, node in _definitions(tree.body) if not isinstance(node, ast.ClassDef) and of in _given_back(node)]
+    return [n for n, node in _definitions(tree.body) if not isinstance(node, ast.ClassDef) and of in _returns_of(node)]
 
 
 def _is_idle(node: ast.stmt) -> bool:
-    """Whether a statement does nothing where its file is imported: a docstring, what runs in a script alone."""
+    """Whether a statement does nothing on import: a docstring, or `if __name__ == "__main__"`."""
     if isinstance(node, ast.If):
         return any(isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test))
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _is_made(name: str, value: Any, namespace: Namespace) -> bool:
-    """Whether a name of the file is a class of somebody's models, no part that the file only uses."""
+def _is_own_model(name: str, value: Any, namespace: Namespace) -> bool:
+    """Whether a name is a model class that is not one of torch's own layers."""
     known = is_model_class(value) and not value.__module__.startswith("torch.")
     return known and value.__name__ == name and not isinstance(value, Inert)
 
 
-def _given_back(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
-    """Names that a function calls for what it gives back: in `return Net(...)`, or in `net = Net(...); return net`."""
+def _returns_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """Names of callables whose result a function returns: `return Net(...)`, or `net = Net(...); return net`."""
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
     names = {value.id for value in returned if isinstance(value, ast.Name)}
     for node in ast.walk(function):
@@ -148,22 +151,19 @@ def _given_back(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
 
 
 def _runs(model: Any) -> bool:
-    """Whether a class has a forward that does something."""
+    """Whether a class has a forward that does not only raise."""
     if inspect.isabstract(model) or model.forward is nn.Module.forward:
         return False
-    try:
-        tree = ast.parse(inspect.cleandoc(inspect.getsource(model.forward)))
-    except (OSError, TypeError, SyntaxError):
-        return True
-    body = tree.body[0].body if isinstance(tree.body[0], ast.FunctionDef) else []
+    functions = tree_of_function(model.forward).body
+    body = functions[0].body if functions and isinstance(functions[0], ast.FunctionDef) else []
     return not body or not isinstance(body[-1], ast.Raise)
 
 
 def _class_uses(namespace: Namespace) -> nx.DiGraph[str]:
-    """Which definition of a file names which other."""
+    """Graph with an edge from each definition of a file to those that it names."""
     uses: nx.DiGraph[str] = nx.DiGraph()
     if namespace.file is not None:
-        for name, node in _definitions(_tree(namespace).body):
+        for name, node in _definitions(tree_of(namespace.file).body):
             uses.add_edges_from(
                 (name, other)
                 for other in _names_in(node)
@@ -172,16 +172,11 @@ def _class_uses(namespace: Namespace) -> nx.DiGraph[str]:
     return uses
 
 
-def _tree(namespace: Namespace) -> ast.Module:
-    assert namespace.file is not None  # asked for files only
-    return ast.parse(namespace.file.read_bytes())
-
-
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _definitions(body: list[ast.stmt]) -> Iterator[tuple[str, Definition]]:
-    """Classes and functions at the top of a file, those under `if` and `try` included."""
+    """Top-level classes and functions of a file, also inside `if`, `try` and `with`."""
     for node in body:
         if isinstance(node, Definition):
             yield node.name, node
@@ -191,7 +186,7 @@ def _definitions(body: list[ast.stmt]) -> Iterator[tuple[str, Definition]]:
 
 
 def _names_in(node: ast.AST) -> Iterator[str]:
-    """Names that a definition uses; asking `isinstance` is not using."""
+    """Names that a definition uses; arguments of `isinstance` do not count."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
         return
     if isinstance(node, ast.Name):

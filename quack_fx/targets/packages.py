@@ -1,11 +1,11 @@
-"""Where a Python file lies: the name it is imported by, and the folders that its own imports are found in.
+"""The module name of a Python file, and the folders in which its imports are looked for.
 
-In: a file as it lies on the disk, in a package or in none, run from any folder. Out: a `Place` (module name and the
-folder above it), and `LocalImports`, a finder for modules of the same repository. Nothing in sys.path is changed, so a
-folder of the repository that is called like an installed package hides nothing from anybody else.
+In: a file, in a package or in none; the current folder may be any. Out: its `Location` (module name, import root,
+repository), and `LocalImports`, an import finder for modules of the same repository. sys.path stays as it is, so a
+folder of the repository never hides an installed package of the same name from other packages.
 
-A file's name is told by what it imports: `from tower.models.parts import x` in a/tower/models/tower.py says that the
-folder is a. Relative imports and `__init__.py` files say how many folders at least belong to the name.
+The module name follows from the file's imports: `from tower.models.parts import x` in a/tower/models/tower.py shows
+that the import root is a. Relative imports and `__init__.py` files set the least number of folders in the name.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from quack_fx.targets.source import text_of, tree_of
+
 _INSTALLED = tuple(
     str(Path(p).resolve()) for p in {sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")} if p
 )
 _ROOT_MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "environment.yml", "LICENSE")
 _SKIPPED = frozenset({".git", "node_modules", "__pycache__", "site-packages", "build", "dist", ".venv", "venv"})
 EXPRESSIONS = ("--build", "--inputs")
-"""Names of the expressions of the command line, which see what the target's file sees."""
+"""File names of code that was typed on the command line; its imports are those of the target's file."""
 _FILES = 4000
-"""Python files of a repository that are looked at, at most."""
+"""The most files of a repository that are looked at."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file lies.
+class Location:
+    """Where a Python file is, as an import sees it.
 
     Attributes:
         file: The file.
-        base: The folder from which its module name counts.
+        base: Its import root, the folder that contains the first part of its module name.
         name: Its module name: "tower.models.tower".
         repository: The folder of the repository that it belongs to.
     """
@@ -51,12 +53,12 @@ class Place:
     repository: Path
 
 
-def place_of(file: Path, tree: ast.Module) -> Place:
-    """Module name of a file, told by its imports and by the folders around it.
+def locate(file: Path, tree: ast.Module) -> Location:
+    """The location of a file, inferred from its imports and from the folders above it.
 
     Arguments:
-        file: The file, resolved.
-        tree: Its source.
+        file: The file, an absolute path without links.
+        tree: Its syntax tree.
     """
     above = [file.parent, *file.parent.parents]
     inside = next((i for i, folder in enumerate(above) if not (folder / "__init__.py").exists()), 0)
@@ -67,11 +69,11 @@ def place_of(file: Path, tree: ast.Module) -> Place:
     parts = file.relative_to(above[depth]).with_suffix("").parts
     if parts[-1] == "__init__" and len(parts) > 1:
         parts = parts[:-1]
-    return Place(file, above[depth], ".".join(parts), repository_of(file, above[depth]))
+    return Location(file, above[depth], ".".join(parts), repository_of(file, above[depth]))
 
 
 def repository_of(file: Path, base: Path) -> Path:
-    """The folder of the repository that a file belongs to: the outermost below which everything looks like one."""
+    """The folder of a file's repository: the outermost one above it that has a .git, a pyproject.toml or the like."""
     if is_installed(str(file)):
         return file.parent if base == file.parent else base / file.relative_to(base).parts[0]
     home, candidates = Path.home(), [base]
@@ -88,7 +90,7 @@ def repository_of(file: Path, base: Path) -> Path:
 
 
 def python_files(repository: Path, near: Path) -> Sequence[Path]:
-    """Python files of a repository, those nearest to a file first."""
+    """Python files of a repository, by their distance from a file in folders."""
     files = _python_files(repository)
     return sorted(files, key=lambda f: (_distance(f, near), str(f)))
 
@@ -99,7 +101,7 @@ def _python_files(repository: Path) -> tuple[Path, ...]:
 
 
 def walk(repository: Path, endings: tuple[str, ...]) -> Iterator[Path]:
-    """Files of a repository with these endings, level by level, without what tools put there."""
+    """Files of a repository with these endings, breadth first, without those that tools generate."""
     level, count = [repository], 0
     while level:
         following: list[Path] = []
@@ -122,14 +124,14 @@ def walk(repository: Path, endings: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _distance(one: Path, other: Path) -> int:
-    """Folders between two files."""
+    """Number of folders on the path from one file to another."""
     a, b = one.parent.parts, other.parent.parts
     common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return len(a) + len(b) - 2 * common
 
 
 def _absolute(tree: ast.Module) -> set[str]:
-    """Dotted names of the modules that a file imports absolutely."""
+    """Dotted names of the modules in a file's absolute imports."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -140,7 +142,7 @@ def _absolute(tree: ast.Module) -> set[str]:
 
 
 def _own_depth(above: Sequence[Path], imported: set[str]) -> int:
-    """How many folders belong to the file's name, by imports that name one of those folders."""
+    """How many folders are part of the file's module name, by an import that begins with one of them; 0 for none."""
     for depth, base in enumerate(above):
         for name in imported:
             first, *rest = name.split(".")
@@ -150,35 +152,37 @@ def _own_depth(above: Sequence[Path], imported: set[str]) -> int:
 
 
 def _lies_in(base: Path, name: str) -> bool:
-    """Whether a dotted name is a module below a folder."""
+    """Whether a folder contains the module of a dotted name."""
     path = base.joinpath(*name.split("."))
     return path.with_suffix(".py").is_file() or (path.is_dir() and any(path.glob("*.py")))
 
 
 def _is_taken(name: str, folder: Path) -> bool:
-    """Whether an installed package, or one of Python's own, is called like a folder of the repository."""
+    """Whether an installed package or one of the standard library has the name of a folder of the repository."""
     if name in sys.stdlib_module_names:
         return True
     loaded = sys.modules.get(name)
     if loaded is not None:
-        places = [*map(str, getattr(loaded, "__path__", ()))]
-        return bool(places) and str(folder) not in places
+        folders = [*map(str, getattr(loaded, "__path__", ()))]
+        return bool(folders) and str(folder) not in folders
     try:
         spec = PathFinder.find_spec(name)
-    except Exception:  # a broken package of that name is not in the way
+    except Exception:  # a broken package
         return False
     return spec is not None and spec.origin is not None and is_installed(spec.origin)
 
 
 def is_installed(file: str) -> bool:
-    """Whether a file is one of Python's own or of an installed package."""
+    """Whether a file belongs to the standard library or to an installed package."""
     return "site-packages" in file or "dist-packages" in file or file.startswith(_INSTALLED)
 
 
 @lru_cache(maxsize=256)
 def moved(module: str, name: str) -> str | None:
-    """The module of an installed package that defines a name now which older code imports from another one: one that
-    lies beside that or above it. None where there is none, or more than one."""
+    """The module in which an installed package defines a name today that older code imports from `module`.
+
+    Modules in the same folder are searched, then in the folders above; None where none or several define it.
+    """
     top = sys.modules.get(module.split(".")[0])
     roots = [Path(p) for p in getattr(top, "__path__", ())]
     if not roots:
@@ -188,7 +192,7 @@ def moved(module: str, name: str) -> str | None:
     for depth in range(len(inner), -1, -1):
         folder = roots[0].joinpath(*inner[:depth])
         files = sorted(folder.glob("*.py")) if folder.is_dir() else []
-        found = [f for f in files if defines.search(f.read_text("utf-8", errors="ignore"))]
+        found = [f for f in files if defines.search(text_of(f))]
         if len(found) == 1:
             stem = [] if found[0].stem == "__init__" else [found[0].stem]
             return ".".join([module.split(".")[0], *inner[:depth], *stem])
@@ -198,25 +202,25 @@ def moved(module: str, name: str) -> str | None:
 
 
 class LocalImports:
-    """Finds the modules of a repository for its own files.
+    """Import finder for the modules of a repository; it serves imports in the repository's own files only.
 
     Arguments:
-        place: Where the target lies.
-        is_own: Whether a file is the user's.
+        location: Of the target's file.
+        is_own: Whether a file belongs to the repository.
     """
 
-    def __init__(self, place: Place, is_own: Callable[[str], bool]) -> None:
-        self._place, self._is_own = place, is_own
-        above = [folder for folder in place.file.parents if folder.is_relative_to(place.repository)]
-        below = [place.repository / "src"] if (place.repository / "src").is_dir() else []
-        self._bases = list(dict.fromkeys([place.base, *above, *below, Path.cwd()]))
+    def __init__(self, location: Location, is_own: Callable[[str], bool]) -> None:
+        self._location, self._is_own = location, is_own
+        above = [folder for folder in location.file.parents if folder.is_relative_to(location.repository)]
+        below = [location.repository / "src"] if (location.repository / "src").is_dir() else []
+        self._bases = list(dict.fromkeys([location.base, *above, *below, Path.cwd()]))
         self._extra: dict[str, Path] = {}
         self.asked = ""
-        """A top-level module of the repository that is imported for itself, and by none of its files."""
+        """A top-level module of the repository that `World.import_own` imports, though no file of it does."""
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Context in which the repository's modules can be imported."""
+        """Context in which this finder is installed."""
         sys.meta_path.insert(0, self)
         try:
             yield
@@ -224,18 +228,18 @@ class LocalImports:
             sys.meta_path.remove(self)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The spec of a top-level module of the repository; None for all others."""
+        """The import spec of a top-level module of the repository; None for any other module."""
         if path is not None or "." in name or name in sys.builtin_module_names:
             return None
-        first = name in (self._place.name.split(".")[0], self.asked)
+        first = name in (self._location.name.split(".")[0], self.asked)
         importer = _importer()
         if importer in EXPRESSIONS:
-            importer = str(self._place.file)
+            importer = str(self._location.file)
         if not first and (importer is None or not self._is_own(importer)):
             return None
         wanted = _imported_by(importer, name) if importer else set()
         found = None
-        for base in [self._extra[name]] if name in self._extra else [self._place.base] if first else self._bases:
+        for base in [self._extra[name]] if name in self._extra else [self._location.base] if first else self._bases:
             spec = PathFinder.find_spec(name, [str(base)])
             if spec is None:
                 continue
@@ -252,18 +256,18 @@ class LocalImports:
         return None
 
     def _is_better_elsewhere(self, name: str, base: Path) -> bool:
-        """Whether a name that is Python's own or installed is meant by its usual meaning."""
-        beside = base in (self._place.base, self._place.file.parent, Path.cwd())
+        """Whether a module that the repository has means the standard library's or an installed one all the same."""
+        beside = base in (self._location.base, self._location.file.parent, Path.cwd())
         return name in sys.stdlib_module_names or (not beside and _is_taken(name, base / name))
 
     def look_elsewhere(self, name: str) -> bool:
-        """Make a dotted name importable that lies in one other folder of the repository; whether there is one."""
+        """Make a module importable that some folder of the repository contains; False unless exactly one does."""
         first = name.split(".")[0]
-        if first in self._extra or first in sys.modules or is_installed(str(self._place.file)):
+        if first in self._extra or first in sys.modules or is_installed(str(self._location.file)):
             return False
         tail = Path(*name.split("."))
         bases = set()
-        for file in _python_files(self._place.repository):
+        for file in _python_files(self._location.repository):
             for end in (tail.with_suffix(".py"), tail / "__init__.py"):
                 if file.parts[-len(end.parts) :] == end.parts:
                     bases.add(Path(*file.parts[: -len(end.parts)]))
@@ -275,7 +279,7 @@ class LocalImports:
 
 
 def _importer() -> str | None:
-    """The file whose import is being carried out; None where it only asks whether something is there."""
+    """The file of the running import statement; None for `importlib.util.find_spec`, which imports nothing."""
     frame = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -292,12 +296,9 @@ def _importer() -> str | None:
 
 @lru_cache(maxsize=512)
 def _imports_of(file: str) -> frozenset[str]:
-    try:
-        return frozenset(_absolute(ast.parse(Path(file).read_bytes())))
-    except (OSError, SyntaxError, ValueError):
-        return frozenset()
+    return frozenset(_absolute(tree_of(Path(file))))
 
 
 def _imported_by(file: str, first: str) -> set[str]:
-    """Modules that a file imports out of a top-level package."""
+    """Modules of one top-level package that a file imports."""
     return {name for name in _imports_of(file) if name.split(".")[0] == first}

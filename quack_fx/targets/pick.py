@@ -1,10 +1,9 @@
-"""The model among the names of a namespace.
+"""Chooses the model among the names of a file.
 
-In: a `Namespace` and, maybe, a name. Out: `Recipe`s that make the model, the likeliest first. Without a name the first
-of these that the file has: a zero-argument factory, a module that the file made, the one nn.Module class that no other
-class of the file contains, a factory with arguments. Of several of a kind the one counts that the repository uses most;
-where none stands out, the user says which. What a class or factory needs and has no default of, `sizes` finds or makes
-up.
+In: a `Namespace` and an optional name. Out: `Recipe`s that build the model, the likeliest first. Without a name, the
+first of these that the file has is taken: a factory without arguments, a module that the file has built, the one
+nn.Module class that no other class contains, a factory with arguments. Among several the one is taken that the
+repository uses most; if none stands out, the target is refused. `sizes` finds or assumes required arguments.
 """
 
 from __future__ import annotations
@@ -47,20 +46,19 @@ from quack_fx.targets.world import TrainingBegins, World
 _FACTORY = re.compile(
     r"(build|make|create|get|init|load)(_\w+)?_(model|net|network|transformer|lm)|(build|model|make_model)"
 )
-"""Names of functions that may be called to see what they make; a return annotation makes any name do."""
+"""Names of functions that are taken for factories; a function whose return annotation is a model class is one, too."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the model is made.
+    """How the model is built.
 
     Attributes:
-        text: The expression that makes it, as one would write it in the file; empty where the class of what is
-            made says more.
-        make: Makes it.
-        made: Whether the file has made it already, so that it is what it is.
-        call: The call with which it is made, where the file does not say with which values.
-        note: What a person should know of how it was chosen.
+        text: The expression that builds it, for reports; empty where reports show the name of its class instead.
+        make: Builds it.
+        made: Whether `make` returns a model that the file has already built.
+        call: The call that builds it, where its arguments were found or assumed.
+        note: What the report says about the choice.
     """
 
     text: str
@@ -71,15 +69,15 @@ class Recipe:
 
 
 def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recipe]:
-    """Recipes of the model called `name`, or of the one that is clearly meant: the likeliest first.
+    """Recipes for the model of a file, the likeliest first.
 
     Arguments:
-        namespace: What the target's file defines.
-        name: The name behind the colon, if one was typed.
-        world: What the file found around it.
+        namespace: Of the target's file.
+        name: The name after the colon; None to choose one.
+        world: The environment of the file.
 
     Raises:
-        TargetError: No such name, nothing that is a model, or several.
+        TargetError: There is no such name, no model, or more than one.
     """
     if name is not None:
         yield from _recipes(namespace, name, _lookup(namespace, name), world)
@@ -122,7 +120,7 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
 
 
 def _by_others(namespace: Namespace, first: str, factories: list[str], world: World) -> Iterator[Recipe]:
-    """Recipes by the factory that asks for values, where the one that asks for none does not work here: it may read
+    """Recipes with the factory that has required arguments, in case `first`, which has none, does not work: it may read
     weights or data that are not there."""
     chosen = factories if len(factories) < 2 else _most_used(namespace, factories, world)
     if len(chosen) == 1:
@@ -132,12 +130,12 @@ def _by_others(namespace: Namespace, first: str, factories: list[str], world: Wo
 
 
 _MAKERS_TRIED = 3
-"""Functions that make a model that its class alone does not, of which that many are tried."""
+"""Functions that return a model of the chosen class, of which so many are tried."""
 
 
 def _by_makers(namespace: Namespace, name: str) -> Iterator[Recipe]:
-    """Recipes by functions of the file that make the model called `name` and need nothing, the most used first: a
-    class that does not work with its own defaults may with theirs."""
+    """Recipes with functions of the file that return a model of a class and have no required arguments, the most used
+    first: the class may need arguments other than its defaults."""
     able = [n for n in makers(namespace, name) if not required(namespace.names[n])]
     used = _uses_elsewhere(namespace, able) if len(able) > 1 else {}
     for maker in sorted(able, key=lambda n: -used.get(n, 0))[:_MAKERS_TRIED]:
@@ -148,7 +146,7 @@ def _by_makers(namespace: Namespace, name: str) -> Iterator[Recipe]:
 
 
 def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Iterator[Recipe]:
-    """Recipes by functions of other files that make a model of a class of this one, the nearest first."""
+    """Recipes with functions of other files that return a model of a class of this file, the nearest file first."""
     if namespace.file is None:
         return
     count = 0
@@ -159,7 +157,7 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
             try:
                 with world.building("cpu"):
                     function = getattr(world.import_own(module), maker)
-            except (Exception, SystemExit, TrainingBegins):  # it may read data or look for a GPU
+            except (Exception, SystemExit, TrainingBegins):  # the file may read data or need a GPU
                 break
             shown = named_in(module, maker)
             note = f"{name} is made by {maker} of {path.name}"
@@ -171,7 +169,7 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
 
 
 def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[str]:
-    """The class that the chosen ones only vary, where the repository uses it as much as any of them."""
+    """The base class of all candidates, if the repository uses it as often as any of them; else those chosen so far."""
     bases = varied(namespace, whole)
     if not bases:
         return chosen
@@ -196,7 +194,7 @@ def _lookup(namespace: Namespace, name: str) -> Any:
 
 
 def _recipes(namespace: Namespace, name: str, value: Any, world: World) -> Iterator[Recipe]:
-    """How to get a model out of one named thing."""
+    """Recipes for one name: a module, a model class or a factory."""
     if isinstance(value, nn.Module):
         yield Recipe(name, lambda: value, made=True)
         return
@@ -212,7 +210,7 @@ def _recipes(namespace: Namespace, name: str, value: Any, world: World) -> Itera
 
 
 def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:
-    """What a class or factory makes, if it is a model."""
+    """The model that a class or factory makes; refuses anything else."""
     model = make()
     if not isinstance(model, nn.Module):
         raise TargetError(f"{name}() of {namespace.source} gives a {type(model).__name__}, not an nn.Module")
@@ -220,8 +218,8 @@ def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:
 
 
 def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str]:
-    """Of several models the one that the repository means most: it is imported elsewhere, or called like the file,
-    or made of more of the file's classes than any other. All of them where none stands out."""
+    """The model among several that has the name of the file, or else is used in most files of the repository, or else
+    contains most classes of the file. Those that are equal in all three."""
     stem = namespace.file.stem if namespace.file is not None else ""
     used = _uses_elsewhere(namespace, names)
 
@@ -246,7 +244,7 @@ def _plain(name: str) -> str:
 
 
 def _uses_elsewhere(namespace: Namespace, names: list[str]) -> Counter[str]:
-    """In how many other files of the repository each name stands: Python, and configs that name classes."""
+    """In how many other files of the repository each name occurs, among Python files and configs."""
     found: Counter[str] = Counter()
     if namespace.file is None:
         return found

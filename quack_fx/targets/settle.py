@@ -1,7 +1,7 @@
-"""From recipes of a model to the model, and to inputs for which its forward runs.
+"""Builds the model, and finds inputs for which its forward runs.
 
-In: recipes, the likeliest first; the namespace that expressions are evaluated in. Out: a `Target`. Each recipe is built
-on the meta device, if that will do, then for real, if memory holds it; the first whose forward runs is taken.
+In: recipes, the likeliest first, and the namespace of expressions. Out: a `Target`. Each recipe is tried on the meta
+device and then, if memory allows, on the CPU with real numbers. The first recipe whose forward runs is taken.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from quack_fx.targets.world import StandInUsed, World
 from quack_fx.targets.world.inert import InertModule
 
 RETRY_LIMIT_BYTES = 1 << 30
-"""Largest model, in bytes of parameters, that is built for real when its forward failed on the meta device."""
+"""Bytes of parameters above which a model whose forward fails on the meta device is not built for real."""
 
 STAND_INS_USED = 3
-"""Inputs on which a forward uses what is stood in for, after which no others are tried."""
+"""How many inputs may lead to an inert stand-in before no others are tried."""
 
 SAME_FAILURES = 12
-"""Inputs on which a forward fails in the very same way, after which nothing else is guessed."""
+"""How many inputs may fail with the same error before nothing but measured sizes is tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,16 +52,16 @@ class Target:
         model: The model, in training mode as its constructor left it, often on the meta device.
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments of the forward call.
-        title: What was built, in a few words: "GPT(GPTConfig()) of examples/gpt.py".
-        source: The file, module or config that it came from, as the user typed it.
+        title: What was built: "GPT(GPTConfig()) of examples/gpt.py".
+        source: The file, module or config as the user typed it.
         how: How the model was built and where the inputs come from: "built on the meta device; inputs
             idx=int64[2, 4] (inferred)".
-        recording: The recording made while the inputs were tried, or None where they were not tried.
-        assumed: Sizes that nobody gave and that were made up, by name.
-        build: The --build expression that makes this model; "" where the target says it all by itself.
-        notes: What else a person should know: pairs of a word that says what it is about, and a sentence.
-        again: Builds the model once more, for real; only while the world of the target is open.
-        modules: The files that it is made of, by name, once that world is closed and they are modules no more.
+        recording: The recorded graph of a forward on these inputs.
+        assumed: Arguments of the constructor that were made up, by name.
+        build: The --build expression for this model; "" where no argument was found or assumed.
+        notes: Further lines for the report: pairs of a heading and a sentence.
+        again: Builds the model again, for real; works only while the environment of the target is open.
+        modules: Modules of the target's files by name; they leave sys.modules when that environment closes.
     """
 
     model: nn.Module
@@ -79,7 +79,7 @@ class Target:
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """Context in which its files are modules again: torch.compile imports those of what it compiles."""
+        """Context in which its files are in sys.modules, where torch.compile looks modules up."""
         added = {name: module for name, module in self.modules.items() if name not in sys.modules}
         sys.modules.update(added)
         try:
@@ -89,19 +89,19 @@ class Target:
                 sys.modules.pop(name, None)
 
     def with_numbers(self) -> nn.Module:
-        """The model built for real, if it is on meta and that can be done: its masks and tables then have numbers."""
+        """The model on the CPU, so that its masks and tables have values; the same model where that cannot be built."""
         if self.again is None or not any(p.is_meta for p in self.model.parameters()):
             return self.model
         try:
             return self.again()
-        except Exception:  # a model that can be built on meta alone stays there
+        except Exception:  # the model can be built on meta only
             return self.model
 
     def check_sizes(self, allow: str) -> None:
         """Refuse a model whose sizes were assumed.
 
         Arguments:
-            allow: What to type to have it all the same.
+            allow: The option that allows it, for the error.
 
         Raises:
             TargetError: Sizes were assumed.
@@ -115,7 +115,7 @@ class Target:
 
 
 def given(expression: str, namespace: Namespace) -> Recipe:
-    """Recipe of a --build expression."""
+    """The recipe of a --build expression."""
 
     def make() -> Any:
         model = evaluate(expression, "--build", namespace)
@@ -140,19 +140,19 @@ def settle(
     world: World | None = None,
     examples: Examples | None = None,
 ) -> Target:
-    """Build the model, on meta if that works, and find inputs for which its forward runs.
+    """Build the model, on the meta device if that works, and find inputs for which its forward runs.
 
     Arguments:
-        recipes: How the model may be made, the likeliest first.
-        namespace: What the recipes and the expression for the inputs may name.
-        inputs: Expression that gives the inputs; None to infer them.
-        real: Whether to build on real numbers only.
-        say: Called with a few words before what takes time.
-        world: What the model's files find around them; by default nothing that is not there.
-        examples: Gives a model's own inputs, where its source has some; none are inferred then.
+        recipes: How the model may be built, the likeliest first.
+        namespace: The names for expressions.
+        inputs: Expression for the inputs; None to infer them.
+        real: Whether to build on the CPU only.
+        say: Called with a few words before each step that takes time.
+        world: The environment of the model's files; by default a new one.
+        examples: Gives inputs for the model in place of inferred ones.
 
     Returns:
-        The target, made by the first recipe that leads to one.
+        The target of the first recipe whose forward runs.
 
     Raises:
         TargetError: The model cannot be built, or no inputs fit.
@@ -161,7 +161,7 @@ def settle(
     first: TargetError | None = None
     known = Given(namespace, inputs, examples)
     try:
-        for recipe, devices in _in_turn(recipes, real):
+        for recipe, devices in _with_devices(recipes, real):
             try:
                 return _settled(recipe, devices, known, say, world)
             except TargetError as error:
@@ -176,11 +176,12 @@ def settle(
 
 
 Devices = tuple[Literal["meta", "cpu"], ...]
-"""Where a model is built, in turn, until its forward runs."""
+"""Devices on which a model is built, one after the other until its forward runs."""
 
 
-def _in_turn(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recipe, Devices]]:
-    """Recipes with where each is built: those with values that are doubtful all on meta first, which is quick."""
+def _with_devices(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recipe, Devices]]:
+    """Recipes, each with its devices. Those with assumed arguments are all tried on meta, which is fast, before any is
+    tried on the CPU."""
     again: list[Recipe] = []
     for recipe in recipes:
         if recipe.made or recipe.call is None or real:
@@ -194,7 +195,7 @@ def _in_turn(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recipe, De
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of the inputs: names for expressions, such an expression, or what the model's source says."""
+    """Where inputs come from: an expression and its names, or examples of the adapter, or else they are inferred."""
 
     namespace: Namespace
     expression: str | None
@@ -202,7 +203,7 @@ class Given:
     budget: Budget = field(default_factory=Budget)
 
     def candidates(self, model: nn.Module) -> tuple[str, list[Inputs]]:
-        """Inputs to try for a model, and where they come from."""
+        """Inputs to try for a model, and their origin in a word."""
         if self.expression is not None:
             return "given", [_given_inputs(self.expression, self.namespace, model)]
         own = self.examples(model) if self.examples else []
@@ -210,7 +211,7 @@ class Given:
 
 
 def _settled(recipe: Recipe, devices: Devices, inputs: Given, say: Callable[[str], None], world: World) -> Target:
-    """The target that one recipe makes."""
+    """The target of one recipe."""
     refusal: TargetError | None = None
     settled: Target | None = None
     try:
@@ -218,10 +219,10 @@ def _settled(recipe: Recipe, devices: Devices, inputs: Given, say: Callable[[str
             try:
                 settled = _with_inputs(model, device, recipe, inputs, say, world)
             except TargetError as error:
-                refusal = error  # that of the last build: it has the most real numbers
+                refusal = error  # the error of the last build is reported: it had real numbers
                 continue
             if settled.recording is not None and not settled.recording.canned:
-                break  # else its buffers, built for real, may have the numbers that were asked for
+                break  # otherwise the next build has the values that the forward asked for
     except TargetError as error:
         refusal = error
     if settled is not None:
@@ -233,7 +234,7 @@ def _settled(recipe: Recipe, devices: Devices, inputs: Given, say: Callable[[str
 def _with_inputs(
     model: nn.Module, device: str, recipe: Recipe, inputs: Given, say: Callable[[str], None], world: World
 ) -> Target:
-    """The target that one build makes, with inputs for which its forward runs."""
+    """The target of one build, with inputs for which its forward runs."""
     if isinstance(model, InertModule):
         raise StandInUsed(model.stands_for)
     prepared = _prepared(model, device, world)
@@ -256,7 +257,7 @@ def _with_inputs(
 
 
 def _for_real(recipe: Recipe, world: World, prepared: bool, cast: bool) -> nn.Module:
-    """The model of a recipe, built for real, as far as memory allows, and made ready as the one on meta was."""
+    """Build the model of a recipe on the CPU, and prepare it as the first build was."""
     with torch.random.fork_rng(devices=[]), world.building("cpu"), _AtMost(available_memory() // 4):
         model: nn.Module = recipe.make()
     if prepared:
@@ -265,24 +266,24 @@ def _for_real(recipe: Recipe, world: World, prepared: bool, cast: bool) -> nn.Mo
 
 
 def _prepared(model: nn.Module, device: str, world: World) -> str:
-    """What had to be called on the model before its forward, in words."""
+    """Call what the model needs before its forward; returns that as text for the report."""
     try:
         where = "meta" if device == "meta" else "cpu"
         with world.building(where), torch.device(where):
             done = set_up(model)
-    except Exception:  # its forward then says what is missing
+    except Exception:  # the error of its forward is reported then
         return ""
     return f", {', '.join(done)} called" if done else ""
 
 
 def _short(recipe: Recipe) -> str:
-    """The expression that makes the model, without its arguments where they are many."""
+    """The expression that builds the model, without its arguments if they are long."""
     text = plainly(recipe.call.text) if recipe.call else recipe.text
     return text if len(text) <= 80 or not recipe.call else f"{recipe.call.function.__name__}(...)"
 
 
 def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
-    """What a person should know of how the model was made."""
+    """Lines of the report about how the model was built."""
     call = recipe.call
     if call is not None and call.account.assumed:
         yield "assumed", ", ".join(f"{n}={v!r}" for n, v in call.account.assumed.items())
@@ -302,7 +303,7 @@ def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
 def _builds(
     recipe: Recipe, devices: Devices, namespace: Namespace, say: Callable[[str], None], world: World
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The model on each of these devices; whichever can be built and may help."""
+    """The model on each of these devices, with the device: "meta" or "real"."""
     if recipe.made:
         with world.building("cpu"):
             model = recipe.make()
@@ -318,7 +319,7 @@ def _builds(
         except TargetError:
             raise
         except (Exception, SystemExit) as error:
-            # Constructors that look at numbers cannot run on meta; the real build tells what is wrong, if anything.
+            # A constructor that reads values fails on meta only; the build on the CPU shows whether there is an error.
             if "cpu" not in devices:
                 raise TargetError(_build_fails(recipe, namespace, world, error)) from error
             on_meta_fails = (
@@ -347,7 +348,7 @@ def _builds(
 
 
 def _build_fails(recipe: Recipe, namespace: Namespace, world: World, error: BaseException) -> str:
-    """The one line about a constructor that raised."""
+    """The error for a constructor that raised."""
     hint = f"; say what it is: --build {shlex.quote(recipe.call.text)}" if recipe.call else ""
     what = _short(recipe) or "the model"
     return f"building {what} of {namespace.source} fails: {one_line(error, namespace)}{without(world)}{hint}"
@@ -358,13 +359,14 @@ class ForwardFails(TargetError):
 
 
 class _TooLarge(RuntimeError):
-    """A model has more weights than this machine should hold."""
+    """A model takes too much of the memory of this machine."""
 
 
 class _AtMost(TorchDispatchMode):
-    """Context in which no more than `limit` bytes of tensors are made: before they are filled, and memory is gone.
+    """Context in which making more than `limit` bytes of tensors raises, before they are filled.
 
-    What is computed from others may be freed again, so that it does not count; what it leaves of memory is looked at.
+    Only tensors from factory functions count, since results of other operations may be freed again. For those, the free
+    memory of the machine is checked from time to time.
     """
 
     def __init__(self, limit: int) -> None:
@@ -389,7 +391,7 @@ class _AtMost(TorchDispatchMode):
 
 
 _UNSEEN = 1 << 28
-"""Bytes of results after which memory is looked at again."""
+"""Bytes of results after which free memory is checked."""
 
 
 _FACTORIES = {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}
@@ -399,8 +401,18 @@ _FACTORIES |= {torch.ops.aten.empty_strided.default, torch.ops.aten.randn.defaul
 def _try(
     model: nn.Module, inputs: Given, say: Callable[[str], None], world: World, keep: bool
 ) -> tuple[Inputs, str, Capture, str]:
-    """The first inputs for which the forward runs, where they come from, the recording of that run, and what was done
-    to the model for it; `keep`: the model stays as it is."""
+    """The first inputs for which the forward runs, their origin, the recording, and in words how the model was cast.
+
+    Arguments:
+        model: The model.
+        inputs: Where inputs come from.
+        say: Called with a few words before each recording.
+        world: The environment of the model's files.
+        keep: Whether the model must not be cast to one dtype.
+
+    Raises:
+        ForwardFails: The forward runs on none of the inputs.
+    """
     name, cast = type(model).__name__, ""
     try:
         origin, candidates = inputs.candidates(model)
@@ -416,9 +428,9 @@ def _try(
             try:
                 return candidate, origin, capture(model, candidate.args, candidate.kwargs, layers_once=True), cast
             except CaptureError as error:
-                if keep or cast or not _is_about_types(model, error):
+                if keep or cast or not _is_about_dtypes(model, error):
                     raise
-                # Layers of several types run under autocast only; in one type they compute the same.
+                # Layers of several dtypes run under autocast only; cast to one dtype they compute the same function.
                 model.float()
                 cast = " and cast to float32, since its layers have several types"
                 return candidate, origin, capture(model, candidate.args, candidate.kwargs, layers_once=True), cast
@@ -430,7 +442,7 @@ def _try(
             failures[one_line(reason, inputs.namespace)] += not attempts.measuring
             stand_ins += isinstance(reason, StandInUsed)
             for failure in filter(None, (error, error.__cause__)):
-                traceback.clear_frames(failure.__traceback__)  # they hold the recording and its tensors
+                traceback.clear_frames(failure.__traceback__)  # the frames keep the recording and its tensors alive
         if max(failures.values()) >= SAME_FAILURES:
             attempts.guess_no_more()
         if world.is_late() or stand_ins >= STAND_INS_USED:
@@ -451,8 +463,8 @@ def _try(
     ) from first
 
 
-def _is_about_types(model: nn.Module, error: CaptureError) -> bool:
-    """Whether a forward failed since its layers have several types of numbers."""
+def _is_about_dtypes(model: nn.Module, error: CaptureError) -> bool:
+    """Whether a forward failed because its layers have several dtypes."""
     floating = {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
     return len(floating) > 1 and re.search("dtype|scalar type|same type", str(error)) is not None
 

@@ -1,13 +1,13 @@
-"""A small configuration with the structure of a large one.
+"""Small configs with the structure of a large one.
 
 In: a transformers config. Out: configs of the same class, the smallest first: fewer layers but every kind of layer,
-narrower heads, fewer of them, fewer experts, a small vocabulary, small pictures. A model built from one has the same
-modules, the same parameter names and the same arrangement of weight rows as the large one.
+fewer and narrower heads, fewer experts, a small vocabulary, small images. A model built from one has the same modules,
+the same parameter names and the same arrangement of weight rows as the large one.
 
-Widths are divided by common factors, so that whatever divided before divides afterwards: widths of a head by `narrow`,
-numbers of heads by `fewer`, and all that spans the heads (the hidden size) by both. Layers are cut to the shortest
-beginning that holds every kind. Which field is what, its name tells; where a name misleads, the next config tried is
-nearer to the original.
+All sizes are divided by common factors, so that they stay multiples of each other: head widths by `narrow`, numbers of
+heads by `fewer`, and sizes that span all heads (the hidden size) by both. The shortest prefix of the layers is kept
+that contains every kind. The role of a field is inferred from its name. Where that is wrong and a model cannot be
+built, the next config is closer to the original.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ LAYERS = 2
 MOST_LAYERS = 12
 EXPERTS = 8
 HEAD_WIDTH = 8
-"""The narrowest head: below this, partial and sectioned rotary embeddings have nothing left to turn."""
+"""Least head width; partial and sectioned rotary embeddings need as much."""
 QUERY_HEADS = 4
 SPAN = 16
-"""The narrowest hidden size."""
+"""Least hidden size."""
 CHANNELS = 32
-"""The fewest channels: group norms divide them by as much."""
+"""Least number of channels, which group norms divide into as many groups."""
 
 QUERIES = 12
-"""Learned queries: no more than a small picture has places to look at."""
+"""Most learned queries; a small image has few positions to attend to."""
 
 PATCHES = 4
-"""Height and width of a picture, in patches."""
-PLACES = 4
-"""Tokens that stand for a picture: two rows of two."""
+"""Height and width of an image, in patches."""
+IMAGE_TOKENS = 4
+"""Tokens of an image: two rows of two."""
 
 _LAYERS = re.compile(
     r"^(num_|n_)?(hidden_|encoder_|decoder_|text_|vision_|speech_|adapter_|feature_)?(layers?|blocks|n_layer)$"
@@ -57,23 +57,23 @@ _WIDTH = re.compile(
 )
 _QUERIES = re.compile(r"^num_(object_)?quer(y|ies)$|^num_query_tokens$")
 _INNER = re.compile(r"intermediate_(size|dim)$|ffn_(dim|hidden_size)$")
-"""Widths that no other depends on. Grouped products want the rows of experts to be multiples of 16 bytes."""
+"""Widths on which no other depends. Grouped matmuls need rows of experts to be multiples of 16 bytes."""
 _NO_WIDTH = re.compile(
     r"vocab|image|patch|position|window|token|^max_|num_(?!filters)|kernel|layer|head|dropout|prob|type|std|act|scale|norm"
     r"|ratio|index|expand|stride|group|conv_dim|tdnn|codevector|xvector|classifier|^in_channels|^(num_)?out_channels"
     r"|^audio_channels|input_dim|bins"
 )
 _OUTPUTS = ("out_features", "out_indices", "stage_names")
-"""Which layers a backbone gives out: one says it for all."""
+"""Which layers a backbone returns; one of the fields determines the others."""
 _EXPERTS = re.compile(r"^(moe_)?(num_|n_)(\w*_)?experts$")
 _CHOSEN = re.compile(r"experts_per_tok|^(?!index).*top_?k|moe_k")
 _PERIODS = re.compile(r"(period|interval|pattern|every|freq|frequency|_step|offset|first_k_dense\w*|moe_layer_start)")
 _NUMBERED = re.compile(r"^(?!.*(channels|sizes|dims)).*(layer|index|indices|attention_blocks)")
 _SHARED = re.compile(r"^num_\w*shared_layers$")
 _NAME_OF_A_MODEL = ("architecture", "backbone")
-"""A part with such a field is built by the name that stands there, and is as large as that model is."""
+"""A sub-config with such a field is of a model that another package builds by name, at its own size."""
 _STATE_SPACE = re.compile(r"mamba|ssm|linear|conv")
-"""Recurrences have heads of their own, which may be narrow."""
+"""Recurrent layers have heads of their own, which may be narrow."""
 
 
 def shrunk(config: Any) -> Iterator[Any]:
@@ -83,7 +83,7 @@ def shrunk(config: Any) -> Iterator[Any]:
         config: A `PretrainedConfig` of transformers.
 
     Yields:
-        Configs of the same class; building a model from one may still fail, and the next is then to be tried.
+        Configs of the same class. If building a model from one fails, try the next.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -93,7 +93,7 @@ def shrunk(config: Any) -> Iterator[Any]:
     """
     fields = config.to_dict()
     seen: list[dict[str, Any]] = []
-    for narrow, fewer, apart, pictures, tables in (
+    for narrow, fewer, apart, images, tables in (
         (True, True, True, True, True),
         (True, True, False, True, True),
         (True, True, True, False, True),
@@ -104,20 +104,20 @@ def shrunk(config: Any) -> Iterator[Any]:
         (False, False, False, False, True),
         (False, False, False, False, False),
     ):
-        small = _shrunk(fields, _factors(fields, narrow, fewer, apart), pictures, tables)
+        small = _shrunk(fields, _factors(fields, narrow, fewer, apart), images, tables)
         if small not in seen:
             seen.append(small)
             try:
                 made = type(config).from_dict(small)
             except Exception:
-                # The class checks its fields, and these do not go together: the next ones may.
+                # the class refuses this combination of fields
                 continue
             made.architectures = getattr(config, "architectures", None)
             yield made
 
 
 def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The fields of a config and of the configs inside it."""
+    """The fields of a config, and those of each sub-config."""
     yield fields
     for value in fields.values():
         if _is_part(value):
@@ -125,7 +125,7 @@ def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_part(value: Any) -> bool:
-    """Whether a field holds fields itself: no table of labels, and no model that another package knows by its name."""
+    """Whether a field is a sub-config: no table of labels, and no model that another package builds by name."""
     if not isinstance(value, dict) or any(isinstance(value.get(key), str) for key in _NAME_OF_A_MODEL):
         return False
     return all(isinstance(key, str) for key in value)
@@ -137,7 +137,7 @@ def _numbers(value: Any) -> list[int]:
 
 
 def _is_ascending(value: Any) -> bool:
-    """Whether a field lists numbers of layers, or the like: whole numbers, each larger than the one before."""
+    """Whether a field is a list of increasing integers, such as indices of layers."""
     return isinstance(value, list) and value == sorted(set(_numbers(value)))
 
 
@@ -145,10 +145,13 @@ def _is_ascending(value: Any) -> bool:
 
 
 def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> tuple[int, int]:
-    """By what to divide the width of a head, and the number of heads.
+    """The divisors of head widths and of numbers of heads.
 
-    Where the two are to be kept `apart`, no head is as wide as there are heads: that would hide which of the two an
-    axis counts.
+    Arguments:
+        fields: Of the config.
+        narrow: Whether heads may become narrower.
+        fewer: Whether there may be fewer heads.
+        apart: Whether the head width must differ from the number of heads, so that axes can be told apart.
     """
     parts = list(_parts(fields))
     counts = [(key, n) for part in parts for key, value in part.items() if _is_heads(key) for n in _numbers(value)]
@@ -166,7 +169,7 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> 
     }
     sections = [sum(value) for part in parts for key, value in part.items() if key == "mrope_section" and value]
     least = HEAD_WIDTH if widths else CHANNELS
-    measured = (widths | states) or spans  # without attention only the channels count
+    measured = (widths | states) or spans  # a model without attention has channels only
     fitting = [1]
     while narrow and measured and all(n % (2 * fitting[-1]) == 0 for n in measured):
         by = 2 * fitting[-1]
@@ -180,13 +183,13 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> 
 
 
 def _is_square(part: dict[str, Any], by_width: int, by_heads: int) -> bool:
-    """Whether heads get as wide as there are heads."""
+    """Whether the head width would equal the number of heads."""
     heads = {n // by_heads for key, value in part.items() if _is_heads(key) for n in _numbers(value)}
     return any(width // by_width in heads for width in _head_widths(part))
 
 
 def _head_widths(part: dict[str, Any]) -> Iterator[int]:
-    """Widths of the heads of one part: those it says, or else those that its widths and numbers of heads give."""
+    """Head widths of one config: as its fields say, or else its widths divided by its numbers of heads."""
     own = [
         n
         for key, value in part.items()
@@ -205,7 +208,7 @@ def _head_widths(part: dict[str, Any]) -> Iterator[int]:
 
 
 def _by_stage(spans: list[int], heads: list[int]) -> list[tuple[int, int]]:
-    """Widths with the heads that share them; the width of the first stage may stand for those of all."""
+    """Pairs of a width and a number of heads, stage by stage; one width is that of the first stage."""
     if len(spans) == 1:
         return [(spans[0] * heads[i] // heads[0], h) for i, h in enumerate(heads) if heads[0]]
     return list(zip(spans, heads * len(spans) if len(heads) == 1 else heads, strict=False))
@@ -228,7 +231,7 @@ def _divided(value: Any, by: int) -> Any:
 
 
 def _inner(value: Any, by: int) -> Any:
-    """A width that no other depends on, or one a layer."""
+    """A smaller width on which no other depends, or a list of such, one a layer."""
     if isinstance(value, list | tuple):
         return [_inner(v, by) for v in value]
     return max(1, value // (by * 8)) * 8 if type(value) is int and value > 8 else value
@@ -237,7 +240,7 @@ def _inner(value: Any, by: int) -> Any:
 # ---- one config ------------------------------------------------------------------------------------------------------
 
 
-def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, tables: bool) -> dict[str, Any]:
+def _shrunk(fields: dict[str, Any], factors: tuple[int, int], images: bool, tables: bool) -> dict[str, Any]:
     narrow, fewer = factors
     layers, cut = _layers_kept(fields), _lengths_of_stacks(fields)
     vocabulary = min(VOCABULARY, fields.get("vocab_size") or VOCABULARY) if tables else fields.get("vocab_size")
@@ -247,10 +250,10 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             value = value[:layers]  # one entry a layer
         if _is_per_layer(key, value):
             parts = {number: part for number, part in value.items() if int(number) < layers}
-            small[key] = {number: _shrunk(part, factors, pictures, tables) for number, part in parts.items()}
+            small[key] = {number: _shrunk(part, factors, images, tables) for number, part in parts.items()}
         elif _is_part(value):
             rope = key.startswith("rope")
-            small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, pictures, tables)
+            small[key] = _scaled_rope(value, narrow) if rope else _shrunk(value, factors, images, tables)
         elif key in _OUTPUTS:
             if key == "out_indices" and isinstance(value, list):
                 last = list(range(layers - len(value) + 1, layers + 1))
@@ -275,14 +278,14 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
             small[key] = vocabulary
         elif tables and "vocab" in key and _numbers(value) == [value]:
             small[key] = min(value, VOCABULARY)
-        elif pictures and _QUERIES.search(key) and _numbers(value) == [value]:
+        elif images and _QUERIES.search(key) and _numbers(value) == [value]:
             small[key] = min(value, QUERIES)
         elif key.endswith("token_id") or key.endswith("token_index"):
             small[key] = _within(value, vocabulary, sum(map(ord, key)))
-        elif pictures and key == "mm_tokens_per_image" and isinstance(value, int):
-            small[key] = min(value, PLACES)
-        elif pictures and key == "image_size":
-            small[key] = _picture(value, fields.get("patch_size"))
+        elif images and key == "mm_tokens_per_image" and isinstance(value, int):
+            small[key] = min(value, IMAGE_TOKENS)
+        elif images and key == "image_size":
+            small[key] = _image_size(value, fields.get("patch_size"))
         elif "channels" in key and not _NO_WIDTH.search(key) and isinstance(value, int):
             small[key] = max(value // (narrow * fewer), min(value, CHANNELS))
         elif _INNER.search(key):
@@ -295,22 +298,22 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], pictures: bool, ta
 
 
 def _is_per_layer(key: str, value: Any) -> bool:
-    """Whether a field holds other fields for some layers, by their numbers."""
+    """Whether a field maps indices of layers to fields."""
     return isinstance(value, dict) and "layer" in key and bool(value) and all(str(number).isdigit() for number in value)
 
 
 def _is_group_a_feature(key: str, value: Any, fields: dict[str, Any]) -> bool:
-    """Whether a field is the number of groups of a depthwise convolution over the hidden features."""
+    """Whether a field is the number of groups of a depthwise convolution."""
     return key.endswith("groups") and isinstance(value, int) and value == fields.get("hidden_size")
 
 
 def _lengths_of_stacks(fields: dict[str, Any]) -> set[int]:
-    """Lengths of lists that have one entry a layer; lists with one entry a stage have other lengths, and stay."""
+    """Lengths of lists with one entry a layer; lists with one entry a stage stay as they are."""
     return {v for key, v in fields.items() if _LAYERS.search(key) and type(v) is int} - _stages(fields)
 
 
 def _stages(fields: dict[str, Any]) -> set[int]:
-    """Numbers of stages, of networks that have some."""
+    """Numbers of stages, for networks that have stages."""
     return {
         len(value)
         for key, value in fields.items()
@@ -320,7 +323,7 @@ def _stages(fields: dict[str, Any]) -> set[int]:
 
 
 def _layers_kept(fields: dict[str, Any]) -> int:
-    """Length of the shortest beginning of the stack that holds every kind of layer."""
+    """Length of the shortest prefix of the layers that contains every kind."""
     counts = [v for key, v in fields.items() if _LAYERS.search(key) and type(v) is int]
     total = max(counts, default=LAYERS)
     needed = [LAYERS]
@@ -337,12 +340,12 @@ def _layers_kept(fields: dict[str, Any]) -> int:
     if _lengths_of_stacks(fields) and isinstance(outputs := fields.get("out_indices"), list):
         needed.append(len(outputs))
     if any(_SHARED.search(key) and value and value < total for key, value in fields.items()):
-        needed = [2 * max(needed)]  # every kind among the layers that share and among those that are shared
+        needed = [2 * max(needed)]  # every kind, both among layers that share and among shared ones
     return min(total, MOST_LAYERS, max(needed))
 
 
 def _experts(fields: dict[str, Any], count: int) -> int:
-    """Fewer experts, as many as routing needs."""
+    """A smaller number of experts, enough for routing."""
     chosen = [n for k, v in fields.items() if _CHOSEN.search(k) for n in _numbers(v)]
     groups = [n for k, v in fields.items() if k == "n_group" for n in _numbers(v)]
     wanted = max([EXPERTS, *(2 * n for n in chosen), *(2 * n for n in groups)])
@@ -350,7 +353,7 @@ def _experts(fields: dict[str, Any], count: int) -> int:
 
 
 def _within(value: Any, vocabulary: int | None, seed: int) -> Any:
-    """A special token's id inside the vocabulary, different ones for different tokens mostly."""
+    """The id of a special token inside a smaller vocabulary, mostly different for different tokens."""
     if isinstance(value, list):
         return [_within(v, vocabulary, seed + i) for i, v in enumerate(value)]
     if not isinstance(value, int) or isinstance(value, bool) or not vocabulary or value < vocabulary:
@@ -358,18 +361,18 @@ def _within(value: Any, vocabulary: int | None, seed: int) -> Any:
     return vocabulary - 1 - seed % max(1, vocabulary // 4)
 
 
-def _picture(value: Any, patch: Any) -> Any:
-    """A picture of a few patches."""
+def _image_size(value: Any, patch: Any) -> Any:
+    """A smaller image size, of a few patches."""
     if isinstance(value, list | tuple):
         patches = patch if isinstance(patch, list | tuple) else [patch] * len(value)
-        return [_picture(v, p) for v, p in zip(value, patches, strict=False)]
+        return [_image_size(v, p) for v, p in zip(value, patches, strict=False)]
     if not isinstance(patch, int):
         return min(value, 64) if isinstance(value, int) else value
     return value if not isinstance(value, int) or value <= PATCHES * patch or patch < 8 else PATCHES * patch
 
 
 def _sections(value: Any, by: int) -> Any:
-    """Parts of a head's features that add up to the smaller head; those that are equal stay so."""
+    """Sections of a head that add up to the narrower head; equal sections stay equal."""
     if not isinstance(value, list | tuple) or sum(value) % by or sum(value) // by < len(value):
         return value
     parts = [max(1, n // by) for n in value]
@@ -382,7 +385,7 @@ def _sections(value: Any, by: int) -> Any:
 
 
 def _scaled_rope(fields: dict[str, Any], narrow: int) -> dict[str, Any]:
-    """RoPE's parameters; sections count pairs of features of a head."""
+    """Parameters of rotary embeddings for narrower heads."""
     return {
         key: _scaled_rope(value, narrow)
         if isinstance(value, dict)

@@ -1,11 +1,13 @@
-"""QK norm into a model that has none, so that it can be compared with QuacK on one's own model.
+"""Adds QK norm to a model without one, to compare QuacK with it on one's own model.
 
-In: a model and its layout, or a graph. Out: an `InsertReport`; queries and keys pass an RMS norm with a gain, head by
-head, as in Qwen3. `InsertReport.restore` takes the norms out again, and so does `strip_qk_norm`.
+In: a model and its layout, or a graph. Out: an `InsertReport`. Queries and keys then pass an RMS norm with a gain, head
+by head, as in Qwen3. `InsertReport.restore` removes the norms again, and so does `strip_qk_norm`.
 
-    modules.py   norms behind the projections of a model, in place; streams.py tells heads that several of them make
-    graph.py     norms before the products of a graph, in a copy of it: for heads of any make; operands.py says where
-    report.py    the account that both ways give
+    modules.py    norms after the projections of a model, in place
+    streams.py    heads that come from several projections, one for each kind of token
+    graph.py      norms before the query-key products of a graph, in a copy of it; for heads of any kind
+    operands.py   the nodes at which they are inserted
+    report.py     the report of both ways
 """
 
 from __future__ import annotations
@@ -27,27 +29,27 @@ __all__ = ["InsertReport", "insert_qk_norm"]
 def insert_qk_norm(
     model: nn.Module, layout: QKLayout | None = None, *, eps: float = 1e-6, inputs: Inputs | None = None
 ) -> InsertReport:
-    """Put an RMS norm with a gain on the queries and on the keys of each attention.
+    """Add an RMS norm with a gain to the queries and to the keys of each attention.
 
-    In a model the norms stand right behind the projections, as in Qwen3: submodules `q_norm` and `k_norm` of the
-    modules that hold the weights, called by hooks on those, so that no name of a parameter changes. In a graph they
-    stand right before the product, where all features of a head are together however they came about.
+    In a model, the norms follow the projections, as in Qwen3: they are submodules `q_norm` and `k_norm` of the modules
+    that hold the weights, and forward hooks of those call them, so that no parameter is renamed. In a graph, they
+    precede the query-key product, where each head's features are one tensor however they were computed.
 
-    Do it before the optimizer is built: the gains are parameters of the model.
+    Call it before the optimizer is made: the gains are parameters of the model.
 
     Arguments:
         model: The model that the layout was found on; or an ATen-level `GraphModule` (of torch.export, of make_fx, of
             `quack_fx.capture(..., executable=True)`). A graph is not changed: the report's `model` has the norms, and
             its other parameters are those of the original.
         layout: Layout of the model. A graph needs none.
-        eps: What the norms add to the mean square.
-        inputs: Example inputs of the forward, a tuple or a dict of named ones. With them, joint attention (each kind of
-            token has projections of its own) is told from heads that are sums of projections, and gets its norms, too.
+        eps: Added to the mean square by the norms.
+        inputs: Example inputs of the forward, a tuple or a dict of keyword arguments. Joint attention, where each kind
+            of token has its own projections, gets norms only with them: they distinguish it from sums of projections.
 
     Returns:
-        Where norms are now, and the layout with them. A site is left as it is where it has a QK norm. In a model also
-        where its heads are put together in one token from more than one projection (MLA, LoRA), or a weight is not that
-        of a module which multiplies with it (`nn.MultiheadAttention`): take a graph for those.
+        The new norms, and the layout with them. A site that has a QK norm is left as it is. In a model, so is a site
+        where several projections make the heads of one token (MLA, LoRA), or whose weight does not belong to a module
+        that multiplies with it (`nn.MultiheadAttention`); use a graph of the model for those.
 
     Raises:
         StripError: The layout names a parameter that the model does not have, or a model comes without a layout. The

@@ -1,4 +1,4 @@
-"""QK norms into an ATen graph, right before queries and keys are multiplied with each other.
+"""Adds QK norms to an ATen graph, before the product of queries and keys.
 
 In: a `GraphModule` of ATen ops. Out: an `InsertReport` whose `model` is a copy of the graph with norms in it; it shares
 its parameters with the original, which is not changed.
@@ -24,14 +24,14 @@ from quack_fx.qk_norm.strip.report import LeftSite, nothing_to_restore
 
 
 def insert_in_graph(graph_module: GraphModule, eps: float) -> InsertReport:
-    """Put an RMS norm with a gain on the queries and the keys of each attention, in a copy of a graph.
+    """Add an RMS norm with a gain to the queries and the keys of each attention, in a copy of a graph.
 
     Arguments:
         graph_module: The graph; its nodes carry `meta["val"]`.
-        eps: What the norms add to the mean square.
+        eps: Added to the mean square by the norms.
 
     Returns:
-        The account; a graph in which no norm can be put is given back itself.
+        The report; its model is the graph itself if no norm can be added.
     """
     layout, operands = find_operands(graph_module)
     reasons = {i: "it has a QK norm" for i, site in enumerate(layout.sites) if site.qk_norm}
@@ -53,7 +53,7 @@ def insert_in_graph(graph_module: GraphModule, eps: float) -> InsertReport:
 
 
 def _unseen(layout: QKLayout, found: QKLayout, norms: Mapping[str, int]) -> set[int]:
-    """Places of sites that are not what they were, plus the norms that were put on them."""
+    """Indices of sites whose new norms the finder does not see as QK norms."""
     sites = {pairs_of(site): {norm.weight for norm in site.qk_norm} for site in found.sites}
     return {
         place
@@ -63,17 +63,17 @@ def _unseen(layout: QKLayout, found: QKLayout, norms: Mapping[str, int]) -> set[
 
 
 class _Writing:
-    """A copy of a graph into which norms are put."""
+    """A copy of a graph to which norms are added."""
 
     def __init__(self, graph_module: GraphModule, eps: float) -> None:
         self._graph, self._copy = copy_graph(graph_module)
         self._model = GraphModule(graph_module, self._graph).train(graph_module.training)
         self._eps = eps
         self.norms: dict[str, int] = {}
-        """Names of the norms, each with the place of its site."""
+        """Names of the norms, each with the index of its site."""
 
     def put_on(self, place: int, site: AttentionSite, operands: Sequence[Operand]) -> None:
-        """Norm the features of all operands of a site; those of one side share a gain."""
+        """Add norms to all operands of a site; those of one side share a gain."""
         names = {side: self._add_norm(site, f"{side[0]}_norm") for side in SIDES}
         self.norms |= dict.fromkeys(names.values(), place)
         for operand in dict.fromkeys(operands):
@@ -86,7 +86,7 @@ class _Writing:
         return self._model
 
     def _add_norm(self, site: AttentionSite, wanted: str) -> str:
-        """Add the module that holds a gain, like the weights of its site, under a name that is free."""
+        """Add the module with the gain, on the device and in the dtype of the site's weights, under an unused name."""
         taken = {name for name, _ in self._model.named_modules()}
         wanted = ".".join(filter(None, (site.name, wanted)))
         names = (wanted if n == 0 else f"{wanted}_{n}" for n in count())
@@ -97,9 +97,9 @@ class _Writing:
         return name
 
     def _norm(self, operand: Operand, name: str) -> None:
-        """Let one node read features that passed a norm.
+        """Insert a norm before one node.
 
-        The norm is written out: unlike the fused op, products of tensors keep the strides that a later view counts on.
+        It is written in elementwise ops: unlike the fused op, these keep the strides that a later view relies on.
         """
         aten, axis, x = torch.ops.aten, operand.axis, self._copy[operand.x]
         value, reader = operand.x.meta["val"], self._copy[operand.reader]

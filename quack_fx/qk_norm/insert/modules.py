@@ -1,7 +1,7 @@
-"""QK norms into the modules of a model: the projections hand their heads through an `nn.RMSNorm`.
+"""Adds QK norms to the modules of a model: an `nn.RMSNorm` after each projection of queries and keys.
 
 In: a model and its layout. Out: an `InsertReport`. A norm is a submodule (`q_norm`, `k_norm`) of the module that holds
-the projection's weight, called by a hook on that module.
+the projection's weight, and a forward hook of that module calls it.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from quack_fx.qk_norm.strip.report import LeftSite
 
 
 class NormHeads:
-    """Forward hook of a projection: some of its features pass a norm, head by head.
+    """Forward hook of a projection that normalises some of its features, head by head.
 
     Arguments:
         name: The norm, a submodule of the projection.
         weight: The projection's weight.
         rows: Features of each head, [heads, head_dim].
-        axis: Axis of the output on which the features lie.
+        axis: Axis of the output that counts features.
     """
 
     def __init__(self, name: str, weight: str, rows: Tensor, axis: int) -> None:
         self.name, self.weight, self.rows, self.axis = name, weight, rows, axis
-        self._stretch = _stretch(rows)
+        self._slice = _slice(rows)
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """The output with those features normed."""
-        if output.is_nested:  # sequences of unlike length, one after the other
+        """The output with these features normalised."""
+        if output.is_nested:  # jagged: sequences of different lengths, joined to one row
             values = self._normed(module, output.values())
             return torch.nested.nested_tensor_from_jagged(values, output.offsets(), output.lengths())  # type: ignore[attr-defined]
         return self._normed(module, output)
 
     def _normed(self, module: nn.Module, output: Tensor) -> Tensor:
         norm, x = module.get_submodule(self.name), output.movedim(self.axis, -1)
-        if self._stretch is not None:  # which costs less than to gather them
-            start, stop = self._stretch
+        if self._slice is not None:  # cheaper than gathering them
+            start, stop = self._slice
             heads = norm(x[..., start:stop].unflatten(-1, self.rows.shape)).flatten(-2)
             put = torch.cat((x[..., :start], heads.to(x.dtype), x[..., stop:]), -1)
         else:
@@ -57,8 +57,8 @@ class NormHeads:
         return put.movedim(-1, self.axis)
 
 
-def _stretch(rows: Tensor) -> tuple[int, int] | None:
-    """First feature and end of heads that lie side by side; None where they do not."""
+def _slice(rows: Tensor) -> tuple[int, int] | None:
+    """Start and stop of the features of all heads, if these are contiguous; else None."""
     in_order = rows[rows[:, 0].argsort()]
     start = int(in_order[0, 0])
     stop = start + rows.numel()
@@ -66,16 +66,16 @@ def _stretch(rows: Tensor) -> tuple[int, int] | None:
 
 
 def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: Inputs | None) -> InsertReport:
-    """Put norms behind the projections of queries and keys, in place.
+    """Add norms after the projections of queries and keys, in place.
 
     Arguments:
         model: The model.
         layout: Its layout.
-        eps: What the norms add to the mean square.
-        inputs: Example inputs, which tell joint attention from sums of projections.
+        eps: Added to the mean square by the norms.
+        inputs: Example inputs, which distinguish joint attention from sums of projections.
 
     Returns:
-        The account.
+        The report.
 
     Raises:
         StripError: The layout names a parameter that the model does not have.
@@ -109,7 +109,7 @@ _Planned = tuple[Side, str, NormHeads]
 def _planned(
     model: nn.Module, site: AttentionSite, hooks: dict[str, NormHeads], streams: set[tuple[Pairs, Side]]
 ) -> list[_Planned] | str:
-    """The norms of a site; or why it gets none."""
+    """The norms of a site, or the reason why it gets none."""
     if site.qk_norm:
         return "it has a QK norm"
     planned: list[_Planned] = []
@@ -139,7 +139,7 @@ def _share(a: Tensor, b: Tensor) -> bool:
 
 
 def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock) -> tuple[str, NormHeads] | str:
-    """Norm and hook for one projection of a site; or why there can be none."""
+    """Name and hook of the norm for one projection, or the reason why there can be none."""
     owner, _, weight = block.param.rpartition(".")
     try:
         module, parameter = model.get_submodule(owner), model.get_parameter(block.param)
@@ -176,7 +176,7 @@ def _sharing(model: nn.Module, parameter: nn.Parameter) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _feature_axis(module: nn.Module, weight: str, block: WeightBlock, parameter: Tensor) -> int | None:
-    """Axis of a projection's output on which the features lie; None for a module that is no projection."""
+    """Axis of a projection's output that counts features; None for a module that is not a projection."""
     if getattr(module, weight, None) is None or len(list(module.children())) > 0:
         return None
     if isinstance(module, _ConvNd):
@@ -185,7 +185,7 @@ def _feature_axis(module: nn.Module, weight: str, block: WeightBlock, parameter:
         return -1
     if parameter.dim() != 2:
         return None
-    # A linear layer of somebody else's (Conv1D of transformers): it turns one width into the other.
+    # A linear layer of another library (Conv1D of transformers) maps one width to the other.
     width = parameter.shape[1 - block.axis]
     try:
         made = module(torch.zeros(2, 3, width, dtype=parameter.dtype, device=parameter.device))
@@ -195,7 +195,7 @@ def _feature_axis(module: nn.Module, weight: str, block: WeightBlock, parameter:
 
 
 def _put_in(model: nn.Module, hook: NormHeads, eps: float) -> Callable[[], None]:
-    """Add one norm and its hook, to all modules that share the weight; what takes them out again."""
+    """Add a norm and its hook to all modules that share the weight; returns a function that removes them."""
     like = model.get_parameter(hook.weight)
     modules = list(_sharing(model, like))
     norm = nn.RMSNorm(hook.rows.shape[1], eps=eps, device=like.device, dtype=like.dtype).train(modules[0].training)

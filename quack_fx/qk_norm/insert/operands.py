@@ -1,8 +1,8 @@
-"""Where the features of queries and keys enter the products of an attention.
+"""The nodes of a graph at which the queries and keys of an attention are complete.
 
-In: an ATen-level graph. Out: its layout, and for every attention the nodes that read its features last before they are
-multiplied with each other and scaled: the place where something can be done to all features of a head at once, however
-they were put together (MLA, joint attention, low-rank adapters). Or why there is no such place.
+In: an ATen-level graph. Out: its layout, and for every attention the operands of its query-key products before scaling:
+there all features of a head are in one tensor, also for MLA, joint attention and low-rank adapters. Or the reason why
+there is no such node.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from quack_fx.layout import SIDES, QKLayout, Side
 
 @dataclass(frozen=True)
 class Operand:
-    """Features of one side, as they enter a product.
+    """The features of one side of a product.
 
     Attributes:
         side: Side of the product.
-        x: The node that holds them, before they are multiplied with numbers and factors that all features share.
-        reader: The node that reads them from it.
-        axis: Axis of `x` on which the features lie, counted from the end.
-        width: How many features one after the other on that axis are a head.
+        x: The node with the features, before factors that all features share.
+        reader: The node that reads `x`.
+        axis: Axis of `x` that counts features, from the end.
+        width: Number of consecutive features of a head on that axis.
     """
 
     side: Side
@@ -38,14 +38,14 @@ class Operand:
 
 
 def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[Operand, ...] | str]]:
-    """Layout of an ATen-level graph, and where the features of its attentions enter their products.
+    """Layout of an ATen-level graph, and the operands of its attentions.
 
     Arguments:
         graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
 
     Returns:
-        The layout, and for the place of each site its operands, of all its calls and products; or why there is no place
-        at which the features of a head are all together.
+        The layout, and for the index of each site its operands, of all its calls and products, or the reason why there
+        is no node with all features of a head.
     """
     finding, layout = find_each(graph_module)
     places, found = indices_of_sites(layout), dict[int, tuple[Operand, ...] | str]()
@@ -56,13 +56,13 @@ def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[
             continue
         try:
             found[place] = (*known, *_operands(finding.attentions, one, heads))
-        except _NoPlace as reason:
+        except _NoOperand as reason:
             found[place] = str(reason)
     return layout, _without_shared(found)
 
 
 def _without_shared(found: dict[int, tuple[Operand, ...] | str]) -> dict[int, tuple[Operand, ...] | str]:
-    """Attentions with operands of their own; one product may be the logits of two (there and back)."""
+    """Refuses attentions that share an operand: cross-attention in both directions has one product for two."""
     places: dict[tuple[Node, Node], set[int]] = {}
     for place, operands in found.items():
         for one in operands if not isinstance(operands, str) else ():
@@ -71,45 +71,45 @@ def _without_shared(found: dict[int, tuple[Operand, ...] | str]) -> dict[int, tu
     return found | dict.fromkeys(shared, "another attention has the same product")
 
 
-class _NoPlace(Exception):
-    """Why features of an attention cannot be changed all together."""
+class _NoOperand(Exception):
+    """The reason why no node has all features of a head."""
 
 
 def _operands(attentions: Attentions, one: Logits, heads: Heads) -> Iterator[Operand]:
     df = attentions.tracer.df
     if heads.channels:
-        raise _NoPlace("its logits compare channels, not features of tokens")
+        raise _NoOperand("its logits compare channels, not features of tokens")
     for product, query, key in zip(one.products, *heads.operands, strict=True):
         if query is key:
-            raise _NoPlace("its queries and keys are the same features")
+            raise _NoOperand("its queries and keys are the same features")
         for side, node in zip(SIDES, (query, key), strict=True):
             axis = _axis(df, product, left=node is product.left)
             if df.shape(node)[axis] != heads.head_dim:
-                raise _NoPlace("its logits are the sum of products with a part of the features each")
+                raise _NoOperand("its logits are the sum of products with a part of the features each")
             operand = _before_factors(df, Operand(side, node, product.node, axis, heads.head_dim))
             scale = attentions.tracer.trace([operand.x])[operand.x].scale
             if scale is None:
-                raise _NoPlace(f"its {side} features have no one scale (a learned factor, parts scaled unlike)")
+                raise _NoOperand(f"its {side} features have no one scale (a learned factor, parts scaled unlike)")
             if scale != 1:
-                raise _NoPlace(f"its {side} features are multiplied with {scale:.4g} too early for a norm behind it")
+                raise _NoOperand(f"its {side} features are multiplied with {scale:.4g} too early for a norm behind it")
             if operand.reader is not product.node and not attentions.uses.only_logits(operand.reader, set()):
-                raise _NoPlace(f"its {side} features are used outside the logits, too")
+                raise _NoOperand(f"its {side} features are used outside the logits, too")
             yield operand
 
 
 def _axis(df: Dataflow, product: Product, left: bool) -> int:
-    """Axis of an operand, from the end, that a product sums over."""
+    """Axis of an operand that a product sums over, from the end."""
     if product.form == "bilinear":
-        raise _NoPlace("its logits are sums that are written out, not a product of matrices")
+        raise _NoOperand("its logits are sums that are written out, not a product of matrices")
     if left or product.form != "matmul":
         return -1
     return -min(2, len(df.shape(product.right)))
 
 
 def _before_factors(df: Dataflow, operand: Operand) -> Operand:
-    """The operand before the last factors that all its features share, if it has some: a scale, a temperature."""
+    """The operand before factors that all its features share, such as a scale or a temperature."""
     found = here = operand
-    while (source := _moved_from(df, here.x, here.axis)) is not None:
+    while (source := _source_of(df, here.x, here.axis)) is not None:
         x, axis = source
         is_factor = op_of(here.x).kind == "elementwise"
         here = replace(here, x=x, reader=here.x, axis=axis)
@@ -123,8 +123,8 @@ def _is_shared(df: Dataflow, factor: object, axis: int) -> bool:
     return not isinstance(factor, Node) or len(df.shape(factor)) < -axis or df.shape(factor)[axis] == 1
 
 
-def _moved_from(df: Dataflow, node: Node, axis: int) -> tuple[Node, int] | None:
-    """What a node's features were before it moved them or gave them a factor, and their axis; None for other ops."""
+def _source_of(df: Dataflow, node: Node, axis: int) -> tuple[Node, int] | None:
+    """The node before a view op or a factor, and the axis of features there; None for other ops."""
     name, args = op_of(node).name, node.args
     if df.group[node] in df.writes:
         return None

@@ -1,4 +1,4 @@
-"""The account of an insertion of QK norms, in modules or in a graph."""
+"""The report of an insertion of QK norms, in modules or in a graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quack_fx.qk_norm.strip.report import LeftSite
 
 @dataclass(frozen=True, slots=True)
 class InsertReport:
-    """Where norms were put in, and where not and why.
+    """Where norms were added, and where not and why.
 
     Attributes:
         inserted: Names of the norm modules; in a graph, names of the modules that hold the gains.
@@ -29,6 +29,6 @@ class InsertReport:
     _restore: Callable[[], None] = field(repr=False, compare=False)
 
     def restore(self) -> None:
-        """Take the norms out again; the model computes bitwise what it did before. A graph was not changed to begin
-        with."""
+        """Remove the norms; the model then computes bitwise the same as before. Does nothing for a graph, which is a
+        copy."""
         self._restore()

@@ -1,8 +1,7 @@
-"""Heads that several projections make, each for tokens of its own kind.
+"""Finds joint attention: several projections of one side, each for one kind of token.
 
-In: a model and example inputs. Out: the sides of attentions whose every vector of features comes from one projection
-alone, though there are several: joint attention over text and image tokens. In all others the features of a token are
-put together: added up (low-rank adapters) or laid side by side (MLA).
+In: a model and example inputs. Out: the sides of attentions where the features of each token come from one projection.
+Otherwise those of several are summed (low-rank adapters) or concatenated (MLA).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from quack_fx.qk_norm.call import Inputs, call_of
 
 
 def sides_of_streams(model: nn.Module, inputs: Inputs) -> set[tuple[Pairs, Side]]:
-    """Attentions and sides whose heads are vectors of one projection each.
+    """Attentions and sides where each vector of features comes from one projection.
 
     Arguments:
         model: The model.
@@ -30,5 +29,5 @@ def sides_of_streams(model: nn.Module, inputs: Inputs) -> set[tuple[Pairs, Side]
 
 
 def _is_of_one(vector: Vector) -> bool:
-    """Whether all features are rows of one parameter, rotated or not."""
+    """Whether all features come from one parameter, with or without a rotation."""
     return len({name for rows in vector for name, _ in rows}) == 1

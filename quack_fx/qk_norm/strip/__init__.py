@@ -1,14 +1,16 @@
-"""QK norms out of a model: out of its module tree, in place, or out of an ATen graph of it.
+"""Removes the QK norms of a model: from its module tree, in place, or from an ATen graph of it.
 
-In: a model and its layout, or a graph. Out: a `StripReport`: what is gone, what stays and why, what to see to now, the
-layout of what is left, and `restore`.
+In: a model and its layout, or a graph. Out: a `StripReport`: the removed norms, those that stay and why, what the user
+should check, the new layout, and `restore`.
 
-    modules.py   norm modules replaced by modules that hand their input on
-    fold.py      gains folded into the projections, and gains.py which rows those are
-    graph.py     norms taken out of a copy of a graph, inline ones too, and norms.py where they stand in it
-    scale.py     what a logit scale has to be once the norm is gone
-    spread.py    how far logits spread, before and after
-    report.py    the account that both ways give
+    modules.py   replaces norm modules by modules that return their input
+    fold.py      multiplies gains into the weight rows before them
+    gains.py     finds these rows
+    graph.py     removes norms from a copy of a graph, inline ones too
+    norms.py     finds them there
+    scale.py     the logit scale without the norm
+    spread.py    standard deviation of the logits, before and after
+    report.py    the report of both ways
 """
 
 from __future__ import annotations
@@ -40,32 +42,34 @@ def strip_qk_norm(
     scale: Literal["restore", "keep"] = "restore",
     inputs: Inputs | None = None,
 ) -> StripReport:
-    """Take the QK norms out of a model: of its modules in place, or of a copy of its graph.
+    """Remove the QK norms of a model: from its modules in place, or from a copy of its graph.
 
-    Do it before the optimizer is built: the gains of the norms are no longer parameters of the model.
+    Call it before the optimizer is made: the gains of the norms are no longer parameters of the model.
 
     Arguments:
         model: The model that the layout was found on; or an ATen-level `GraphModule` (of torch.export, of make_fx, of
-            `quack_fx.capture(..., executable=True)`), whose norms may be written inline, and may serve more than the
-            logits: they stay for that. A graph is not changed: the report's `model` is the stripped one, and its
-            parameters are those of the original.
+            `quack_fx.capture(..., executable=True)`), whose norms may be inline. Where a norm of a graph is used
+            outside the logits, too, it stays there. A graph is not changed: the report's `model` is the stripped one,
+            with the parameters of the original.
         layout: Layout of the model; `qk_norm` of each site says which norms there are. A graph needs none.
-        gain: What becomes of the gain (and the bias) of a norm. "drop": it goes with the norm. "keep": only the
-            statistic goes, features are still multiplied with it. "fold": the same, but the rows of the projection are
-            multiplied with it, once and in place (its bias, too); what comes out is compared with "keep". For modules.
-        scale: "restore": where logits would grow because the model left the norm to bound them (a logit scale above
-            1/sqrt(head_dim), an L2 norm in place of an RMS norm), features are multiplied with a number that brings
-            them back to what training expects. "keep": nothing is multiplied. `notes` tells each such decision.
-        inputs: Example inputs of the forward, a tuple or a dict of named ones. `gain="fold"` needs them; with them, the
-            report tells how far logits spread before and after, and which norms act on values (those stay).
+        gain: What happens to the gain and the bias of a norm. "drop": removed with the norm. "keep": features are still
+            multiplied with the gain, and only the division by the statistic is removed. "fold": as "keep", but the
+            weight rows and biases of the projection are multiplied with it, once and in place; the outputs are compared
+            with those of "keep". For modules only.
+        scale: "restore": where logits would grow because the model relied on the norm to bound them (a logit scale
+            above 1/sqrt(head_dim), an L2 norm in place of an RMS norm), features are multiplied with a constant that
+            keeps logits at their usual scale. "keep": nothing is multiplied. `notes` lists each constant.
+        inputs: Example inputs of the forward, a tuple or a dict of keyword arguments. `gain="fold"` needs them. With
+            them, the report has the standard deviation of the logits before and after, and the norms on values, which
+            stay.
 
     Returns:
-        What was removed and what was left; its `layout` describes the model as it is now. A model without QK norm
-        comes back untouched.
+        What was removed and what stays; its `layout` describes the model as it is now. A model without QK norm is not
+        changed.
 
     Raises:
-        StripError: The layout names a module that the model does not have, a model comes without a layout, an option
-            is not known, or a folding changes what the model computes. The model is then unchanged.
+        StripError: The layout names a module that the model does not have, a model is given without a layout, an option
+            is not known, or folding changes the outputs of the model. The model is then unchanged.
 
     Example:
         >>> from quack_fx.layout import QKLayout
@@ -107,7 +111,7 @@ def _spread(model: nn.Module, inputs: Inputs | None) -> dict[Pairs, Spread]:
 
 
 def _with_numbers(report: StripReport, before: dict[Pairs, Spread], after: dict[Pairs, Spread]) -> StripReport:
-    """The report with what was measured, and with the norms on values, which are none of ours."""
+    """The report with the measured logits, and notes on norms of values, which stay."""
     stripped = {name for norm in report.removed for name in norm.sites}
     changes, notes = [], list(report.notes)
     for site in report.layout.sites:

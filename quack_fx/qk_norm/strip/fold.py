@@ -1,8 +1,8 @@
-"""Gains of norms folded into the projections before them, so that what was learned is kept without a norm.
+"""Folds gains of norms into the projections before them, so that learned gains are kept without a norm.
 
-In: a model, the rows behind each norm that is to go, example inputs. Out: weight rows (and biases) multiplied in place,
-and a check: the model computes what it computes with the gains as they were and the statistics gone. `FoldedRows.undo`
-puts the old numbers back.
+In: a model, the weight rows before each norm that is removed, example inputs. Out: rows and biases, multiplied in
+place; and a check that the outputs are those of the model with its gains and without its statistics. `FoldedRows.undo`
+restores the old values.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 @dataclass
 class FoldedRows:
-    """Rows that were multiplied, and their numbers from before."""
+    """The multiplied rows, with their old values."""
 
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @torch.no_grad()
     def multiply(self, model: nn.Module, rows: Mapping[Place, RowGain], divided: float) -> None:
-        """Multiply rows with their gains and add what the norm adds, divided by a number, to their biases."""
+        """Multiply rows with their gains, and add the norm's bias, divided by a number, to their biases."""
         for (name, axes, at), gain in rows.items():
             weight = model.get_parameter(name)
             self._keep(weight)
@@ -49,13 +49,13 @@ class FoldedRows:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """The numbers from before."""
+        """Restore the old values."""
         for parameter, old in self.before:
             parameter.copy_(old)
 
 
 def reasons_against(rows: Mapping[str, Mapping[Place, RowGain] | str], modules: Iterable[str]) -> dict[str, str]:
-    """For each norm module whose gain cannot be folded, why."""
+    """For each norm module whose gain cannot be folded, the reason."""
     reasons: dict[str, str] = {}
     owner: dict[Place, str] = {}
     for module in modules:
@@ -76,7 +76,7 @@ def reasons_against(rows: Mapping[str, Mapping[Place, RowGain] | str], modules: 
 
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """What a model computes, in evaluation mode."""
+    """The outputs of a model in evaluation mode."""
     args, kwargs = call_of(inputs)
     training = {module: module.training for module in model.modules()}
     try:
@@ -90,10 +90,10 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def check(expected: Sequence[Tensor], found: Sequence[Tensor], undo: Callable[[], None]) -> None:
-    """Refuse a folding that changed what the model computes.
+    """Refuse a folding that has changed the outputs of the model.
 
     Raises:
-        StripError: It did; everything is as it was before.
+        StripError: It has; the old values are restored.
     """
     for a, b in zip(expected, found, strict=True):
         bound = _ROUNDING.get(a.dtype, 2e-2) * float(a.abs().max())

@@ -1,8 +1,7 @@
-"""What the gains of QK norms are to the weight rows before them.
+"""The gain of each QK norm, row by row of the projection before it.
 
-In: a model and example inputs. Out: for every norm module the number that each row of a projection would have to be
-multiplied with (and what would have to be added to its bias) for the gain to be dispensed with; or the reason why it
-cannot be told.
+In: a model and example inputs. Out: for every norm module, for each weight row before it, the factor and the offset
+that replace the gain and the bias of the norm; or the reason why there are none.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from quack_fx.graph.dataflow import Dataflow
 from quack_fx.graph.ops import arguments_of, channels_first, op_of
 
 Place = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""A row: its parameter, the axes that count rows, its coordinates along them."""
+"""A weight row: its parameter, the axes that count rows, its index along each."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowGain:
-    """What a norm does to one row after its statistic.
+    """What a norm does to the feature of one row after the division by its statistic.
 
     Attributes:
-        factor: What the row's feature is multiplied with.
-        offset: What is added to it.
+        factor: Multiplied with the feature.
+        offset: Added to it.
         bias: Bias of the projection, None where it has none.
     """
 
@@ -39,22 +38,22 @@ class RowGain:
     bias: str | None
 
 
-class _CannotTell(Exception):
-    """Why a gain cannot be told row by row."""
+class _NotByRow(Exception):
+    """The reason why a gain cannot be given row by row."""
 
 
 def gain_rows(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, dict[Place, RowGain] | str]:
-    """Rows behind the gain of every QK norm module.
+    """The gains of every QK norm module, by weight row.
 
     Arguments:
-        model: The model; its gains have numbers.
+        model: The model, not on meta.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
 
     Returns:
-        For each norm module its rows, or a reason.
+        For each norm module its gains by row, or the reason why there are none.
     """
     attentions, found = attentions_of(model, args, kwargs), dict[str, dict[Place, RowGain] | str]()
     for _, _, heads in attentions.understood():
@@ -65,9 +64,9 @@ def gain_rows(
                     continue
                 try:
                     if len({t.module for t in tags if t.features & tag.features}) > 1:
-                        raise _CannotTell("more than one norm follows its projection")
+                        raise _NotByRow("more than one norm follows its projection")
                     _add(known, _rows(attentions, attentions.tracer.df, tag))
-                except _CannotTell as error:
+                except _NotByRow as error:
                     found[str(tag.module)] = str(error)
     return found
 
@@ -75,14 +74,14 @@ def gain_rows(
 def _add(known: dict[Place, RowGain], rows: dict[Place, RowGain]) -> None:
     for place, gain in rows.items():
         if known.setdefault(place, gain) != gain:
-            raise _CannotTell(f"a row of {place[0]!r} meets two different gains")
+            raise _NotByRow(f"a row of {place[0]!r} meets two different gains")
 
 
 def _rows(attentions: Attentions, df: Dataflow, tag: NormTag) -> dict[Place, RowGain]:
-    """The rows whose features pass a norm, with what its gain and its bias are to each."""
+    """The rows whose features a norm normalises, each with its gain."""
     last = tag.ops[-1]
     if last.x is None:
-        raise _CannotTell("its features come from several tensors")
+        raise _NotByRow("its features come from several tensors")
     label = attentions.tracer.trace([last.x])[last.x].label
     factor, offset = torch.ones(label.shape), torch.zeros(label.shape)
     for op, value in _applied(df, last, tag.gains, label.shape):
@@ -100,21 +99,21 @@ def _rows(attentions: Attentions, df: Dataflow, tag: NormTag) -> dict[Place, Row
     for i, feature in enumerate(features.tolist()):
         members = labels.members(feature)
         if len(members) != 1:
-            raise _CannotTell("its features are mixed before its gain, by a rotation for example")
+            raise _NotByRow("its features are mixed before its gain, by a rotation for example")
         if not torch.equal(low[:, i], high[:, i]):
-            raise _CannotTell("a feature meets two different gains")
+            raise _NotByRow("a feature meets two different gains")
         projection, index = projections.by_feature(next(iter(members)))
         met.setdefault(id(projection), (projection, set()))[1].add(projection.first + index)
         place = (projection.names[index], projection.axes, tuple(projection.rows[index].tolist()))
         rows[place] = RowGain(float(low[0, i]), float(low[1, i]), projection.biases[index])
     for projection, own in met.values():
         if not attentions.uses.pass_all(projection, frozenset(own), {op.node for op in tag.ops}):
-            raise _CannotTell(f"rows of {projection.names[0]!r} serve something else, too")
+            raise _NotByRow(f"rows of {projection.names[0]!r} serve something else, too")
     return rows
 
 
 def _applied(df: Dataflow, last: NormOp, gains: Sequence[NormOp], shape: torch.Size) -> list[tuple[str, Tensor]]:
-    """What is done to features after the statistic: multiplied with, divided by or added what, in order."""
+    """The operations on features after the division by the statistic, in order: "mul", "div" or "add", and a tensor."""
     done: list[tuple[str, Tensor]] = []
     node = last.node
     if df.op[node].kind == "norm":
@@ -122,19 +121,19 @@ def _applied(df: Dataflow, last: NormOp, gains: Sequence[NormOp], shape: torch.S
         for name, op in (("weight", "mul"), ("bias", "add")):
             weight = given.get(name)
             if isinstance(weight, Node):
-                value = _number(df, weight)
+                value = _constant(df, weight)
                 value = value.view(-1, *[1] * (len(shape) - 2)) if channels_first(node) else value
                 done.append((op, value.expand(shape)))
     for gain in gains:
         others = [n for n in gain.node.all_input_nodes if n is not gain.x]
         if gain.x is None or len(others) != 1:
-            raise _CannotTell("its gain is applied to several tensors at once")
-        done.append((op_of(gain.node).name, _number(df, others[0]).expand(shape)))
+            raise _NotByRow("its gain is applied to several tensors at once")
+        done.append((op_of(gain.node).name, _constant(df, others[0]).expand(shape)))
     return done
 
 
-def _number(df: Dataflow, node: Node) -> Tensor:
-    """The numbers of a node that is made of parameters alone."""
+def _constant(df: Dataflow, node: Node) -> Tensor:
+    """The value of a node that depends on parameters only."""
     known: dict[Node, Tensor] = {}
     todo = [node]
     while todo:
@@ -152,6 +151,6 @@ def _number(df: Dataflow, node: Node) -> Tensor:
             args, kwargs = map_arg((one.args, dict(one.kwargs)), known.__getitem__)
             made = one.target(*args, **kwargs) if constant is None else constant  # type: ignore[operator]
         if not isinstance(made, Tensor) or made.is_meta:
-            raise _CannotTell("its gain has no numbers")
+            raise _NotByRow("its gain has no numbers")
         known[one] = made.detach()
     return known[node].float()

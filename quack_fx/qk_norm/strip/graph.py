@@ -1,12 +1,12 @@
-"""QK norms out of an ATen graph, those written inline too.
+"""Removes QK norms from an ATen graph, inline ones too.
 
-In: a `GraphModule` of ATen ops. Out: a `StripReport` whose `model` is a copy of the graph in which features go past
-their norms; it shares its parameters with the original, which is not changed.
+In: a `GraphModule` of ATen ops. Out: a `StripReport` whose `model` is a copy of the graph without the norms; it shares
+its parameters with the original, which is not changed.
 
-Rules in the order of a rewriter: `find_norms` matches, `_reason_to_stay` checks, `_Rewriting` rewrites. Where all that
-is made of a norm's result ends in logits, everybody reads the features before the norm instead. Where it serves
-something else, too (a batch norm behind a fused projection of queries, keys and values; keys that are the values as
-well), the norm stays for that, and its way to the logits is laid once more, from the features before it.
+`find_norms` matches, `_reason_to_stay` checks, `_Rewriting` rewrites. Where a norm is used for logits only, all its
+users read its input instead. Where it is used otherwise, too (a batch norm after a fused projection of queries, keys
+and values; keys that are also the values), it stays for those uses, and the nodes from the norm to the logits are
+copied, starting from its input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quack_fx.find import NormOp
 from quack_fx.graph.copies import copy_graph
 from quack_fx.graph.ops import arguments_of, channels_first, op_of
 from quack_fx.layout import AttentionSite, QKLayout, Side
-from quack_fx.qk_norm.strip.norms import GraphNorm, Way, find_norms, results_of
+from quack_fx.qk_norm.strip.norms import GraphNorm, Path, find_norms, results_of
 from quack_fx.qk_norm.strip.report import (
     LeftSite,
     RemovedNorm,
@@ -38,16 +38,16 @@ from quack_fx.qk_norm.strip.scale import Scales, scale_back
 def strip_graph(
     graph_module: GraphModule, *, weights: Mapping[Node, str] | None = None, keep_gain: bool, restore_scale: bool
 ) -> StripReport:
-    """Take the QK norms out of a copy of a graph.
+    """Remove the QK norms from a copy of a graph.
 
     Arguments:
         graph_module: The graph; its nodes carry `meta["val"]`.
         weights: Names of the nodes that are parameters; those of the graph module by default.
         keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied with what `scale_back` says.
+        restore_scale: Whether features are multiplied with the factors of `scale_back`.
 
     Returns:
-        The account, with the new graph as its `model`. A graph without QK norm is given back itself.
+        The report, with the new graph as its `model`; the graph itself if it has no QK norm.
     """
     layout, norms = find_norms(graph_module, weights)
     reasons = _reasons_to_stay(layout, norms)
@@ -80,7 +80,7 @@ def strip_graph(
 
 
 def _reasons_to_stay(layout: QKLayout, norms: Sequence[GraphNorm]) -> dict[int, str]:
-    """Why a site's norms cannot be taken out, for the places of those where they cannot."""
+    """The reason why the norms of a site cannot be removed, by index of the site."""
     reasons: dict[int, str] = {}
     for norm in norms:
         if reason := _reason_to_stay(norm):
@@ -90,13 +90,13 @@ def _reasons_to_stay(layout: QKLayout, norms: Sequence[GraphNorm]) -> dict[int, 
 
 
 def _reason_to_stay(norm: GraphNorm) -> str | None:
-    """Why one norm cannot be taken out, or None when it can."""
+    """The reason why a norm cannot be removed; None if it can."""
     if any(op.x is None for op in (*norm.ops, *norm.gains)):
         return f"its {norm.norm.side} norm mixes several tensors in one op"
     if norm.alone:
         return None
-    for way in norm.ways:
-        if reason := _reason_against(way):
+    for path in norm.paths:
+        if reason := _reason_against(path):
             return (
                 f"what its {norm.norm.side} norm makes is used outside the logits, too (as values, for example), and "
                 f"on its way to them {reason}"
@@ -104,13 +104,13 @@ def _reason_to_stay(norm: GraphNorm) -> str | None:
     return None
 
 
-def _reason_against(way: Way) -> str | None:
-    """Why a way from a norm to a product cannot be laid once more, or None when it can."""
-    if op_of(way.reader).kind == "attention" and way.operand not in way.reader.args[:2]:
-        return f"{op_of(way.reader).name!r} takes it by name"
-    if way.written:
+def _reason_against(path: Path) -> str | None:
+    """The reason why the nodes from a norm to a product cannot be copied; None if they can."""
+    if op_of(path.reader).kind == "attention" and path.operand not in path.reader.args[:2]:
+        return f"{op_of(path.reader).name!r} takes it by name"
+    if path.written:
         return "it is written in place"
-    for node in way.nodes:
+    for node in path.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return f"it meets random numbers ({op_of(node).name!r})"
         if any(user.op == "output" for user in node.users):
@@ -119,22 +119,22 @@ def _reason_against(way: Way) -> str | None:
 
 
 def _passes_another(norm: GraphNorm, norms: Iterable[GraphNorm]) -> bool:
-    """Whether what a norm makes passes another one of its side: features get the factor of a side once."""
-    ahead = {node for way in norm.ways for node in way.nodes} - {r for op in norm.ops for r in results_of(op.node)}
+    """Whether another norm of the same side follows: the factor of a side is applied once, at the last one."""
+    ahead = {node for path in norm.paths for node in path.nodes} - {r for op in norm.ops for r in results_of(op.node)}
     sides = (other for other in norms if (other.site, other.norm.side) == (norm.site, norm.norm.side))
     return any(not ahead.isdisjoint(results_of(other.ops[-1].node)) for other in sides)
 
 
 _Going = tuple[GraphNorm, float]
-"""A norm that is to go, and what features are multiplied with instead."""
+"""A norm to remove, and the factor that replaces it."""
 
 
 def _by_end(norms: Iterable[_Going]) -> dict[tuple[Node, Node], list[_Going]]:
-    """For each operand of a product, the norms that its features pass."""
+    """For each operand of a product, the norms before it."""
     found: dict[tuple[Node, Node], list[_Going]] = {}
     for norm, factor in norms:
-        for way in norm.ways:
-            found.setdefault((way.reader, way.operand), []).append((norm, factor))
+        for path in norm.paths:
+            found.setdefault((path.reader, path.operand), []).append((norm, factor))
     return found
 
 
@@ -151,7 +151,7 @@ def _notes_on_shared(layout: QKLayout, norms: Iterable[GraphNorm]) -> Iterator[s
 
 
 def _removals(sites: Iterable[AttentionSite], gone: list[str]) -> Iterator[RemovedNorm]:
-    """The norms of some sites, each module once, inline ones one by one."""
+    """The norms of some sites: each module once, and each inline norm."""
     by_module: dict[Any, RemovedNorm] = {}
     for place, site in enumerate(sites):
         for i, norm in enumerate(site.qk_norm):
@@ -164,7 +164,7 @@ def _removals(sites: Iterable[AttentionSite], gone: list[str]) -> Iterator[Remov
 
 
 class _Rewriting:
-    """A copy of a graph from which norms are taken out."""
+    """A copy of a graph from which norms are removed."""
 
     def __init__(self, graph_module: GraphModule, keep_gain: bool) -> None:
         self._original, self._keep_gain = graph_module, keep_gain
@@ -174,7 +174,7 @@ class _Rewriting:
         self._gone: set[Node] = set()
 
     def take_out(self, norm: GraphNorm, factor: float) -> None:
-        """Let features go past a norm; an op that several norms share is passed once."""
+        """Remove a norm: its users read its input. An op of several norms is removed once."""
         ops = [op for op in self._ops(norm) if op.node not in self._instead]
         for op in ops:
             assert op.x is not None  # checked by _reason_to_stay
@@ -185,16 +185,16 @@ class _Rewriting:
             self._instead.update(dict.fromkeys((op.node, *results_of(op.node)), instead))
 
     def pass_by(self, norms: Sequence[_Going], reader: Node, operand: Node) -> None:
-        """Let one operand of a product be made without norms, each with a factor; who else reads them still does."""
+        """Compute an operand of a product without norms, by copies of the nodes after them, for this product only."""
         sources: dict[Node, tuple[NormOp, float]] = {}
-        way = set[Node]()
+        path = set[Node]()
         for norm, factor in norms:
             *ops, last = self._ops(norm)
             for op, here in (*((op, 1.0) for op in ops), (last, factor)):
                 sources |= {result: sources.get(result, (op, here)) for result in results_of(op.node)}
-            way.update(*(own.nodes for own in norm.ways if (own.reader, own.operand) == (reader, operand)))
+            path.update(*(own.nodes for own in norm.paths if (own.reader, own.operand) == (reader, operand)))
         laid: dict[Node, Node] = {}
-        for node in self._needed(operand, way, sources):
+        for node in self._needed(operand, path, sources):
             if node in sources:
                 op, factor = sources[node]
                 assert op.x is not None  # checked by _reason_to_stay
@@ -211,7 +211,7 @@ class _Rewriting:
         self._passed_by.add(old)
 
     def done(self) -> GraphModule:
-        """The new graph, without what nobody reads any more."""
+        """The new graph, without unused nodes."""
         for node in self._instead:
             self._erase(self._copy[node], also_writes=True)
         for old in self._passed_by - self._gone:
@@ -220,22 +220,22 @@ class _Rewriting:
         return GraphModule(self._original, self._graph).train(self._original.training)
 
     def _ops(self, norm: GraphNorm) -> tuple[NormOp, ...]:
-        """The ops of a norm that are to go."""
+        """The ops of a norm to remove."""
         return norm.ops if self._keep_gain else (*norm.ops, *norm.gains)
 
-    def _needed(self, operand: Node, way: set[Node], sources: Mapping[Node, tuple[NormOp, float]]) -> list[Node]:
-        """The nodes of a way that its end needs when features go past norms, in the order in which they run."""
+    def _needed(self, operand: Node, path: set[Node], sources: Mapping[Node, tuple[NormOp, float]]) -> list[Node]:
+        """The nodes of a path that its operand depends on without the norms, in graph order."""
         needed, todo = set[Node](), [operand]
         while todo:
             node = todo.pop()
-            if node in way and node not in needed:
+            if node in path and node not in needed:
                 needed.add(node)
                 source = sources[node][0].x if node in sources else None
                 todo += node.all_input_nodes if source is None else [source]
         return [node for node in self._original.graph.nodes if node in needed]
 
     def _put_instead(self, original: Node, x: Node, factor: float) -> Node:
-        """What can stand for a norm's result: its input, in the same type and times a number."""
+        """The replacement for the result of a norm: its input times a factor, in the dtype of the result."""
         node = self._copy[original]
         value = original.meta["val"]
         value = value if isinstance(value, Tensor) else value[0]
@@ -250,7 +250,7 @@ class _Rewriting:
         return instead
 
     def _with_native_gain(self, node: Node, x: Node) -> Node:
-        """Features times the gain that a norm op applies by itself, plus its bias."""
+        """Features times the gain of a fused norm op, plus its bias."""
         given = arguments_of(node)
         for name, op in (("weight", torch.ops.aten.mul.Tensor), ("bias", torch.ops.aten.add.Tensor)):
             operand = weight = given.get(name)
@@ -268,7 +268,7 @@ class _Rewriting:
         return node
 
     def _erase(self, node: Node, also_writes: bool = False) -> None:
-        """Remove a node that nobody reads, and what was computed for it alone."""
+        """Remove an unused node, and the nodes that only it uses."""
         for part in [user for user in node.users if not user.users and op_of(user).name == "getitem"]:
             self._remove(part)  # of several results
         kept = node.users or node.op in ("placeholder", "output") or (node.is_impure() and not also_writes)

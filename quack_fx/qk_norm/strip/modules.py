@@ -1,10 +1,10 @@
-"""QK norms out of a module tree, and back in.
+"""Removes QK norms from a module tree, and restores them.
 
-In: a model and its layout. Out: a `StripReport`; the model's norm modules between projections and logits are replaced,
-in place, by modules that hand their input on, and `StripReport.restore` puts the old ones back.
+In: a model and its layout. Out: a `StripReport`. Norm modules between projections and logits are replaced, in place, by
+modules that return their input; `StripReport.restore` puts the norms back.
 
-Only a norm that is a module of its own can be taken out this way. A site keeps all its norms when one of them has to
-stay, so no site is left with queries and keys treated differently.
+Only a norm that is a module of its own can be removed. If one norm of a site must stay, all of its norms stay, so that
+queries and keys are treated alike.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from quack_fx.qk_norm.strip.scale import Scales, scale_back
 
 
 class PassThrough(nn.Module):
-    """Stands where a norm stood; takes whatever the norm took and returns its tensors, times a number.
+    """Takes the place of a norm: accepts its arguments and returns its input tensors, times a factor.
 
     Arguments:
-        tensors: How many of the norm's arguments were normalised, and are returned: one as it is, more as a tuple.
-        factor: What to multiply them with.
+        tensors: How many of the norm's arguments are returned: those that it normalised; several as a tuple.
+        factor: Multiplied with them.
     """
 
     def __init__(self, tensors: int = 1, factor: float = 1.0) -> None:
@@ -40,23 +40,23 @@ class PassThrough(nn.Module):
         self.tensors, self.factor = tensors, factor
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        """Return the first arguments themselves, or multiplied."""
+        """The first arguments, times the factor."""
         given = (*args, *kwargs.values())[: self.tensors]
         kept = given if self.factor == 1 else tuple(x * self.factor for x in given)
         return kept[0] if self.tensors == 1 else kept
 
     def extra_repr(self) -> str:
-        """What it does, for `print(model)`."""
+        """The factor, for `print(model)`."""
         return "" if self.factor == 1 else f"factor={self.factor:.4g}"
 
 
 class Gain(nn.Module):
-    """What is left of a norm whose statistic is gone: its gain and its bias, under the names that they had.
+    """Takes the place of a norm whose gain and bias stay, under their names.
 
     Arguments:
-        parameters: The norm's parameters by name: the gain first, then the bias if it has one.
-        offset: What the norm adds to its gain: 1 where it multiplies with (1 + gain).
-        factor: What to multiply features with besides.
+        parameters: The norm's parameters by name: the gain, then the bias if it has one.
+        offset: Added to the gain: 1 where the norm multiplies with (1 + gain).
+        factor: A further factor of the features.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], offset: float, factor: float = 1.0) -> None:
@@ -66,7 +66,7 @@ class Gain(nn.Module):
             self.register_parameter(name, parameter)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Features times gain, plus bias, in the type of the features."""
+        """Features times gain, plus bias, in the dtype of the features."""
         weight, *bias = (self.get_parameter(name) for name in self.names)
         y = (x if self.factor == 1 else x * self.factor) * (weight + self.offset if self.offset else weight)
         return (y + bias[0] if bias else y).to(x.dtype)
@@ -74,14 +74,14 @@ class Gain(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a removal would do; nothing has been done yet.
+    """What a removal will do.
 
     Attributes:
-        stand_ins: For the name of each norm module that is to go, what is to stand there.
-        norms: For each of them its norm in the layout, and the names of the attentions that it is for.
+        stand_ins: By the name of each norm module to remove, the module that takes its place.
+        norms: By the same names, the norm in the layout, and the names of its attentions.
         left: The sites whose norms stay, and why.
-        notes: What was decided about logit scales.
-        scales: What the logits are multiplied with, for the place of each site that will have no norms.
+        notes: Decisions about logit scales.
+        scales: The factor of the logits, by index of each site that will have no norms.
     """
 
     stand_ins: dict[str, PassThrough | Gain]
@@ -91,7 +91,7 @@ class Plan:
     scales: dict[int, float]
 
     def layout(self, layout: QKLayout, vanished: Iterable[str]) -> QKLayout:
-        """The layout of the stripped model, in which some parameters are gone."""
+        """The layout of the stripped model, without the parameters that have vanished."""
         return without_norms(layout, self.scales, vanished)
 
 
@@ -103,14 +103,14 @@ def plan_strip(
     restore_scale: bool = True,
     against: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Decide which norm modules of a model can go, and what is to stand in their place.
+    """Decide which norm modules of a model can be removed, and what takes their place.
 
     Arguments:
         model: Model the layout was found on.
         layout: Its layout.
         keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied with what `scale_back` says.
-        against: Reasons to leave some norm modules where they are.
+        restore_scale: Whether features are multiplied with the factors of `scale_back`.
+        against: Reasons to keep some norm modules, by name.
 
     Raises:
         StripError: The layout names a module that the model does not have.
@@ -122,7 +122,7 @@ def plan_strip(
     norms = _callers(going.values())
     if restore_scale:
         scales = {place: scale_back(site) for place, site in going.items()}
-    else:  # with the modules of L2 norms go the numbers that they multiply with
+    else:  # the constant factors of L2 norms are removed with them
         scales = {place: Scales() if keep_gain else _without_numbers(site, made) for place, site in going.items()}
     factors, unclear = _factors(going, norms, scales)
     for name, factor in factors.items():
@@ -139,17 +139,17 @@ def plan_strip(
 def strip_modules(
     model: nn.Module, layout: QKLayout, *, keep_gain: bool, restore_scale: bool, fold_with: Inputs | None = None
 ) -> StripReport:
-    """Take the QK norms out of a model, in place.
+    """Remove the QK norms of a model, in place.
 
     Arguments:
         model: Model the layout was found on.
         layout: Its layout.
         keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied with what `scale_back` says.
-        fold_with: Example inputs; given, the gains that stay are folded into the projections.
+        restore_scale: Whether features are multiplied with the factors of `scale_back`.
+        fold_with: Example inputs; with them, gains are folded into the projections.
 
     Returns:
-        The account.
+        The report.
 
     Raises:
         StripError: The layout names a module that the model does not have, or folding would change the model.
@@ -200,7 +200,7 @@ def strip_modules(
     )
 
 
-# ---- what has to stay ------------------------------------------------------------------------------------------------
+# ---- reasons to keep -------------------------------------------------------------------------------------------------
 
 
 def _reasons_to_stay(
@@ -211,7 +211,7 @@ def _reasons_to_stay(
     against: Mapping[str, str],
     layout: QKLayout,
 ) -> dict[int, str]:
-    """Why a site's norms cannot be taken out, where they cannot; fills in what is put in place of the others."""
+    """The reason why the norms of a site stay, by index of the site; fills in the stand-ins of all others."""
     reasons: dict[int, str] = {}
     for place, site in sites.items():
         for norm in site.qk_norm:
@@ -230,7 +230,7 @@ def _reasons_to_stay(
 
 
 def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool) -> PassThrough | Gain | str:
-    """What can stand where a norm stands; or a reason why nothing can."""
+    """The module that can take the place of a norm, or the reason why none can."""
     if norm.module is None:
         return (
             f"its {norm.side} norm is no module of its own (it is written inline, or its module serves more than the "
@@ -277,7 +277,7 @@ def _all_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def _norms_each(module: nn.Module, width: int) -> bool:
-    """Whether a module of two tensors gives both back, in order, each without its size and independent of the other."""
+    """Whether a module of two tensors returns both, in order, each normalised and independent of the other."""
     like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(()))
     if like.is_meta:
         return False
@@ -308,7 +308,7 @@ class _Form:
 
 @torch.no_grad()
 def _form(module: nn.Module, norm: Norm) -> _Form | None:
-    """The form of a norm module, told from what it makes of features of mean 0 and RMS 1; None where it has another."""
+    """The form of a norm module, from its output for features of mean 0 and RMS 1; None for any other form."""
     own = dict(module.named_parameters())
     gain = next((n for n in own if norm.weight is not None and norm.weight.endswith(f".{n}")), None)
     if (gain is None and own) or len(own) > 2 or any("." in n or p.is_meta for n, p in own.items()):
@@ -336,22 +336,22 @@ def _form(module: nn.Module, norm: Norm) -> _Form | None:
     return None
 
 
-# ---- what is put in their place --------------------------------------------------------------------------------------
+# ---- factors of the stand-ins ----------------------------------------------------------------------------------------
 
 
 def _callers(sites: Iterable[AttentionSite]) -> dict[str, tuple[Norm, tuple[str, ...]]]:
-    """The norm modules of some sites, each once, in the order of the layout, with the names of those sites."""
+    """The norm modules of some sites, in the order of the layout, each with its norm and the names of its sites."""
     found: dict[str, tuple[Norm, tuple[str, ...]]] = {}
     for site in sites:
         for norm in site.qk_norm:
-            assert norm.module is not None  # sites with inline norms stay
+            assert norm.module is not None  # sites with inline norms keep them
             first, names = found.get(norm.module, (norm, ()))
             found[norm.module] = first, tuple(dict.fromkeys((*names, site.name)))
     return found
 
 
 def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | Gain]) -> Scales:
-    """What undoes the numbers that stand-ins multiply with, so that they hand on what they are given."""
+    """Scales that undo the constant factors of the stand-ins, so that these return their input."""
     sides: dict[Side, float] = {"query": 1.0, "key": 1.0}
     for norm in site.qk_norm:
         sides[norm.side] = 1 / stand_ins[str(norm.module)].factor
@@ -361,13 +361,13 @@ def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | 
 def _factors(
     sites: dict[int, AttentionSite], callers: dict[str, tuple[Norm, tuple[str, ...]]], scales: dict[int, Scales]
 ) -> tuple[dict[str, float], list[str]]:
-    """Factor of each stand-in; and a note for those whose attentions want different ones, which get none."""
+    """Factor of each stand-in, and a note for each without one, since its attentions need different factors."""
     wanted: dict[str, set[float]] = {name: set() for name in callers}
     for place, site in sites.items():
         for norm in site.qk_norm:
             assert norm.module is not None
             one, both = scales[place], {n.side for n in site.qk_norm if n.module == norm.module}
-            # One module for both sides: each gets the root of the product.
+            # A module for both sides is applied twice, so it gets the square root of the product.
             wanted[norm.module].add(math.sqrt(one.query * one.key) if len(both) == 2 else one.of(norm.side))
     unclear = [
         f"{name!r}: its attentions want different scales; set them by hand" for name, f in wanted.items() if len(f) > 1

@@ -1,6 +1,6 @@
-"""By which nodes of a graph QK norms are computed, and by which ways what they make reaches the logits.
+"""Finds the nodes of a graph that compute QK norms, and the paths from them to the logits.
 
-In: an ATen-level graph. Out: its layout and a `GraphNorm` for each norm of each call of an attention.
+In: an ATen-level graph. Out: its layout, and a `GraphNorm` for each norm of each call of an attention.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout
 
 
 @dataclass(frozen=True)
-class Way:
-    """How what a norm makes reaches one product.
+class Path:
+    """The path from a norm to one product.
 
     Attributes:
         reader: The node that multiplies queries with keys.
-        operand: The one that it reads.
-        nodes: All nodes between what the norm gives and the operand, which is one of them.
+        operand: The operand of it that depends on the norm.
+        nodes: All nodes from the norm's result to the operand, both included.
         written: Whether one of them is written in place.
     """
 
@@ -35,15 +35,15 @@ class Way:
 
 @dataclass(frozen=True)
 class GraphNorm:
-    """A QK norm as it stands in a graph.
+    """A QK norm in a graph.
 
     Attributes:
-        site: Place of its attention among the sites of the layout.
+        site: Index of its attention in the layout.
         norm: The norm in the layout.
-        ops: Nodes by which features pass it, each with the node that its features come from.
+        ops: Nodes that normalise features, each with the node of its input.
         gains: The nodes after those that apply its gain and its bias.
-        alone: Whether all that is computed from it ends in attention logits.
-        ways: From it to the products of its call.
+        alone: Whether its result is used for attention logits only.
+        paths: Paths from it to the products of its call.
     """
 
     site: int
@@ -51,13 +51,13 @@ class GraphNorm:
     ops: tuple[NormOp, ...]
     gains: tuple[NormOp, ...]
     alone: bool
-    ways: tuple[Way, ...]
+    paths: tuple[Path, ...]
 
 
 def find_norms(
     graph_module: GraphModule, weights: Mapping[Node, str] | None = None
 ) -> tuple[QKLayout, tuple[GraphNorm, ...]]:
-    """Layout of an ATen-level graph, and the nodes that compute its QK norms.
+    """Layout of an ATen-level graph, and its QK norms.
 
     Arguments:
         graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
@@ -78,15 +78,15 @@ def find_norms(
 def _norms(attentions: Attentions, one: Logits, place: int, site: AttentionSite, heads: Heads) -> Iterator[GraphNorm]:
     for side, tags, operands in zip(SIDES, heads.norms, heads.operands, strict=True):
         named = [n for n in site.qk_norm if n.side == side]
-        for tag in tags if named else ():  # without one, they are the norms of a latent
+        for tag in tags if named else ():  # without a QK norm, the tags are latent norms
             norm = next(n for n in named if (n.kind, n.width, n.weight) == (tag.kind, tag.width, tag.weight))
             alone = attentions.uses.only_logits(tag.ops[0].node, set())
-            ways = _ways(attentions.tracer.df, tag.ops, map(_reader, one.products), operands)
-            yield GraphNorm(place, norm, tag.ops, tag.gains, alone, tuple(ways))
+            paths = _paths(attentions.tracer.df, tag.ops, map(_reader, one.products), operands)
+            yield GraphNorm(place, norm, tag.ops, tag.gains, alone, tuple(paths))
 
 
 def results_of(node: Node) -> list[Node]:
-    """The nodes that are a norm's result: itself, or the first of several that it gives."""
+    """The nodes of a norm's result: the node itself, or those that take the first of its several results."""
     return [node] if isinstance(node.meta["val"], Tensor) else [user for user in node.users if user.args[1] == 0]
 
 
@@ -96,14 +96,14 @@ def _reader(product: Product) -> Node:
     return first if product.form == "bilinear" else product.node
 
 
-def _ways(df: Dataflow, ops: Sequence[NormOp], readers: Iterable[Node], operands: Iterable[Node]) -> Iterator[Way]:
+def _paths(df: Dataflow, ops: Sequence[NormOp], readers: Iterable[Node], operands: Iterable[Node]) -> Iterator[Path]:
     results = [result for op in ops for result in results_of(op.node)]
     first = min(map(df.index.__getitem__, results))
     for reader, operand in zip(readers, operands, strict=True):
         above = _reached([operand], lambda node: (n for n in node.all_input_nodes if df.index[n] >= first))
         nodes = _reached(above.intersection(results), lambda node: above.intersection(node.users))  # noqa: B023
-        if nodes:  # the norm may be one of another product's features
-            yield Way(reader, operand, frozenset(nodes), any(df.group[node] in df.writes for node in nodes))
+        if nodes:  # otherwise the norm is before another product
+            yield Path(reader, operand, frozenset(nodes), any(df.group[node] in df.writes for node in nodes))
 
 
 def _reached(start: Iterable[Node], neighbours: Callable[[Node], Iterable[Node]]) -> set[Node]:

@@ -1,6 +1,6 @@
-"""The account of a removal: what is gone, what stays and why, what to see to now.
+"""The report of a removal of QK norms, and what both ways of removal share.
 
-In: what a way of removal did. Out: `StripReport`.
+In: what was removed from modules or a graph. Out: `StripReport`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from quack_fx.layout import AttentionSite, QKLayout
 
 @dataclass(frozen=True, slots=True)
 class RemovedNorm:
-    """A norm that was taken out.
+    """A removed norm.
 
     Attributes:
         module: Name of its module; None for one that was written inline.
         kind: What it computed, as in the layout.
         width: Number of features that shared one statistic.
-        sites: Names of the attentions that it was for.
-        keys: Entries of the model's `state_dict` that went with it.
+        sites: Names of its attentions.
+        keys: Entries of the model's `state_dict` that were removed with it.
     """
 
     module: str | None
@@ -43,7 +43,7 @@ class LeftSite:
 
 @dataclass(frozen=True, slots=True)
 class LogitChange:
-    """What the removal did to the logits of an attention, on the example inputs.
+    """The logits of an attention on the example inputs, before and after the removal.
 
     Attributes:
         site: Its name.
@@ -58,14 +58,14 @@ class LogitChange:
 
 @dataclass(frozen=True, slots=True)
 class StripReport:
-    """What was taken out, what was left and why.
+    """What was removed, what stays and why.
 
     Attributes:
-        removed: The norms that are gone.
+        removed: The removed norms.
         left: The sites whose norms stay.
-        notes: What was decided about logit scales, and what to see to now.
+        notes: Decisions about logit scales, and what the user should check.
         layout: The layout of the model as it is now; its stripped sites have no QK norm and take part in QuacK.
-        logits: How far the logits of stripped sites spread, before and after; empty without example inputs.
+        logits: Standard deviations of the logits of stripped sites; empty without example inputs.
         model: The stripped model: the one that was given, or a new graph that shares its parameters.
     """
 
@@ -79,11 +79,11 @@ class StripReport:
 
     @property
     def vanished(self) -> tuple[str, ...]:
-        """Entries of the model's `state_dict` that are gone."""
+        """Entries of the model's `state_dict` that were removed."""
         return tuple(dict.fromkeys(key for norm in self.removed for key in norm.keys))
 
     def restore(self) -> None:
-        """Put the norms back; the model computes bitwise what it did before. A graph was not changed to begin with."""
+        """Put the norms back; the model then computes bitwise the same as before. Does nothing for a graph, a copy."""
         self._restore()
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,15 +104,15 @@ def nothing_to_restore() -> None:
 def with_sharers(
     reasons: Mapping[int, str], uses: Sequence[tuple[int, Hashable, str]], layout: QKLayout
 ) -> dict[int, str]:
-    """Sites that keep their norms, and those that share one with them, and so on: they have to keep theirs, too.
+    """The reasons of sites that keep their norms, and of all sites that share a norm with one that does.
 
     Arguments:
-        reasons: Why some sites keep their norms, by place.
-        uses: Place of a site, a thing that it uses for a norm (its module, a node), and what to call that norm.
+        reasons: By index of a site, why it keeps its norms.
+        uses: Index of a site, the module or node of a norm that it uses, and what to call that norm.
         layout: The layout.
 
     Returns:
-        The reasons of all that keep them.
+        The reasons of all sites that keep their norms.
     """
     reasons = dict(reasons)
     spreading = True
@@ -132,8 +132,8 @@ def without_norms(layout: QKLayout, stripped: Mapping[int, float], vanished: Ite
 
     Arguments:
         layout: The one with norms.
-        stripped: Places of the sites that have none any more, each with what its logits were multiplied with instead.
-        vanished: Parameters that are gone.
+        stripped: By index of each site without norms, the factor of its logits.
+        vanished: Parameters that were removed.
     """
     gone = set(vanished)
     return replace(

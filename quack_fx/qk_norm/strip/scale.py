@@ -1,10 +1,10 @@
-"""What a logit scale has to be once the norm is gone.
+"""The factors that keep logits at their usual scale when QK norms are removed.
 
-In: a site with QK norm. Out: a number for each side to multiply its features with, and a sentence that tells why.
+In: a site with QK norm. Out: a factor for the features of each side, and a sentence for each factor.
 
-Features of RMS 1 pass an RMS or layer norm as they are, so its removal keeps the scale of usual logits. An L2 norm
-divides them by sqrt(width) besides. And some models drop the factor 1/sqrt(head_dim), since their norms bound the
-logits: without the norm it has to come back.
+An RMS or layer norm does not change features of RMS 1, so removing it keeps the usual scale of the logits. An L2 norm
+also divides by sqrt(width). And some models omit the factor 1/sqrt(head_dim), as their norms bound the logits: without
+the norms they need it again.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from quack_fx.layout import SIDES, AttentionSite, Side
 
 _SLACK = 1.01
-"""A scale this much above the usual one is the usual one, rounded."""
+"""A scale up to this factor above the usual one counts as the usual one, rounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """What the features of both sides are multiplied with once the norms are gone, and why."""
+    """Factors of the features of both sides without norms, and the notes on them."""
 
     query: float = 1.0
     key: float = 1.0
@@ -32,13 +32,13 @@ class Scales:
 
 
 def scale_back(site: AttentionSite) -> Scales:
-    """What to multiply a site's features with after its norms are gone, 1 where nothing is to be done.
+    """The factors of a site's features without its norms; 1 where none is needed.
 
     Arguments:
         site: The site, with its norms.
 
     Returns:
-        The factors, and a sentence for each that is not 1, or that could not be told.
+        The factors, and a note for each that is not 1 or not known.
     """
     width = {norm.side: norm.width for norm in site.qk_norm if norm.kind == "l2"}
     scales = Scales(1 / math.sqrt(width.get("query", 1)), 1 / math.sqrt(width.get("key", 1)))

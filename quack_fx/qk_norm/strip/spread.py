@@ -1,7 +1,7 @@
-"""The logits of each attention in numbers, and the norms that its values pass.
+"""The standard deviation of each attention's logits, and the norms on its values.
 
-In: a model with numbers and example inputs. Out: for each attention the standard deviation of its logits before masks
-are added as minus infinity, and the norms between the value projection and the attention's output.
+In: a model, not on meta, and example inputs. Out: for each attention the standard deviation of its unmasked logits, and
+the norms between the value projection and the attention's output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quack_fx.find import Logits, Pairs, Product, attentions_of, fused_scale, pa
 from quack_fx.graph.dataflow import Dataflow
 
 _MASKED = -1e4
-"""Logits below are those of masked keys."""
+"""Logits below this are those of masked keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def logit_spread(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     """Spread of the logits of every attention.
 
     Arguments:
-        model: The model, with numbers.
+        model: The model, not on meta.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
     """
@@ -57,7 +57,7 @@ def _std(df: Dataflow, one: Logits) -> float:
 
 
 def _seen(df: Dataflow, one: Logits) -> Tensor | None:
-    """The logits of one softmax; those of fused attention are computed from what it was given."""
+    """The logits of one softmax; for fused attention computed from its operands."""
     first = one.products[0]
     if not first.form.startswith("fused"):
         return _numbers(df, one.end)

@@ -1,7 +1,7 @@
-"""Targets that are neither a Python file nor a module. One adapter a file, and this registry.
+"""Targets that are neither a Python file nor a module: one adapter a file, and this registry.
 
-In: a target as typed. Out: `Adapted` (a `Namespace`, a `Recipe`, maybe example inputs), or None where no adapter takes
-it, and it is a file or a module.
+In: a target as typed. Out: `Adapted` (a `Namespace`, a `Recipe`, optional example inputs), or None for a Python file or
+module.
 
     hf.py           hf:CONFIG, or a config.json or its folder as it stands: a model of transformers
     timm.py         timm:NAME
@@ -11,12 +11,11 @@ it, and it is a file or a module.
     pickled.py      model.pt, model.pth: a module that torch.save saved; reading it runs code, as running a .py does
     base.py         what an adapter is, and what they share
 
-To add one: write a file that makes an `Adapter` named ADAPTER, and put it into `ADAPTERS` below. Its `open` gets what
-follows the prefix and the whole target. It imports its package through `base.package`, so that nothing is imported for
-other targets; puts the package and what it made into the namespace, for --build and --inputs; and leaves building to
-the recipe, which is called with the meta device as the default device first, and with the CPU where that fails. What it
-cannot open it refuses with a `TargetError` of one line that quotes the target and says what to type. Then add a line
-above and rows to tests/test_adapters.py.
+To add one, write a file that defines an `Adapter` named ADAPTER and add it to `ADAPTERS` below, a line above, and rows
+to tests/test_adapters.py. Its `open` gets what follows the prefix, and the whole target. It imports its package with
+`base.package`, so that other targets do not; puts the package and what it made of the target into the namespace, for
+--build and --inputs; and lets the recipe build the model, which runs with meta as the default device first, and on the
+CPU where that fails. What it cannot open it refuses with a `TargetError` that quotes the target and says what to type.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ ADAPTERS: tuple[Adapter, ...] = (
 
 
 def adapt(target: str) -> Adapted | None:
-    """What the adapter of a target makes of it, or None where it has none.
+    """The result of the adapter for a target; None where no adapter takes it.
 
     Raises:
-        TargetError: It has one, which refuses it.
+        TargetError: The adapter refuses it.
     """
     prefix, colon, rest = target.partition(":")
     for adapter in ADAPTERS:

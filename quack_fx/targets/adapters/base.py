@@ -1,7 +1,7 @@
-"""What an adapter is, and what adapters share: importing a package, telling the nearest name, example inputs.
+"""What an adapter is, and what adapters share: package imports, suggestions of names, example inputs.
 
-In: what a user typed. Out: `Adapted`: the names that expressions may use, how the model is made, and, where the source
-knows better than the forward's signature does, inputs of its own.
+In: what a user typed. Out: `Adapted`: the names that expressions may use, how the model is built, and example inputs
+where the source of the model has better ones than can be inferred.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.files import Namespace, name_and_text
-from quack_fx.targets.inputs import Inputs
+from quack_fx.targets.inputs.values import Inputs, named
 from quack_fx.targets.pick import Recipe
 
 Examples = Callable[[nn.Module], list[Inputs]]
-"""Inputs for a model, most likely first; empty where the source knows none, and they are inferred."""
+"""Gives inputs for a model, most likely first; none where they are to be inferred."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Adapted:
 
     Attributes:
         namespace: The names for --build and --inputs: the package, and what the adapter made of the target.
-        recipe: How the model is made.
-        examples: Inputs for a model; None to infer them.
-        smaller: Small targets of the same structure, the smallest first, each with its size in words ("2 layers,
-            width 64"), to prove on what is too large itself; None where there are none.
+        recipe: How the model is built.
+        examples: Gives inputs for the model; None to infer them.
+        smaller: Gives small targets of the same structure, the smallest first, each with its size in words ("2 layers,
+            width 64"): a proof for a large model runs on one of them. None where there are none.
     """
 
     namespace: Namespace
@@ -49,9 +49,9 @@ class Adapter:
 
     Attributes:
         form: How such a target is written: "timm:NAME".
-        open: Makes an `Adapted` of what follows the prefix and of the whole target as typed, which errors quote.
-        prefix: What stands before the colon; empty where a target of this kind has none.
-        takes: Whether a target without a prefix is this adapter's; None where none is.
+        open: Makes an `Adapted` of what follows the prefix and, for errors, the target as typed.
+        prefix: What precedes the colon; empty for targets without a prefix.
+        takes: Whether the adapter takes a target without a prefix; None if it takes none.
     """
 
     form: str
@@ -61,14 +61,14 @@ class Adapter:
 
 
 def package(name: str, typed: str) -> ModuleType:
-    """A package, imported now that a target asks for it.
+    """Import a package that a target needs.
 
     Arguments:
         name: The package or a module in it; the distribution on PyPI has the name of the package.
         typed: The target, for the error.
 
     Raises:
-        TargetError: It is not installed, or does not import; with what to type.
+        TargetError: It is not installed, or its import fails; with what to type.
     """
     root = name.partition(".")[0]
     try:
@@ -84,7 +84,7 @@ def package(name: str, typed: str) -> ModuleType:
 
 
 def saved_file(rest: str, typed: str) -> Path:
-    """The file that a target without a prefix names; it may hold one model and no names to choose from.
+    """The path of a saved file that a target names; a name after a colon is refused, as the file holds one model.
 
     Raises:
         TargetError: There is no such file, or a name follows it.
@@ -99,18 +99,11 @@ def saved_file(rest: str, typed: str) -> Path:
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """What to type in place of an unknown name: the nearest known ones, or else another hint."""
+    """A hint for an unknown name: the nearest known ones, or else `otherwise`."""
     close = difflib.get_close_matches(name, list(known), 3)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def example(*args: Any, **kwargs: Any) -> Inputs:
     """Inputs that an adapter gives: "float32[2, 3, 224, 224]"."""
-    parts = [*map(_shown, args), *(f"{name}={_shown(value)}" for name, value in kwargs.items())]
-    return Inputs(args, kwargs, ", ".join(parts) or "nothing")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__
+    return named(args, kwargs)

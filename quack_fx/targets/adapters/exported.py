@@ -1,7 +1,7 @@
 """`model.pt2` -> the program that torch.export.save wrote, as a module, and its own example inputs.
 
 In: the file. Out: `Adapted`. Modules and parameters have the names of the model that was exported, and the inputs are
-those it was exported with. A program without numbers (exported on the meta device) will do.
+those it was exported with. The program may have been exported on the meta device.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ADAPTER = Adapter("FILE.pt2", _open, takes=lambda target: re.search(r"\.pt2(:.*)
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """Drop the fake results that the program's graphs carry; copies of the model would carry them, too."""
+    """Drop the fake tensors in the metadata of the program's graphs, which copies of the model would hold as well."""
     for module in model.modules():
         graph = getattr(module, "graph", None)
         for node in graph.nodes if isinstance(graph, torch.fx.Graph) else ():
@@ -59,8 +59,8 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def _tell_apart(state: dict[str, Any]) -> None:
-    """Give every weight without numbers a storage of its own: torch.export.load gives all of them the same one, and
-    whoever compares storages, as `unflatten` does, takes them for one tied weight."""
+    """Give every meta tensor a storage of its own. torch.export.load gives all of them one storage, and `unflatten`
+    takes weights with one storage for tied weights."""
     for name, tensor in state.items():
         if tensor.is_meta:
             own = torch.empty_like(tensor)

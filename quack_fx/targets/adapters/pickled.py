@@ -1,7 +1,7 @@
 """`model.pt` or `model.pth` -> the nn.Module that torch.save wrote into it.
 
 In: the file. Out: `Adapted`. Reading a pickled module runs code that the file names, as running a .py does, so give
-only files whose origin you trust. A file that holds weights alone is told apart without running any, and refused.
+only files that you trust. A file with weights alone is recognised without running code, and refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ADAPTER = Adapter("FILE.pt", _open, takes=lambda target: re.search(r"\.(pt|pth)(
 
 
 def _refuse_other_archives(path: Path, typed: str) -> None:
-    """Refuse what has the same ending and is no pickle."""
+    """Refuse archives with the same ending that are not pickles."""
     if not zipfile.is_zipfile(path):
         return  # the format before torch 1.6, or no file of torch at all
     with zipfile.ZipFile(path) as archive:
@@ -59,10 +59,10 @@ def _loaded(path: Path, typed: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError:
-        pass  # it holds more than weights
+        pass  # it contains more than weights
     except Exception as error:
         raise _unreadable(typed, error) from error
-    for folder in (str(path.resolve().parent), str(Path.cwd())):  # where the module's own file may lie
+    for folder in (str(path.resolve().parent), str(Path.cwd())):  # the module's own file may be there
         if folder not in sys.path:
             sys.path.insert(0, folder)
     try:
@@ -76,7 +76,7 @@ def _unreadable(typed: str, error: Exception) -> TargetError:
 
 
 def _what(loaded: Any) -> str:
-    """What a file without a module holds, and what to type."""
+    """What a file contains instead of a module, and what to type."""
     if not isinstance(loaded, Mapping):
         return f"a {type(loaded).__name__}, not an nn.Module; {_TYPE_THE_SOURCE}"
     modules = [key for key, value in loaded.items() if isinstance(value, nn.Module)]

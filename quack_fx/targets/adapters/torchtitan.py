@@ -1,8 +1,8 @@
 """`torchtitan:llama3/debugmodel` -> that flavor of that model of torchtitan, and tokens with its masks.
 
 In: the names that `--module` and the model registries of torchtitan 0.3 know. Out: `Adapted`. The attention is flex
-attention, which every language model there has and most begin with; other kernels read the same weights. Its block mask
-is the model's own, for one document a sequence.
+attention, which every language model there supports; other kernels use the same weights. The model makes the block
+mask, for one document a sequence.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ADAPTER = Adapter(_FORM, _open, prefix="torchtitan")
 
 
 def _flavors(module: ModuleType) -> list[str]:
-    """Flavors of a model, from the table beside its `model_registry`, whose name is each model's own."""
+    """Flavors of a model, from the table `*_configs` in the module of its `model_registry`."""
     tables = [v for n, v in vars(module).items() if n.endswith("_configs") and isinstance(v, dict)]
     return [flavor for table in tables for flavor in table]
 
@@ -59,19 +59,19 @@ def _flavors(module: ModuleType) -> list[str]:
 def _built(config: Any) -> Any:
     model = config.build()
     if not any(p.is_meta for p in model.parameters()):
-        model.init_states()  # constructors leave the weights as the memory was
+        model.init_states()  # constructors leave the weights uninitialised
     return model
 
 
 def _tokens(model: Any) -> list[Inputs]:
-    """Token ids, each sequence one document, and what torchtitan's trainer gives beside them."""
+    """Token ids of one document a sequence, and the other arguments that torchtitan's trainer passes."""
     parameters = inspect.signature(model.forward).parameters
     if not {"tokens", "positions", "attention_masks"} <= {*parameters}:
         return []
     tokens = torch.arange(1, BATCH * TOKENS + 1).view(BATCH, TOKENS)
     positions = torch.arange(TOKENS).expand(BATCH, TOKENS)
     try:
-        with torch.compiler.set_stance("force_eager"):  # the mask of a few tokens needs no compiler
+        with torch.compiler.set_stance("force_eager"):  # compiling takes longer than this small mask
             masks = model.get_attention_masks(positions)
     except Exception as error:
         raise TargetError(

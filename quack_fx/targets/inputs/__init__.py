@@ -1,20 +1,22 @@
-"""Example inputs from the signature of a model's forward, its source and its layers.
+"""Infers example inputs from the signature of a model's forward, its source and its layers.
 
-In: a model. Out: `Inputs`, most likely first; the caller keeps the first for which the forward runs, and goes
-through `Attempts`, which adds what the error of a failed one suggests. They are tiny: batches of 2, 4 tokens. A
-parameter of forward with a default keeps it, so optional targets and labels are left out. What a parameter is, the
-layer tells that the forward gives it to; where the source does not say, the first one goes to the model's first layer.
+In: a model. Out: candidates (`Inputs`), most likely first. The caller tries them through `Attempts`, which adds further
+candidates from the errors of failed ones, and keeps the first for which the forward runs. They are tiny: 2 sequences of
+4 tokens. Parameters with a default keep it, so optional targets and labels are left out. What an argument must be
+follows from the layer that the forward passes it to; where the source does not show that, the first argument is assumed
+to be the input of the model's first layer.
 
-    reading.py    the source of a forward -> what it does with each parameter; calls.py knows single operations
-    uses.py       what is noted of each
-    layers.py     what a layer takes
-    arguments.py  what one argument may be: by its use, its name, its annotation
-    hints.py      what its name and its annotation say of its numbers and axes
-    made.py       arguments that a method of the model makes
-    repair.py     the error of a forward -> inputs that avoid it
-    measure.py    how a size that is wrong depends on the inputs' sizes
-    changes.py    other sizes for the tensors of inputs
-    values.py     the values, and Python that makes them again
+    reading.py    reads the source of a forward: what it does with each argument
+    calls.py, loops.py, operators.py    calls, comprehensions and operators while reading
+    uses.py       what is recorded about an argument
+    layers.py     what a layer takes as input
+    arguments.py  candidates for one argument, from its use, name and annotation
+    hints.py      dtype and axes that a name or an annotation states
+    made.py       arguments that a method of the model makes (`init_hidden`)
+    repair.py     from the error of a forward to inputs that avoid it
+    measure.py    from a size that does not fit to the size of the inputs that does
+    changes.py    changes of shape for all tensors of the inputs
+    values.py     the values, and Python expressions for them
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets import hf
-from quack_fx.targets.inputs import values
+from quack_fx.targets.failure import cause_of
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
 from quack_fx.targets.inputs.changes import LARGEST
 from quack_fx.targets.inputs.made import maker_of
@@ -41,11 +43,11 @@ from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, 
 __all__ = ["LIMIT", "Attempts", "Budget", "Inputs", "infer", "retry", "with_optional"]
 
 _CONDITION = re.compile(rf"{TIME.pattern}|class_(ids?|labels?)|classes")
-"""What diffusion models call optional and cannot do without."""
+"""Parameters that are optional in the signature of many diffusion models, though their forward needs them."""
 
 
 ROOM = 8 * LARGEST
-"""Numbers in all candidates together: they wait in memory for their turn."""
+"""Elements of all candidates together, which are all in memory until they are tried."""
 
 
 def infer(model: nn.Module, name: str) -> list[Inputs]:
@@ -53,7 +55,7 @@ def infer(model: nn.Module, name: str) -> list[Inputs]:
 
     Arguments:
         model: The model, on any device.
-        name: What to call it in an error.
+        name: Its name for errors.
 
     Raises:
         TargetError: Nothing can be inferred.
@@ -78,7 +80,7 @@ def infer(model: nn.Module, name: str) -> list[Inputs]:
 
 
 def _several(model: nn.Module, wanted: list[inspect.Parameter]) -> list[Inputs]:
-    """Inputs of several kinds (pictures and words) for a forward that requires none and has layers for several."""
+    """Inputs with several arguments (images and text) for a forward that requires none and passes several to layers."""
     if wanted[0].default is not None:
         return []
     optional = [p for p in signature(model) if p.default is None]
@@ -88,7 +90,7 @@ def _several(model: nn.Module, wanted: list[inspect.Parameter]) -> list[Inputs]:
 
 
 def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list[Inputs]:
-    """Inputs with one more of the optional arguments, for a forward that failed on a None, or in a statement with one.
+    """Inputs with one more optional argument, for a forward that failed because an argument is None.
 
     Arguments:
         model: The model.
@@ -96,34 +98,34 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
         error: What it raised, or an error that has it as its cause.
 
     Returns:
-        The inputs, those first whose new argument stands in the statement that failed.
+        The inputs; those first whose new argument is used in the failed statement.
     """
-    cause = error.__cause__ or error
+    cause = cause_of(error)
     parameters = signature(model)
     optional = [p for p in parameters if p.default is None and p.name not in given.kwargs]
     unmet = unmet_names(cause)
     failing = unmet or failing_names(cause)
-    named = [p for p in optional if p.name in failing]
-    if not named and not asks_for_more(cause):
+    failed = [p for p in optional if p.name in failing]
+    if not failed and not asks_for_more(cause):
         return []
     filled = [p for p in parameters if p.default is p.empty or p.name in given.kwargs]
     filled = [p for p in filled if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    # Where a check ended the forward, nothing was read of what comes behind it: all arguments are inferred again.
+    # Reading stopped at the check that failed, so all arguments are inferred again.
     return [
         inputs if unmet else _with(given, p.name, inputs.kwargs[p.name])
-        for p in (named or optional)[:4]
+        for p in (failed or optional)[:4]
         for inputs in _candidates(model, [*filled, p], 2)
         if p.name in inputs.kwargs
     ]
 
 
 def _with(given: Inputs, name: str, value: Any) -> Inputs:
-    """Inputs with one more argument; the others stay as they came to be."""
-    return values.named(given.args, {**given.kwargs, name: value}, given.names or [""] * len(given.args))
+    """Inputs with one more argument, the others unchanged."""
+    return named(given.args, {**given.kwargs, name: value}, given.names)
 
 
 def _wanted(model: nn.Module) -> list[inspect.Parameter]:
-    """Parameters of forward to fill: the required ones; where there are none, the first one that takes data."""
+    """Parameters that get an argument: the required ones, or else the first whose default is None."""
     parameters = signature(model)
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if required:
@@ -155,7 +157,7 @@ def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: in
             made = {p.name: (combined[0] if p is first else next(chosen)).make(sizes) for p in inferred}
             try:
                 made |= {name: make(made) for name, make in makers.items()}
-            except Exception:  # these are not what the model makes it from
+            except Exception:  # the method does not take these values
                 continue
             inputs = _assign(parameters, made)
             if inputs.text not in seen:
@@ -167,25 +169,25 @@ def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: in
 
 
 def _leading(parameters: list[inspect.Parameter], uses: dict[str, Use]) -> inspect.Parameter:
-    """The parameter that the others go with: the first, unless it is no data by its name and use."""
+    """The parameter whose sizes the others share: the first that is passed to a layer or has parts, or the first."""
     return next((p for p in parameters if uses[p.name].taken or uses[p.name].parts), parameters[0])
 
 
 def _shared(data: Spec) -> Sizes:
-    """The sizes that all arguments share: the data's number of tokens is that of all."""
+    """The sizes that all arguments share, from the leading one."""
     array = _array(data)
     return Sizes(tokens=(array.tokens if isinstance(array, Array) else None) or TOKENS)
 
 
 def _array(data: Spec) -> Spec:
-    """The array that other arguments are like: in a group, the first of its parts."""
+    """The leading array: of a group, that of its first array."""
     while isinstance(data, Group):
         data = next((part for _, part in data.parts if isinstance(part, Array)), data.parts[0][1])
     return data
 
 
 def _assign(parameters: list[inspect.Parameter], made: Mapping[str, Any]) -> Inputs:
-    """The arguments of a call with these values."""
+    """The inputs that pass these values to their parameters."""
     args: list[Any] = []
     names: list[str] = []
     kwargs: dict[str, Any] = {}

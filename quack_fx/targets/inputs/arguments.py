@@ -1,8 +1,8 @@
-"""What one argument of a forward may be.
+"""Candidates for one argument of a forward.
 
-In: its name and annotation, the `Use` that was read of it, the model, and what the first argument (the data) is. Out:
-`Spec`s, most likely first. A layer that an argument is given to says most. Names decide what no layer tells: a mask,
-a time step, positions, a class, rotations, a cache. What nothing is known about is more data.
+In: its name and annotation, its `Use`, the model, and the spec of the leading argument (the data). Out: `Spec`s, most
+likely first. The layer that an argument is passed to decides, where there is one; otherwise its name does: a mask, a
+time step, positions, a class, rotary embeddings, a cache. An argument of which nothing is known becomes more data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from quack_fx.targets.inputs.values import (
 )
 
 LIMIT = 24
-"""Candidates that are tried at most."""
+"""The most candidates that are tried."""
 
 TIME = re.compile(r"t|ts|time|times|(diffusion_)?timesteps?|time_?steps?|sigmas?|noise_levels?|guidance(_scale)?|t_emb")
 _CLASS = re.compile(r"y|labels?|class_(ids?|labels?)|classes|user_?ids?|users?")
@@ -48,11 +48,11 @@ _NUMBER = re.compile(r"(.*_)?(num|number|size|len|n|count|height|width|h|w|depth
 
 @dataclass(frozen=True)
 class Context:
-    """What all arguments of a call are told by.
+    """What is known for all arguments of a call.
 
     Attributes:
         model: The model.
-        data: What the first argument is; None while it is that one itself.
+        data: Spec of the leading argument; None while its own candidates are made.
     """
 
     model: nn.Module
@@ -60,13 +60,13 @@ class Context:
 
 
 def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec]:
-    """What an argument may be, most likely first.
+    """Candidates for an argument, most likely first.
 
     Arguments:
-        name: Its name, or the key or attribute where it is a part of another.
+        name: Its name, or its key or attribute where it is part of another argument.
         annotation: Its annotation.
-        use: What was read about it.
-        context: The model, and the data unless it is them.
+        use: What the forward does with it.
+        context: The model and the leading argument.
     """
     told = hint_of(use.name or name, annotation)
     name = told.name
@@ -83,7 +83,7 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
         plain = [*told.first([spec for spec in plain if isinstance(spec, Array)], use.rank)]
     groups = _groups(use, context)
     if "iterated" in use.marks and any(kind in ("key", "attr") for kind, _ in use.parts):
-        # What is looped over and has fields is one record for each of the batch.
+        # Iterated and with fields: a list of records, one for each entry of the batch.
         records = [spec for spec in groups if isinstance(spec, Group) and spec.form in ("dict", "namespace")]
         groups = [Group("list", (("0", spec), ("1", spec))) for spec in records] + groups
     is_tuple = re.match(r"(typing\.)?(tuple|list|dict|mapping|sequence)", str(annotation), re.I) is not None
@@ -99,7 +99,7 @@ def _as_numpy(spec: Spec, use: Use) -> Spec:
 
 
 def _plain(name: str, hint: str, annotation: str, use: Use, context: Context) -> list[Spec]:
-    """What it may be if it is one value."""
+    """Candidates that are one value and not a group."""
     told = layers.evidence(use, context.model)
     if context.data is None:
         return [*_fitted(_data(name, told, use, context.model), use)]
@@ -122,7 +122,7 @@ def _plain(name: str, hint: str, annotation: str, use: Use, context: Context) ->
 
 
 def _fitted(found: list[Array], use: Use) -> list[Array]:
-    """Arrays with the number of dimensions and the sizes that the forward asks for, then those that cannot be so."""
+    """Arrays with the rank and the sizes that the forward requires, then those that cannot have that rank."""
     fitting, other = [], []
     for array in found:
         shape = layers.with_rank(array, list(array.shape), use.rank)
@@ -138,7 +138,7 @@ def _fitted(found: list[Array], use: Use) -> list[Array]:
 
 
 def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
-    """An array with the size that is asked for: "==" it, "%" a multiple of it, "<=" it at most."""
+    """An array whose size along an axis is equal to a number ("=="), a multiple of it ("%") or at most it ("<=")."""
     count = Sizes(tokens=array.tokens or TOKENS).of(array.shape)[axis]
     fits = {"==": count == number, "%": count % number == 0, "<=": count <= number}
     if fits[relation]:
@@ -154,7 +154,7 @@ def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
 
 
 def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Array]:
-    """What the first argument may be, most likely first."""
+    """Candidates for the leading argument, most likely first."""
     found = [*layers.any_layer(model, LIMIT), *layers.own_parameters(model)]
     kind = "ids" if _IDS.fullmatch(name) else "float" if _IMAGE.fullmatch(name) else ""
     if _IMAGE.fullmatch(name):
@@ -165,13 +165,13 @@ def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Arra
         found.sort(key=lambda a: a.kind != kind)
     if "numpy" in use.marks:
         found.sort(key=lambda a: a.kind != "ids")
-    # Some serve one sequence at a time, without a batch.
+    # Some forwards take one sequence, without a batch axis.
     alone = [replace(a, shape=("T",)) for a in told[:1] if a.kind == "ids" and a.shape == ("B", "T")]
     return [*told, *(array for array in found if array not in told), *(alone if use.rank is None else [])]
 
 
 def _ids_like(array: Array) -> Array:
-    """Ids of the same batch and tokens."""
+    """Ids for the tokens of an array."""
     if array.kind == "ids":
         return array
     return Array("ids", array.shape[:-1] if len(array.shape) < 4 else array.shape[:1])
@@ -181,7 +181,7 @@ def _ids_like(array: Array) -> Array:
 
 
 def _groups(use: Use, context: Context) -> list[Spec]:
-    """A dict, a namespace or a tuple with the parts that are read, told by what is read of each."""
+    """A dict, a namespace or a tuple with the parts that the forward reads."""
     found: list[Spec] = []
     for kind, form in (("key", "dict"), ("attr", "namespace"), ("at", "tuple")):
         parts = [(part, name) for part, name in use.parts if part == kind]
@@ -196,7 +196,7 @@ def _group(form: Any, parts: list[tuple[str, Use]], context: Context) -> list[Sp
         return []
     choices: list[list[tuple[str, Spec]]] = []
     data = context.data
-    # The part that a layer takes is the data that the others go with.
+    # The part that is passed to a layer leads: the sizes of the others follow it.
     order = sorted(parts, key=lambda part: not part[1].taken or bool(re.search("mask|time|label|target", part[0])))
     for name, use in order:
         specs = options(name, "", use, replace(context, data=data))[:4] or [Constant(None)]
@@ -213,7 +213,7 @@ def _group(form: Any, parts: list[tuple[str, Use]], context: Context) -> list[Sp
 
 
 def _special(name: str, hint: str, annotation: str, use: Use, context: Context, told: list[Array]) -> list[Spec]:
-    """What an argument is by its name and annotation, or nothing where those do not say."""
+    """Candidates by name and annotation; none where those say nothing."""
     data = context.data
     ids = isinstance(data, Array) and data.kind == "ids"
     flat: tuple[Size, ...] = ("B",)
@@ -263,7 +263,7 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
 
 
 def _times(use: Use, told: list[Array], data: Spec | None) -> list[Spec]:
-    """A time step of each sequence, or of each token."""
+    """A time step for each sequence, or for each token."""
     ids = told[:1] if told and told[0].kind == "ids" else []
     steps: list[Spec] = [Array("ones", ("B",)), Array("ones", ("B",), dtype=torch.int64)]
     if use.rank == 2 or (ids and use.rank is None and isinstance(data, Array) and len(data.shape) == 3):
@@ -273,16 +273,16 @@ def _times(use: Use, told: list[Array], data: Spec | None) -> list[Spec]:
     wide = [array for array in told if array.kind == "float" and array not in narrow]
     if wide and use.rank is None and not narrow:
         steps = [*steps, *[array for array in wide if len(array.shape) == 2]]
-        if any(array.shape[-1] == 1 for array in wide):  # given to a Linear as it is
+        if any(array.shape[-1] == 1 for array in wide):  # passed to a Linear as it is
             return [Array("ones", ("B", 1)), *steps]
     return [steps[1], steps[0]] if ids else steps
 
 
 def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec]:
-    """A mask: None if the forward may do without, of the kind and shape that its use tells."""
+    """Masks of the dtype and shape that fit the use; None first where the forward runs without."""
     number = "number-mask" in use.marks and "bool" not in use.marks
     if "index" in use.marks and not number and not told:
-        # What is chosen of each sequence is as much of all, and neither all nor nothing.
+        # A mask that selects: as many entries in each sequence, but neither all nor none.
         rows: list[tuple[Size, ...]] = [("T",), ("B", "T")] if use.rank == 1 else [("B", "T"), ("T",)]
         return [*(Array("half", shape) for shape in rows), *([] if "needed" in use.marks else [Constant(None)])]
     shapes: list[tuple[Size, ...]] = [("B", "T"), ("T", "T"), ("B", 1, 1, "T"), ("B", "T", "T")]
@@ -316,7 +316,7 @@ def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec
 
 
 def _rotations(name: str, model: nn.Module) -> list[Spec]:
-    """Angles of rotary embeddings: complex numbers of half a head's width, or cosines and sines."""
+    """Rotary embeddings: complex numbers for half the head width, or cosines and sines."""
     width = head_width(model)
     halves: list[Spec] = [Array("float", ("T", width // 2)), Array("float", ("T", width))]
     wide: list[Spec] = [Array("float", ("B", "T", width)), Array("float", (1, 1, "T", width))]
@@ -332,7 +332,7 @@ def _rotations(name: str, model: nn.Module) -> list[Spec]:
 
 
 def head_width(model: nn.Module) -> int:
-    """Width of an attention head, as a module or its config says, or as its width and number of heads tell."""
+    """Head width of the attention: as a module or its config says, or else its width divided by its number of heads."""
     for module in model.modules():
         for owner in (module, getattr(module, "config", None), getattr(module, "args", None)):
             for name in ("head_dim", "d_head", "dim_head", "head_size", "d_k", "head_width", "qk_rope_head_dim"):

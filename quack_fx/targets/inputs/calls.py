@@ -1,7 +1,7 @@
-"""What is known about single operations: attributes, indexing, methods of tensors, layers and functions of torch.
+"""Single operations while reading a forward: attributes, indexing, methods of tensors, layers and functions of torch.
 
-In: an operation and the values that it is given. Out: its value, as far as it is still the caller's data; what the
-operation tells about the data is noted in their `Use`.
+In: an operation and the values of its operands. Out: its value, as long as that is an argument of the forward behind
+view ops or a known object; else `UNKNOWN`. What the operation requires of an argument is recorded in its `Use`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def attribute(value: Value, name: str) -> Value:
 
 
 def subscript(value: Value, node: ast.expr, of: Callable[[ast.expr], Value]) -> Value:
-    """A part of a value."""
+    """An index or a slice of a value."""
     if isinstance(value, Shape):
         return _of_shape(value, node, of)
     index = of(node) if not isinstance(node, ast.Slice) else UNKNOWN
@@ -82,7 +82,7 @@ def subscript(value: Value, node: ast.expr, of: Callable[[ast.expr], Value]) -> 
     if isinstance(value.value, nn.ModuleList | nn.ParameterList | nn.ModuleDict | list | tuple | Mapping):
         try:
             if isinstance(node, ast.Slice):
-                return value  # its first element may be another one: as good for this purpose
+                return value  # the slice may begin with another element, which will do here
             key: Any = index.value if isinstance(index, Known) else 0
             return Known(value.value[key])
         except Exception:
@@ -96,7 +96,7 @@ def _of_shape(shape: Shape, node: ast.expr, of: Callable[[ast.expr], Value]) -> 
         known = isinstance(start, Known) and isinstance(start.value, int) and node.step is None
         if not known or not isinstance(start, Known):
             return UNKNOWN
-        # Counted from the end, sizes keep their negative axes.
+        # Axes that count from the end stay negative.
         return Shape(shape.data, shape.start + start.value, shape.whole and node.upper is None and start.value >= 0)
     index = of(node)
     if isinstance(index, Known) and isinstance(index.value, int):
@@ -138,7 +138,7 @@ def _forms(data: Data) -> set[str]:
 
 
 def method(data: Data, name: str, args: list[Value]) -> Value:
-    """A method of a tensor, or of a dict."""
+    """A method of an argument: of a tensor, or of a dict."""
     numbers = [a.value for a in args if isinstance(a, Known)]
     numbers = list(numbers[0]) if len(numbers) == 1 and isinstance(numbers[0], tuple | list) else numbers
     if name in ("get", "pop") and numbers and isinstance(numbers[0], str):
@@ -176,7 +176,7 @@ def method(data: Data, name: str, args: list[Value]) -> Value:
 
 
 def combined(op: ast.operator, left: Value, right: Value) -> Value:
-    """A sum, product or the like of data and something else."""
+    """An arithmetic operator with an argument as one operand."""
     data = left if isinstance(left, Data) else right if isinstance(right, Data) else None
     if data is None:
         return UNKNOWN
@@ -191,7 +191,7 @@ def combined(op: ast.operator, left: Value, right: Value) -> Value:
         for axis in (-1, -2):
             if other.value.dim() >= -axis and other.value.shape[axis] > 1:
                 data.known_size(axis, "==", other.value.shape[axis])
-    # What is computed from elsewhere may be larger: the result is no longer the caller's.
+    # The other operand may be larger, and then the result has its shape.
     return UNKNOWN if data is right and isinstance(other, type(UNKNOWN)) else data
 
 
@@ -199,12 +199,12 @@ def combined(op: ast.operator, left: Value, right: Value) -> Value:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own, which needs no reading."""
+    """Whether a module is one of torch, whose source is not read."""
     return type(module).forward.__module__.split(".")[0] == "torch" or not hasattr(type(module).forward, "__code__")
 
 
 def layer(module: nn.Module, args: list[Value], kwargs: dict[str, Value]) -> Value:
-    """A layer of torch's own: it takes its first arguments as data, the others by their names."""
+    """A layer of torch: records that it takes its operands, under the names of its parameters."""
     names = list(type(module).forward.__code__.co_varnames[1 : type(module).forward.__code__.co_argcount])
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     for name, value in given.items():
@@ -217,19 +217,19 @@ def layer(module: nn.Module, args: list[Value], kwargs: dict[str, Value]) -> Val
 
 
 def kept_tensor(function: Any) -> Tensor | None:
-    """The tensor of the model that a method of it gives back, in another type or place: `self.weight.to(x.dtype)`."""
+    """The tensor of the model that a method like `self.weight.to` returns in another dtype or on another device."""
     owner = getattr(function, "__self__", None)
     return owner if isinstance(owner, Tensor) and getattr(function, "__name__", "") in _SAME else None
 
 
 def runs_another(function: Any) -> bool:
-    """Whether a function calls the one that it is given, with the rest of its arguments."""
+    """Whether a function calls its first argument with the others, as `checkpoint` does."""
     name, module = getattr(function, "__name__", ""), getattr(function, "__module__", "") or ""
     return name == "checkpoint" and module.startswith("torch.utils")
 
 
 def function(called: Any, args: list[Value], kwargs: dict[str, Value]) -> Value | None:
-    """A function of Python, torch, numpy or einops; None where it is none of these."""
+    """A function of Python, torch, numpy or einops; None for any other."""
     name, module = getattr(called, "__name__", ""), (getattr(called, "__module__", "") or "").split(".")[0]
     every = [*args, *kwargs.values()]
     data = [value for value in every if isinstance(value, Data)]
@@ -281,7 +281,7 @@ def _builtin(name: str, args: list[Value]) -> Value:
 
 
 def _first(value: Value) -> Value:
-    """First element of what is looped over."""
+    """The first element of an iterable."""
     if isinstance(value, Data):
         value.use.marks.add("iterated")
         return value.then("drop", 0, 0)
@@ -296,7 +296,7 @@ def _first(value: Value) -> Value:
 
 
 def rearranged(data: Value, pattern: Value, lengths: Mapping[str, Value]) -> Value:
-    """Data behind einops' rearrange, whose pattern says what dimensions they have: "b c (h p) w -> ...\"."""
+    """An argument after einops' rearrange, whose pattern shows its rank: "b c (h p) w -> ...\"."""
     if not isinstance(data, Data) or not isinstance(pattern, Known):
         return UNKNOWN
     left = str(pattern.value).split("->")[0]
@@ -308,8 +308,7 @@ def rearranged(data: Value, pattern: Value, lengths: Mapping[str, Value]) -> Val
 
 
 def note(name: str, args: list[Value], kwargs: dict[str, Value]) -> None:
-    """Note what entries are looked up with, and what masks scores: the argument of `masked_fill`, the mask of torch's
-    attention."""
+    """Record an argument that is an index (of `gather`) or a mask (of `masked_fill`, of torch's attention)."""
     index = kwargs.get("index", kwargs.get("indices", args[-1] if args else UNKNOWN))
     if name in ("gather", "index_select", "take_along_dim") and isinstance(index, Data):
         index.use.marks.add("long")
@@ -333,7 +332,7 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
         is_first = isinstance(axis, Known) and axis.value == 0
         return first.values[0].then("new", 0) if is_first else UNKNOWN
     if name == "where" and len(args) == 3 and not isinstance(first, Data):
-        # Some of the data and one number elsewhere, as in a class that is left out at times.
+        # The argument, or a constant where it is masked, as for a class that is dropped at random.
         given, other = args[1:] if isinstance(args[1], Data) else args[:0:-1]
         number = isinstance(other, Known) and isinstance(other.value, int | float)
         return given if isinstance(given, Data) and number else UNKNOWN
@@ -358,7 +357,7 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
 def spread_of(
     function: Any, spread: list[Value], spread_names: list[Value], given: int, named: set[str]
 ) -> tuple[list[str], list[Value]]:
-    """Parameters that `*args` and `**batch` of the caller fill: the required ones that nothing else is given to."""
+    """The required parameters that `*args` and `**batch` fill, with their values."""
     data = [v for v in spread if isinstance(v, Data)]
     data_names = [v for v in spread_names if isinstance(v, Data)]
     if not data and not data_names:

@@ -1,7 +1,7 @@
-"""Changes of the tensors in the arguments of a call: another size, another number of dimensions.
+"""Changes of all tensors in the arguments of a call: other sizes, another rank.
 
-In: inputs, and a `Change`, which says what becomes of a tensor. Out: inputs of which each tensor went through it,
-wherever it stands.
+In: inputs, and a `Change`, a function of one tensor. Out: inputs in which every tensor, also inside dicts and lists, is
+replaced by its result.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 from quack_fx.targets.inputs.values import TOKENS, Inputs, has_fields, named
 
 Change = Callable[[Tensor], Tensor | None]
-"""What becomes of each tensor among the arguments; None where it stays."""
+"""Gives the new tensor for an old one; None to keep it."""
 
 LARGEST = 1 << 24
-"""Elements of the largest tensor that is tried."""
+"""The most elements of a tensor that is tried."""
 
 
 def resize(old: int, new: int, last: bool = False) -> Change:
-    """Give the axes of one size another; the last axis alone, or all."""
+    """Another size for all axes of one size, or for the last axis only."""
 
     def change(x: Tensor) -> Tensor | None:
         start = x.dim() - 1 if last else 0
@@ -38,12 +38,12 @@ def resize(old: int, new: int, last: bool = False) -> Change:
 
 
 def reshape(given: tuple[int, ...], wanted: tuple[int, ...]) -> Change:
-    """Give what has one shape another."""
+    """Another shape for tensors of one shape."""
     return lambda x: refilled(x, wanted) if tuple(x.shape) == given else None
 
 
 def with_rank(rank: int, wanted: int) -> Change:
-    """Give what has one number of dimensions another: more tokens behind the batch, or fewer."""
+    """Another rank for tensors of one rank: axes of tokens are added or dropped after the batch."""
 
     def change(x: Tensor) -> Tensor | None:
         if x.dim() != rank:
@@ -58,7 +58,7 @@ def with_rank(rank: int, wanted: int) -> Change:
 
 
 def only(number: int, change: Change) -> Change:
-    """A change of one alone of the tensors that it changes, counted from the first."""
+    """A change applied to one only of the tensors that it would change, by index."""
     changed: list[Tensor] = []
 
     def one(x: Tensor) -> Tensor | None:
@@ -70,11 +70,11 @@ def only(number: int, change: Change) -> Change:
 
 
 def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of another shape with the same elements, repeated; the same tensor where that would be too large."""
+    """A tensor of another shape with the same elements, repeated; the same tensor where it would be too large."""
     if tuple(x.shape) == shape or not x.numel() or math.prod(shape) > LARGEST:
         return x
     if x.dtype == torch.bool and len(shape) == x.dim():
-        # A mask chooses as much of each sequence as before.
+        # along each axis, so that a mask still selects as many entries in each sequence
         for axis, size in enumerate(shape):
             x = x.index_select(axis, torch.arange(size) % x.shape[axis])
         return x
@@ -84,9 +84,7 @@ def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def changed(inputs: Inputs, change: Change) -> Inputs:
     """Inputs with every tensor in them changed."""
     args = tuple(each_in(value, change) for value in inputs.args)
-    return named(
-        args, {name: each_in(value, change) for name, value in inputs.kwargs.items()}, inputs.names or [""] * len(args)
-    )
+    return named(args, {name: each_in(value, change) for name, value in inputs.kwargs.items()}, inputs.names)
 
 
 def each_in(value: Any, change: Change) -> Any:
@@ -109,7 +107,7 @@ def each_in(value: Any, change: Change) -> Any:
 
 
 def _with_parts(value: Any, parts: dict[str, Any]) -> Any:
-    """A copy of an object with other values in its fields; nothing of its class is run."""
+    """A copy of an object with other values of its fields, without calling its class."""
     made = copy.copy(value)
     for name, part in parts.items():
         object.__setattr__(made, name, part)
@@ -117,7 +115,7 @@ def _with_parts(value: Any, parts: dict[str, Any]) -> Any:
 
 
 def tensors(inputs: Inputs) -> list[Tensor]:
-    """All tensors among the arguments, in the order in which they are changed."""
+    """All tensors in the arguments, in the order of changes."""
     found: list[Tensor] = []
     for value in (*inputs.args, *inputs.kwargs.values()):
         each_in(value, found.append)

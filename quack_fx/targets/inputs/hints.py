@@ -1,7 +1,6 @@
-"""What the name and the annotation of an argument say about a tensor: its numbers, its axes.
+"""The dtype and the axes of a tensor as the name or the annotation of an argument states them.
 
-In: a name, an annotation. Out: a `Hint`. Neither is checked by Python, so both are hints: what fits them is tried
-first.
+In: a name and an annotation. Out: a `Hint`. Python checks neither, so what fits the hint is only tried first.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ _AXES = re.compile(r"(.+?)_(B[BCDFHKLMNPQSTVW0-9]{0,5}|b[cdfhlnstvw]{2,4})")
 
 @dataclass(frozen=True)
 class Hint:
-    """What a name and an annotation say.
+    """What a name and an annotation state.
 
     Attributes:
         name: The name without the letters of its axes.
-        numbers: Type of the numbers; "" where that is open.
-        axes: A letter or word for each axis; none where that is open.
+        numbers: Kind of dtype; "" where it is not stated.
+        axes: A letter or word for each axis; empty where they are not stated.
     """
 
     name: str
@@ -38,14 +37,14 @@ class Hint:
     axes: tuple[str, ...] = ()
 
     def fits(self, array: Array) -> bool:
-        """Whether an array has such numbers."""
+        """Whether an array has such a dtype."""
         if array.kind in ("zeros", "ones"):
             return self.numbers in ("", "float" if array.dtype.is_floating_point else "int")
         kinds = {"ids": "int", "index": "int", "count": "int", "bool": "bool", "half": "bool", "padding": "bool"}
         return self.numbers in ("", kinds.get(array.kind, "float"))
 
     def first(self, found: list[Array], rank: int | None) -> list[Array]:
-        """Arrays of this number of axes, with those first that have such numbers; one is made where none has."""
+        """The arrays, those that fit first; where none fits, with a new one of this rank."""
         if not any(map(self.fits, found)) and self.numbers in ("int", "bool"):
             shape: tuple[Size, ...] = ("B", "T")
             shape = shape[:rank] if rank in (None, 0, 1, 2) else found[0].shape if found else shape
@@ -59,7 +58,7 @@ class Hint:
 
 
 def hint_of(name: str, annotation: Any) -> Hint:
-    """What the name and the annotation of an argument say."""
+    """The hint in the name and the annotation of an argument."""
     numbers: Numbers = ""
     axes: tuple[str, ...] = ()
     if (ends := _AXES.fullmatch(name)) is not None:

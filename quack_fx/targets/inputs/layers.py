@@ -1,7 +1,7 @@
-"""What the layers of a model take: the arrays that an Embedding, a Linear or a convolution is given.
+"""The inputs that layers take: ids for an Embedding, features for a Linear, images for a convolution.
 
-In: a layer, and the model for the sizes of images. Out: `Array`s, most likely first. `before` goes back from what a
-layer takes to what the caller gave, through the transposes and new axes between them.
+In: a layer, and the model for the sizes of images. Out: `Array`s, most likely first. `before` inverts the view ops
+between an argument of the forward and the layer that takes it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SIDES = ("img_size", "image_size", "input_size")
 
 
 def taken_by(module: nn.Module, model: nn.Module) -> Iterator[Array]:
-    """Data that a layer takes, told by its type or by the attributes that hold its width."""
+    """Inputs that a layer takes, by its type or by the attributes with its width."""
     dtype = _dtype(module, model)
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         yield Array("ids", ("B", "T"), module.num_embeddings)
@@ -39,7 +39,7 @@ def taken_by(module: nn.Module, model: nn.Module) -> Iterator[Array]:
             yield Array("float", ("B", module.in_channels, frames, side, side), dtype=dtype)
     elif isinstance(width := _width(module), int):
         patch = math.isqrt(width // 3)
-        if width == 3 * patch**2 and patch > 1:  # a Linear on flattened patches
+        if width == 3 * patch**2 and patch > 1:  # a Linear that takes flattened patches
             for side in declared_sides(model):
                 yield Array("float", ("B", 3, side, side), dtype=dtype)
         yield Array("float", ("B", "T", width), dtype=dtype)
@@ -47,7 +47,7 @@ def taken_by(module: nn.Module, model: nn.Module) -> Iterator[Array]:
 
 
 def _width(module: nn.Module) -> Any:
-    """Number of features that a Linear, a norm, an attention or a recurrent layer takes."""
+    """Number of input features of a Linear, a norm or an attention; None for other layers."""
     shape = getattr(module, "normalized_shape", None)
     if isinstance(shape, tuple) and shape:
         return shape[-1]
@@ -55,17 +55,17 @@ def _width(module: nn.Module) -> Any:
 
 
 def _dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
-    """Type of the weights that a layer multiplies data with."""
+    """The dtype of a layer's weights."""
     for source in (module, model):
         weight = next((p for p in source.parameters() if p.is_floating_point()), None)
         if weight is not None:
-            # Weights of eight bits are quantized; they are multiplied with data of more.
+            # weights of one byte are quantized, their inputs are not
             return weight.dtype if weight.element_size() > 1 else torch.float32
     return torch.float32
 
 
 def any_layer(model: nn.Module, limit: int) -> list[Array]:
-    """What any layer of the model takes, in the order of the layers, without repeats."""
+    """The inputs of all layers of a model, in order, without repeats."""
     found: dict[tuple[Any, ...], Array] = {}
     for module in model.modules():
         for array in taken_by(module, model):
@@ -77,11 +77,11 @@ def any_layer(model: nn.Module, limit: int) -> list[Array]:
 
 
 WIDEST = 1 << 20
-"""Features of a token that are tried at most where no layer asks for them: more is a table, such as a vocabulary."""
+"""The widest token that is tried for a parameter of the model itself: a wider one is a table, such as a vocabulary."""
 
 
 def own_parameters(model: nn.Module) -> list[Array]:
-    """Data for models that multiply with parameters of their own: rows may be tokens, either axis may be features."""
+    """Inputs for a model that multiplies with its own parameters: an axis may count features, and rows may be ids."""
     dtype = _dtype(model, model)
     found: list[Array] = []
     for rows, columns in [p.shape for p in model.parameters() if p.dim() == 2 and min(p.shape) > 1][:2]:
@@ -91,12 +91,12 @@ def own_parameters(model: nn.Module) -> list[Array]:
 
 
 def evidence(use: Use, model: nn.Module) -> list[Array]:
-    """What the layers that data are given to say about them."""
+    """Inputs for an argument, by the layers that it is passed to."""
     found: list[Array] = []
     highest = [a.high for t in use.taken for a in _of(t, model) if a.kind == "ids"]
     for taken in use.taken:
         for array in _of(taken, model):
-            if not _is_pictured(array, taken):
+            if not _may_be_image(array, taken):
                 continue
             shape = before(array, taken.views, use)
             if shape is not None:
@@ -104,19 +104,19 @@ def evidence(use: Use, model: nn.Module) -> list[Array]:
                 found.append(replace(array, high=min(highest)) if array.kind == "ids" else array)
     if found and found[0].kind == "float" and len(found[0].shape) == 3 and isinstance(found[0].shape[1], int):
         layer = use.taken[0].by
-        if isinstance(layer, nn.Conv2d) and layer.in_channels == 1:  # frames of 80 mel bins, as one channel
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 1:  # spectrograms of 80 mel bins, as one channel
             found.insert(0, replace(found[0], shape=("B", 64, 80)))
     return list(dict.fromkeys(found))
 
 
-def _is_pictured(array: Array, taken: Taken) -> bool:
-    """Whether data may be pictures where a layer takes them: one that takes tokens must be given patches."""
+def _may_be_image(array: Array, taken: Taken) -> bool:
+    """Whether an argument may be an image: where the layer takes tokens, only if it is reshaped into patches before."""
     is_patches = len(array.shape) == 4 and _width(taken.by) is not None if isinstance(taken.by, nn.Module) else False
     return not is_patches or any(step in ("reshape", "einops") for step, *_ in taken.views)
 
 
 def _of(taken: Taken, model: nn.Module) -> list[Array]:
-    """What a layer, or a matrix that stands for one, takes."""
+    """Inputs that a layer takes, or a matrix that is used like one."""
     by = taken.by
     if isinstance(by, Tensor):
         if taken.how == "rows":
@@ -142,11 +142,11 @@ def _of(taken: Taken, model: nn.Module) -> list[Array]:
 
 
 def before(array: Array, views: tuple[tuple[Any, ...], ...], use: Use) -> tuple[Size, ...] | None:
-    """The shape that data had before these steps, after which they are as `array` says; None if that cannot be."""
+    """The shape of an argument that these view ops turn into `array`; None where they cannot."""
     shape: list[Size] = list(array.shape)
     last = shape[-1]
     if array.kind == "ids" and any(step[0] == "drop" for step in views):
-        shape = ["B"]  # one field of a table, one id of each sequence
+        shape = ["B"]  # one column of a table: an id for each sequence
     for number, (step, *given) in reversed(list(enumerate(views))):
         if step == "reshape":
             return with_rank(array, list(array.shape), use.rank)
@@ -177,7 +177,7 @@ def before(array: Array, views: tuple[tuple[Any, ...], ...], use: Use) -> tuple[
             if not is_features and shape[axis] == last and isinstance(last, int) and last > 1:
                 return None
             if array.kind == "float" and last == 1 and axis < len(shape) - 1 and isinstance(shape[axis], str) and axis:
-                return None  # the axis of one feature is the new one
+                return None  # the new axis is that of the one feature
             del shape[axis]
         elif step == "drop":
             axis = given[0] if given[0] >= 0 else len(shape) + 1 + given[0]
@@ -189,7 +189,7 @@ def before(array: Array, views: tuple[tuple[Any, ...], ...], use: Use) -> tuple[
 
 
 def _before_einops(shape: list[Size], pattern: str, lengths: tuple[tuple[str, int], ...]) -> list[Size] | None:
-    """The shape that becomes `shape` by einops' rearrange; axes that nothing is known of have a few entries."""
+    """The shape that einops' rearrange turns into `shape`; axes of unknown size get the number of tokens."""
     left, right = (
         [re.findall(r"\w+", axis) for axis in re.findall(r"\([^)]*\)|\S+", side)] for side in pattern.split("->")
     )
@@ -213,18 +213,18 @@ def _before_einops(shape: list[Size], pattern: str, lengths: tuple[tuple[str, in
 
 
 def _fields(use: Use, number: int, axis: int) -> int:
-    """How many entries an axis has at least that is indexed with a number, as a table's columns are."""
+    """Least size of an axis that the forward indexes with constants, as it does with columns of a table."""
     steps = [views[number] for views in use.steps if len(views) > number and views[number][:2] == ("drop", axis)]
     return max((step[2] + 1 if step[2] >= 0 else -step[2] for step in steps), default=1)
 
 
 def with_rank(array: Array, shape: list[Size], rank: int | None) -> tuple[Size, ...] | None:
-    """A shape with as many dimensions as the forward says: with more tokens, or without."""
+    """A shape with the rank that the forward requires, with or without axes of tokens; None where there is none."""
     if rank is None or rank == len(shape):
         return tuple(shape)
     if array.kind == "ids":
         return ("T",) if rank == 1 else ("B", *[3] * (rank - 2), "T") if rank else ()
-    if len(array.shape) > 3:  # an image: frames come first, one channel may be left out
+    if len(array.shape) > 3:  # an image: add an axis of frames, or drop a single channel
         if rank == len(shape) + 1:
             return (shape[0], 4, *shape[1:])
         return (shape[0], *shape[2:]) if rank == len(shape) - 1 and shape[1] == 1 else None
@@ -238,12 +238,12 @@ def with_rank(array: Array, shape: list[Size], rank: int | None) -> tuple[Size, 
 
 
 def sides(model: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> list[int]:
-    """Sides of a square image: as declared, as the number of learned positions tells, and usual ones."""
+    """Side lengths of a square image: declared ones, those that fit learned positions, and common ones."""
     stride = conv.stride[-1]
     learned = []
     for parameter in model.parameters():
         if parameter.dim() in (2, 3) and parameter.shape[-1] == conv.out_channels:
-            for extra in (0, 1):  # a class token
+            for extra in (0, 1):  # with a class token
                 count = parameter.shape[-2] - extra
                 if count > 1 and math.isqrt(count) ** 2 == count:
                     learned.append(math.isqrt(count) * int(stride))
@@ -251,7 +251,7 @@ def sides(model: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> list[int]:
 
 
 def declared_sides(model: nn.Module) -> list[int]:
-    """Sizes that a module says its images have."""
+    """Image sizes that modules declare."""
     found = []
     for module in itertools.islice(model.modules(), 8):
         for name in _SIDES:

@@ -1,6 +1,6 @@
-"""Lists and dicts that a forward writes as loops, read for what they make of the caller's data.
+"""List and dict comprehensions while reading a forward.
 
-In: a comprehension, and the frame in which it stands. Out: the value that it makes.
+In: a comprehension and the frame that contains it. Out: its value.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from quack_fx.targets.inputs.uses import UNKNOWN, Data, Items, Value
 
 
 class Frame(Protocol):
-    """What reading a loop needs of the function around it."""
+    """What reading a comprehension needs of the function that contains it."""
 
     scope: dict[str, Value]
 
@@ -20,14 +20,14 @@ class Frame(Protocol):
         """The value of an expression."""
 
     def assign(self, target: ast.expr, value: Value) -> None:
-        """Give names to a value."""
+        """Assign a value to names."""
 
     def elements(self, value: Value) -> list[Value]:
-        """What the name of a loop may stand for."""
+        """Values of a loop variable."""
 
 
 def comprehension(frame: Frame, node: ast.ListComp | ast.GeneratorExp | ast.SetComp) -> Value:
-    """A list that is written as a loop, read for its first element and its last."""
+    """A list comprehension, read for the first and the last element."""
     before = dict(frame.scope)
     found: list[Value] = []
     generator = node.generators[0]
@@ -39,7 +39,7 @@ def comprehension(frame: Frame, node: ast.ListComp | ast.GeneratorExp | ast.SetC
 
 
 def same_keys(frame: Frame, node: ast.DictComp) -> Value:
-    """A dict with the keys of another, as far as it is the caller's: `{k: v.to(x) for k, v in batch.items()}`."""
+    """A dict with the keys of an argument, `{k: v.to(x) for k, v in batch.items()}`: that argument itself."""
     parts = [inner for inner in ast.walk(node.value) if isinstance(inner, ast.Subscript)]
     for part in parts if isinstance(node.key, ast.Name) else []:
         found = frame.of(part.value) if ast.unparse(part.slice) == ast.unparse(node.key) else UNKNOWN

@@ -1,8 +1,7 @@
-"""Arguments that the model makes itself: the carry of a recurrence, memories, hidden states.
+"""Arguments that a method of the model makes: hidden states, memories, the carry of a recurrence.
 
-In: a model and a parameter of its forward. Out: a function that gives the argument, once the values of the others are
-known, by calling the method of the model that makes one: `model.initial_carry(batch)`, `model.init_hidden(2)`. It is
-told by what it says that it returns, or by its name.
+In: a model and a parameter of its forward. Out: a function from the other arguments to this one, which calls that
+method: `model.initial_carry(batch)`, `model.init_hidden(2)`. The method is recognised by its return annotation or name.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from quack_fx.targets.inputs.changes import each_in
 from quack_fx.targets.inputs.values import BATCH, TOKENS
 from quack_fx.targets.sizes.made_up import made_up
-from quack_fx.targets.sizes.signatures import hints_of, required
+from quack_fx.targets.sizes.signatures import hints_of, own_methods, required
 
 _MAKES = (
     r"_*(get_|make_|create_|generate_|build_|allocate_)?"
@@ -30,15 +29,13 @@ Maker = Callable[[Mapping[str, Any]], Any]
 
 
 def maker_of(model: nn.Module, parameter: inspect.Parameter) -> Maker | None:
-    """What makes an argument from the values of the others; None where no method of the model is for that."""
+    """The function that makes an argument from the others; None where no method of the model does."""
     if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
         return None
     wanted = hints_of(type(model).forward).get(parameter.name)
     stem = re.escape(parameter.name.lower().rstrip("s"))
     named = re.compile(rf"{_MAKES}_(\w+_)?{stem}s?")
-    for name, method in inspect.getmembers(type(model), inspect.isfunction):
-        if hasattr(nn.Module, name) or name == "forward":
-            continue
+    for name, method in own_methods(model).items():
         returned = hints_of(method).get("return")
         if (_is_own_class(wanted) and returned is wanted) or named.fullmatch(name.lower()):
             return _calling(getattr(model, name))

@@ -1,40 +1,46 @@
-"""How the sizes that do not fit in a forward depend on the sizes of its inputs: one of these is changed at a time.
+"""Finds the input size for which two sizes in a forward become equal, by measuring how they grow with it.
 
-In: inputs for which a forward failed, and the sizes that differed there (`Mismatch`). Out: inputs to try; each is
-answered with the mismatch that it leads to. A size that stands behind convolutions and patches is no size of the
-inputs, so that it cannot be read off the error; but two failures of one statement tell how it grows with an axis, and
-so which length of that axis makes it what is asked for. Lengths are taken to grow evenly, or as the area of a picture
-does.
+In: inputs for which a forward failed, and the sizes that differed (`Mismatch`). Out: inputs to try; the caller answers
+each with its mismatch. After convolutions and patches the sizes in an error are not sizes of the inputs. But two
+failures of one statement, for two sizes of one input axis, show how fast the sizes grow with that axis, and so for
+which size of it they are equal. Sizes are assumed to grow linearly, or quadratically as the area of an image does.
 """
 
 from __future__ import annotations
 
 import ast
 import itertools
-import linecache
 import math
 import re
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from types import FrameType, TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
+from quack_fx.targets.failure import (
+    cause_of,
+    condition_of,
+    evaluator,
+    factors_in,
+    shapes_in,
+    statements_at,
+    users_frame,
+)
 from quack_fx.targets.inputs.changes import LARGEST, changed, refilled, tensors
 from quack_fx.targets.inputs.values import Inputs
 
 DEPTH = 5
-"""How many statements in turn are made to hold."""
+"""How many statements, each failing once the one before it holds, are solved."""
 
 _LENGTH = re.compile(r"(max_?)?(seq|context|input|block|history)_?(len|length|window|size)|n_ctx|context_window")
 
 
 @dataclass
 class Budget:
-    """Inputs that may be tried to measure: for one model, and for all that are built for one target."""
+    """How many inputs may be tried for measuring: for one model, and for all models that are built for a target."""
 
     each: int = 90
     total: int = 240
@@ -42,12 +48,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Sizes that do not fit.
+    """Sizes that should be equal and are not.
 
     Attributes:
-        place: The statement, and what the error says without its numbers, or which sizes of two shapes differ.
-        numbers: The sizes that it speaks of.
-        pairs: Places in `numbers` of those that should be equal, likeliest first.
+        place: File and line of the statement, and the error's message without numbers, or which axes differ.
+        numbers: The sizes in the message or the statement.
+        pairs: Indices in `numbers` of two that should be equal, likeliest first.
     """
 
     place: tuple[str, int, str]
@@ -56,23 +62,23 @@ class Mismatch:
 
     @property
     def ratio(self) -> Fraction | None:
-        """How many elements a view asks for, of those that there are."""
+        """For a failed view: elements of the wanted shape over elements of the tensor."""
         is_view = "is invalid for input of size" in self.place[2]
         return Fraction(self.numbers[0], self.numbers[1]) if is_view and self.pairs else None
 
 
 def mismatch(error: BaseException) -> Mismatch | None:
-    """The sizes that differ where a forward failed; None where it is about no sizes."""
-    cause = error.__cause__ or error
-    found = users_frame(cause.__traceback__)
+    """The sizes that differ where a forward failed; None for an error that is not about sizes."""
+    cause = cause_of(error)
+    found = users_frame(cause)
     if found is None:
         return None
     frame, line = found
     text = str(cause)
     without_numbers = re.sub(r"-?\d+", "#", text)
     place = (frame.f_code.co_filename, line, f"{type(cause).__name__}: {without_numbers}")
-    sides = _stated(frame, line)
-    if sides is not None:
+    condition = condition_of(statements_at(frame, line))
+    if condition is not None and (sides := _sides(condition[0], evaluator(frame))) is not None:
         return _of_pairs(place, sides) if sides else None
     mask = re.search(r"shape of the mask \[(.*?)\] at index (\d+) .*indexed tensor \[(.*?)\] at index (\d+)", text)
     if mask:
@@ -80,15 +86,14 @@ def mismatch(error: BaseException) -> Mismatch | None:
         return Mismatch((*place[:2], f"sizes [{mask[4]}]"), numbers, ((0, 1),))
     if not isinstance(cause, RuntimeError | ValueError | AssertionError):
         return None
-    if re.search(r"values to unpack|satisfy the constraint", text):  # numbers of axes, numbers that are no sizes
+    if re.search(r"values to unpack|satisfy the constraint", text):  # numbers that are not sizes
         return None
-    product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
-    if product:
-        return Mismatch(place, tuple(int(n) for n in product.groups() if n is not None), ((0, 1),))
+    if (factors := factors_in(text)) is not None:
+        return Mismatch(place, factors, ((0, 1),))
     one = re.search(r"tensor a \((\d+)\) must match .*tensor b \((\d+)\) at non-singleton dimension (\d+)", text)
     if one:
         return Mismatch((*place[:2], f"sizes [{one[3]}]"), (int(one[1]), int(one[2])), ((0, 1),))
-    shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
+    shapes = shapes_in(text)
     if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
         return _of_pairs(place, list(zip(*shapes, strict=True)))
     numbers = tuple(
@@ -104,51 +109,26 @@ def mismatch(error: BaseException) -> Mismatch | None:
 
 
 def _of_pairs(place: tuple[str, int, str], sides: list[tuple[int, int]]) -> Mismatch:
-    """Two shapes, of which errors tell in several ways."""
+    """The mismatch of two shapes, given as pairs of sizes."""
     wrong = [n for n, pair in enumerate(sides) if pair[0] != pair[1]]
-    wrong = [n for n in wrong if 1 not in sides[n]] or wrong  # one entry is spread over many
+    wrong = [n for n in wrong if 1 not in sides[n]] or wrong  # a size of 1 broadcasts
     numbers = tuple(itertools.chain.from_iterable(sides[n] for n in wrong))
     return Mismatch((*place[:2], f"sizes {wrong}"), numbers, tuple((2 * n, 2 * n + 1) for n in range(len(wrong))))
 
 
-def users_frame(traceback: TracebackType | None) -> tuple[FrameType, int] | None:
-    """The innermost frame of the user's own code, and the line where it stands."""
-    found: tuple[FrameType, int] | None = None
-    while traceback is not None:
-        module = traceback.tb_frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "quack_fx.", "importlib", "einops")):
-            found = traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next
-    return found
-
-
-def _stated(frame: FrameType, line: int) -> list[tuple[int, int]] | None:
-    """The two sides of the condition that failed, where they are sizes; None where no condition did."""
+def _sides(test: ast.expr, value: Callable[[ast.expr], Any]) -> list[tuple[int, int]] | None:
+    """The sizes on the two sides of each equality in a condition; None where they cannot be evaluated."""
+    found: list[tuple[int, int]] = []
     try:
-        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
-        around = [
-            n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)
-        ]
-        if around and isinstance(around[-1], ast.Assert):
-            test = around[-1].test
-        elif len(around) > 1 and isinstance(around[-1], ast.Raise) and isinstance(around[-2], ast.If):
-            test = around[-2].test
-        else:
-            return None
-        found: list[tuple[int, int]] = []
         for part in test.values if isinstance(test, ast.BoolOp) else [test]:
-            if isinstance(part, ast.Compare) and isinstance(part.ops[0], ast.Eq | ast.NotEq):
-                sides = [
-                    eval(compile(ast.Expression(side), "<condition>", "eval"), frame.f_globals, frame.f_locals)
-                    for side in (part.left, part.comparators[0])
-                ]
-                # What must divide a size is no size itself: the statement tells it.
-                found += (
-                    [] if isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod) else _pairs(*sides)
-                )
-        return found
-    except Exception:  # the condition is of the user's own making; this is a hint
+            if not isinstance(part, ast.Compare) or not isinstance(part.ops[0], ast.Eq | ast.NotEq):
+                continue
+            sides = value(part.left), value(part.comparators[0])
+            # In `x % 8 == 0` the two sides are no sizes.
+            found += [] if isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod) else _pairs(*sides)
+    except Exception:  # the user's expression may raise anything
         return None
+    return found
 
 
 def _pairs(have: Any, want: Any) -> list[tuple[int, int]]:
@@ -159,22 +139,22 @@ def _pairs(have: Any, want: Any) -> list[tuple[int, int]]:
     return []
 
 
-# ---- what may be changed ---------------------------------------------------------------------------------------------
+# ---- changes of the inputs -------------------------------------------------------------------------------------------
 
 Axes = frozenset[tuple[int, int]]
-"""Axes that have one size and are given another together: (number of the tensor, axis)."""
+"""Axes of one size that change together: pairs of (index of the tensor, axis)."""
 
 
 def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
-    """What may be given another size, with the size that it has: single axes, the sides of pictures, what is equal
-    among all arguments, the batch."""
+    """Axes whose size may be changed, with that size: single axes, both sides of an image, all axes of one size, the
+    batch."""
     shapes = [tuple(x.shape) for x in tensors(inputs)]
     found: dict[Axes, int] = {}
     for number, shape in enumerate(shapes):
-        pictures = len(shape) >= 4 and shape[-1] == shape[-2]
-        if pictures:
+        is_image = len(shape) >= 4 and shape[-1] == shape[-2]
+        if is_image:
             found[frozenset({(number, len(shape) - 1), (number, len(shape) - 2)})] = shape[-1]
-        for axis in range(max(0, min(1, len(shape) - 1)), len(shape) - (2 if pictures else 0)):
+        for axis in range(max(0, min(1, len(shape) - 1)), len(shape) - (2 if is_image else 0)):
             found[frozenset({(number, axis)})] = shape[axis]
     inner = [(number, axis) for number, shape in enumerate(shapes) for axis in range(1, len(shape))]
     for size in dict.fromkeys(shapes[number][axis] for number, axis in inner):
@@ -186,7 +166,7 @@ def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
 
 
 def _resized(inputs: Inputs, axes: Axes, size: int) -> Inputs | None:
-    """The inputs with another size of these axes; None where that is too much to try."""
+    """The inputs with another size of these axes; None where they are too large or the same."""
     number = itertools.count()
     too_large = False
 
@@ -202,10 +182,10 @@ def _resized(inputs: Inputs, axes: Axes, size: int) -> Inputs | None:
 
 
 def declared_lengths(model: nn.Module) -> list[int]:
-    """How many tokens or steps a model says that its inputs have."""
+    """Sequence lengths that a model declares."""
     found = []
     for module in itertools.islice(model.modules(), 8):
-        own = vars(module)  # what stands in for a layer minds being asked for more
+        own = vars(module)  # not getattr: an inert stand-in raises
         for owner in filter(None, (own, getattr(own.get("config", own.get("configs")), "__dict__", None))):
             found += [v for n, v in owner.items() if _LENGTH.fullmatch(n) and type(v) is int and v < 4096]
     return list(dict.fromkeys(found))
@@ -217,7 +197,7 @@ Answer = Mismatch | None
 
 
 class Search:
-    """Inputs that are tried to measure, and those that follow from what was measured."""
+    """The search for sizes that fit: inputs to measure with, and the solutions."""
 
     def __init__(self, model: nn.Module, budget: Budget) -> None:
         self._lengths = declared_lengths(model)
@@ -228,23 +208,23 @@ class Search:
         self._budget, self._left = budget, budget.each
 
     def note(self, inputs: Inputs, answer: Answer) -> None:
-        """Note what inputs led to."""
+        """Record the mismatch of inputs."""
         self._known[inputs.text] = answer
 
     def start(self, inputs: Inputs, sizes: Mismatch, depth: int = 0) -> None:
-        """Note inputs to start from: the first that fail at a place."""
+        """Add inputs to start from, if they are the first that fail at their place."""
         if sizes.place not in self._places and depth < DEPTH:
             self._places.add(sizes.place)
             self._starts.append((inputs, sizes, depth))
 
     def run(self) -> Generator[Inputs, Answer, None]:
-        """Inputs to try, each answered with the mismatch that they lead to."""
+        """Yields inputs to try; each is answered with its mismatch."""
         while self._starts and self._may_try():
             inputs, sizes, depth = self._starts.popleft()
             yield from self._around(inputs, sizes, depth)
 
     def _around(self, inputs: Inputs, sizes: Mismatch, depth: int) -> Generator[Inputs, Answer, None]:
-        """Measure along each axis of inputs."""
+        """Measure along each axis."""
         for axes, size in _axes(inputs):
             yield from self._along(inputs, axes, size, sizes, depth)
 
@@ -266,7 +246,7 @@ class Search:
     def _along(
         self, inputs: Inputs, axes: Axes, size: int, sizes: Mismatch, depth: int
     ) -> Generator[Inputs, Answer, None]:
-        """Measure along these axes, and try the sizes for which what differs would be equal."""
+        """Measure along these axes, and try the sizes for which the mismatch is solved."""
         declared = [length for length in self._lengths if length > size and all(axis for _, axis in axes)]
         for other in (*declared[:1], 2 * size, 4 * size):
             answer = yield from self._try(inputs, axes, other)
@@ -279,7 +259,7 @@ class Search:
             return
         measured, is_area = answer[1], len({number for number, _ in axes}) < len(axes)
         for best in _solutions(sizes, measured, size, other, is_area):
-            # Where a stride rounds, what is found is near: the next step starts from there.
+            # A stride rounds, so the solution may be close only: solve again from there.
             for _ in range(3):
                 found = yield from self._try(inputs, axes, best)
                 if found is None or found[1] is None:
@@ -296,8 +276,15 @@ class Search:
 
 
 def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: bool) -> Iterator[int]:
-    """Sizes of an axis for which two numbers are equal that differ: `one` at `size`, `two` at `other`; `is_area`: the
-    numbers are likelier to grow with the square."""
+    """Sizes of an axis for which a pair of numbers becomes equal, by its values at `size` and at `other`.
+
+    Arguments:
+        one: The mismatch at `size`.
+        two: The mismatch at `other`.
+        size: The first size of the axis.
+        other: The second.
+        is_area: Whether quadratic growth is tried before linear growth.
+    """
     seen = {size, other}
     if len(one.numbers) != len(two.numbers):
         return
@@ -316,7 +303,7 @@ def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: boo
 
 
 def _differences(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
-    """How far two numbers are apart, before and after; an error may tell of them in either order."""
+    """Differences of a pair before and after; an error may list the pair in either order."""
     if one[0] != two[0] and one[1] != two[1] and set(one) & set(two):
         two = two[::-1]
     return one[0] - one[1], two[0] - two[1]

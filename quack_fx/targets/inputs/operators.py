@@ -1,6 +1,6 @@
-"""Python's operators between values that a reading knows.
+"""Python's operators on known values while reading a forward.
 
-In: an operator of the syntax tree and two values. Out: what Python makes of them, or `UNKNOWN` where it raises.
+In: an operator of the syntax tree and two values. Out: the result, or `UNKNOWN` where the operator raises.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 
 def computed(op: ast.operator, left: Any, right: Any) -> Value:
-    """Numbers and shapes, added up or the like."""
+    """The result of an arithmetic operator on numbers or tuples."""
     numbers = isinstance(left, int | float | tuple) and isinstance(right, int | float | tuple)
     try:
         return Known(_ARITHMETIC[type(op)](left, right)) if numbers else UNKNOWN
@@ -44,7 +44,7 @@ def computed(op: ast.operator, left: Any, right: Any) -> Value:
 
 
 def compared(op: ast.cmpop, left: Any, right: Any) -> Value:
-    """Two values, compared."""
+    """The result of a comparison."""
     try:
         return Known(bool(_COMPARE[type(op)](left, right)))
     except Exception:

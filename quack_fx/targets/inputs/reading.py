@@ -1,14 +1,14 @@
-"""Reads the source of a forward for what it does with its arguments, without running it.
+"""Reads the source of a forward, without running it, for what it does with its arguments.
 
-In: a model. Out: a `Use` for each parameter of its forward. The reader walks through the statements of the forward and
-of what it calls (methods, submodules, helper functions); attributes of the model are looked up in the model itself, so
-that `self.layers[0].proj(x.transpose(1, 2))` says which layer takes `x`, and `assert T <= self.block_size` what T may
-be. Both branches of an `if` are read where its condition is not known; of a loop over layers, the first and last.
+In: a model. Out: a `Use` for each parameter of its forward. The reader interprets the statements of the forward and of
+the functions that it calls. Attributes of the model are looked up in the model itself: so
+`self.layers[0].proj(x.transpose(1, 2))` shows which layer takes `x`, and `assert T <= self.block_size` the largest T.
+Where the condition of an `if` is not known, both branches are read; of a loop, the first and the last iteration.
 
-    calls.py      what is known about calls of torch and of methods of tensors
-    loops.py      lists and dicts that are written as loops
-    operators.py  operators between values that are known
-    uses.py       what is noted
+    calls.py      calls of torch, methods of tensors, indexing
+    loops.py      comprehensions
+    operators.py  operators on known values
+    uses.py       what is recorded
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -27,15 +26,16 @@ from quack_fx.targets.inputs import calls
 from quack_fx.targets.inputs.loops import comprehension, same_keys
 from quack_fx.targets.inputs.operators import compared, computed
 from quack_fx.targets.inputs.uses import UNKNOWN, Data, Dim, Items, Known, Rank, Shape, Unknown, Use, Value
+from quack_fx.targets.source import tree_of_function
 
 DEPTH, STATEMENTS = 16, 4000
-"""How deep calls are followed, and how many statements are read in all."""
+"""The deepest call that is read, and the most statements in all."""
 
 Scope = dict[str, Value]
 
 
 def read_uses(model: nn.Module, given: list[str]) -> dict[str, Use]:
-    """What the forward of a model does with those of its parameters that are `given`, as far as it has a source."""
+    """What the forward of a model does with its parameters of these names, as far as its source can be read."""
     uses = {name: Use() for name in given}
     try:
         reader = Reader()
@@ -47,21 +47,18 @@ def read_uses(model: nn.Module, given: list[str]) -> dict[str, Use]:
         bound: Scope = {name: Data(use) for name, use in uses.items()}
         reader.run(function, model if forward is not function or function is not model.forward else None, bound)
     except Exception:
-        pass  # this is a hint; what was read until here stands
+        pass  # the uses that were recorded until here still hold
     return uses
 
 
 @functools.lru_cache(maxsize=512)
 def _definition(code: types.CodeType) -> ast.FunctionDef | None:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return None
-    return next((n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == code.co_name), None)
+    nodes = ast.walk(tree_of_function(code))
+    return next((n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == code.co_name), None)
 
 
 class _Enough(Exception):
-    """So many statements were read that nothing new is to be expected."""
+    """The limit on statements is reached."""
 
 
 class Reader:
@@ -72,7 +69,7 @@ class Reader:
         self.depth = 0
 
     def run(self, function: types.FunctionType, owner: Any, bound: Scope) -> Value:
-        """Read a function with these values for its parameters; the value that it returns."""
+        """Read a function with these values of its parameters; returns its result."""
         definition = _definition(function.__code__)
         if definition is None or self.depth >= DEPTH:
             return UNKNOWN
@@ -105,11 +102,11 @@ class Frame:
     # ---- statements --------------------------------------------------------------------------------------------------
 
     def block(self, body: list[ast.stmt]) -> bool:
-        """Read statements; whether the function certainly returned or raised."""
+        """Read statements; returns whether the function has returned or raised in any case."""
         return any(self.statement(node) for node in body)
 
     def statement(self, node: ast.stmt) -> bool:
-        """Read one statement; whether the function certainly returned or raised."""
+        """Read one statement; returns whether the function has returned or raised in any case."""
         self.reader.left -= 1
         if self.reader.left < 0:
             raise _Enough
@@ -162,7 +159,7 @@ class Frame:
         return False
 
     def branch(self, node: ast.If) -> bool:
-        """Read the branches of an `if` that may be taken."""
+        """Read the branches of an `if` that may run."""
         test = self.of(node.test)
         if isinstance(test, Known):
             return self.block(node.body if test.value else node.orelse)
@@ -176,12 +173,12 @@ class Frame:
         if other and not one:
             self.scope = after
         elif not one:
-            # What comes from the caller in either branch may come from it here.
+            # A name that is an argument after either branch may be one after the `if`.
             self.scope |= {n: v for n, v in after.items() if not isinstance(self.scope.get(n), Data | Items)}
         return one and other
 
     def assign(self, target: ast.expr, value: Value) -> None:
-        """Give names to a value, or to its parts."""
+        """Assign a value to a name, or its parts to several."""
         match target:
             case ast.Name():
                 self.scope[target.id] = value
@@ -195,7 +192,7 @@ class Frame:
                     self.assign(element, part)
 
     def unpacked(self, value: Value, count: int, starred: bool) -> list[Value]:
-        """The parts of a value that is unpacked into `count` names."""
+        """The parts of a value that is unpacked into so many names."""
         if isinstance(value, Shape):
             if not starred and value.whole:
                 value.data.known_rank(count + value.start)
@@ -209,7 +206,7 @@ class Frame:
         return [UNKNOWN] * count
 
     def elements(self, value: Value) -> list[Value]:
-        """What the name of a loop may stand for: the first element and the last."""
+        """Values of a loop variable: the first element and the last."""
         if isinstance(value, Items):
             return [value.values[0], value.values[-1]][: len(value.values)] if value.values else []
         if isinstance(value, Data):
@@ -223,10 +220,10 @@ class Frame:
             return [Known(found[0]), *([Known(found[-1])] if len(found) > 1 else [])] if found else []
         return [UNKNOWN]
 
-    # ---- what must hold ----------------------------------------------------------------------------------------------
+    # ---- conditions --------------------------------------------------------------------------------------------------
 
     def require(self, test: ast.expr, holds: bool) -> None:
-        """Note what a condition says about sizes, if it holds or if it does not."""
+        """Record what follows for sizes if a condition holds, or if it does not."""
         match test:
             case ast.BoolOp():
                 self.of(test)
@@ -256,7 +253,7 @@ class Frame:
                     rest.data.known_size(rest.axis, "%", rest.modulo)
 
     def equal(self, value: Value, other: Value) -> None:
-        """Note that a size is a number that is known."""
+        """Record that a size or a rank is equal to a known number."""
         if isinstance(value, Shape) and isinstance(other, Items):
             if value.whole:
                 value.data.known_rank(len(other.values) + value.start)
@@ -277,7 +274,7 @@ class Frame:
     # ---- expressions -------------------------------------------------------------------------------------------------
 
     def of(self, node: ast.expr) -> Value:
-        """The value of an expression; what it does with data is noted."""
+        """The value of an expression; records what it does with arguments."""
         match node:
             case ast.Constant():
                 return Known(node.value)
@@ -332,7 +329,7 @@ class Frame:
         return UNKNOWN
 
     def name(self, name: str) -> Value:
-        """What a name stands for."""
+        """The value of a name."""
         if name in self.scope:
             return self.scope[name]
         try:
@@ -345,7 +342,7 @@ class Frame:
             return Known(known[name]) if name in known else UNKNOWN
 
     def arithmetic(self, node: ast.BinOp) -> Value:
-        """A sum, product or the like."""
+        """An arithmetic operator."""
         left, right = self.of(node.left), self.of(node.right)
         if isinstance(left, Known) and isinstance(right, Known):
             return computed(node.op, left.value, right.value)
@@ -354,7 +351,7 @@ class Frame:
         return calls.combined(node.op, left, right)
 
     def compare(self, node: ast.Compare) -> Value:
-        """A comparison, whose result is known if both sides are."""
+        """A comparison; its result is known if both sides are."""
         values = [self.of(node.left), *map(self.of, node.comparators)]
         if len(values) != 2:
             return UNKNOWN
@@ -387,7 +384,7 @@ class Frame:
     # ---- calls -------------------------------------------------------------------------------------------------------
 
     def call(self, node: ast.Call) -> Value:
-        """A call: of a layer, a method of data, a function of torch, or one that is read in turn."""
+        """A call of a method, a layer, a function of torch, or a function whose source is read."""
         if isinstance(node.func, ast.Name) and node.func.id == "super" and "__class__" in self.outer:
             owner = self.scope[next(iter(self.scope))]
             return (
@@ -419,7 +416,7 @@ class Frame:
         return self.apply(function.value, args, {**kwargs, **dict(zip(names, values, strict=True))})
 
     def apply(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
-        """Call a function that is known."""
+        """Call a known function."""
         if (kept := calls.kept_tensor(function)) is not None:
             return Known(kept)
         if calls.runs_another(function) and args and isinstance(args[0], Known):
@@ -447,8 +444,8 @@ class Frame:
         return self.follow(function, args, kwargs)
 
     def follow(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
-        """Read a function of the user's, if it is given anything that comes from the caller."""
-        # A method without arguments may read what was kept in the module.
+        """Read a function of the user's, if an argument of the forward is passed to it."""
+        # A method without arguments may read attributes of the module.
         if (args or kwargs) and not any(map(_from_caller, (*args, *kwargs.values()))):
             return UNKNOWN
         owner = getattr(function, "__self__", None) if isinstance(function, types.MethodType) else None

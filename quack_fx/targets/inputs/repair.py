@@ -1,11 +1,11 @@
-"""What the error of a forward says about its inputs.
+"""From the error of a forward to inputs that avoid it.
 
-In: a model, inputs for which its forward failed, and the error. Out: inputs that avoid that error, most likely first.
-Three things are read. The statement that failed: an `assert`, a raise below an `if`, a shape that is unpacked; its
-sides are evaluated where it stands, so that `T % self.block == 0` tells the multiple. The layer that failed: it says
-what it takes. The message: torch writes the two sizes that differ.
+In: a model, inputs for which its forward failed, and the error. Out: changed inputs, most likely first. Changes come
+from three sources: the failed statement (an `assert`, an `if` with a raise, an unpacked shape), whose sides are
+evaluated in its frame, so that `T % self.block == 0` gives the multiple; the layer that failed, by what it takes; and
+the message, in which torch writes the two sizes that differ.
 
-A change goes through the values of all arguments: where one size is too small, all that have it get the other one.
+A change applies to all arguments: where a size is wrong, every axis of that size changes.
 """
 
 from __future__ import annotations
@@ -13,40 +13,49 @@ from __future__ import annotations
 import ast
 import functools
 import itertools
-import linecache
 import math
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quack_fx.targets.failure import (
+    cause_of,
+    condition_of,
+    evaluator,
+    factors_in,
+    frames_of,
+    none_names,
+    shapes_in,
+    statements_at,
+    users_frame,
+)
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.changes import LARGEST, Change, changed, only, refilled, reshape, resize, sizes, with_rank
 from quack_fx.targets.inputs.measure import Answer, Budget, Search, mismatch
 from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks, named
 
 FIRST, REPAIRS, EACH = 3, 12, 4
-"""Candidates that are tried before any repair, repairs in all, repairs of one failure."""
+"""How many candidates are tried before any repair; the most repairs in all; the most repairs of one failure."""
 
 More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
 SAME_RATIO = 3
-"""Inputs of several sizes that a view refuses in the same ratio, after which no size is to be expected to help."""
+"""How many inputs of different sizes may fail in one view with the same ratio of elements before trying ends."""
 
 
 class Attempts:
-    """Candidates in the order in which they are to be tried: the likeliest, then repairs of them, then those that find
-    out which size is wrong, then the others.
+    """Inputs in the order in which they are to be tried: the likeliest, those that measure sizes, repairs, the others.
 
     Arguments:
         model: The model.
-        candidates: What was inferred, most likely first.
-        more: Gives inputs with more arguments for a model, inputs that it failed on, and the error.
-        budget: How many may be tried to measure; shared by the models that are built for one target.
+        candidates: The inferred inputs, most likely first.
+        more: Gives inputs with one more argument, for a model, inputs that it failed on, and the error.
+        budget: How many may be tried for measuring; shared by all models that are built for a target.
 
     Example:
         >>> attempts = Attempts(model, infer(model, "GPT"))
@@ -73,16 +82,16 @@ class Attempts:
         self._measured: Answer = None
         self._missed: dict[Any, dict[tuple[int, ...], Fraction]] = defaultdict(dict)
         self.measuring = False
-        """Whether the inputs that were given last are tried to measure."""
+        """Whether the inputs that were yielded last are for measuring."""
 
     def __iter__(self) -> Iterator[Inputs]:
         given: set[str] = set()
-        for inputs in self._in_turn():
+        for inputs in self._in_order():
             if inputs.text not in given:
                 given.add(inputs.text)
                 yield inputs
 
-    def _in_turn(self) -> Iterator[Inputs]:
+    def _in_order(self) -> Iterator[Inputs]:
         while not self._is_hopeless():
             self.measuring = False
             if self.likely:
@@ -98,7 +107,7 @@ class Attempts:
                 return
 
     def _measurement(self) -> Inputs | None:
-        """Inputs to be tried to measure; `failed` has noted what came of the last ones."""
+        """Inputs for measuring; `failed` has recorded the result of the last ones."""
         try:
             if self._running is None:
                 self._running = self._search.run()
@@ -112,19 +121,18 @@ class Attempts:
         return one
 
     def _is_hopeless(self) -> bool:
-        """Whether a view of the forward wants the same part too much whatever the inputs' sizes: the model's own
-        sizes do not go together."""
+        """Whether a view fails with the same ratio of elements for all sizes: then the model's own sizes do not fit."""
         missed = self._missed.values()
         return any(len(found) >= SAME_RATIO and len(set(found.values())) == 1 for found in missed)
 
     def guess_no_more(self) -> None:
-        """Leave out all but what is measured."""
+        """Drop all inputs but those for measuring."""
         for queue in (self.likely, self.repairs, self.others):
             queue.clear()
         self.left, self.added = 0, REPAIRS
 
     def failed(self, inputs: Inputs, error: BaseException) -> None:
-        """Note that the forward failed with this error; its traceback must still be there."""
+        """Record that the forward failed with this error, which must still have its traceback."""
         sizes = mismatch(error)
         self._search.note(inputs, sizes)
         if sizes is not None and (ratio := sizes.ratio) not in (None, 1):
@@ -143,17 +151,17 @@ class Attempts:
             if repaired.text not in self.seen:
                 self.seen.add(repaired.text)
                 found.append(repaired)
-        # What comes of a repair goes on from there; what comes of a candidate waits for its turn.
+        # Repairs of a repair come next; repairs of a candidate come after those of earlier candidates.
         if inputs.text in self.inferred:
             self.repairs.extend(found)
         else:
             self.repairs.extendleft(reversed(found))
 
     def _add(self, more: list[Inputs]) -> None:
-        """Try these next, in this order."""
+        """Put inputs at the front, in this order."""
         new: list[Inputs] = []
         for one in more:
-            # One that was inferred already waits among the others.
+            # inferred inputs may be among the others still
             if (one.text not in self.seen or one.text in self.inferred) and self.added < REPAIRS:
                 self.seen.add(one.text)
                 self.added += 1
@@ -162,96 +170,74 @@ class Attempts:
 
 
 def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:
-    """Inputs that avoid the error that a forward raised, most likely first; none where the error says nothing.
+    """Inputs that avoid the error of a forward, most likely first; none where nothing follows from the error.
 
     Arguments:
         model: The model.
         candidate: The inputs for which it failed.
-        error: What it raised, or an error that has it as its cause, with the traceback.
+        error: What the forward raised, or an error raised from that; with its traceback.
     """
-    cause = error.__cause__ or error
+    cause = cause_of(error)
     found: dict[str, Inputs] = {}
     try:
         for change in itertools.islice(_changes(model, candidate, cause), 12):
             made = changed(candidate, change)
             if made.text != candidate.text:
                 found.setdefault(made.text, made)
-    except Exception:  # looking at a frame of the user's may fail in any way; this is a hint
+    except Exception:  # the user's expressions may raise anything
         pass
     return list(found.values())[:EACH]
 
 
 def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Iterator[Change]:
-    frames = list(_frames(error.__traceback__))
-    known = sizes(candidate)
-    for frame, line in reversed(frames):
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "quack_fx.", "importlib")):
-            yield from _statement(frame, line, str(error))
-            break
-    yield from _layer(model, frames)
-    yield from _message(str(error), known)
+    if (found := users_frame(error)) is not None:
+        yield from _statement(*found, str(error))
+    yield from _layer(model, error)
+    yield from _message(str(error), sizes(candidate))
 
 
 def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
-    """Inputs with block masks of the size that flex attention asks for."""
-    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(error.__cause__ or error))
+    """Inputs with block masks of the sizes that an error of flex attention names."""
+    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(cause_of(error)))
     if wanted is None:
         return []
     mask = causal_blocks(int(wanted[1]), int(wanted[2]))
     args = tuple(mask if is_blocks(value) else value for value in inputs.args)
     kwargs = {name: mask if is_blocks(value) else value for name, value in inputs.kwargs.items()}
-    return [named(args, kwargs, inputs.names or [""] * len(args))]
+    return [named(args, kwargs, inputs.names)]
 
 
 def asks_for_more(error: BaseException) -> bool:
-    """Whether a forward failed since something is None, by what the error or the condition in front of it says."""
-    cause = error.__cause__ or error
+    """Whether a forward failed because an argument is None, by the message or by the condition that it checks."""
+    cause = cause_of(error)
     return "None" in str(cause) or bool(unmet_names(cause))
 
 
 def unmet_names(error: BaseException) -> set[str]:
-    """Names that are None where the forward checks what it is given, and says that it cannot do with it."""
-    for frame, line in list(_frames(error.__traceback__))[-1:]:
-        text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
-        try:
-            within = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.If | ast.Assert | ast.Raise)]
-        except SyntaxError:
-            return set()
-        around = [n for n in within if n.lineno <= line <= (n.end_lineno or n.lineno)]
-        if around and isinstance(around[-1], ast.Raise | ast.Assert):
-            tests = [n.test for n in around[-2:] if not isinstance(n, ast.Raise)]
-            names = {part.id for test in tests for part in ast.walk(test) if isinstance(part, ast.Name)}
+    """Names that are None in the condition by which a forward checks its arguments, and refuses them."""
+    for frame, line in list(frames_of(error))[-1:]:
+        if (condition := condition_of(statements_at(frame, line))) is not None:
+            names = {part.id for part in ast.walk(condition[0]) if isinstance(part, ast.Name)}
             return {name for name in names if frame.f_locals.get(name, 0) is None}
     return set()
 
 
 def failing_names(error: BaseException) -> set[str]:
-    """Names that are None where a forward failed, in its statement and those that led to it."""
-    found: set[str] = set()
-    for frame, line in _frames(error.__traceback__):
-        text = linecache.getline(frame.f_code.co_filename, line)
-        found |= {word for word in re.findall(r"\w+", text) if frame.f_locals.get(word, 0) is None}
-    return found
-
-
-def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
-    while traceback is not None:
-        yield traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next
+    """Names that are None in the line where a forward failed, and in the lines that called it."""
+    return {name for frame, line in frames_of(error) for name in none_names(frame, line)}
 
 
 # ---- the statement ---------------------------------------------------------------------------------------------------
 
 
 def _as_number(given: Tensor) -> Change:
-    """One whole number in place of a tensor that is asked for its truth."""
+    """A single integer in place of a tensor that is used as a condition."""
     shape = tuple(given.shape)
     return lambda x: torch.ones((), dtype=torch.int64) if tuple(x.shape) == shape and x.dtype == given.dtype else None
 
 
 def _as_index(given: Tensor) -> Change:
-    """Whole numbers in place of those of a tensor."""
+    """Integers in place of a floating-point tensor."""
     shape = tuple(given.shape)
     return lambda x: (
         torch.zeros(shape, dtype=torch.int64) if x.is_floating_point() and tuple(x.shape) == shape else None
@@ -259,19 +245,19 @@ def _as_index(given: Tensor) -> Change:
 
 
 def _with_axes(given: Tensor, rank: int) -> Change:
-    """Axes of one entry behind those of a tensor."""
+    """More axes of size 1 after those of a tensor."""
     shape = tuple(given.shape)
     wider = (*shape, *[1] * (rank - len(shape)))
     return lambda x: x.view(wider) if tuple(x.shape) == shape and x.dtype == given.dtype else None
 
 
 def _of_tokens(length: int, batch: int) -> Change:
-    """A whole number for each token of a sequence in place of one for each sequence."""
+    """An integer for each token in place of one for each sequence."""
     return lambda x: refilled(x, (batch, length)) if tuple(x.shape) == (batch,) and not x.is_floating_point() else None
 
 
 def _of_named(named: list[Tensor], message: str) -> Iterator[Change]:
-    """Changes of the tensors that the failed statement names."""
+    """Changes of the tensors in the failed statement."""
     if "Boolean value of Tensor with more" in message:
         yield from map(_as_number, named)
     if re.search(r"dtype int32/int64 for index|tensors used as indices", message):
@@ -282,31 +268,23 @@ def _of_named(named: list[Tensor], message: str) -> Iterator[Change]:
 
 
 def _statement(frame: FrameType, line: int, message: str) -> Iterator[Change]:
-    """What the statement that failed asks for."""
-    text = "".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals))
-    tree = ast.parse(text)
-    around = [n for n in ast.walk(tree) if isinstance(n, ast.stmt) and n.lineno <= line <= (n.end_lineno or n.lineno)]
+    """Changes that the failed statement asks for."""
+    around, value = statements_at(frame, line), evaluator(frame)
     if not around:
         return
-
-    def value(node: ast.expr) -> Any:
-        return eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
-
     statement = around[-1]
     if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
         read = [frame.f_locals.get(n.id) for n in ast.walk(statement) if isinstance(n, ast.Name)]
         yield from _of_named([v for v in read if isinstance(v, Tensor)], message)
-    if isinstance(statement, ast.Assert):
-        yield from _condition(statement.test, True, value)
-    elif isinstance(statement, ast.Raise) and len(around) > 1 and isinstance(around[-2], ast.If):
-        yield from _condition(around[-2].test, False, value)
+    if (condition := condition_of(around)) is not None:
+        yield from _condition(*condition, value)
     elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         source = statement.value.func if isinstance(statement.value, ast.Call) else statement.value
         if isinstance(source, ast.Attribute) and source.attr in ("shape", "size"):
             data, count = value(source.value), len(statement.targets[0].elts)
             if isinstance(data, Tensor):
                 yield with_rank(data.dim(), count)
-                yield from (only(number, with_rank(data.dim(), count)) for number in range(2))
+                yield from (only(index, with_rank(data.dim(), count)) for index in range(2))
 
 
 def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) -> Iterator[Change]:
@@ -328,7 +306,7 @@ def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) ->
         if len(have) == len(want):
             for old, new in zip(have, want, strict=True):
                 yield resize(old, new)
-            # A size that a stride or a patch has divided before.
+            # the inputs may have this size times a stride or a patch
             for old, new in zip(have, want, strict=True):
                 if isinstance(old, int) and isinstance(new, int) and old != new and old > 0:
                     yield from (resize(old * times, new * times) for times in (2, 4, 8))
@@ -338,7 +316,7 @@ def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) ->
     if re.search(r"\.(ndim|dim\(\))|len\(.*(shape|size\(\))\)", ast.unparse(left)):
         yield with_rank(have, want)
         return
-    if re.search(r"^len\(", ast.unparse(left)):  # a list of the axes that are left
+    if re.search(r"^len\(", ast.unparse(left)):  # a list of axes
         for rank in range(1, 5):
             yield with_rank(rank, rank + want - have)
     op = test.ops[0]
@@ -358,9 +336,9 @@ def _multiple(node: ast.BinOp, value: Callable[[ast.expr], Any]) -> Iterator[Cha
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 
-def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Change]:
-    """What the layer takes that failed, instead of each argument that has the shape that it was given."""
-    for frame, _ in reversed(frames):
+def _layer(model: nn.Module, error: BaseException) -> Iterator[Change]:
+    """Inputs of the layer that failed, in place of each argument of the shape that it got."""
+    for frame, _ in reversed(list(frames_of(error))):
         layer = frame.f_locals.get("self")
         if frame.f_code.co_name != "forward" or not isinstance(layer, nn.Module):
             continue
@@ -376,7 +354,7 @@ def _layer(model: nn.Module, frames: list[tuple[FrameType, int]]) -> Iterator[Ch
             made = array.make(Sizes())
             same_rank = made.dim() == given.dim()
             if same_rank and made.dim() < 4 and array.kind == "float":
-                # Only the width differs: the number of tokens stays.
+                # change the width only, and keep the number of tokens
                 made = refilled(made, (*given.shape[:-1], array.shape[-1]))  # type: ignore[arg-type]
             yield _instead(given, made)
         return
@@ -394,16 +372,14 @@ def _instead(given: Tensor, made: Tensor) -> Change:
 
 
 def _message(text: str, known: set[int]) -> Iterator[Change]:
-    """Changes for the sizes and types that a message names."""
-    yield from _types(text)
+    """Changes for the sizes and dtypes in a message."""
+    yield from _dtypes(text)
     yield from _viewed(text)
-    shapes = [tuple(map(int, re.findall(r"\d+", s))) for s in re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)]
-    for given, wanted in itertools.pairwise(shapes):
+    for given, wanted in itertools.pairwise(shapes_in(text)):
         if len(given) == len(wanted):
             yield reshape(given, wanted)
-    product = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
-    if product:
-        old, new = (int(n) for n in product.groups() if n is not None)
+    if (factors := factors_in(text)) is not None:
+        old, new = factors
         yield resize(old, new, last=True)
         yield resize(old, new)
         yield from _scaled(old, new, known)
@@ -414,7 +390,7 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
     if padded:
         yield with_rank(int(padded[1]), int(padded[1]) - 1)
     beside = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\).*dimension 1", text)
-    if beside:  # what was looked up for each sequence is added to something of each token
+    if beside:  # an embedding for each sequence is added to those of tokens
         yield from (_of_tokens(a, b) for a, b in (map(int, beside.groups()), map(int, beside.groups()[::-1])))
     numbers = list(
         dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
@@ -427,7 +403,7 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
 
 
 def _viewed(text: str) -> Iterator[Change]:
-    """Changes for a view with one size left open: the others are sizes of each token, or of each sequence."""
+    """Changes for a failed view whose shape has a -1: its other sizes are those of a token, or of a sequence."""
     found = re.search(r"shape '\[([-\d, ]+)\]' is invalid for input of size (\d+)", text)
     if found is None or "-1" not in found[1]:
         return
@@ -444,8 +420,8 @@ def _viewed(text: str) -> Iterator[Change]:
         yield functools.partial(change, flat=False)
 
 
-def _types(text: str) -> Iterator[Change]:
-    """Changes for messages about types."""
+def _dtypes(text: str) -> Iterator[Change]:
+    """Changes for messages about dtypes."""
     if "bool tensor" in text:  # 1 - mask
         yield lambda x: x.float() if x.dtype == torch.bool else None
     if re.search(r"invert|only implemented on integer|boolean|Bool", text):
@@ -462,7 +438,7 @@ def _types(text: str) -> Iterator[Change]:
 
 
 def _scaled(old: int, new: int, known: set[int]) -> Iterator[Change]:
-    """Changes for a size that is a product: pixels of an image, or its patches and maybe a class token."""
+    """Changes of an image's sides, for a size that counts pixels or patches, perhaps with a class token."""
     for extra in (0, 1):
         if old - extra <= 0 or new - extra <= 0:
             continue

@@ -1,8 +1,8 @@
-"""What was read about one argument of a forward: which layers take it, its dimensions, its parts.
+"""What the forward does with one argument: the layers that take it, its rank and sizes, its parts.
 
-In: what `reading.py` tells while it reads a forward. Out: one `Use` for each parameter, and one inside it for each part
-of a dict, a namespace or a tuple. The reader's own values stand here too: data from the caller (`Data`), what was
-computed from their shapes (`Shape`, `Dim`, `Rank`), what is known already (`Known`), and all else (`UNKNOWN`).
+In: what `reading.py` finds while it reads a forward. Out: a `Use` for each parameter, with one inside it for each part
+of a dict, a namespace or a tuple. The values of expressions during reading are defined here, too: an argument (`Data`),
+its sizes (`Shape`, `Dim`, `Rank`), existing objects (`Known`), and all else (`UNKNOWN`).
 """
 
 from __future__ import annotations
@@ -11,39 +11,38 @@ from dataclasses import dataclass, field
 from typing import Any
 
 View = tuple[Any, ...]
-"""One step between the caller's data and where they are used: ("swap", 1, 2), ("permute", (0, 2, 1)), ("new", 1) for a
-new axis, ("drop", 0, 3) for index 3 of axis 0, ("einops", pattern, lengths), ("pad",) for other sizes of the same
-axes, ("reshape",) for anything else that changes the number of dimensions."""
+"""A view op on an argument before it is used: ("swap", 1, 2), ("permute", (0, 2, 1)), ("new", 1) for a new axis,
+("drop", 0, 3) for index 3 of axis 0, ("einops", pattern, lengths), ("pad",) for other sizes of the same axes,
+("reshape",) for any other change of rank."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A layer, or a matrix that data are multiplied with or that they index, and the steps before."""
+    """A layer that takes an argument, or a matrix that it multiplies or indexes, and the view ops before that."""
 
     by: Any
     views: tuple[View, ...]
     how: str = ""
-    """Name of the layer's parameter; "rows" where data index the rows of a matrix, "matrix" where they meet its rows in
-    a product, "columns" where they meet its columns (as a Linear's weight has them)."""
+    """Name of the layer's parameter. For a matrix: "rows" if the argument indexes its rows, "matrix" for `x @ matrix`,
+    "columns" for `x @ matrix.T`."""
 
 
 @dataclass(eq=False)
 class Use:
-    """What a forward does with one piece of data.
+    """What a forward does with an argument, or with a part of one.
 
     Attributes:
-        taken: The layers that it is given to, in order.
-        rank: Number of its dimensions, where the forward unpacks its shape or says so.
-        sizes: What is required of its sizes: (axis, "==", "%" or "<=", number).
-        parts: Its parts: of a dict by ("key", name), of a namespace by ("attr", name), of a tuple by ("at", number).
-        optional: Parts that are asked for with `get`.
-        marks: "number" for one used as a Python number, "numpy" for one that a tensor is made of, "checked" where it is
-            compared with None, "needed" where it must not be, "bool", "number-mask" and "long" for operations that need
-            such elements, "index" where something is indexed with it, "ids" for the target of a cross-entropy,
-            "iterated", "tensor" where a method of tensors is called, "broadcast" where it masks attention scores as it
-            is.
-        steps: Steps that lead from it to anything.
-        name: What the forward calls it, where it is a part without a name.
+        taken: The layers that take it, in order.
+        rank: Its rank, where the forward unpacks or checks its shape.
+        sizes: Requirements on its sizes: (axis, "==", "%" or "<=", number).
+        parts: Uses of its parts: ("key", name) of a dict, ("attr", name) of a namespace, ("at", index) of a tuple.
+        optional: Parts that are read with `get`.
+        marks: "number" if it is used as a Python number, "numpy" if a tensor is made of it, "checked" if it is compared
+            with None, "needed" if it must not be None, "bool", "number-mask" and "long" for operations on such
+            elements, "index" if it indexes something, "ids" for the target of a cross-entropy, "iterated" if it is
+            looped over, "tensor" if a method of tensors is called, "broadcast" if it masks logits without a view op.
+        steps: Sequences of view ops on it.
+        name: The name that the forward gives it, where it is an element of a tuple.
     """
 
     taken: list[Taken] = field(default_factory=list)
@@ -56,31 +55,31 @@ class Use:
     name: str = ""
 
     def part(self, kind: str, name: Any) -> Use:
-        """A part of this piece of data; what is asked for a part is a group of parts."""
+        """The use of a part; recorded from the first time it is read."""
         return self.parts.setdefault((kind, name), Use())
 
 
 @dataclass(frozen=True)
 class Known:
-    """A Python object that exists already."""
+    """An existing Python object."""
 
     value: Any
 
 
 @dataclass(frozen=True)
 class Data:
-    """What the caller gives, after some steps that leave its numbers in place."""
+    """An argument of the forward, or a part of one, after some view ops."""
 
     use: Use
     views: tuple[View, ...] = ()
 
     def then(self, *view: Any) -> Data:
-        """The same data, one step further."""
+        """The argument after one more view op."""
         self.use.steps.add((*self.views, view))
         return Data(self.use, (*self.views, view))
 
     def known_rank(self, rank: int) -> None:
-        """Note the number of dimensions that these data have here."""
+        """Record the rank that the argument has after these view ops."""
         for view in reversed(self.views):
             if view[0] in ("reshape", "einops"):
                 return
@@ -89,12 +88,12 @@ class Data:
             self.use.rank = rank
 
     def known_size(self, axis: int, relation: str, number: int) -> None:
-        """Note what is required of a size of these data, if no step before has changed the axes."""
+        """Record a requirement on a size, unless view ops have changed the axes."""
         if not self.views and number > 0:
             self.use.sizes.append((axis, relation, number))
 
     def taken_by(self, layer: Any, how: str = "") -> None:
-        """Note that a layer takes these data."""
+        """Record that a layer takes the argument."""
         known = any(t.by is layer and t.views == self.views for t in self.use.taken)
         if len(self.use.taken) < 16 and not known:
             self.use.taken.append(Taken(layer, self.views, how))
@@ -102,7 +101,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of data, or a slice of it that begins at `start`."""
+    """The shape of an argument, or a slice of the shape from `start`."""
 
     data: Data
     start: int = 0
@@ -111,7 +110,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Dim:
-    """One size of data; with `modulo` what is left when it is divided."""
+    """One size of an argument; with `modulo` its remainder."""
 
     data: Data
     axis: int
@@ -120,21 +119,21 @@ class Dim:
 
 @dataclass(frozen=True)
 class Rank:
-    """The number of dimensions of data."""
+    """The rank of an argument."""
 
     data: Data
 
 
 @dataclass(frozen=True)
 class Items:
-    """A tuple or list that the forward itself writes down."""
+    """A tuple or list that the forward makes."""
 
     values: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """Anything else."""
+    """Any other value."""
 
 
 UNKNOWN = Unknown()

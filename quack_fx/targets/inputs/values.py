@@ -1,8 +1,8 @@
-"""Example values: what is to be made, the values themselves, and Python that makes them again.
+"""Specs of example values, the values, and Python expressions for them.
 
-In: a `Spec`, which says what one argument is (an `Array` of some kind and shape, a `Constant`, a `Group` of others),
-and the `Sizes` that all arguments of a call share. Out: the value; `shown` names it in a few words, `expression` writes
-it.
+In: a `Spec` of one argument (an `Array` of some kind and shape, a `Constant`, a `Group` of others), and the `Sizes`
+that all arguments of a call share. Out: the value. `shown` describes a value in a few words, `expression` writes Python
+that makes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 Kind = Literal["float", "ids", "index", "bool", "half", "complex", "ones", "zeros", "padding", "count"]
 Size = int | str
-"""A number, or "B" or "T" for the batch and the number of tokens that all arguments of a call share."""
+"""A number, or "B" or "T": the batch size and the number of tokens that all arguments of a call share."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,14 @@ class Array:
     """A tensor or, with `numpy`, an array.
 
     Attributes:
-        kind: "float" is noise, "ids" are below `high`, "index" counts along the last axis, "bool" is all true,
-            "half" is true in every other entry of the last axis,
-            "padding" is all false, "ones" and "zeros" are what they say, "count" is
-            the number of tokens everywhere.
+        kind: "float" is noise, "ids" are below `high`, "index" counts along the last axis, "bool" is all true, "half"
+            is true in every other entry of the last axis, "padding" is all false, "count" is the number of tokens
+            everywhere.
         shape: Its sizes.
         high: Number of different ids.
-        dtype: Type of its elements, where the kind leaves a choice.
-        numpy: Whether the forward makes a tensor of it itself.
-        tokens: What "T" must be.
+        dtype: Its dtype, where the kind does not determine it.
+        numpy: Whether it is a numpy array, of which the forward makes a tensor.
+        tokens: The number of tokens, where it must not be that of other arguments.
     """
 
     kind: Kind
@@ -64,7 +63,7 @@ class Array:
     tokens: int | None = None
 
     def count(self, sizes: Sizes) -> int:
-        """How many numbers it has."""
+        """Its number of elements."""
         return math.prod(replace(sizes, tokens=self.tokens or sizes.tokens).of(self.shape))
 
     def make(self, sizes: Sizes) -> Any:
@@ -74,18 +73,18 @@ class Array:
         value = fill(self.kind, sizes.of(self.shape), high, self.dtype)
         if not self.numpy:
             return value
-        # torch does without numpy; a forward that calls torch.LongTensor takes lists as well.
+        # without numpy a list, which torch.LongTensor takes as well
         return value.numpy() if importlib.util.find_spec("numpy") else value.tolist()
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A value that is no tensor: None, a flag, a number."""
+    """A value that is not a tensor: None, a flag, a number."""
 
     value: Any
 
     def count(self, sizes: Sizes) -> int:
-        """How many numbers it has."""
+        """Its number of elements."""
         return 1
 
     def make(self, sizes: Sizes) -> Any:
@@ -95,13 +94,13 @@ class Constant:
 
 @dataclass(frozen=True)
 class Group:
-    """Several values in one argument: a dict, a namespace of attributes, a tuple or a list."""
+    """Several values in one argument: a dict, a namespace, a tuple or a list."""
 
     form: Literal["dict", "namespace", "tuple", "list"]
     parts: tuple[tuple[str, Spec], ...]
 
     def count(self, sizes: Sizes) -> int:
-        """How many numbers it has."""
+        """Its number of elements."""
         return sum(spec.count(sizes) for _, spec in self.parts)
 
     def make(self, sizes: Sizes) -> Any:
@@ -117,7 +116,7 @@ class CausalBlocks:
     """A causal `BlockMask` of torch's flex attention."""
 
     def count(self, sizes: Sizes) -> int:
-        """How many numbers it has."""
+        """Its number of elements."""
         return sizes.tokens**2
 
     def make(self, sizes: Sizes) -> Any:
@@ -126,7 +125,7 @@ class CausalBlocks:
 
 
 def causal_blocks(queries: int, keys: int) -> Any:
-    """A causal `BlockMask` for so many queries and keys."""
+    """A causal `BlockMask` for these numbers of queries and keys."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(_is_causal, None, None, queries, keys, device="cpu")
@@ -145,7 +144,7 @@ Spec = Array | Constant | Group | CausalBlocks
 
 
 def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of a kind; the random state of the user stays as it was."""
+    """A tensor of a kind, made without touching the global random state."""
     if kind == "ids":
         return torch.arange(1, math.prod(shape) + 1).remainder(max(high, 1)).view(shape)
     if kind == "count":
@@ -166,48 +165,37 @@ def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> T
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Arguments of one forward call, and how to show them: "idx=int64[2, 4]"."""
+    """Arguments of one forward call, and a text for them: "idx=int64[2, 4]"."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     text: str
     names: tuple[str, ...] = field(default=(), kw_only=True)
-    """Parameters that the positional arguments are given to, as far as they are known."""
+    """Parameters of the positional arguments, "" where not known."""
 
     def expression(self) -> str:
-        """Python that makes inputs like these, for a user to change."""
+        """A Python expression for inputs like these, which a user may edit."""
         args = ", ".join(expression(value) for value in self.args)
         kwargs = f"dict({', '.join(f'{name}={expression(value)}' for name, value in self.kwargs.items())})"
         if not self.kwargs:
-            # A lone dict would be read as keyword arguments, a lone tuple as several arguments.
+            # A single dict would be taken for keyword arguments, a single tuple for several arguments.
             alone = len(self.args) == 1 and not isinstance(self.args[0], tuple | Mapping)
             return args if alone else f"({args},)" if len(self.args) == 1 else f"({args})"
         return kwargs if not self.args else f"(({args},), {kwargs})"
 
 
 def named(args: tuple[Any, ...], kwargs: dict[str, Any], names: Iterable[str] = ()) -> Inputs:
-    """Inputs with their text; `names` are the parameters that the positional arguments are given to."""
-    names = tuple(names)
+    """Inputs with their text; `names` are the parameters of the positional arguments."""
+    names = tuple(names) or ("",) * len(args)
     parts = [f"{name}={shown(value)}" if name else shown(value) for name, value in zip(names, args, strict=True)]
     parts += [f"{name}={shown(value)}" for name, value in kwargs.items()]
     return Inputs(args, kwargs, ", ".join(parts) or "nothing", names=names)
 
 
 def expression(value: Any) -> str:
-    """Python that makes a value like this one; torch is in scope."""
-    if isinstance(value, SimpleNamespace):
-        parts = ", ".join(f"{name}={expression(part)}" for name, part in vars(value).items())
-        return f"SimpleNamespace({parts})"
-    if has_fields(value):
-        parts = ", ".join(f"{f.name}={expression(getattr(value, f.name))}" for f in dataclasses.fields(value))
-        return f"{type(value).__name__}({parts})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {expression(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        parts = ", ".join(expression(part) for part in value)
-        if isinstance(value, list):
-            return f"[{parts}]"
-        return f"({parts},)" if len(value) == 1 else f"({parts})"
+    """A Python expression for a value like this one; it may use torch and SimpleNamespace."""
+    if (text := _compound(value, expression, "SimpleNamespace")) is not None:
+        return text
     if _is_array(value):
         return f"{expression(torch.from_numpy(value))}.numpy()"
     if is_blocks(value):
@@ -233,23 +221,32 @@ def shown(value: Any) -> str:
     """A value in a few words: "int64[2, 4]"."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, SimpleNamespace):
-        return f"namespace({', '.join(f'{name}={shown(part)}' for name, part in vars(value).items())})"
-    if has_fields(value):
-        fields = ", ".join(f"{field.name}={shown(getattr(value, field.name))}" for field in dataclasses.fields(value))
-        return f"{type(value).__name__}({fields})"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {shown(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        same = len(value) > 2 and all(shown(part) == shown(value[0]) for part in value)
-        if isinstance(value, list):
-            return f"[{shown(value[0])}] * {len(value)}" if same else f"[{', '.join(map(shown, value))}]"
-        return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, list) and len(value) > 2 and len(set(map(shown, value))) == 1:
+        return f"[{shown(value[0])}] * {len(value)}"
+    if (text := _compound(value, shown, "namespace")) is not None:
+        return text
     if _is_array(value):
         return f"numpy {value.dtype}{list(value.shape)}"
     if is_blocks(value):
         return f"BlockMask{list(value.seq_lengths)}"
     return repr(value)
+
+
+def _compound(value: Any, write: Callable[[Any], str], namespace: str) -> str | None:
+    """A namespace, dataclass, dict, tuple or list as text, with `write` for each part; None for any other value."""
+    if isinstance(value, SimpleNamespace) or has_fields(value):
+        name = namespace if isinstance(value, SimpleNamespace) else type(value).__name__
+        names = (
+            vars(value) if isinstance(value, SimpleNamespace) else [field.name for field in dataclasses.fields(value)]
+        )
+        return f"{name}({', '.join(f'{part}={write(getattr(value, part))}' for part in names)})"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {write(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(write, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(write, value))}{',' if len(value) == 1 else ''})"
+    return None
 
 
 def has_fields(value: Any) -> bool:
@@ -262,21 +259,21 @@ def _is_array(value: Any) -> bool:
 
 
 def cheapest_first(choices: list[list[_T]], limit: int) -> list[tuple[_T, ...]]:
-    """One of each list, combinations of early ones first: at most `limit`."""
+    """Combinations of one entry of each list, those with the smallest sum of indices first; at most `limit`."""
     found: list[tuple[_T, ...]] = []
     for total in range(sum(len(options) - 1 for options in choices) + 1):
-        for places in _places([len(options) for options in choices], total):
-            found.append(tuple(options[place] for options, place in zip(choices, places, strict=True)))
+        for indices in _indices([len(options) for options in choices], total):
+            found.append(tuple(options[index] for options, index in zip(choices, indices, strict=True)))
             if len(found) == limit:
                 return found
     return found
 
 
-def _places(lengths: list[int], total: int) -> Iterable[tuple[int, ...]]:
-    """Places in lists of these lengths that add up to `total`."""
+def _indices(lengths: list[int], total: int) -> Iterable[tuple[int, ...]]:
+    """Indices into lists of these lengths that add up to `total`."""
     if not lengths:
         return [()] if total == 0 else []
     return itertools.chain.from_iterable(
-        ((place, *rest) for rest in _places(lengths[1:], total - place))
-        for place in range(min(lengths[0] - 1, total), -1, -1)
+        ((index, *rest) for rest in _indices(lengths[1:], total - index))
+        for index in range(min(lengths[0] - 1, total), -1, -1)
     )

@@ -1,16 +1,16 @@
-"""Values for what a constructor or a factory asks for and has no default of.
+"""Arguments for constructors and factories: values for parameters without a default.
 
-In: a class or function of the target, and the repository it lies in. Out: `Call`s, the likeliest first, each of which
-makes a model and says with which values: those found in the repository, with their place, and those that were assumed.
+In: a class or function of the target, and its repository. Out: `Call`s, the likeliest first. Each builds a model, and
+lists the values that were found in the repository, with file and line, and those that were assumed.
 
-    uses.py      what the code does with a name: a flag, a choice of words, a list
-    sources.py   sizes that stand somewhere in the repository
-    made_up.py   a small value by a name
-    settings.py  a config object that is filled in as it is read
-    ready.py     configs and parts that the files have ready
-    signatures.py  what a callable takes
-    plans.py     a value for each parameter
-    call.py      a call with those values
+    plans.py       chooses a value for each parameter
+    sources.py     values in the repository: calls, options, classes, dicts, config files
+    ready.py       config objects and classes that the target's files define
+    settings.py    a config object whose fields are filled in when they are read
+    made_up.py     a small value for a name
+    uses.py        how the code uses a name: as a flag, a choice of strings, a list
+    signatures.py  parameters and annotations of a callable
+    call.py        a call with the chosen values
 """
 
 from __future__ import annotations

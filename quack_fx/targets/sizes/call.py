@@ -1,7 +1,7 @@
-"""A call of a class or factory: the values that it is made with, and an account of where they come from.
+"""A call of a class or factory, with a record of where its arguments come from.
 
-In: a callable and a plan, which gives a value for each parameter. Out: a `Call`, which makes the model and then says
-with what, as an expression.
+In: a callable, and a plan that gives a value for each parameter. Out: a `Call`, which builds the model; afterwards it
+has the expression for it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from quack_fx.targets.failure import frames_of, none_names
 from quack_fx.targets.sizes.signatures import parameters
 
 
 @dataclass
 class Account:
-    """What a call was made with.
+    """Where the arguments of a call come from.
 
     Attributes:
-        found: Values that stand in the repository, with their place.
+        found: Values from the repository, each with its source: "run.py:12".
         assumed: Values that were made up.
     """
 
@@ -32,9 +33,9 @@ class Call:
     """A call of a class or factory.
 
     Arguments:
-        name: How the file calls it.
+        name: Its name in the file.
         function: The class or factory.
-        plan: A fresh value and its text for each parameter, and an account of where they come from.
+        plan: Gives a value for each parameter, and fills in the account.
     """
 
     def __init__(self, name: str, function: Callable[..., Any], plan: Callable[[Account], dict[str, Value]]) -> None:
@@ -42,10 +43,10 @@ class Call:
         self.account = Account()
         self.text = f"{name}(...)"
         self.lacked: dict[str, bool] = {}
-        """Parameters that were None where making the model failed for that, and whether they should have had fields."""
+        """Optional parameters because of which building failed, as they are None; True for those that need fields."""
 
     def __call__(self) -> Any:
-        """Make the model; `text` and `account` then say with what."""
+        """Build the model, and set `text` and `account`."""
         account = Account()
         values = self._plan(account)
         try:
@@ -63,23 +64,20 @@ class Call:
 
 @dataclass(frozen=True)
 class Value:
-    """A value of a parameter, and the expression that makes it (asked for after `make`)."""
+    """The value of a parameter, and the expression for it, which is complete after `make`."""
 
     make: Callable[[], Any]
     text: Callable[[], str]
 
 
 def lacking(error: BaseException, optional: set[str]) -> dict[str, bool]:
-    """Optional parameters that are None in the statements that failed, where the error says that this was the matter,
-    and whether items or attributes of them are asked for there."""
+    """Optional parameters that are None in the failed lines, for an error about None; True where the line reads an
+    attribute or an item of them."""
     found: dict[str, bool] = {}
-    step = error.__traceback__ if "NoneType" in str(error) else None
     asked = re.search("not subscriptable|has no attribute", str(error)) is not None
-    while step is not None:
-        frame = step.tb_frame
-        line = linecache.getline(frame.f_code.co_filename, step.tb_lineno)
-        absent = [w for w in re.findall(r"\w+", line) if w in optional and frame.f_locals.get(w, 0) is None]
+    for frame, number in frames_of(error) if "NoneType" in str(error) else ():
+        line = linecache.getline(frame.f_code.co_filename, number)
+        absent = none_names(frame, number) & optional
         with_fields = {w for w in absent if re.search(rf"\b{w}\s*[\[.]", line)}
-        found |= {w: w in with_fields for w in absent if not asked or not with_fields or w in with_fields}
-        step = step.tb_next
+        found |= {w: w in with_fields for w in sorted(absent) if not asked or not with_fields or w in with_fields}
     return found

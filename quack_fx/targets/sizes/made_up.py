@@ -1,8 +1,8 @@
-"""A value for a size that nobody gives: a small one that fits its name, so that a model of the right form can be built.
+"""Small made-up values for sizes that are not known, so that a model of the right structure can be built.
 
-In: the name of a constructor's parameter or of a config's field, and its annotation. Out: a value. Values go together:
-widths are multiples of the number of heads, pictures of patches, and so on. They say nothing about the real model but
-its form, so whoever shows them says that they are assumed.
+In: the name of a parameter or of a config's field, and its annotation. Out: a value. Values are consistent: widths are
+multiples of the number of heads, image sizes of the patch size, and so on. They say nothing about the size of the real
+model, so reports list them as assumed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FLAG = re.compile(
     r"_(flag|enabled|only|first|sharing|bias)$|^bias$|bias$|^(train(ing)?|pretrained|frozen|freeze)$"
 )
 _RULES: tuple[tuple[str, Any], ...] = (
-    # The first that is found in the name, in lower case, holds.
+    # The first pattern that matches the name, in lower case, applies.
     (r"(^|_)(eps|epsilon)$|_eps_|layer_?norm_eps", 1e-5),
     (r"^inf$", 1e9),
     (r"drop|(^|_)p$|prob(ability)?$|_pdrop", 0.0),
@@ -66,10 +66,10 @@ def made_up(name: str, hint: Any = None) -> Any:
 
     Arguments:
         name: Its name.
-        hint: Its annotation, as far as it is a plain type.
+        hint: Its annotation, if that is a plain type.
 
     Returns:
-        The value; 4 where neither tells anything.
+        The value; 4 where nothing follows from name or annotation.
 
     Example:
         >>> made_up("n_heads"), made_up("d_model"), made_up("dropout"), made_up("use_bias"), made_up("flag", bool)
@@ -88,7 +88,7 @@ def made_up(name: str, hint: Any = None) -> Any:
 
 
 def by_name(name: str) -> Any:
-    """The value that a name asks for; None where the name tells nothing."""
+    """The value for a name; None where no pattern matches."""
     lower = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     if _FLAG.search(lower):
         return False

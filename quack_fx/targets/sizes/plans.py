@@ -1,15 +1,16 @@
-"""From a class or a factory to calls of it: a value for each parameter that has no default.
+"""Chooses a value for each parameter of a class or factory that has no default.
 
-In: a callable of the user's, the names of its file, the repository. Out: `Call`s. A parameter's value is the first of
+In: a callable of the user's, the names of its file, the repository. Out: `Call`s. The value of a parameter is the first
+of these that there is:
 
-    an object of the config class that its annotation, or its name, means
-    what a method of the class gives as the default config
-    a config whose fields stand together in the repository, filled in as they are read
-    what a call in the repository passes, or the options and classes of files that name the callable
-    made up from its name
+    an object of its config class, by its annotation or name
+    the default config that a method of the class returns
+    a config with the fields of one source in the repository, filled in when they are read
+    what a call in the repository passes, or an option or class of a file that mentions the callable
+    a value made up from its name
 
-Where a call built of these fails, the next ones differ in what was most doubtful: sizes below zero or None, and words
-that the code chooses by.
+Where the call with these values fails, the next calls replace the most doubtful ones: sizes that are negative or None,
+and strings that the code compares with.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ from quack_fx.targets.sizes.settings import Guess, Settings
 from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_config_class, parameters, plain_type, required
 from quack_fx.targets.sizes.sources import Source, sources
 from quack_fx.targets.sizes.uses import Uses, read_name
+from quack_fx.targets.source import tree_of
 
 _CONFIG = re.compile(r"(\w*_)?(config|configs|cfg|conf|args|arguments|opts?|options|hparams?|hps?|params|settings)$")
 _MANY = 6
 _TRIES = 10
-"""Calls that are tried at most, one after the other."""
+"""The most calls that are tried."""
 
 
 def calls(
@@ -49,14 +51,11 @@ def calls(
     """Calls of a class or factory, the likeliest first.
 
     Arguments:
-        name: How the target's file calls it.
+        name: Its name in the target's file.
         function: The class or factory.
         names: The global names of that file.
         file: The file.
-        own_files: Files of the repository that are loaded.
-
-    Yields:
-        At most a few; none where a parameter can be given no value.
+        own_files: Imported files of the repository.
     """
     planner = Planner(name, function, names, file, own_files)
     for change in itertools.islice(planner.changes(), _TRIES):
@@ -68,20 +67,20 @@ def calls(
 
 
 def needs_nothing(name: str, function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
-    """Whether a callable can be called as it stands: with nothing, or with configs that need nothing themselves."""
+    """Whether a callable has no required arguments but configs, which have none themselves."""
     planner = Planner(name, function, names, None, ())
     configs = [planner.config_class(parameter) for parameter in required(function)]
     return all(config is not None and not required(config[1]) for config in configs)
 
 
 Change = Mapping[str, Any]
-"""Values of fields and parameters that differ from the first call's."""
+"""Values of fields and parameters that differ from those of the first call."""
 
 NEAR: Change = {}
-"""No change, but without what stands in files that say nothing of the callable."""
+"""No change of values, but files that do not mention the callable are not used."""
 
 WITHOUT = object()
-"""A field that gets a made-up value instead of the None or the negative number that it has."""
+"""Marks a field that gets a made-up value in place of its own."""
 
 
 class Planner:
@@ -105,8 +104,8 @@ class Planner:
 
     @cached_property
     def _trees(self) -> dict[Path, ast.Module]:
-        """Source of the repository's files that are loaded."""
-        return {path: tree for path in self._own_files if (tree := _tree(path)) is not None}
+        """Syntax trees of the imported files of the repository."""
+        return {path: tree_of(path) for path in self._own_files}
 
     @cached_property
     def _uses(self) -> Uses:
@@ -127,8 +126,8 @@ class Planner:
         return sources(repository, self._file, self._function.__name__, callees, words)
 
     def give_also(self, names: Mapping[str, bool]) -> bool:
-        """Give values to parameters that have a default, too, from here on, those with fields to some; whether any of
-        them is new."""
+        """From now on give values to these parameters, too, although they have a default; True for those that are
+        configs. Returns whether any of them is new."""
         new = [n for n in names if n not in self._required]
         self._required += new
         self._with_fields |= {n for n in new if names[n]}
@@ -140,7 +139,7 @@ class Planner:
         """A value for each parameter that needs one.
 
         Raises:
-            TargetError: A parameter can be given none.
+            TargetError: There is no value for a parameter.
         """
         given = self._passed_somewhere(anywhere=change is not NEAR)
         names = self._required + [n for n in given if n not in self._required]
@@ -163,7 +162,7 @@ class Planner:
     def _plain(
         self, name: str, hint: Any, account: Account, change: Change, given: Mapping[str, tuple[Any, str]]
     ) -> Value:
-        """A number, a word, a flag."""
+        """A number, a string or a flag."""
         if name in change:
             value = account.assumed[name] = change[name]
         elif name in given:
@@ -174,7 +173,7 @@ class Planner:
         return Value(lambda: value, lambda: repr(value))
 
     def _made_up(self, name: str, hint: Any = None) -> Any:
-        """A value for a name, by what the code does with it."""
+        """A made-up value for a name, by how the code uses it."""
         words = self._uses.words.get(name)
         if words and hint not in (int, float, bool):
             return next(iter(words))
@@ -187,10 +186,10 @@ class Planner:
         return value
 
     def _part(self, name: str, kind: type, account: Account) -> Value:
-        """A module that the model is given, made as a model would be.
+        """A module that is passed to the model, built like a model.
 
         Raises:
-            TargetError: It is not clear which.
+            TargetError: Its class is not clear.
         """
         made = part_class(kind, lambda file: Path(file) in self._own_files)
         if made is None or self._depth > 2:
@@ -209,7 +208,7 @@ class Planner:
     # ---- configs -----------------------------------------------------------------------------------------------------
 
     def config_class(self, parameter: str) -> tuple[str, type] | None:
-        """The class of a parameter: its annotation, that which the model declares, or the one dataclass of the file."""
+        """The config class of a parameter: its annotation, the model's `config_class`, or the file's only dataclass."""
         hint = self._hints.get(parameter)
         declared: Any = getattr(self._function, "config_class", None) if parameter == "config" else None
         if hint is None and is_config_class(declared):
@@ -229,7 +228,7 @@ class Planner:
     def _constructed(self, name: str, config: type, account: Account, change: Change) -> Value:
         """An object of a config class, with values for its own required fields."""
         needed, hints = required(config), hints_of(config)
-        # Reading the repository takes seconds: only where something is needed.
+        # Reading the repository takes seconds, so only where a field is required.
         elsewhere = [s for s in self._sources if s.of != config.__name__ or s.kind == "call"] if needed else []
         source = self._best_source(set(needed), elsewhere)
         arguments: dict[str, Any] = {}
@@ -246,14 +245,14 @@ class Planner:
         return Value(lambda: config(**arguments), lambda: text)
 
     def _default_config(self) -> tuple[str, Callable[[], Any]] | None:
-        """A method of the class that makes a config and needs nothing: `GPT.get_default_config`."""
+        """A method of the class that returns a config and has no required arguments: `GPT.get_default_config`."""
         if not isinstance(self._function, type):
             return None
         for name, method in inspect.getmembers(self._function, callable):
             bound = inspect.isfunction(inspect.getattr_static(self._function, name))
             owner = next(cls for cls in self._function.__mro__ if name in vars(cls))
             if owner.__module__.split(".")[0] != self._function.__module__.split(".")[0]:
-                continue  # of a package that the class builds on
+                continue  # of a base class in another package
             if not bound and re.search(r"default_?(config|cfg|args|params)|get_config", name) and not required(method):
                 return f"{self._name}.{name}()", method
         return None
@@ -277,7 +276,7 @@ class Planner:
         return Value(build, shown)
 
     def _is_config(self, name: str) -> bool:
-        """Whether a parameter is an object with fields: they are read off it, or it is called like one."""
+        """Whether a parameter is a config: the code reads fields of it, or its name says so."""
         hint = self._hints.get(name)
         if hint in (int, float, bool, str):
             return False
@@ -285,14 +284,14 @@ class Planner:
         return told or bool(self._fields_read(name)) or hint is dict
 
     def _fields_read(self, name: str, kind: Any = ast.Attribute | ast.Subscript) -> set[str]:
-        """Fields that the files read off what is called `name` there, as attributes or keys."""
+        """Attributes or keys that the files read of variables with this name."""
         found = {field for read, field in self._reads.get(name, ()) if isinstance(read, kind)}
         found.discard("")
         return found if not found <= _METHODS else set()
 
     @cached_property
     def _reads(self) -> dict[str, list[tuple[ast.expr, str]]]:
-        """By name all attributes and keys that the files read off it; a package may have hundreds of files."""
+        """For each name the attributes and keys that the files read of it."""
         found: dict[str, list[tuple[ast.expr, str]]] = {}
         for node in (node for tree in self._trees.values() for node in ast.walk(tree)):
             if isinstance(node, ast.Attribute | ast.Subscript):
@@ -302,17 +301,17 @@ class Planner:
 
     @cached_property
     def _unpackings(self) -> list[tuple[ast.Call, str]]:
-        """All calls that something is unpacked into, with its name."""
+        """All calls with `**name`, each with that name."""
         nodes = (node for tree in self._trees.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
         return [(node, read_name(k.value)) for node in nodes for k in node.keywords if k.arg is None]
 
     def _unpacked(self, name: str) -> list[str]:
-        """Required fields of what a config is unpacked into: `Config(**config)` in the constructor."""
+        """Required parameters of the class that a config is unpacked into: `Config(**config)`."""
         targets = (self._names.get(read_name(call.func)) for call, given in self._unpackings if given == name)
         return next((required(target) for target in targets if isinstance(target, type)), [])
 
     def _ready(self, name: str, account: Account, change: Change) -> Value | None:
-        """A config that the file has made, if it has at least as many of the fields as stand together elsewhere."""
+        """A config object of the file, unless some source in the repository has more of the fields."""
         unpacked = set(self._unpacked(name))
         read = {kind: self._fields_read(name, kind) - _METHODS for kind in (ast.Attribute, ast.Subscript)}
         wanted = Wanted(read[ast.Attribute], read[ast.Subscript] | unpacked)
@@ -329,12 +328,12 @@ class Planner:
         return Value(lambda: copy.deepcopy(ready.config), lambda: ready.text)
 
     def _filled(self, name: str, account: Account, change: Change) -> Value:
-        """A config that is filled in as it is read, from the best source in the repository."""
+        """A config that is filled in when it is read, from the best source in the repository."""
         unpacked = self._unpacked(name)
         wanted = self._fields_read(name) - _METHODS | set(unpacked)
         source = self._best_source(wanted, self._sources)
         values = dict(source.values) if source is not None else {}
-        # None stands where a script fills a size in later.
+        # a field that is None may be set later by a script
         later = self._set_later({n for n, v in values.items() if v is None and n in wanted})
         values |= {n: v for n, (v, _) in later.items()}
         known = {n: v for n, v in values.items() if n not in change and not (v is None and by_name(n))}
@@ -365,7 +364,7 @@ class Planner:
         return Value(make, text)
 
     def _set_later(self, undecided: set[str]) -> dict[str, tuple[Any, str]]:
-        """Values that assignments in one place give to what has none at first."""
+        """Values that assignments in one file give to fields that are None at first."""
         assigned = [s for s in self._sources if s.kind == "assignments" and s.of]
         best = self._best_source(undecided, assigned)
         return {n: (best.values[n], best.where) for n in undecided & best.values.keys()} if best is not None else {}
@@ -373,7 +372,7 @@ class Planner:
     # ---- sources -----------------------------------------------------------------------------------------------------
 
     def _best_source(self, wanted: set[str], among: Sequence[Source]) -> Source | None:
-        """The source that has most of the wanted names, at least half of them, the nearest of several."""
+        """The source with most of the wanted names, at least a half (a third of many); the nearest among equals."""
         best, most = None, 0.0
         for source in among:
             share = len(wanted & source.values.keys()) / max(len(wanted), 1)
@@ -383,10 +382,10 @@ class Planner:
         return best
 
     def _passed_somewhere(self, anywhere: bool = True) -> dict[str, tuple[Any, str]]:
-        """Values for plain parameters: of a call in the repository, or of options and classes beside one.
+        """Values for parameters that are no configs, from a call in the repository or from options and classes.
 
         Arguments:
-            anywhere: Whether values count that stand in a file that says nothing of the callable.
+            anywhere: Whether files count that do not mention the callable.
         """
         plain = [n for n in self._required if self.config_class(n) is None and not self._is_config(n)]
         if not plain:
@@ -401,24 +400,24 @@ class Planner:
         beside = [s for s in self._sources if s.mentions and s.kind != "call"]
         best = self._best_source(set(plain) - found.keys(), beside)
         if best is None and anywhere and len(plain) >= _MANY:
-            # So many of the names together are no chance, wherever they stand.
+            # So many of the names in one source are no coincidence.
             every = [s for s in self._sources if s.kind != "call"]
             best = max(every, key=lambda s: len(s.values.keys() & set(plain)), default=None)
             if best is not None and len(best.values.keys() & set(plain)) < 0.75 * len(plain):
                 best = None
             self._far = best is not None
         if best is not None:
-            # What holds nothing but arguments of this, or nearly all of them, holds those that have a default, too.
+            # A source that has little else, or nearly all parameters, counts for optional ones, too.
             its = len(best.values.keys() & set(known))
             all_its = (best.kind == "file" and its == len(best.values)) or its >= max(_MANY, 0.8 * len(known))
             wanted = [n for n in (known if all_its else plain) if n in best.values and n not in found]
             found |= {n: (best.values[n], best.where) for n in wanted}
         return {n: v for n, v in found.items() if v[0] is not None}
 
-    # ---- what else to try --------------------------------------------------------------------------------------------
+    # ---- further calls -----------------------------------------------------------------------------------------------
 
     def changes(self) -> Iterator[Change]:
-        """Changes to try, none at first."""
+        """Changes for the calls to try; the first is empty."""
         yield {}
         if empty := self._empty():
             yield dict.fromkeys(empty, WITHOUT)
@@ -434,11 +433,11 @@ class Planner:
         if self._far:
             yield NEAR
         absent = self._absent()
-        if absent - set(undefined):
+        if not set(absent) <= set(undefined):
             yield dict.fromkeys([*undefined, *absent], WITHOUT)
 
     def _defaults(self) -> dict[str, Any]:
-        """Fields of the config, if there is one, with their defaults."""
+        """Fields of the config with their defaults; empty without a config."""
         for name in self._required:
             if (config := self.config_class(name)) is not None:
                 return {p.name: p.default for p in parameters(config[1]) if p.default is not p.empty}
@@ -451,7 +450,7 @@ class Planner:
             return {}
 
     def _stated(self) -> dict[str, Any]:
-        """What the repository gives the fields of the config instead of their defaults."""
+        """Values in the repository for fields of the config, where they differ from the defaults."""
         defaults = self._defaults()
         classes = {c[1].__name__ for n in self._required if (c := self.config_class(n)) is not None}
         best = self._best_source(set(defaults), [s for s in self._sources if s.of not in classes])
@@ -459,7 +458,7 @@ class Planner:
         return {n: v for n, v in stated.items() if n in defaults and v is not None and v != defaults[n]}
 
     def _undefined(self) -> list[str]:
-        """Fields of the config that say that they are not defined yet: below zero, or None and asserted not to be."""
+        """Fields of the config that must be set: negative, or None although the code asserts that they are not."""
         return [
             n
             for n, v in self._defaults().items()
@@ -468,16 +467,16 @@ class Planner:
         ]
 
     def _empty(self) -> list[str]:
-        """Fields of the config that are 0 and say how many there are of what there must be some of."""
+        """Fields of the config that are 0 but by their name must not be."""
         some = re.compile(r"batch|vocab|len(gth)?$|n_ctx|block_size|width|(^|_)dim$|heads?$")
         return [n for n, v in self._defaults().items() if v == 0 and type(v) is int and some.search(n)]
 
-    def _absent(self) -> set[str]:
-        """Fields of the config that are None and sound like sizes."""
-        return {n for n, v in self._defaults().items() if v is None and isinstance(by_name(n), int)}
+    def _absent(self) -> list[str]:
+        """Fields of the config that are None but by their name are sizes."""
+        return [n for n, v in self._defaults().items() if v is None and isinstance(by_name(n), int)]
 
     def _chosen(self) -> set[str]:
-        """Fields and parameters that hold a word to choose by."""
+        """Fields and parameters that may be a string which the code compares."""
         fields = {n for n, v in self._defaults().items() if isinstance(v, str) or v is None}
         for name in self._required:
             if self._is_config(name):
@@ -487,10 +486,3 @@ class Planner:
 
 _METHODS = frozenset("get keys values items copy update pop to_dict __dict__ shape size device dtype T".split())
 _METHODS |= frozenset("split strip lower upper startswith endswith format replace append".split())
-
-
-def _tree(path: Path) -> ast.Module | None:
-    try:
-        return ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return None

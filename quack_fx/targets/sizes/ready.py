@@ -1,7 +1,7 @@
-"""Configs and parts that the target's files have ready: objects with the fields that are read, classes of modules.
+"""Config objects and module classes that the target's files define.
 
-In: the names of a file, and the fields that code reads off a config, or the class that a part has to be of. Out: the
-objects and classes that do, each with the expression that names it.
+In: the names of a file; the fields that the code reads of a config, or the annotated class of a submodule. Out: the
+object or class that fits, with the expression for it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from quack_fx.targets.sizes.signatures import required
 
 @dataclass(frozen=True)
 class Wanted:
-    """Fields that code reads off a config: as attributes, and as keys."""
+    """Fields that the code reads of a config, as attributes and as keys."""
 
     attributes: set[str]
     keys: set[str]
 
     def of(self, value: Any) -> dict[str, Any]:
-        """Those of them that a value has."""
+        """The wanted fields that a value has."""
         if callable(value) or isinstance(value, ModuleType | nn.Module | Tensor):
             return {}
         found = {name: value[name] for name in self.keys if isinstance(value, Mapping) and name in value}
@@ -38,7 +38,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Ready:
-    """A config that is there: the expression that names it, and those of its fields that are wanted."""
+    """An existing config: the expression for it, and its wanted fields."""
 
     text: str
     config: Any
@@ -46,10 +46,10 @@ class Ready:
 
 
 def ready_made(names: Mapping[str, Any], wanted: Wanted) -> Ready | None:
-    """The object that has most of the wanted fields, at least half of them and two.
+    """The object with most of the wanted fields: at least two, and half of them.
 
-    Objects of the file count, what its functions without arguments give that are called after a config, and the first
-    that does of those in a dict (`CONFIGS["small"]`).
+    Candidates are objects of the file, results of its functions without arguments whose name contains "config", and the
+    first that fits in a dict of objects (`CONFIGS["small"]`).
     """
     best = None
     for ready in _sharing(names, wanted):
@@ -75,32 +75,32 @@ def _objects(names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             if "config" in name.lower() and not required(value):
                 try:
                     yield f"{name}()", value()
-                except Exception:  # it needs more than it says
+                except Exception:  # it may read files or arguments
                     continue
         elif not name.startswith("__"):
             yield name, value
 
 
 def part_class(kind: type, is_own: Callable[[str], bool]) -> type | None:
-    """The class that a part of an annotated class is made of: that class, or, where it leaves methods open, the one
-    class of the loaded files that does not and that needs least. None for torch's own, or where there are several."""
+    """The class for a submodule by its annotated class: that class, or, if it is abstract, the subclass in the user's
+    files that has the fewest required arguments. None for a class of torch, or where several are equal."""
     if kind.__module__.split(".")[0] == "torch":
         return None
-    if not _is_open(kind):
+    if not _is_abstract(kind):
         return kind
     below: dict[str, type] = {}
     left = [kind]
     while left:
         following: list[type] = left.pop().__subclasses__()
-        below |= {c.__qualname__: c for c in following if not _is_open(c) and is_own(_file(c))}
+        below |= {c.__qualname__: c for c in following if not _is_abstract(c) and is_own(_file(c))}
         left += following
     needs = {name: len(required(made)) for name, made in below.items()}
     simplest = [name for name, count in needs.items() if count == min(needs.values())]
     return below[simplest[0]] if len(simplest) == 1 else None
 
 
-def _is_open(made: type) -> bool:
-    """Whether a class leaves methods to those below it, whatever its metaclass makes of that."""
+def _is_abstract(made: type) -> bool:
+    """Whether a class has abstract methods, also without the metaclass ABCMeta."""
     return any(getattr(getattr(made, name, None), "__isabstractmethod__", False) for name in dir(made))
 
 
@@ -109,16 +109,16 @@ def _file(made: type) -> str:
 
 
 def naming(made: type, names: Mapping[str, Any]) -> str:
-    """The expression by which a file that has these names can name a class."""
+    """The expression for a class in a file with these names."""
     known = next((n for n, v in names.items() if v is made), None)
     return known or named_in(made.__module__, made.__qualname__)
 
 
 def named_in(module: str, name: str) -> str:
-    """The expression for a name of a module that is not imported yet."""
+    """The expression for a name of a module that the file has not imported."""
     return f"__import__({module!r}, fromlist=['']).{name}"
 
 
 def plainly(text: str) -> str:
-    """An expression without what tells where its names lie, as a title."""
+    """An expression without the imports that `named_in` writes, for titles."""
     return re.sub(r"__import__\('[\w.]+', fromlist=\[''\]\)\.", "", text)

@@ -1,7 +1,7 @@
-"""A config object whose fields are filled in as a constructor reads them.
+"""A config object whose fields get their values when a constructor reads them.
 
-In: what gives a value to a field's name. Out: `Settings`, to be passed to the constructor, and afterwards the
-expression that makes a plain object with the same fields.
+In: a function from the name of a field to its value. Out: `Settings`, to be passed to the constructor; afterwards, the
+expression for a plain object with the fields that were read.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from types import FrameType
 from typing import Any
 
 Give = Callable[[str], Any]
-"""A value for a field; called once for each."""
+"""Gives the value of a field; called once for each."""
 
 
 class Settings:
-    """A config that has every field it is asked for; see the docstring of this file.
+    """A config that has every field that is read; see the docstring of this file.
 
     Arguments:
-        give: Gives a value to a field.
-        given: Fields that are there from the start, by which questions (`hasattr`, `in`, `**config`) are answered.
+        give: Gives the value of a field.
+        given: Fields that exist from the start: only these count for `hasattr`, `in` and `**config`.
     """
 
     def __init__(self, give: Give, given: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Settings:
     def __len__(self) -> int:
         if self._given:
             return len(self._given)
-        # A vocabulary, which says how many tokens it has.
+        # a vocabulary, whose length is its number of tokens
         self.__dict__["_counted"] = True
         return int(self._value("vocab_size"))
 
@@ -69,25 +69,25 @@ class Settings:
         return True
 
     def keys(self) -> list[str]:
-        """Names of the fields that are there from the start."""
+        """Names of the given fields."""
         self.__dict__["_by_key"] = True
         return list(self._given)
 
     def items(self) -> list[tuple[str, Any]]:
-        """Those fields."""
+        """The given fields."""
         return [(name, self._value(name)) for name in self.keys()]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field that is there from the start, or the default."""
+        """A given field, or the default."""
         self.__dict__["_by_key"] = True
         return self._value(name) if name in self else default
 
     def copy(self) -> Settings:
-        """Itself: what is read of a copy is read of this."""
+        """Itself, so that what is read of the copy is recorded here."""
         return self
 
     def _expression(self) -> str:
-        """Python that makes an object with the fields that were read."""
+        """The expression for an object with the fields that were read."""
         named = all(name.isidentifier() for name in self._read)
         fields = ", ".join(f"{name}={expression(value)}" for name, value in self._read.items() if name.isidentifier())
         keys = ", ".join(f"{name!r}: {expression(value)}" for name, value in self._read.items())
@@ -102,14 +102,14 @@ class Settings:
 
 
 class Guess(int):
-    """A whole number for a field whose name tells nothing; if it turns out to be a part with fields, it has those."""
+    """An integer for a field of unknown meaning. If the code reads fields of it, it is a sub-config with these."""
 
     _part: Settings
     _give: Give
 
     @classmethod
     def of(cls, value: int, give: Give) -> Guess:
-        """A guess; `give` gives values to its fields, should it have any."""
+        """A guess; `give` gives the values of its fields, if any are read."""
         guess = cls(value)
         guess._give = give
         return guess
@@ -134,12 +134,12 @@ class Guess(int):
 
 
 def expression(value: Any) -> str:
-    """Python that makes a value."""
+    """The expression for a value."""
     own = getattr(type(value), "_expression", None)
     return str(own(value)) if own is not None else repr(value)
 
 
 def _only_asks(depth: int) -> bool:
-    """Whether the calling code only asks if an attribute is there (`hasattr`, `getattr` with a default)."""
+    """Whether the caller only tests for an attribute, with `hasattr` or a `getattr` that has a default."""
     frame: FrameType = sys._getframe(depth + 1)
     return not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("LOAD")

@@ -1,19 +1,20 @@
-"""What a class or a factory takes: its parameters and their types.
+"""Parameters and annotations of a class or factory.
 
-In: a callable. Out: its parameters, those of the constructors that it passes `*args` and `**kwargs` on to included; the
-names of those without a default; their annotations.
+In: a callable. Out: its parameters, including those of a base class to whose constructor it passes `*args` and
+`**kwargs`; the names of those without a default; their annotations.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 import typing
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+
+from quack_fx.targets.source import tree_of_function
 
 
 def required(function: Callable[..., Any]) -> list[str]:
@@ -22,7 +23,7 @@ def required(function: Callable[..., Any]) -> list[str]:
 
 
 def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Parameters that may be given by name, those of the base class that a constructor passes all on to included."""
+    """Parameters that may be given by name, including those that a constructor passes on to its base class."""
     try:
         found = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):
@@ -48,14 +49,10 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _passed_on(made: type) -> tuple[int, set[str]] | None:
-    """What a constructor itself gives the one of its base: how many by place, and which by name. None where it does not
-    pass on whatever else it is given."""
+    """Arguments that a constructor passes to the one of its base class beside its own `**kwargs`: the number of
+    positional ones, and the names of the others. None where it does not pass `**kwargs` on."""
     owner = next(base for base in made.__mro__ if "__init__" in vars(base))
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(vars(owner)["__init__"])))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of_function(vars(owner)["__init__"])):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "__init__"):
             continue
         if any(keyword.arg is None for keyword in node.keywords):
@@ -65,9 +62,14 @@ def _passed_on(made: type) -> tuple[int, set[str]] | None:
     return None
 
 
+def own_methods(model: nn.Module) -> dict[str, Callable[..., Any]]:
+    """Methods of a model other than its forward and those of nn.Module, by name."""
+    members = inspect.getmembers(type(model), inspect.isfunction)
+    return {name: method for name, method in members if name != "forward" and not hasattr(nn.Module, name)}
+
+
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of a function's parameters, or of a class's constructor; those that name what is not there are left
-    out."""
+    """Annotations of a function, or of a class's constructor; empty where some name in them is not defined."""
     made = inspect.getattr_static(function, "__init__", None) if isinstance(function, type) else function
     for owner in (made, function):
         try:
@@ -79,7 +81,7 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def is_config_class(option: Any) -> bool:
-    """Whether an annotation is a class of somebody's that can be made: no module, no tensor, none of Python's own."""
+    """Whether an annotation is a class of the user's: no module, no tensor, none of Python, torch or numpy."""
     if not isinstance(option, type) or issubclass(option, nn.Module | Tensor):
         return False
     return option.__module__.split(".")[0] not in (
@@ -96,7 +98,7 @@ def is_config_class(option: Any) -> bool:
 
 
 def plain_type(hint: Any) -> Any:
-    """The plain type that an annotation means, as far as it means one: `list[int]` -> list."""
+    """The built-in type of an annotation, or None: `list[int]` -> list."""
     hint = inner_hint(hint)
     return hint if hint in (int, float, str, bool, dict, list, tuple) else typing.get_origin(hint)
 

@@ -1,16 +1,14 @@
-"""Where a repository says how large a model is: its training script, its config classes and files.
+"""Finds sizes of a model in its repository: in training scripts, config classes and config files.
 
-In: the files of a repository. Out: `Source`s: names and values that stand together somewhere. Nothing is run: Python is
-read as text, so that only what is written out counts (numbers, strings, lists of them, sums and products of those, and
-names that the same file gives such values).
+In: the files of a repository. Out: `Source`s, each a set of names with values. Nothing is run. Python is parsed, and
+values are constants: numbers, strings, lists of them, sums and products, and names with such a value in the same file.
 
-    a call        Transformer(vocab, d_model=opt.d_model), with what the names in it are in that file
+    call          Transformer(vocab, d_model=opt.d_model), with the values of its names in that file; also in Markdown
     options       parser.add_argument("--d_model", default=512), all of a file
-    a class       fields with values, of a dataclass or any other class; what __init__ sets
-    a dict        {"emb_dim": 768, ...} or dict(emb_dim=768, ...)
-    assignments   config.n_layer = 12, all to one object in a file; n_layer = 12 at the top of a file
-    a file        JSON, YAML
-    a page        code in Markdown, of which calls count
+    class         defaults of fields of a dataclass or another class; attributes that __init__ sets
+    dict          {"emb_dim": 768, ...} or dict(emb_dim=768, ...)
+    assignments   config.n_layer = 12, all to one object in a file; n_layer = 12 at the top level of a file
+    file          JSON, YAML
 """
 
 from __future__ import annotations
@@ -34,26 +32,26 @@ from quack_fx.targets.packages import python_files, walk
 from quack_fx.targets.sizes.uses import read_name
 
 PARSED = 300
-"""Python files that are read at most, the nearest first."""
+"""The most Python files that are read, the nearest first."""
 DATA_FILES, READ_ME = 300, 20
 _CODE = re.compile(r"^```(?:python|py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LARGEST = 400_000
-"""Bytes of a file that is read; larger ones are data."""
+"""The most bytes of a file that is read; larger files are data."""
 
 Kind = Literal["call", "options", "class", "dict", "assignments", "file"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Values that stand together in a repository.
+    """Values by name that are written in one place of a repository.
 
     Attributes:
-        kind: What they stand in.
-        where: Place for a person: "run.py:12".
+        kind: What contains them.
+        where: File and line for reports: "run.py:12".
         values: The values by name.
         path: The file.
-        mentions: Whether the file names what is to be built.
-        of: Name of the class, dict or callee.
+        mentions: Whether the file names the class or function that is to be called.
+        of: Name of the class, object or callee.
     """
 
     kind: Kind
@@ -67,19 +65,19 @@ class Source:
 def sources(
     repository: Path, near: Path, callee: str, callees: Mapping[str, tuple[str, ...]], words: set[str]
 ) -> list[Source]:
-    """All sources of a repository, those of near files first.
+    """All sources of a repository, those of the nearest files first.
 
     Arguments:
         repository: Its folder.
         near: The target's file.
         callee: Name of the class or function that is to be called.
-        callees: The names of that and of its config classes, each with the names of its parameters, in order.
-        words: Names that values are wanted for; a file with fewer than two of them and no callee is not read.
+        callees: The parameters, in order, of that and of its config classes, by name.
+        words: Names for which values are wanted; a file that has less than two of them, and no callee, is skipped.
     """
     found: list[Source] = []
     for path in python_files(repository, near)[:PARSED]:
-        text = _text(path)
-        if text is None or not (any(name in text for name in callees) or sum(word in text for word in words) > 1):
+        text = read(path)
+        if not (any(name in text for name in callees) or sum(word in text for word in words) > 1):
             continue
         try:
             tree = ast.parse(text)
@@ -89,9 +87,9 @@ def sources(
         mentions = path == near or callee in text or f"import {near.stem}" in text or f".{near.stem} " in text
         found += _in_python(tree, path, shown, mentions, callees)
     for path in itertools.islice(walk(repository, (".md",)), READ_ME):
-        # Only calls: what else stands on such pages shows how things are used, not how they are.
+        # calls only: other values in documentation are examples
         shown = str(path.relative_to(repository))
-        text = _text(path) or ""
+        text = read(path)
         for block in _CODE.findall(text) if any(name in text for name in callees) else ():
             with suppress(SyntaxError, ValueError, RecursionError):
                 found += [
@@ -106,14 +104,10 @@ def sources(
 
 def read(path: Path) -> str:
     """The text of a file; "" for one that is no text or too large."""
-    return _text(path) or ""
-
-
-def _text(path: Path) -> str | None:
     try:
-        return path.read_text("utf-8") if path.stat().st_size <= LARGEST else None
+        return path.read_text("utf-8") if path.stat().st_size <= LARGEST else ""
     except (OSError, UnicodeDecodeError):
-        return None
+        return ""
 
 
 # ---- Python ----------------------------------------------------------------------------------------------------------
@@ -171,7 +165,7 @@ def _options(tree: ast.Module) -> dict[str, Any]:
 
 
 def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
-    """Plain values that are given to names at the top of a file (under "") and to fields of one object anywhere."""
+    """Values that are assigned to attributes, by the name of the object, and at the top level of a file, under ""."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for node in _certain(tree.body):
         for name, value in _assigned(node):
@@ -188,7 +182,7 @@ def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
 
 
 def _certain(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a file that run whatever happens, those below `if True:` included."""
+    """Top-level statements of a file, also inside `if True:`."""
     for node in body:
         yield node
         if isinstance(node, ast.If) and isinstance(node.test, ast.Constant) and node.test.value:
@@ -207,7 +201,7 @@ def _assigned(node: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def _fields(node: ast.ClassDef, scope: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a class's fields: in its body, as defaults of __init__, set there."""
+    """Values of a class's fields: assigned in its body or in __init__, or defaults of __init__."""
     found: dict[str, Any] = {}
     for statement in node.body:
         for name, value in _assigned(statement):
@@ -246,7 +240,7 @@ def _pairs(node: ast.Dict | ast.Call, scope: Mapping[str, Any]) -> dict[str, Any
 
 
 def _dicts(tree: ast.Module, scope: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Dicts of a file by the names that they are given."""
+    """Dicts that a file assigns to names."""
     found = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.Call):
@@ -259,7 +253,7 @@ def _dicts(tree: ast.Module, scope: Mapping[str, Any]) -> dict[str, dict[str, An
 def _arguments(
     node: ast.Call, parameters: tuple[str, ...], scope: Mapping[str, Any], dicts: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """What a call gives to each parameter, as far as it is known."""
+    """The arguments of a call by parameter, as far as their values are known."""
     found: dict[str, Any] = {}
     given: list[tuple[str, ast.expr]] = []
     for name, value in zip(parameters, node.args, strict=False):
@@ -275,7 +269,7 @@ def _arguments(
 
 
 class _Unknown:
-    """A value that does not stand in the text."""
+    """A value that is not a constant."""
 
 
 UNKNOWN: Any = _Unknown()
@@ -290,11 +284,11 @@ _OPERATORS: dict[type[ast.operator], Any] = {
 
 
 _SAME = ("int", "float", "FieldReference")
-"""Calls that give back what they are given, as far as sizes are concerned."""
+"""Calls whose result is their argument, as far as sizes are concerned."""
 
 
 def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
-    """The value that an expression has by its text alone, or `UNKNOWN`."""
+    """The value of a constant expression; else `UNKNOWN`."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, bool | int | float | str | None) else UNKNOWN
     if isinstance(node, ast.Attribute) and read_name(node.value) == "torch":
@@ -331,12 +325,10 @@ def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
 
 def _in_data(path: Path, shown: str, callee: str) -> Iterator[Source]:
     """The dicts of a JSON or YAML file: each by itself, and all of them together."""
-    text = _text(path)
-    if text is None:
-        return
+    text = read(path)
     try:
         data = json.loads(text) if path.suffix == ".json" else _yaml(text)
-    except Exception:  # it is no such file, whatever its ending
+    except Exception:  # the file is not what its ending says
         return
     parts = [{str(k): v for k, v in part.items() if _is_plain(v)} for part in _dicts_in(data)]
     for part in [p for p in parts if len(p) > 1]:
@@ -346,7 +338,7 @@ def _in_data(path: Path, shown: str, callee: str) -> Iterator[Source]:
 
 
 def _yaml(text: str) -> Any:
-    """YAML by whatever reader is installed; without one such files tell nothing."""
+    """YAML, if a reader is installed; else None."""
     try:
         import yaml  # type: ignore[import-untyped]
     except ImportError:

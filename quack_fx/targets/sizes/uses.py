@@ -1,7 +1,6 @@
-"""How a constructor's parameters and a config's fields are used in the source: as a flag, a choice of words, a list.
+"""How the source uses parameters and config fields: as a flag, as a string to compare with, as a list.
 
-In: source files of the user's. Out: `Uses`, which tells for a name what the code does with it. Only what stands in the
-text is told; a name is the same name wherever it stands.
+In: syntax trees of the user's files. Out: `Uses`, by name; equal names in different places count as one.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ class Uses:
     """What the code of some files does with names.
 
     Attributes:
-        words: For each name the words that it is compared with, or that it chooses by as a key, in order.
-        flags: Names whose truth alone is asked for somewhere.
-        lists: Names that are iterated over, or whose length is asked for.
+        words: For each name the strings that it is compared with, or that are keys of a dict it indexes, in order.
+        flags: Names that are used as a condition.
+        lists: Names that are iterated over, or whose length is taken.
         needed: Names that are asserted not to be None.
     """
 
@@ -85,7 +84,7 @@ def read_name(node: ast.AST | None) -> str:
 
 
 def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
-    """Dicts that are given a name."""
+    """Dicts that are assigned to a name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for target in node.targets:
@@ -105,7 +104,7 @@ def _tested(test: ast.expr) -> Iterator[ast.expr]:
 
 
 def _not_none(test: ast.expr) -> str:
-    """The name of which `test` says that it is not None."""
+    """The name x of a condition `x is not None`; "" for another condition."""
     if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.IsNot):
         right = test.comparators[0]
         if isinstance(right, ast.Constant) and right.value is None:

@@ -1,24 +1,24 @@
-"""The world that a user's files run in: this machine, with what it lacks stood in for.
+"""The environment that the user's files run in: this machine, with stand-ins for what it lacks.
 
-In: where the target lies. Out: a `World` that is open while the target is loaded, built, run and reported on. It leaves
-nothing behind: no module, no path, no process group, no argument.
+In: the location of the target's file. Out: a `World`, which is open while the target is imported, built, run and
+reported on. When it closes, sys.modules, sys.path, sys.argv and the process group are as they were before.
 
-    imports.py    imports that fail get stand-ins
-    inert.py      what a name of a missing package is: nothing that does anything
-    known.py      names of missing packages whose meaning is known ...
-    attention.py  ... what fused attention computes
-    flash_attn.py ... that of flash_attn too
-    vision.py     ... layers of timm, and timm_vit.py its transformer
-    fields.py     ... config objects
-    devices.py    what torch.cuda says without a GPU
-    old_names.py  names that Python and numpy have given up
-    one_rank.py   torch.distributed, with one rank
-    script.py     arguments, and no training
+    imports.py    failed imports get stand-ins
+    inert.py      stand-ins that compute nothing, and raise when the forward needs them
+    known.py      the table of stand-ins that compute what the original does:
+    attention.py, flash_attn.py, block_masks.py    fused attention
+    vision.py, timm_vit.py                         layers and the vision transformer of timm
+    rotations.py, fields.py                        rotary embeddings and quaternions; config objects
+    devices.py    torch.cuda without a GPU
+    one_rank.py   torch.distributed with one rank
+    old_names.py  names that newer versions of Python, numpy and transformers no longer have
+    script.py     sys.argv, arguments of parsers, and an end to the file where it begins to train
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import time
 import warnings
@@ -30,7 +30,8 @@ from types import ModuleType
 import torch._dynamo
 
 from quack_fx.graph.forward.gpus import Device, OnThisMachine
-from quack_fx.targets.packages import LocalImports, Place, is_installed
+from quack_fx.targets.packages import LocalImports, Location, is_installed
+from quack_fx.targets.source import text_of
 from quack_fx.targets.world.devices import no_gpu
 from quack_fx.targets.world.imports import Imports
 from quack_fx.targets.world.inert import Phase, StandInUsed
@@ -41,33 +42,33 @@ from quack_fx.targets.world.script import TrainingBegins, as_script, before_trai
 __all__ = ["StandInUsed", "TrainingBegins", "World", "before_training"]
 
 PATIENCE = 90.0
-"""Seconds for which sizes and inputs are guessed; what is going on then is brought to its end."""
+"""Seconds after which no further sizes or inputs are tried."""
 
 
 class World:
-    """What the files of one target find around them; see the docstring of this package.
+    """The environment of one target's files; see the docstring of this package.
 
     Arguments:
-        guarded: Whether imports that a `try` of the user's would catch get stand-ins, too.
-        group: Whether a process group of one rank is there from the start.
+        guarded: Whether failed imports inside a `try` of the user's get stand-ins, too.
+        group: Whether a process group of one rank exists from the start.
     """
 
     def __init__(self, guarded: bool = False, group: bool = False) -> None:
         self._guarded, self._group = guarded, group
         self._until = time.monotonic() + PATIENCE
-        self._place: Place | None = None
+        self._location: Location | None = None
         self._own: dict[tuple[str, str], bool] = {}
         self.modules: dict[str, ModuleType] = {}
-        """The target's own files by the names that they were imported by, once the world is closed."""
+        """Modules of the target's repository by name; filled when the world closes."""
         self._stack = ExitStack()
         self.imports = Imports(self.is_own, self._look_elsewhere, guarded)
         self.notes: list[str] = []
-        """What a person should know of how the target was loaded."""
+        """What the report says about how the target was imported."""
         self._local: LocalImports | None = None
 
     @contextmanager
     def open(self) -> Iterator[World]:
-        """Context in which the world is there."""
+        """Context in which the environment is set up."""
         before, path, random = set(sys.modules), list(sys.path), torch.random.get_rng_state()
         Phase.strict = False
         try:
@@ -80,25 +81,25 @@ class World:
             Phase.strict = False
             sys.path[:] = path
             torch.random.set_rng_state(random)
-            # All are looked at before any goes: the path of a folder without __init__.py is told by what is above it.
-            for name in [n for n in set(sys.modules) - before if any(map(self.is_own, _places(sys.modules[n])))]:
+            # A list first: Python computes the path of a namespace package from its parent, which must still be there.
+            for name in [n for n in set(sys.modules) - before if any(map(self.is_own, _paths_of(sys.modules[n])))]:
                 self.modules[name] = sys.modules.pop(name)
 
     def is_late(self) -> bool:
-        """Whether guessing has gone on for so long that a person would rather be told what is missing."""
+        """Whether `PATIENCE` has passed."""
         return time.monotonic() > self._until
 
-    def settle_at(self, place: Place) -> None:
-        """Say where the target lies; from here on the imports of its files are looked after."""
-        self._place = place
-        self._local = LocalImports(place, self.is_own)
-        self._stack.enter_context(as_script(str(place.file)))
+    def enter(self, location: Location) -> None:
+        """Set the location of the target; from now on imports in files of its repository are handled here."""
+        self._location = location
+        self._local = LocalImports(location, self.is_own)
+        self._stack.enter_context(as_script(str(location.file)))
         self._stack.enter_context(self._local.active())
         self._stack.enter_context(self.imports.active())
 
     @contextmanager
     def building(self, device: str) -> Iterator[None]:
-        """Context in which the model is built on "cpu" or "meta"; afterwards stand-ins may not be used any more."""
+        """Context in which the model is built, on "cpu" or "meta"; after it, using an inert stand-in is an error."""
         Phase.strict, Device.now = False, device
         try:
             with OnThisMachine():
@@ -107,48 +108,48 @@ class World:
             Phase.strict, Device.now = True, "cpu"
 
     def is_own(self, file: str) -> bool:
-        """Whether a file is one of the target's repository."""
-        if self._place is None or not file:
+        """Whether a file belongs to the target's repository."""
+        if self._location is None or not file:
             return False
-        repository = str(self._place.repository)
-        if (repository, file) not in self._own:  # asked at every import, of torch's own too
+        repository = str(self._location.repository)
+        if (repository, file) not in self._own:  # kept, since every import asks
             inside = str(Path(file)).startswith(repository.rstrip("/") + "/")
             self._own[repository, file] = inside and (is_installed(repository) or not is_installed(file))
         return self._own[repository, file]
 
     def own_files(self) -> list[Path]:
-        """Files of the repository that are loaded, the target first."""
-        if self._place is None:
+        """Imported files of the repository, the target first."""
+        if self._location is None:
             return []
         files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-        return list(dict.fromkeys([self._place.file, *(Path(f) for f in files if f and self.is_own(f))]))
+        return list(dict.fromkeys([self._location.file, *(Path(f) for f in files if f and self.is_own(f))]))
 
     def module_of(self, file: Path) -> str:
-        """The name by which the target's files import another file of the repository; "" where they cannot."""
-        base = self._place.base if self._place else None
+        """The module name of another file of the repository; "" where the target's files cannot import it."""
+        base = self._location.base if self._location else None
         if base is None or not file.is_relative_to(base):
             return ""
         parts = file.relative_to(base).with_suffix("").parts
         return ".".join(parts) if all(part.isidentifier() for part in parts) else ""
 
     def import_own(self, name: str) -> ModuleType:
-        """Another module of the repository, by a name that `module_of` gave."""
+        """Import another module of the repository, by a name that `module_of` gave."""
         if self._local is not None:
             self._local.asked = name.split(".")[0]
         return importlib.import_module(name)
 
     @property
     def missing(self) -> list[str]:
-        """Packages that were stood in for."""
+        """Packages that have stand-ins."""
         return list(self.imports.missing)
 
     @property
     def asks_for_ranks(self) -> bool:
-        """Whether a file of the target's speaks of torch.distributed."""
-        return any("distributed" in _text(file) or "RANK" in _text(file) for file in self.own_files())
+        """Whether a file of the target mentions torch.distributed."""
+        return any(re.search("distributed|RANK", text_of(file)) for file in self.own_files())
 
     def others(self) -> list[World]:
-        """Worlds to try where this one did not do."""
+        """Further environments to try after a failure in this one: with a process group, with more stand-ins."""
         more = []
         if self.asks_for_ranks and not self._group:
             more.append(World(self._guarded, True))
@@ -160,13 +161,6 @@ class World:
         return self._local is not None and self._local.look_elsewhere(name)
 
 
-def _places(module: ModuleType) -> list[str]:
-    """The file of a module, and the folders of a package."""
+def _paths_of(module: ModuleType) -> list[str]:
+    """The file of a module, and the search path of a package."""
     return [str(getattr(module, "__file__", None) or ""), *map(str, getattr(module, "__path__", None) or ())]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8", errors="ignore")
-    except OSError:
-        return ""

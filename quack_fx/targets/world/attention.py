@@ -1,12 +1,10 @@
-"""Fused attention functions of packages for GPUs, written out in torch: what they compute, not how.
+"""Fused attention of xformers and SageAttention, written out in torch.
 
-In: the arguments that the packages' own functions take. Out: what those return. They stand in where the package is not
-installed, so that a model's attention can be seen on any machine. Each goes through `scaled_dot_product_attention`,
-unless its logits are capped. What is not written out is refused, never left out. Those of flash_attn are in
-flash_attn.py.
+In: the arguments of the original functions. Out: their results. Each calls `scaled_dot_product_attention`, unless its
+logits have a soft cap. Options without an implementation here raise. flash_attn has a file of its own.
 
-Letters at the end of a tensor's name are its shape: B sequences, T queries, S keys, N tokens of all sequences in a row,
-H heads of queries, K heads of keys, D features of a head.
+Letters at the end of a tensor's name are its shape: B sequences, T queries, S keys, N tokens of all sequences joined to
+one row, H query heads, K key heads, D features of a head.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ def attend(
     mask: Tensor | None = None,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Softmax attention; the queries are the last ones of the sequence where there are fewer than keys.
+    """Softmax attention. Where there are fewer queries than keys, they belong to the last tokens of the sequence.
 
-    `mask` says where there is attention, or is added to the logits. A query that sees no key gives zeros.
+    `mask` is true where a query sees a key, or it is added to the logits. A query that sees no key gives zeros.
     """
     t, s = q_BTHD.shape[1], k_BSKD.shape[1]
     if causal and t != s:
@@ -52,7 +50,7 @@ def attend(
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, softcap: float) -> Tensor:
-    """Attention whose logits are bent to stay below a number; heads before tokens."""
+    """Attention with a soft cap on its logits; tensors have heads before tokens."""
     each = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(each, 1), v.repeat_interleave(each, 1)
     logits = softcap * torch.tanh(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
@@ -62,12 +60,12 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor |
 
 
 def distance_between(t: int, s: int) -> Tensor:
-    """How far each of s keys lies before each of t queries, the last ones side by side."""
+    """Distance from each of s keys to each of t queries, [T, S]; the last key is at the last query."""
     return torch.arange(t)[:, None] + (s - t) - torch.arange(s)
 
 
 def both_masks(mask: Tensor | None, seen: Tensor) -> Tensor:
-    """A mask that lets through what both do."""
+    """A mask that excludes what either mask excludes."""
     if mask is None:
         return seen
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
@@ -84,7 +82,7 @@ class LowerTriangularMask:
 
 
 class LowerTriangularFromBottomRightMask:
-    """`xformers.ops.fmha.attn_bias.LowerTriangularFromBottomRightMask`: causal, the last query beside the last key."""
+    """`xformers.ops.fmha.attn_bias.LowerTriangularFromBottomRightMask`: causal; the last query is at the last key."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -108,7 +106,7 @@ def memory_efficient_attention(
     """`xformers.ops.memory_efficient_attention`: [B, T, H, D], [B, T, D] (one head) or [B, T, G, H, D] (groups)."""
     causal = isinstance(attn_bias, LowerTriangularFromBottomRightMask)
     mask = attn_bias if isinstance(attn_bias, Tensor) else None
-    if isinstance(attn_bias, LowerTriangularMask):  # counted from the first query and the first key
+    if isinstance(attn_bias, LowerTriangularMask):  # the first query is at the first key
         mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).tril()
         causal, mask = (True, None) if query.shape[1] == key.shape[1] else (False, mask)
     elif isinstance(attn_bias, BlockDiagonalMask):
@@ -119,7 +117,7 @@ def memory_efficient_attention(
     if query.dim() == 3:
         mask = mask[:, None] if mask is not None and mask.dim() == 3 else mask
         return attend(query[:, :, None], key[:, :, None], value[:, :, None], scale, causal, mask)[:, :, 0]
-    if query.dim() == 5:  # groups of query heads, each with a key head that is repeated
+    if query.dim() == 5:  # groups of query heads that share a key head, which is repeated
         parts = [
             attend(query[:, :, g], key[:, :, g], value[:, :, g], scale, causal, _of_group(mask, g))
             for g in range(query.shape[2])

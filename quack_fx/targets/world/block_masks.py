@@ -1,7 +1,6 @@
-"""Stand-ins for xformers' masks of packed sequences: a token attends to its own sequence alone.
+"""xformers' masks for packed sequences: a token attends to its own sequence only.
 
-In: the lengths of the sequences that lie one behind the other in a batch of one. Out: the mask, true where a query
-sees a key.
+In: the lengths of the sequences, which are joined to one row. Out: the mask, true where a query sees a key.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class BlockDiagonalMask:
         return cls(q_seqlen, q_seqlen if kv_seqlen is None else kv_seqlen)
 
     def make_causal(self) -> BlockDiagonalCausalMask:
-        """The same, for which the keys behind a query are hidden, counted from the first of each sequence."""
+        """The mask without later keys; the first query of a sequence is at its first key."""
         return BlockDiagonalCausalMask(self._queries, self._keys)
 
     def mask(self) -> Tensor:
@@ -39,6 +38,6 @@ class BlockDiagonalMask:
 
 
 class BlockDiagonalCausalMask(BlockDiagonalMask):
-    """Each query sees the keys of its sequence up to its own place, counted from the first of both."""
+    """Each query sees the keys of its sequence up to its own index."""
 
     causal = True

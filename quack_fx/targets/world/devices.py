@@ -1,8 +1,8 @@
-"""What `torch.cuda` says on a machine without a GPU.
+"""`torch.cuda` on a machine without a GPU.
 
-In: nothing. Out: a context in which what is asked of `torch.cuda` is answered as by one small GPU that nobody sees.
-`torch.cuda.is_available()` stays false: code that has a way for CPUs takes it. Where the tensors go that are asked for
-on a GPU, `quack_fx.graph.forward.gpus` decides.
+In: nothing. Out: a context in which functions of `torch.cuda` answer as if there were one small GPU.
+`torch.cuda.is_available()` stays false, so that code with a branch for CPUs takes it. `quack_fx.graph.forward.gpus`
+decides on which device tensors are made that the code wants on a GPU.
 
 On a machine with a GPU nothing is changed.
 """
@@ -42,14 +42,14 @@ def no_gpu() -> Iterator[None]:
 
 
 def _set_default_tensor_type(kind: Any) -> None:
-    """The type of numbers alone: where they lie is decided here."""
+    """`torch.set_default_tensor_type` for the dtype alone; the device stays the CPU."""
     name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
     types = {"Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64}
     torch.set_default_dtype(next((t for n, t in types.items() if n in name), torch.float32))
 
 
 def _to(original: Any) -> Any:
-    """`nn.Module.to`, to which a device may be a number."""
+    """`nn.Module.to`, where a device may be given as a number."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         args = tuple(here(a) if isinstance(a, int) else a for a in args)
@@ -73,32 +73,22 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-class _Quiet:
-    """A stream, an event, a device: something to wait for that is done."""
+class _Done:
+    """A stream, an event or a device on which nothing is waiting: its methods return None at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __enter__(self) -> _Quiet:
+    def __enter__(self) -> _Done:
         return self
 
     def __exit__(self, *exc: Any) -> None:
         return None
 
-    def record(self, *args: Any) -> None:
-        """Record nothing."""
-
-    def synchronize(self) -> None:
-        """Wait for nothing."""
-
-    def wait_stream(self, stream: Any) -> None:
-        """Wait for nothing."""
-
-    def wait_event(self, event: Any) -> None:
-        """Wait for nothing."""
+    record = synchronize = wait_stream = wait_event = _nothing
 
     def elapsed_time(self, other: Any) -> float:
-        """No time has gone by."""
+        """Zero."""
         return 0.0
 
 
@@ -117,8 +107,8 @@ _ANSWERS: dict[str, Any] = {
     "get_rng_state": lambda *args: torch.zeros(16, dtype=torch.uint8),
     "set_rng_state": _nothing,
     "stream": lambda *args: nullcontext(),
-    "current_stream": lambda *args: _Quiet(),
-    "device": _Quiet,
-    "Stream": _Quiet,
-    "Event": _Quiet,
+    "current_stream": lambda *args: _Done(),
+    "device": _Done,
+    "Stream": _Done,
+    "Event": _Done,
 }

@@ -1,7 +1,7 @@
-"""Config objects of packages that hold fields: dicts whose keys are attributes, too.
+"""Config objects: dicts whose keys can be read and set as attributes.
 
-In: what their constructors take. Out: `Fields`, which stands in for the classes of `ml_collections`, `omegaconf`,
-`easydict`, `addict`, `munch`, `yacs` and the like, and `Loader`, which stands in for `OmegaConf`.
+In: the arguments of their constructors. Out: `Fields`, in place of the classes of `ml_collections`, `omegaconf`,
+`easydict`, `addict`, `munch`, `yacs` and the like, and `Loader`, in place of `OmegaConf`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Fields(dict[str, Any]):
-    """A dict whose keys are attributes, too, and so are those of the dicts in it."""
+    """A dict whose keys are attributes, too; dicts in it become such dicts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = args[0] if args and args[0] is not None else {}
@@ -43,34 +43,34 @@ class Fields(dict[str, Any]):
         return type(self)({name: copy.deepcopy(value, memo) for name, value in self.items()})
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Set fields; dicts become objects with fields."""
+        """Set fields."""
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
     def clone(self) -> Fields:
-        """A copy with copies of what is in it."""
+        """A deep copy."""
         return copy.deepcopy(self)
 
     copy_and_resolve_references = clone
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts."""
+        """The config as plain dicts."""
         return {name: v.to_dict() if isinstance(v, Fields) else v for name, v in self.items()}
 
     def lock(self, *args: Any, **kwargs: Any) -> Fields:
-        """Nothing is locked here."""
+        """Nothing is ever locked."""
         return self
 
     unlock = freeze = defrost = lock
 
     @contextmanager
     def unlocked(self) -> Iterator[Fields]:
-        """Context in which fields may be set, as always here."""
+        """Context in which fields may be set."""
         yield self
 
 
 class Loader:
-    """`OmegaConf`, as far as configs are made of dicts and turned into dicts."""
+    """The functions of `OmegaConf` that make configs of dicts, and dicts of configs."""
 
     @staticmethod
     def create(given: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +81,7 @@ class Loader:
 
     @staticmethod
     def merge(*configs: Any) -> Fields:
-        """One config with the fields of several, those of the last where several have one."""
+        """One config with the fields of several; later ones take precedence."""
         merged = Fields()
         for config in configs:
             for name, value in dict(config).items():
@@ -91,7 +91,7 @@ class Loader:
 
     @staticmethod
     def to_container(config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Plain dicts."""
+        """The config as plain dicts."""
         return config.to_dict() if isinstance(config, Fields) else config
 
     to_object = to_container
@@ -105,6 +105,6 @@ class Loader:
 
     @staticmethod
     def set_struct(*args: Any) -> None:
-        """Nothing is locked here."""
+        """Nothing is ever locked."""
 
     set_readonly = register_new_resolver = set_struct

@@ -1,10 +1,13 @@
-"""The functions and modules of flash_attn, written out in torch: what they compute, not how.
+"""The functions and modules of flash_attn, written out in torch: they compute the same, by other means.
 
-In and out as in `attention.py`, whose letters at the end of a tensor's name are meant here, too.
+In and out as in `attention.py`, which explains the letters at the end of a tensor's name.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,39 +16,70 @@ from torch.nn import functional as F
 
 from quack_fx.targets.world.attention import attend, both_masks, distance_between
 
-Window = tuple[int, int] | None
+Options = Mapping[str, Any]
+"""The options of one call, by name."""
+
+_DEFAULTS: dict[str, Any] = {
+    "dropout_p": 0.0,
+    "softmax_scale": None,
+    "causal": False,
+    "window_size": None,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "deterministic": False,
+    "return_attn_probs": False,
+}
+"""Options that flash_attn's functions share, in the order in which they may be given by position."""
+
+_REFUSED = "block_table page_table qv rotary_cos rotary_sin attention_chunk sinks s_aux cache_batch_idx cache_leftpad"
+"""Options that change the result and have no stand-in."""
+
+
+def _with_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: the function takes these options after its tensors, by position or name, and reads them from one dict.
+
+    Its signature lists them, since model files look there for what the installed version can do.
+    """
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    options = [inspect.Parameter(name, kind, default=_DEFAULTS.get(name)) for name in names]
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+
+    def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
+        tensors = [p for p in inspect.signature(function).parameters.values() if p.name != "options"]
+        signature = inspect.Signature([*tensors, *options, rest])
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = dict(bound.arguments)
+            given |= given.pop("kwargs")
+            return function(*(given.pop(p.name) for p in tensors), given)
+
+        called.__signature__ = signature  # type: ignore[attr-defined]
+        return called
+
+    return decorator
 
 
 def _flash(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    causal: bool,
-    window: Window,
-    softcap: float,
-    slopes: Tensor | None,
-    given: dict[str, Any],
-    mask: Tensor | None = None,
-    distance: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, options: Options, mask: Tensor | None = None, distance: Tensor | None = None
 ) -> Any:
-    """Attention with what flash_attn's functions share.
+    """Attention with the options of flash_attn.
 
     Arguments:
         q, k, v: [B, T, H, D], [B, S, K, D] twice.
-        scale: Of the logits.
-        causal: Whether queries see no later keys.
-        window: How many keys before and after each query are seen; below zero, all.
-        softcap: Bound of the logits, if not zero.
-        slopes: ALiBi slope of each head, [H] or [B, H].
-        given: Other arguments by name.
-        mask: Where else attention is.
-        distance: How far each key lies before each query, if not by their places.
+        options: softmax_scale; causal; window_size, how many keys before and after each query are seen (below zero:
+            all); softcap, a bound on the logits (zero: none); alibi_slopes, [H] or [B, H].
+        mask: Further limits on which keys a query sees, [T, S].
+        distance: How far each key is before each query, [T, S]; by default as their indices say.
     """
-    for name in _UNKNOWN & given.keys():
-        if given[name] is not None:
+    for name in _REFUSED.split():
+        if options.get(name) is not None:
             raise NotImplementedError(f"flash attention with {name} has no stand-in")
-    left, right = window if window is not None else (-1, -1)
+    options = _DEFAULTS | dict(options)
+    causal, slopes = options["causal"], options["alibi_slopes"]
+    left, right = options["window_size"] or (-1, -1)
     if distance is None and (slopes is not None or left >= 0 or right >= 0):
         distance = distance_between(q.shape[1], k.shape[1])
     if distance is not None and left >= 0:
@@ -56,193 +90,93 @@ def _flash(
         bias = -slopes[..., None, None] * distance.abs()
         seen = mask if mask is not None else torch.ones_like(distance, dtype=torch.bool)
         mask = bias.to(q.dtype).masked_fill(~seen, float("-inf"))
-    out = attend(q, k, v, scale, causal, mask, softcap)
-    return (out, None, None) if given.get("return_attn_probs") else out
+    out = attend(q, k, v, options["softmax_scale"], causal, mask, options["softcap"])
+    return (out, None, None) if options["return_attn_probs"] else out
 
 
-_UNKNOWN = frozenset(
-    {"block_table", "page_table", "qv", "rotary_cos", "rotary_sin", "attention_chunk", "sinks", "s_aux"}
-)
-"""Arguments that change what is computed, in ways that are not written out here."""
-
-
-def flash_attn_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+@_with_options(*_DEFAULTS)
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
     """`flash_attn.flash_attn_func`: q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]."""
-    return _flash(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, kwargs)
+    return _flash(q, k, v, options)
 
 
-def flash_attn_qkvpacked_func(
-    qkv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+@_with_options(*_DEFAULTS)
+def flash_attn_qkvpacked_func(qkv: Tensor, options: Options) -> Any:
     """`flash_attn.flash_attn_qkvpacked_func`: [B, T, 3, H, D] -> [B, T, H, D]."""
     q, k, v = qkv.unbind(2)
-    return _flash(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, kwargs)
+    return _flash(q, k, v, options)
 
 
-def flash_attn_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+@_with_options(*_DEFAULTS)
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, options: Options) -> Any:
     """`flash_attn.flash_attn_kvpacked_func`: q [B, T, H, D], kv [B, S, 2, K, D] -> [B, T, H, D]."""
     k, v = kv.unbind(2)
-    return _flash(q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, kwargs)
+    return _flash(q, k, v, options)
 
 
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = None,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """`flash_attn.flash_attn_varlen_func`: sequences joined to one row; q [N, H, D], k and v [N, K, D] -> [N, H, D].
-
-    Tokens attend to those of their own sequence: a mask says which.
-    """
-    of_query, of_key = _sequence_of(cu_seqlens_q, q.shape[0]), _sequence_of(cu_seqlens_k, k.shape[0])
-    mask = of_query[0][:, None] == of_key[0][None]
-    distance = of_query[1][:, None] - of_key[1][None]  # the last query of a sequence is beside its last key
-    if alibi_slopes is not None and alibi_slopes.dim() == 2:
+def _joined(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, options: Options) -> Any:
+    """Attention over sequences joined to one row, [N, H, D]: a mask keeps each token to its own sequence."""
+    if (slopes := options.get("alibi_slopes")) is not None and slopes.dim() == 2:
         raise NotImplementedError("ALiBi slopes of each sequence have no stand-in for joined sequences")
-    out = _flash(
-        *(q[None], k[None], v[None]),
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        kwargs,
-        mask,
-        distance,
-    )
+    of_query, of_key = _sequence_of(starts_q, q.shape[0]), _sequence_of(starts_k, k.shape[0])
+    mask = of_query[0][:, None] == of_key[0][None]
+    distance = of_query[1][:, None] - of_key[1][None]  # the last query of a sequence is at its last key
+    out = _flash(q[None], k[None], v[None], options, mask, distance)
     return (out[0][0], *out[1:]) if isinstance(out, tuple) else out[0]
 
 
-def flash_attn_varlen_qkvpacked_func(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int = 0,
-    *args: Any,
-    **kwargs: Any,
+@_with_options("max_seqlen_q", "max_seqlen_k", *_DEFAULTS)
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options
 ) -> Any:
+    """`flash_attn.flash_attn_varlen_func`: q [N, H, D], k and v [N, K, D] -> [N, H, D]."""
+    return _joined(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+
+
+@_with_options("max_seqlen", *_DEFAULTS)
+def flash_attn_varlen_qkvpacked_func(qkv: Tensor, cu_seqlens: Tensor, options: Options) -> Any:
     """`flash_attn.flash_attn_varlen_qkvpacked_func`: [N, 3, H, D] -> [N, H, D]."""
     q, k, v = qkv.unbind(1)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+    return _joined(q, k, v, cu_seqlens, cu_seqlens, options)
 
 
+@_with_options("max_seqlen_q", "max_seqlen_k", *_DEFAULTS)
 def flash_attn_varlen_kvpacked_func(
-    q: Tensor,
-    kv: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
-    *args: Any,
-    **kwargs: Any,
+    q: Tensor, kv: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options
 ) -> Any:
     """`flash_attn.flash_attn_varlen_kvpacked_func`: q [N, H, D], kv [N, 2, K, D] -> [N, H, D]."""
     k, v = kv.unbind(1)
-    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *args, **kwargs)
+    return _joined(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
 
 
-def flash_attn_with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    cache_seqlens: Any = None,
-    cache_batch_idx: Tensor | None = None,
-    cache_leftpad: Tensor | None = None,
-    block_table: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = None,
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+@_with_options(
+    *("k", "v", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table"),
+    *("softmax_scale", "causal", "window_size", "softcap", "rotary_interleaved", "alibi_slopes"),
+)
+def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, options: Options) -> Any:
     """`flash_attn.flash_attn_with_kvcache`: new keys and values are appended to an empty cache; without new ones the
     whole cache is attended to."""
-    beside = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "block_table": block_table}
-    beside |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad}
-    for name, value in beside.items():
-        if value is not None:
-            raise NotImplementedError(f"flash_attn_with_kvcache with {name} has no stand-in")
-    if k is None and cache_seqlens is not None:
+    k, v = options["k"], options["v"]
+    if k is None and options["cache_seqlens"] is not None:
         raise NotImplementedError("flash_attn_with_kvcache on a part of its cache has no stand-in")
     keys, values = (k_cache, v_cache) if k is None or v is None else (k, v)
-    return _flash(q, keys, values, softmax_scale, causal, window_size, softcap, alibi_slopes, kwargs)
+    return _flash(q, keys, values, options)
 
 
-def flash_attn_3_func(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False, **kwargs: Any
-) -> Any:
+@_with_options("softmax_scale", "causal")
+def flash_attn_3_func(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
     """`flash_attn_interface.flash_attn_func` of version 3: no dropout among its arguments."""
-    return flash_attn_func(q, k, v, 0.0, softmax_scale, causal, **kwargs)
+    return _flash(q, k, v, options)
 
 
+@_with_options("max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "softmax_scale", "causal")
 def flash_attn_3_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int = 0,
-    max_seqlen_k: int = 0,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    **kwargs: Any,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options
 ) -> Any:
     """`flash_attn_interface.flash_attn_varlen_func` of version 3."""
-    if seqused_q is not None or seqused_k is not None:
+    if options["seqused_q"] is not None or options["seqused_k"] is not None:
         raise NotImplementedError("flash attention with seqused_q or seqused_k has no stand-in")
-    starts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-    return flash_attn_varlen_func(q, k, v, *starts, 0.0, softmax_scale, causal, **kwargs)
+    return _joined(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
 
 
 class FlashAttention(nn.Module):
@@ -266,14 +200,14 @@ class FlashAttention(nn.Module):
         causal = self.causal if causal is None else causal
         if need_weights:
             raise NotImplementedError("weights of fused attention have no stand-in")
-        if cu_seqlens is None:
-            q, k, v = qkv.unbind(2)
-            kept = None if key_padding_mask is None else key_padding_mask.bool()
-            out = attend(q, k, v, self.scale, causal, None if kept is None else kept[:, None, None])
-            out = out if kept is None else out * kept[..., None, None]
-        else:
-            out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, softmax_scale=self.scale, causal=causal)
-        return out, None
+        if cu_seqlens is not None:
+            return flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, softmax_scale=self.scale, causal=causal), None
+        if key_padding_mask is None:
+            return flash_attn_qkvpacked_func(qkv, softmax_scale=self.scale, causal=causal), None
+        kept = key_padding_mask.bool()
+        q, k, v = qkv.unbind(2)
+        out = attend(q, k, v, self.scale, causal, kept[:, None, None])
+        return out * kept[..., None, None], None
 
 
 class FlashSelfAttention(nn.Module):
@@ -355,22 +289,22 @@ def apply_rotary_emb(
     if cu_seqlens is not None or not isinstance(seqlen_offsets, int):
         raise NotImplementedError("apply_rotary_emb on joined sequences or from several places on has no stand-in")
     width = 2 * cos.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
+    rotated, rest = x[..., :width], x[..., width:]
     at = slice(seqlen_offsets, seqlen_offsets + x.shape[1])
     cos, sin = cos[at, None], sin[at, None]
     if interleaved:
-        a, b = turned[..., ::2], turned[..., 1::2]
+        a, b = rotated[..., ::2], rotated[..., 1::2]
         out = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
     else:
-        a, b = turned.chunk(2, -1)
+        a, b = rotated.chunk(2, -1)
         out = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
     out = torch.cat((out, rest), -1)
     return x.copy_(out) if inplace else out
 
 
 def _sequence_of(starts: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """For each token of a row of sequences the number of its sequence, and its distance from that one's end."""
+    """For each token of joined sequences the index of its sequence, and its distance from the end of it."""
     at = torch.arange(n)
     sequence = (at[:, None] >= starts[None, 1:]).sum(1)
     ends = starts[1:][sequence.clamp(max=len(starts) - 2)]
-    return sequence, at - ends  # numbers below zero that grow along the sequence
+    return sequence, at - ends  # negative, growing along the sequence

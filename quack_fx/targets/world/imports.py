@@ -1,12 +1,11 @@
-"""Imports that fail while a target is loaded, built and run get a stand-in.
+"""Gives stand-ins to failed imports while a target is imported, built and run.
 
-In: the import statements of the user's files. Out: the real module, one that is found elsewhere in the repository, or a
-stand-in (`inert.py`, `known.py`); `missing` lists the packages that were stood in for.
+In: the import statements of the user's files. Out: the real module, one found elsewhere in the repository, or a
+stand-in (`inert.py`, `known.py`); `missing` lists the packages that have one.
 
-An import inside `try` whose handler goes on without it is left to fail, as its author wants: the variant of the code
-without that package is then what is read. Where that variant does not get as far as a forward pass, the caller tries
-once more with `guarded=True`, and such imports get stand-ins, too. Imports of installed packages among themselves are
-never touched.
+An import inside a `try` that handles its failure fails as usual, so that the code for a missing package runs. If no
+forward runs then, the caller tries again with `guarded=True`, and such imports get stand-ins, too. Imports by installed
+packages are never changed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from unittest.mock import patch
 
 from quack_fx.targets.packages import is_installed, moved
 from quack_fx.targets.sizes.uses import read_name
-from quack_fx.targets.world.inert import InertPackage, inert
+from quack_fx.targets.source import text_of, tree_of
+from quack_fx.targets.world.inert import Inert, InertPackage
 from quack_fx.targets.world.known import meaning
 from quack_fx.targets.world.old_names import today
 
@@ -35,8 +35,8 @@ class Imports:
 
     Arguments:
         is_own: Whether a file is the user's.
-        elsewhere: Called with a dotted name that cannot be found; makes it importable, if the repository has it.
-        guarded: Whether imports inside `try` get stand-ins, too.
+        elsewhere: Called with a module name that is not found; makes it importable if the repository has it.
+        guarded: Whether imports inside a `try` get stand-ins, too.
     """
 
     def __init__(self, is_own: Callable[[str], bool], elsewhere: Callable[[str], bool], guarded: bool = False) -> None:
@@ -44,15 +44,15 @@ class Imports:
         self._import = builtins.__import__
         self._import_module = importlib.import_module
         self.missing: dict[str, str] = {}
-        """Packages that were stood in for, each with the reason why it cannot be imported."""
-        # Not in sys.modules: installed packages would find them there, and believe in them.
+        """Packages with a stand-in, each with the reason why it cannot be imported."""
+        # Not in sys.modules, where installed packages would find them.
         self._modules: dict[str, InertPackage] = {}
         self.left = False
-        """Whether an import inside `try` was left to fail."""
+        """Whether an import inside a `try` has failed without a stand-in."""
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Context in which imports of the user's files are seen."""
+        """Context in which imports of the user's files are handled here."""
         with (
             patch.object(builtins, "__import__", self._wrapped),
             patch.object(importlib, "import_module", self._by_name),
@@ -60,14 +60,14 @@ class Imports:
             yield
 
     def _by_name(self, name: str, package: str | None = None) -> Any:
-        """`importlib.import_module`, by which files load what they have compiled."""
+        """`importlib.import_module`, with which files import extensions that they compile."""
         frame = sys._getframe(1)
         file = frame.f_globals.get("__file__")
         try:
             return self._import_module(name, package)
         except ModuleNotFoundError as error:
-            # A name that is made up while the file runs asks whether there is such a module.
-            written = file and self._is_own(file) and f'"{name}"' in Path(file).read_text("utf-8", errors="ignore")
+            # A name that is not written in the file is computed, to test whether such a module exists.
+            written = file and self._is_own(file) and f'"{name}"' in text_of(Path(file))
             if not written or package or not self._is_missing(name, error) or _is_guarded(frame):
                 raise
             return self._stand_in(name, error, leaf=True)
@@ -98,14 +98,14 @@ class Imports:
         return self._with_names(module, name, fromlist or (), frame)
 
     def _is_missing(self, name: str, error: Exception) -> bool:
-        """Whether the import failed for a package that is not one of the user's."""
+        """Whether an import failed because of a package that is not the user's."""
         if isinstance(error, ModuleNotFoundError) and error.name is not None:
             top = error.name.split(".")[0]
             return top == name.split(".")[0] or not self._has_own(name)
         return not self._has_own(name)
 
     def _has_own(self, name: str) -> bool:
-        """Whether the user's files have a module of that name (which failed by itself)."""
+        """Whether the repository has a module of that name, so that its own error counts."""
         top = name.split(".")[0]
         if top in sys.modules:
             module = sys.modules[top]
@@ -119,7 +119,7 @@ class Imports:
         return False
 
     def _stand_in(self, name: str, error: Exception, leaf: bool) -> ModuleType:
-        """Modules for a dotted name and for what is above it; the one that the import statement wants."""
+        """Make stand-in modules for a dotted name and its parents; returns the one that the import statement binds."""
         parts = name.split(".")
         for i in range(1, len(parts) + 1):
             full = ".".join(parts[:i])
@@ -131,8 +131,8 @@ class Imports:
         return self._modules[name if leaf else parts[0]]
 
     def _with_names(self, module: Any, name: str, names: Sequence[str], frame: FrameType) -> Any:
-        """The module, or, where an installed one lacks a name that is asked for, one with what stands in for it: what
-        its package defines elsewhere by that name, or else a stand-in."""
+        """The module; or, where an installed module lacks an imported name, a module with that name: from elsewhere in
+        its package, or else a stand-in."""
         if not names or "*" in names or self._has_own(name):
             return module
         inside = isinstance(module, InertPackage)
@@ -161,7 +161,7 @@ class Imports:
                 full = f"{name}.{wanted}"
                 known = meaning(full)
                 self.missing.setdefault(full, f"{name} has no {wanted}")
-                value = inert(full) if known is None else known
+                value = Inert(full) if known is None else known
             setattr(proxy, wanted, value)
         return proxy
 
@@ -174,7 +174,7 @@ class Imports:
 
 
 def _lacking(name: str, error: Exception) -> str:
-    """What is not there where an import failed: a package, or, of one that is there, a module or what that needs."""
+    """What is missing after a failed import: a package, a module of an installed package, or what that imports."""
     top = name.split(".")[0]
     if top not in sys.modules:
         return top
@@ -183,7 +183,7 @@ def _lacking(name: str, error: Exception) -> str:
 
 
 def _has(module: Any, name: str) -> bool:
-    """Whether a module has a name; one that raises where it is asked for has not."""
+    """Whether a module has a name; False if reading it raises."""
     try:
         getattr(module, name)
     except Exception:
@@ -192,7 +192,7 @@ def _has(module: Any, name: str) -> bool:
 
 
 def _is_guarded(frame: FrameType | None) -> bool:
-    """Whether a `try` around this import, or around one that led to it, goes on without what is imported."""
+    """Whether this import, or one that led to it, is inside a `try` that handles its failure."""
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith("<") and file != __file__ and not is_installed(file):
@@ -206,21 +206,17 @@ def _is_guarded(frame: FrameType | None) -> bool:
 
 @functools.lru_cache(maxsize=512)
 def _guards(file: str) -> tuple[tuple[int, int], ...]:
-    """Lines of a file that stand in a `try` that goes on where an import fails."""
-    try:
-        tree = ast.parse(Path(file).read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ()
+    """Ranges of lines inside a `try` that handles a failed import."""
     return tuple(
         (node.body[0].lineno, node.body[-1].end_lineno or node.body[-1].lineno)
-        for node in ast.walk(tree)
-        if (isinstance(node, ast.Try) and any(_goes_on(handler) for handler in node.handlers))
+        for node in ast.walk(tree_of(Path(file)))
+        if (isinstance(node, ast.Try) and any(_handles(handler) for handler in node.handlers))
         or (isinstance(node, ast.With) and any(_suppresses(item.context_expr) for item in node.items))
     )
 
 
 def _suppresses(context: ast.expr) -> bool:
-    """Whether a context is `contextlib.suppress` of what a failed import raises."""
+    """Whether a context is `contextlib.suppress` of import errors."""
     if not isinstance(context, ast.Call) or read_name(context.func) != "suppress":
         return False
     return bool({read_name(kind) for kind in context.args} & _CAUGHT)
@@ -229,8 +225,8 @@ def _suppresses(context: ast.expr) -> bool:
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
 
 
-def _goes_on(handler: ast.ExceptHandler) -> bool:
-    """Whether a handler catches a failed import and does not end the program."""
+def _handles(handler: ast.ExceptHandler) -> bool:
+    """Whether a handler catches import errors and does not end the program."""
     caught = {read_name(node) for node in ast.walk(handler.type)} if handler.type else set()
     if caught and not caught & _CAUGHT:
         return False

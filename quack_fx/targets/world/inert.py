@@ -1,15 +1,15 @@
-"""What stands in for a name of a package that is not installed: it does nothing, and says its name when it is needed.
+"""Stand-ins that compute nothing, for names of packages that are not installed.
 
-In: the dotted name of something in a missing package. Out: an `Inert`. While a target's files run and its model is
-built, an inert thing can be called, subclassed, used as a decorator (which gives back what it decorates), asked for
-attributes, compared and calculated with, and every result is inert again. Once the forward runs, using one is an error
-that names it: nothing may be left out of a graph in silence.
+In: the dotted name of something in a missing package. Out: an `Inert`. While a target's files are imported and its
+model is built, an inert object can be called, subclassed, used as a decorator (which returns what it decorates),
+compared and calculated with; attributes and results are inert, too. Once the forward runs, using one raises an error
+that names it, so that no part of a graph is left out silently.
 """
 
 from __future__ import annotations
 
 from abc import ABCMeta
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +31,7 @@ class StandInUsed(TargetError):
 
 
 class Phase:
-    """Whether the forward is running, so that inert things must not be used any more."""
+    """Whether the forward is running, so that using an inert object is an error."""
 
     strict = False
 
@@ -50,40 +50,17 @@ class Inert:
             raise AttributeError(name)
         # It may be a module that was never imported by itself: `xformers.ops.fmha`.
         found = self._known(f"{self._name}.{name}") if self._known is not None else None
-        return inert(f"{self._name}.{name}", self._known) if found is None else found
+        return Inert(f"{self._name}.{name}", self._known) if found is None else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__dict__[name] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Give back what is decorated; else something inert: a module where a class is called."""
+        """Return what is decorated; otherwise an inert object, which is a module where the name is that of a class."""
         self._use()
         if len(args) == 1 and not kwargs and _is_decorated(args[0]):
             return args[0]
         return InertModule(self._name) if _is_class_name(self._name) else Inert(f"{self._name}()")
-
-    def __getitem__(self, key: Any) -> Any:
-        self._use()
-        return self
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._use()
-
-    def __iter__(self) -> Iterator[Any]:
-        self._use()
-        return iter(())
-
-    def __len__(self) -> int:
-        self._use()
-        return 0
-
-    def __bool__(self) -> bool:
-        self._use()
-        return True
-
-    def __contains__(self, item: Any) -> bool:
-        self._use()
-        return False
 
     def __eq__(self, other: object) -> bool:
         if other is not self:
@@ -101,7 +78,7 @@ class Inert:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Functions of torch use what they are given."""
+        """A function of torch uses its arguments."""
         given = [*args, *(kwargs or {}).values()]
         one = next((value for value in given if isinstance(value, Inert)), None)
         if one is None:
@@ -109,21 +86,16 @@ class Inert:
         one._use()
         return one
 
-    def __enter__(self) -> Any:
-        self._use()
-        return self
-
     def __exit__(self, *exc: Any) -> None:
         return None
 
     def __instancecheck__(self, instance: Any) -> bool:
         return False
 
-    def __subclasscheck__(self, subclass: Any) -> bool:
-        return False
+    __subclasscheck__ = __instancecheck__
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        """What a class gets as its base, once."""
+        """The base class of a class that is derived from inert objects, once for all of them."""
         return (InertBase,) if next(b for b in bases if isinstance(b, Inert)) is self else ()
 
     def __or__(self, other: Any) -> Any:
@@ -132,30 +104,33 @@ class Inert:
     __ror__ = __or__
 
     def _use(self) -> None:
-        """Called wherever the value would matter."""
+        """Raise where the value would matter."""
         if Phase.strict:
             raise StandInUsed(self._name)
 
 
-def _calculates(self: Inert, *_: Any) -> Any:
-    self._use()
-    return self
+def _using(result: Callable[[], Any] | None = None) -> Callable[..., Any]:
+    """A method that counts as use and gives `result()`; the object itself without one."""
 
+    def method(self: Inert, *_: Any) -> Any:
+        self._use()
+        return self if result is None else result()
 
-def _compares(self: Inert, _other: Any) -> bool:
-    self._use()
-    return False
+    return method
 
 
 _ARITHMETIC = "add sub mul truediv floordiv mod pow lshift rshift and xor matmul".split()
-for _name in [*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), "neg", "pos", "abs", "invert"]:
-    setattr(Inert, f"__{_name}__", _calculates)
-for _name in "lt le gt ge".split():
-    setattr(Inert, f"__{_name}__", _compares)
+for _name in [*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), "neg", "pos", "abs", "invert", "getitem", "enter"]:
+    setattr(Inert, f"__{_name}__", _using())
+for _name in "lt le gt ge contains".split():
+    setattr(Inert, f"__{_name}__", _using(bool))
+_RESULTS: dict[str, Callable[[], Any]] = {"len": int, "bool": lambda: True, "iter": lambda: iter(()), "setitem": dict}
+for _name, _made in _RESULTS.items():
+    setattr(Inert, f"__{_name}__", _using(_made))
 
 
 class _WithForward(ABCMeta):
-    """Makes a class whose base is missing a module if it has a forward: then it is a model."""
+    """Makes a class whose base class is missing an nn.Module if it has a forward."""
 
     def __new__(mcs, name: str, bases: tuple[type, ...], body: dict[str, Any], **kwargs: Any) -> Any:
         if "forward" in body and not any(issubclass(base, nn.Module) for base in bases):
@@ -167,18 +142,18 @@ class _WithForward(ABCMeta):
 
 
 class InertBase(metaclass=_WithForward):
-    """Base of a class whose own base is missing; it takes any arguments."""
+    """The base class in place of one that is missing; it takes any arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         following = super().__init__
         if getattr(following, "__func__", None) in (None, nn.Module.__init__):
             super().__init__()
-        else:  # a base of the user's, behind this one
+        else:  # another base class, which is the user's
             following(*args, **kwargs)
 
 
 class InertModule(nn.Module):
-    """What calling a missing class makes: it can be a part of a model, as long as nobody runs it."""
+    """An object of a missing class. It can be part of a model, as long as its forward does not run."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -193,12 +168,12 @@ class InertModule(nn.Module):
             return Inert(f"{self.stands_for}.{name}")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Say what is missing."""
+        """Raise: the forward needs what is missing."""
         raise StandInUsed(self.stands_for)
 
 
 class _AsWanted(str):
-    """The version of a package that is not there: whichever the code asks for."""
+    """The version of a missing package: it passes every comparison but a strict one."""
 
     __slots__ = ()
 
@@ -214,12 +189,12 @@ class _AsWanted(str):
     __hash__ = str.__hash__
 
     def startswith(self, *args: Any) -> bool:
-        """It begins as asked."""
+        """Always true."""
         return True
 
 
 class InertPackage(ModuleType):
-    """Stands in for a module; its names are known ones (`known`), or inert."""
+    """Stands in for a module. Its names are what `known` gives for them, or inert."""
 
     def __init__(self, name: str, known: Callable[[str], Any]) -> None:
         super().__init__(name)
@@ -232,14 +207,9 @@ class InertPackage(ModuleType):
             raise AttributeError(name)
         full = f"{self.__name__}.{name}"
         found = self._known(full)
-        value = inert(full, self._known) if found is None else found
+        value = Inert(full, self._known) if found is None else found
         setattr(self, name, value)
         return value
-
-
-def inert(name: str, known: Callable[[str], Any] | None = None) -> Inert:
-    """The stand-in for a dotted name; `known` gives a meaning to names below it."""
-    return Inert(name, known)
 
 
 def _is_class_name(name: str) -> bool:
@@ -247,5 +217,5 @@ def _is_class_name(name: str) -> bool:
 
 
 def _is_decorated(value: Any) -> bool:
-    """Whether a single argument is what a decorator is put on."""
+    """Whether a single argument is what a decorator decorates."""
     return callable(value) and not isinstance(value, Inert | nn.Module)

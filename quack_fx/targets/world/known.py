@@ -1,7 +1,7 @@
-"""Names of packages for GPUs that have a known meaning, and what stands in for each.
+"""The table of stand-ins that compute what the missing package would.
 
-In: a dotted name, by whatever path of the package it is imported. Out: what stands in for it, or None. A name is told
-by its package and its last part, since packages move their functions about between versions.
+In: the dotted name of an import, "flash_attn.flash_attn_interface.flash_attn_func". Out: its stand-in, or None. Only
+the package and the last part of the name count: functions move between modules from version to version.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from quack_fx.targets.world.inert import Inert, StandInUsed
 
 
 def meaning(name: str) -> Any:
-    """What stands in for a dotted name; None where it has no meaning that is known here."""
+    """The stand-in for a dotted name; None where the table has none."""
     package, last = name.split(".")[0], name.rsplit(".", 1)[-1]
     return _KNOWN.get(package, {}).get(last)
 
 
 class _Kernel:
-    """A Triton kernel: it can be made anywhere, and be run nowhere."""
+    """A Triton kernel: it can be defined, but not run."""
 
     def __init__(self, function: Any) -> None:
         self.__name__ = getattr(function, "__name__", "kernel")
@@ -51,7 +51,7 @@ def _around_kernel(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
 
 
 class ParallelLinear(nn.Linear):
-    """A linear layer that is split over the ranks of a group, on the only rank."""
+    """A linear layer of tensor parallelism, on the only rank."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *args: Any, dtype: Any = None, **kwargs: Any
@@ -60,48 +60,41 @@ class ParallelLinear(nn.Linear):
 
 
 class ParallelEmbedding(nn.Embedding):
-    """An embedding that is split over the ranks of a group, on the only rank."""
+    """An embedding of tensor parallelism, on the only rank."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx=kwargs.get("padding_idx"))
 
 
 class PairedLinear(ParallelLinear):
-    """Megatron's, which gives back a bias to be added later beside its output."""
+    """Megatron's, which returns a pair: the output, and a bias that is to be added later."""
 
     def forward(self, input: Tensor) -> Any:
-        """The output, with the bias added, and no bias."""
+        """The output with the bias added, and None."""
         return super().forward(input), None
 
 
-class RMSNorm(nn.RMSNorm):
-    """A fused RMS norm with whatever options its package gives it."""
+class _PlainNorm:
+    """Mixin: the options that packages of fused norms add to those of torch."""
 
     def __init__(
         self, normalized_shape: Any, eps: float = 1e-5, elementwise_affine: Any = True, *args: Any, **kwargs: Any
     ) -> None:
-        _check_plain(kwargs)
-        super().__init__(normalized_shape, eps=eps, elementwise_affine=elementwise_affine is not False)
+        if kwargs.get("zero_centered_gamma"):  # then features are multiplied with 1 + weight
+            raise NotImplementedError("a norm with zero_centered_gamma has no stand-in")
+        super().__init__(normalized_shape, eps=eps, elementwise_affine=elementwise_affine is not False)  # type: ignore[call-arg]
 
 
-class LayerNorm(nn.LayerNorm):
-    """A fused layer norm with whatever options its package gives it."""
-
-    def __init__(
-        self, normalized_shape: Any, eps: float = 1e-5, elementwise_affine: Any = True, *args: Any, **kwargs: Any
-    ) -> None:
-        _check_plain(kwargs)
-        super().__init__(normalized_shape, eps=eps, elementwise_affine=elementwise_affine is not False)
+class RMSNorm(_PlainNorm, nn.RMSNorm):
+    """A fused RMS norm."""
 
 
-def _check_plain(options: dict[str, Any]) -> None:
-    """Refuse norms whose weight is not what multiplies."""
-    if options.get("zero_centered_gamma"):
-        raise NotImplementedError("a norm with zero_centered_gamma has no stand-in")
+class LayerNorm(_PlainNorm, nn.LayerNorm):
+    """A fused layer norm."""
 
 
 class SwiGLU(nn.Module):
-    """A gated layer: two linear layers side by side, packed into one or not, and one behind them."""
+    """A gated MLP whose two input projections are one weight, or with `_pack_weights=False` two."""
 
     def __init__(
         self,
@@ -130,7 +123,7 @@ class SwiGLU(nn.Module):
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """A fused cross-entropy; options that torch does not know are left out."""
+    """A fused cross-entropy; options that torch's does not have are ignored."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         known = inspect.signature(nn.CrossEntropyLoss).parameters
@@ -138,13 +131,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class Registry:
-    """A table of classes by name, filled by decorators."""
+    """A registry of classes by name, filled by decorators."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._classes: dict[str, Any] = {}
 
     def register_module(self, name: Any = None, force: bool = False, module: Any = None, **kwargs: Any) -> Any:
-        """Note a class, or give a decorator that does."""
+        """Register a class, or return a decorator that does."""
         if module is None and callable(name):
             name, module = None, name
         if module is None:
@@ -172,23 +165,23 @@ class Registry:
 
 
 class _Truncated:
-    """`scipy.stats.truncnorm`, by which layers draw their first weights: all of them zero here."""
+    """`scipy.stats.truncnorm`, from which layers draw initial weights: zeros here."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> _Truncated:
-        """With bounds of its own."""
+        """A distribution with given bounds."""
         return self
 
     def rvs(self, *args: Any, size: Any = 1, **kwargs: Any) -> Any:
-        """Numbers, as many as asked for."""
+        """Samples."""
         return torch.zeros(size).numpy()
 
     def std(self, *args: Any, **kwargs: Any) -> float:
-        """The spread of a whole normal."""
+        """That of the normal without bounds."""
         return 1.0
 
 
 class LightningModule(nn.Module):
-    """A LightningModule as far as a model's constructor and forward need one."""
+    """A LightningModule, as far as constructors and forwards use one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -211,96 +204,36 @@ class LightningModule(nn.Module):
         return next(self.parameters()).device
 
 
-def _one(*args: Any, **kwargs: Any) -> int:
-    return 1
-
-
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
-
-
-def _yes(*args: Any, **kwargs: Any) -> bool:
-    return True
-
-
-def _same(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """What a collective of one rank gives back."""
-    return x
-
-
-def _group(*args: Any, **kwargs: Any) -> Any:
-    return Inert("the model-parallel group")
-
-
-_FLASH = {
-    "flash_attn_func": flash_attn.flash_attn_func,
-    "flash_attn_qkvpacked_func": flash_attn.flash_attn_qkvpacked_func,
-    "flash_attn_kvpacked_func": flash_attn.flash_attn_kvpacked_func,
-    "flash_attn_varlen_func": flash_attn.flash_attn_varlen_func,
-    "flash_attn_varlen_qkvpacked_func": flash_attn.flash_attn_varlen_qkvpacked_func,
-    "flash_attn_varlen_kvpacked_func": flash_attn.flash_attn_varlen_kvpacked_func,
-    "flash_attn_unpadded_func": flash_attn.flash_attn_varlen_func,
-    "flash_attn_unpadded_qkvpacked_func": flash_attn.flash_attn_varlen_qkvpacked_func,
-    "flash_attn_unpadded_kvpacked_func": flash_attn.flash_attn_varlen_kvpacked_func,
-    "flash_attn_with_kvcache": flash_attn.flash_attn_with_kvcache,
-    "FlashAttention": flash_attn.FlashAttention,
-    "FlashSelfAttention": flash_attn.FlashSelfAttention,
-    "FlashCrossAttention": flash_attn.FlashCrossAttention,
-    "unpad_input": flash_attn.unpad_input,
-    "pad_input": flash_attn.pad_input,
-    "index_first_axis": flash_attn.index_first_axis,
-    "apply_rotary_emb": flash_attn.apply_rotary_emb,
-    "apply_rotary_emb_func": flash_attn.apply_rotary_emb,
-    "RMSNorm": RMSNorm,
-    "CrossEntropyLoss": CrossEntropyLoss,
-}
-_NORMS = {
-    "FusedLayerNorm": LayerNorm,
-    "MixedFusedLayerNorm": LayerNorm,
-    "FusedRMSNorm": RMSNorm,
-    "MixedFusedRMSNorm": RMSNorm,
-    "FastLayerNorm": LayerNorm,
-}
+_FLASH_NAMES = "flash_attn_func flash_attn_qkvpacked_func flash_attn_kvpacked_func flash_attn_varlen_func"
+_FLASH_NAMES += " flash_attn_varlen_qkvpacked_func flash_attn_varlen_kvpacked_func flash_attn_with_kvcache"
+_FLASH_NAMES += " FlashAttention FlashSelfAttention FlashCrossAttention unpad_input pad_input index_first_axis"
+_FLASH: dict[str, Any] = {name: getattr(flash_attn, name) for name in _FLASH_NAMES.split()}
+_FLASH |= {name.replace("varlen", "unpadded"): stand_in for name, stand_in in _FLASH.items()}  # of version 1
+_FLASH |= dict.fromkeys(("apply_rotary_emb", "apply_rotary_emb_func"), flash_attn.apply_rotary_emb)
+_FLASH |= {"RMSNorm": RMSNorm, "CrossEntropyLoss": CrossEntropyLoss}
 _FLASH_3 = _FLASH | {
     "flash_attn_func": flash_attn.flash_attn_3_func,
     "flash_attn_varlen_func": flash_attn.flash_attn_3_varlen_func,
 }
-_PARALLEL = {
-    "ColumnParallelLinear": ParallelLinear,
-    "RowParallelLinear": ParallelLinear,
-    "ParallelEmbedding": ParallelEmbedding,
-    "VocabParallelEmbedding": ParallelEmbedding,
-    "get_model_parallel_world_size": _one,
-    "get_model_parallel_rank": _zero,
-    "get_model_parallel_src_rank": _zero,
-    "get_model_parallel_group": _group,
-    "get_data_parallel_world_size": _one,
-    "get_data_parallel_rank": _zero,
-    "get_tensor_model_parallel_world_size": _one,
-    "get_tensor_model_parallel_rank": _zero,
-    "model_parallel_is_initialized": _yes,
-    "copy_to_model_parallel_region": _same,
-    "gather_from_model_parallel_region": _same,
-    "reduce_from_model_parallel_region": _same,
-    "scatter_to_model_parallel_region": _same,
+_NORMS: dict[str, Any] = dict.fromkeys(("FusedLayerNorm", "MixedFusedLayerNorm", "FastLayerNorm"), LayerNorm)
+_NORMS |= dict.fromkeys(("FusedRMSNorm", "MixedFusedRMSNorm"), RMSNorm)
+_PARALLEL: dict[str, Any] = {
+    **dict.fromkeys(("ColumnParallelLinear", "RowParallelLinear"), ParallelLinear),
+    **dict.fromkeys(("ParallelEmbedding", "VocabParallelEmbedding"), ParallelEmbedding),
+    "get_model_parallel_group": lambda *args, **kwargs: Inert("the model-parallel group"),
+    "get_model_parallel_src_rank": lambda *args, **kwargs: 0,
+    "model_parallel_is_initialized": lambda *args, **kwargs: True,
 }
-_TIMM = {
-    "DropPath": vision.DropPath,
-    "to_2tuple": vision.to_2tuple,
-    "trunc_normal_": vision.trunc_normal_,
-    "lecun_normal_": vision.lecun_normal_,
-    "register_model": vision.register_model,
-    "PatchEmbed": vision.PatchEmbed,
-    "Mlp": vision.Mlp,
-    "Attention": vision.Attention,
-    "Block": vision.Block,
-    "VisionTransformer": timm_vit.VisionTransformer,
-    "create_model": timm_vit.create_model,
-}
-_FIELDS: dict[str, Any] = {
-    name: Fields for name in ("ConfigDict", "FrozenConfigDict", "EasyDict", "DictConfig", "CfgNode", "Munch")
-}
-_FIELDS |= {name: Fields for name in ("Dict", "AttrDict", "DefaultMunch", "Box")} | {"OmegaConf": Loader}
+for _kind in ("model", "data", "tensor_model"):
+    _PARALLEL[f"get_{_kind}_parallel_world_size"] = lambda *args, **kwargs: 1
+    _PARALLEL[f"get_{_kind}_parallel_rank"] = lambda *args, **kwargs: 0
+for _collective in ("copy_to", "gather_from", "reduce_from", "scatter_to"):
+    _PARALLEL[f"{_collective}_model_parallel_region"] = lambda x, *args, **kwargs: x
+_VISION = "DropPath to_2tuple trunc_normal_ lecun_normal_ register_model PatchEmbed Mlp Attention Block"
+_TIMM = {name: getattr(vision, name) for name in _VISION.split()}
+_TIMM |= {"VisionTransformer": timm_vit.VisionTransformer, "create_model": timm_vit.create_model}
+_CONFIGS = "ConfigDict FrozenConfigDict EasyDict DictConfig CfgNode Munch Dict AttrDict DefaultMunch Box"
+_FIELDS: dict[str, Any] = dict.fromkeys(_CONFIGS.split(), Fields) | {"OmegaConf": Loader}
 _HOLDERS = ("ml_collections", "omegaconf", "easydict", "addict", "munch", "attrdict", "box", "yacs", "fvcore", "mmcv")
 _REGISTRY = {"Registry": Registry}
 _LIGHTNING = {"LightningModule": LightningModule}

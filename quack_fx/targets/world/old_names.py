@@ -1,7 +1,7 @@
-"""Names that Python and packages have given up, moved or narrowed, and that older model files still use.
+"""Names that Python, numpy and transformers have removed or moved, and that older model files still use.
 
-In: nothing, or a name that a user's file imports. Out: a context in which the names of Python and numpy are there:
-`numpy.float`, `collections.Iterable`; for one of another package, what it means today. They mean what they meant.
+In: nothing, or a name that a user's file imports. Out: a context in which removed names of Python and numpy exist
+(`collections.Iterable`, `numpy.float`) with their former meaning; for a name of transformers, its value today.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _COLLECTIONS = ("Callable", "Iterable", "Iterator", "Mapping", "MutableMapping",
 
 @contextmanager
 def old_names() -> Iterator[None]:
-    """Context in which the old names are there."""
+    """Context in which the removed names exist."""
     given: list[tuple[ModuleType, str]] = []
     names = [(collections, name, getattr(collections.abc, name)) for name in _COLLECTIONS]
     if importlib.util.find_spec("numpy") is not None:
@@ -46,8 +46,8 @@ def old_names() -> Iterator[None]:
     finally:
         for module, name in given:
             delattr(module, name)
-        while _LENT:
-            delattr(*_LENT.pop())
+        while _ADDED:
+            delattr(*_ADDED.pop())
 
 
 _strict_dataclass = dataclasses.dataclass
@@ -58,7 +58,7 @@ def _same(value: Any) -> Any:
 
 
 def _dataclass(cls: Any = None, /, **options: Any) -> Any:
-    """`dataclasses.dataclass` as before Python 3.11: an object without a hash may be a default, a list may not."""
+    """`dataclasses.dataclass` as before Python 3.11: it refuses lists, dicts and sets as defaults, but nothing else."""
     if cls is None:
         return functools.partial(_dataclass, **options)
     for name, value in list(vars(cls).items()) if isinstance(cls, type) else ():
@@ -69,32 +69,32 @@ def _dataclass(cls: Any = None, /, **options: Any) -> Any:
 
 
 _MOVED = {"transformers": ("pytorch_utils", "utils", "modeling_utils", "cache_utils")}
-"""Where else a package keeps what its other modules had before."""
+"""Modules of a package in which names are looked up that were moved."""
 _ONLY_DOCUMENTS = re.compile(r"(add|replace)_\w*docstrings\w*")
-"""Decorators that write documentation, whose options differ between versions."""
+"""Decorators that write docstrings, whose options differ between versions."""
 
 
-_LENT: list[tuple[type, str]] = []
-"""Attributes that classes of packages have until `old_names` ends."""
+_ADDED: list[tuple[type, str]] = []
+"""Attributes that were added to classes of packages; `old_names` removes them."""
 
 
-def _lend(package: str) -> None:
-    """Give classes of a package what subclasses and configs of before rely on; only those that are loaded by now."""
+def _add_attributes(package: str) -> None:
+    """Add attributes to imported classes of a package that older subclasses and configs rely on."""
     if package != "transformers":
         return
     length = property(lambda self: self.n_positions, lambda self, value: setattr(self, "n_positions", value))
-    lent: list[tuple[str, str, str, Any]] = [
-        # `post_init` sets them, which ends constructors only today.
+    added: list[tuple[str, str, str, Any]] = [
+        # today set in `post_init`, which older constructors do not call
         ("modeling_utils", "PreTrainedModel", "all_tied_weights_keys", {}),
         ("modeling_utils", "PreTrainedModel", "get_head_mask", _no_head_mask),
         ("modeling_utils", "PreTrainedModel", "invert_attention_mask", _inverted_mask),
         ("configuration_utils", "PreTrainedConfig", "n_ctx", length),
     ]
-    for module, owner, name, value in lent:
+    for module, owner, name, value in added:
         cls = getattr(sys.modules.get(f"{package}.{module}"), owner, None)
         if cls is not None and not hasattr(cls, name):
             setattr(cls, name, value)
-            _LENT.append((cls, name))
+            _ADDED.append((cls, name))
 
 
 def _no_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, *args: Any) -> list[None]:
@@ -112,11 +112,11 @@ def _inverted_mask(self: Any, encoder_attention_mask: Tensor) -> Tensor:
 
 
 def today(module: str, name: str, is_there: bool) -> Any:
-    """What a name imported from a module of a package means today, where that differs; None where it does not."""
+    """The value today of a name that is imported from a module; None where nothing has changed."""
     package = module.split(".")[0]
     if package not in _MOVED:
         return None
-    _lend(package)
+    _add_attributes(package)
     if _ONLY_DOCUMENTS.fullmatch(name):
         return _as_it_is
     for place in () if is_there else _MOVED[package]:
@@ -128,5 +128,5 @@ def today(module: str, name: str, is_there: bool) -> Any:
 
 
 def _as_it_is(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
-    """A decorator that is called with options."""
+    """A decorator with options that changes nothing."""
     return lambda decorated: decorated

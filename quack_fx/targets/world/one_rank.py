@@ -1,8 +1,8 @@
-"""torch.distributed for models that ask for a process group: a group of one rank, without a network.
+"""torch.distributed with one rank and no network, for models that need a process group.
 
-In: nothing. Out: a context in which `init_process_group` makes (or, with `ready`, has made) a group of one rank,
-whatever backend is asked for, and collectives do to tensors what they do on one rank, fake tensors included. The group
-is gone afterwards. A process that has a group of its own keeps it.
+In: nothing. Out: a context in which `init_process_group` makes a group of one rank, whatever its backend (with `ready`
+the group is there from the start). Collectives do to tensors, fake ones included, what they do on one rank. The group
+ends with the context. In a process that has a group already nothing is changed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _VARIABLES = {
 
 @contextmanager
 def one_rank(ready: bool) -> Iterator[None]:
-    """Context with a world of one rank.
+    """Context in which torch.distributed works with one rank.
 
     Arguments:
-        ready: Whether the group and the variables of torchrun are there from the start.
+        ready: Whether the group and the environment variables of torchrun are there from the start.
     """
     if not dist.is_available() or dist.is_initialized():
         yield
@@ -64,72 +64,41 @@ class _Done:
     """The handle of a collective that has ended."""
 
     def wait(self, *args: Any) -> bool:
-        """Wait for nothing."""
+        """Return at once."""
         return True
 
-    def is_completed(self) -> bool:
-        """Say that it has ended."""
-        return True
+    is_completed = wait
 
 
-def _handle(kwargs: dict[str, Any]) -> Any:
+def _in_place(*args: Any, **kwargs: Any) -> Any:
+    """A collective that leaves its tensor as it is on one rank."""
     return _Done() if kwargs.get("async_op") else None
 
 
-def _in_place(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _handle(kwargs)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> Any:
-    return _handle(kwargs)
-
-
-def _into(output: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
-    output.copy_(given.reshape(output.shape))
-    return _handle(kwargs)
-
-
-def _into_list(outputs: Sequence[Tensor], given: Tensor, *args: Any, **kwargs: Any) -> Any:
-    outputs[0].copy_(given)
-    return _handle(kwargs)
-
-
-def _from_list(output: Tensor, given: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-    output.copy_(given[0])
-    return _handle(kwargs)
-
-
-def _scatter(output: Tensor, given: Sequence[Tensor] | None = None, *args: Any, **kwargs: Any) -> Any:
-    if given:
-        output.copy_(given[0])
-    return _handle(kwargs)
-
-
-def _objects(outputs: list[Any], given: Any, *args: Any, **kwargs: Any) -> None:
-    outputs[0] = given
+def _copied(output: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
+    """A collective that copies on one rank: from a tensor or the only one of a list, to another."""
+    target, source = (x if isinstance(x, Tensor) else x[0] for x in (output, given))
+    target.copy_(source.reshape(target.shape))
+    return _in_place(**kwargs)
 
 
 def _gather(tensor: Tensor, outputs: Sequence[Tensor] | None = None, *args: Any, **kwargs: Any) -> Any:
-    if outputs:
-        outputs[0].copy_(tensor)
-    return _handle(kwargs)
+    return _copied(outputs, tensor, **kwargs) if outputs else _in_place(**kwargs)
+
+
+def _scatter(output: Tensor, given: Sequence[Tensor] | None = None, *args: Any, **kwargs: Any) -> Any:
+    return _copied(output, given, **kwargs) if given else _in_place(**kwargs)
+
+
+def _gather_object(outputs: list[Any], given: Any, *args: Any, **kwargs: Any) -> None:
+    outputs[0] = given
 
 
 _COLLECTIVES: dict[str, Any] = {
-    "all_reduce": _in_place,
-    "reduce": _in_place,
-    "broadcast": _in_place,
-    "barrier": _nothing,
-    "broadcast_object_list": _nothing,
-    "all_gather": _into_list,
-    "all_gather_object": _objects,
-    "all_gather_into_tensor": _into,
-    "_all_gather_base": _into,
-    "reduce_scatter": _from_list,
-    "reduce_scatter_tensor": _into,
-    "_reduce_scatter_base": _into,
-    "all_to_all_single": _into,
-    "all_to_all": lambda outputs, given, *args, **kwargs: _into_list(outputs, given[0], **kwargs),
+    **dict.fromkeys(("all_reduce", "reduce", "broadcast", "barrier", "broadcast_object_list"), _in_place),
+    **dict.fromkeys(("all_gather", "all_gather_into_tensor", "_all_gather_base", "reduce_scatter"), _copied),
+    **dict.fromkeys(("reduce_scatter_tensor", "_reduce_scatter_base", "all_to_all_single", "all_to_all"), _copied),
+    "all_gather_object": _gather_object,
     "gather": _gather,
     "scatter": _scatter,
 }

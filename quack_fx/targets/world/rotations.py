@@ -1,6 +1,6 @@
-"""Stand-ins for functions that rotate: flash-attn's extension for rotary positions, quaternions of pytorch3d.
+"""Rotations: the rotary embedding extension of flash-attn, and quaternions of pytorch3d.
 
-In: what the package's own function takes. Out: the same values, computed with torch.
+In: the arguments of the original functions. Out: their results, computed with torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def apply_rotary(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, out1: Tensor, out2: Tensor, conj: bool) -> None:
-    """Rotate pairs of features, backwards with `conj`; what comes out is written, maybe into what came in."""
+    """Rotate pairs of features, backwards with `conj`. The outputs may be the inputs."""
     if conj:
         sin = -sin
     first, second = x1 * cos - x2 * sin, x1 * sin + x2 * cos
@@ -19,7 +19,7 @@ def apply_rotary(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, out1: Tensor,
 
 
 def quaternion_to_matrix(quaternions: Tensor) -> Tensor:
-    """Rotation matrices of quaternions whose real part stands first, of any length."""
+    """Rotation matrices of quaternions, real part first, of any norm."""
     r, i, j, k = torch.unbind(quaternions, -1)
     two_s = 2.0 / (quaternions * quaternions).sum(-1)
     rows = (
@@ -43,18 +43,18 @@ def quaternion_raw_multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def quaternion_multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Products of rotations, as quaternions whose real part is not below zero."""
+    """Products of rotations, as quaternions with a nonnegative real part."""
     product = quaternion_raw_multiply(a, b)
     return torch.where(product[..., :1] < 0, -product, product)
 
 
 def quaternion_invert(quaternion: Tensor) -> Tensor:
-    """Quaternions of the opposite rotations."""
+    """Quaternions of the inverse rotations."""
     return torch.cat((quaternion[..., :1], -quaternion[..., 1:]), -1)
 
 
 def quaternion_apply(quaternion: Tensor, point: Tensor) -> Tensor:
     """Points, rotated."""
     real = torch.zeros_like(point[..., :1])
-    turned = quaternion_raw_multiply(quaternion, torch.cat((real, point), -1))
-    return quaternion_raw_multiply(turned, quaternion_invert(quaternion))[..., 1:]
+    rotated = quaternion_raw_multiply(quaternion, torch.cat((real, point), -1))
+    return quaternion_raw_multiply(rotated, quaternion_invert(quaternion))[..., 1:]

@@ -1,9 +1,9 @@
-"""What a script may expect of the process that it runs in: arguments, and that it is not told to train.
+"""Runs a training script only as far as its model.
 
-In: the target's file. Out: `as_script`, a context in which sys.argv is that of `python FILE`, a parser of arguments
-takes what it requires from their names, and the first gradient ends the file as an exception (`TrainingBegins`): the
-model is there by then. `before_training`, one in which a model that runs again and again does so, too: many losses may
-be measured before the first step.
+In: the target's file. Out: `as_script`, a context in which sys.argv is that of `python FILE`, required arguments of
+parsers get made-up values, and the first gradient ends the file with an exception (`TrainingBegins`), since the model
+exists by then. `before_training`, a context in which repeated forward passes end it, too: a script may evaluate many
+losses before its first step.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch import nn
 from quack_fx.targets.sizes.made_up import made_up
 
 RUNS = 3
-"""Forward passes that a file may make while it is loaded: sizes are measured so, and examples shown."""
+"""Forward passes that a file may run while it is imported, to measure sizes or as an example."""
 
 
 class TrainingBegins(BaseException):
-    """A file that is being loaded begins to train. No Exception: a handler in the file must not stop it."""
+    """A file begins to train while it is imported. Not an Exception, so that handlers in the file do not catch it."""
 
 
 def begins(*args: Any, **kwargs: Any) -> Any:
-    """Stands where gradients are asked for."""
+    """In place of functions that compute gradients."""
     raise TrainingBegins
 
 
 @contextmanager
 def as_script(file: str) -> Iterator[None]:
-    """Context in which a file runs as a script of that name would."""
+    """Context in which a file runs as `python FILE` would."""
     parse = argparse.ArgumentParser.parse_known_args
 
     def lenient(self: argparse.ArgumentParser, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -59,7 +59,7 @@ def as_script(file: str) -> Iterator[None]:
 
 @contextmanager
 def before_training() -> Iterator[None]:
-    """Context in which a file is loaded as far as the model that it trains."""
+    """Context in which a file ends where it begins to train."""
     run, depth, runs = nn.Module.__call__, 0, 0
 
     def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""timm's vision transformer, that others build on or take whole, written out.
+"""timm's vision transformer, which other models use or derive from, written out.
 
-In: the arguments that timm's class takes, or the name of one of its sizes. Out: a module with the parameters of timm's,
-under the same names. Weights are never fetched.
+In: the arguments of timm's class, or the name of one of its sizes. Out: a module with the same parameters under the
+same names. Weights are never downloaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quack_fx.targets.world.vision import Block, PatchEmbed
 
 _WITHOUT = ("init_values", "reg_tokens", "pre_norm", "no_embed_class", "dynamic_img_size", "fc_norm", "pos_embed")
-"""Arguments that change what is computed and that have no stand-in."""
+"""Arguments that change the result and have no stand-in."""
 
 
 class VisionTransformer(nn.Module):
@@ -73,30 +73,30 @@ class VisionTransformer(nn.Module):
         self.head_dist = nn.Linear(embed_dim, num_classes) if distilled and num_classes else None
 
     def _init_weights(self, module: nn.Module) -> None:
-        """What subclasses apply to layers of their own."""
+        """Initialise a layer; subclasses apply it to layers of their own."""
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
 
     init_weights = _init_weights
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        """Patches with the tokens in front of them, and with positions."""
+        """Add class tokens and positions to the patches."""
         front = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
         return self.pos_drop(torch.cat([*front, x], 1) + self.pos_embed)  # type: ignore[no-any-return]
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The tokens behind the last block."""
+        """The tokens after the last block."""
         return self.norm(self.blocks(self._pos_embed(self.patch_embed(x))))  # type: ignore[no-any-return]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """Scores of the classes, of one token or of all."""
+        """Scores of the classes, from one token or from the mean of all."""
         if self.head_dist is not None:
             return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
         pooled = x[:, self.num_tokens :].mean(1) if self.global_pool == "avg" else x[:, 0]
         return self.pre_logits(pooled) if pre_logits else self.head(self.pre_logits(pooled))
 
     def forward(self, x: Tensor) -> Any:
-        """Scores of the classes; a subclass may pool by itself."""
+        """Scores of the classes; `forward_features` of a subclass may pool the tokens already."""
         features = self.forward_features(x)
         return self.forward_head(features) if features.dim() == 3 else self.head(features)
 
@@ -106,10 +106,10 @@ _NAMES = re.compile(r"(vit_|vit_deit_|deit_)(tiny|small|base|large)_(distilled_)
 
 
 def create_model(model_name: str, pretrained: Any = False, **kwargs: Any) -> nn.Module:
-    """`timm.create_model` for plain vision transformers; no weights are fetched.
+    """`timm.create_model` for plain vision transformers; no weights are downloaded.
 
     Raises:
-        NotImplementedError: It is another model, or one whose size depends on the version of timm.
+        NotImplementedError: It is another model, or its size depends on the version of timm.
     """
     name = _NAMES.fullmatch(model_name)
     if name is None or (name[1] == "vit_" and name[2] == "small"):

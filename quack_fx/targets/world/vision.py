@@ -1,7 +1,7 @@
-"""Layers of timm that model files import to build their own models from, written out: what they compute.
+"""Layers of timm that other models are built of, written out.
 
-In: the arguments that timm's layers take. Out: modules with the parameters that timm's have, under the same names. They
-stand in where timm cannot be imported. Of whole models its plain vision transformer alone has one (`timm_vit.py`).
+In: the arguments of timm's layers. Out: modules with the same parameters under the same names. Of timm's models only
+the plain vision transformer has a stand-in (`timm_vit.py`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def lecun_normal_(tensor: Tensor) -> Tensor:
 
 
 def register_model(function: Any) -> Any:
-    """`timm.models.register_model`: the factory as it is."""
+    """`timm.models.register_model`: returns the factory."""
     return function
 
 
 class DropPath(nn.Module):
-    """`timm.layers.DropPath`: whole branches are dropped at random while training; here none is."""
+    """`timm.layers.DropPath`: drops branches at random while training; here it drops none."""
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Patches of a picture as tokens."""
+        """Patches of an image as tokens."""
         x = self.proj(x)
         return self.norm(x.flatten(2).transpose(1, 2) if self.flatten else x)  # type: ignore[no-any-return]
 
@@ -102,7 +102,7 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """`timm.models.vision_transformer.Attention`: [B, N, D] -> [B, N, D], q, k and v in one weight."""
+    """`timm.models.vision_transformer.Attention`: [B, N, D] -> [B, N, D], with one weight for q, k and v."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """`timm.models.vision_transformer.Block`: attention and an MLP, each behind a norm and beside a residual."""
+    """`timm.models.vision_transformer.Block`: attention and an MLP, with pre-norms and residuals."""
 
     def __init__(
         self,

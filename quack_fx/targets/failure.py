@@ -1,0 +1,80 @@
+"""Where the user's code failed: frames, the statement, the condition that did not hold, the sizes in the message.
+
+In: an exception with its traceback. Out: what can be read off it. The frames are still there, so that expressions of
+the failed statement can be evaluated in them.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import re
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+_NOT_THE_USERS = ("torch.", "quack_fx.", "importlib", "einops")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error that the user's code raised, where ours was raised from it."""
+    return error.__cause__ or error
+
+
+def frames_of(error: BaseException) -> Iterator[tuple[FrameType, int]]:
+    """The frames of a traceback, outermost first, each with the line that it was at."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
+
+
+def users_frame(error: BaseException) -> tuple[FrameType, int] | None:
+    """The innermost frame of the user's own code, and its line."""
+    frames = [(f, n) for f, n in frames_of(error) if not f.f_globals.get("__name__", "").startswith(_NOT_THE_USERS)]
+    return frames[-1] if frames else None
+
+
+def none_names(frame: FrameType, line: int) -> set[str]:
+    """Words in a line of code that are local variables which are None."""
+    words = re.findall(r"\w+", linecache.getline(frame.f_code.co_filename, line))
+    return {word for word in words if frame.f_locals.get(word, 0) is None}
+
+
+def statements_at(frame: FrameType, line: int) -> list[ast.stmt]:
+    """The statements that a line belongs to, outermost first; none where there is no source."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
+    except SyntaxError:
+        return []
+    statements = (node for node in ast.walk(tree) if isinstance(node, ast.stmt))
+    return [node for node in statements if node.lineno <= line <= (node.end_lineno or node.lineno)]
+
+
+def condition_of(statements: list[ast.stmt]) -> tuple[ast.expr, bool] | None:
+    """The condition that the innermost statement checks, and whether it should hold: `assert X`, or `if X: raise`."""
+    if statements and isinstance(statements[-1], ast.Assert):
+        return statements[-1].test, True
+    if len(statements) > 1 and isinstance(statements[-1], ast.Raise) and isinstance(statements[-2], ast.If):
+        return statements[-2].test, False
+    return None
+
+
+def evaluator(frame: FrameType) -> Callable[[ast.expr], Any]:
+    """A function that evaluates expressions where a frame stopped. Whatever they raise comes through."""
+    return lambda node: eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
+
+
+def factors_in(text: str) -> tuple[int, int] | None:
+    """The inner sizes of a product of matrices that a message of torch names: 3 and 4 of "(2x3 and 4x5)"."""
+    found = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
+    if found is None:
+        return None
+    left, right = (int(size) for size in found.groups() if size is not None)
+    return left, right
+
+
+def shapes_in(text: str) -> list[tuple[int, ...]]:
+    """Shapes of two axes or more that a message names, in brackets or parentheses."""
+    written = re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)
+    return [tuple(map(int, re.findall(r"\d+", shape))) for shape in written]
