@@ -99,7 +99,7 @@ class Run:
         self.step = state["step"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that this rank holds: its parts of the weights and of the optimizer's state, first factors included."""
+        """All that this rank holds: its parts of the weights and of the optimizer's state, initial factors included."""
         found = {}
         for name, param in self.model.named_parameters():
             found[name] = param.detach()
@@ -343,7 +343,7 @@ and both start again from the last whole checkpoint.
 
 - A checkpoint that was not whole lay there after {found.cut} rounds; a life began at a checkpoint in {found.resumed}.
 - Steps of the run: {found.steps}. Taken by both ranks in all lives: {found.taken}; after each a digest of all tensors
-  of the rank (weights, moments, counters, first factors, learning rate) is compared with the run without kills and
+  of the rank (weights, moments, counters, initial factors, learning rate) is compared with the run without kills and
   without checkpoints: {found.other_steps} differ.
 - Tensors compared at the end, bit for bit, on both ranks: {found.tensors}; {found.other_tensors} differ.
 """

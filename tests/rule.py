@@ -79,7 +79,7 @@ def factors(layout: QKLayout, norms: Mapping[Unit, float]) -> dict[Unit, float]:
 def scales(
     layout: QKLayout, first: Weights, now: Weights, tau: float, norm: Norm = frobenius
 ) -> dict[str, dict[int, float]]:
-    """The scale of every row that a unit has, by the name of its weight or bias: tau * factor / first factor."""
+    """The scale of every row that a unit has, by the name of its weight or bias: tau * factor / initial factor."""
     found: dict[str, dict[int, float]] = {}
     start, end = (factors(layout, {u: norm(u.matrix(w)) for u in units(layout)}) for w in (first, now))
     for unit, factor in end.items():

@@ -1,4 +1,4 @@
-"""Checkpoints of a run with QuacK: its first factors survive bit for bit, or loading is refused with the way out."""
+"""Checkpoints of a run with QuacK: its initial factors survive bit for bit, or loading is refused with the way out."""
 
 from __future__ import annotations
 

@@ -817,17 +817,19 @@ def test_states_that_do_not_fit() -> None:
     assert len(caught) == 1 and caught[0].filename == __file__
     with_quack = copy.deepcopy(plain.state_dict())
     before = quack.factors()
-    with pytest.raises(OptimizerError, match=r"no first factors of QuacK.* to start .*, detach\(\) it, load .* again"):
+    with pytest.raises(
+        OptimizerError, match=r"no initial factors of QuacK.* to start .*, detach\(\) it, load .* again"
+    ):
         plain.load_state_dict(without)
     with pytest.raises(ValueError, match="a different number of parameter groups"):
         plain.load_state_dict({"state": {}, "param_groups": []})
     del with_quack["state"][0]["quack_init"]  # there since QuacK was attached: the run had begun
-    with pytest.raises(OptimizerError, match=r"no first factors of QuacK .* for 'layers.0.q.weight'"):
+    with pytest.raises(OptimizerError, match=r"no initial factors of QuacK .* for 'layers.0.q.weight'"):
         plain.load_state_dict(with_quack)
     assert quack.factors() == before  # a refused state changes nothing
     saved = copy.deepcopy(plain.state_dict())
     quack.detach()
-    message = "no first factors of QuacK for these heads and this norm"
+    message = "no initial factors of QuacK for these heads and norm"
     for layout, norm in ((other_heads(LAYOUT), "frobenius"), (LAYOUT, "spectral")):
         with pytest.warns(UserWarning, match=STARTS_ANEW):
             quack = QuacK(plain, model, layout, norm=norm)  # type: ignore[arg-type]

@@ -142,7 +142,7 @@ def test_a_step_traced_by_make_fx_is_the_hooked_one(name: str) -> None:
     reference.step()
     trained = {n: p.detach().clone() for n, p in model.named_parameters()}
     graph = traced(make_bare(optimizer))
-    model.load_state_dict(first.state_dict())  # first factors are those of the initial weights
+    model.load_state_dict(first.state_dict())  # initial factors are those of the initial weights
     inlined = inline_quack(graph, layout, model, tau=0.5)
     model.load_state_dict(trained, strict=False)
     for seed in range(1, 4):

@@ -435,7 +435,7 @@ def test_a_state_without_first_factors_or_with_those_of_others_is_refused() -> N
     for own in state["state"].values():
         own.pop("quack_init", None)
     optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="no first factors of QuacK for these heads and this norm"):
+    with pytest.raises(ValueError, match="no initial factors of QuacK for these heads and norm"):
         at_random(model, step, range(1))
 
     other, theirs, another = begun("mla_without_q_latent")
@@ -444,7 +444,7 @@ def test_a_state_without_first_factors_or_with_those_of_others_is_refused() -> N
     for own in state["state"].values():
         own["quack_init"] = foreign
     optimizer.load_state_dict(state)
-    with pytest.raises(ValueError, match="no first factors of QuacK for these heads and this norm"):
+    with pytest.raises(ValueError, match="no initial factors of QuacK for these heads and norm"):
         at_random(model, step, range(1))
 
 

@@ -214,7 +214,7 @@ TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 
 def test_torchtitan_trains_and_goes_on(
     config: str, ranks: tuple[str, ...], site: str, blocks: set[str], tmp_path: Path
 ) -> None:
-    """Its own Trainer, checkpoints and logger, sharded or not; the first factors come back to the bit."""
+    """Its own Trainer, checkpoints and logger, sharded or not; the initial factors come back to the bit."""
     run, again = (
         json.loads(
             python(*ranks, str(ROOT / "tests" / "titan_on_cpu.py"), config, str(tmp_path), steps).splitlines()[-1]

@@ -379,7 +379,7 @@ def test_containers_of_optimizers() -> None:
 
 @pytest.mark.parametrize("by_step", [False, True], ids=["hooks", "step"])
 def test_states_that_come_in_by_another_door(by_step: bool) -> None:
-    """Put into the optimizer by somebody else, after attaching: without first factors they are refused at the step."""
+    """Put into the optimizer by somebody else, after attaching: without initial factors the next step refuses them."""
     model, trained = Model(), Model()
     optimizer, theirs = AdamW(model.parameters(), lr=1e-2), AdamW(trained.parameters(), lr=1e-2)
     step = compile_train_step(model, optimizer, mean_square, layout=LAYOUT, compile=False) if by_step else None
@@ -388,7 +388,9 @@ def test_states_that_come_in_by_another_door(by_step: bool) -> None:
     train(trained, theirs, steps=range(2))
     for ours, p in zip(model.parameters(), trained.parameters(), strict=True):
         optimizer.state[ours] = copy.deepcopy(theirs.state[p])
-    with pytest.raises(OptimizerError, match=r"no first factors of QuacK .*'layers.0.q.weight'; to start .*detach\(\)"):
+    with pytest.raises(
+        OptimizerError, match=r"no initial factors of QuacK .*'layers.0.q.weight'; to start .*detach\(\)"
+    ):
         train(model, optimizer, steps=range(1)) if step is None else step(0)
 
 
@@ -405,7 +407,7 @@ class Failing(AdamW):
 
 @pytest.mark.parametrize("by_step", [False, True], ids=["hooks", "step"])
 def test_states_of_a_step_that_failed_are_no_others(by_step: bool) -> None:
-    """The next step goes on, from the first factors of the weights that QuacK was attached to."""
+    """The next step goes on, from the initial factors of the weights that QuacK was attached to."""
     model = Model()
     optimizer = Failing(model.parameters(), lr=1e-2)
     step = compile_train_step(model, optimizer, mean_square, layout=LAYOUT, compile=False) if by_step else None

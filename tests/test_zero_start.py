@@ -83,7 +83,7 @@ def test_both_factors_of_lora_follow_the_rule() -> None:
 
 
 def test_lora_whose_b_is_not_zero_is_as_before() -> None:
-    """Its first factors are all there, and none is bounded."""
+    """Its initial factors are all there, and none is bounded."""
     model = Lora(b=1e-3)
     quack = QuacK(SGD(model.parameters()), model, find_qk_pairs(model, torch.randn(2, 5, WIDTH)))
     assert (quack.init_factors > 0).all()
@@ -117,7 +117,7 @@ def test_keys_of_queries_that_start_at_zero(compiled: bool, tau: float) -> None:
 
 
 def test_a_run_that_started_at_zero_goes_on_to_the_bit() -> None:
-    """The first factors that were bounded are so again after a checkpoint."""
+    """The initial factors that were bounded are so again after a checkpoint."""
     model = zero_queries(Model())
     optimizer = SGD(model.parameters(), lr=3.0, momentum=0.5)
     attach(model, optimizer, 0.5, False)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
 STATE_KEY = "quack_init"
-"""Key of QuacK's entry in the optimizer state of each parameter: the first factors of its attention, as bytes."""
+"""Key of QuacK's entry in the optimizer state of each parameter: the initial factors of its attention, as bytes."""
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
@@ -29,9 +29,9 @@ def params_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def no_start(name: str) -> str:
-    """Message for a state that was loaded without first factors."""
+    """Message for a state that was loaded without initial factors."""
     return (
-        f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {name!r}; to start QuacK from these "
+        f"the optimizer state has no initial factors of QuacK ({STATE_KEY!r}) for {name!r}; to start QuacK from these "
         "weights, detach() it, load the state, and attach it again"
     )
 

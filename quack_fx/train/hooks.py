@@ -76,7 +76,7 @@ class QuacK:
     torch.distributed.checkpoint reads the entries that a state has already: attach before `get_optimizer_state_dict`.
     They are never recomputed from trained weights: with QuacK attached, a state without them is refused. To start QuacK
     in the middle of a run, load the state first and attach then: it starts from the weights as they are, and warns,
-    since that is wrong for a run that had QuacK and lost its first factors. (An optimizer that has no state, as SGD
+    since that is wrong for a run that had QuacK and lost its initial factors. (An optimizer that has no state, as SGD
     without momentum, does not show that it has taken steps.) Copying or pickling an optimizer drops its hooks, as torch
     does, but not that entry of its state: attach again to the copy.
 
@@ -97,7 +97,7 @@ class QuacK:
         norm: "frobenius" or "spectral" (slower, a small gain in the paper; on a GPU it waits for the device).
         method: "quack", or one to compare it with on the same rows: "constant" (all of them at `tau`), "qk-clip" (heads
             with logits above `threshold` are scaled down after the step), "compositional" (divided by the partner's
-            norm itself), "none" (metrics alone). docs/rivals.md has their formulas. The first factors are kept and
+            norm itself), "none" (metrics alone). docs/rivals.md has their formulas. The initial factors are kept and
             looked for under each, so that growth in the metrics counts from the start of the run.
         threshold: The largest logit that "qk-clip" leaves alone.
         logits: Whether to read the largest logit of every head in the forward passes of training, for `metrics()`;
@@ -185,7 +185,7 @@ class QuacK:
         self._sharded = any(map(is_sharded, own))
         if (lost := self._without_start()) is not None:
             warnings.warn(
-                f"{type(optimizer).__name__} has taken steps, and its state has no first factors of QuacK "
+                f"{type(optimizer).__name__} has taken steps, and its state has no initial factors of QuacK "
                 f"({STATE_KEY!r}) for {self._names()[lost]!r}: QuacK starts from these weights; to go on with a run "
                 "that had QuacK, attach it before the checkpoint is read",
                 stacklevel=3,
@@ -322,7 +322,7 @@ class QuacK:
         """Look before a step whether the optimizer is the one that QuacK was attached to still.
 
         Raises:
-            OptimizerError: It holds some weights no longer, or its state was loaded without first factors.
+            OptimizerError: It holds some weights no longer, or its state was loaded without initial factors.
         """
         self._hold()
         # What a step leaves that ended with an exception is ours.
@@ -357,7 +357,7 @@ class QuacK:
             raise OptimizerError(f"the model was sharded after QuacK was attached to {kind}; attach it afterwards")
 
     def _without_start(self) -> Tensor | None:
-        """A weight that was trained, as the optimizer's state tells, and whose attention has no first factors in it."""
+        """A weight that was trained, by the optimizer's state, but whose attention has no initial factors there."""
         state, home = self.optimizer.state, self.scaling.home
         unknown = [param for param in self._held if (own := state.get(param)) and STATE_KEY not in own]
         if not unknown:
@@ -367,7 +367,7 @@ class QuacK:
         return next(trained, None)
 
     def _take_over(self) -> None:
-        """Take over first factors that the optimizer's state has, and keep them where it has none."""
+        """Take over initial factors that the optimizer's state has, and keep them where it has none."""
         try:
             self.scaling.take_over(self.optimizer)
         except ValueError as error:
@@ -417,7 +417,7 @@ class QuacK:
                     states.setdefault(key, {})
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Refuse a state without first factors before anything is loaded."""
+        """Refuse a state without initial factors before anything is loaded."""
         groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
         pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=False)]
         for param, key in pairs:

@@ -38,7 +38,7 @@ def scaling_of(
         layout: Its layout.
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
         norm: "frobenius" or "spectral".
-        optimizers: Those whose state may have the first factors of a run that goes on.
+        optimizers: Those whose state may have the initial factors of a run that goes on.
 
     Raises:
         LayoutError: The layout does not fit the model.

@@ -6,8 +6,8 @@ factor to be relative to.
 A factor bounds the change of a logit, by the norms that a block is multiplied with; where those are zero it is
 infinite. Such a block starts with the factor that it has once they have grown to the norm that it had itself at the
 start, and until then trains at `tau`, no faster: the learning rate that the weights of zero have. In the tables of
-first factors these are negative, and the number that marks the attention is, too: the file that `convert` writes, which
-does not have this, refuses such a state.
+initial factors these are negative, and the number that marks the attention is, too: the file that `convert` writes
+does not have this, and refuses such a state.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def from_zero(program: ModuleType) -> Any:
             ]
 
         def take_over(self, optimizer: Optimizer) -> None:
-            """Take over first factors from a state that was loaded, negative ones, too."""
+            """Take over initial factors from a state that was loaded, negative ones, too."""
             for weight, (kind, attention) in self.home.items():
                 saved = (optimizer.state.get(weight) or {}).get("quack_init")
                 if isinstance(saved, Tensor) and saved is not self.kept.get(weight):

@@ -124,7 +124,7 @@ class QuacK:
                 own = self.saved[kind][attention]
                 saved = saved.to(own.device, torch.uint8).clone() if isinstance(saved, Tensor) else None
                 if saved is None or len(saved) != 8 * len(own) or saved[:8].view(torch.float64) != own[:1]:
-                    raise ValueError("the optimizer state has no first factors of QuacK for these heads and this norm")
+                    raise ValueError("the optimizer state has no initial factors of QuacK for these heads and norm")
                 own.copy_(saved.view(torch.float64))
                 state["quack_init"] = self.kept[weight] = saved
 
