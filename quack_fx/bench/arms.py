@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quack_fx.bench.normed import with_qk_norm
 from quack_fx.layout import QKLayout, Ranges, WeightBlock
-from quack_fx.qk_norm.insert import insert_qk_norm
 from quack_fx.train.step import compile_train_step
 
 Loss = Callable[..., Tensor]
@@ -121,7 +121,10 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
 
 def _arm(name: str, case: Case) -> Arm | str:
     """A way that has a model to itself; or why it cannot be had."""
-    model = _with_qk_norm(case) if name in ("e", "f") else copy.deepcopy(case.model)
+    if name in ("e", "f") and case.normed is None:
+        model = with_qk_norm(case.model, case.layout)
+    else:
+        model = copy.deepcopy(case.normed if name in ("e", "f") else case.model)
     if isinstance(model, str):
         return model
     if name == "e":
@@ -137,14 +140,6 @@ def _adamw(model: nn.Module, case: Case) -> torch.optim.AdamW:
 def _ours(model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, case: Case) -> Arm:
     step = compile_train_step(model, optimizer, case.loss, layout=layout, clip_grad_norm=case.clip)
     return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update)
-
-
-def _with_qk_norm(case: Case) -> nn.Module | str:
-    if case.normed is not None:
-        return copy.deepcopy(case.normed)
-    model = copy.deepcopy(case.model)
-    report = insert_qk_norm(model, case.layout)
-    return model if report.inserted else next((left.reason for left in report.left), "it has no attention")
 
 
 def _own(name: str, model: nn.Module, case: Case) -> Arm:
