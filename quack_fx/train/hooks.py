@@ -1,4 +1,4 @@
-"""QuacK on any torch.optim optimizer, through its public hooks.
+"""QuacK, or a method to compare it with, on any torch.optim optimizer, through its public hooks.
 
 In: an optimizer, the model it trains, and the model's layout. Out: the same optimizer, whose `step()` now scales the
 update of every query and key row, and whose `state_dict()` carries what a resumed run needs.
@@ -9,16 +9,15 @@ Before a step the weights with query and key rows are copied and the scales of t
 
 row by row. For an optimizer whose update is proportional to its learning rate this is what a learning rate of its own
 for every head would do (Alg. 1 and 2), decoupled weight decay included; Muon orthogonalises the whole matrix and then
-has the rows of its update scaled. Nothing in a step waits for the device.
+has the rows of its update scaled. Nothing in a step waits for the device. What the scales are, and what else happens
+after a step, is the method's (rivals/), which is QuacK unless another one is asked for.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -30,16 +29,28 @@ from torch.optim import Optimizer
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout, merged
 from quack_fx.layout.fit import layout_params
+from quack_fx.train.held import (
+    STATE_KEY,
+    and_others,
+    has_trained,
+    is_stepping,
+    no_start,
+    nothing_held,
+    params_of,
+    stale_weight,
+)
+from quack_fx.train.logits import MaxLogits
 from quack_fx.train.metrics import Metrics
+from quack_fx.train.places import in_a_row
 from quack_fx.train.program.scaling import NormName, is_sharded, local, scaling_of
 from quack_fx.train.ranks import check_ranks
+from quack_fx.train.rivals import THRESHOLD, MethodName, check_method, method_of
+from quack_fx.train.rivals.method import Method
+from quack_fx.train.rivals.quack import Quack
 from quack_fx.train.suited import check_optimizer
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
-
-STATE_KEY = "quack_init"
-"""Key of QuacK's entry in the optimizer state of each parameter: the first factors of its attention, as bytes."""
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -84,11 +95,20 @@ class QuacK:
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights. The
             attribute may be changed between steps.
         norm: "frobenius" or "spectral" (slower, a small gain in the paper; on a GPU it waits for the device).
+        method: "quack", or one to compare it with on the same rows: "constant" (all of them at `tau`), "qk-clip" (heads
+            with logits above `threshold` are scaled down after the step), "compositional" (divided by the partner's
+            norm itself), "none" (metrics alone). docs/rivals.md has their formulas. The first factors are kept and
+            looked for under each, so that growth in the metrics counts from the start of the run.
+        threshold: The largest logit that "qk-clip" leaves alone.
+        logits: Whether to read the largest logit of every head in the forward passes of training, for `metrics()`;
+            "qk-clip" does so at any rate. The model has to be one that Python runs: an eager or sdpa attention, no
+            torch.compile.
 
     Raises:
         OptimizerError: The optimizer holds no weight of the layout, or some that the model had before it was sharded;
             it has a QuacK already, is no `torch.optim.Optimizer` or wraps one; `tau` is not a positive number, or
-            another one on other ranks; or a loaded state does not fit.
+            another one on other ranks; a loaded state does not fit; the method does not exist or does not fit the
+            layout or the numbers given; or logits that are wanted cannot be read.
         LayoutError: The layout does not fit the model, or is another one on other ranks.
         FactorError: A head's weights are zero on both sides, or are not finite.
 
@@ -106,11 +126,17 @@ class QuacK:
         layout: QKLayout,
         tau: float = 1.0,
         norm: NormName = "frobenius",
+        method: MethodName = "quack",
+        threshold: float = THRESHOLD,
+        logits: bool = False,
     ) -> None:
-        elsewhere = check_ranks(model, layout, tau, norm, [optimizer])
+        elsewhere = check_ranks(model, layout, tau, f"{norm} {method} {threshold} {logits}", [optimizer])
         check_optimizer(optimizer)
         check_tau(tau)
-        self._attach(optimizer, model, layout, scaling_of(model, layout, tau, norm, [optimizer]), elsewhere)
+        check_method(method, tau, norm, threshold)
+        scaling = scaling_of(model, layout, tau, norm, [optimizer])
+        chosen = method_of(method, scaling, model, layout, threshold)
+        self._attach(optimizer, model, layout, chosen, elsewhere, logits)
         half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
         if half:
             warnings.warn(
@@ -125,26 +151,33 @@ class QuacK:
         """QuacK by scales that exist already, those of a training step."""
         check_optimizer(optimizer)
         quack = cls.__new__(cls)
-        quack._attach(optimizer, model, layout, scaling)
+        quack._attach(optimizer, model, layout, Quack(scaling))
         return quack
 
     def _attach(
-        self, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling, elsewhere: bool = False
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        layout: QKLayout,
+        method: Method,
+        elsewhere: bool = False,
+        logits: bool = False,
     ) -> None:
         if optimizer in _attached:
             raise OptimizerError(
                 f"this {type(optimizer).__name__} has a QuacK attached already; call its detach() first"
             )
-        self.optimizer, self.layout, self.scaling, self._model = optimizer, layout, scaling, model
+        self.optimizer, self.layout, self._model = optimizer, layout, model
+        self.method, self.scaling = method, method.scaling
         self.left_out = tuple(site.name for site in layout.sites if site.qk_norm)
         self._metrics: Metrics | None = None
         self._seen: list[int] = []
         self._hold()
         own = set(model.parameters())
         # Where ranks share the steps of an optimizer (ZeRO), the weights may all be another rank's.
-        if not self._held and not (elsewhere and not own.isdisjoint(_params(optimizer))):
-            raise OptimizerError(_nothing_held(optimizer, layout, scaling))
-        if stale := _stale(optimizer, own, self._names(), scaling):
+        if not self._held and not (elsewhere and not own.isdisjoint(params_of(optimizer))):
+            raise OptimizerError(nothing_held(optimizer, layout, self.scaling))
+        if stale := stale_weight(optimizer, own, self._names(), self.scaling):
             raise OptimizerError(
                 f"{type(optimizer).__name__} holds weights that are not in the model, and not {stale!r}, which is; "
                 "make the optimizer after the model was wrapped, sharded and moved"
@@ -162,6 +195,8 @@ class QuacK:
         self._paused = False
         self._within = False  # a step runs, or has ended with an exception
         self._take_over()
+        self._logits = MaxLogits(model, layout) if logits or method.reads_logits else None
+        self._largest: Tensor | None = None  # of each query head, in the forward passes before the last step
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -178,6 +213,8 @@ class QuacK:
 
     @tau.setter
     def tau(self, tau: float | Tensor) -> None:
+        if not self.method.uses_tau:
+            raise OptimizerError(f"tau is {tau!r}, and this method leaves learning rates as they are")
         self.scaling.tau = tau
 
     @property
@@ -224,7 +261,9 @@ class QuacK:
         - `attention/layers.0.attn/q/norm`, and so on for each block, by role, or by parameter (LoRA): its norm;
         - `attention/layers.0.attn/q/lr_scale`: what its learning rate is multiplied with, `tau` included;
         - `attention/layers.0.attn/growth`: how often the norms that a block is multiplied with are what they were at
-          the start of training.
+          the start of training;
+        - `attention/layers.0.attn/max_attn_logit`, with `logits=True`: the largest number that went into the softmax in
+          the forward passes before the last step, on any rank. Sites that did not run then have none.
 
         Arguments:
             heads: Whether to add the number of each head, as `/head_3`.
@@ -237,12 +276,14 @@ class QuacK:
         """
         if self._metrics is None:
             self._metrics = Metrics(self.layout, self._model)
-        return self._metrics.read(self.scaling, heads)
+        return self._metrics.read(self.method, heads, self._largest)
 
     def _scale_of_first_rows(self) -> dict[tuple[Tensor, int], float]:
         """The scale of each head by its weight and the first of its rows."""
         found: dict[tuple[Tensor, int], float] = {}
-        for stacks, rows, scales in zip(self.scaling.stacks, self.scaling.rows, self._block_scales(), strict=True):
+        for stacks, rows, scales in zip(
+            self.scaling.stacks, self.scaling.rows, self.method.block_scales(), strict=True
+        ):
             for (index, *names), by_head in zip(rows, scales, strict=True):
                 first_rows = index.amin(-1).tolist()
                 for weights, _ in (stacks[name] for name in names):
@@ -251,30 +292,17 @@ class QuacK:
                             found[weight, row] = min(scale, found.get((weight, row), scale))
         return found
 
-    def _block_scales(self) -> list[list[Tensor]]:
-        """Scale of every head, [attentions, heads] for each block of each kind, as the weights are now."""
-        pairs = zip(self.scaling.factors(), self.scaling.first, strict=True)
-        return [
-            [
-                self.scaling.tau * torch.where(factor.isinf(), 1.0, factor / start)
-                for factor, start in zip(now, first, strict=True)
-            ]
-            for now, first in pairs
-        ]
-
     def __repr__(self) -> str:
-        scales = self._scales()
+        scales = in_a_row(self.method.block_scales())
         spread = f"{float(scales.min()):.3g} to {float(scales.max()):.3g}"
         return f"QuacK({type(self.optimizer).__name__}: {len(scales)} heads, scales {spread})"
-
-    def _scales(self) -> Tensor:
-        """Scale of every head of every block as the weights are now, in the order of `init_factors`."""
-        return torch.cat([scale.flatten() for scales in self._block_scales() for scale in scales])
 
     def detach(self) -> None:
         """Remove the hooks and QuacK's entries in the state: the optimizer is as it was before."""
         for handle in self._handles:
             handle.remove()
+        if self._logits is not None:
+            self._logits.detach()
         for param in self._held:
             self.optimizer.state.get(param, {}).pop(STATE_KEY, None)
         _attached.discard(self.optimizer)
@@ -298,11 +326,11 @@ class QuacK:
         self._hold()
         # What a step leaves that ended with an exception is ours.
         if not self._within and (lost := self._without_start()) is not None:
-            raise OptimizerError(_no_start(self._names()[lost]))
+            raise OptimizerError(no_start(self._names()[lost]))
 
     def _hold(self) -> None:
         """Find the weights that the optimizer holds; again when some were added to it or replaced."""
-        params = _params(self.optimizer)
+        params = params_of(self.optimizer)
         if self._seen == (seen := list(map(id, params))):
             return
         if self._seen:
@@ -320,7 +348,7 @@ class QuacK:
         kind = type(self.optimizer).__name__
         if lost:
             raise OptimizerError(
-                f"{kind} no longer holds {lost[0]!r}, whose steps QuacK scaled{_and_others(lost)}: its parameters were "
+                f"{kind} no longer holds {lost[0]!r}, whose steps QuacK scaled{and_others(lost)}: its parameters were "
                 "replaced; attach QuacK after the model and the optimizer were wrapped, sharded and cast (or set "
                 "requires_grad to False, to freeze a weight)"
             )
@@ -334,7 +362,7 @@ class QuacK:
         if not unknown:
             return None
         begun = {place for param, place in home.items() if STATE_KEY in (state.get(param) or {})}
-        trained = (p for p in unknown if p.requires_grad and home[p] not in begun and _has_trained(state[p]))
+        trained = (p for p in unknown if p.requires_grad and home[p] not in begun and has_trained(state[p]))
         return next(trained, None)
 
     def _take_over(self) -> None:
@@ -348,21 +376,23 @@ class QuacK:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Copy the weights and compute their scales."""
+        """Copy the weights whose updates are scaled, and compute their scales."""
         if self._paused:
             return
-        if self._snapshot is not None and _is_stepping(optimizer):
+        if self._snapshot is not None and is_stepping(optimizer):
             self._nested += 1
             return
         self.check()
+        if self._logits is not None:
+            self._logits.check(closure=bool(args or kwargs.get("closure")))
         self._take_over()
-        scales = self.scaling.scales()
-        self._snapshot = [(param, local(param).clone(), scales[param]) for param in self._held]
+        scales = self.method.row_scales()
+        self._snapshot = [(p, local(p).clone(), scales[p]) for p in self._held] if scales is not None else []
         self._nested, self._within = 0, True
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Scale what the step did to their rows."""
+        """Scale what the step did to their rows, and do what the method does after it."""
         if self._paused:
             return
         if self._nested:
@@ -370,6 +400,9 @@ class QuacK:
             return
         for param, old, scale in self._snapshot or ():
             _scale_update(old, local(param), scale)
+        if self._logits is not None:
+            self._largest = self._logits.take()
+        self.method.after_step(dict(zip(self._held_names, self._held, strict=True)), self._largest)
         self._snapshot, self._within = None, False
         trained = [param for param in self._held if param.grad is not None or optimizer.state.get(param)]
         self.scaling.keep(optimizer, trained)
@@ -391,7 +424,7 @@ class QuacK:
             if not (param in self.scaling.home and state and param.requires_grad):
                 continue
             if not isinstance(state.get(STATE_KEY), Tensor):  # distributed checkpoints leave an empty dict for none
-                raise OptimizerError(_no_start(self._names()[param]))
+                raise OptimizerError(no_start(self._names()[param]))
 
     def _after_load(self, optimizer: Optimizer) -> None:
         """Take over what was loaded; attentions that were not trained by then start from the weights as they are."""
@@ -420,38 +453,6 @@ def check_tau(tau: float | Tensor) -> None:
         raise OptimizerError(f"tau is {tau!r}; need a positive number, for example 0.1")
 
 
-def _params(optimizer: Optimizer) -> list[Tensor]:
-    """The parameters that an optimizer holds."""
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def _no_start(name: str) -> str:
-    """Message for a state that was loaded without first factors."""
-    return (
-        f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {name!r}; to start QuacK from these "
-        "weights, detach() it, load the state, and attach it again"
-    )
-
-
-def _and_others(names: Sequence[str]) -> str:
-    return f", and {len(names) - 1} others" if len(names) > 1 else ""
-
-
-def _has_trained(state: Mapping[str, Any]) -> bool:
-    """Whether the state of a parameter shows that steps were taken; it waits for the device."""
-    tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
-    return bool(state.get("step", 1)) and any(tensor.dim() > 0 and bool(tensor.any()) for tensor in tensors)
-
-
-def _stale(optimizer: Optimizer, own: set[nn.Parameter], names: Mapping[Tensor, str], scaling: Scaling) -> str | None:
-    """A weight that an optimizer lacks while it holds one of that shape, for each such, which is not in the model."""
-    params = _params(optimizer)
-    held, strange = set(params), Counter(tuple(param.shape) for param in params if param not in own)
-    missing = [param for param in scaling.home if param.requires_grad and param not in held]
-    shapes = Counter(tuple(param.shape) for param in missing)
-    return next((names[p] for p in missing if strange[tuple(p.shape)] >= shapes[tuple(p.shape)]), None)
-
-
 def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
     """new <- old + scale (new - old), row by row, in float32 at least and rounded once.
 
@@ -461,32 +462,3 @@ def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
         torch.lerp(old, new, scale.to(new.dtype), out=new)
     else:
         new.copy_(torch.lerp(old.float(), new.float(), scale.float()))
-
-
-def _is_stepping(optimizer: Optimizer) -> bool:
-    """Whether a step hook runs inside another step of the same optimizer.
-
-    torch fires the hooks twice where a subclass's `step` calls `super().step()`, and only the outer call sees the whole
-    update. The calls are told from the stack, since a step that ends with an exception leaves no other trace. (Should
-    torch rename its wrapper, the inner call is taken for the outer one.)
-    """
-    steps, frame = 0, inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == Optimizer.__module__:
-            steps += frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return steps > 1
-
-
-def _nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> str:
-    """Message for an optimizer that holds no rows of a layout."""
-    kind = type(optimizer).__name__
-    if not scaling.home:
-        kept = sum(bool(site.qk_norm) for site in layout.sites)
-        left_out = f" ({kept} sites keep a QK norm)" if kept else ""
-        return f"the layout has no query or key weights that QuacK scales{left_out}; use {kind} as it is"
-    first = next(block.param for site in layout.sites if not site.qk_norm for _, block in site.blocks())
-    return (
-        f"{kind} holds none of the query and key weights, such as {first!r}; attach QuacK to the "
-        "optimizer that has them, made after the model was wrapped, sharded and moved"
-    )

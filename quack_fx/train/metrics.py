@@ -15,15 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quack_fx.layout import AttentionSite, QKLayout, Ranges, WeightBlock, merged
-from quack_fx.layout.fit import with_bare_names
-from quack_fx.train.program.kinds import kinds_of
+from quack_fx.layout import AttentionSite, QKLayout, WeightBlock
+from quack_fx.train.places import in_a_row, place_of, places_of
 
 if TYPE_CHECKING:
-    from quack_fx.train.program.parts.quack import QuacK as Scaling
-
-_Unit = tuple[str, str | None, Ranges]
-"""One head's rows: their weight, its bias, the ranges."""
+    from quack_fx.train.rivals.method import Method
 
 
 class Metrics:
@@ -34,33 +30,32 @@ class Metrics:
         model: The model it fits.
 
     Example:
-        >>> Metrics(layout, model).read(scaling)["attention/layers.0.attn/qk_norm_product/max"]
+        >>> Metrics(layout, model).read(method)["attention/layers.0.attn/qk_norm_product/max"]
         4.1
     """
 
     def __init__(self, layout: QKLayout, model: nn.Module) -> None:
-        layout, params = with_bare_names(layout, model)
+        self._every_site = layout.sites
+        layout, self._places = places_of(layout, model)
         self._sites = [site for site in layout.sites if site.terms and not site.qk_norm]
-        # In the order of the program's numbers, which is written for these kinds.
-        self._places: dict[_Unit, int] = {}
-        start = 0
-        for kind in kinds_of(layout, {name: tuple(param.shape) for name, param in params.items()}):
-            own = [kind.names(numbers) for numbers in kind.instances]
-            for block in kind.blocks:
-                for names in own:
-                    weight, *bias = (names[i] for i in block.tensors)
-                    units = [(weight, bias[0] if bias else None, ranges) for ranges in block.heads]
-                    self._places.update(zip(units, range(start, start + len(units)), strict=True))
-                    start += len(units)
 
-    def read(self, scaling: Scaling, heads: bool = False) -> dict[str, float]:
-        """The metrics as the weights are now; see `QuacK.metrics`."""
-        factors, first = _flat(scaling.factors()), _flat(scaling.first)
-        relative = torch.where(factors.isinf(), 1.0, factors / first)
-        norm, growth, scale = torch.stack(
-            [_flat(scaling.norms()), relative.reciprocal(), relative * scaling.tau]
-        ).tolist()
-        return dict(self._named(norm, growth, scale, heads))
+    def read(self, method: Method, heads: bool = False, logits: Tensor | None = None) -> dict[str, float]:
+        """The metrics as the weights are now; see `QuacK.metrics`.
+
+        Arguments:
+            method: What scales the learning rates.
+            heads: Whether to add the number of each head.
+            logits: The largest logit of each query head of all sites, where they are read.
+        """
+        scaling = method.scaling
+        factors, first = in_a_row(scaling.factors()), in_a_row(scaling.first)
+        growth = torch.where(factors.isinf(), 1.0, factors / first).reciprocal()
+        by_place = [in_a_row(scaling.norms()), growth, in_a_row(method.block_scales())]
+        by_head = [] if logits is None else [logits.to(growth)]
+        numbers = torch.cat([*by_place, *by_head]).tolist()
+        n = len(growth)
+        named = self._named(numbers[:n], numbers[n : 2 * n], numbers[2 * n : 3 * n], heads)
+        return {**dict(named), **dict(self._largest(numbers[3 * n :], heads))}
 
     def _named(
         self, norms: Sequence[float], growths: Sequence[float], scales: Sequence[float], heads: bool
@@ -73,7 +68,7 @@ class Metrics:
             yield from _summary(f"{at}/qk_norm_product", products, heads)
             growth = []
             for name, block in _named_blocks(site):
-                units = dict.fromkeys(_unit(block, ranges) for ranges in block.heads)
+                units = dict.fromkeys(place_of(block, ranges) for ranges in block.heads)
                 places = [self._places[unit] for unit in units if unit in self._places]  # of heads that terms have
                 if places:
                     growth += [growths[place] for place in places]
@@ -81,14 +76,19 @@ class Metrics:
                     yield from _summary(f"{at}/{name}/lr_scale", [scales[place] for place in places], heads)
             yield from _summary(f"{at}/growth", growth, False)
 
+    def _largest(self, logits: Sequence[float], heads: bool) -> Iterator[tuple[str, float]]:
+        """Names and numbers of the largest logits of all sites that ran; of none, where they are not read."""
+        start = 0
+        for site in self._every_site if logits else ():
+            own = logits[start : start + site.query_heads]
+            start += site.query_heads
+            if max(own) > -math.inf:
+                yield from _summary("/".join(filter(None, ("attention", site.name, "max_attn_logit"))), own, heads)
+
     def _product(self, site: AttentionSite, head: int, norms: Sequence[float]) -> float:
         """The products of the norms in the terms of a query head, added up."""
-        terms = ([self._places[_unit(*part)] for part in product] for product in site.head_terms(head))
+        terms = ([self._places[place_of(*part)] for part in product] for product in site.head_terms(head))
         return math.fsum(math.prod(norms[place] for place in places) for places in terms)
-
-
-def _unit(block: WeightBlock, ranges: Ranges) -> _Unit:
-    return block.param, block.bias, merged(ranges)
 
 
 def _named_blocks(site: AttentionSite) -> Iterator[tuple[str, WeightBlock]]:
@@ -107,9 +107,3 @@ def _summary(name: str, values: Sequence[float], heads: bool) -> Iterator[tuple[
     yield f"{name}/max", max(values)
     if heads:
         yield from ((f"{name}/head_{head}", value) for head, value in enumerate(values))
-
-
-def _flat(by_block: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The numbers of all heads in a row, on one device."""
-    each = [numbers.flatten() for blocks in by_block for numbers in blocks]
-    return torch.cat([numbers.to(each[0].device) for numbers in each])

@@ -49,7 +49,7 @@ def check_ranks(
         LayoutError: The layouts differ.
         OptimizerError: Tau or the norm differ, or not all ranks ask.
     """
-    groups = _groups_of(model)
+    groups = groups_of(model)
     if not groups:
         return False
     sites = without_wrappers(layout).sites
@@ -89,7 +89,7 @@ def groups_that_differ(model: nn.Module) -> Groups:
     Where all weights are spread over one mesh it is summed up over that, and is the same everywhere.
     """
     meshes = {p.device_mesh if is_sharded(p) else None for p in model.parameters()}  # type: ignore[attr-defined]
-    return _groups_of(model) if len(meshes) > 1 else {}
+    return groups_of(model) if len(meshes) > 1 else {}
 
 
 def everywhere(finite: Tensor | None, groups: Groups) -> Tensor | None:
@@ -100,7 +100,7 @@ def everywhere(finite: Tensor | None, groups: Groups) -> Tensor | None:
     return finite
 
 
-def _groups_of(model: nn.Module) -> Groups:
+def groups_of(model: nn.Module) -> Groups:
     """The groups of several ranks that a model communicates in, in the same order on each."""
     if not dist.is_available() or not dist.is_initialized():
         return {}

@@ -1,0 +1,87 @@
+"""The query and key weights that an optimizer holds, and what its state tells of them.
+
+In: an optimizer, and the scales of a program. Out: its parameters; what is wrong with them, for one line of an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from quack_fx.layout import QKLayout
+from quack_fx.train.program.scaling import local
+
+if TYPE_CHECKING:
+    from quack_fx.train.program.parts.quack import QuacK as Scaling
+
+STATE_KEY = "quack_init"
+"""Key of QuacK's entry in the optimizer state of each parameter: the first factors of its attention, as bytes."""
+
+
+def params_of(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters that an optimizer holds."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def no_start(name: str) -> str:
+    """Message for a state that was loaded without first factors."""
+    return (
+        f"the optimizer state has no first factors of QuacK ({STATE_KEY!r}) for {name!r}; to start QuacK from these "
+        "weights, detach() it, load the state, and attach it again"
+    )
+
+
+def and_others(names: Sequence[str]) -> str:
+    """How many names there are besides the first, for the end of a message."""
+    return f", and {len(names) - 1} others" if len(names) > 1 else ""
+
+
+def has_trained(state: Mapping[str, Any]) -> bool:
+    """Whether the state of a parameter shows that steps were taken; it waits for the device."""
+    tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
+    return bool(state.get("step", 1)) and any(tensor.dim() > 0 and bool(tensor.any()) for tensor in tensors)
+
+
+def stale_weight(
+    optimizer: Optimizer, own: set[nn.Parameter], names: Mapping[Tensor, str], scaling: Scaling
+) -> str | None:
+    """A weight that an optimizer lacks while it holds one of that shape, for each such, which is not in the model."""
+    params = params_of(optimizer)
+    held, strange = set(params), Counter(tuple(param.shape) for param in params if param not in own)
+    missing = [param for param in scaling.home if param.requires_grad and param not in held]
+    shapes = Counter(tuple(param.shape) for param in missing)
+    return next((names[p] for p in missing if strange[tuple(p.shape)] >= shapes[tuple(p.shape)]), None)
+
+
+def is_stepping(optimizer: Optimizer) -> bool:
+    """Whether a step hook runs inside another step of the same optimizer.
+
+    torch fires the hooks twice where a subclass's `step` calls `super().step()`, and only the outer call sees the whole
+    update. The calls are told from the stack, since a step that ends with an exception leaves no other trace. (Should
+    torch rename its wrapper, the inner call is taken for the outer one.)
+    """
+    steps, frame = 0, inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == Optimizer.__module__:
+            steps += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
+
+
+def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> str:
+    """Message for an optimizer that holds no rows of a layout."""
+    kind = type(optimizer).__name__
+    if not scaling.home:
+        kept = sum(bool(site.qk_norm) for site in layout.sites)
+        left_out = f" ({kept} sites keep a QK norm)" if kept else ""
+        return f"the layout has no query or key weights that QuacK scales{left_out}; use {kind} as it is"
+    first = next(block.param for site in layout.sites if not site.qk_norm for _, block in site.blocks())
+    return (
+        f"{kind} holds none of the query and key weights, such as {first!r}; attach QuacK to the "
+        "optimizer that has them, made after the model was wrapped, sharded and moved"
+    )

@@ -1,0 +1,265 @@
+"""The largest attention logits of a model's forward passes, seen by hooks of its modules.
+
+In: a model and its layout. Out: `MaxLogits`, which knows after any number of forward passes the largest logit of every
+query head. The model's code stays as it is: while a module runs that holds an attention, a `TorchFunctionMode` looks at
+the softmaxes and fused attentions in it. What it sees is taken for a head's logits where gradients prove it (heads.py);
+an attention that ran and showed none raises, with the reason.
+
+Only forward passes that autograd follows count, those of training. One call costs a maximum over the logits, or, for a
+fused attention, the products of its queries and keys once more. The device is waited for in the first pass alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quack_fx.errors import OptimizerError
+from quack_fx.layout import AttentionSite, QKLayout
+from quack_fx.layout.fit import bare_name, layout_params
+from quack_fx.train.logits.heads import HeadAxes, HeadRows, find_axes, has_sink
+from quack_fx.train.logits.rows import Call, call_of, opened
+from quack_fx.train.owners import Owners, nearest
+from quack_fx.train.program.scaling import is_sharded
+from quack_fx.train.ranks import groups_of
+
+_UNSEEN = (
+    "its forward called no softmax and no scaled_dot_product_attention of these heads that Python sees; kernels of "
+    "other packages, flex_attention and torch.compile hide theirs"
+)
+
+
+@dataclass(eq=False)
+class _Site:
+    """An attention, and what was seen of it since the last step."""
+
+    layout: AttentionSite
+    rows: tuple[tuple[nn.Module, str, int, Tensor], ...]  # module and attribute of a weight, axis, heads of its rows
+    known: dict[tuple[int, str, int], HeadAxes | None] = field(default_factory=dict)  # by number of the call and op
+    largest: Tensor | None = None
+    refused: str | None = None
+
+
+class MaxLogits:
+    """The largest logit of every query head since the last time they were taken.
+
+    Arguments:
+        model: The model, plain or wrapped by DistributedDataParallel or FSDP2. Under tensor parallel and torch.compile
+            its logits are not seen.
+        layout: Its layout. Of a site that keeps a QK norm the logits are read where that norm leaves heads apart.
+
+    Raises:
+        OptimizerError: The model, or a part of it with an attention, is compiled; a site is no module of it.
+
+    Example:
+        >>> watch = MaxLogits(model, layout)
+        >>> loss(model(tokens)).backward()
+        >>> watch.take()  # [all query heads]
+        tensor([1.9, 2.2, 1.4, 0.7])
+    """
+
+    def __init__(self, model: nn.Module, layout: QKLayout) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        modules = {
+            bare_name(name) if name else "": module for name, module in model.named_modules(remove_duplicate=False)
+        }
+        by_module: dict[nn.Module, list[_Site]] = {}
+        self._sites = list(_sites(model, layout))
+        for site in self._sites:
+            module = modules.get(bare_name(site.layout.name) if site.layout.name else "")
+            if module is None:
+                raise OptimizerError(
+                    f"the logits of {site.layout.name!r} cannot be read: it is no module of this model; "
+                    "find the pairs of this very model"
+                )
+            by_module.setdefault(module, []).append(site)
+        _check_eager(model, by_module)
+        self._handles = []
+        for module, sites in by_module.items():
+            watch = _Watch(sites)
+            self._handles.append(module.register_forward_pre_hook(partial(_enter, watch), prepend=True))
+            self._handles.append(module.register_forward_hook(partial(_leave, watch), always_call=True))
+
+    def check(self, closure: bool = False) -> None:
+        """Look before a step whether the largest logits were read.
+
+        Arguments:
+            closure: Whether the forward passes may be yet to come, within the step.
+
+        Raises:
+            OptimizerError: No forward pass was seen, or the logits of one that ran were not.
+        """
+        none = all(site.largest is None for site in self._sites)
+        for site in self._sites:
+            if site.refused is not None and (none or not site.layout.qk_norm):
+                reason, site.refused = site.refused, None
+                raise OptimizerError(f"the largest logits of {site.layout.name!r} cannot be read: {reason}")
+        if none and not closure:
+            raise OptimizerError(
+                "no attention ran since the last step, as far as its module tells, so there are no largest logits; "
+                "call the model itself (not its forward, and not under torch.compile or no_grad) before each step"
+            )
+
+    def take(self) -> Tensor:
+        """The largest logits since the last call, and forget them; the same on every rank.
+
+        Returns:
+            Number of each query head, site after site; -inf where the head did not run; float32.
+
+        Raises:
+            OptimizerError: As `check`.
+        """
+        self.check()
+        parts = []
+        for site in self._sites:
+            none = torch.full((site.layout.query_heads,), -torch.inf, device=self._device)
+            parts.append(none if site.largest is None else site.largest.to(self._device, torch.float32))
+            site.largest = None
+        packed = torch.cat(parts)
+        for group in groups_of(self._model):
+            dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)
+        return packed
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the calls in the forward of a module; entered by its hooks, once for each call that runs."""
+
+    def __init__(self, sites: list[_Site]) -> None:
+        super().__init__()
+        self._sites = sites
+        self.runs: list[tuple[int, list[_Site]]] = []  # for each running call how much was seen, and of which sites
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.is_grad_enabled():
+            if (own := opened(func)) is not None:
+                with self:
+                    return own(*args, **kwargs)
+            if (call := call_of(func, args, kwargs)) is not None:
+                self._see(call)
+        return func(*args, **kwargs)
+
+    def _see(self, call: Call) -> None:
+        """Take the largest logits of a call for those of the sites that they belong to."""
+        number, read = self.runs[-1]
+        self.runs[-1] = number + 1, read
+        largest: Tensor | None = None
+        for site in self._sites:
+            try:
+                axes = _axes(site, call, number)
+                if axes is None:
+                    continue
+                if site in read and site.layout.query_heads == 1:
+                    raise _Unread("it has one head, and several softmaxes in its forward depend on that")
+                largest = _rows(call) if largest is None else largest
+                if not axes.fit(largest.shape):
+                    raise _Unread(f"its logits have the shape {list(largest.shape)}, and its queries another one")
+            except _Unread as error:
+                site.refused = str(error)
+                continue
+            own = axes.first(largest).amax(-1)
+            site.largest = own if site.largest is None else torch.maximum(site.largest, own)
+            read.append(site)
+
+
+class _Unread(Exception):
+    """Why some logits cannot be read."""
+
+
+@torch.no_grad()
+def _rows(call: Call) -> Tensor:
+    """The largest logit of every query, as a number that is no part of the graph."""
+    found = call.largest()
+    return found.detach().to(torch.promote_types(found.dtype, torch.float32))
+
+
+def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
+    """The axes of the heads in a call, proved the first time; None where it is not the attention of a site."""
+    source, heads = call.source, site.layout.query_heads
+    place = number, call.op, source.dim()
+    shape = [n for i, n in enumerate(source.shape) if i != call.axis]
+    known = site.known.get(place)
+    if place in site.known and (known is None or known.fit(shape)):
+        return known
+    if is_sharded(source) or source.is_nested:
+        raise _Unread("its queries are DTensors, of tensor parallel, or nested tensors")
+    rows = []
+    for module, attribute, axis, own in site.rows:
+        weight = getattr(module, attribute)
+        if is_sharded(weight):
+            raise _Unread(f"{attribute} is a DTensor in the forward pass, as in tensor parallel")
+        if weight.requires_grad:
+            rows.append(HeadRows(weight, axis, own.to(weight.device)))
+    if not rows:
+        raise _Unread("none of its query and key rows is trained and belongs to one head alone")
+    try:
+        with torch.random.fork_rng([]):
+            axes = find_axes(source, call.axis, heads, site.layout.key_heads, rows)
+            if axes is not None and call.op == "softmax" and has_sink(source, call.axis, rows):
+                raise _Unread("a column of its logits is no product of queries and keys, but an attention sink")
+    except RuntimeError as error:
+        text = str(error).strip().splitlines() or [""]
+        raise _Unread(f"gradients that tell its heads apart cannot be had ({text[0][:200]})") from None
+    site.known[place] = axes
+    return axes
+
+
+def _enter(watch: _Watch, module: nn.Module, args: Any) -> None:
+    """Begin to see the calls in a forward."""
+    watch.runs.append((0, []))
+    watch.__enter__()  # type: ignore[no-untyped-call]
+
+
+def _leave(watch: _Watch, module: nn.Module, args: Any, output: Any) -> None:
+    """End it; with no output where the forward has raised."""
+    watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    _, read = watch.runs.pop()
+    if output is not None and torch.is_grad_enabled():
+        for site in watch._sites:
+            if site not in read and site.refused is None:
+                site.refused = _UNSEEN
+
+
+def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
+    """The sites of a layout, each with where its weights are, and the heads of their rows."""
+    params = layout_params(layout, model)
+    homes: dict[int, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for attribute, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            homes.setdefault(id(param), (module, attribute))
+    axes = {block.param: block.axis for site in layout.sites for _, block in site.blocks()}
+    owners = Owners(layout, {name: param.shape[axes.get(name, 0)] for name, param in params.items()})
+    for site, first in zip(layout.sites, owners.first, strict=True):
+        pairs = [pair for head in range(site.query_heads) for pair in nearest(site, head)]
+        names = dict.fromkeys(at for pair in pairs for unit in pair if unit is not None for at in unit.names)
+        rows = []
+        for name, axis in names:
+            heads = owners.rows[name] - first
+            heads[(heads < 0) | (heads >= site.query_heads)] = -1
+            if bool((heads >= 0).any()):
+                rows.append((*homes[id(params[name])], axis, heads))
+        yield _Site(site, tuple(rows))
+
+
+def _check_eager(model: nn.Module, watched: dict[nn.Module, list[_Site]]) -> None:
+    """Refuse modules whose code torch.compile runs instead of Python."""
+    for name, module in model.named_modules():
+        compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
+        if compiled and any(inner in watched for inner in module.modules()):
+            raise OptimizerError(
+                f"the largest logits cannot be read: {name or type(module).__name__!r} is compiled, and compiled code "
+                "does not show its logits; use the model without torch.compile, or a method that needs none"
+            )

@@ -1,0 +1,106 @@
+"""The per-head learning rate of Compositional Muon.
+
+In: the scales of a program, a model and its layout. Out: the `Method` that scales query and key rows by the isotropic
+rule, or one line on why it says nothing about a layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from quack_fx.errors import OptimizerError
+from quack_fx.layout import AttentionSite, QKLayout
+from quack_fx.train.places import Place, by_block, in_a_row, place_of, places_of
+from quack_fx.train.rivals.method import Method, by_row
+
+if TYPE_CHECKING:
+    from quack_fx.train.program.parts.quack import QuacK as Scaling
+
+_DAMPING = 1e-2
+"""Lambda, as in the released code."""
+
+
+class Compositional(Method):
+    """The isotropic rule of Compositional Muon (Keigwin et al., Tilde Research, 2026): `method="compositional"`.
+
+    Compositional Muon bounds the change of the product of queries and keys, half of it for each side: it multiplies the
+    gradient of one side with the inverse root of the other side's Gram matrix, before and after the orthogonalisation.
+    Where that matrix is close to a multiple of the identity, a number for each head is left:
+
+        lr(W_Q^h) = tau * lr / 2 * (||W_K^h||^2 / d + 0.01)^(-1/2)
+        lr(W_K^h) = tau * lr / 2 * (||W_Q^h||^2 / d + 0.01)^(-1/2)
+
+    with Frobenius norms, and d the number of rows of a head. A bias is one more column of its weight, as in QuacK.
+
+    It is QuacK's closest published relative, and differs in this: QuacK divides by the partner's norm relative to its
+    norm at the start, this by the norm itself. So learning rates depend on the initialisation from the first step on,
+    `tau` is no ratio to the learning rate of the other weights, and 0.01 bounds the rate where the partner is zero. The
+    original also orthogonalises the gradient of each head by itself and treats values and outputs alike; here the
+    update is that of the optimizer given, and only queries and keys are scaled.
+
+    It is refused for grouped queries, latent and joint attention, and adapters: the rule was published for one query
+    and one key projection of a head.
+
+    Source: https://blog.tilderesearch.com/blog/compositional-muon (half-split budget, isotropic whitening on both
+    sides).
+
+    Arguments:
+        scaling: Norms and rows of the model's heads.
+        model: The model.
+        layout: Its layout.
+
+    Raises:
+        OptimizerError: A head's logits are not the product of two blocks of rows that no other head uses.
+    """
+
+    uses_tau: ClassVar[bool] = True
+
+    def __init__(self, scaling: Scaling, model: nn.Module, layout: QKLayout) -> None:
+        super().__init__(scaling)
+        layout, places = places_of(layout, model)
+        partner: dict[int, int] = {}
+        for site in layout.sites:
+            if site.terms and not site.qk_norm:
+                for query, key in _pairs(site, places):
+                    if partner.setdefault(query, key) != key or partner.setdefault(key, query) != query:
+                        raise OptimizerError(_not_for(site, "rows that several heads use"))
+        self._partner = torch.tensor([partner[place] for place in range(len(partner))])
+
+    def block_scales(self) -> list[list[Tensor]]:
+        """The scale on every head's learning rate as the weights are, [attentions, heads] by kind and block."""
+        norms = self.scaling.norms()
+        row = in_a_row(norms)
+        partner = row[self._partner.to(row.device)]
+        scales = []
+        for blocks, rows in zip(by_block(partner, norms), self.scaling.rows, strict=True):
+            pairs = zip(blocks, rows, strict=True)
+            scales.append(
+                [self.scaling.tau / 2 * (x.square() / index.shape[-1] + _DAMPING).rsqrt() for x, (index, *_) in pairs]
+            )
+        return scales
+
+    def row_scales(self) -> Mapping[Tensor, Tensor]:
+        """The scale on the update of each row of the weights with heads."""
+        return by_row(self.scaling, self.block_scales())
+
+
+def _pairs(site: AttentionSite, places: Mapping[Place, int]) -> list[tuple[int, int]]:
+    """The places of the query and the key rows of each head of a site."""
+    if len(site.terms) != 1 or (len(site.terms[0].query), len(site.terms[0].key)) != (1, 1):
+        raise OptimizerError(_not_for(site, f"{site.kind.upper()} with several factors or terms"))
+    found = []
+    for head in range(site.query_heads):
+        for (query, rows), (key, key_rows) in site.head_terms(head):
+            found.append((places[place_of(query, rows)], places[place_of(key, key_rows)]))
+    return found
+
+
+def _not_for(site: AttentionSite, what: str) -> str:
+    return (
+        f"method 'compositional' was published for heads with one query and one key projection of their own, and "
+        f"{site.name!r} has {what}; use method='quack'"
+    )

@@ -1,0 +1,33 @@
+"""One fixed learning rate for all queries and keys.
+
+In: the scales of a program. Out: the `Method` that scales every query and key row by `tau`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quack_fx.train.rivals.method import Method, by_row
+
+
+class Constant(Method):
+    """The ablation of the QuacK paper (section 4): `method="constant"`.
+
+    The learning rate of every query and key row is `tau` times that of the other weights, whatever the norms are.
+    QuacK begins with the same learning rates and then changes them. For an optimizer whose update is proportional to
+    its learning rate, it is a parameter group of its own with `lr = tau * lr`, row by row.
+    """
+
+    uses_tau: ClassVar[bool] = True
+
+    def block_scales(self) -> list[list[Tensor]]:
+        """The scale on every head's learning rate, [attentions, heads] by kind and block."""
+        return [[torch.ones_like(factor) * self.scaling.tau for factor in first] for first in self.scaling.first]
+
+    def row_scales(self) -> Mapping[Tensor, Tensor]:
+        """The scale on the update of each row of the weights with heads."""
+        return by_row(self.scaling, self.block_scales())

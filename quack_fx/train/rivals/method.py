@@ -1,0 +1,81 @@
+"""What a method of logit control does in a step of an optimizer: the one interface that the hooks know.
+
+In: the scales of a program, from which the rows and norms of all heads are had. Out: a `Method`, which says by how much
+the update of each row is scaled, and what happens to the weights after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from quack_fx.train.program.parts.quack import QuacK as Scaling
+
+
+class Method:
+    """A method of logit control. By itself it changes nothing: `method="none"`.
+
+    With it a model trains as without QuacK, bit for bit, and `metrics()` tells the norms and largest logits of its
+    heads.
+
+    Arguments:
+        scaling: Norms, factors and rows of the model's heads.
+
+    Attributes:
+        uses_tau: Whether `tau` means something to it.
+        reads_logits: Whether it needs the largest logit of every head.
+    """
+
+    uses_tau: ClassVar[bool] = False
+    reads_logits: ClassVar[bool] = False
+
+    def __init__(self, scaling: Scaling) -> None:
+        self.scaling = scaling
+
+    def block_scales(self) -> list[list[Tensor]]:
+        """The scale on every head's learning rate as the weights are, [attentions, heads] by kind and block."""
+        return [[torch.ones_like(factor) for factor in first] for first in self.scaling.first]
+
+    def row_scales(self) -> Mapping[Tensor, Tensor] | None:
+        """The scale on the update of each row of the weights with heads; None where updates stay as they are."""
+        return None
+
+    def after_step(self, held: Mapping[str, Tensor], largest: Tensor | None) -> None:
+        """What is done to the weights after a step.
+
+        Arguments:
+            held: The optimizer's weights by their names in the layout.
+            largest: The largest logit of each query head since the last step, where they are read.
+        """
+
+
+def by_row(scaling: Scaling, of_blocks: Sequence[Sequence[Tensor]]) -> dict[Tensor, Tensor]:
+    """The scales of heads as those of rows: the smallest where heads share a row, 1 for rows of values.
+
+    Arguments:
+        scaling: Where the rows of the heads are.
+        of_blocks: As `Method.block_scales`.
+
+    Returns:
+        For each weight the scales of the rows that this rank holds, [rows, 1, ...] along the axis that counts them.
+    """
+    held: Any = getattr(scaling, "held", None)  # of weights that are sharded
+    found: dict[Tensor, Tensor] = {}
+    for stacks, rows, scales in zip(scaling.stacks, scaling.rows, of_blocks, strict=True):
+        each = {
+            name: scales[0].new_full((len(weights), weights[0].shape[axis]), torch.inf)
+            for name, (weights, axis) in stacks.items()
+        }
+        for (index, *names), scale in zip(rows, scales, strict=True):
+            spread = scale.unsqueeze(-1).expand(-1, *index.shape).flatten(1)
+            for name in names:
+                each[name].scatter_reduce_(1, index.flatten().expand_as(spread), spread, "amin")
+        for name, (weights, axis) in stacks.items():
+            shape = [-1 if dim == axis else 1 for dim in range(weights[0].dim())]
+            for weight, own in zip(weights, each[name].where(each[name].isfinite(), 1.0), strict=True):
+                found[weight] = (own if held is None else own[held[weight]]).view(shape)
+    return found
