@@ -19,20 +19,25 @@ class Method:
     """A way to keep attention logits in check.
 
     Attributes:
-        kind: "none", "qk-norm", or what `quack_fx.QuacK` takes as its method.
+        kind: "none", "qk-norm", or what `quack_fx.QuacK` takes as `method`.
         tau: Learning rate of queries and keys, relative to that of the other weights.
         threshold: Largest logit that qk-clip lets pass.
     """
 
     kind: str
     tau: float = 1.0
-    threshold: float | None = None
+    threshold: float = 100.0
 
     @property
     def name(self) -> str:
         """Its name in tables and records."""
-        numbers = {"quack": f" {self.tau:g}", "constant": f" {self.tau:g}", "qk-clip": f" {self.threshold or 0:g}"}
-        return self.kind + numbers.get(self.kind, "")
+        if self.kind in ("none", "qk-norm"):
+            return self.kind
+        return f"{self.kind} {self.threshold if self.kind == 'qk-clip' else self.tau:g}"
+
+    def fits(self, attention: str) -> bool:
+        """Whether it is for that attention: "compositional" was published for one query and one key projection."""
+        return self.kind != "compositional" or attention == "mha"
 
 
 METHODS = (
@@ -47,6 +52,7 @@ METHODS = (
     Method("constant", 0.01),
     Method("quack", 10.0),
     Method("constant", 10.0),
+    Method("compositional", 1.0),
 )
 """Those that are compared; a constant of 1 would be no method."""
 
@@ -136,13 +142,16 @@ class Setup:
             long: Whether the long runs at the points of `long_lr` are meant, instead of the grid.
         """
         if long:
-            for seed, method, (attention, (optimizer, lr)) in product(range(self.seeds), METHODS, self.long_lr.items()):
-                yield Run(attention, optimizer, method, lr, seed, self.long_steps)
+            for seed, method in product(range(self.seeds), METHODS):
+                for attention, (optimizer, lr) in self.long_lr.items():
+                    if method.fits(attention):
+                        yield Run(attention, optimizer, method, lr, seed, self.long_steps)
             return
         ranks = range(max(map(len, self.lrs.values())))
         for seed, rank, method, optimizer in product(range(self.seeds), ranks, METHODS, self.lrs):
-            for attention in ATTENTIONS if rank < len(self.lrs[optimizer]) else ():
-                yield Run(attention, optimizer, method, self.lrs[optimizer][rank], seed, self.steps)
+            for attention in ATTENTIONS:
+                if method.fits(attention) and rank < len(self.lrs[optimizer]):
+                    yield Run(attention, optimizer, method, self.lrs[optimizer][rank], seed, self.steps)
 
 
 _GRID = {

@@ -27,6 +27,7 @@ _STYLES = {
     "constant 0.01": ("#c08a1e", ":"),
     "constant 0.1": ("#c08a1e", "--"),
     "constant 10": ("#c08a1e", "-."),
+    "compositional 1": ("#2a5fb0", "-"),
     "quack 0.01": ("#17786d", ":"),
     "quack 0.1": ("#17786d", "--"),
     "quack 1": ("#17786d", "-"),

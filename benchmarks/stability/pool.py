@@ -45,6 +45,8 @@ def run_all(runs: Sequence[Run], records: Records, setup: Setup, text: Text, job
     done = {record.run.key for record in records}
     waiting = [run for run in runs if run.key not in done]
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    # A shell gives jobs in the background no SIGINT.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed, under_way = 0, dict[Future[Result | None], Run]()
     with _processes(jobs, setup, text) as (pool, stop), _bar(len(runs), len(runs) - len(waiting)) as (progress, told):
         queue = iter(waiting)
@@ -58,7 +60,7 @@ def run_all(runs: Sequence[Run], records: Records, setup: Setup, text: Text, job
             try:
                 timeout = None if deadline is None or stop.is_set() else max(0.0, deadline - time.monotonic())
                 ended, _ = wait(under_way, timeout, FIRST_COMPLETED)
-            except KeyboardInterrupt:  # asked to stop: what is under way leaves a checkpoint
+            except KeyboardInterrupt:  # or SIGTERM: what is under way leaves a checkpoint
                 stop.set()
                 continue
             if not ended:
@@ -72,7 +74,7 @@ def run_all(runs: Sequence[Run], records: Records, setup: Setup, text: Text, job
                 elif (result := future.result()) is not None:
                     records.add(Record(run, result))
                     progress.update(told, advance=1, left=_left(progress, told))
-                    _console.print(_line(run, result), markup=False)
+                    _console.print(_line(run, result), markup=False, soft_wrap=True)
             fill()
     left = len(waiting) - sum(record.run.key not in done for record in records)
     if left:
@@ -98,7 +100,8 @@ def _start(setup: Setup, text: Text, stop: Event) -> None:
     """Begin a worker process."""
     global _setup, _text, _stop
     _setup, _text, _stop = setup, text, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one tells it to stop
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # the process that waits for this one tells it to stop
     torch.set_num_threads(1)
 
 

@@ -86,7 +86,8 @@ def _setting(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator
     seeds = sorted({record.run.seed for record in every})
     planned = sum(1 for long in (False, True) for _ in setup.runs(long))
     seconds = sum(record.result.seconds for record in every)
-    yield f"Written by `python -m benchmarks.stability report` from `{_shown(records.path)}`; `make experiment` does the runs."
+    source = _shown(records.path)
+    yield f"Written by `python -m benchmarks.stability report` from `{source}`; `make experiment` does the runs."
     yield ""
     yield (
         f"{len(every)} runs of {planned} that are planned, seeds {', '.join(map(str, seeds))}, "

@@ -159,4 +159,4 @@ def curve(point: Point, take: Callable[[Record], Sequence[float]]) -> tuple[list
 def _rank(method: Method) -> tuple[bool, str, float, float]:
     """None first, then alike methods side by side."""
     order = {m.kind: i for i, m in enumerate(METHODS)}
-    return (method.kind != "none", f"{order[method.kind]:02}", method.tau, method.threshold or 0.0)
+    return (method.kind != "none", f"{order[method.kind]:02}", method.tau, method.threshold)

@@ -117,9 +117,10 @@ class _Training:
         self._forward: Callable[..., Any] = torch.compile(model) if setup.compile else model
         self._optimizers = _optimizers(run, setup, model)
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
-        if run.method.kind not in ("none", "qk-norm"):
+        method = run.method
+        if method.kind not in ("none", "qk-norm"):
             # The first optimizer has the matrices.
-            QuacK(self._optimizers[0], model, layout, tau=run.method.tau)
+            QuacK(self._optimizers[0], model, layout, method.tau, method=method.kind, threshold=method.threshold)
 
     def step(self) -> None:
         """One training step, and a point on the curves where there is to be one."""
