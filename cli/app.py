@@ -24,6 +24,7 @@ from .bench import bench
 from .common import command as open_command
 from .convert import convert
 from .inspect import inspect
+from .tune import tune
 from .verify import verify
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (inspect, convert, verify, bench):
+for _command in (inspect, convert, verify, bench, tune):
     app.command()(_command)
 
 

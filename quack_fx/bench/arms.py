@@ -121,10 +121,7 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
 
 def _arm(name: str, case: Case) -> Arm | str:
     """A way that has a model to itself; or why it cannot be had."""
-    if name in ("e", "f") and case.normed is None:
-        model = with_qk_norm(case.model, case.layout)
-    else:
-        model = copy.deepcopy(case.normed if name in ("e", "f") else case.model)
+    model = _with_qk_norm(case) if name in ("e", "f") else copy.deepcopy(case.model)
     if isinstance(model, str):
         return model
     if name == "e":
@@ -140,6 +137,10 @@ def _adamw(model: nn.Module, case: Case) -> torch.optim.AdamW:
 def _ours(model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, case: Case) -> Arm:
     step = compile_train_step(model, optimizer, case.loss, layout=layout, clip_grad_norm=case.clip)
     return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update)
+
+
+def _with_qk_norm(case: Case) -> nn.Module | str:
+    return with_qk_norm(case.model, case.layout) if case.normed is None else copy.deepcopy(case.normed)
 
 
 def _own(name: str, model: nn.Module, case: Case) -> Arm:
