@@ -6,12 +6,15 @@ seed of the whole grid comes before the next one, and the learning rates that te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.stability.models import ATTENTIONS, Shape
+from quack_fx.train.rivals import THRESHOLD, MethodName
+
+Kind = MethodName | Literal["qk-norm"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class Method:
         threshold: Largest logit that qk-clip lets pass.
     """
 
-    kind: str
+    kind: Kind
     tau: float = 1.0
-    threshold: float = 100.0
+    threshold: float = THRESHOLD
 
     @property
     def name(self) -> str:
@@ -126,11 +129,11 @@ class Setup:
     check_batches: int
     probed: int
     points: int
-    lrs: dict[str, tuple[float, ...]]
+    lrs: Mapping[str, tuple[float, ...]]
     other_lr: float
     weight_decay: float
     seeds: int
-    long_lr: dict[str, tuple[str, float]]
+    long_lr: Mapping[str, tuple[str, float]]
     device: str = "cpu"
     bf16: bool = False
     compile: bool = False

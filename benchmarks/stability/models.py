@@ -74,7 +74,8 @@ class MultiHeadAttention(nn.Module):
             layer(x_BTD).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
         y_BHTU = F.scaled_dot_product_attention(rotate(q_BHTK), rotate(k_BHTK), v_BHTU, is_causal=True)
-        return self.out(y_BHTU.transpose(1, 2).flatten(-2))
+        tokens_BTD: Tensor = self.out(y_BHTU.transpose(1, 2).flatten(-2))
+        return tokens_BTD
 
 
 class LatentAttention(nn.Module):
@@ -86,25 +87,26 @@ class LatentAttention(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads, self.half, self.kv_latent = shape.heads, shape.head_dim // 2, shape.kv_latent
+        self.heads, self.part_dim, self.kv_latent = shape.heads, shape.head_dim // 2, shape.kv_latent
         self.q_down = nn.Linear(shape.width, shape.q_latent, bias=False)
-        self.q_up = nn.Linear(shape.q_latent, shape.heads * 2 * self.half, bias=False)
-        self.kv_down = nn.Linear(shape.width, shape.kv_latent + self.half, bias=False)
-        self.kv_up = nn.Linear(shape.kv_latent, shape.heads * (self.half + shape.head_dim), bias=False)
+        self.q_up = nn.Linear(shape.q_latent, shape.heads * 2 * self.part_dim, bias=False)
+        self.kv_down = nn.Linear(shape.width, shape.kv_latent + self.part_dim, bias=False)
+        self.kv_up = nn.Linear(shape.kv_latent, shape.heads * (self.part_dim + shape.head_dim), bias=False)
         self.out = nn.Linear(shape.width, shape.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Tokens [B, T, D] to tokens [B, T, D]."""
         q_BHTK = self.q_up(self.q_down(x_BTD)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         q_BHTN, q_BHTR = q_BHTK.chunk(2, dim=-1)
-        latent, k_BTR = self.kv_down(x_BTD).split((self.kv_latent, self.half), dim=-1)
+        latent, k_BTR = self.kv_down(x_BTD).split((self.kv_latent, self.part_dim), dim=-1)
         kv = self.kv_up(latent).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k_BHTN, v_BHTU = kv.split((self.half, kv.shape[-1] - self.half), dim=-1)
+        k_BHTN, v_BHTU = kv.split((self.part_dim, kv.shape[-1] - self.part_dim), dim=-1)
         k_BHTR = rotate(k_BTR.unsqueeze(1)).expand(-1, self.heads, -1, -1)
         q_BHTK = torch.cat((q_BHTN, rotate(q_BHTR)), dim=-1)
         k_BHTK = torch.cat((k_BHTN, k_BHTR), dim=-1)
         y_BHTU = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTU, is_causal=True)
-        return self.out(y_BHTU.transpose(1, 2).flatten(-2))
+        tokens_BTD: Tensor = self.out(y_BHTU.transpose(1, 2).flatten(-2))
+        return tokens_BTD
 
 
 class SwiGLU(nn.Module):
@@ -118,7 +120,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Tokens [B, T, D] to tokens [B, T, D]."""
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        tokens_BTD: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return tokens_BTD
 
 
 class Block(nn.Module):
@@ -131,8 +134,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Tokens [B, T, D] to tokens [B, T, D]."""
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD))
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        for norm, layer in ((self.attn_norm, self.attn), (self.ffn_norm, self.ffn)):
+            x_BTD = x_BTD + layer(norm(x_BTD))
+        return x_BTD
 
 
 class Transformer(nn.Module):

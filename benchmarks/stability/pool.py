@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from benchmarks.stability.grid import Run, Setup
 from benchmarks.stability.records import Record, Records
@@ -111,14 +111,14 @@ def _work(run: Run, checkpoint: str) -> Result | None:
 
 
 @contextmanager
-def _bar(total: int, done: int) -> Iterator[tuple[Progress, int]]:
+def _bar(total: int, done: int) -> Iterator[tuple[Progress, TaskID]]:
     """How far the work is, on a terminal."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=_console, disable=not _console.is_terminal) as progress:
         yield progress, progress.add_task("runs", total=total, completed=done, begun=done, left="")
 
 
-def _left(progress: Progress, told: int) -> str:
+def _left(progress: Progress, told: TaskID) -> str:
     """The time that is left, by what the runs until now took."""
     task = progress.tasks[told]
     seconds = (

@@ -17,8 +17,6 @@ from benchmarks.stability.summary import CLOSE, Panel, Point, Spread, panels
 _QUACK = Method("quack", 1.0)
 """QuacK as it is without a choice of tau."""
 
-_PICTURES = "stability-loss.svg", "stability-logit.svg", "stability-change.svg", "stability-training.svg"
-
 
 def write_report(records: Records, docs: Path) -> None:
     """Write the page and its pictures.
@@ -33,19 +31,22 @@ def write_report(records: Records, docs: Path) -> None:
     found = panels(records)
     if not found:
         raise SystemExit(f"{str(records.path)!r} has no runs yet")
-    (docs / "pictures").mkdir(parents=True, exist_ok=True)
     setup = PRESETS[records.common["preset"]]
+    (docs / "pictures").mkdir(parents=True, exist_ok=True)
+    for name, svg in _pictures(found, setup).items():
+        (docs / "pictures" / f"stability-{name}.svg").write_text(svg)
+    (docs / "stability.md").write_text("\n".join(_page(records, found, setup)) + "\n")
+
+
+def _pictures(found: Sequence[Panel], setup: Setup) -> dict[str, str]:
+    """The pictures by name; that of losses needs several learning rates."""
     lrs = [_telling(panel, setup) for panel in found]
     wide = [panel for panel in found if len(panel.lrs) > 1]
-    drawn = (
-        plots.loss_by_lr(wide or found),
-        plots.over_steps(found, lrs, "largest logit", lambda r: r.result.curves.logit),
-        plots.over_steps(found, lrs, "mean change of a logit by a step", lambda r: r.result.curves.change),
-        plots.over_steps(found, lrs, "training loss", lambda r: r.result.curves.loss),
-    )
-    for name, svg in zip(_PICTURES, drawn, strict=True):
-        (docs / "pictures" / name).write_text(svg)
-    (docs / "stability.md").write_text("\n".join(_page(records, found, setup)) + "\n")
+    return ({"loss": plots.loss_by_lr(wide)} if wide else {}) | {
+        "logit": plots.over_steps(found, lrs, "largest logit", lambda r: r.result.curves.logit),
+        "change": plots.over_steps(found, lrs, "mean change of a logit by a step", lambda r: r.result.curves.change),
+        "training": plots.over_steps(found, lrs, "training loss", lambda r: r.result.curves.loss),
+    }
 
 
 def _telling(panel: Panel, setup: Setup) -> float:
@@ -126,7 +127,7 @@ def _sums(found: Sequence[Panel]) -> Iterator[str]:
         f"{CLOSE} above the best loss of all methods. Lower is better on the left, higher on the right."
     )
     yield ""
-    wide = [panel for panel in found if len(panel.lrs) > 1]
+    wide = [panel for panel in found if len(panel.lrs) > 1] or found
     yield "| method | " + " | ".join(f"{panel.title} | works with" for panel in wide) + " |"
     yield "| --- |" + " --- |" * (2 * len(wide))
     methods = list(dict.fromkeys(method for panel in wide for method in panel.methods))
@@ -141,17 +142,18 @@ def _sums(found: Sequence[Panel]) -> Iterator[str]:
     for panel in found:
         yield from _against(panel)
     yield ""
-    for name, text in zip(_PICTURES, _CAPTIONS, strict=True):
-        yield f"![{text}](pictures/{name})"
-        yield ""
+    for name, text in _CAPTIONS.items():
+        if name != "loss" or any(len(panel.lrs) > 1 for panel in found):
+            yield f"![{text}](pictures/stability-{name}.svg)"
+            yield ""
 
 
-_CAPTIONS = (
-    "Validation loss against the learning rate",
-    "Largest logit of the probe batch over steps",
-    "Mean change of a logit by a step, over steps",
-    "Training loss over steps",
-)
+_CAPTIONS = {
+    "loss": "Validation loss against the learning rate; bars from the lowest seed to the highest",
+    "logit": "Largest logit of the probe batch over steps",
+    "change": "Mean change of a logit by a step, over steps",
+    "training": "Training loss over steps",
+}
 
 
 def _against(panel: Panel) -> Iterator[str]:

@@ -99,7 +99,8 @@ def of_file(path: Path, positions: int) -> Text:
 
 def _text(training: bytes, held_out: bytes) -> Text:
     digest = hashlib.sha256(hashlib.sha256(training).digest() + hashlib.sha256(held_out).digest()).hexdigest()
-    return Text(*(torch.frombuffer(bytearray(b), dtype=torch.uint8) for b in (training, held_out)), digest[:16])
+    parts = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (training, held_out)]
+    return Text(parts[0], parts[1], digest[:16])
 
 
 def _cut(text: Tensor, starts: Tensor, positions: int) -> tuple[Tensor, Tensor]:

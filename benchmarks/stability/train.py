@@ -24,8 +24,9 @@ from benchmarks.stability.grid import Run, Setup
 from benchmarks.stability.models import build
 from benchmarks.stability.probe import attention_logits, largest, mean_change
 from benchmarks.stability.text import Text
-from quack_fx import QuacK, find_qk_pairs
 from quack_fx.bench.normed import with_qk_norm
+from quack_fx.find import find_qk_pairs
+from quack_fx.train.hooks import QuacK
 
 _WARMUP = 10
 """One in so many steps, at the start, has a learning rate that grows; then it is constant, as in the paper."""
@@ -102,7 +103,8 @@ class _Training:
         self._run, self._setup, self._text = run, setup, text
         self._started = time.perf_counter()
         self._seconds = 0.0  # of earlier pieces
-        self.done, self.diverged = 0, None
+        self.done = 0
+        self.diverged: int | None = None
         self._curves, self._losses = Curves(), list[Tensor]()
         model: nn.Module = build(run.attention, setup.shape, run.seed).to(setup.device)
         self._probe = self._check(0)
@@ -114,11 +116,13 @@ class _Training:
                 raise RuntimeError(f"no QK norm in {run.attention}: {normed}")
             model = normed
         self._model = model
-        self._forward: Callable[..., Any] = torch.compile(model) if setup.compile else model
+        # QK-Clip reads logits while Python runs the model.
+        compiles = setup.compile and run.method.kind != "qk-clip"
+        self._forward: Callable[..., Any] = torch.compile(model) if compiles else model
         self._optimizers = _optimizers(run, setup, model)
         self._base = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
         method = run.method
-        if method.kind not in ("none", "qk-norm"):
+        if method.kind != "none" and method.kind != "qk-norm":
             # The first optimizer has the matrices.
             QuacK(self._optimizers[0], model, layout, method.tau, method=method.kind, threshold=method.threshold)
 
