@@ -61,7 +61,7 @@ def tune(
             "--batches",
             metavar="FILE.py:NAME",
             help="Function of a seed, in a file or package.module, that yields batches as --inputs has them, for which "
-            "the model gives its loss; the first 8 are held out.",
+            "the model gives its loss; the first 8 are not trained on, and those of seed 0 are measured on.",
         ),
     ] = None,
     optimizer: Annotated[

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn
 
 from benchmarks.stability.grid import Run, Setup
 from benchmarks.stability.records import Record, Records
@@ -73,7 +73,8 @@ def run_all(runs: Sequence[Run], records: Records, setup: Setup, text: Text, job
                     _console.print(f"{run.key} failed:\n{error}", markup=False)
                 elif (result := future.result()) is not None:
                     records.add(Record(run, result))
-                    progress.update(told, advance=1, left=_left(progress, told))
+                    progress.advance(told)
+                    progress.update(told, left=_left(progress.tasks[told]))
                     _console.print(_line(run, result), markup=False, soft_wrap=True)
             fill()
     left = len(waiting) - sum(record.run.key not in done for record in records)
@@ -118,12 +119,10 @@ def _bar(total: int, done: int) -> Iterator[tuple[Progress, TaskID]]:
         yield progress, progress.add_task("runs", total=total, completed=done, begun=done, left="")
 
 
-def _left(progress: Progress, told: TaskID) -> str:
+def _left(task: Task) -> str:
     """The time that is left, by what the runs until now took."""
-    task = progress.tasks[told]
-    seconds = (
-        (task.elapsed or 0.0) / (task.completed + 1 - task.fields["begun"]) * ((task.total or 0) - task.completed - 1)
-    )
+    each = (task.elapsed or 0.0) / (task.completed - task.fields["begun"])
+    seconds = each * ((task.total or 0.0) - task.completed)
     return f"about {int(seconds // 3600)}:{int(seconds % 3600 // 60):02} h left"
 
 

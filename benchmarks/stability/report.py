@@ -64,8 +64,9 @@ def _page(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator[st
     for panel in found:
         yield f"## {panel.title}"
         yield ""
-        yield from _best(panel)
-        yield ""
+        if len(panel.lrs) > 1:
+            yield from _best(panel)
+            yield ""
         yield "Validation loss (nats a byte):"
         yield ""
         yield from _grid(panel, _loss)
@@ -110,6 +111,7 @@ def _setting(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator
     yield "| qk-clip T | after each step, query and key rows of heads with a logit above T are scaled down |"
     yield "| constant τ | the updates of all query and key rows times τ |"
     yield "| quack τ | QuacK with that `tau` |"
+    yield "| compositional τ | QuacK's nearest published relative, for MHA; [rivals.md](rivals.md) has all formulas |"
     yield ""
     yield (
         "Numbers are means over seeds, with ± their standard deviation where there are two or more. The largest logit "
@@ -119,25 +121,19 @@ def _setting(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator
 
 
 def _sums(found: Sequence[Panel]) -> Iterator[str]:
-    """QuacK against all others, in one table, and the pictures."""
+    """All methods in one table, QuacK against the others, and the pictures."""
     yield "## In short"
     yield ""
     yield (
-        f"Loss at the best learning rate of each method; *works with* counts the learning rates at which it is at most "
-        f"{CLOSE} above the best loss of all methods. Lower is better on the left, higher on the right."
+        "Loss of each method at its best learning rate, lower is better. *Works at* counts the learning rates at which "
+        f"a method is at most {CLOSE} above the best loss of all methods."
     )
     yield ""
-    wide = [panel for panel in found if len(panel.lrs) > 1] or found
-    yield "| method | " + " | ".join(f"{panel.title} | works with" for panel in wide) + " |"
-    yield "| --- |" + " --- |" * (2 * len(wide))
-    methods = list(dict.fromkeys(method for panel in wide for method in panel.methods))
-    for method in methods:
-        cells = []
-        for panel in wide:
-            best = panel.best(method)
-            cells.append("-" if best is None else str(panel.point(method, best).loss))
-            cells.append(f"{len(panel.close(method))} of {len(panel.lrs)}")
-        yield f"| {method.name} | {' | '.join(cells)} |"
+    columns = [[panel.title, *(["works at"] if len(panel.lrs) > 1 else [])] for panel in found]
+    yield f"| method | {' | '.join(' | '.join(own) for own in columns)} |"
+    yield "| --- |" + " --- |" * sum(map(len, columns))
+    for method in dict.fromkeys(method for panel in found for method in panel.methods):
+        yield f"| {method.name} | {' | '.join(cell for panel in found for cell in _sum(panel, method))} |"
     yield ""
     for panel in found:
         yield from _against(panel)
@@ -146,6 +142,14 @@ def _sums(found: Sequence[Panel]) -> Iterator[str]:
         if name != "loss" or any(len(panel.lrs) > 1 for panel in found):
             yield f"![{text}](pictures/stability-{name}.svg)"
             yield ""
+
+
+def _sum(panel: Panel, method: Method) -> Iterator[str]:
+    """A method's cells in the table of all panels."""
+    best = panel.best(method)
+    yield "-" if best is None else str(panel.point(method, best).loss)
+    if len(panel.lrs) > 1:
+        yield f"{len(panel.close(method))} of {len(panel.lrs)}"
 
 
 _CAPTIONS = {

@@ -156,7 +156,7 @@ def curve(point: Point, take: Callable[[Record], Sequence[float]]) -> tuple[list
     return steps, means
 
 
-def _rank(method: Method) -> tuple[bool, str, float, float]:
-    """None first, then alike methods side by side."""
-    order = {m.kind: i for i, m in enumerate(METHODS)}
-    return (method.kind != "none", f"{order[method.kind]:02}", method.tau, method.threshold)
+def _rank(method: Method) -> tuple[int, float, float]:
+    """Methods of one kind side by side, kinds in the order of `METHODS`."""
+    kinds = list(dict.fromkeys(own.kind for own in METHODS))
+    return (kinds.index(method.kind), method.tau, method.threshold)
