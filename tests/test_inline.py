@@ -215,7 +215,7 @@ def unrelated(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     ("step", "known", "words"),
     [
         (both_moved, True, "2 outputs of the graph may be the new value of"),
-        (unrelated, True, "the new value of .* cannot be told among the outputs"),
+        (unrelated, True, "the new value of .* cannot be identified among the outputs"),
         (sgd, False, "are not among the inputs of the graph and what it holds"),
     ],
     ids=["two outputs", "no output", "which inputs"],

@@ -131,7 +131,7 @@ def ranks_that_differ_are_refused() -> None:
         ({"layout": LAYOUT}, {"layout": other}, LayoutError, r"different layouts \(2 sites on each\)"),
         ({"layout": QKLayout()}, {"layout": LAYOUT}, LayoutError, r"different layouts \(0 sites to 2\)"),
         ({"tau": 0.25}, {"tau": 0.5}, OptimizerError, "were given tau from 0.25 to 0.5; give all the same"),
-        ({"norm": "spectral"}, {}, OptimizerError, "were given different norms; give all the same"),
+        ({"norm": "spectral"}, {}, OptimizerError, "were given different norms or methods; give all the same"),
     ]
     for shard in (data_parallel, fsdp, tensor_parallel):
         model = shard(Model())

@@ -12,7 +12,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,17 @@ class Times:
 
     def over(self, other: Times) -> tuple[float, float, float]:
         """Ratio to another, round by round: lower quartile, median, upper quartile."""
-        ratios = sorted(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
-        quarter = len(ratios) // 4
-        return ratios[quarter], statistics.median(ratios), ratios[-1 - quarter]
+        return _quartiles(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def minus(self, other: Times) -> tuple[float, float, float]:
+        """Seconds more than another takes, round by round: lower quartile, median, upper quartile."""
+        return _quartiles(a - b for a, b in zip(self.seconds, other.seconds, strict=True))
+
+
+def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    values = sorted(values)
+    quarter = len(values) // 4
+    return values[quarter], statistics.median(values), values[-1 - quarter]
 
 
 def take_turns(

@@ -64,7 +64,7 @@ def findings(comparison: Comparison) -> Iterator[str]:
         memory = c.ways["quack"].peak / max(1, c.ways["plain"].peak)
         yield (
             f"QuacK over the same step without it: update {c.ratio('quack', 'plain', _update)}, "
-            f"step {c.ratio('quack', 'plain', _step)}, peak memory {memory:.3f}."
+            f"step {c.ratio('quack', 'plain', _step)}, peak memory {memory:.3f}{_share(c)}."
         )
         yield from _on_device(c)
     if {"e", "quack", "plain"} <= c.ways.keys():
@@ -78,6 +78,16 @@ def findings(comparison: Comparison) -> Iterator[str]:
         f"large product of matrices) make a forward and backward of {1e3 * c.flops / c.rate:,.1f} ms."
     )
     yield "MFU is the flops of a step over its time and that rate; attention counts in full, causal or not."
+
+
+def _share(comparison: Comparison) -> str:
+    """What QuacK adds to an update, as a share of a step: less than whole steps can show."""
+    quack, plain = comparison.ways["quack"], comparison.ways["plain"]
+    if quack.update is None or plain.update is None:
+        return ""
+    more = quack.update.minus(plain.update)
+    low, middle, high = (f"{seconds / plain.step.median:.2%}" for seconds in more)
+    return f"; the update takes {1e3 * more[1]:.1f} ms longer, {middle} ({low} to {high}) of a step"
 
 
 def _eager(comparison: Comparison) -> str:

@@ -46,15 +46,15 @@ def convert(
             Face config or its folder.
         args: Example inputs of the model's forward; the model may be on the meta device.
         layout: The pairs, if they are known; the model is then not run.
-        optimizer: Whose update the file carries: "adamw", "adam", "sgd", "muon" (with AdamW beside it) or "lion".
+        optimizer: The optimizer of the step: "adamw", "adam", "sgd", "muon" (with AdamW for other weights) or "lion".
         tau: Default of the step's `tau`.
-        qk_norm: What becomes of QK norms that are modules of their own. "strip": the file takes them out of the model
-            (its `strip_qk_norm`), and QuacK works on those attentions; "keep": those attentions stay as they are,
-            without QuacK. The model itself is not changed here.
+        qk_norm: What happens to QK norms that are modules. "strip": the file removes them from the model (its
+            function `strip_qk_norm`) and trains those attentions with QuacK. "keep": they stay, and those attentions
+            train without QuacK. The model given here is not changed.
         title: Name of the model in the emitted docstring; its class if left out.
         build: For a target that is text, an expression that builds the model.
         inputs: For a target that is text, an expression for the example inputs.
-        assume: For a target that is text, whether sizes that nobody gives may be assumed.
+        assume: For a target that is text, whether sizes that are given nowhere may be assumed.
         sharded: Whether the file is for weights that FSDP2 or tensor parallelism shard.
         master_weights: Whether parameters in half precision are updated as fp32 copies of them.
         kwargs: More example inputs, by name.
@@ -63,7 +63,7 @@ def convert(
         The source. It passes `ruff check` and is stable under `ruff format` at 120 columns.
 
     Raises:
-        EmitError: There is nothing to emit, the optimizer is not known, or `build` and `inputs` came with a model.
+        EmitError: There is no pair, the optimizer is not known, or `build` or `inputs` was given with a model.
         LayoutError: The layout does not fit the model.
         TargetError: The target gives no model.
         CaptureError: The model cannot be run on the example inputs.
@@ -102,13 +102,13 @@ def convert(
 
 @dataclass(frozen=True)
 class Conversion:
-    """A model as the step that is written for it will have it.
+    """A model as the written step will see it.
 
     Attributes:
-        layout: Its pairs, once the QK norms that go are out.
+        layout: Its pairs, without the QK norms that the file removes.
         shapes: Shape of each of its parameters, tied ones under every name.
-        stand_ins: For each QK norm module that the file takes out of the model what it puts there.
-        plan: What becomes of its QK norms; None where all are kept.
+        stand_ins: The replacement of each QK norm module that the file removes.
+        plan: What happens to each QK norm; None where all are kept.
     """
 
     layout: QKLayout
@@ -131,7 +131,7 @@ class Conversion:
 
 
 def prepare(model: nn.Module, layout: QKLayout, qk_norm: str = "strip") -> Conversion:
-    """What is to be written for a model, which is not changed.
+    """Collect what a file for a model needs; the model is not changed.
 
     Arguments:
         model: The model.
@@ -170,17 +170,17 @@ def emit(
         layout: The pairs.
         shapes: Shape of every parameter that the layout names.
         title: Name of the model.
-        optimizer: Whose update the file carries, as in `convert`.
+        optimizer: The optimizer of the step, as in `convert`.
         tau: Default of the step's `tau`.
         features: As in `write_program`.
-        stand_ins: For each QK norm module that the file takes out of the model what it puts there.
+        stand_ins: The replacement of each QK norm module that the file removes.
 
     Returns:
         The source.
 
     Raises:
-        EmitError: There is nothing to emit, the optimizer is not known, `tau` is not a positive number, or the names of
-            two parameters differ in what wrappers add alone.
+        EmitError: There is no pair, the optimizer is not known, `tau` is not a positive number, or two parameters have
+            the same name once the names of wrappers are removed.
         LayoutError: The layout does not fit the shapes.
     """
     if not 0 < tau < float("inf"):

@@ -138,7 +138,7 @@ class QuacK:
         chosen = method_of(method, scaling, model, layout, threshold)
         self._attach(optimizer, model, layout, chosen, elsewhere, logits)
         half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
-        if half:
+        if half and chosen.uses_tau:
             warnings.warn(
                 f"{len(half)} query and key weights are in {half[0].dtype}: the optimizer rounds an update before "
                 "QuacK scales it, so that small ones are lost; compile_train_step scales first, and keeps fp32 copies "
@@ -214,7 +214,7 @@ class QuacK:
     @tau.setter
     def tau(self, tau: float | Tensor) -> None:
         if not self.method.uses_tau:
-            raise OptimizerError(f"tau is {tau!r}, and this method leaves learning rates as they are")
+            raise OptimizerError(f"tau is {tau!r}, and method {self.method.name!r} leaves learning rates as they are")
         self.scaling.tau = tau
 
     @property
@@ -295,7 +295,8 @@ class QuacK:
     def __repr__(self) -> str:
         scales = in_a_row(self.method.block_scales())
         spread = f"{float(scales.min()):.3g} to {float(scales.max()):.3g}"
-        return f"QuacK({type(self.optimizer).__name__}: {len(scales)} heads, scales {spread})"
+        method = "" if self.method.name == "quack" else f", {self.method.name}"
+        return f"QuacK({type(self.optimizer).__name__}{method}: {len(scales)} heads, scales {spread})"
 
     def detach(self) -> None:
         """Remove the hooks and QuacK's entries in the state: the optimizer is as it was before."""

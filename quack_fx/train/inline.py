@@ -1,11 +1,11 @@
-"""QuacK inside the graph of a training step or optimizer step that somebody traced, for whatever optimizer.
+"""QuacK inside the traced graph of a training step or an optimizer step, whatever the optimizer.
 
-In: an ATen graph in which weights are updated (of make_fx, AOTAutograd, a graph trainer), and the model's layout. Out:
-a graph with the same inputs and outputs, in which
+In: an ATen graph that updates weights (from make_fx, AOTAutograd or a graph trainer), and the model's layout. Out: a
+graph with the same inputs and outputs, in which
 
     W <- lerp(W_old, W_new, s),    s = tau * factor / factor at the start of training
 
-row by row, just before the new value of a query or key weight leaves the graph. `step_backend` does it for
+row by row, just before the new value of a query or key weight leaves the graph. `StepBackend` does this for
 `torch.compile(optimizer.step)`.
 """
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 _ONWARD = {"add", "sub", "mul", "div", "addcdiv", "addcmul", "lerp", "where", "clone"}
-"""Ops, and those of `_foreach_`, whose result is still the weight that was their first argument, moved a little."""
+"""Ops, and their `_foreach_` forms, whose result is an updated version of their first argument."""
 
 
 def inline_quack(
@@ -44,15 +44,15 @@ def inline_quack(
     tau: float = 1.0,
     norm: NormName = "frobenius",
 ) -> fx.GraphModule:
-    """A traced step with QuacK's scaling inlined.
+    """Inline QuacK's scaling into a traced step.
 
     Arguments:
-        graph_module: The graph of a step: it changes weights in place, or returns their new values. It is not changed.
+        graph_module: The graph of a step that changes weights in place or returns their new values. It is not modified.
         layout: The layout of the model.
-        model: The model with its initial weights, whose factors later ones are divided by.
-        inputs: What the graph was traced with, in the order of its placeholders. Those that are weights of the model
-            are recognised, as are weights that the graph holds itself; the others may be fake.
-        weights: The placeholder of each weight, by name or number, where the inputs are not the weights themselves.
+        model: The model with its initial weights; their factors are the initial factors.
+        inputs: The inputs that the graph was traced with, in the order of its placeholders. Weights of the model among
+            them, and weights that the graph holds as attributes, are recognised; other inputs may be fake.
+        weights: For each weight its placeholder, by name or index, where the inputs are not the weights themselves.
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights; the
             buffer "quack_tau" of the graph.
         norm: "frobenius"; "spectral" cannot be traced.
@@ -61,7 +61,7 @@ def inline_quack(
         A new graph with the same inputs and outputs.
 
     Raises:
-        InlineError: Weights with query or key rows, or their new values, cannot be told in the graph.
+        InlineError: A weight with query or key rows, or its new value, cannot be identified in the graph.
         LayoutError: The layout does not fit the model.
 
     Example:
@@ -78,7 +78,7 @@ def inline_quack(
 class StepBackend:
     """A backend for `torch.compile(optimizer.step, backend=StepBackend(model, layout))`.
 
-    Make it while the model has its initial weights. What it needs to go on after a resume is its `state_dict()`.
+    Make it while the model has its initial weights. To resume training, save and load its `state_dict()` as well.
 
     Arguments:
         model: The model.
@@ -96,7 +96,7 @@ class StepBackend:
         self._scaling = scaling_of(model, layout, torch.tensor(tau, dtype=torch.float64), "frobenius")
 
     def __call__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a graph of Dynamo; one without query and key weights as it is."""
+        """Compile a graph from Dynamo, with the scaling where it has query or key weights."""
         held = {id(tensor) for tensor in (*inputs, *_attributes(graph_module).values())}
         if any(id(weight) in held for weight in self._scaling.home):
             graph_module = _inlined(graph_module, self._scaling, self._model, inputs, {}, hold_others=True)
@@ -104,11 +104,11 @@ class StepBackend:
         return compiled
 
     def state_dict(self) -> dict[str, Any]:
-        """First factors, and `tau`."""
+        """The initial factors, and `tau`."""
         return {"first": [table.clone() for table in self._scaling.saved], "tau": self._tau.clone()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over those of an earlier run."""
+        """Load the initial factors and `tau` of an earlier run."""
         for table, saved in zip(self._scaling.saved, state_dict["first"], strict=True):
             table.copy_(saved)
         self._tau.copy_(state_dict["tau"])
@@ -133,10 +133,10 @@ def _inlined(
     """The graph with the scaling inside, see `inline_quack`.
 
     Arguments:
-        graph_module, model, inputs: As there.
+        graph_module, model, inputs: As in `inline_quack`.
         scaling: The scales of the model's rows.
-        chosen: The placeholders of weights that were named.
-        hold_others: Whether weights that are not in the graph are held by it as they are in the model.
+        chosen: The `weights` of `inline_quack`.
+        hold_others: Whether weights that are not inputs become attributes of the graph.
     """
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     held = _attributes(graph_module)
@@ -172,7 +172,7 @@ def _inlined(
 
 
 def _attributes(graph_module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors that a graph holds, by their names."""
+    """The tensors that are attributes of a graph, by name."""
     found = {}
     for target in dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"):
         value = operator.attrgetter(target)(graph_module)
@@ -182,7 +182,7 @@ def _attributes(graph_module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """A value for each placeholder: what was given, or what the graph was traced with."""
+    """A value for each placeholder: the given inputs, or else the values in the graph's metadata."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     if inputs:
         if len(inputs) != len(placeholders):
@@ -192,40 +192,40 @@ def _inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
         return list(inputs)
     found = [node.meta.get("val", node.meta.get("example_value")) for node in placeholders]
     if unknown := [node.name for node, value in zip(placeholders, found, strict=True) if value is None]:
-        raise InlineError(f"the graph does not tell what its input {unknown[0]!r} looks like; pass inputs=")
+        raise InlineError(f"the graph has no metadata of its input {unknown[0]!r}; pass inputs=")
     return found
 
 
 class _Lifted(fx.Interpreter):
-    """Runs a graph on other tensors in place of those that it holds."""
+    """Runs a graph with other tensors in place of its attributes."""
 
     def __init__(self, graph_module: fx.GraphModule, held: Mapping[str, Any]) -> None:
         super().__init__(graph_module)
         self._held = held
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The tensor in place of one that the graph holds."""
+        """The tensor that replaces an attribute, or the attribute."""
         return self._held[target] if target in self._held else super().get_attr(target, args, kwargs)
 
 
 def _functional(graph_module: fx.GraphModule, held: Mapping[str, Tensor], inputs: Sequence[Any]) -> fx.GraphModule:
-    """The graph without writes in place, but for one into each input at its end; what it held are inputs as well."""
+    """The graph in functional form: in-place writes only at the end, one for each input; attributes become inputs."""
 
     def run(*values: Any) -> Any:
         lifted = dict(zip(held, values, strict=False))
         return _Lifted(graph_module, lifted).run(*values[len(held) :], enable_io_processing=False)
 
     try:
-        # A mode of its own: that of Dynamo would make symbols of the sizes.
+        # A new mode, because Dynamo's own would replace sizes by symbols.
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             values = [_like(value) if isinstance(value, Tensor) else value for value in (*held.values(), *inputs)]
             return make_fx(torch.func.functionalize(run))(*values)
     except Exception as error:
-        raise InlineError(f"the graph cannot be written without writes in place: {first_line(error)}") from error
+        raise InlineError(f"the graph cannot be functionalized: {first_line(error)}") from error
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """A tensor that looks the same, in the fake mode that is on."""
+    """A tensor with the same shape, strides, dtype and device, fake where a fake mode is active."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
@@ -240,12 +240,12 @@ def _weights_of(
     """The node of each weight with query or key rows.
 
     Arguments:
-        graph_module: The graph as it was given.
+        graph_module: The graph that the user gave.
         scaling: The scales of the model's rows.
         names: The model's names of its weights.
-        chosen: The placeholders of weights that were named.
-        known: Nodes by the id of the tensor that they stand for.
-        own: The nodes that stand for the placeholders of the graph.
+        chosen: The `weights` of `inline_quack`.
+        known: The node of each known tensor, by its id.
+        own: The nodes of the graph's own placeholders, in order.
     """
     placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
     if strange := [
@@ -267,10 +267,10 @@ def _weights_of(
 
 
 def _new_value(weight: fx.Node, name: str) -> fx.Node | None:
-    """The node of a weight's value after the step; None for one that stays as it is.
+    """The node of a weight's value after the step; None for a weight that the graph does not use.
 
     Raises:
-        InlineError: There are several that may be it.
+        InlineError: Several outputs may be the new value, or none.
     """
     written = [user.args[1] for user in weight.users if user.target is _aten.copy_.default and user.args[0] is weight]
     if written:
@@ -289,26 +289,26 @@ def _new_value(weight: fx.Node, name: str) -> fx.Node | None:
             f"{len(leaving)} outputs of the graph may be the new value of {name!r}; let the step write into its weights"
         )
     if not leaving and weight.users:
-        raise InlineError(f"the new value of {name!r} cannot be told among the outputs of the graph")
+        raise InlineError(f"the new value of {name!r} cannot be identified among the outputs of the graph")
     return leaving[0] if leaving else None
 
 
 def _onward(node: fx.Node) -> Iterator[fx.Node]:
-    """What a weight is after one more op."""
+    """The nodes of a weight's value after one more op that updates it."""
     for user in node.users:
         op, _, _ = str(user.target).removeprefix("aten.").removeprefix("_foreach_").partition(".")
         if user.op != "call_function" or op not in _ONWARD or not user.args:
             continue
         first = user.args[1] if op == "where" else user.args[0]
-        if first is node and _moves_little(op, user):
+        if first is node and _updates(op, user):
             yield user
         elif isinstance(first, (list, tuple)) and node in first:
             place = list(first).index(node)
             yield from (g for g in user.users if g.target is operator.getitem and g.args[1] == place)
 
 
-def _moves_little(op: str, user: fx.Node) -> bool:
-    """Whether an op moves its first argument: products do with single numbers only."""
+def _updates(op: str, user: fx.Node) -> bool:
+    """Whether an op is a step of an update; a product is one where its other argument is a single number."""
     other = user.args[1] if op in ("mul", "div") else None
     value = other.meta.get("val") if isinstance(other, fx.Node) else None
     return not isinstance(value, Tensor) or value.numel() == 1
@@ -317,7 +317,7 @@ def _moves_little(op: str, user: fx.Node) -> bool:
 def _write_scales(
     graph: fx.Graph, root: nn.Module, scaling: Scaling, old: Mapping[Tensor, fx.Node]
 ) -> dict[Tensor, fx.Node]:
-    """Write the scales of the rows as they follow from the weights before the step; `root` holds what they need."""
+    """Write the computation of the scales from the weights before the step; `root` gets the constants that it needs."""
     weights = list(old)
 
     def scales_of(*tensors: Tensor) -> list[Tensor]:
@@ -356,6 +356,6 @@ def _blend(graph: fx.Graph, old: fx.Node, new: fx.Node, scale: fx.Node, dtype: t
 
 
 def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
-    """Have a module hold a tensor, by the same memory but for no gradient to be taken; gives the name."""
+    """Register a tensor as a buffer that shares its memory and needs no gradient; returns the name."""
     root.register_buffer(name, tensor.detach())
     return name

@@ -1,6 +1,6 @@
-"""Whether an optimizer is Lion, which torch.optim does not have: whoever's class does what the paper says.
+"""Recognises Lion by what an optimizer does: torch.optim has no Lion, and many packages have one.
 
-In: an optimizer of any class. Out: yes or no.
+In: an optimizer of any class. Out: whether it is Lion.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _OPTIONS = {"lr", "betas", "weight_decay"}
 
 
 def is_lion(optimizer: Optimizer) -> bool:
-    """Whether an optimizer of any class is Lion: it has Lion's options and state, and does what Lion does.
+    """Whether an optimizer has Lion's options and state, and takes Lion's steps.
 
-    Three steps of a copy of it on a tiny weight tell, for each of its groups with all its options; an exception there
-    only means that it is not.
+    For each parameter group a new optimizer of the same class and options takes three steps on a tiny weight, which are
+    compared with Lion's. An exception there means that it is not Lion.
     """
     return all(_steps_as_lion(type(optimizer), group) for group in optimizer.param_groups)
 
@@ -31,7 +31,7 @@ def _steps_as_lion(kind: Callable[..., Optimizer], group: Mapping[str, Any]) -> 
     options = {name: value for name, value in group.items() if name != "params"}
     if not options.keys() >= _OPTIONS or any(isinstance(options[name], Tensor) for name in _OPTIONS):
         return False
-    lr, decay = 0.125, 0.25  # numbers that show, whatever a schedule has made of the user's
+    lr, decay = 0.125, 0.25  # large enough to tell; a schedule may have set the user's to zero
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64, device="cpu"))
     expected, mean = weight.detach().clone(), torch.zeros_like(weight)
     try:
@@ -46,5 +46,5 @@ def _steps_as_lion(kind: Callable[..., Optimizer], group: Mapping[str, Any]) -> 
         state = optimizer.state[weight]
         same = state.keys() == {"exp_avg"} and torch.allclose(state["exp_avg"], mean, rtol=1e-12)
         return same and torch.allclose(weight, expected, rtol=1e-12)
-    except Exception:  # an optimizer that cannot be made of groups alone, or has needs of its own
+    except Exception:  # it cannot be constructed from its group's options, or needs something else
         return False

@@ -1,6 +1,6 @@
-"""The examples that a loss function feeds its model.
+"""The arguments with which a loss function calls its model.
 
-In: a model, maybe a loss function, and a batch. Out: the arguments that the model gets for it.
+In: a model, a batch, and a loss function or None. Out: the positional and keyword arguments of the model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from quack_fx.errors import StepError
 
 LossFn = Callable[..., Any]
-"""`loss_fn(model, *batch, **batch)`; what it returns is read as a model's own output is."""
+"""`loss_fn(model, *batch, **batch)`; it returns a loss, or what a model may return in its place."""
 
 
 class _Seen(Exception):
@@ -27,10 +27,10 @@ class _Seen(Exception):
 def model_inputs(
     model: nn.Module, loss_fn: LossFn | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that the model gets for a batch.
+    """The arguments with which the model is called for a batch.
 
-    Without a loss function they are the batch. With one, it runs up to its first call of the model. Random numbers that
-    it draws are given back, so that training does not depend on whether the layout was looked for.
+    Without a loss function they are the batch. A loss function is run up to its first call of the model, and the state
+    of the random number generators is restored, so that finding the layout does not change the training.
 
     Raises:
         StepError: The loss function never called the model.

@@ -47,7 +47,7 @@ def check_ranks(
 
     Raises:
         LayoutError: The layouts differ.
-        OptimizerError: Tau or the norm differ, or not all ranks ask.
+        OptimizerError: Tau, the norm or the method differ, or not all ranks ask.
     """
     groups = groups_of(model)
     if not groups:
@@ -79,7 +79,7 @@ def check_ranks(
         low, high = (struct.unpack("d", struct.pack("q", n))[0] for n in (least[2], most[2]))
         raise OptimizerError(f"the ranks that train this model were given tau from {low} to {high}; give all the same")
     if most[3] != least[3]:
-        raise OptimizerError("the ranks that train this model were given different norms; give all the same")
+        raise OptimizerError("the ranks that train this model were given different norms or methods; give all the same")
     return bool(most[4])
 
 

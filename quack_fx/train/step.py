@@ -40,7 +40,7 @@ _KNOWN: dict[type[Optimizer], str] = {
     torch.optim.SGD: "SGD",
     torch.optim.Muon: "Muon",
 }
-"""What programs take the steps of, by exact class: a subclass may differ."""
+"""Optimizers whose steps a program can take, by exact class, since a subclass may do something else."""
 
 
 def compile_train_step(
@@ -77,7 +77,7 @@ def compile_train_step(
             moment, no counter. A compiled update finds out without waiting for the device; one that is the optimizer's
             own step waits.
         scaler: Scales the loss for half precision; its steps are skipped in the same way, and `scaler.update()` is part
-            of the step. One that is switched off is as none.
+            of the step. A disabled scaler is ignored.
         master_weights: Whether parameters in bfloat16 or float16 are updated as fp32 copies of them, which are kept in
             the optimizer's state as "master_param", the moments in fp32 beside them. Make the step before a checkpoint
             is loaded, so that the optimizer does not round it.
@@ -110,7 +110,7 @@ def compile_train_step(
 
 @dataclass(frozen=True)
 class _Options:
-    """Options of a step, as `compile_train_step` has them."""
+    """The options of `compile_train_step`."""
 
     tau: float
     norm: NormName
@@ -126,9 +126,9 @@ class TrainStep:
     """One training step; see `compile_train_step`.
 
     Attributes:
-        quacks: QuacK as attached to each optimizer that holds queries or keys, so that `optimizer.step()` called by
-            somebody else is scaled as well; none before the first batch where the layout is yet to be found, and for a
-            layout without sites.
+        quacks: The `QuacK` of each optimizer that holds queries or keys, through which a call of `optimizer.step()`
+            from elsewhere is scaled as well. Empty for a layout without sites, and before the first batch where the
+            layout has not been found yet.
         layout: The layout in use.
         source: The text of the program that runs, as `quack_fx.convert` writes it.
     """
@@ -159,10 +159,10 @@ class TrainStep:
         return loss
 
     def forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Add the gradients of one batch to those that are there; gives its loss, detached.
+        """Add the gradients of one batch to the accumulated ones; returns its loss, detached.
 
-        For gradient accumulation: several of these, then one `update()`. Divide the loss by their number in `loss_fn`.
-        An exception drops all gradients: those of a batch that was not finished belong to no step.
+        For gradient accumulation call this several times, then `update()`; divide the loss by the number of batches in
+        `loss_fn`. An exception drops all gradients, because those of an unfinished batch belong to no step.
         """
         program = self._know_program(args, kwargs)
         if self._options.mode:
@@ -180,7 +180,7 @@ class TrainStep:
         return loss.detach()
 
     def update(self) -> None:
-        """Change the weights by the gradients that are there, and drop those."""
+        """Update the weights with the accumulated gradients, and drop these."""
         if self._program is None:
             raise StepError("there is no gradient yet; call forward_backward first, or pass layout=")
         with self._dropping_gradients(at_success=True):
@@ -195,7 +195,7 @@ class TrainStep:
                 scaler.update()
 
     def metrics(self, heads: bool = False) -> dict[str, float]:
-        """Attention and its learning rates for a logger, as `QuacK.metrics`; nothing where nothing is scaled."""
+        """What `QuacK.metrics` returns; empty where no attention is scaled."""
         return self.quacks[0].metrics(heads) if self.quacks else {}
 
     def __repr__(self) -> str:
@@ -219,7 +219,7 @@ class TrainStep:
 
     @contextmanager
     def _dropping_gradients(self, at_success: bool) -> Iterator[None]:
-        """Drop all gradients where an exception leaves the block."""
+        """Drop all gradients when the block raises, and at its end if `at_success`."""
         done = False
         try:
             yield
@@ -230,7 +230,7 @@ class TrainStep:
                     optimizer.zero_grad(set_to_none=True)
 
     def _know_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramStep:
-        """The program; its layout is found on the first batch where none was given."""
+        """The program; without a given layout, the first call finds the layout on its batch."""
         if self._program is None:
             self._attach(self._find(args, kwargs))
             assert self._program is not None
@@ -256,7 +256,7 @@ class TrainStep:
         program = run_program(self.source, options.norm)
         known = {kind.__name__: step for kind, step in program.STEPS.items()}
         steps = [_own_step if name is None else known[name] for name in self._names]
-        program.STEPS.update(zip(map(type, self._optimizers), steps, strict=True))  # so that it takes all of them
+        program.STEPS.update(zip(map(type, self._optimizers), steps, strict=True))  # it refuses classes not in there
         self._program = step_ = with_factor_error(
             program.TrainStep,
             self._model,
@@ -284,7 +284,7 @@ class TrainStep:
 
 
 def _known(optimizer: Optimizer) -> str | None:
-    """The name of an optimizer whose steps a program takes; None for one that takes its own."""
+    """The program's name of an optimizer; None for an optimizer that takes its own step."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.is_complex() for p in params):
         return None
@@ -293,7 +293,7 @@ def _known(optimizer: Optimizer) -> str | None:
 
 
 def _check_options(optimizer: Optimizer, name: str | None, options: _Options) -> None:
-    """Refuse what a program cannot honour."""
+    """Refuse options that a program does not support."""
     kind = type(optimizer).__name__
     if name is None and options.master_weights:
         raise OptimizerError(
@@ -319,7 +319,7 @@ def _step_with_hooks(
     finite: Tensor | None,
     compiled: Callable[..., None],
 ) -> None:
-    """A step of a program, with the hooks that others registered on the optimizer around it; ranks skip it together."""
+    """A program's step of one optimizer, between that optimizer's step hooks; all ranks skip it, or none."""
     finite = everywhere(finite, groups)
     if step is _own_step or any(grad.is_sparse for grad in _gradients(optimizer)):
         _own_step(optimizer, scales, clip, finite, compiled)
@@ -350,7 +350,7 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-    """Unscale the gradients of an optimizer, unless the user has done so since the last update."""
+    """Unscale the gradients of an optimizer, unless the user already has."""
     try:
         scaler.unscale_(optimizer)
     except RuntimeError as error:

@@ -26,6 +26,10 @@ _SINK = -1000.0
 """Logits that a mask took out are below."""
 
 
+class Undecided(Exception):
+    """Nothing shows yet whether some tensor is the logits of some heads."""
+
+
 @dataclass(frozen=True)
 class HeadRows:
     """A weight, and the query head whose logits each of its rows makes alone.
@@ -93,7 +97,8 @@ def find_axes(source: Tensor, axis: int, heads: int, key_heads: int, rows: Seque
         The axes of `source` without `axis`; None where it does not depend on the rows head by head.
 
     Raises:
-        RuntimeError: Its gradients cannot be had.
+        Undecided: All gradients are zero, as they are behind weights of zero.
+        RuntimeError: There are no gradients to be had.
     """
     shape = [n for i, n in enumerate(source.shape) if i != axis]
 
@@ -113,8 +118,11 @@ def find_axes(source: Tensor, axis: int, heads: int, key_heads: int, rows: Seque
         found = behind(axes.spread(half.to(source.dtype), shape))
         return all(bool(half[numbers].all()) for numbers in found)
 
-    if not (source.requires_grad and rows and any(len(numbers) for numbers in behind(source.new_ones(shape)))):
+    everything = behind(source.new_ones(shape)) if source.requires_grad else []
+    if not everything:
         return None
+    if not any(len(numbers) for numbers in everything):
+        raise Undecided
     halves = _halves(torch.arange(heads, device=source.device))
     return next((axes for axes in _ways(shape, heads, key_heads) if all(apart(half, axes) for half in halves)), None)
 

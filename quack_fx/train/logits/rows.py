@@ -79,12 +79,16 @@ def _fused(
 ) -> Call:
     """`scaled_dot_product_attention`, by its parameters."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return Call(
-        "scaled_dot_product_attention",
-        query,
-        query.dim() - 1,
-        lambda: largest_logits(query, key, attn_mask, is_causal, scale, enable_gqa),
-    )
+
+    def largest() -> Tensor:
+        device = query.device.type
+        q, k = query, key
+        if torch.is_autocast_enabled(device) and query.dtype != torch.float64:  # the kernel is given that dtype
+            q, k = (x.to(torch.get_autocast_dtype(device)) for x in (query, key))
+        with torch.autocast(device, enabled=False):
+            return largest_logits(q, k, attn_mask, is_causal, scale, enable_gqa)
+
+    return Call("scaled_dot_product_attention", query, query.dim() - 1, largest)
 
 
 def largest_logits(
@@ -115,7 +119,7 @@ def largest_logits(
     size = max(1, _CELLS // max(1, lead.numel() * keys))
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], queries, keys) if mask.dim() > 1 else mask.expand(queries, keys)
-    found, positions = [], torch.arange(keys, device=query.device)
+    found, positions = [], torch.arange(max(queries, keys), device=query.device)
     turned = key.to(exact).mT
     for start in range(0, queries, size):
         piece = slice(start, start + size)
@@ -125,7 +129,7 @@ def largest_logits(
         elif mask is not None:
             logits = logits + mask[..., piece, :]
         if is_causal:
-            later = positions > positions.new_tensor(range(queries)[piece]).unsqueeze(-1)
+            later = positions[:keys] > positions[:queries][piece].unsqueeze(-1)
             logits = logits.masked_fill(later, -torch.inf)
         found.append(logits.amax(-1))
     return torch.cat(found, -1)

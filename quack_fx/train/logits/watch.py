@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.layout.fit import bare_name, layout_params
-from quack_fx.train.logits.heads import HeadAxes, HeadRows, find_axes, has_sink
+from quack_fx.train.logits.heads import HeadAxes, HeadRows, Undecided, find_axes, has_sink
 from quack_fx.train.logits.rows import Call, call_of, opened
 from quack_fx.train.owners import Owners, nearest
 from quack_fx.train.program.scaling import is_sharded
@@ -50,13 +50,17 @@ class _Site:
 class MaxLogits:
     """The largest logit of every query head since the last time they were taken.
 
+    A call in the forward of a module is recognised by its number among all of them, once it was proved to be the
+    attention: a forward that makes other calls is followed, one that makes the same calls in another order is not.
+
     Arguments:
         model: The model, plain or wrapped by DistributedDataParallel or FSDP2. Under tensor parallel and torch.compile
             its logits are not seen.
         layout: Its layout. Of a site that keeps a QK norm the logits are read where that norm leaves heads apart.
 
     Raises:
-        OptimizerError: The model, or a part of it with an attention, is compiled; a site is no module of it.
+        OptimizerError: The model, or a part of it with an attention, is compiled, or in `nn.DataParallel`; a site is no
+            module of it.
 
     Example:
         >>> watch = MaxLogits(model, layout)
@@ -66,15 +70,12 @@ class MaxLogits:
     """
 
     def __init__(self, model: nn.Module, layout: QKLayout) -> None:
-        self._model = model
-        self._device = next(model.parameters()).device
-        modules = {
-            bare_name(name) if name else "": module for name, module in model.named_modules(remove_duplicate=False)
-        }
+        self._groups = groups_of(model)
+        modules = {_bare(name): module for name, module in model.named_modules(remove_duplicate=False)}
         by_module: dict[nn.Module, list[_Site]] = {}
         self._sites = list(_sites(model, layout))
         for site in self._sites:
-            module = modules.get(bare_name(site.layout.name) if site.layout.name else "")
+            module = modules.get(_bare(site.layout.name))
             if module is None:
                 raise OptimizerError(
                     f"the logits of {site.layout.name!r} cannot be read: it is no module of this model; "
@@ -118,15 +119,17 @@ class MaxLogits:
             OptimizerError: As `check`.
         """
         self.check()
+        device = next(site.largest.device for site in self._sites if site.largest is not None)
         parts = []
         for site in self._sites:
-            none = torch.full((site.layout.query_heads,), -torch.inf, device=self._device)
-            parts.append(none if site.largest is None else site.largest.to(self._device, torch.float32))
+            none = torch.full((site.layout.query_heads,), -torch.inf, device=device)
+            parts.append(none if site.largest is None else site.largest.to(device, torch.float32))
             site.largest = None
         packed = torch.cat(parts)
-        for group in groups_of(self._model):
+        for group, where in self._groups.items():
+            packed = packed.to(where)
             dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=group)
-        return packed
+        return packed.to(device)
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -206,10 +209,13 @@ def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
     if not rows:
         raise _Unread("none of its query and key rows is trained and belongs to one head alone")
     try:
-        with torch.random.fork_rng([]):
+        # Gradients through a checkpoint run it once more, and may draw random numbers.
+        with torch.random.fork_rng([source.device] if source.is_cuda else []):
             axes = find_axes(source, call.axis, heads, site.layout.key_heads, rows)
             if axes is not None and call.op == "softmax" and has_sink(source, call.axis, rows):
                 raise _Unread("a column of its logits is no product of queries and keys, but an attention sink")
+    except Undecided:  # it is looked at again in the next pass
+        return None
     except RuntimeError as error:
         text = str(error).strip().splitlines() or [""]
         raise _Unread(f"gradients that tell its heads apart cannot be had ({text[0][:200]})") from None
@@ -241,22 +247,29 @@ def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
         for attribute, param in module.named_parameters(recurse=False, remove_duplicate=False):
             homes.setdefault(id(param), (module, attribute))
     axes = {block.param: block.axis for site in layout.sites for _, block in site.blocks()}
-    owners = Owners(layout, {name: param.shape[axes.get(name, 0)] for name, param in params.items()})
-    for site, first in zip(layout.sites, owners.first, strict=True):
+    for site in layout.sites:
+        # By this site alone: rows that another one uses as well tell its heads apart no less.
+        own = {name for _, block in site.blocks() for name in (block.param, block.bias) if name is not None}
+        owners = Owners(QKLayout((site,)), {name: params[name].shape[axes.get(name, 0)] for name in own})
         pairs = [pair for head in range(site.query_heads) for pair in nearest(site, head)]
         names = dict.fromkeys(at for pair in pairs for unit in pair if unit is not None for at in unit.names)
         rows = []
         for name, axis in names:
-            heads = owners.rows[name] - first
-            heads[(heads < 0) | (heads >= site.query_heads)] = -1
-            if bool((heads >= 0).any()):
-                rows.append((*homes[id(params[name])], axis, heads))
+            if bool((owners.rows[name] >= 0).any()):
+                rows.append((*homes[id(params[name])], axis, owners.rows[name]))
         yield _Site(site, tuple(rows))
+
+
+def _bare(name: str) -> str:
+    """Name of a module without the segments that wrappers add."""
+    return bare_name(f"{name}.weight").rpartition(".")[0]
 
 
 def _check_eager(model: nn.Module, watched: dict[nn.Module, list[_Site]]) -> None:
     """Refuse modules whose code torch.compile runs instead of Python."""
     for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise OptimizerError("the largest logits cannot be read in nn.DataParallel; use DistributedDataParallel")
         compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
         if compiled and any(inner in watched for inner in module.modules()):
             raise OptimizerError(

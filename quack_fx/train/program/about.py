@@ -1,4 +1,4 @@
-"""The docstring of a program: what it is, how to use it, what it leaves out.
+"""The docstring of a program: what it does, how to use it, which attentions it leaves out.
 
 In: the layout, the kinds of attention in it, the optimizers. Out: the docstring, quotes and all.
 """
@@ -58,7 +58,7 @@ def about(layout: QKLayout, kinds: Sequence[Kind], title: str, optimizers: Seque
 
 
 def _left_out(layout: QKLayout) -> list[str]:
-    """A few lines on the attentions that are not in the table, those with the same name but for numbers together."""
+    """Lines on the attentions without QuacK; those whose names differ in numbers alone share a line."""
     kept = "QK norm is kept, so the logits do not depend on the norms of these weights"
     entries = [(site.name, kept) for site in layout.sites if site.qk_norm]
     entries += [(skipped.name, skipped.reason) for skipped in layout.skipped]

@@ -1,6 +1,6 @@
-"""A program is run.
+"""Runs the source of a program as a module.
 
-In: its text. Out: the module that it is. Tracebacks and debuggers show its lines, by way of `linecache`.
+In: the source. Out: the module. Tracebacks and debuggers show its lines, which `linecache` has.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ _numbers = count(1)
 
 
 def execute(source: str) -> ModuleType:
-    """The module of a program.
+    """Run the source of a program.
 
-    Each call makes a module of its own: torch.compile counts what it compiled by function, and gives up after some.
+    Each call makes a new module: torch.compile limits how often it compiles one function, and counts by code object.
 
     Arguments:
-        source: What `write_program` gave.
+        source: The source, from `write_program`.
 
     Returns:
-        The module; `inspect.getsource` gives its text back.
+        The module; `inspect.getsource` returns its source.
 
     Example:
         >>> program = execute(write_program(layout, shapes, "GPT"))

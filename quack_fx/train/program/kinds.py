@@ -1,11 +1,11 @@
-"""From a layout to its kinds of attention: plain data, names and numbers only.
+"""Groups the attentions of a layout into kinds. Plain data: names and numbers only.
 
-In: a `QKLayout` and the shapes of its parameters. Out: one `Kind` for all attentions that are the same but for the
-numbers in their parameters' names. Attentions that share a weight (keys that several layers read, a block that is
-called twice with adapters of its own) are taken together: their factors depend on each other.
+In: a `QKLayout` and the shapes of its parameters. Out: one `Kind` for all attentions that differ in nothing but the
+numbers in their parameters' names. Attentions that share a weight (layers that read the same keys, a block that is
+called twice with different adapters) form one instance together, because their factors depend on each other.
 
-A *block* is what the paper gives one learning rate per head: rows of one parameter, head by head, each head's rows
-once. Blocks that have rows in common as whole heads are one.
+A *block* holds the rows of one parameter that have one learning rate per head in the paper's algorithms; the rows of a
+head occur in it once. Blocks that share whole heads are merged into one.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Kind:
-    """Attentions that are the same but for the numbers in the names of their parameters.
+    """Attentions that differ in nothing but the numbers in the names of their parameters.
 
     Attributes:
-        title: What they are, in a few words.
+        title: A short description, as "GQA, 32 query heads on 8 key heads".
         tensors: The tensors that hold their rows.
         blocks: The blocks.
-        terms: The terms of all of one instance's logits.
+        terms: The terms of the logits of one instance.
         instances: The numbers in the names, for each instance.
     """
 
@@ -82,13 +82,13 @@ class Kind:
     instances: tuple[Names, ...]
 
     def names(self, numbers: Names | None = None) -> list[str]:
-        """The names of the tensors of the attention with some numbers; of the first one unless given."""
+        """The names of one instance's tensors, by the numbers in them; those of the first instance by default."""
         own = self.instances[0] if numbers is None else numbers
         return [tensor.name.format(*own).replace("{{", "{").replace("}}", "}") for tensor in self.tensors]
 
 
 def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kind, ...]:
-    """The kinds of attention in a layout; those that keep a QK norm are none.
+    """Group the attentions of a layout into kinds; attentions that keep a QK norm are left out.
 
     Arguments:
         layout: Where the pairs are.
@@ -110,7 +110,7 @@ def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kin
 
 
 def _connected(sites: Sequence[AttentionSite]) -> list[list[AttentionSite]]:
-    """Sites together with those that they share a tensor with, in the layout's order."""
+    """Sites in groups: those that share a tensor are in one. Groups and sites are in the layout's order."""
     together: list[list[AttentionSite]] = []
     owner: dict[str, list[AttentionSite]] = {}
     for site in sites:
@@ -147,7 +147,7 @@ _Product = tuple[_Unit, ...]
 
 
 def _kind(sites: Sequence[AttentionSite], shapes: Mapping[str, Sequence[int]]) -> Kind:
-    """The kind of some sites that belong together, its names those of their parameters."""
+    """The kind of one group of sites; the names of its tensors are full names, without fields."""
     tensors = _Tensors(shapes)
     for site in sites:
         for _, block in site.blocks():
@@ -161,7 +161,7 @@ def _kind(sites: Sequence[AttentionSite], shapes: Mapping[str, Sequence[int]]) -
 
 
 def _title(site: AttentionSite) -> str:
-    """What an attention is: 'GQA, 32 query heads on 8 key heads'."""
+    """A short description of an attention: 'GQA, 32 query heads on 8 key heads'."""
     heads = f"{site.query_heads} head{'s' if site.query_heads > 1 else ''}"
     if site.key_heads != site.query_heads:
         heads = f"{site.query_heads} query heads on {site.key_heads} key head{'s' if site.key_heads > 1 else ''}"
@@ -207,7 +207,7 @@ class _Tensors:
 
 
 def _products(site: AttentionSite) -> list[list[_Product]]:
-    """For each term of a site the product of each of its query heads that has one."""
+    """For each term of a site, the products of its query heads; heads without rows in the term have none."""
     found: list[list[_Product]] = []
     for term in site.terms:
         own = []
@@ -221,7 +221,7 @@ def _products(site: AttentionSite) -> list[list[_Product]]:
 
 
 def _blocks(sites: Sequence[AttentionSite], products: Sequence[list[list[_Product]]]) -> list[tuple[Role, list[_Unit]]]:
-    """The units of all terms, those of one place in a term together; places that share a unit are one."""
+    """Blocks as lists of units: a block for each position in a term; positions that share a unit share the block."""
     blocks: list[tuple[Role, dict[_Unit, None]]] = []
     for site, own in zip(sites, products, strict=True):
         for term, heads in zip(site.terms, own, strict=True):
@@ -240,7 +240,7 @@ def _blocks(sites: Sequence[AttentionSite], products: Sequence[list[list[_Produc
 
 
 def _alike(column: Iterable[_Unit]) -> Iterator[dict[_Unit, None]]:
-    """Units of one tensor and one number of rows together."""
+    """Units grouped by tensor and by number of rows."""
     groups: dict[tuple[str, str | None, int], dict[_Unit, None]] = {}
     for unit in column:
         groups.setdefault((unit.param, unit.bias, unit.size), {})[unit] = None
@@ -248,7 +248,7 @@ def _alike(column: Iterable[_Unit]) -> Iterator[dict[_Unit, None]]:
 
 
 def _terms(products: Sequence[_Product], home: Mapping[_Unit, tuple[int, int]]) -> Iterator[Term]:
-    """The products of many heads as terms: one for all heads whose units are of the same blocks."""
+    """Products as terms: one term for all heads whose units lie in the same blocks."""
     by_blocks: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
     for product in products:
         places = [home[unit] for unit in product]

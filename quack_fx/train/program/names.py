@@ -1,4 +1,4 @@
-"""Names of parameters as a program writes them: numbers as fields, variables, what they have in common.
+"""Names of parameters as a program writes them: templates with numbers as fields, variables, common prefixes.
 
 In: fully qualified names. Out: templates, identifiers, prefixes.
 """
@@ -18,7 +18,7 @@ def name_template(name: str, numbers: list[int]) -> str:
         numbers.append(int(match[0]))
         return f"{{{len(numbers) - 1}}}"
 
-    # Twice the braces: one pair less after str.format, and then the f-string in the program takes the other.
+    # Braces are doubled twice: str.format halves them, and so does the f-string in the program.
     return _NUMBER.sub(take, name.replace("{", "{{{{").replace("}", "}}}}"))
 
 

@@ -1,6 +1,6 @@
-"""The QK norms that a program takes out of the model, as a generator of names, short however many layers there are.
+"""The QK norms that a program removes from the model, as a generator of their names with a loop over equal layers.
 
-In: for each norm module what is to stand in its place. Out: the generator's lines.
+In: for each norm module its replacement. Out: the lines of the generator.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from quack_fx.train.program.write import fields_of, loop_over, named
 
 
 class StandIn(NamedTuple):
-    """What stands where a norm stood: how many tensors it hands on, and what it multiplies them with."""
+    """The replacement of a norm module: how many of its inputs it returns, and a factor on them."""
 
     tensors: int = 1
     factor: float = 1.0

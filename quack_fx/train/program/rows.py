@@ -1,6 +1,6 @@
-"""Rows of heads as expressions: `torch.arange(768, 1536).view(12, 64)`, the way one would cut the weight itself.
+"""The rows of heads as expressions such as `torch.arange(768, 1536).view(12, 64)`.
 
-In: for each head the ranges of its rows. Out: text that evaluates to their numbers, int64 [heads, rows of a head].
+In: for each head the ranges of its rows. Out: an expression for the indices of the rows, int64 [heads, rows of a head].
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from quack_fx.train.program.text import Tables, as_ranges
 
 
 def index_of(heads: Sequence[Ranges], tables: Tables) -> str:
-    """The numbers of the rows of each head; each head has as many.
+    """An expression for the row indices of each head; all heads have the same number of rows.
 
     Arguments:
         heads: The ranges of each head.
-        tables: Takes lists that are long.
+        tables: Keeps long lists as constants of the program.
 
     Example:
         >>> index_of([((0, 4),), ((12, 16),)], Tables("ROWS"))
@@ -37,12 +37,12 @@ def index_of(heads: Sequence[Ranges], tables: Tables) -> str:
 
 
 def _rows(ranges: Ranges) -> list[int]:
-    """The numbers of the rows in some ranges."""
+    """The row indices in some ranges."""
     return [row for start, stop in ranges for row in range(start, stop)]
 
 
 def _view(first: int, loops: list[Loop], heads: int, rows: int) -> str | None:
-    """Nested loops as a view of consecutive numbers; None where the strides do not divide each other."""
+    """Nested loops as a view of consecutive indices; None where the strides do not divide each other."""
     if any(step <= 0 for _, step in loops):
         return None
     order = sorted(range(len(loops)), key=lambda i: -loops[i][1])
@@ -85,7 +85,7 @@ def _as_heads(text: str, shape: list[int], order: list[int], loops: list[Loop], 
 
 
 def _joined(loops: list[Loop]) -> list[Loop]:
-    """Loops without those of one turn; one that goes on where the next one ends is one with it."""
+    """Loops without those of one iteration; two are joined where the outer stride is the inner loop's whole length."""
     joined: list[Loop] = []
     for count, step in loops:
         if count == 1:
@@ -98,7 +98,7 @@ def _joined(loops: list[Loop]) -> list[Loop]:
 
 
 def _cut(offset: int, count: int, size: int) -> str:
-    """Part of an axis."""
+    """A slice or an index of one axis."""
     if count == size:
         return ":"
     if count == 1:

@@ -23,14 +23,14 @@ class Factor:
 
     Attributes:
         block: Name of the block.
-        ways: What it is multiplied with in each of its terms, as norms; its factor is 1 / the largest.
+        ways: For each of its terms, the product of the other blocks' norms; the factor is 1 / the largest product.
     """
 
     block: str
     ways: tuple[str, ...]
 
     def lines(self, depth: int) -> list[str]:
-        """The factor as an argument of a call, indented: the smallest where there are several ways."""
+        """The factor as an indented argument of a call: the smallest inverse where there are several products."""
         inverse = [f"1 / {way}" if _binds(way) else f"1 / ({way})" for way in self.ways]
         if len(inverse) == 1:
             return [f"{INDENT * depth}{self.block}={inverse[0]},"]
@@ -44,7 +44,7 @@ def factors_of(kind: Kind, names: Sequence[str], tables: Tables) -> list[Factor]
     Arguments:
         kind: The kind.
         names: A name for each of its blocks.
-        tables: Takes lists that are long.
+        tables: Keeps long lists as constants of the program.
     """
     found: list[list[str]] = [[] for _ in kind.blocks]
     for term in kind.terms:
@@ -64,7 +64,7 @@ def _binds(text: str) -> bool:
 
 
 def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Tables) -> str:
-    """Product of the norms of a term's other factors, the largest one that a head of the block at `place` meets."""
+    """The product of a term's other norms; for a head that several query heads read, the largest of their products."""
     heads = len(term.factors[0][1])
     own, target = term.factors[place]
     size = len(kind.blocks[own].heads)
@@ -100,12 +100,12 @@ def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Ta
 
 
 def _spreads(size: int, column: tuple[int, ...]) -> bool:
-    """Whether a factor, as the query heads read it, is a number for each of them."""
+    """Whether query heads read different numbers of a factor."""
     return size > 1 or len(column) == 1
 
 
 def _read(norms: str, size: int, column: tuple[int, ...], tables: Tables) -> str:
-    """Norms of a block as the query heads read them."""
+    """The norms of a block, one for each query head."""
     heads = len(column)
     if column == tuple(range(size)) or size == 1:
         return norms

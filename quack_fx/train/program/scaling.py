@@ -1,6 +1,6 @@
-"""The program that is written for a model as it stands, run; and the scales of its query and key rows.
+"""Writes and runs the program of a given model, and makes the object that computes the scales of its rows.
 
-In: a model and its layout. Out: the module of its program, and from that a `QuacK` over the model's weights.
+In: a model and its layout. Out: the program as a module, and its `QuacK` over the model's weights.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def program_text(
 
 
 def check_norm(norm: str) -> NormName:
-    """A norm's name.
+    """Check the name of a norm.
 
     Raises:
         FactorError: There is no such norm.
@@ -86,7 +86,7 @@ def check_norm(norm: str) -> NormName:
 
 
 def run_program(text: str, norm: NormName) -> ModuleType:
-    """A program's module, its `QuacK` with the norm asked for."""
+    """Run a program; its `QuacK` uses the given norm."""
     program = execute(text)
     if norm == "spectral":
         program.QuacK = _spectral(program)  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ _loaded = lru_cache(maxsize=32)(run_program)
 
 
 def with_factor_error(make: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a program makes; its ValueErrors as ours."""
+    """Call something of a program; a ValueError becomes a FactorError."""
     try:
         return make(*args, **kwargs)
     except ValueError as error:
@@ -106,7 +106,7 @@ def with_factor_error(make: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. Imports nothing: there is none before somebody imports that module."""
+    """Whether a tensor is a DTensor. No import is needed: where nobody has imported DTensor, there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -118,13 +118,13 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor of which this rank may hold a part, gathered."""
+    """The whole tensor, gathered where this rank holds a part of it."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
 
 
 def _spectral(program: ModuleType) -> Any:
-    """The program's `QuacK` by the largest singular value of each head's rows; slower, and waits for the device."""
+    """The program's `QuacK` with spectral norms, the largest singular values of heads. Waits for the device."""
 
     program.KINDS = [kind._replace(mark=kind.mark + 1) for kind in program.KINDS]  # type: ignore[attr-defined]
 

@@ -1,7 +1,7 @@
-"""The training step of one model as one text.
+"""Puts the source of a program together.
 
-In: a layout, the shapes of its parameters, the optimizers. Out: source that needs torch alone: what the attentions of
-the model are (`write.py`), then what is the same for all models (`parts/`, copied).
+In: a layout, the shapes of its parameters, the optimizers. Out: source code that needs torch alone: first what
+`write.py` writes for the model's attentions, then code that is the same for every model, copied from `parts/`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "muon": ("Muon", "AdamW"),
     "lion": ("Lion",),
 }
-"""The classes of torch.optim, and Lion, that a program takes the steps of, by the name that users choose them by."""
+"""For each name that users choose, the optimizers whose steps a program can take: classes of torch.optim, and Lion."""
 
 PARTS_OF = {"AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "Muon": "muon", "Lion": "lion"}
-"""The part with the arithmetic of each."""
+"""The file in `parts/` with the arithmetic of each optimizer."""
 
 _CONDITION = re.compile(r"  # if (not )?(\w+)$")
-"""Stands behind a statement that only programs with a feature have, or without it."""
+"""The comment at the end of a statement that is copied only into programs with, or without, a feature."""
 
 
 def write_program(
@@ -49,7 +49,7 @@ def write_program(
     """The training step of a model.
 
     Arguments:
-        layout: Its pairs; with none of them the text is a plain step.
+        layout: Its pairs; without any, the program is a plain training step.
         shapes: Shape of every parameter that the layout names.
         title: Name of the model.
         optimizers: The classes whose steps it takes, keys of `PARTS_OF`.
@@ -96,7 +96,7 @@ def write_program(
 
 
 def _used(copied: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The copied texts without functions that neither the others nor these call."""
+    """The copied definitions, without functions that no other text calls."""
     kept = list(copied)
     for text in copied[::-1]:  # what is called stands in front
         name = re.match(r"def (\w+)", text)
@@ -107,14 +107,14 @@ def _used(copied: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def _steps(optimizers: Sequence[str]) -> str:
-    """The table of the steps that the program takes."""
+    """The source of `STEPS`, which maps optimizer classes to functions."""
     kinds = [(f"torch.optim.{name}" if name != "Lion" else name, PARTS_OF[name]) for name in optimizers]
     entries = [f"{kind}: step_{part}" for kind, part in kinds]
     return "\n".join(bracketed(0, "STEPS: dict[type[Optimizer], Callable[..., None]] = {", entries, "}"))
 
 
 def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
-    """The classes and functions of a part, decorators and all, after its short names for types."""
+    """The constants and type aliases of a part, then each of its classes and functions."""
     lines, tree = _source(part)
     short = [line for node in tree.body if isinstance(node, ast.Assign) for line in _with_comment(lines, node.lineno)]
     if kept_short := [_CONDITION.sub("", line) for line in short if _is_kept(line, features)]:
@@ -152,7 +152,7 @@ def _last(piece: ast.stmt | ast.arg) -> int:
 
 
 def _constant(part: str, name: str) -> int:
-    """A whole number that a part gives a name."""
+    """The value of an integer constant of a part."""
     for node in _source(part)[1].body:
         match node:
             case ast.Assign(targets=[ast.Name(id=found)], value=ast.Constant(value=int(value))) if found == name:

@@ -1,6 +1,6 @@
-"""Small pieces of Python source, laid out as `ruff format` lays them out at 120 columns.
+"""Helpers for Python source that is laid out as `ruff format` does at 120 columns.
 
-In: numbers, names, expressions. Out: text that a formatter leaves alone.
+In: numbers, names, expressions. Out: source that the formatter does not change.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ WIDTH = 120
 INDENT = "    "
 
 _LONG = 60
-"""Characters of a list that stands where it is used."""
+"""Longest list, in characters, that is written where it is used."""
 
 
 def quoted(text: str, fields: bool = False) -> str:
@@ -42,7 +42,7 @@ def bracketed(depth: int, opening: str, entries: Sequence[str], closing: str) ->
 
 
 class Tables:
-    """Lists of a program: the short ones stand where they are used, the long ones are constants.
+    """Lists in a program: short ones are written where they are used, long ones become constants.
 
     Arguments:
         prefix: What the names of the constants begin with.
@@ -69,7 +69,7 @@ class Tables:
 
 
 def as_ranges(values: Sequence[int]) -> list[str]:
-    """Whole numbers as entries of a list, three or more in even steps as a range: `0, 5, *range(8, 12)`."""
+    """Integers as entries of a list; three or more with equal steps become a range: `0, 5, *range(8, 12)`."""
     runs = even_runs(values)
     parts = []
     for run in runs:
@@ -79,7 +79,7 @@ def as_ranges(values: Sequence[int]) -> list[str]:
 
 
 def even_runs(values: Sequence[int]) -> list[list[int]]:
-    """Whole numbers cut into stretches in even steps."""
+    """Integers split into runs with equal steps."""
     runs: list[list[int]] = []
     for value in values:
         if runs and (len(runs[-1]) < 2 or value - runs[-1][-1] == runs[-1][1] - runs[-1][0]):
@@ -90,7 +90,7 @@ def even_runs(values: Sequence[int]) -> list[list[int]]:
 
 
 def range_of(values: Sequence[int]) -> str:
-    """Ascending numbers in even steps as a range."""
+    """Ascending integers with equal steps as a range."""
     step = values[1] - values[0]
     start, stop = values[0], values[-1] + step
     if step == 1:

@@ -1,6 +1,6 @@
-"""From the kinds of attention to the part of a program that is about the model.
+"""Writes the part of a program that is about the model.
 
-In: `Kind`s. Out: the lines of `weights`, `rows` and `factors` of each, and of `KINDS`.
+In: `Kind`s. Out: for each the lines of its functions for weights, rows and factors; then the lines of `KINDS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RESERVED = {"at", "n", "self", *_LETTERS, *keyword.kwlist, *dir(builtins)}
 
 
 def write_kinds(kinds: Sequence[Kind]) -> list[str]:
-    """The classes and functions that say what the attentions of a model are, and the table of them, as lines.
+    """The lines of each kind's class and functions, and of the table `KINDS`.
 
     Example:
         >>> print("\\n".join(write_kinds(kinds_of(layout, shapes))))
@@ -51,7 +51,7 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
 
 
 def mark_of(kind: Kind, norm: str = "frobenius") -> int:
-    """A number that tells kinds apart whose first factors mean other things."""
+    """A number that differs between kinds whose saved initial factors mean different things."""
     blocks = [(block.role, block.heads, [kind.tensors[i].axis for i in block.tensors]) for block in kind.blocks]
     digest = blake2b(repr((norm, blocks, kind.terms)).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 12  # a float64 is exact up to here
@@ -145,7 +145,7 @@ def _variables(kind: Kind) -> list[str]:
 
 
 def named(text: str) -> str:
-    """A name with fields in single braces, and its own braces doubled, as a literal."""
+    """A name as a literal: an f-string where it has fields. Fields are in single braces, other braces are doubled."""
     fields = "{" in text.replace("{{", "").replace("}}", "")
     return quoted(text, fields=True) if fields else quoted(text.replace("{{", "{").replace("}}", "}"))
 
@@ -154,7 +154,7 @@ def named(text: str) -> str:
 
 
 def fields_of(instances: Sequence[tuple[int, ...]]) -> tuple[list[str], list[tuple[int, ...]]]:
-    """What stands for each number in some names, and the numbers that vary by themselves, for each instance."""
+    """The field for each number in some names, and for each instance the numbers that vary independently."""
     columns: list[int] = []
     fields = []
     for column in range(len(instances[0])):
@@ -176,7 +176,7 @@ def fields_of(instances: Sequence[tuple[int, ...]]) -> tuple[list[str], list[tup
 
 
 def loop_over(rows: Sequence[tuple[int, ...]], tables: Tables) -> str:
-    """The head of a loop over numbers: `for i in range(12):`; nothing where there are none."""
+    """The first line of a loop over numbers, `for i in range(12):`; empty where there are no numbers."""
     if not rows[0]:
         return ""
     if len(rows[0]) == 1:

@@ -67,10 +67,11 @@ def from_zero(program: ModuleType) -> Any:
             """Take over first factors from a state that was loaded, negative ones, too."""
             for weight, (kind, attention) in self.home.items():
                 saved = (optimizer.state.get(weight) or {}).get("quack_init")
-                own = self.saved[kind][attention]
-                if isinstance(saved, Tensor) and saved is not self.kept.get(weight) and len(saved) == 8 * len(own):
-                    mark = saved.to(own.device, torch.uint8)[:8].clone().view(torch.float64)
-                    own[:1] = own[:1].where(mark != -own[:1], mark)
+                if isinstance(saved, Tensor) and saved is not self.kept.get(weight):
+                    own = self.saved[kind][attention]
+                    if len(saved) == 8 * len(own):
+                        mark = saved.to(own.device, torch.uint8)[:8].clone().view(torch.float64)
+                        own[:1] = own[:1].where(mark != -own[:1], mark)
             super().take_over(optimizer)
 
     return FromZero

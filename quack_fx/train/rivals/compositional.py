@@ -29,7 +29,8 @@ class Compositional(Method):
 
     Compositional Muon bounds the change of the product of queries and keys, half of it for each side: it multiplies the
     gradient of one side with the inverse root of the other side's Gram matrix, before and after the orthogonalisation.
-    Where that matrix is close to a multiple of the identity, a number for each head is left:
+    Where that matrix is close to a multiple of the identity, a number for each head is left, which changes nothing
+    before the orthogonalisation:
 
         lr(W_Q^h) = tau * lr / 2 * (||W_K^h||^2 / d + 0.01)^(-1/2)
         lr(W_K^h) = tau * lr / 2 * (||W_Q^h||^2 / d + 0.01)^(-1/2)
@@ -42,8 +43,8 @@ class Compositional(Method):
     original also orthogonalises the gradient of each head by itself and treats values and outputs alike; here the
     update is that of the optimizer given, and only queries and keys are scaled.
 
-    It is refused for grouped queries, latent and joint attention, and adapters: the rule was published for one query
-    and one key projection of a head.
+    The formula is for heads with one query and one key projection of their own: grouped queries, latent and joint
+    attention, and adapters are refused.
 
     Source: https://blog.tilderesearch.com/blog/compositional-muon (half-split budget, isotropic whitening on both
     sides).
@@ -57,6 +58,7 @@ class Compositional(Method):
         OptimizerError: A head's logits are not the product of two blocks of rows that no other head uses.
     """
 
+    name: ClassVar[str] = "compositional"
     uses_tau: ClassVar[bool] = True
 
     def __init__(self, scaling: Scaling, model: nn.Module, layout: QKLayout) -> None:
@@ -101,6 +103,6 @@ def _pairs(site: AttentionSite, places: Mapping[Place, int]) -> list[tuple[int, 
 
 def _not_for(site: AttentionSite, what: str) -> str:
     return (
-        f"method 'compositional' was published for heads with one query and one key projection of their own, and "
-        f"{site.name!r} has {what}; use method='quack'"
+        f"method 'compositional' is for heads with one query and one key projection of their own, and {site.name!r} "
+        f"has {what}; use method='quack'"
     )

@@ -22,6 +22,7 @@ class Constant(Method):
     its learning rate, it is a parameter group of its own with `lr = tau * lr`, row by row.
     """
 
+    name: ClassVar[str] = "constant"
     uses_tau: ClassVar[bool] = True
 
     def block_scales(self) -> list[list[Tensor]]:

@@ -26,10 +26,12 @@ class Method:
         scaling: Norms, factors and rows of the model's heads.
 
     Attributes:
+        name: What it is asked for by.
         uses_tau: Whether `tau` means something to it.
         reads_logits: Whether it needs the largest logit of every head.
     """
 
+    name: ClassVar[str] = "none"
     uses_tau: ClassVar[bool] = False
     reads_logits: ClassVar[bool] = False
 

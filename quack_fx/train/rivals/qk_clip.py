@@ -63,6 +63,7 @@ class QKClip(Method):
             the rows to scale are frozen; `threshold` is not a positive number.
     """
 
+    name: ClassVar[str] = "qk-clip"
     reads_logits: ClassVar[bool] = True
 
     def __init__(self, scaling: Scaling, model: nn.Module, layout: QKLayout, threshold: float) -> None:

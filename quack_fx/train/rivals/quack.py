@@ -21,6 +21,7 @@ class Quack(Method):
     what the block is multiplied with in the logits.
     """
 
+    name: ClassVar[str] = "quack"
     uses_tau: ClassVar[bool] = True
 
     def block_scales(self) -> list[list[Tensor]]:

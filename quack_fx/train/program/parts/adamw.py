@@ -18,7 +18,7 @@ def adamw(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tenso
 
     Weight w, gradient g and the state (means of g, of its square, with amsgrad the peak of that) are [rows, ...] each.
     """
-    clip, added, decay, rate, rest1, beta2, rest2, unbias, eps = numbers
+    clip, added, decay, rest1, beta2, rest2, eps, rate, unbias = numbers
     g = clip * g + added * w
     mean = state[0] + rest1 * (g - state[0])
     square = beta2 * state[1] + rest2 * g * g
@@ -52,6 +52,6 @@ def step_adamw(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tenso
             nth = torch.stack(steps).double() + 1
             rate, unbias = lr / (1 - beta1**nth), (1 - beta2**nth).rsqrt()
             added, decay = (0.0, lr * decay) if group["decoupled_weight_decay"] else (decay, 0.0)
-            numbers = -clip if group["maximize"] else clip, added, decay, rate, 1 - beta1, beta2, 1 - beta2, unbias, eps
-            change_all(adamw, numbers, finite, [job for _, *job in headed], compiled)
-            torch._foreach_add_(steps, 1.0 if finite is None else [finite] * len(steps))
+            same = -clip if group["maximize"] else clip, added, decay, 1 - beta1, beta2, 1 - beta2, eps
+            change_all(adamw, same, (rate, unbias), finite, [job for _, *job in headed], compiled)
+            torch._foreach_add_(steps, [torch.ones_like(steps[0]) if finite is None else finite] * len(steps))

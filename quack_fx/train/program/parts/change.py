@@ -13,38 +13,40 @@ from quack_fx.train.program.parts.sharded import local
 Tensors = Sequence[Tensor]
 Number = float | Tensor
 Scales = Mapping[Tensor, Tensor]
-SMALL = 8192  # numbers  # if small
+SMALL = 8192  # numbers; eight times as many are worth compiled code  # if small
 
 
-def change(rule: Any, numbers: Tensor, finite: Tensor | None, scale: Tensor, weight: Tensor, *others: Tensor) -> None:
+def change(rule: Any, same: Tensor, own: Tensor, finite: Tensor | None, weight: Tensor, *others: Tensor) -> None:
     """Change a weight, w - scale * step, and its state in place, by the rule of the optimizer; this is compiled.
 
-    Shapes: numbers [of the rule], scale [rows, 1, ...], weight and others, its gradient and state, [rows, ...] each.
+    Shapes: weight and others, its gradient and state, [rows, ...] each; own, its scale and the numbers of the rule that
+    are its own, [1 + m, rows, 1, ...]; same, the others, [n].
     """
-    w, g, *state = (tensor.to(scale.dtype) for tensor in (weight, *others))
-    step, new = rule(w, g, state, numbers.unbind())
+    w, g, *state = (tensor.to(own.dtype) for tensor in (weight, *others))
+    scale, *numbers = own.unbind()
+    step, new = rule(w, g, state, [*same.unbind(), *numbers])
     for old, value in zip((weight, *others[1:]), (w - scale * step, *new), strict=True):
         old.copy_(value if finite is None else torch.where(finite.to(old.device) > 0, value.to(old.dtype), old))
 
 
-def change_all(rule: Any, numbers: Sequence[Number], finite: Tensor | None, jobs: Any, compiled: Any) -> None:
-    """Change the weight of each job, (scale, weight, gradient, *state); a number is the same for all, or [jobs]."""
+def change_all(rule: Any, same: Sequence[Number], own: Tensors, finite: Tensor | None, jobs: Any, code: Any) -> None:
+    """Change the weight of each job, (scale, weight, gradient, *state); numbers are the same for all, or own [jobs]."""
     kind: dict[str, Any] = {"dtype": torch.float64, "device": jobs[0][1].device}
-    columns = [n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in numbers]
-    table = torch.stack([column.expand(len(jobs)) for column in columns], 1)
-    alike: dict[Any, list[tuple[Tensor, Any]]] = {}  # if small
-    for row, (scale, weight, grad, *state) in zip(table.unbind(), jobs, strict=True):
+    numbers = torch.stack([n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in same])
+    alike: dict[Any, list[Any]] = {}  # if small
+    for i, (scale, weight, grad, *state) in enumerate(jobs):
         scale = ones_of(weight) if scale is None else scale  # if others
         if weight.numel() <= SMALL:  # if small
             key = scale.shape, weight.shape, weight.stride(), weight.dtype, grad.dtype, weight.device  # if small
-            alike.setdefault(key, []).append((row, (scale, weight, grad, *state)))  # if small
+            alike.setdefault(key, []).append((i, scale, weight, grad, *state))  # if small
             continue  # if small
         # No views: for each place that one may have in its memory, torch.compile would compile anew.
-        compiled(rule, row.to(scale, copy=True), finite, scale.clone(), *(t.data for t in (weight, grad, *state)))
+        by_row = torch.stack([scale, *(n[i].to(scale).expand_as(scale) for n in own)])
+        code(rule, numbers.to(scale, copy=True), by_row, finite, *(t.data for t in (weight, grad, *state)))
         torch.autograd.graph.increment_version([weight, *state])
     for some in alike.values():  # if small
-        rows, same = zip(*some, strict=True)  # if small
-        change_stacked(rule, torch.stack(rows, 1), finite, list(map(list, zip(*same, strict=True))))  # if small
+        which, *columns = zip(*some, strict=True)  # if small
+        change_stacked(rule, numbers, [n[list(which)] for n in own], finite, columns, code)  # if small
 
 
 def ones_of(weight: Tensor) -> Tensor:
@@ -53,10 +55,11 @@ def ones_of(weight: Tensor) -> Tensor:
     return weight.new_ones(weight.shape[:1] + (1,) * (weight.dim() - 1), dtype=exact)
 
 
-def change_stacked(rule: Any, numbers: Tensor, finite: Tensor | None, columns: Sequence[list[Tensor]]) -> None:
-    """Change small weights that look alike, with few calls; the columns are their scales, weights, gradients, state."""
+def change_stacked(rule: Any, same: Tensor, own: Tensors, finite: Tensor | None, columns: Any, code: Any) -> None:
+    """Change small weights that look alike in few calls; the columns are their scales, weights, gradients, state."""
     scale, weight, *others = (torch.stack(column) for column in columns)
-    change(rule, numbers.to(scale).reshape(*numbers.shape, *[1] * (weight.dim() - 1)), finite, scale, weight, *others)
+    by_row = torch.stack([scale, *(n.to(scale).view(-1, *[1] * (scale.dim() - 1)).expand_as(scale) for n in own)])
+    (code if weight.numel() > 8 * SMALL else change)(rule, same.to(scale), by_row, finite, weight, *others)
     for old, new in zip((columns[1], *columns[3:]), (weight, *others[1:]), strict=True):
         torch._foreach_copy_(old, list(new.unbind()))
 
@@ -66,9 +69,7 @@ def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: 
     scale, grad = scales.get(weight), weight.grad
     assert grad is not None
     weight = state.get("master_param", weight)  # if masters
-    for name in names:
-        if state.get(name) is None:
-            state[name] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+    state |= {name: torch.zeros_like(weight) for name in names if state.get(name) is None}
     grad = grad if grad.stride() == weight.stride() else torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
     return [scale, weight, grad, *[state[name] for name in names]]  # if not sharded
     return [scale, *map(local, [weight, grad, *[state[name] for name in names]])]  # if sharded

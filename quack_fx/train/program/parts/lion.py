@@ -47,5 +47,5 @@ def step_lion(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor
         jobs = [job_of(weight, optimizer.state[weight], ("exp_avg",), scales) for weight in weights]
         if jobs:
             beta1, beta2 = group["betas"]
-            numbers = clip, group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2
-            change_all(lion, numbers, finite, jobs, compiled)
+            same = clip, group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2
+            change_all(lion, same, (), finite, jobs, compiled)

@@ -52,5 +52,5 @@ def step_muon(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor
             jobs.append([scale, own, direction])
             shapes.append(_adjust_lr(1.0, group["adjust_lr_fn"], weight.shape))
         if jobs:
-            shape = torch.tensor(shapes, dtype=torch.float64, device="cpu")
-            change_all(muon, (group["lr"], group["weight_decay"], shape), finite, jobs, compiled)
+            shape = torch.tensor(shapes, dtype=torch.float64, device=jobs[0][1].device)
+            change_all(muon, (group["lr"], group["weight_decay"]), (shape,), finite, jobs, compiled)

@@ -1,4 +1,4 @@
-"""QK norms are taken out of the model."""
+"""Removes QK norms from the model."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from torch import nn
 
 
 class PassThrough(nn.Module):
-    """Stands where a QK norm stood, and hands on its first arguments, times a number."""
+    """Replaces a QK norm: returns its first inputs, times a number."""
 
     def __init__(self, tensors: int = 1, factor: float = 1.0) -> None:
         super().__init__()
         self.tensors, self.factor = tensors, factor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Its first arguments, times the number."""
+        """The first inputs, times the number."""
         given = (*args, *kwargs.values())[: self.tensors]
         kept = given if self.factor == 1 else tuple(x * self.factor for x in given)
         return kept[0] if self.tensors == 1 else kept
 
 
 def strip_qk_norm(model: nn.Module) -> nn.Module:
-    """Take the QK norms out of the model, in place; call it before the optimizer is made, and after each new build."""
+    """Remove the QK norms from the model, in place; call it on each new model, before its optimizer is made."""
     for name, stand_in in qk_norms():
         model.set_submodule(name, stand_in)
     return model
 
 
 def check_stripped(model: nn.Module) -> None:
-    """Refuse a model that still has its QK norms."""
+    """Refuse a model that still has QK norms."""
     modules = {name.removeprefix("module.").replace("_orig_mod.", ""): one for name, one in model.named_modules()}
     for name, _ in qk_norms():
         if not isinstance(modules.get(name), PassThrough):
@@ -38,5 +38,5 @@ def check_stripped(model: nn.Module) -> None:
 
 
 def qk_norms() -> Iterator[tuple[str, PassThrough]]:
-    """Stands for what is written for the model."""
+    """The QK norms and their replacements; this one is replaced by what is written for the model."""
     yield from ()

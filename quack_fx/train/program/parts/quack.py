@@ -15,24 +15,24 @@ from torch.optim import Optimizer
 from quack_fx.train.program.parts.norms import check_stripped
 from quack_fx.train.program.parts.sharded import add_up, held, local, meshes_of, spread
 
-# Attentions that are the same but for the `numbers` in the names of their weights. Of each, `weights` gives names and
-# numbers of rows, `rows` the rows of each block's heads, [heads, rows of a head], and the weights that they lie in;
-# `factors` is the rule, from the norms of the blocks, [attentions, heads] each. `mark` tells saved factors of this kind
-# from others; `axes` is for weights that count their rows along another axis than 0.
+# Attentions that differ in nothing but the `numbers` in the names of their weights. weights(*numbers) gives the name of
+# each weight and how many rows it has; rows() the rows of each block's heads, [heads, rows of a head], and the weights
+# that have them; factors(norms) the rule, from the norms of the blocks, [attentions, heads] each. `mark` tells saved
+# factors of this kind from those of others; `axes` has the weights whose rows are along another axis than 0.
 Kind = namedtuple("Kind", ["numbers", "weights", "rows", "factors", "mark", "axes"], defaults=[{}])
 
 KINDS: tuple[Kind, ...] = ()
 
 
 class QuacK:
-    """The scale on the learning rate of each query and key row: `tau` at the start; it may be changed between steps."""
+    """The scale on the learning rate of each query and key row; at the start it is `tau`, which you may change."""
 
     def __init__(self, model: nn.Module, tau: float | Tensor = 1.0, optimizers: Iterable[Optimizer] = ()) -> None:
         self.tau = tau
-        self.kept: dict[Tensor, Tensor] = {}  # what the state of each weight has of first factors
+        self.kept: dict[Tensor, Tensor] = {}  # the initial factors in the state of each weight
         self.find(model)
         self.first, self.saved = list[Any](), list[Tensor]()  # initial factors, by block, and as saved
-        # Where a state has first factors a run goes on, in which heads may have become zero (they were pruned).
+        # A run that goes on has initial factors in its state; heads of it may be zero, because they were pruned.
         begun = {self.home.get(w) for o in optimizers for w, state in o.state.items() if "quack_init" in state}
         for k, (kind, factors) in enumerate(zip(KINDS, self.factors(), strict=True)):
             for i, (numbers, *own) in enumerate(zip(kind.numbers, *factors, strict=True)):
@@ -43,7 +43,7 @@ class QuacK:
             self.first.append(type(factors)(*torch.split(self.saved[-1][:, 1:], [f.shape[1] for f in factors], 1)))
 
     def find(self, model: nn.Module) -> None:
-        """Find the weights; again where some were replaced."""
+        """Look the weights up by name; again after some were replaced."""
         check_stripped(model)  # if norms
         params = dict(model.named_parameters(remove_duplicate=False))
         wrapper = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
@@ -66,7 +66,7 @@ class QuacK:
 
     @torch.no_grad()
     def norms(self) -> list[Any]:
-        """Norms of the blocks as the weights are, [attentions, heads] for each block; the same on every rank."""
+        """The norms of the blocks now, [attentions, heads] for each block; the same on every rank."""
         squares = []
         for stacks, rows in zip(self.stacks, self.rows, strict=True):
             of = {}
@@ -83,16 +83,16 @@ class QuacK:
         return [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
 
     def factors(self) -> list[Any]:
-        """Factors of the blocks as the weights are, by the rule."""
+        """The factors of the blocks now, by the rule."""
         return [kind.factors(norms) for kind, norms in zip(KINDS, self.norms(), strict=True)]
 
     def scales(self) -> dict[Tensor, Tensor]:
-        """Scale of each row of the weights with heads, [rows, 1, ...]: tau * factor / first; 1 for rows of values."""
+        """Scales of the rows of each weight, [rows, 1, ...]: tau * factor / initial factor; 1 for rows of values."""
         found: dict[Tensor, Tensor] = {}
         for stacks, rows, now, first in zip(self.stacks, self.rows, self.factors(), self.first, strict=True):
             scale = {n: now[0].new_full((len(w), w[0].shape[axis]), torch.inf) for n, (w, axis) in stacks.items()}
             for (index, *names), factor, start in zip(rows, now, first, strict=True):
-                # What is multiplied with a head that has become zero (it was pruned) makes logits of zero at any rate.
+                # Rows that meet a head of norm zero (it was pruned) give logits of zero, whatever their learning rate.
                 relative = torch.where(factor.isinf(), 1.0, factor / start).unsqueeze(-1)
                 by_row = relative.expand(-1, *index.shape).flatten(1)
                 for name in names:
@@ -107,7 +107,7 @@ class QuacK:
         return found
 
     def keep(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
-        """Keep first factors, of its whole attention, in the optimizer's state of some weights."""
+        """Save the initial factors of the whole attention in the optimizer's state of each of some weights."""
         for weight in weights:
             if "quack_init" not in optimizer.state[weight]:
                 kind, attention = self.home[weight]
@@ -116,7 +116,7 @@ class QuacK:
                 optimizer.state[weight]["quack_init"] = self.kept[weight]
 
     def take_over(self, optimizer: Optimizer) -> None:
-        """Take over first factors from a state that was loaded."""
+        """Use the initial factors of an optimizer state that was loaded."""
         for weight, (kind, attention) in self.home.items():
             state = optimizer.state.get(weight)
             if state and (saved := state.get("quack_init")) is not self.kept.get(weight):

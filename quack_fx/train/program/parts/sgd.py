@@ -16,7 +16,7 @@ def sgd(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor,
 
     Weight w, gradient g and the state (the momentum, if there is any) are [rows, ...] each.
     """
-    clip, lr, decay, momentum, rest, nesterov = numbers
+    clip, lr, decay, momentum, nesterov, rest = numbers
     g = clip * g + decay * w
     if not state:
         return lr * g, ()
@@ -31,8 +31,8 @@ def step_sgd(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor 
         names = ("momentum_buffer",) if group["momentum"] else ()
         # The first gradient of a weight is not dampened.
         begun = [optimizer.state[weight].get("momentum_buffer") is not None for weight in weights]
-        rest = 1 - group["dampening"] * torch.tensor(begun, dtype=torch.float64, device="cpu")
         jobs = [job_of(weight, optimizer.state[weight], names, scales) for weight in weights]
         if jobs:
-            numbers = group["lr"], group["weight_decay"], group["momentum"], rest, float(group["nesterov"])
-            change_all(sgd, (-clip if group["maximize"] else clip, *numbers), finite, jobs, compiled)
+            rest = 1 - group["dampening"] * torch.tensor(begun, dtype=torch.float64, device=jobs[0][1].device)
+            same = group["lr"], group["weight_decay"], group["momentum"], float(group["nesterov"])
+            change_all(sgd, (-clip if group["maximize"] else clip, *same), (rest,), finite, jobs, compiled)

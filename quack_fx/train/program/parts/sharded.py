@@ -17,7 +17,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def held(weight: Tensor, axis: int) -> Tensor:
-    """Numbers of the rows of a weight that this rank holds, or has a part of, int64 [rows here]."""
+    """Indices of the rows of a weight that this rank holds, wholly or in part, int64 [rows here]."""
     rows = torch.arange(weight.shape[axis], device=weight.device)
     if not isinstance(weight, DTensor):
         return rows
@@ -26,9 +26,9 @@ def held(weight: Tensor, axis: int) -> Tensor:
             raise ValueError(f"a weight is placed as {placement}; it can be sharded or replicated")
         if getattr(placement, "dim", None) == axis:
             ranks, rank = weight.device_mesh.size(dim), weight.device_mesh.get_local_rank(dim)
-            # FSDP2 over a tensor-parallel axis cuts each of that axis' stretches: its placement says how many.
-            stretches = rows.chunk(getattr(placement, "split_factor", 1))
-            chunks = [stretch.chunk(ranks) for stretch in stretches]
+            # FSDP2 over a tensor-parallel axis shards each of that axis' shards: its placement says how many.
+            shards = rows.chunk(getattr(placement, "split_factor", 1))
+            chunks = [shard.chunk(ranks) for shard in shards]
             rows = torch.cat([own[rank] if rank < len(own) else rows[:0] for own in chunks])
     return rows
 
@@ -41,9 +41,9 @@ def meshes_of(weights: Iterable[Tensor]) -> list[DeviceMesh]:
 def spread(
     norms: list[Tensor], weights: list[Tensor], held: Mapping[Tensor, Tensor], axis: int, meshes: list[DeviceMesh]
 ) -> list[Tensor]:
-    """Norms of the rows here among those of all, [1 + meshes, rows]; of copies on several ranks one counts.
+    """Norms of this rank's rows in a tensor for all rows, [1 + meshes, rows]; of replicas on several ranks one counts.
 
-    Those of a weight that is not sharded stand first: no other rank adds to them.
+    Index 0 is for weights that are not sharded: nothing is added to them from other ranks.
     """
     found = []
     for own, weight in zip(norms, weights, strict=True):
@@ -72,7 +72,7 @@ def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> Non
 
 
 def norms_of(grads: Sequence[Tensor], exact: torch.dtype) -> list[Tensor]:
-    """Norms that the total norm of all gradients is made of: one for each mesh."""
+    """The norm of the gradients on each mesh, and of those on none; their norm is the total norm."""
     by_mesh: dict[Any, list[Tensor]] = {}
     for grad in grads:
         by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)

@@ -40,7 +40,7 @@ class TrainStep:
         self.masters = [Masters(optimizer) for optimizer in optimizers]  # if masters
         self.loss = torch.compile(self.loss_of) if compile else self.loss_of
         # All of a weight in one pass over memory: nothing in between is worth a buffer.
-        one_pass = {f"realize_{what}_threshold": 999 for what in ("reads", "acc_reads", "opcount")}
+        one_pass: dict[str, Any] = {f"realize_{what}_threshold": 999 for what in ("reads", "acc_reads", "opcount")}
         self.change = torch.compile(change, dynamic=True, options=one_pass) if compile else change
 
     def __call__(self, *batch: Any, **named: Any) -> Tensor:
