@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -97,6 +98,8 @@ def tune(
     lrs, taus = _numbers("--lr", lr or _LRS[optimizer]), _numbers("--tau", tau)
     if output is not None:
         check_output(output, force)
+    # Read when torch is loaded. Threads that wait must not spin: on a busy machine that costs a multiple of the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     source = None if batches is None else _function(batches)
     _sow(0)
     finding = find(target, build, inputs, real=True)

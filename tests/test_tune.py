@@ -264,6 +264,12 @@ def test_without_a_sound_run_nothing_is_told() -> None:
     assert "no sound run without QuacK and QK norm" in text and "against" not in text
 
 
+def test_a_seed_that_was_not_finished_does_not_count() -> None:
+    text = said({(NONE, 1e-2): [2.0, 2.2], (QUACK, 1e-2): [1.9]})
+    assert "lowest loss: QuacK, tau 0.5, lr 0.01: 1.900 (1 seed)" in text
+    assert "-0.100; one seed cannot tell" in text
+
+
 def test_points_that_were_not_run_are_told() -> None:
     text = said({(NONE, 1e-2): [2.0], (QUACK, 1e-2): []})
     assert "not run: 1 of 2 points of the table" in text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -53,9 +54,14 @@ class Point:
 
 
 def points_of(outcomes: Sequence[Outcome], plan: Plan) -> list[list[Point]]:
-    """Outcomes by way and, upwards, by learning rate; points without runs as well."""
+    """Outcomes by way and, upwards, by learning rate; points without runs as well.
+
+    A seed that was not finished counts only where no other was: means over different seeds cannot be compared.
+    """
+    runs = Counter(outcome.seed for outcome in outcomes)
+    whole = {seed for seed, number in runs.items() if number == len(plan.arms) * len(plan.lrs)}
     found: dict[tuple[Arm, float], dict[int, float]] = {}
-    for outcome in outcomes:
+    for outcome in (outcome for outcome in outcomes if not whole or outcome.seed in whole):
         found.setdefault((outcome.arm, outcome.lr), {})[outcome.seed] = outcome.loss
     return [[Point(arm, lr, found.get((arm, lr), {})) for lr in sorted(plan.lrs)] for arm in plan.arms]
 
