@@ -113,5 +113,5 @@ def _svg(figure: Figure, axes: Sequence[Axes], name: str) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     pyplot.close(figure)
     svg = text.getvalue()
-    # Part of a page, it takes the page's colour of text, which is light where the page is dark.
-    return svg[svg.index("<svg") :].replace(_INK, f"var(--qf-ink, {_INK})")
+    # Part of a page, it takes the page's colour of text, which is light where the page is dark; its style is its own.
+    return svg[svg.index("<svg") :].replace(_INK, f"var(--qf-ink, {_INK})").replace("*{stroke", "#figure_1 *{stroke")

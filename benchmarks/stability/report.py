@@ -169,7 +169,8 @@ def _against(panel: Panel) -> Iterator[str]:
             if difference.seeds:
                 differences.append(f"{difference.mean:+.3f}{_deviation(difference)} against {other.name}")
     if differences:
-        yield f"- {panel.title}: loss of {_QUACK.name}, each at its best learning rate: {', '.join(differences)}."
+        where = "each at its best learning rate" if len(panel.lrs) > 1 else f"at {panel.lrs[0]:g}"
+        yield f"- {panel.title}: loss of {_QUACK.name}, {where}: {', '.join(differences)}."
 
 
 def _best(panel: Panel) -> Iterator[str]:
