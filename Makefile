@@ -101,13 +101,15 @@ $(SWEEP_STAMP): pyproject.toml
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step --markdown benchmarks/results/step_cpu.md
 
-# MINUTES=9 stops after so many, and the same command goes on; LONG=1 for the long runs, JOBS=8 for more processes.
+# MINUTES=9 stops after so many, and the same command goes on; LONG=1 for the long runs, JOBS=8 for more processes;
+# RESULTS=mine.jsonl begins anew: runs of another Python or torch do not go into the same file.
 MINUTES ?=
 LONG ?=
+RESULTS ?= benchmarks/results/stability_cpu.jsonl
 experiment: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.stability run --jobs $(JOBS) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.stability run --jobs $(JOBS) --results $(RESULTS) \
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(LONG),--long)
-	$(BIN)/python -m benchmarks.stability report
+	$(BIN)/python -m benchmarks.stability report --results $(RESULTS)
 
 # The site is made from sources alone: an environment of its own, without torch.
 DOCS_VENV := .venv-docs

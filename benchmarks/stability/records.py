@@ -64,7 +64,8 @@ class Records:
         different = [key for key in common if there.common.get(key) != common[key]]
         if different:
             raise SystemExit(
-                f"--results {str(path)!r} has runs with another {' and '.join(different)}; give another file"
+                f"--results {str(path)!r} has runs with another {' and '.join(different)}; give another file "
+                "(make experiment RESULTS=mine.jsonl)"
             )
         there._drop_part()
         return there
