@@ -6,6 +6,7 @@ import copy
 import math
 import re
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -345,5 +346,6 @@ def test_a_model_without_attention_is_told(own_folder: Path, capfd: pytest.Captu
 
 @pytest.mark.slow
 def test_the_example_is_tuned_within_ten_minutes(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
     status, out, _ = run(capfd, "tune", MLA)
-    assert status == 0 and "lowest loss" in out and "QK norm" in out
+    assert status == 0 and "lowest loss" in out and time.monotonic() - start < 600
