@@ -51,6 +51,7 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
          "Lookahead", "MADGRAD", "MARS", "Muon", "Prodigy", "Ranger", "SAM", "SCION", "SOAP", "ScheduleFreeAdamW",
          "Shampoo", "SignSGD", "StableAdamW"),
     ),
+    "dion": ("dion", ("Dion", "DionSimple", "DionReference", "Muon", "MuonReference", "Dion2", "NorMuon", "NorDion2")),
 }  # fmt: skip
 """For each package its module and the classes that are tried."""
 
@@ -138,9 +139,10 @@ def _train(
     Returns:
         The weights at the end and at the start.
     """
+    layout = _layout()  # before the seed: finding it draws numbers, as do some optimizers
     torch.manual_seed(0)
     model = OneHead()
-    optimizer = _made(make, model, attach)
+    optimizer = _made(make, model, layout if attach else None)
     start = torch.cat([p.detach().flatten() for p in model.parameters()])
     first = _norms(model)
     generator = torch.Generator().manual_seed(1)
@@ -148,7 +150,7 @@ def _train(
         if resume and step == STEPS // 2:
             saved = io.BytesIO()
             torch.save(optimizer.state_dict(), saved)
-            optimizer = _made(make, model, attach)
+            optimizer = _made(make, model, layout if attach else None)
             saved.seek(0)
             optimizer.load_state_dict(torch.load(saved, weights_only=False))
         for param in model.parameters():
@@ -173,12 +175,12 @@ def _layout() -> QKLayout:
     return find_qk_pairs(OneHead(), torch.randn(1, 3, 64))
 
 
-def _made(make: Callable[[list[dict[str, Any]]], Optimizer], model: OneHead, attach: bool) -> Optimizer:
+def _made(make: Callable[[list[dict[str, Any]]], Optimizer], model: OneHead, layout: QKLayout | None) -> Optimizer:
     optimizer = make([{"params": [layer.weight], "lr": 1e-2} for layer in (model.q, model.k, model.v)])
     if callable(train := getattr(optimizer, "train", None)):
         train()
-    if attach:
-        QuacK(optimizer, model, _layout(), tau=TAU)
+    if layout is not None:
+        QuacK(optimizer, model, layout, tau=TAU)
     return optimizer
 
 
@@ -228,6 +230,16 @@ and by itself with a learning rate for each weight that follows Algorithm 1 of t
 - *not tried*: it does not take groups of weights with an `lr`.
 
 The last column says whether a run that is saved and loaded half-way ends at the same bits.
+
+What takes steps by an optimizer, and is none itself (`tests/test_optimizers.py`, `tests/test_deepspeed.py`):
+
+- Sharpness-aware minimization goes up, takes the gradient there, goes back and steps. Attach QuacK to the optimizer
+  that takes this step, which most packages hold as `base_optimizer`. Exact in the four forms tried: two calls, a
+  closure, an optimizer that takes both steps itself, and an object around an optimizer.
+- DeepSpeed 0.19.8 on two ranks: exact without ZeRO. With ZeRO 1, 2 or 3 it is refused on every rank, whether QuacK was
+  attached before or after `deepspeed.initialize`: flat parts of weights are stepped then, in which rows are lost.
+- Other flat partitions, such as that of Megatron's distributed optimizer, are refused in the same way. megatron-core
+  itself was not tried.
 
 | package | optimizer | outcome | off by, or why | resumed |
 |---|---|---|---|---|"""

@@ -24,8 +24,10 @@ from .bench import bench
 from .common import command as open_command
 from .convert import convert
 from .inspect import inspect
+from .report import report
 from .tune import tune
 from .verify import verify
+from .watch import watch
 
 app = typer.Typer(
     name="quack-fx",
@@ -34,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (inspect, convert, verify, bench, tune):
+for _command in (inspect, convert, verify, bench, tune, report, watch):
     app.command()(_command)
 
 

@@ -22,6 +22,7 @@ _HOME = {
     "convert": "train.convert",
     "inline_quack": "train.inline",
     "StepBackend": "train.inline",
+    "RunLog": "train.record",
     "QuackError": "errors",
 }
 __all__ = sorted(_HOME)
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from quack_fx.train.convert import convert
     from quack_fx.train.hooks import QuacK
     from quack_fx.train.inline import StepBackend, inline_quack
+    from quack_fx.train.record import RunLog
     from quack_fx.train.step import compile_train_step
 
 

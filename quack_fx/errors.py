@@ -51,6 +51,10 @@ class StepError(QuackError, ValueError):
     """A training step that cannot be taken, for example because the model returns no scalar loss."""
 
 
+class RunError(QuackError, ValueError):
+    """A record of a training run that cannot be written or read."""
+
+
 def first_line(error: BaseException) -> str:
     """Type of an error and the first line of its text, cut where it is long."""
     text = str(error).strip().splitlines()

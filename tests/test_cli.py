@@ -49,7 +49,8 @@ def run(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "--version", "inspect --help", "convert -h", "verify --help", "bench --help"]
+    "words",
+    ["--help", "--version", "inspect --help", "convert -h", "verify --help", "bench --help", "report -h", "watch -h"],
 )
 def test_help_comes_without_torch(words: str) -> None:
     code = (

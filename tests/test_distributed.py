@@ -7,6 +7,7 @@ import faulthandler
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Muon, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from quack_fx import QuacK, compile_train_step, convert
 from quack_fx.errors import FactorError, LayoutError
@@ -161,30 +164,54 @@ def steps_equal_one_process(
             torch.testing.assert_close(weight, theirs, rtol=0.0, atol=1e-11)
 
 
-def a_step_sends_one_message_for_each_axis(
-    shard: Callable[[Model], nn.Module], axes: int, make: Callable[[nn.Module], Any] = adamw
+class Messages(TorchDispatchMode):
+    """Counts what is sent to other ranks: each collective op and the bytes of its tensors here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it sends messages by ops on what is here
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+            self.sent[func.name(), sum(t.numel() * t.element_size() for t in tensors)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def a_step_sends_one_message(
+    shard: Callable[[Model], nn.Module], meshes: int = 1, make: Callable[[nn.Module], Any] = adamw
 ) -> None:
-    """All ranks add up the norms of all heads at once: one all_reduce for each axis of each mesh, and nothing else."""
+    """All ranks add up the norms of all heads at once: one all_reduce for each mesh, of four bytes a norm.
 
-    def messages(layout: QKLayout, by_hooks: bool) -> dict[str, int]:
+    Nothing else is sent that steps without QuacK do not send: by hooks, by compiled steps, by the emitted file.
+    """
+    norms = 4 * 2 * 2 * HEADS  # bytes; of queries and keys, in two layers
+
+    def messages(layout: QKLayout, taker: str) -> Counter[tuple[str, int]]:
         model = shard(Model())
-        optimizer = make(model)
-        if not by_hooks:
-            step = compile_train_step(model, optimizer, loss_of, layout=layout, clip_grad_norm=1.0, compile=False)
-        elif layout.sites:
-            QuacK(optimizer, model, layout)
-        with torch.profiler.profile() as profile:
+        optimizers = make(model)
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        options: Any = {"loss_fn": loss_of, "clip_grad_norm": 1.0, "compile": False}
+        step: Callable[..., Any]
+        if taker == "hooks":
+            step = lambda x: train(model, optimizers[0], range(1))  # noqa: E731
+            if layout.sites:
+                QuacK(optimizers[0], model, layout)
+        elif taker == "emitted" and layout.sites:
+            text = convert(model, layout=layout, sharded=True, optimizer="adamw" if make is adamw else "muon")
+            step = execute(text).TrainStep(model, *optimizers, **options)
+        else:
+            step = compile_train_step(model, optimizers, layout=layout, **options)
+        with Messages() as messages:
             for i in range(2):
-                if by_hooks:
-                    train(model, optimizer, range(i, i + 1))
-                else:
-                    step(batch(i, torch.float32))
-        return {event.key: event.count for event in profile.key_averages() if event.key.startswith("c10d::")}
+                step(batch(i, torch.float32))
+        return messages.sent
 
-    for by_hooks in (True, False) if make is adamw else (False,):
-        plain, ours = messages(QKLayout(), by_hooks), messages(LAYOUT, by_hooks)
-        more = {kind: count - plain.get(kind, 0) for kind, count in ours.items()}
-        assert {kind: count for kind, count in more.items() if count} == {"c10d::allreduce_": 2 * axes}, (plain, ours)
+    for taker in ("hooks", "step", "emitted") if make is adamw else ("step", "emitted"):
+        plain, ours = messages(QKLayout(), taker), messages(LAYOUT, taker)
+        assert ours - plain == {("c10d::allreduce_", norms): 2 * meshes} and plain <= ours, (taker, plain, ours)
 
 
 def mesh(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
@@ -324,10 +351,10 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
         "DistributedDataParallel": lambda: equal_to_one_process(data_parallel),
         "steps, compiled, FSDP2": lambda: steps_equal_one_process(fsdp, compile=True),
         "steps, Muon and AdamW, FSDP2": lambda: steps_equal_one_process(fsdp, muon_and_adamw),
-        "messages, FSDP2": lambda: a_step_sends_one_message_for_each_axis(fsdp, 1),
-        "messages, FSDP2 with replicas": lambda: a_step_sends_one_message_for_each_axis(hybrid, 2),
-        "messages, tensor parallel": lambda: a_step_sends_one_message_for_each_axis(tensor_parallel, 1),
-        "messages, Muon and AdamW": lambda: a_step_sends_one_message_for_each_axis(fsdp, 1, muon_and_adamw),
+        "messages, FSDP2": lambda: a_step_sends_one_message(fsdp),
+        "messages, FSDP2 with replicas": lambda: a_step_sends_one_message(hybrid),
+        "messages, tensor parallel": lambda: a_step_sends_one_message(tensor_parallel),
+        "messages, Muon and AdamW": lambda: a_step_sends_one_message(fsdp, 1, muon_and_adamw),
         "rows": rows_are_where_the_tensors_say,
         "norms": norms_are_those_of_the_whole,
         "resume": a_resumed_run_is_the_uninterrupted_one,
@@ -339,7 +366,7 @@ CASES: dict[int, dict[str, Callable[[], None]]] = {
         "FSDP2 with replicas": lambda: equal_to_one_process(hybrid),
         "steps, Muon and AdamW": lambda: steps_equal_one_process(fsdp_over_tensor_parallel, muon_and_adamw),
         # Two meshes: of the weights that are cut once, and of those that are cut twice.
-        "messages": lambda: a_step_sends_one_message_for_each_axis(fsdp_over_tensor_parallel, 1 + 2),
+        "messages": lambda: a_step_sends_one_message(fsdp_over_tensor_parallel, meshes=2),
         "strided rows": strided_rows_are_where_the_tensors_say,
         "rows": rows_are_where_the_tensors_say,
     },

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +39,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, NAdam
 
-from quack_fx import QuacK, compile_train_step, find_qk_pairs
-from quack_fx.errors import LayoutError, OptimizerError
+from quack_fx import QuacK, RunLog, compile_train_step, find_qk_pairs, strip_qk_norm, verify_qk_pairs
+from quack_fx.errors import LayoutError, OptimizerError, RunError, StripError
 from quack_fx.layout import QKLayout
 
 
@@ -85,7 +87,7 @@ SHARDED: dict[str, Callable[[Model], nn.Module]] = {
 
 
 def pairs_are_found_on_one_rank() -> None:
-    """The other rank does something else: nobody waits for it. Nothing in the model is changed, and it trains."""
+    """And proved. The other rank does something else: nobody waits for it. Nothing is changed, and the model trains."""
     x = batch(0, torch.float32)
     expected = find_qk_pairs(Model(), x)
     assert len(expected.sites) == 2
@@ -94,6 +96,9 @@ def pairs_are_found_on_one_rank() -> None:
         if dist.get_rank() == 0:
             before = everything(model)
             assert find_qk_pairs(model, x) == expected, name
+            assert verify_qk_pairs(model, expected, x).complete, name
+            with pytest.raises(StripError, match="take QK norms out, or put them in, before the model is wrapped"):
+                strip_qk_norm(model, expected)
             assert everything(model) == before, name
         dist.barrier()
         if "offloaded" not in name:  # gloo takes no copies to the host while it reduces
@@ -278,6 +283,25 @@ def models_are_sharded_before_attaching() -> None:
     )
 
 
+def a_run_is_recorded_by_one() -> None:
+    """Metrics of sharded weights need every rank; the file is written by the first."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    path = Path(folder[0], f"rank_{dist.get_rank()}.jsonl")
+    model = fsdp(Model())
+    optimizer = adamw(model)
+    quack = QuacK(optimizer, model, LAYOUT)
+    log = RunLog(path, quack)
+    train(model, optimizer, steps=range(1))
+    log.log(0, loss=1.0)
+    expected = quack.metrics(heads=True)
+    assert path.exists() == (dist.get_rank() == 0)
+    if path.exists():
+        (line,) = path.read_text().splitlines()
+        assert json.loads(line)["attention/layers.0/q/norm"][2] == expected["attention/layers.0/q/norm/head_2"]
+    refused_by_all(lambda: log.log(1, loss=None), RunError, "loss is None; give a number")  # type: ignore[arg-type]
+
+
 TOGETHER: dict[str, Callable[[], None]] = {
     "pairs": pairs_are_found_on_one_rank,
     "no wrapper": a_sharded_model_is_no_wrapper,
@@ -289,6 +313,7 @@ TOGETHER: dict[str, Callable[[], None]] = {
     "twice": states_are_loaded_twice,
     "made before": optimizers_are_made_after_sharding,
     "attached before": models_are_sharded_before_attaching,
+    "recorded": a_run_is_recorded_by_one,
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +20,16 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.profiler import record_function
 
-from quack_fx import QuacK, capture, compile_train_step, find_qk_pairs
-from quack_fx.errors import CaptureError, LayoutError, OptimizerError
+from quack_fx import (
+    QuacK,
+    capture,
+    compile_train_step,
+    find_qk_pairs,
+    insert_qk_norm,
+    strip_qk_norm,
+    verify_qk_pairs,
+)
+from quack_fx.errors import CaptureError, LayoutError, OptimizerError, StripError, VerifyError
 from quack_fx.layout import QKLayout
 
 INPUT = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(0))
@@ -83,6 +92,39 @@ def test_pairs_of_a_wrapped_model_are_those_of_the_model_inside(
     assert {str(n.target) for n in capture(model, [INPUT]).graph_module.graph.nodes if n.op == "get_attr"} == {
         name for name, _ in Model().named_parameters()
     }
+
+
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
+def test_the_model_inside_is_proved(make: Callable[[], nn.Module], layout: QKLayout) -> None:
+    """Nothing is changed, and a wrong layout is refuted."""
+    model = make()
+    before = everything(model)
+    assert verify_qk_pairs(model, layout, INPUT).complete
+    site = layout.sites[1]
+    swapped = replace(site, query=(replace(site.query[0], heads=site.query[0].heads[::-1]),))
+    with pytest.raises(VerifyError, match=r"'layers\.1': head 0, query side: .* the layout claims rows 12-15"):
+        verify_qk_pairs(model, QKLayout((layout.sites[0], swapped)), INPUT)
+    assert everything(model) == before
+
+
+OUTSIDE = {"layers compiled in place": None, "layers checkpointed": "'layers.0' is in CheckpointWrapper"}
+
+
+@pytest.mark.parametrize("make", WRAPPED.values(), ids=WRAPPED)
+def test_norms_go_out_and_in_before_a_model_is_wrapped(
+    make: Callable[[], nn.Module], layout: QKLayout, request: pytest.FixtureRequest
+) -> None:
+    """Refused in one line, before anything is changed; a module that compiles itself is no wrapper."""
+    model, name = make(), request.node.callspec.id
+    where = OUTSIDE.get(name, r"('layers\.0'|the model) is in \w+")
+    before = everything(model)
+    for change in (strip_qk_norm, insert_qk_norm):
+        if where is None:
+            change(model, layout)
+        else:
+            with pytest.raises(StripError, match=f"^{where}; take QK norms out, or put them in, before .*wrapped"):
+                change(model, layout)
+            assert everything(model) == before
 
 
 class Own(nn.Module):

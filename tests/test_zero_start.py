@@ -131,6 +131,21 @@ def test_a_run_that_started_at_zero_goes_on_to_the_bit() -> None:
     assert_same(model, other)
 
 
+def test_a_run_that_starts_again_from_zero_is_as_one_that_first_does() -> None:
+    """A state without steps starts its attentions anew from the weights now, which are zero."""
+    kept = []
+    for late in (False, True):
+        model = Model() if late else zero_queries(Model())
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.5)
+        fresh = copy.deepcopy(optimizer.state_dict())
+        quack = attach(model, optimizer, 1.0, False)
+        zero_queries(model)
+        optimizer.load_state_dict(fresh)
+        train(model, optimizer, steps=range(1))
+        kept.append([optimizer.state[weight]["quack_init"] for weight in quack.scaling.home])
+    assert all(map(torch.equal, *kept))
+
+
 def test_zeros_on_both_sides_are_refused() -> None:
     model = zero_queries(Model())
     nn.init.zeros_(model.layers[0].kv.weight)

@@ -32,7 +32,8 @@ def _command(command: Any, callback: Callable[..., Any] | None) -> str:
     hints = get_type_hints(callback)
     rows = [_row(parameter, hints[parameter.name]) for parameter in command.params]
     table = "\n".join(["| option | what it does | default |", "|---|---|---|", *rows])
-    usage = f"    quack-fx {command.name} TARGET [OPTIONS]"
+    words = [parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"]
+    usage = f"    quack-fx {' '.join([command.name, *words])} [OPTIONS]"
     return "\n\n".join([f"## quack-fx {command.name}", inspect.cleandoc(command.help), usage, table])
 
 

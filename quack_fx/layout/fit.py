@@ -155,6 +155,11 @@ def _check_block(block: WeightBlock, params: Mapping[str, nn.Parameter], site: s
     where = f"site {site!r} of the layout"
     shape = tuple(params[block.param].shape)
     again = "find the pairs again on this model"
+    if 0 in shape:
+        raise LayoutError(
+            f"{where} has rows of {block.param!r}, which is empty here, as ZeRO-3 leaves weights; use FSDP2 "
+            "(fully_shard), or another way to train that keeps the shapes of weights"
+        )
     if not 0 <= block.axis < len(shape):
         raise LayoutError(
             f"{where} has rows along axis {block.axis} of {block.param!r}, whose shape is {shape}; {again}"

@@ -41,6 +41,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_map
 
 from quack_fx.errors import VerifyError, first_line
+from quack_fx.graph.capture import unwrapped
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.layout.fit import check_layout
 from quack_fx.prove.compare import check_site
@@ -62,10 +63,11 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
 
     A copy of the model runs once, in evaluation mode and on random weights, so zero-initialised or trained weights
     hide nothing (a model in training mode that attends more often there runs in that, without dropout); the model
-    itself is left as it is. A model on meta is filled with random numbers when it is small.
+    itself is left as it is. A model on meta is filled with random numbers when it is small. Of a model that is wrapped
+    or sharded the module inside is proved, on this process alone: no rank waits for another.
 
     Arguments:
-        model: Model the layout belongs to.
+        model: Model the layout belongs to, plain, wrapped or sharded.
         layout: Claims to check, from `find_qk_pairs` or from JSON.
         *args: Inputs of the model's forward, real tensors; a few positions and two sequences are enough.
         **kwargs: The same by keyword.
@@ -91,15 +93,15 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
         >>> verify_qk_pairs(model, QKLayout((site,)), x, x, x).complete
         True
     """
-    model = _bare(model, layout)
-    with alone():
+    with alone(), unwrapped(model) as inner:
+        _check_names(inner, layout)
         try:
-            return prove(layout, run_copy(model, args, kwargs))
+            return prove(layout, run_copy(inner, args, kwargs))
         except VerifyError:
             # Some forwards attend more often in training than in evaluation.
-            if isinstance(model, nn.Module) and model.training and any(site.calls > 1 for site in layout.sites):
+            if inner.training and any(site.calls > 1 for site in layout.sites):
                 with suppress(VerifyError):
-                    return prove(layout, run_copy(model, args, kwargs, training=True))
+                    return prove(layout, run_copy(inner, args, kwargs, training=True))
             raise
 
 
@@ -200,11 +202,8 @@ def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], err
     )
 
 
-def _bare(model: nn.Module, layout: QKLayout) -> nn.Module:
-    """The model without the wrappers around it, checked to have the layout's parameters under the layout's names."""
-    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+def _check_names(model: nn.Module, layout: QKLayout) -> None:
+    """Check that a model has the layout's parameters under the layout's names."""
     check_layout(layout, model)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for site in layout.sites:
@@ -213,7 +212,6 @@ def _bare(model: nn.Module, layout: QKLayout) -> nn.Module:
                 raise VerifyError(
                     f"site {site.name!r} names {block.param!r} as a wrapper does; find the pairs on the model itself"
                 )
-    return model
 
 
 @contextmanager

@@ -9,6 +9,8 @@ The JSON is the layout's own (`QKLayout.to_dict`). No torch is imported, so a sa
     walk.py       the tree of how one attention was understood
     graph.py      the pair graph, and its drawing
     html.py       the page
+    style.py      the frame and the look of all pages
+    run/          a training run that was recorded, by the same ways
 """
 
 from __future__ import annotations

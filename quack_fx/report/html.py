@@ -10,51 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from quack_fx import __version__
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
 from quack_fx.report import groups as g
 from quack_fx.report.facts import Facts, Proof, count_text, qk_count
 from quack_fx.report.graph import svg
+from quack_fx.report.style import document, sums
 
 _STYLE = """
-:root { --bg: #fbfbfa; --card: #ffffff; --ink: #1d2330; --soft: #667085; --line: #e3e5ea; --mark: #b4690e;
-  --query: #0b7285; --query-bg: #e3f4f7; --key: #a61e6b; --key-bg: #fceaf4; color-scheme: light dark;
-  --mono: ui-monospace, "SF Mono", "DejaVu Sans Mono", Menlo, Consolas, monospace; }
-@media (prefers-color-scheme: dark) { :root {
-  --bg: #12151b; --card: #1a1f28; --ink: #e7eaf0; --soft: #98a2b3; --line: #2c3340; --mark: #ffc078;
-  --query: #66d9e8; --query-bg: #10313a; --key: #f783c4; --key-bg: #3a1630; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--ink);
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 25px; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 40px 0 12px; }
-h3 { font-size: 14px; margin: 22px 0 8px; color: var(--soft); font-weight: 600; }
-p { margin: 4px 0; }
-li { margin: 3px 0; }
-footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
-.soft { color: var(--soft); }
-span.query { color: var(--query); }
-span.key { color: var(--key); }
-code, .mono, svg text { font-family: var(--mono); font-size: 12.5px; }
-code { overflow-wrap: anywhere; }
-.sums { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-top: 22px; }
-.sums div { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px; }
-.sums b { display: block; font-size: 22px; line-height: 1.3; font-weight: 650; }
-.sums span { color: var(--soft); font-size: 13px; }
-.wide { overflow-x: auto; }
-.frame { border: 1px solid var(--line); border-radius: 10px; background: var(--card); }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: 8px 12px; vertical-align: top; }
-tr + tr { border-top: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; font-size: 13px; }
-td.num { text-align: right; white-space: nowrap; }
-td.mono { white-space: nowrap; }
-details { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  margin: 12px 0; padding: 0 16px; }
-details[open] { padding-bottom: 18px; }
-summary { cursor: pointer; padding: 12px 0; font-weight: 600; overflow-wrap: anywhere; }
-summary small { color: var(--soft); font-weight: 400; }
 svg.graph { width: 100%; height: auto; display: block; }
 .graph .edge { fill: none; stroke: var(--soft); stroke-width: 1.4; opacity: .7; }
 .graph rect { fill: var(--card); stroke: var(--soft); stroke-width: 1.2; }
@@ -98,18 +60,8 @@ def page(layout: QKLayout, facts: Facts) -> str:
         _not_proved(facts.proof),
         _skipped(layout),
         _untouched(layout),
-        f"<footer>Made with quack-fx {escape(__version__)}.</footer>",
     ]
-    return "\n".join(
-        [
-            "<!doctype html>",
-            '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-            f"<title>{escape(facts.title)}: query/key pairs</title><style>{_STYLE}</style></head><body><main>",
-            *(part for part in body if part),
-            "</main></body></html>",
-            "",
-        ]
-    )
+    return document(f"{facts.title}: query/key pairs", body, _STYLE)
 
 
 def _sums(layout: QKLayout, facts: Facts, groups: int) -> str:
@@ -126,11 +78,7 @@ def _sums(layout: QKLayout, facts: Facts, groups: int) -> str:
         cards.append((str(right), f"proved by gradients on {facts.proof.where}"))
     if facts.seconds:
         cards.append((f"{facts.seconds:.1f} s", "from the model to this"))
-    return (
-        '<div class="sums">'
-        + "".join(f"<div><b>{escape(n)}</b><span>{escape(t)}</span></div>" for n, t in cards)
-        + "</div>"
-    )
+    return sums(cards)
 
 
 def _table(groups: Sequence[g.Group], proof: Proof | None) -> str:

@@ -13,6 +13,7 @@ own.
     owners.py    which rows make the logits of one head alone
     metrics.py   norms, learning rates and growth as numbers for a logger
     places.py    where the numbers of a head stand among those of a program
+    record.py    a run as a file of JSON lines, and TensorBoard
     inline.py    the scaling inside a graph that somebody traced
     loss.py      what a loss function feeds its model
     lion.py      whether an optimizer is Lion

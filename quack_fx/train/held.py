@@ -73,7 +73,7 @@ def is_stepping(optimizer: Optimizer) -> bool:
     return steps > 1
 
 
-def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> str:
+def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling, own: set[nn.Parameter]) -> str:
     """Message for an optimizer that holds no rows of a layout."""
     kind = type(optimizer).__name__
     if not scaling.home:
@@ -81,6 +81,11 @@ def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling) -> st
         left_out = f" ({kept} sites keep a QK norm)" if kept else ""
         return f"the layout has no query or key weights that QuacK scales{left_out}; use {kind} as it is"
     first = next(block.param for site in layout.sites if not site.qk_norm for _, block in site.blocks())
+    if all(p.dim() == 1 and p not in own for p in params_of(optimizer)):
+        return (
+            f"{kind} holds flat parts of weights, as ZeRO makes them, in which the rows of {first!r} are lost; "
+            "use FSDP2 (fully_shard), or another way to train that keeps the shapes of weights"
+        )
     return (
         f"{kind} holds none of the query and key weights, such as {first!r}; attach QuacK to the "
         "optimizer that has them, made after the model was wrapped, sharded and moved"

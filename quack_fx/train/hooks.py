@@ -176,7 +176,7 @@ class QuacK:
         own = set(model.parameters())
         # Where ranks share the steps of an optimizer (ZeRO), the weights may all be another rank's.
         if not self._held and not (elsewhere and not own.isdisjoint(params_of(optimizer))):
-            raise OptimizerError(nothing_held(optimizer, layout, self.scaling))
+            raise OptimizerError(nothing_held(optimizer, layout, self.scaling, own))
         if stale := stale_weight(optimizer, own, self._names(), self.scaling):
             raise OptimizerError(
                 f"{type(optimizer).__name__} holds weights that are not in the model, and not {stale!r}, which is; "
@@ -433,11 +433,7 @@ class QuacK:
         self._take_over()
         home = self.scaling.home
         begun = {home[param] for param in self.scaling.kept if param in home}
-        starts = self.scaling.start()  # type: ignore[attr-defined]  # see program/zeros.py
-        for kind, (first, now) in enumerate(zip(self.scaling.first, starts, strict=True)):
-            for factor, start in zip(first, now, strict=True):
-                anew = [i for i in range(len(factor)) if (kind, i) not in begun]
-                factor[anew] = start[anew]
+        self.scaling.restart(begun)  # type: ignore[attr-defined]  # see program/zeros.py
 
     def _names(self) -> dict[Tensor, str]:
         """The names of the weights in the layout."""

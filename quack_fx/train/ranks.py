@@ -46,7 +46,7 @@ def check_ranks(
         Whether an optimizer of one of several ranks holds query or key weights that QuacK scales.
 
     Raises:
-        LayoutError: The layouts differ.
+        LayoutError: The layouts differ, or the layout does not fit the model of another rank.
         OptimizerError: Tau, the norm or the method differ, or not all ranks ask.
     """
     groups = groups_of(model)
@@ -57,7 +57,8 @@ def check_ranks(
     number = float(tau) if isinstance(tau, int | float | Tensor) else float("nan")
     # A positive number and its bits are in the same order.
     (bits,) = struct.unpack("q", struct.pack("d", number))
-    ours = [len(sites), _digest(used), bits, _digest(norm), _hold(optimizers, model, layout)]
+    hold, misfit = _hold(optimizers, model, layout)
+    ours = [len(sites), _digest(used), bits, _digest(norm), hold, misfit]
     numbers = torch.tensor([*ours, *(-n for n in ours)])
     try:
         for group, device in groups.items():
@@ -75,6 +76,8 @@ def check_ranks(
             f"the ranks that train this model were given different layouts ({how_many}); find the pairs on one of them "
             "and send the others its layout.to_dict()"
         )
+    if most[5] != misfit:
+        raise LayoutError("the layout does not fit the model of another rank, which says why; build the same on all")
     if most[2] != least[2]:
         low, high = (struct.unpack("d", struct.pack("q", n))[0] for n in (least[2], most[2]))
         raise OptimizerError(f"the ranks that train this model were given tau from {low} to {high}; give all the same")
@@ -114,15 +117,18 @@ def groups_of(model: nn.Module) -> Groups:
     return {group: device for group, device in groups.items() if dist.get_world_size(group) > 1}
 
 
-def _hold(optimizers: Iterable[Optimizer], model: nn.Module, layout: QKLayout) -> int:
-    """1 where some optimizers hold a weight that QuacK scales, else 0."""
+def _hold(optimizers: Iterable[Optimizer], model: nn.Module, layout: QKLayout) -> tuple[int, int]:
+    """1 where some optimizers hold a weight that QuacK scales, else 0; and 1 where the layout does not fit the model.
+
+    A layout that does not fit is refused once the ranks have met, so that none waits for this one.
+    """
     scaled = replace(layout, sites=tuple(site for site in layout.sites if not site.qk_norm))
     try:
         known = set(map(id, layout_params(scaled, model).values()))
-    except QuackError:  # it does not fit: once the ranks have agreed on it, all of them will say so
-        return 1
+    except QuackError:
+        return 1, 1
     held = (p for o in optimizers for group in getattr(o, "param_groups", ()) for p in group["params"])
-    return int(any(id(p) in known for p in held))
+    return int(any(id(p) in known for p in held)), 0
 
 
 def _digest(value: object) -> int:

@@ -39,10 +39,10 @@ from quack_fx.graph.capture.hybrid import NUMBER
 from quack_fx.graph.capture.isolate import isolated
 from quack_fx.graph.capture.layers import RepeatedLayer
 from quack_fx.graph.capture.recorder import Recorder
-from quack_fx.graph.capture.wrappers import unwrapped
+from quack_fx.graph.capture.wrappers import first_wrapped, unwrapped
 from quack_fx.graph.forward.machine import available_memory
 
-__all__ = ["Capture", "RepeatedLayer", "capture", "unwrapped"]
+__all__ = ["Capture", "RepeatedLayer", "capture", "first_wrapped", "unwrapped"]
 
 _log = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 In: a model, plain, wrapped, sharded, or with wrapped and sharded layers. Out: a context with the module inside, whose
 forward is that of one process: no wrapper (DistributedDataParallel, torch.compile, activation checkpointing and
-offload, AveragedModel, FSDP1) is left in its tree, no hook of torch.distributed runs, and what a rank holds a part of
-(a DTensor: FSDP2, tensor parallel; a flat weight of FSDP1) has its whole shape, on meta. So names are those of the
-module inside, and no rank waits for another. Afterwards everything is as it was.
+offload, AveragedModel, FSDP1) is left in its tree, no hook and no class of torch.distributed, and what a rank holds a
+part of (a DTensor: FSDP2, tensor parallel; a flat weight of FSDP1) has its whole shape, on meta. So names are those of
+the module inside, it can be copied, and no rank waits for another. Afterwards everything is as it was.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _INSIDE = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_m
 
 _PARALLEL = ("torch.distributed.", "torch.nn.parallel.")
 """Packages whose hooks shard, gather and synchronise."""
+
+_STATE = "__composable_api_state_key"
+"""How the attributes begin in which FSDP2 and `replicate` keep their groups of processes; private to torch."""
 
 
 @contextmanager
@@ -49,13 +52,27 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     if not any(map(_is_touched, modules)):
         yield model
         return
-    before = [(module, Snapshot(module)) for module in modules]
+    before = [(module, Snapshot(module), type(module)) for module in modules]
     try:
         _take_off(modules)
         yield _inside(model)
     finally:
-        for module, snapshot in before:
+        for module, snapshot, kind in before:
+            module.__class__ = kind
             snapshot.restore(module)
+
+
+def first_wrapped(model: nn.Module) -> str | None:
+    """What is wrapped or sharded in a model, in words: the first such module, or None.
+
+    Example:
+        >>> first_wrapped(torch.compile(torch.nn.Linear(2, 2)))
+        'the model is in OptimizedModule'
+    """
+    for name, module in model.named_modules():
+        if _is_touched(module):
+            return f"{repr(name) if name else 'the model'} is in {type(module).__name__}"
+    return None
 
 
 def _is_touched(module: nn.Module) -> bool:
@@ -85,6 +102,9 @@ def _take_off(modules: list[nn.Module]) -> None:
     """Change modules to what they were before they were wrapped and sharded, in place."""
     whole: dict[int, Tensor] = {}  # tied weights stay tied
     for module in modules:
+        module.__class__ = _own_class(type(module))
+        for name in [name for name in vars(module) if name.startswith(_STATE)]:
+            del vars(module)[name]
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if _is_parallel(hook)]:
                 del hooks[key]
@@ -97,6 +117,12 @@ def _take_off(modules: list[nn.Module]) -> None:
     for module in modules:
         for name, child in [*module._modules.items()]:
             module._modules[name] = None if child is None else _inside(child)
+
+
+def _own_class(kind: type) -> type:
+    """The class that a module had before FSDP2 or `replicate` made one of it and of their own."""
+    mixed = len(kind.__bases__) == 2 and kind.__module__.startswith(_PARALLEL)
+    return kind.__bases__[1] if mixed and kind.__bases__[0].__module__.startswith(_PARALLEL) else kind
 
 
 def is_part(value: Any) -> bool:

@@ -19,6 +19,7 @@ from quack_fx.qk_norm.call import Inputs
 from quack_fx.qk_norm.insert.graph import insert_in_graph
 from quack_fx.qk_norm.insert.modules import insert_in_modules
 from quack_fx.qk_norm.insert.report import InsertReport
+from quack_fx.qk_norm.wrapped import refuse_wrapped
 
 __all__ = ["InsertReport", "insert_qk_norm"]
 
@@ -70,4 +71,5 @@ def insert_qk_norm(
         return insert_in_graph(model, eps)
     if layout is None:
         raise StripError("give the layout of the model, quack_fx.find_qk_pairs(model, *example_args)")
+    refuse_wrapped(model)
     return insert_in_modules(model, layout, eps, inputs)

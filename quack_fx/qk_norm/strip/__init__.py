@@ -27,6 +27,7 @@ from quack_fx.qk_norm.strip.graph import strip_graph
 from quack_fx.qk_norm.strip.modules import PassThrough, strip_modules
 from quack_fx.qk_norm.strip.report import LeftSite, LogitChange, RemovedNorm, StripReport
 from quack_fx.qk_norm.strip.spread import Spread, logit_spread
+from quack_fx.qk_norm.wrapped import refuse_wrapped
 
 __all__ = ["LeftSite", "LogitChange", "PassThrough", "RemovedNorm", "StripReport", "strip_qk_norm"]
 
@@ -82,6 +83,7 @@ def strip_qk_norm(
         raise StripError("gain='fold' follows the gains to their rows: give example inputs, inputs=(...)")
     if layout is None and not isinstance(model, GraphModule):
         raise StripError("give the layout of the model, quack_fx.find_qk_pairs(model, *example_args)")
+    refuse_wrapped(model)
     before = _spread(model, inputs)
     if isinstance(model, GraphModule):
         report = strip_graph(model, keep_gain=gain == "keep", restore_scale=scale == "restore")

@@ -12,7 +12,7 @@ does not have this, refuses such a state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -51,6 +51,13 @@ def from_zero(program: ModuleType) -> Any:
                 # Zeros on both sides could never train: no finite factor.
                 found.append(type(norms)(*(x.where(x.abs() < _HUGE, torch.inf) for x in starts)))
             return found
+
+        def restart(self, begun: Container[tuple[int, int]]) -> None:
+            """Start training anew, from the weights now, for all attentions but those in `begun`."""
+            for kind, (saved, starts) in enumerate(zip(self.saved, self.start(), strict=True)):
+                anew = [i for i in range(len(saved)) if (kind, i) not in begun]
+                saved[anew, 1:] = torch.cat(list(starts), 1)[anew]
+                saved[:, 0] = saved[:, 0].abs() * torch.where((saved[:, 1:] < 0).any(1), -1.0, 1.0)
 
         def factors(self) -> list[Any]:
             """Factors of the blocks; where a learning rate may only fall, negative, as the first ones are."""

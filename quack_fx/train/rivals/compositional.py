@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
 _DAMPING = 1e-2
-"""Lambda, as in the released code."""
+"""Lambda, as published descriptions of the method give it."""
 
 
 class Compositional(Method):

@@ -79,7 +79,8 @@ class QuacK:
                 # In double: products of four norms must not overflow.
                 of[name] = torch.stack(norms, -2).double().square()
             squares.append([torch.stack([of[n][..., index].sum(-1) for n in names]).sum(0) for index, *names in rows])
-        add_up(squares, self.meshes)  # if sharded
+        exact = reduce(torch.promote_types, {weight.dtype for weight in self.home}, torch.float32)  # if sharded
+        add_up(squares, self.meshes, exact)  # if sharded
         return [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
 
     def factors(self) -> list[Any]:

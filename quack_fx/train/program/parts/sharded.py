@@ -58,15 +58,21 @@ def spread(
     return found
 
 
-def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh]) -> None:
-    """Add up the squared norms of all ranks, in place, [1 + meshes, attentions, heads] each to [attentions, heads]."""
+def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh], exact: torch.dtype) -> None:
+    """Add up the squared norms of all ranks, in place, [1 + meshes, attentions, heads] each to [attentions, heads].
+
+    They are sent as `exact`, the type of the weights: in one message for a mesh of all ranks, else in one an axis.
+    """
     if not squares:
         return
     sums = torch.cat([x.flatten(1) for own in squares for x in own], 1)
-    for mesh, part in zip(meshes, sums[1:], strict=True):
-        for dim in range(mesh.ndim):
-            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-    each = iter(torch.split(sums.sum(0), [x[0].numel() for own in squares for x in own]))
+    sent = sums[1:].to(exact)
+    for mesh, part in zip(meshes, sent, strict=True):
+        everyone = mesh.size() == torch.distributed.get_world_size()
+        for group in [None] if everyone else mesh.get_all_groups():
+            torch.distributed.all_reduce(part, group=group)
+    total = sums[0] + sent.double().sum(0)
+    each = iter(torch.split(total, [x[0].numel() for own in squares for x in own]))
     for own in squares:
         own[:] = [next(each).view(x.shape[1:]) for x in own]
 

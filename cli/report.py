@@ -1,0 +1,40 @@
+"""`quack-fx report FILE`: a recorded training run, for a person to read.
+
+In: a file that `quack_fx.RunLog` wrote, of a run that ended or goes on. Out: on stdout a summary; with --html a page
+with curves and every head.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import DebugOption, ForceOption, check_output, note, show, write_whole
+
+RecordArgument = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="The JSON lines that quack_fx.RunLog writes.", show_default=False),
+]
+
+
+def report(
+    file: RecordArgument,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a page with curves and every head.")
+    ] = None,
+    force: ForceOption = False,
+    debug: DebugOption = False,
+) -> int:
+    """Show a recorded training run: its curves, learning-rate scales, and the heads that grew most."""
+    if html is not None:
+        check_output(html, force)
+    from quack_fx.report import run
+
+    record = run.read(file)
+    show(run.summary(record))
+    if html is not None:
+        write_whole(html, run.html(record))
+        note(f"wrote {html}")
+    return 0

@@ -1,0 +1,268 @@
+"""JSON lines of a training run -> a `Run`, as far as the file goes.
+
+In: a file that `quack_fx.RunLog` writes, maybe at this moment. Out: for every step its numbers and what follows from
+the heads' numbers; the heads' numbers themselves for at most a few hundred steps, so that a long run fits in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from statistics import median
+
+from quack_fx.errors import RunError
+
+HeadName = tuple[str, str]
+"""A site, and a metric of its heads: ("layers.0.attn", "q/norm")."""
+
+MOST_SAMPLES = 400
+"""Steps of which the numbers of every head are kept; beyond, every other one is dropped."""
+
+PRODUCT, LOGIT, NORM, SCALE = "qk_norm_product", "max_attn_logit", "norm", "lr_scale"
+_OF_BLOCKS = (NORM, SCALE)
+_SUMMARIES = ("min", "median", "max")
+_CHUNK = 1 << 24
+
+
+@dataclass
+class Record:
+    """One recorded step.
+
+    Attributes:
+        step: Its number.
+        time: When it was recorded, in seconds since 1970; NaN where the file does not say.
+        own: The numbers that the user gave.
+        attention: Over all heads of all sites: "max_attn_logit/max", "lr_scale/min" and so on.
+    """
+
+    step: int
+    time: float
+    own: dict[str, float]
+    attention: dict[str, float]
+
+
+@dataclass
+class Sample:
+    """The numbers of every head at one step."""
+
+    step: int
+    heads: dict[HeadName, list[float]]
+
+
+@dataclass
+class Run:
+    """A recorded run.
+
+    Attributes:
+        records: The steps in order; what was recorded again after a restart takes the place of what was there.
+        samples: The heads' numbers of some steps, the first and evenly spread others.
+        last: The heads' numbers at the last step that has them.
+        restarts: Steps from which a resumed run went on.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    last: Sample | None = None
+    restarts: list[int] = field(default_factory=list)
+    _stride: int = 1
+
+    def add(self, record: Record, heads: dict[HeadName, list[float]]) -> None:
+        """Take one more step in; one that is there already is added to, and one before it starts over from there."""
+        if self.records and record.step < self.records[-1].step:
+            self.restarts.append(record.step)
+            self.records = [known for known in self.records if known.step < record.step]
+            self.samples = [known for known in self.samples if known.step < record.step]
+            self.last = self.samples[-1] if self.samples else None
+        if self.records and record.step == self.records[-1].step:
+            known = self.records[-1]
+            known.time = record.time
+            known.own.update(record.own)
+            known.attention.update(record.attention)
+        else:
+            self.records.append(record)
+        if heads:
+            self._sample(record.step, heads)
+
+    def _sample(self, step: int, heads: dict[HeadName, list[float]]) -> None:
+        if self.last is not None and self.last.step == step:
+            self.last.heads.update(heads)
+            return
+        self.last = Sample(step, heads)
+        if (len(self.records) - 1) % self._stride == 0 or not self.samples:
+            self.samples.append(self.last)
+            if len(self.samples) > MOST_SAMPLES:
+                del self.samples[1::2]
+                self._stride *= 2
+
+
+class RunFile:
+    """A record that may still be written.
+
+    Arguments:
+        path: The file; it need not exist yet.
+
+    Attributes:
+        run: What was read so far.
+        unfinished: Whether the file ends in the middle of a line, which is not read.
+
+    Example:
+        >>> file = RunFile(Path("run.jsonl"))
+        >>> while file.update():
+        ...     print(file.run.records[-1].step)
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._begin()
+
+    def _begin(self) -> None:
+        self.run, self.unfinished = Run(), False
+        self._offset, self._lines = 0, 0
+        self._identity: tuple[int, int] | None = None
+
+    def update(self) -> bool:
+        """Read what was added; from the start where the file is another one, or shorter, than before.
+
+        Returns:
+            Whether there was something new.
+
+        Raises:
+            RunError: The file cannot be read, or a line is no record.
+        """
+        try:
+            with self.path.open("rb") as file:
+                stat = self.path.stat()
+                identity = (stat.st_dev, stat.st_ino)
+                if stat.st_size < self._offset or self._identity not in (None, identity):
+                    self._begin()
+                self._identity = identity
+                file.seek(self._offset)
+                before, rest = self._offset, b""
+                while part := file.read(_CHUNK):
+                    whole, newline, rest = (rest + part).rpartition(b"\n")
+                    if newline:
+                        self._take(whole)
+                        self._offset += len(whole) + 1
+                self.unfinished = bool(rest)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise RunError(f"the record {str(self.path)!r} cannot be read: {error.strerror}") from error
+        return self._offset > before
+
+    def _take(self, lines: bytes) -> None:
+        for line in lines.split(b"\n"):
+            self._lines += 1
+            try:
+                self.run.add(*_record(json.loads(line)))
+            except ValueError as error:
+                said = str(error) if isinstance(error, RunError) else f"it is not JSON ({error})"
+                raise RunError(
+                    f"{str(self.path)!r}, line {self._lines}: {said}; give a file that quack_fx.RunLog wrote"
+                ) from error
+
+
+def read(path: Path) -> RunFile:
+    """A record as it is now.
+
+    Arguments:
+        path: The file.
+
+    Raises:
+        RunError: There is no such file, a line of it is no record, or it has no whole line yet.
+    """
+    file = RunFile(path)
+    if not file.update():
+        if not path.exists():
+            raise RunError(f"there is no record {str(path)!r}; quack_fx.RunLog writes one while a model trains")
+        raise RunError(f"the record {str(path)!r} has no whole line yet; try again when a step was recorded")
+    return file
+
+
+def _record(line: object) -> tuple[Record, dict[HeadName, list[float]]]:
+    """The step of a line, and the numbers of its heads.
+
+    Raises:
+        RunError: It is something else.
+    """
+    step = line.get("step") if isinstance(line, dict) else None
+    if not isinstance(line, dict) or isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise RunError("it is no record of a step")
+    record = Record(step, math.nan, {}, {})
+    heads: dict[HeadName, list[float]] = {}
+    summaries: dict[tuple[str, str], list[float]] = {}
+    for name, value in line.items():
+        if name == "step":
+            continue
+        if isinstance(value, list):
+            if not name.startswith("attention/") or not value:
+                raise RunError(f"{name!r} is {_short(value)}, which is no number")
+            heads[_head_name(name)] = [_number(name, one) for one in value]
+        elif name.startswith("attention/"):
+            whole, _, summary = name.rpartition("/")
+            if summary in _SUMMARIES:
+                summaries.setdefault((whole.rpartition("/")[2], summary), []).append(_number(name, value))
+        elif name == "time":
+            record.time = _number(name, value)
+        else:
+            record.own[name] = _number(name, value)
+    record.attention = {**_of_summaries(summaries), **_of_heads(heads)}
+    return record, heads
+
+
+def _number(name: str, value: object) -> float:
+    if type(value) in (int, float) or value in ("NaN", "Infinity", "-Infinity"):
+        try:
+            return float(value)  # type: ignore[arg-type]
+        except OverflowError:
+            pass
+    raise RunError(f"{name!r} is {_short(value)}, which is no number")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def _head_name(name: str) -> HeadName:
+    """Site and metric of a name in the file; a metric of a block has the block's name before it."""
+    parts = name.split("/")[1:]
+    size = 2 if parts[-1] in _OF_BLOCKS else 1
+    return "/".join(parts[:-size]), "/".join(parts[-size:])
+
+
+def _of_heads(heads: Mapping[HeadName, Sequence[float]]) -> dict[str, float]:
+    """Minimum, median and maximum of each metric over all heads of all sites."""
+    kinds: dict[str, list[Sequence[float]]] = {}
+    for (_, metric), values in heads.items():
+        kinds.setdefault(metric.rpartition("/")[2], []).append(values)
+    found: dict[str, float] = {}
+    for kind, lists in kinds.items():
+        values = list(chain.from_iterable(lists))
+        found |= {f"{kind}/min": least(values), f"{kind}/median": middle(values), f"{kind}/max": most(values)}
+    return found
+
+
+def _of_summaries(summaries: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:
+    """The same where a record has them by site; of medians there is no median of all heads."""
+    ways = {"min": least, "max": most}
+    return {f"{kind}/{how}": ways[how](values) for (kind, how), values in summaries.items() if how in ways}
+
+
+def least(values: Sequence[float]) -> float:
+    """The minimum; NaN where a value is."""
+    return math.nan if any(map(math.isnan, values)) else min(values)
+
+
+def most(values: Sequence[float]) -> float:
+    """The maximum; NaN where a value is."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def middle(values: Sequence[float]) -> float:
+    """The median; NaN where a value is."""
+    return math.nan if any(map(math.isnan, values)) else median(values)

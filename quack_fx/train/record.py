@@ -1,0 +1,226 @@
+"""A training run as a file: JSON lines, and TensorBoard where it is asked for.
+
+In: the number of a step, the user's own numbers, what `metrics(heads=True)` gives. Out: one line of JSON a step, which
+`quack-fx report` and `quack-fx watch` read:
+
+    {"step": 20, "time": 1767225600.0, "loss": 3.1, "attention/layers.0.attn/q/norm": [1.9, 2.2], ...}
+
+A metric that every head has is a list over the heads under its name without "/head_3"; its minimum, median and maximum
+are left out, for they follow from the list. JSON has no NaN and no infinity: they are the texts "NaN", "Infinity" and
+"-Infinity", which `float` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch.distributed as dist
+from torch import Tensor
+
+from quack_fx.errors import RunError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+OWN_NAMES = ("step", "time")
+OWN_PREFIX = "attention/"
+
+
+class HasMetrics(Protocol):
+    """What has metrics of attention: `QuacK` or the step of `compile_train_step`."""
+
+    def metrics(self, heads: bool = False) -> dict[str, float]:
+        """Names and numbers; see `QuacK.metrics`."""
+        ...
+
+
+class RunLog:
+    """Records a training run in a file of JSON lines that `quack-fx report` and `quack-fx watch` show.
+
+    A file that exists is appended to, so a resumed run goes on in the same file; steps that are recorded again take the
+    place of the earlier ones where the file is read. A line that a killed process left unfinished is removed.
+
+    Under torch.distributed every rank makes a `RunLog` and calls `log`, because the metrics of sharded weights are
+    computed by all ranks together; rank 0 alone writes. In pipeline parallelism it therefore records its own stage.
+
+    Arguments:
+        path: The file; its folder must exist.
+        quack: What has the metrics: a `QuacK`, or the step of `compile_train_step`. None records your own numbers
+            alone, as for a run without QuacK that is to be compared.
+        tensorboard: A folder for TensorBoard event files with the same numbers, of attention the minimum, median and
+            maximum over heads; needs the package tensorboard.
+
+    Raises:
+        RunError: `path` is a folder, cannot be written, or holds something else than a recorded run; tensorboard is not
+            installed.
+
+    Example:
+        >>> run = quack_fx.RunLog("run.jsonl", quack)
+        >>> for step, batch in enumerate(batches):
+        ...     loss = train_step(batch)
+        ...     if step % 10 == 0:
+        ...         run.log(step, loss=loss, lr=scheduler.get_last_lr()[0])
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], quack: HasMetrics | None = None, *, tensorboard: str | None = None
+    ) -> None:
+        if quack is not None and not callable(getattr(quack, "metrics", None)):
+            raise RunError(
+                f"quack is a {type(quack).__name__}, which has no metrics; give the QuacK of your optimizer or the "
+                "step of compile_train_step"
+            )
+        self.path = Path(path)
+        self._quack = quack
+        self._writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+        self._board: SummaryWriter | None = None
+        if self._writes:
+            _prepare(self.path)
+            if tensorboard is not None:
+                self._board = _board(tensorboard)
+
+    def log(self, step: int, /, **numbers: float | Tensor) -> None:
+        """Record one step: your numbers, and the metrics of attention as the weights are now.
+
+        Waits for the device, so call it every 10 or 100 steps where that counts. Logging a step twice adds to it.
+
+        Arguments:
+            step: The number of the step, 0 or more.
+            numbers: Your own numbers by name, such as `loss` and `lr`: floats, ints, or tensors with one element.
+
+        Raises:
+            RunError: `step` is no such number; a name is taken; a value is no number; the file cannot be written.
+
+        Example:
+            >>> run.log(120, loss=loss, lr=3e-4, **{"val/loss": 3.2})
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise RunError(f"step {step!r} is not a whole number of 0 or more; give the number of the step first")
+        own = {name: _number(name, value) for name, value in numbers.items()}
+        metrics = {} if self._quack is None else self._quack.metrics(heads=True)
+        if not self._writes:
+            return
+        record = {"step": step, "time": time.time(), **own, **_by_head(metrics)}
+        line = json.dumps({name: _as_json(value) for name, value in record.items()}, allow_nan=False)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise RunError(f"the record {str(self.path)!r} cannot be written: {error.strerror}") from error
+        if self._board is not None:
+            for name, value in {**own, **metrics}.items():
+                if "/head_" not in name:
+                    self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def close(self) -> None:
+        """End the TensorBoard files. The JSON lines are complete after every `log`."""
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _prepare(path: Path) -> None:
+    """Make the file, or cut what a killed process left behind its last whole line.
+
+    Raises:
+        RunError: It is a folder, cannot be written, or is no recorded run.
+    """
+    try:
+        with path.open("a+b") as file:
+            file.seek(0)
+            first = file.readline()
+            if first and not _is_record(first):
+                raise RunError(f"{str(path)!r} exists and is not a recorded run; give another file")
+            file.truncate(_end_of_lines(path))
+    except OSError as error:
+        raise RunError(f"the record {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _is_record(line: bytes) -> bool:
+    """Whether the first line of a file is one of a record, or the start of one that was cut short."""
+    if not line.endswith(b"\n"):
+        start = b'{"step": '
+        return line.startswith(start) or start.startswith(line)
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "step" in record
+
+
+def _end_of_lines(path: Path, chunk: int = 1 << 20) -> int:
+    """Where the last whole line of a file ends."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - chunk)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def _board(folder: str) -> SummaryWriter:
+    """A writer of TensorBoard files.
+
+    Raises:
+        RunError: The package is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RunError(f"tensorboard={folder!r} needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(folder)
+
+
+def _number(name: str, value: object) -> float:
+    """A number that the user gave.
+
+    Raises:
+        RunError: The name is one of the record's own, or the value is no number.
+    """
+    if name in OWN_NAMES or name.startswith(OWN_PREFIX):
+        raise RunError(f"the name {name!r} is taken by the record itself; call your number something else")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise RunError(f"{name} is a tensor of shape {list(value.shape)}; give one number, such as {name}.mean()")
+    if isinstance(value, str | bytes) or value is None:
+        raise RunError(f"{name} is {value!r}; give a number")
+    try:
+        return float(value.item() if isinstance(value, Tensor) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise RunError(f"{name} is a {type(value).__name__}, which is no number; give a float") from error
+
+
+def _by_head(metrics: Mapping[str, float]) -> dict[str, float | list[float]]:
+    """Metrics with the numbers of all heads in one list, and without the summaries that follow from it."""
+    lists: dict[str, list[float]] = {}
+    for name, value in metrics.items():
+        start, mark, _ = name.rpartition("/head_")
+        if mark:
+            lists.setdefault(start, []).append(value)
+    plain = {n: v for n, v in metrics.items() if "/head_" not in n and n.rpartition("/")[0] not in lists}
+    return {**plain, **lists}
+
+
+def _as_json(value: Any) -> Any:
+    """A value with NaN and infinities as texts."""
+    if isinstance(value, list):
+        return [_as_json(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
