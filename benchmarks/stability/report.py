@@ -125,8 +125,8 @@ def _sums(found: Sequence[Panel]) -> Iterator[str]:
     yield "## In short"
     yield ""
     yield (
-        "Loss of each method at its best learning rate, lower is better. *Works at* counts the learning rates at which "
-        f"a method is at most {CLOSE} above the best loss of all methods."
+        "Loss of each method at its best learning rate, lower is better. *Works at* counts, of the learning rates that "
+        f"were run, those at which a method is at most {CLOSE} above the best loss of all methods."
     )
     yield ""
     columns = [[panel.title, *(["works at"] if len(panel.lrs) > 1 else [])] for panel in found]
@@ -149,7 +149,8 @@ def _sum(panel: Panel, method: Method) -> Iterator[str]:
     best = panel.best(method)
     yield "-" if best is None else str(panel.point(method, best).loss)
     if len(panel.lrs) > 1:
-        yield f"{len(panel.close(method))} of {len(panel.lrs)}"
+        done = [lr for lr in panel.lrs if panel.point(method, lr).records]
+        yield f"{len(panel.close(method))} of {len(done)}"
 
 
 _CAPTIONS = {
