@@ -92,7 +92,8 @@ def _setting(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator
     yield f"Written by `python -m benchmarks.stability report` from `{source}`; `make experiment` does the runs."
     yield ""
     yield (
-        f"{len(every)} runs of {planned} that are planned, seeds {', '.join(map(str, seeds))}, "
+        f"{len(every)} runs of {planned} that are planned, {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"{', '.join(map(str, seeds))}, "
         f"{seconds / 3600:.1f} hours of one thread; torch {c['torch']}, Python {c['python']}. A language model of "
         f"bytes reads the sources of Python's standard library (sha256 `{c['text']}`), "
         f"{setup.sequences * setup.accumulate} sequences of {setup.positions} bytes a step: {shape.layers} layers of "
@@ -150,7 +151,7 @@ def _sum(panel: Panel, method: Method) -> Iterator[str]:
     yield "-" if best is None else str(panel.point(method, best).loss)
     if len(panel.lrs) > 1:
         done = [lr for lr in panel.lrs if panel.point(method, lr).records]
-        yield f"{len(panel.close(method))} of {len(done)}"
+        yield f"{len(panel.close(method))} of {len(done)}" if done else "-"
 
 
 _CAPTIONS = {
