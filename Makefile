@@ -9,6 +9,7 @@
 #   make strip                those with QK norm, stripped both ways; after a sweep; writes docs/qk_norm.md
 #   make trainers             the tests of QuacK in other people's trainers, in an environment that has those
 #   make bench                a training step with and without QuacK, and other ways to take it, on this CPU
+#   make experiment           small models trained with QuacK and its rivals, 3 hours on two cores; stops and goes on
 #   make docs                 the site, in site/; `make docs SERVE=1` shows it and follows changes
 #   make lint                 ruff and mypy
 #   make test TORCH=2.11.0    the same on another torch, in an environment of its own
@@ -20,7 +21,7 @@ VENV := .venv$(if $(filter-out $(DEFAULT_TORCH),$(TORCH)),-$(TORCH))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-with-torch-$(TORCH)
 
-.PHONY: demo test slow trainers fuzz sweep wild strip bench docs lint format setup clean
+.PHONY: demo test slow trainers fuzz sweep wild strip bench experiment docs lint format setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -99,6 +100,16 @@ $(SWEEP_STAMP): pyproject.toml
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.step --markdown benchmarks/results/step_cpu.md
+
+# MINUTES=9 stops after so many, and the same command goes on; LONG=1 for the long runs, JOBS=8 for more processes;
+# RESULTS=mine.jsonl begins anew: runs of another Python or torch do not go into the same file.
+MINUTES ?=
+LONG ?=
+RESULTS ?= benchmarks/results/stability_cpu.jsonl
+experiment: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.stability run --jobs $(JOBS) --results $(RESULTS) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(LONG),--long)
+	$(BIN)/python -m benchmarks.stability report --results $(RESULTS)
 
 # The site is made from sources alone: an environment of its own, without torch.
 DOCS_VENV := .venv-docs

@@ -25,6 +25,7 @@ from .common import command as open_command
 from .convert import convert
 from .inspect import inspect
 from .report import report
+from .tune import tune
 from .verify import verify
 from .watch import watch
 
@@ -35,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (inspect, convert, verify, bench, report, watch):
+for _command in (inspect, convert, verify, bench, tune, report, watch):
     app.command()(_command)
 
 

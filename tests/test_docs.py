@@ -110,7 +110,7 @@ def test_every_code_of_a_refusal_is_documented(reference: Any) -> None:
 def test_every_option_is_listed(reference: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """Against the help that the program prints."""
     listed = reference.commands()
-    for command in ("inspect", "convert", "verify", "bench", "report", "watch"):
+    for command in ("inspect", "convert", "verify", "bench", "tune", "report", "watch"):
         (section,) = re.findall(rf"^## quack-fx {command}\n(.*?)(?=^## |\Z)", listed, re.DOTALL | re.MULTILINE)
         assert main([command, "--help"]) == 0
         shown = set(re.findall(r"--[a-z][a-z-]*", capfd.readouterr().out)) - {"--help"}

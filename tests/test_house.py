@@ -41,7 +41,7 @@ ARROWS = {
     "train": {"errors", "layout", "find"},
     "report": {"errors", "layout", "__version__"},
     "targets": {"errors", "graph"},
-    "bench": {"errors", "layout", "qk_norm", "train"},
+    "bench": {"errors", "layout", "graph", "qk_norm", "train"},
     "cli": EVERYTHING | {"__version__"},
     "": EVERYTHING - {"cli", "bench", "report", "targets"},  # the public names
 }

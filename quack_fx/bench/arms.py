@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quack_fx.bench.normed import with_qk_norm
 from quack_fx.layout import QKLayout, Ranges, WeightBlock
-from quack_fx.qk_norm.insert import insert_qk_norm
 from quack_fx.train.step import compile_train_step
 
 Loss = Callable[..., Tensor]
@@ -139,11 +139,7 @@ def _ours(model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, 
 
 
 def _with_qk_norm(case: Case) -> nn.Module | str:
-    if case.normed is not None:
-        return copy.deepcopy(case.normed)
-    model = copy.deepcopy(case.model)
-    report = insert_qk_norm(model, case.layout)
-    return model if report.inserted else next((left.reason for left in report.left), "it has no attention")
+    return with_qk_norm(case.model, case.layout) if case.normed is None else copy.deepcopy(case.normed)
 
 
 def _own(name: str, model: nn.Module, case: Case) -> Arm:

@@ -1,0 +1,238 @@
+"""Which runs the experiment is made of, and in which order.
+
+In: the name of a preset. Out: its `Setup`, and `Run`s so ordered that the experiment may stop after any of them: one
+seed of the whole grid comes before the next one, and the learning rates that tell most come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any, Literal
+
+from benchmarks.stability.models import ATTENTIONS, Shape
+from quack_fx.train.rivals import THRESHOLD, MethodName
+
+Kind = MethodName | Literal["qk-norm"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to keep attention logits in check.
+
+    Attributes:
+        kind: "none", "qk-norm", or what `quack_fx.QuacK` takes as `method`.
+        tau: Learning rate of queries and keys, relative to that of the other weights.
+        threshold: Largest logit that qk-clip lets pass.
+    """
+
+    kind: Kind
+    tau: float = 1.0
+    threshold: float = THRESHOLD
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and records."""
+        if self.kind in ("none", "qk-norm"):
+            return self.kind
+        return f"{self.kind} {self.threshold if self.kind == 'qk-clip' else self.tau:g}"
+
+    def fits(self, attention: str) -> bool:
+        """Whether it is for that attention: "compositional" was published for one query and one key projection."""
+        return self.kind != "compositional" or attention == "mha"
+
+
+METHODS = (
+    Method("none"),
+    Method("quack", 1.0),
+    Method("qk-norm"),
+    Method("qk-clip", threshold=30.0),
+    Method("quack", 0.1),
+    Method("constant", 0.1),
+    Method("qk-clip", threshold=100.0),
+    Method("quack", 0.01),
+    Method("constant", 0.01),
+    Method("quack", 10.0),
+    Method("constant", 10.0),
+    Method("compositional", 1.0),
+)
+"""Those that are compared; a constant of 1 would be no method."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        attention: Key of `ATTENTIONS`.
+        optimizer: "muon" (with AdamW beside it) or "adamw".
+        method: What keeps the logits in check.
+        lr: Learning rate of the matrices.
+        seed: Of the weights and of the batches.
+        steps: Number of steps.
+    """
+
+    attention: str
+    optimizer: str
+    method: Method
+    lr: float
+    seed: int
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """Its name, unlike that of all others."""
+        method = self.method.name.replace(" ", "-")
+        return f"{self.attention}-{self.optimizer}-{method}-lr{self.lr:g}-seed{self.seed}-steps{self.steps}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> Run:
+        """From its JSON form."""
+        return cls(**{**d, "method": Method(**d["method"])})
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs of a preset have in common.
+
+    Attributes:
+        shape: Sizes of the models.
+        sequences: Sequences that are in memory at once.
+        accumulate: Number of those whose gradients make one step.
+        positions: Positions in a sequence.
+        steps: Steps of a run.
+        long_steps: Steps of the long runs.
+        check_batches: Batches that the validation loss is the mean of.
+        probed: Sequences of the probe batch whose logits are looked at.
+        points: Points on the curves of a run.
+        lrs: Learning rates of each optimizer, those that tell most first.
+        other_lr: Muon: learning rate of AdamW, which trains embeddings and gains.
+        weight_decay: Of the matrices.
+        seeds: Number of seeds.
+        long_lr: Optimizer and learning rate of the long runs, for each attention.
+        device: Where the models are.
+        bf16: Whether the forward runs under bf16 autocast.
+        compile: Whether the models are compiled.
+    """
+
+    shape: Shape
+    sequences: int
+    accumulate: int
+    positions: int
+    steps: int
+    long_steps: int
+    check_batches: int
+    probed: int
+    points: int
+    lrs: Mapping[str, tuple[float, ...]]
+    other_lr: float
+    weight_decay: float
+    seeds: int
+    long_lr: Mapping[str, tuple[str, float]]
+    device: str = "cpu"
+    bf16: bool = False
+    compile: bool = False
+
+    def runs(self, long: bool = False) -> Iterator[Run]:
+        """All runs, in their order.
+
+        Arguments:
+            long: Whether the long runs at the points of `long_lr` are meant, instead of the grid.
+        """
+        if long:
+            for seed, method in product(range(self.seeds), METHODS):
+                for attention, (optimizer, lr) in self.long_lr.items():
+                    if method.fits(attention):
+                        yield Run(attention, optimizer, method, lr, seed, self.long_steps)
+            return
+        ranks = range(max(map(len, self.lrs.values())))
+        for seed, rank, method, optimizer in product(range(self.seeds), ranks, METHODS, self.lrs):
+            for attention in ATTENTIONS:
+                if method.fits(attention) and rank < len(self.lrs[optimizer]):
+                    yield Run(attention, optimizer, method, self.lrs[optimizer][rank], seed, self.steps)
+
+
+_GRID = {
+    "muon": (3e-2, 1e-1, 1e-2, 3e-1, 3e-3, 1.0),
+    "adamw": (3e-3, 1e-2, 1e-3, 3e-2, 3e-4, 1e-1),
+}
+
+PRESETS = {
+    "cpu": Setup(
+        shape=Shape(layers=4, width=128, heads=4, ffn_width=384, q_latent=64, kv_latent=32),
+        sequences=8,
+        accumulate=1,
+        positions=64,
+        steps=300,
+        long_steps=2000,
+        check_batches=32,
+        probed=8,
+        points=30,
+        lrs=_GRID,
+        other_lr=3e-3,
+        weight_decay=0.0,
+        seeds=3,
+        long_lr={"mla": ("muon", 3e-2), "mha": ("muon", 1e-1)},
+    ),
+    "gpu-125m": Setup(
+        shape=Shape(layers=12, width=768, heads=12, ffn_width=3072, q_latent=384, kv_latent=192),
+        sequences=16,
+        accumulate=4,
+        positions=1024,
+        steps=3000,
+        long_steps=10_000,
+        check_batches=16,
+        probed=1,
+        points=60,
+        lrs={"muon": (3e-2, 1e-1, 3e-3)},
+        other_lr=3e-3,
+        weight_decay=0.0,
+        seeds=1,
+        long_lr={"mla": ("muon", 3e-2)},
+        device="cuda",
+        bf16=True,
+        compile=True,
+    ),
+    "gpu-1b": Setup(
+        shape=Shape(layers=14, width=2048, heads=32, ffn_width=8192, q_latent=512, kv_latent=256),
+        sequences=8,
+        accumulate=12,
+        positions=2048,
+        steps=5000,
+        long_steps=20_000,
+        check_batches=8,
+        probed=1,
+        points=100,
+        lrs={"muon": (3e-2, 3e-3, 3e-4)},
+        other_lr=3e-3,
+        weight_decay=0.0,
+        seeds=1,
+        long_lr={"mla": ("muon", 3e-2)},
+        device="cuda",
+        bf16=True,
+        compile=True,
+    ),
+    "toy": Setup(
+        shape=Shape(layers=2, width=16, heads=2, ffn_width=32, q_latent=8, kv_latent=8),
+        sequences=2,
+        accumulate=2,
+        positions=8,
+        steps=10,
+        long_steps=20,
+        check_batches=2,
+        probed=1,
+        points=5,
+        lrs={"muon": (3e-2,), "adamw": (3e-3,)},
+        other_lr=3e-3,
+        weight_decay=0.0,
+        seeds=1,
+        long_lr={"mla": ("muon", 3e-2)},
+        bf16=True,
+    ),
+}
+"""The sizes that there are. "gpu-125m" and "gpu-1b" have not been run; "toy" is for tests."""
