@@ -83,8 +83,8 @@ def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling, own: 
     first = next(block.param for site in layout.sites if not site.qk_norm for _, block in site.blocks())
     if all(p.dim() == 1 and p not in own for p in params_of(optimizer)):
         return (
-            f"{kind} holds flat parts of weights, as ZeRO makes them, in which the rows of {first!r} are lost; "
-            "use FSDP2 (fully_shard), or another way to train that keeps the shapes of weights"
+            f"{kind} holds none of the query and key weights, such as {first!r}, but tensors of one axis; in flat parts of "
+            "weights, as ZeRO makes them, rows are lost: use FSDP2 (fully_shard), or another way that keeps their shapes"
         )
     return (
         f"{kind} holds none of the query and key weights, such as {first!r}; attach QuacK to the "
