@@ -274,7 +274,9 @@ def flat_parts(params: list[Tensor]) -> list[torch.nn.Parameter]:
 def test_flat_parts_of_weights_are_refused() -> None:
     model = OneHead()
     layout = find_qk_pairs(model, torch.randn(1, 3, 64))
-    with pytest.raises(OptimizerError, match=r"holds none .* 'q.weight', .* flat parts of weights, .* rows are lost: use FSDP2"):
+    with pytest.raises(
+        OptimizerError, match=r"holds none .* 'q.weight', .* flat parts of weights, .* rows are lost: use FSDP2"
+    ):
         QuacK(AdamW(flat_parts(list(model.parameters()))), model, layout)
     gain = torch.nn.Parameter(torch.ones(3))
     model.register_parameter("gain", gain)

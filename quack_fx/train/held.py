@@ -83,8 +83,9 @@ def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling, own: 
     first = next(block.param for site in layout.sites if not site.qk_norm for _, block in site.blocks())
     if all(p.dim() == 1 and p not in own for p in params_of(optimizer)):
         return (
-            f"{kind} holds none of the query and key weights, such as {first!r}, but tensors of one axis; in flat parts of "
-            "weights, as ZeRO makes them, rows are lost: use FSDP2 (fully_shard), or another way that keeps their shapes"
+            f"{kind} holds none of the query and key weights, such as {first!r}, but tensors of one axis; in "
+            "flat parts of weights, as ZeRO makes them, rows are lost: use FSDP2 (fully_shard), or another way to shard "
+            "that keeps their shapes"
         )
     return (
         f"{kind} holds none of the query and key weights, such as {first!r}; attach QuacK to the "
