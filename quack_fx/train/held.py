@@ -84,7 +84,7 @@ def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling, own: 
     if all(p.dim() == 1 and p not in own for p in params_of(optimizer)):
         return (
             f"{kind} holds none of the query and key weights, such as {first!r}, but tensors of one axis; in "
-            "flat parts of weights, as ZeRO makes them, rows are lost: use FSDP2 (fully_shard), or another way to shard "
+            "flat parts of weights, as ZeRO makes them, rows are lost: use FSDP2 (fully_shard), or another sharding "
             "that keeps their shapes"
         )
     return (
