@@ -22,6 +22,7 @@ from quack_fx.errors import LayoutError, VerifyError
 from quack_fx.find import find_qk_pairs
 from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
 from quack_fx.prove import VerifyReport, carried_over, verify_qk_pairs
+from quack_fx.prove.norms import sums_to_zero
 
 
 @pytest.fixture(scope="session", params=CASES)
@@ -506,3 +507,19 @@ def test_an_attention_that_runs_more_often_in_training_is_proved_there() -> None
         verify_qk_pairs(model, wrong, x)
     with pytest.raises(VerifyError, match="runs 1 times in a forward pass, the layout claims 2"):
         verify_qk_pairs(model.eval(), layout, x)
+
+
+@pytest.mark.parametrize("less_mean", [True, False])
+def test_features_that_are_nearly_equal_do_not_hide_that_a_norm_takes_the_mean(less_mean: bool) -> None:
+    """In one row of ten, rounding is as large as what is left of the features without their mean."""
+    norm = torch.nn.functional.layer_norm if less_mean else torch.nn.functional.rms_norm
+    hidden = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 5, 3) * 3000
+        x[1, 2] = 1700 + torch.randn(3) * 0.1
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(norm(x, (3,)), x, torch.randn(2, 5, 3))
+        assert sums_to_zero(gradient, (2, 5, 1)) == less_mean
+        hidden += less_mean and not sums_to_zero(gradient, ())
+    assert not less_mean or hidden > 5

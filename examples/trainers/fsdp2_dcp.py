@@ -73,4 +73,5 @@ if __name__ == "__main__":
         dcp.load({"run": run}, checkpoint_id=folder)
     run.train(3)
     dcp.save({"run": run}, checkpoint_id=folder)
+    dist.barrier()  # gloo may abort a rank whose partner has left
     dist.destroy_process_group()
