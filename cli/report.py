@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from quack_fx.errors import RunError
+
 from .common import DebugOption, ForceOption, check_output, note, show, write_whole
 
 RecordArgument = Annotated[
@@ -29,6 +31,8 @@ def report(
 ) -> int:
     """Show a recorded training run: its curves, learning-rate scales, and the heads that grew most."""
     if html is not None:
+        if html.exists() and file.exists() and html.samefile(file):
+            raise RunError(f"--html {str(html)!r} is the record itself; give the page a file of its own")
         check_output(html, force)
     from quack_fx.report import run
 

@@ -949,6 +949,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "empty layout": (lambda: attach(layout=QKLayout()), OptimizerError, "the layout has no query or key weights"),
     "norms kept": (lambda: attach(layout=normed()), OptimizerError, r"\(2 sites keep a QK norm\); use SGD as it is"),
     "tau of zero": (lambda: attach(tau=0.0), OptimizerError, "tau is 0.0; need a positive number"),
+    "tau that turns negative": (lambda: setattr(attach(), "tau", -1), OptimizerError, "tau is -1; need"),
     "negative tau": (lambda: attach(tau=-1), OptimizerError, "tau is -1; need"),
     "infinite tau": (lambda: attach(tau=math.inf), OptimizerError, "tau is inf; need"),
     "tau of no type": (lambda: attach(tau="0.1"), OptimizerError, "tau is '0.1'; need"),

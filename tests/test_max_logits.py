@@ -353,6 +353,43 @@ def test_after_detach_nothing_is_seen() -> None:
     train_grouped(model, optimizer, steps=range(2))
 
 
+def test_a_forward_that_was_interrupted_is_not_seen_any_more() -> None:
+    """Ctrl-C runs no hooks of torch; what runs afterwards is not taken for the forward that it ended."""
+    read = []
+    for interrupted in (False, True):
+        model = Model()
+        watch = MaxLogits(model, GROUPED)
+        model(batch(0))
+        watch.take()
+        if interrupted:
+            layer = model.layers[0]
+            forward = layer.forward
+            layer.forward = lambda x: interrupt(forward(x))  # type: ignore[method-assign]
+            with pytest.raises(KeyboardInterrupt):
+                model(batch(1))
+            layer.forward = forward  # type: ignore[method-assign]
+            assert torch.overrides._get_current_function_mode_stack()
+        model(batch(1))  # the same again
+        read.append(watch.take())
+        watch.detach()
+        assert not torch.overrides._get_current_function_mode_stack()
+    assert torch.equal(*read)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_first_pass_that_is_not_finite_is_refused_and_forgotten() -> None:
+    model = Model()
+    watch = MaxLogits(model, GROUPED)
+    model(batch(0) * torch.nan)
+    with pytest.raises(OptimizerError, match="cannot be read: they are not finite in the first forward pass"):
+        watch.take()
+    model(batch(0))
+    assert watch.take().isfinite().all()
+
+
 # ---- metrics ---------------------------------------------------------------------------------------------------------
 
 

@@ -555,6 +555,11 @@ CASES: dict[str, tuple[dict[str, str], str, str]] = {
     ),
     "no heads": ({"r": '{"step": 0, "attention/a/growth": []}\n'}, "report r", r"'attention/a/growth' is \[\], which"),
     "a page that exists": ({"r": GOOD, "p": ""}, "report r --html p", "output 'p' exists; add --force to overwrite it"),
+    "the record as a page": (
+        {"r": GOOD},
+        "report r --html ./r --force",
+        "'r' is the record itself; give the page a file",
+    ),
     "no such folder": ({"r": GOOD}, "report r --html no/p", "there is no folder"),
     "no terminal": ({"r": GOOD}, "watch r", "watch draws on a terminal, and stdout is none; use quack-fx report r"),
     "no time": ({"r": GOOD}, "watch r --every 0", "Invalid value for '--every'"),

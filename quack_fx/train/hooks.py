@@ -215,6 +215,7 @@ class QuacK:
     def tau(self, tau: float | Tensor) -> None:
         if not self.method.uses_tau:
             raise OptimizerError(f"tau is {tau!r}, and method {self.method.name!r} leaves learning rates as they are")
+        check_tau(tau)
         self.scaling.tau = tau
 
     @property
@@ -244,10 +245,11 @@ class QuacK:
                 heads = {
                     (block.param, merged(ranges)) for _, block in site.blocks() for ranges in block.heads if ranges
                 }
-                report[site.name] = {
-                    f"{name}[{', '.join(f'{a}:{b}' for a, b in ranges)}]": by_row[params[name], ranges[0][0]]
+                # Several attentions may be in one module.
+                report.setdefault(site.name, {}).update(
+                    (f"{name}[{', '.join(f'{a}:{b}' for a, b in ranges)}]", by_row[params[name], ranges[0][0]])
                     for name, ranges in sorted(heads)
-                }
+                )
         return report
 
     def metrics(self, heads: bool = False) -> dict[str, float]:

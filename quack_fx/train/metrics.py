@@ -37,7 +37,9 @@ class Metrics:
     def __init__(self, layout: QKLayout, model: nn.Module) -> None:
         self._every_site = layout.sites
         layout, self._places = places_of(layout, model)
-        self._sites = [site for site in layout.sites if site.terms and not site.qk_norm]
+        self._names = _distinct_names([site.name for site in layout.sites])
+        named = zip(self._names, layout.sites, strict=True)
+        self._sites = [(name, site) for name, site in named if site.terms and not site.qk_norm]
 
     def read(self, method: Method, heads: bool = False, logits: Tensor | None = None) -> dict[str, float]:
         """The metrics as the weights are now; see `QuacK.metrics`.
@@ -61,8 +63,7 @@ class Metrics:
         self, norms: Sequence[float], growths: Sequence[float], scales: Sequence[float], heads: bool
     ) -> Iterator[tuple[str, float]]:
         """Names and numbers, from those of every head of every block."""
-        for site in self._sites:
-            at = "/".join(filter(None, ("attention", site.name)))
+        for at, site in self._sites:
             scale = 1.0 if site.logit_scale is None else abs(site.logit_scale)
             products = [scale * self._product(site, head, norms) for head in range(site.query_heads)]
             yield from _summary(f"{at}/qk_norm_product", products, heads)
@@ -79,16 +80,27 @@ class Metrics:
     def _largest(self, logits: Sequence[float], heads: bool) -> Iterator[tuple[str, float]]:
         """Names and numbers of the largest logits of all sites that ran; of none, where they are not read."""
         start = 0
-        for site in self._every_site if logits else ():
+        for name, site in zip(self._names, self._every_site, strict=True) if logits else ():
             own = logits[start : start + site.query_heads]
             start += site.query_heads
             if max(own) > -math.inf:
-                yield from _summary("/".join(filter(None, ("attention", site.name, "max_attn_logit"))), own, heads)
+                yield from _summary(f"{name}/max_attn_logit", own, heads)
 
     def _product(self, site: AttentionSite, head: int, norms: Sequence[float]) -> float:
         """The products of the norms in the terms of a query head, added up."""
         terms = ([self._places[place_of(*part)] for part in product] for product in site.head_terms(head))
         return math.fsum(math.prod(norms[place] for place in places) for places in terms)
+
+
+def _distinct_names(sites: Sequence[str]) -> list[str]:
+    """Names for metrics, "attention/layers.0.attn"; the second attention of a module is "attention/layers.0.attn#2"."""
+    seen: Counter[str] = Counter()
+    names = []
+    for site in sites:
+        seen[site] += 1
+        number = f"#{seen[site]}" if seen[site] > 1 else ""
+        names.append("/".join(filter(None, ("attention", site + number))))
+    return names
 
 
 def _named_blocks(site: AttentionSite) -> Iterator[tuple[str, WeightBlock]]:

@@ -11,15 +11,17 @@ fused attention, the products of its queries and keys once more. The device is w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import AttentionSite, QKLayout
@@ -45,6 +47,15 @@ class _Site:
     known: dict[tuple[int, str, int], HeadAxes | None] = field(default_factory=dict)  # by number of the call and op
     largest: Tensor | None = None
     refused: str | None = None
+
+
+@dataclass(eq=False)
+class _Run:
+    """A running forward: the frame it runs in, how many calls were seen, and the sites whose logits they were."""
+
+    frame: FrameType
+    calls: int = 0
+    read: list[_Site] = field(default_factory=list)
 
 
 class MaxLogits:
@@ -99,10 +110,12 @@ class MaxLogits:
             OptimizerError: No forward pass was seen, or the logits of one that ran were not.
         """
         none = all(site.largest is None for site in self._sites)
-        for site in self._sites:
-            if site.refused is not None and (none or not site.layout.qk_norm):
-                reason, site.refused = site.refused, None
-                raise OptimizerError(f"the largest logits of {site.layout.name!r} cannot be read: {reason}")
+        refused = [site for site in self._sites if site.refused is not None and (none or not site.layout.qk_norm)]
+        if refused:
+            name, reason = refused[0].layout.name, refused[0].refused
+            for site in self._sites:  # the next step begins anew
+                site.refused = site.largest = None
+            raise OptimizerError(f"the largest logits of {name!r} cannot be read: {reason}")
         if none and not closure:
             raise OptimizerError(
                 "no attention ran since the last step, as far as its module tells, so there are no largest logits; "
@@ -133,6 +146,7 @@ class MaxLogits:
 
     def detach(self) -> None:
         """Remove the hooks."""
+        _leave_interrupted()
         for handle in self._handles:
             handle.remove()
 
@@ -143,7 +157,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, sites: list[_Site]) -> None:
         super().__init__()
         self._sites = sites
-        self.runs: list[tuple[int, list[_Site]]] = []  # for each running call how much was seen, and of which sites
+        self.runs: list[_Run] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,21 +165,21 @@ class _Watch(TorchFunctionMode):
             if (own := opened(func)) is not None:
                 with self:
                     return own(*args, **kwargs)
-            if (call := call_of(func, args, kwargs)) is not None:
+            if (call := call_of(func, args, kwargs)) is not None and self.runs and _is_running(self.runs[-1].frame):
                 self._see(call)
         return func(*args, **kwargs)
 
     def _see(self, call: Call) -> None:
         """Take the largest logits of a call for those of the sites that they belong to."""
-        number, read = self.runs[-1]
-        self.runs[-1] = number + 1, read
+        run = self.runs[-1]
+        number, run.calls = run.calls, run.calls + 1
         largest: Tensor | None = None
         for site in self._sites:
             try:
                 axes = _axes(site, call, number)
                 if axes is None:
                     continue
-                if site in read and site.layout.query_heads == 1:
+                if site in run.read and site.layout.query_heads == 1:
                     raise _Unread("it has one head, and several softmaxes in its forward depend on that")
                 largest = _rows(call) if largest is None else largest
                 if not axes.fit(largest.shape):
@@ -174,8 +188,8 @@ class _Watch(TorchFunctionMode):
                 site.refused = str(error)
                 continue
             own = axes.first(largest).amax(-1)
-            site.largest = own if site.largest is None else torch.maximum(site.largest, own)
-            read.append(site)
+            site.largest = own if site.largest is None else torch.fmax(site.largest, own)
+            run.read.append(site)
 
 
 class _Unread(Exception):
@@ -219,24 +233,43 @@ def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
     except RuntimeError as error:
         text = str(error).strip().splitlines() or [""]
         raise _Unread(f"gradients that tell its heads apart cannot be had ({text[0][:200]})") from None
+    if axes is None and bool(source.isnan().any()):
+        raise _Unread("they are not finite in the first forward pass")
     site.known[place] = axes
     return axes
 
 
 def _enter(watch: _Watch, module: nn.Module, args: Any) -> None:
     """Begin to see the calls in a forward."""
-    watch.runs.append((0, []))
+    _leave_interrupted()
+    watch.runs.append(_Run(sys._getframe(1)))
     watch.__enter__()  # type: ignore[no-untyped-call]
 
 
 def _leave(watch: _Watch, module: nn.Module, args: Any, output: Any) -> None:
     """End it; with no output where the forward has raised."""
     watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-    _, read = watch.runs.pop()
+    run = watch.runs.pop()
     if output is not None and torch.is_grad_enabled():
         for site in watch._sites:
-            if site not in read and site.refused is None:
+            if site not in run.read and site.refused is None:
                 site.refused = _UNSEEN
+
+
+def _leave_interrupted() -> None:
+    """End forwards that Ctrl-C has ended: torch calls no hooks then."""
+    stack = _get_current_function_mode_stack()
+    while stack and isinstance(watch := stack.pop(), _Watch) and watch.runs and not _is_running(watch.runs[-1].frame):
+        watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        watch.runs.pop()
+
+
+def _is_running(frame: FrameType) -> bool:
+    """Whether a frame is among those that called this function."""
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is frame
 
 
 def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
