@@ -76,7 +76,7 @@ def tune(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of a run.")] = 100,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Seeds; their spread tells what is chance.")] = 3,
     minutes: Annotated[
-        float, typer.Option("--minutes", min=0.0, help="Time for all runs; what is not run by then is left out.")
+        float, typer.Option("--minutes", min=0.01, help="Time for all runs; what is not run by then is left out.")
     ] = 8.0,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the table as Markdown, too.")
@@ -163,6 +163,7 @@ def _task(
             raise TargetError(
                 f"--batches ends after {len(held_out)}; {HELD_OUT} are held out, and more are to train on"
             )
+        _try(first, held_out[0])
         return Task(model, finding.layout, None, lambda seed: islice(source(seed), HELD_OUT, None), held_out)
     reads = language_model(first, finding.target.args, finding.target.kwargs, given)
     training, held_out_text = text_of(data, reads.shape[1])
@@ -171,6 +172,20 @@ def _task(
     return Task(
         model, finding.layout, reads.loss, lambda seed: reads.batches(training, seed), reads.held_out(held_out_text)
     )
+
+
+def _try(model: nn.Module, batch: Batch) -> None:
+    """Refuse batches that the model cannot take, before any run."""
+    from copy import deepcopy
+
+    import torch
+
+    args, kwargs = batch
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]):
+            deepcopy(model)(*args, **kwargs)
+    except Exception as error:
+        raise TargetError(f"--batches: the model fails on the first batch: {first_line(error)}") from error
 
 
 def _again(target: str, build: str | None, inputs: str | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -149,6 +150,19 @@ def test_no_logit_of_inputs_of_norm_one_is_larger() -> None:
     logits = (q @ k.repeat_interleave(HEADS // KEY_HEADS, 0).mT / DIM**0.5).abs().flatten(1).amax(1)
     for h in range(HEADS):
         assert float(logits[h].detach()) <= found[f"attention/layers.0/qk_norm_product/head_{h}"]
+
+
+def test_attentions_of_one_module_have_metrics_of_their_own() -> None:
+    """The second one's names have a number; all scales are in the report."""
+    model = Model()
+    sites = tuple(replace(site, name="layers") for site in LAYOUT.sites)
+    found = QuacK(SGD(model.parameters()), model, QKLayout(sites)).metrics()
+    expected = QuacK(SGD(model.parameters()), model, LAYOUT).metrics()
+    for i, name in enumerate(("layers", "layers#2")):
+        for what in ("qk_norm_product/max", "growth/min"):
+            assert found[f"attention/{name}/{what}"] == expected[f"attention/layers.{i}/{what}"]
+    scales = QuacK(SGD(model.parameters()), model, QKLayout(sites)).factors()
+    assert len(scales["layers"]) == sum(map(len, QuacK(SGD(model.parameters()), model, LAYOUT).factors().values()))
 
 
 def test_what_is_not_scaled_has_no_metrics() -> None:

@@ -37,7 +37,7 @@ from quack_fx.errors import RunError
 from quack_fx.report import run as report
 from quack_fx.report.run import heatmap
 from quack_fx.report.run.chart import nice_ticks
-from quack_fx.report.run.read import MOST_SAMPLES, Record, Run, RunFile, Sample, read
+from quack_fx.report.run.read import MOST_SAMPLES, Record, Run, RunFile, Sample, printable, read
 from quack_fx.report.run.series import curves, growth, number, spread, thinned
 from quack_fx.report.run.terminal import spark
 
@@ -129,7 +129,7 @@ def test_every_number_survives(rows: list[tuple[float, list[float], str]]) -> No
         lines_of(path)
         found = read(path).run
     for record, sample, (loss, heads, name) in zip(found.records, found.samples, rows, strict=True):
-        assert same(record.own[f"loss {name}"], loss)
+        assert same(record.own[printable(f"loss {name}")], loss)
         (values,) = sample.heads.values()
         assert all(map(same, values, heads)) and len(values) == len(heads)
 
@@ -530,6 +530,13 @@ def test_report_prints_a_summary_and_writes_a_page(mla: Path, own_folder: Path, 
     assert f"{last['loss']:.4g}" in out and "12 records, steps 0 to 11" in out and "Heads that grew most" in out
     assert err == "quack-fx: wrote run.html\n" and not re.search(r"[ \t]$|\x1b", out, re.MULTILINE)
     assert (own_folder / "run.html").read_text("utf-8") == report.html(read(mla))
+
+
+def test_names_that_cannot_be_printed_are_escaped(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    RunLog("run.jsonl").log(0, **{"\ud800": 1.0, "a\nb": 2.0, "\x1b[31mred": 3.0})
+    assert main(["report", "run.jsonl", "--html", "run.html"]) == 0
+    out = capfd.readouterr().out
+    assert all(name in out for name in ("\\ud800", "a\\nb", "\\x1b[31mred")) and "\x1b[31mred" not in out
 
 
 GOOD = '{"step": 0, "loss": 1.0}\n'

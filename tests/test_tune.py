@@ -310,6 +310,10 @@ def test_the_command_takes_batches_of_ones_own(own_folder: Path, capfd: pytest.C
     assert status == 0 and "6 of 6 runs" in out
     status, _, err = run(capfd, "tune", GPT, *TINY, "--batches", "data.py:batches", "--steps", "3")
     assert status == 2 and err.endswith("quack-fx: the batches end after 2; 3 steps need as many\n")
+    text = (own_folder / "data.py").read_text().replace("'targets'", "'labels'")
+    (own_folder / "wrong.py").write_text(text)
+    status, _, err = run(capfd, "tune", GPT, *TINY, "--batches", "wrong.py:batches")
+    assert status == 2 and "--batches: the model fails on the first batch: TypeError" in err.splitlines()[-1]
 
 
 BAD = {

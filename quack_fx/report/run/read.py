@@ -196,6 +196,7 @@ def _record(line: object) -> tuple[Record, dict[HeadName, list[float]]]:
     heads: dict[HeadName, list[float]] = {}
     summaries: dict[tuple[str, str], list[float]] = {}
     for name, value in line.items():
+        name = printable(name)
         if name == "step":
             continue
         if isinstance(value, list):
@@ -212,6 +213,11 @@ def _record(line: object) -> tuple[Record, dict[HeadName, list[float]]]:
             record.own[name] = _number(name, value)
     record.attention = {**_of_summaries(summaries), **_of_heads(heads)}
     return record, heads
+
+
+def printable(name: str) -> str:
+    """A name that a terminal and a page can show: what cannot be printed is escaped."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _number(name: str, value: object) -> float:
