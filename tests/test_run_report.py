@@ -603,6 +603,8 @@ def test_bad_input_is_told_in_one_line(name: str, own_folder: Path, capfd: pytes
         (lambda log: RunLog(log.path.parent), "cannot be written: Is a directory"),
         (lambda log: RunLog(log.path.parent / "no" / "run.jsonl"), "cannot be written: No such file or directory"),
         (lambda log: RunLog(log.path, SGD([torch.ones(1)])), "quack is a SGD, which has no metrics; give the QuacK of"),
+        (lambda log: RunLog("/dev/full"), "^'/dev/full' exists and is not a recorded run"),
+        (lambda log: RunLog("a\0b"), "cannot be written: embedded null byte"),
         (lambda log: RunLog(__file__), "test_run_report.py' exists and is not a recorded run; give another file"),
     ],
 )

@@ -141,12 +141,16 @@ def _prepare(path: Path) -> None:
     try:
         with path.open("a+b") as file:
             file.seek(0)
-            first = file.readline()
+            first = file.readline(1 << 20)  # enough to tell; a device has no end
             if first and not _is_record(first):
                 raise RunError(f"{str(path)!r} exists and is not a recorded run; give another file")
             file.truncate(_end_of_lines(path))
     except OSError as error:
         raise RunError(f"the record {str(path)!r} cannot be written: {error.strerror}") from error
+    except RunError:
+        raise
+    except ValueError as error:  # no path at all
+        raise RunError(f"the record {str(path)!r} cannot be written: {error}") from error
 
 
 def _is_record(line: bytes) -> bool:
