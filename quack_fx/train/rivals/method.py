@@ -6,8 +6,9 @@ the update of each row is scaled, and what happens to the weights after it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Method:
 
 
 def by_row(scaling: Scaling, of_blocks: Sequence[Sequence[Tensor]]) -> dict[Tensor, Tensor]:
-    """The scales of heads as those of rows: the smallest where heads share a row, 1 for rows of values.
+    """The scales of heads as those of rows, by the program of QuacK with these in place of its own.
 
     Arguments:
         scaling: Where the rows of the heads are.
@@ -65,19 +66,7 @@ def by_row(scaling: Scaling, of_blocks: Sequence[Sequence[Tensor]]) -> dict[Tens
     Returns:
         For each weight the scales of the rows that this rank holds, [rows, 1, ...] along the axis that counts them.
     """
-    held: Any = getattr(scaling, "held", None)  # of weights that are sharded
-    found: dict[Tensor, Tensor] = {}
-    for stacks, rows, scales in zip(scaling.stacks, scaling.rows, of_blocks, strict=True):
-        each = {
-            name: scales[0].new_full((len(weights), weights[0].shape[axis]), torch.inf)
-            for name, (weights, axis) in stacks.items()
-        }
-        for (index, *names), scale in zip(rows, scales, strict=True):
-            spread = scale.unsqueeze(-1).expand(-1, *index.shape).flatten(1)
-            for name in names:
-                each[name].scatter_reduce_(1, index.flatten().expand_as(spread), spread, "amin")
-        for name, (weights, axis) in stacks.items():
-            shape = [-1 if dim == axis else 1 for dim in range(weights[0].dim())]
-            for weight, own in zip(weights, each[name].where(each[name].isfinite(), 1.0), strict=True):
-                found[weight] = (own if held is None else own[held[weight]]).view(shape)
-    return found
+    other = copy.copy(scaling)
+    other.tau, other.first = 1.0, [[torch.ones_like(scale) for scale in scales] for scales in of_blocks]
+    other.factors = lambda: list(of_blocks)  # type: ignore[method-assign]
+    return other.scales()
