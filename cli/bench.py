@@ -6,7 +6,6 @@ turn within each round, so that a slower machine affects all of them. Exit statu
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +17,7 @@ from .common import (
     DebugOption,
     ForceOption,
     InputsOption,
+    TableOption,
     TargetArgument,
     check_output,
     find,
@@ -47,9 +47,7 @@ def bench(
             "QuacK.",
         ),
     ] = _WAYS,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the table as Markdown, too.")
-    ] = None,
+    output: TableOption = None,
     build: BuildOption = None,
     inputs: InputsOption = None,
     force: ForceOption = False,

@@ -56,6 +56,9 @@ LayoutOption = Annotated[
         "--layout", metavar="FILE", help="Take the pairs from this JSON (inspect --json) instead of finding them."
     ),
 ]
+TableOption = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the table as Markdown, too.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log on stderr.")]
 

@@ -29,6 +29,7 @@ from .common import (
     Finding,
     ForceOption,
     InputsOption,
+    TableOption,
     TargetArgument,
     check_output,
     find,
@@ -78,9 +79,7 @@ def tune(
     minutes: Annotated[
         float, typer.Option("--minutes", min=0.01, help="Time for all runs; what is not run by then is left out.")
     ] = 8.0,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the table as Markdown, too.")
-    ] = None,
+    output: TableOption = None,
     build: BuildOption = None,
     inputs: InputsOption = None,
     force: ForceOption = False,
