@@ -1,7 +1,8 @@
 """`quack-fx tune TARGET`: short training runs of a model, with nothing, with QuacK and with QK norm.
 
 In: a target, and text or batches to train it on. Out: on stdout the losses of the held-out batches and what they say;
-while the runs go on, on stderr, the table as it grows. Exit status 1 where there is no attention.
+while the runs go on, on stderr, the table as it grows. Exit status 1 where there is no attention, or no
+run ended with a finite loss.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def tune(
     if output is not None:
         write_whole(output, f"# {finding.facts.title} tuned\n\n{setting}\n\n{markdown(outcomes, plan)}")
         note(f"wrote {output}")
-    return 0
+    return 0 if any(math.isfinite(outcome.loss) for outcome in outcomes) else 1
 
 
 def _task(

@@ -22,6 +22,8 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 from toy import Toy
 
+from benchmarks.stability.grid import PRESETS
+from benchmarks.stability.models import build
 from quack_fx import QuacK, find_qk_pairs
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import AttentionSite, QKLayout, WeightBlock
@@ -470,6 +472,35 @@ def test_compiled_models_are_refused() -> None:
     model.layers[1].compile()
     with pytest.raises(OptimizerError, match=r"cannot be read: 'layers.1' is compiled"):
         QuacK(SGD(model.parameters()), model, GROUPED, logits=True)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", ["read", "hidden"])
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace", "ignore:The .grad attribute")
+def test_a_model_that_is_compiled_afterwards_is_read_right_or_refused(name: str, in_place: bool) -> None:
+    """Where Dynamo leaves the attention to Python its logits are seen; none of our code is compiled."""
+    read = []
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        if name == "read":
+            model, inputs = Model(), (batch(0),)
+        else:
+            model, inputs = build("mha", PRESETS["toy"].shape, 0), (torch.arange(8).view(1, 8),) * 2
+        optimizer = SGD(model.parameters(), lr=0.1)
+        quack = QuacK(optimizer, model, find_qk_pairs(model, *inputs), logits=True)
+        if compiles and in_place:
+            model.compile(backend="eager")
+        forward = torch.compile(model, backend="eager") if compiles and not in_place else model
+        output = forward(*inputs)
+        (output if name == "read" else output[1]).sum().backward()
+        if compiles and name == "hidden":
+            with pytest.raises(OptimizerError, match=r"cannot be read: its forward called no softmax"):
+                optimizer.step()
+            return
+        optimizer.step()
+        read.append({key: value for key, value in quack.metrics().items() if "max_attn_logit" in key})
+    assert read[0] == read[1] and read[0]
 
 
 def test_data_parallel_is_refused() -> None:

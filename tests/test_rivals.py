@@ -353,6 +353,7 @@ def test_after_detach_the_optimizer_is_as_before(method: Any) -> None:
         ({"method": "qk-clip", "tau": 0.1}, "tau is 0.1, and method 'qk-clip' leaves learning rates as they are"),
         ({"method": "none", "tau": torch.tensor(0.1)}, r"tau is tensor\(0.1000\), and method 'none' leaves"),
         ({"method": "constant", "tau": -1.0}, "tau is -1.0; need a positive number"),
+        ({"logits": "no"}, "logits is 'no'; give True or False"),
         ({"method": "compositional", "norm": "spectral"}, "norm is 'spectral', and method 'compositional' is by"),
         ({"method": "compositional"}, "'layers.0' has rows that several heads use; use method='quack'"),
     ],

@@ -240,6 +240,12 @@ def test_a_step_that_is_logged_twice_has_the_numbers_of_both(tmp_path: Path) -> 
     assert record.own == {"loss": 2.0, "lr": 0.1, "val/loss": 2.5}
 
 
+def test_a_step_may_be_a_whole_number_of_another_package(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run.jsonl")
+    log.log(torch.tensor(7), loss=2.0)  # type: ignore[arg-type]
+    assert [record.step for record in read(log.path).run.records] == [7]
+
+
 def test_a_long_run_keeps_few_samples_and_all_numbers() -> None:
     run = Run()
     for step in range(5000):
@@ -589,6 +595,7 @@ def test_bad_input_is_told_in_one_line(name: str, own_folder: Path, capfd: pytes
     [
         (lambda log: log.log(-1), "step -1 is not a whole number of 0 or more; give the number of the step first"),
         (lambda log: log.log(1.0), "step 1.0 is not a whole number"),
+        (lambda log: log.log(torch.tensor(-1)), r"step tensor\(-1\) is not a whole number"),
         (lambda log: log.log(True), "step True is not a whole number"),
         (lambda log: log.log(1, step=2), "the name 'step' is taken by the record itself; call your number something"),
         (lambda log: log.log(1, time=2), "the name 'time' is taken"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.stability.__main__ import main
-from benchmarks.stability.grid import METHODS, PRESETS, Method, Run
+from benchmarks.stability.claims import CLAIMS, answers
+from benchmarks.stability.grid import LONG_METHODS, METHODS, PRESETS, Method, Run
 from benchmarks.stability.models import ATTENTIONS, Transformer, build, rotate
 from benchmarks.stability.probe import attention_logits, largest, mean_change
 from benchmarks.stability.records import Record, Records
-from benchmarks.stability.summary import panels, spread
+from benchmarks.stability.summary import Panel, panels, spread
 from benchmarks.stability.text import Text, of_file, standard_library
-from benchmarks.stability.train import Curves, Result, train
+from benchmarks.stability.train import Curves, Result, _InFloat32, train
 from quack_fx import find_qk_pairs, verify_qk_pairs
 from quack_fx.bench.normed import with_qk_norm
 
@@ -107,11 +110,14 @@ def test_the_grid_is_balanced_wherever_it_stops(preset: str, long: bool) -> None
     runs = list(PRESETS[preset].runs(long))
     assert len({run.key for run in runs}) == len(runs)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    compared = {run.method for run in runs}
+    assert compared == set(LONG_METHODS if long else METHODS)
     done: Counter[tuple[str, str, Method]] = Counter()
     for run in runs:
         done[run.attention, run.optimizer, run.method] += 1
-        own = [done[run.attention, run.optimizer, method] for method in METHODS if method.fits(run.attention)]
-        assert run.method.fits(run.attention) and max(own) - min(own) <= 1
+        fitting = [method for method in compared if method.fits(run.attention, run.optimizer)]
+        own = [done[run.attention, run.optimizer, method] for method in fitting]
+        assert run.method.fits(run.attention, run.optimizer) and max(own) - min(own) <= 1
     assert {done[run.attention, run.optimizer, run.method] for run in runs} == {len(runs) // len(done)}
 
 
@@ -188,7 +194,7 @@ def test_a_logit_that_is_no_number_is_the_largest() -> None:
         toy_run("mha", "quack 1", "adamw"),
         toy_run("mla", "qk-norm"),
         toy_run("mha", "qk-clip 30"),
-        toy_run("mha", "constant 10", "adamw"),
+        toy_run("mha", "constant 0.1", "adamw"),
         toy_run("mla", "none"),
     ],
     ids=lambda run: run.key,
@@ -223,6 +229,25 @@ def test_a_run_that_diverges_is_recorded(text: Text, tmp_path: Path) -> None:
     records.add(Record(toy_run("mha", "none", lr=1e30), result))
     (read,) = records
     assert read.result.diverged == result.diverged and math.isnan(read.result.loss)
+
+
+def test_muon_orthogonalises_in_float32() -> None:
+    """The Newton-Schulz iteration by hand, in fp64; in bfloat16 it is a hundred times as far off."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(6, 10, generator=generator) for _ in range(2))
+    x = grad.double() / grad.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    distances = []
+    for mode in (_InFloat32(), contextlib.nullcontext()):
+        parameter = nn.Parameter(weight.clone())
+        parameter.grad = grad.clone()
+        with mode:
+            torch.optim.Muon([parameter], lr=1.0, weight_decay=0.0).step()
+        assert torch.equal(parameter.grad, grad)
+        distances.append(float((weight - parameter.detach() - x).norm() / x.norm()))
+    assert distances[0] < 1e-5 and distances[1] > 1e-3
 
 
 def test_bf16_runs(text: Text, tmp_path: Path) -> None:
@@ -313,6 +338,64 @@ def test_numbers_of_a_panel_are_those_by_hand() -> None:
     assert str(panel.point(none, 1e-2).change) == "0.200 ± 0.000"
 
 
+SMALL_LR, LARGE_LR = 1e-2, 1e-1
+
+
+def panel_of(attention: str, losses: dict[str, tuple[float | None, float | None]], logit: float = 1.0) -> Panel:
+    """Three seeds of each method at two learning rates; None diverged. Without a method, logits and changes are 2."""
+    records = []
+    for method, own in losses.items():
+        for (lr, loss), seed in product(zip((SMALL_LR, LARGE_LR), own, strict=True), range(3)):
+            high = 2.0 if method == "none" else logit
+            seen = math.nan if loss is None else loss + (0.001 if method == "none" else -0.001) * seed
+            result = Result(seen, 2 if loss is None else None, high, Curves([1], [5.0], [high], [high]), 1.0)
+            records.append(Record(toy_run(attention, method, lr=lr, seed=seed), result))
+    (panel,) = panels(records)
+    return panel
+
+
+AS_IN_THE_PAPER: dict[str, tuple[float | None, float | None]] = {
+    "none": (2.00, 2.90),
+    "quack 0.01": (2.30, 2.30),
+    "quack 0.1": (2.20, 2.20),
+    "quack 1": (1.95, 2.10),
+    "quack 10": (2.40, 2.90),
+    "qk-norm": (1.99, 2.05),
+    "qk-clip 30": (1.99, None),
+    "qk-clip 100": (2.00, None),
+    "constant 0.1": (2.10, 2.15),
+}
+OTHERWISE: dict[str, dict[str, tuple[float | None, float | None]]] = {
+    "At a small learning rate all methods are alike": {"qk-norm": (1.80, 1.80)},
+    "At a large one QuacK is stable": {f"quack {tau}": (1.95, 3.00) for tau in (0.01, 0.1, 1, 10)},
+    "So is QK norm": {"qk-norm": (1.99, 3.20)},
+    "QK clip is not": {"qk-clip 30": (1.99, 2.00)},
+    "MHA: QuacK is close to QK norm": {"qk-norm": (1.80, 1.80)},
+    "MLA: QuacK is best": {"qk-norm": (1.90, 1.90)},
+    "A constant factor on all query and key weights is worse": {"constant 0.1": (1.90, 2.00)},
+}
+
+
+def verdicts(panel: Panel) -> dict[str, str]:
+    return {claim.text: answer.verdict for claim, answer in answers(panel)}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_claims_hold_where_they_do_and_not_elsewhere(attention: str) -> None:
+    own = {claim.text for claim in CLAIMS if attention in claim.attentions}
+    assert verdicts(panel_of(attention, AS_IN_THE_PAPER)) == dict.fromkeys(own, "holds")
+    for text in own & set(OTHERWISE):
+        assert verdicts(panel_of(attention, AS_IN_THE_PAPER | OTHERWISE[text]))[text] == "does not hold"
+    loud = verdicts(panel_of(attention, AS_IN_THE_PAPER, logit=3.0))
+    assert {text for text in own if loud[text] != "holds"} == own - set(OTHERWISE)
+
+
+def test_claims_cannot_tell_where_seeds_differ() -> None:
+    assert verdicts(panel_of("mla", AS_IN_THE_PAPER | {"none": (1.9505, 2.90)}))["MLA: QuacK is best"] == "cannot tell"
+    diverged = verdicts(panel_of("mla", AS_IN_THE_PAPER | {"quack 1": (None, 2.10), "quack 10": (2.40, None)}))
+    assert diverged["At a large one QuacK is stable"] == "does not hold"
+
+
 def test_one_seed_has_no_spread() -> None:
     assert str(spread([1.0])) == "1.000" and str(spread([])) == "-"
 
@@ -380,8 +463,18 @@ def test_a_report_without_runs_is_refused(text: Text, tmp_path: Path) -> None:
         main(["report", "--results", str(records.path), "--docs", str(tmp_path)])
 
 
-@pytest.mark.parametrize("words", [["run", "--jobs", "0"], ["run", "--preset", "none"], []])
+@pytest.mark.parametrize(
+    "words",
+    [["run", "--jobs", "0"], ["run", "--minutes", "-1"], ["run", "--minutes", "nan"], ["run", "--preset", "none"], []],
+)
 def test_bad_words_are_told(words: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_preset_for_gpus_says_so_without_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--preset", "gpu-1b"])
+    assert caught.value.code == 2 and "--preset gpu-1b needs a GPU" in capsys.readouterr().err

@@ -348,6 +348,11 @@ def test_a_model_without_attention_is_told(own_folder: Path, capfd: pytest.Captu
     assert (status, out) == (1, "") and "no attention found in Net() of plain_net.py: nothing to tune" in err
 
 
+def test_runs_without_a_finite_loss_are_told(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capfd, "tune", GPT, *TINY, "--lr", "1e30")
+    assert status == 1 and "no run ended with a finite loss" in out
+
+
 @pytest.mark.slow
 def test_the_example_is_tuned_within_ten_minutes(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()

@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from benchmarks.stability.grid import PRESETS
 from benchmarks.stability.pool import run_all
 from benchmarks.stability.records import Records
@@ -31,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("--preset", choices=PRESETS, default="cpu", help="sizes and grid")
     run.add_argument("--long", action="store_true", help="the long runs instead of the grid")
     run.add_argument("--jobs", type=_positive, default=2, help="processes, of one thread each on a CPU")
-    run.add_argument("--minutes", type=float, help="stop after so many; the same command goes on")
+    run.add_argument("--minutes", type=_minutes, help="stop after so many; the same command goes on")
     run.add_argument("--text", type=Path, help="a file to train on, instead of Python's standard library")
     report = commands.add_parser("report", help="write tables and pictures of the results")
     report.add_argument(
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         write_report(Records.read(options.results or _results("cpu")), options.docs)
         return 0
     setup = PRESETS[options.preset]
+    if setup.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--preset {options.preset} needs a GPU, and torch sees none; choose --preset cpu")
     text = standard_library() if options.text is None else of_file(options.text, setup.positions)
     records = Records.open(options.results or _results(options.preset), options.preset, setup, text)
     return 1 if run_all(list(setup.runs(options.long)), records, setup, text, options.jobs, options.minutes) else 0
@@ -60,6 +64,13 @@ def _positive(word: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{word!r} is no number of processes; give 1 or more")
     return number
+
+
+def _minutes(word: str) -> float:
+    minutes = float(word)
+    if not minutes >= 0:
+        raise argparse.ArgumentTypeError(f"{word!r} is no time; give minutes, 0 or more")
+    return minutes
 
 
 if __name__ == "__main__":

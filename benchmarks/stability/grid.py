@@ -38,9 +38,9 @@ class Method:
             return self.kind
         return f"{self.kind} {self.threshold if self.kind == 'qk-clip' else self.tau:g}"
 
-    def fits(self, attention: str) -> bool:
-        """Whether it is for that attention: "compositional" was published for one query and one key projection."""
-        return self.kind != "compositional" or attention == "mha"
+    def fits(self, attention: str, optimizer: str) -> bool:
+        """Whether it is for both: "compositional" was published for Muon and for one query and one key projection."""
+        return self.kind != "compositional" or (attention, optimizer) == ("mha", "muon")
 
 
 METHODS = (
@@ -52,12 +52,13 @@ METHODS = (
     Method("constant", 0.1),
     Method("qk-clip", threshold=100.0),
     Method("quack", 0.01),
-    Method("constant", 0.01),
     Method("quack", 10.0),
-    Method("constant", 10.0),
     Method("compositional", 1.0),
 )
 """Those that are compared; a constant of 1 would be no method."""
+
+LONG_METHODS = METHODS[:6]
+"""Those that the long runs compare."""
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,14 @@ class Setup:
             long: Whether the long runs at the points of `long_lr` are meant, instead of the grid.
         """
         if long:
-            for seed, method in product(range(self.seeds), METHODS):
+            for seed, method in product(range(self.seeds), LONG_METHODS):
                 for attention, (optimizer, lr) in self.long_lr.items():
-                    if method.fits(attention):
-                        yield Run(attention, optimizer, method, lr, seed, self.long_steps)
+                    yield Run(attention, optimizer, method, lr, seed, self.long_steps)
             return
         ranks = range(max(map(len, self.lrs.values())))
         for seed, rank, method, optimizer in product(range(self.seeds), ranks, METHODS, self.lrs):
             for attention in ATTENTIONS:
-                if method.fits(attention) and rank < len(self.lrs[optimizer]):
+                if method.fits(attention, optimizer) and rank < len(self.lrs[optimizer]):
                     yield Run(attention, optimizer, method, self.lrs[optimizer][rank], seed, self.steps)
 
 
@@ -165,13 +165,13 @@ _GRID = {
 PRESETS = {
     "cpu": Setup(
         shape=Shape(layers=4, width=128, heads=4, ffn_width=384, q_latent=64, kv_latent=32),
-        sequences=8,
+        sequences=4,
         accumulate=1,
         positions=64,
         steps=300,
-        long_steps=2000,
-        check_batches=32,
-        probed=8,
+        long_steps=1500,
+        check_batches=64,
+        probed=4,
         points=30,
         lrs=_GRID,
         other_lr=3e-3,

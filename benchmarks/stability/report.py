@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.stability import plots
+from benchmarks.stability.claims import CLAIMS, answers, can_answer
 from benchmarks.stability.grid import PRESETS, Method, Setup
 from benchmarks.stability.records import Records
 from benchmarks.stability.summary import CLOSE, Panel, Point, Spread, panels
@@ -61,6 +62,7 @@ def _page(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator[st
     yield from _setting(records, found, setup)
     yield ""
     yield from _sums(found)
+    yield from _claims([panel for panel in found if can_answer(panel)])
     for panel in found:
         yield f"## {panel.title}"
         yield ""
@@ -173,6 +175,33 @@ def _against(panel: Panel) -> Iterator[str]:
     if differences:
         where = "each at its best learning rate" if len(panel.lrs) > 1 else f"at {panel.lrs[0]:g}"
         yield f"- {panel.title}: loss of {_QUACK.name}, {where}: {', '.join(differences)}."
+
+
+def _claims(grids: Sequence[Panel]) -> Iterator[str]:
+    """The paper's claims, and whether they hold."""
+    if not grids:
+        return
+    yield "## The paper's claims"
+    yield ""
+    yield (
+        "Those of section 4, about a model of 1B weights that was trained with Muon; here on the models above. Of two "
+        "losses one is lower where the difference, seed by seed, is more than twice its standard deviation; otherwise "
+        "the runs *cannot tell*."
+    )
+    yield ""
+    found = [dict(answers(panel)) for panel in grids]
+    yield "| claim | " + " | ".join(panel.title for panel in grids) + " |"
+    yield "| --- |" + " --- |" * len(grids)
+    for claim in CLAIMS:
+        cells = [own[claim].verdict if claim in own else "" for own in found]
+        yield f"| {claim.text} | " + " | ".join(cells) + " |"
+    yield ""
+    for claim in CLAIMS:
+        yield f"- {claim.text} ({claim.test}):"
+        for panel, own in zip(grids, found, strict=True):
+            if claim in own:
+                yield f"    - {panel.title}: {own[claim].numbers}"
+    yield ""
 
 
 def _best(panel: Panel) -> Iterator[str]:

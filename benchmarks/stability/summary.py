@@ -113,6 +113,11 @@ class Panel:
         """Its learning rates, upwards."""
         return sorted({lr for _, lr in self.points})
 
+    @property
+    def seeds(self) -> int:
+        """The number of seeds of the point with the most of them."""
+        return max(len(point.records) for point in self.points.values())
+
     def point(self, method: Method, lr: float) -> Point:
         """A point of the grid; without records where it has not been run."""
         return self.points.get((method, lr), Point())

@@ -134,6 +134,8 @@ class QuacK:
         check_optimizer(optimizer)
         check_tau(tau)
         check_method(method, tau, norm, threshold)
+        if not isinstance(logits, bool):
+            raise OptimizerError(f"logits is {logits!r}; give True or False")
         scaling = scaling_of(model, layout, tau, norm, [optimizer])
         chosen = method_of(method, scaling, model, layout, threshold)
         self._attach(optimizer, model, layout, chosen, elsewhere, logits)

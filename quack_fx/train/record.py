@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Mapping
@@ -101,8 +102,7 @@ class RunLog:
         Example:
             >>> run.log(120, loss=loss, lr=3e-4, **{"val/loss": 3.2})
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise RunError(f"step {step!r} is not a whole number of 0 or more; give the number of the step first")
+        step = _step(step)
         own = {name: _number(name, value) for name, value in numbers.items()}
         metrics = {} if self._quack is None else self._quack.metrics(heads=True)
         if not self._writes:
@@ -190,6 +190,21 @@ def _board(folder: str) -> SummaryWriter:
     except ImportError as error:
         raise RunError(f"tensorboard={folder!r} needs the package tensorboard: pip install tensorboard") from error
     return SummaryWriter(folder)
+
+
+def _step(step: object) -> int:
+    """The number of a step, as an int of Python's own.
+
+    Raises:
+        RunError: It is no whole number of 0 or more.
+    """
+    try:
+        number = -1 if isinstance(step, bool) else operator.index(step)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise RunError(f"step {step!r} is not a whole number of 0 or more; give the number of the step first")
+    return number
 
 
 def _number(name: str, value: object) -> float:

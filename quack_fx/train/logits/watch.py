@@ -161,7 +161,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_grad_enabled():
+        # Compiled after this was attached, the forward shows nothing: no code of ours is compiled into it.
+        if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
             if (own := opened(func)) is not None:
                 with self:
                     return own(*args, **kwargs)
