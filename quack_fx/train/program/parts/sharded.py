@@ -61,17 +61,24 @@ def spread(
 def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh], exact: torch.dtype) -> None:
     """Add up the squared norms of all ranks, in place, [1 + meshes, attentions, heads] each to [attentions, heads].
 
-    They are sent as `exact`, the type of the weights: in one message for a mesh of all ranks, else in one an axis.
+    They are sent as `exact`, the type of the weights. Where a mesh has all ranks, they go to all in one message, to
+    which each copy of a smaller mesh (FSDP2's, of weights without tensor parallel) adds its share; else in one for each
+    axis of each mesh.
     """
     if not squares:
         return
-    sums = torch.cat([x.flatten(1) for own in squares for x in own], 1)
-    sent = sums[1:].to(exact)
-    for mesh, part in zip(meshes, sent, strict=True):
-        everyone = mesh.size() == torch.distributed.get_world_size()
-        for group in [None] if everyone else mesh.get_all_groups():
+    total, *sharded = torch.cat([x.flatten(1) for own in squares for x in own], 1)
+    world = torch.distributed.get_world_size() if meshes else 1
+    messages: list[tuple[Tensor, list[Any]]]
+    if any(mesh.size() == world for mesh in meshes):
+        shares = [part * (mesh.size() / world) for mesh, part in zip(meshes, sharded, strict=True)]
+        messages = [(torch.stack(shares).sum(0).to(exact), [None])]
+    else:
+        messages = [(part.to(exact), mesh.get_all_groups()) for mesh, part in zip(meshes, sharded, strict=True)]
+    for part, groups in messages:
+        for group in groups:
             torch.distributed.all_reduce(part, group=group)
-    total = sums[0] + sent.double().sum(0)
+        total = total + part.double()
     each = iter(torch.split(total, [x[0].numel() for own in squares for x in own]))
     for own in squares:
         own[:] = [next(each).view(x.shape[1:]) for x in own]
