@@ -53,5 +53,5 @@ def step_adamw(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tenso
             rate, unbias = lr / (1 - beta1**nth), (1 - beta2**nth).rsqrt()
             added, decay = (0.0, lr * decay) if group["decoupled_weight_decay"] else (decay, 0.0)
             same = -clip if group["maximize"] else clip, added, decay, 1 - beta1, beta2, 1 - beta2, eps
-            change_all(adamw, same, (rate, unbias), finite, [job for _, *job in headed], compiled)
+            change_all(adamw, (*same, rate, unbias), finite, [job for _, *job in headed], compiled)
             torch._foreach_add_(steps, [torch.ones_like(steps[0]) if finite is None else finite] * len(steps))

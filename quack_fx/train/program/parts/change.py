@@ -16,37 +16,35 @@ Scales = Mapping[Tensor, Tensor]
 SMALL = 8192  # numbers; eight times as many are worth compiled code  # if small
 
 
-def change(rule: Any, same: Tensor, own: Tensor, finite: Tensor | None, weight: Tensor, *others: Tensor) -> None:
+def change(rule: Any, numbers: Tensor, finite: Tensor | None, scale: Tensor, weight: Tensor, *others: Tensor) -> None:
     """Change a weight, w - scale * step, and its state in place, by the rule of the optimizer; this is compiled.
 
-    Shapes: weight and others, its gradient and state, [rows, ...] each; own, its scale and the numbers of the rule that
-    are its own, [1 + m, rows, 1, ...]; same, the others, [n].
+    Shapes: weight and others, its gradient and state, [rows, ...] each; scale, [rows, 1, ...]; numbers, those of the
+    rule, [n]. In a stack of weights each has one more axis in front, and numbers are [n, weights, 1, ...].
     """
-    w, g, *state = (tensor.to(own.dtype) for tensor in (weight, *others))
-    scale, *numbers = own.unbind()
-    step, new = rule(w, g, state, [*same.unbind(), *numbers])
+    w, g, *state = (tensor.to(scale.dtype) for tensor in (weight, *others))
+    step, new = rule(w, g, state, numbers.unbind())
     for old, value in zip((weight, *others[1:]), (w - scale * step, *new), strict=True):
         old.copy_(value if finite is None else torch.where(finite.to(old.device) > 0, value.to(old.dtype), old))
 
 
-def change_all(rule: Any, same: Sequence[Number], own: Tensors, finite: Tensor | None, jobs: Any, code: Any) -> None:
+def change_all(rule: Any, numbers: Sequence[Number], finite: Tensor | None, jobs: Any, code: Any) -> None:
     """Change the weight of each job, (scale, weight, gradient, *state); numbers are the same for all, or own [jobs]."""
     kind: dict[str, Any] = {"dtype": torch.float64, "device": jobs[0][1].device}
-    numbers = torch.stack([n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in same])
+    each = [n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in numbers]
+    table = torch.stack([number.expand(len(jobs)) for number in each], 1)  # [jobs, n]
     alike: dict[Any, list[Any]] = {}  # if small
-    for i, (scale, weight, grad, *state) in enumerate(jobs):
+    for own, (scale, weight, *others) in zip(table, jobs, strict=True):
         scale = ones_of(weight) if scale is None else scale  # if others
         if weight.numel() <= SMALL:  # if small
-            key = scale.shape, weight.shape, weight.stride(), weight.dtype, grad.dtype, weight.device  # if small
-            alike.setdefault(key, []).append((i, scale, weight, grad, *state))  # if small
+            key = scale.shape, weight.shape, weight.stride(), weight.dtype, others[0].dtype, weight.device  # if small
+            alike.setdefault(key, []).append((own, scale, weight, *others))  # if small
             continue  # if small
         # No views: for each place that one may have in its memory, torch.compile would compile anew.
-        by_row = torch.stack([scale, *(n[i].to(scale).expand_as(scale) for n in own)])
-        code(rule, numbers.to(scale, copy=True), by_row, finite, *(t.data for t in (weight, grad, *state)))
-        torch.autograd.graph.increment_version([weight, *state])
+        code(rule, own.to(scale, copy=True), finite, scale, *(t.data for t in (weight, *others)))
+        torch.autograd.graph.increment_version([weight, *others[1:]])
     for some in alike.values():  # if small
-        which, *columns = zip(*some, strict=True)  # if small
-        change_stacked(rule, numbers, [n[list(which)] for n in own], finite, columns, code)  # if small
+        change_stacked(rule, finite, list(zip(*some, strict=True)), code)  # if small
 
 
 def ones_of(weight: Tensor) -> Tensor:
@@ -55,12 +53,12 @@ def ones_of(weight: Tensor) -> Tensor:
     return weight.new_ones(weight.shape[:1] + (1,) * (weight.dim() - 1), dtype=exact)
 
 
-def change_stacked(rule: Any, same: Tensor, own: Tensors, finite: Tensor | None, columns: Any, code: Any) -> None:
-    """Change small weights that look alike in few calls; the columns are their scales, weights, gradients, state."""
-    scale, weight, *others = (torch.stack(column) for column in columns)
-    by_row = torch.stack([scale, *(n.to(scale).view(-1, *[1] * (scale.dim() - 1)).expand_as(scale) for n in own)])
-    (code if weight.numel() > 8 * SMALL else change)(rule, same.to(scale), by_row, finite, weight, *others)
-    for old, new in zip((columns[1], *columns[3:]), (weight, *others[1:]), strict=True):
+def change_stacked(rule: Any, finite: Tensor | None, columns: Any, code: Any) -> None:
+    """Change small weights that look alike in few calls; columns: their numbers, scales, weights, gradients, state."""
+    numbers, scale, weight, *others = (torch.stack(column) for column in columns)
+    numbers = numbers.to(scale).T.reshape(-1, len(scale), *[1] * (scale.dim() - 1))
+    (code if weight.numel() > 8 * SMALL else change)(rule, numbers, finite, scale, weight, *others)
+    for old, new in zip((columns[2], *columns[4:]), (weight, *others[1:]), strict=True):
         torch._foreach_copy_(old, list(new.unbind()))
 
 

@@ -48,4 +48,4 @@ def step_lion(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor
         if jobs:
             beta1, beta2 = group["betas"]
             same = clip, group["lr"], group["weight_decay"], 1 - beta1, 1 - beta2
-            change_all(lion, same, (), finite, jobs, compiled)
+            change_all(lion, same, finite, jobs, compiled)

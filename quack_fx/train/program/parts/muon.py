@@ -53,4 +53,4 @@ def step_muon(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor
             shapes.append(_adjust_lr(1.0, group["adjust_lr_fn"], weight.shape))
         if jobs:
             shape = torch.tensor(shapes, dtype=torch.float64, device=jobs[0][1].device)
-            change_all(muon, (group["lr"], group["weight_decay"]), (shape,), finite, jobs, compiled)
+            change_all(muon, (group["lr"], group["weight_decay"], shape), finite, jobs, compiled)

@@ -35,4 +35,4 @@ def step_sgd(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor 
         if jobs:
             rest = 1 - group["dampening"] * torch.tensor(begun, dtype=torch.float64, device=jobs[0][1].device)
             same = group["lr"], group["weight_decay"], group["momentum"], float(group["nesterov"])
-            change_all(sgd, (-clip if group["maximize"] else clip, *same), (rest,), finite, jobs, compiled)
+            change_all(sgd, (-clip if group["maximize"] else clip, *same, rest), finite, jobs, compiled)
