@@ -9,7 +9,7 @@
 #   make strip                those with QK norm, stripped both ways; after a sweep; writes docs/qk_norm.md
 #   make trainers             the tests of QuacK in other people's trainers, in an environment that has those
 #   make bench                a training step with and without QuacK, and other ways to take it, on this CPU
-#   make experiment           small models trained with QuacK and its rivals, for many hours; stops and goes on
+#   make experiment           small models trained with QuacK and its rivals: about 3 hours on 2 cores; resumes
 #   make docs                 the site, in site/; `make docs SERVE=1` shows it and follows changes
 #   make lint                 ruff and mypy
 #   make test TORCH=2.11.0    the same on another torch, in an environment of its own

@@ -1,6 +1,6 @@
 """Whether QuacK helps: small language models trained with it, with its rivals and with nothing.
 
-    python -m benchmarks.stability run                      the grid, many hours; stop it at any time, it goes on
+    python -m benchmarks.stability run                      the grid, 2 hours and a half on 2 cores; it resumes
     python -m benchmarks.stability run --minutes 9          a piece of it; the same command goes on
     python -m benchmarks.stability run --long               long runs at two points of the grid
     python -m benchmarks.stability report                   docs/stability.md and its pictures

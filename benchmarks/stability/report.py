@@ -94,7 +94,7 @@ def _setting(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator
     yield f"Written by `python -m benchmarks.stability report` from `{source}`; `make experiment` does the runs."
     yield ""
     yield (
-        f"{len(every)} runs of {planned} that are planned, {'seeds' if len(seeds) > 1 else 'seed'} "
+        f"{len(every)} of {planned} planned runs, {'seeds' if len(seeds) > 1 else 'seed'} "
         f"{', '.join(map(str, seeds))}, "
         f"{seconds / 3600:.1f} hours of one thread; torch {c['torch']}, Python {c['python']}. A language model of "
         f"bytes reads the sources of Python's standard library (sha256 `{c['text']}`), "
