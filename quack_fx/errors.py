@@ -1,22 +1,22 @@
-"""The errors that users meet.
+"""Exceptions raised to users.
 
-Every message is one line that quotes what was given and says what to do. The command line turns any `QuackError`
-into that line and exit status 2; everything else is a bug of ours and keeps its traceback.
+Every message is one line that quotes the input and says what to do. The command line prints it and exits with
+status 2; any exception that is not a `QuackError` is a bug in quack-fx and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class QuackError(Exception):
-    """Base of all errors that bad input causes."""
+    """Base class of all errors caused by bad input."""
 
 
 class LayoutError(QuackError, ValueError):
-    """A layout that is malformed, or that does not fit the model it is used with."""
+    """A layout is malformed or does not fit the model."""
 
 
 class TargetError(QuackError):
-    """A target on the command line (file, module, config) that yields no model or no example inputs."""
+    """A command-line target (file, module, config) gives no model or no example inputs."""
 
 
 class CaptureError(QuackError):
@@ -28,34 +28,34 @@ class FactorError(QuackError, ValueError):
 
 
 class OptimizerError(QuackError, ValueError):
-    """An optimizer that QuacK cannot be attached to, or whose state does not fit."""
+    """QuacK cannot be attached to an optimizer, or the optimizer's state does not fit."""
 
 
 class VerifyError(QuackError):
-    """The proof of a layout failed: a claimed weight row is wrong."""
+    """Verification of a layout failed: it names a wrong weight row."""
 
 
 class StripError(QuackError, ValueError):
-    """A QK norm that cannot be removed as asked."""
+    """A QK norm cannot be removed as requested."""
 
 
 class EmitError(QuackError):
-    """A training step that cannot be written as source."""
+    """A training step cannot be written as source code."""
 
 
 class InlineError(QuackError, ValueError):
-    """A traced step in which the weights, or their new values, cannot be told."""
+    """The weights or their new values cannot be identified in a traced step."""
 
 
 class StepError(QuackError, ValueError):
-    """A training step that cannot be taken, for example because the model returns no scalar loss."""
+    """A training step cannot be run, for example because the model returns no scalar loss."""
 
 
 class RunError(QuackError, ValueError):
-    """A record of a training run that cannot be written or read."""
+    """The record of a training run cannot be written or read."""
 
 
 def first_line(error: BaseException) -> str:
-    """Type of an error and the first line of its text, cut where it is long."""
+    """Type of an error and the first line of its message, at most 300 characters of it."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__

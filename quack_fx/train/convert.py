@@ -1,6 +1,6 @@
-"""The training step of a model as one Python file that needs torch alone.
+"""Writes the training step of a model as one Python file that needs only torch.
 
-In: a model or target, or a layout to write it for. Out: source text; nothing is written to disk.
+In: a model or target, or a layout. Out: the source; nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ def convert(
     master_weights: bool = False,
     **kwargs: Any,
 ) -> str:
-    """Source of a training step with QuacK for a model: one file that needs torch alone.
+    """Source of a training step with QuacK for a model: one file that needs only torch.
 
     Arguments:
         target: A model, or what the command line takes: "model.py", "model.py:GPT", "pkg.module:factory", a Hugging
             Face config or its folder.
         args: Example inputs of the model's forward; the model may be on the meta device.
-        layout: The pairs, if they are known; the model is then not run.
+        layout: The model's layout, if it is known; the model is then not run.
         optimizer: The optimizer of the step: "adamw", "adam", "sgd", "muon" (with AdamW for other weights) or "lion".
         tau: Default of the step's `tau`.
-        qk_norm: What happens to QK norms that are modules. "strip": the file removes them from the model (its
-            function `strip_qk_norm`) and trains those attentions with QuacK. "keep": they stay, and those attentions
-            train without QuacK. The model given here is not changed.
-        title: Name of the model in the emitted docstring; its class if left out.
-        build: For a target that is text, an expression that builds the model.
-        inputs: For a target that is text, an expression for the example inputs.
-        assume: For a target that is text, whether sizes that are given nowhere may be assumed.
-        sharded: Whether the file is for weights that FSDP2 or tensor parallelism shard.
-        master_weights: Whether parameters in half precision are updated as fp32 copies of them.
+        qk_norm: What happens to QK norm modules. "strip": the file removes them from the model (its function
+            `strip_qk_norm`) and trains those attentions with QuacK. "keep": they stay, and those attentions train
+            without QuacK. The model passed here is not changed.
+        title: Name of the model in the emitted docstring; default: its class name.
+        build: For a string target, an expression that builds the model.
+        inputs: For a string target, an expression for the example inputs.
+        assume: For a string target, whether unknown sizes may be assumed.
+        sharded: Whether the file supports weights sharded by FSDP2 or tensor parallelism.
+        master_weights: Whether half-precision parameters are updated through fp32 copies.
         kwargs: More example inputs, by name.
 
     Returns:
-        The source. It passes `ruff check` and is stable under `ruff format` at 120 columns.
+        The source. It passes `ruff check`, and `ruff format` at 120 columns does not change it.
 
     Raises:
-        EmitError: There is no pair, the optimizer is not known, or `build` or `inputs` was given with a model.
+        EmitError: There are no pairs, the optimizer is unknown, or `build` or `inputs` was given with a model.
         LayoutError: The layout does not fit the model.
-        TargetError: The target gives no model.
+        TargetError: The target does not give a model.
         CaptureError: The model cannot be run on the example inputs.
 
     Example:
@@ -102,13 +102,13 @@ def convert(
 
 @dataclass(frozen=True)
 class Conversion:
-    """A model as the written step will see it.
+    """A model as the emitted step sees it, after its QK norms are removed.
 
     Attributes:
-        layout: Its pairs, without the QK norms that the file removes.
-        shapes: Shape of each of its parameters, tied ones under every name.
+        layout: The model's layout, without the QK norms that the file removes.
+        shapes: Shape of each parameter; tied parameters are listed under every name.
         stand_ins: The replacement of each QK norm module that the file removes.
-        plan: What happens to each QK norm; None where all are kept.
+        plan: What happens to each QK norm; None if all are kept.
     """
 
     layout: QKLayout
@@ -117,7 +117,7 @@ class Conversion:
     plan: Plan | None
 
     def source(self, title: str, optimizer: OptimizerName, *, tau: float, sharded: bool, master_weights: bool) -> str:
-        """Source of the step; arguments and errors as those of `convert`."""
+        """Source of the step; arguments and errors as in `convert`."""
         features = {name for name, asked in (("sharded", sharded), ("masters", master_weights)) if asked}
         return emit(
             self.layout,
@@ -131,17 +131,17 @@ class Conversion:
 
 
 def prepare(model: nn.Module, layout: QKLayout, qk_norm: str = "strip") -> Conversion:
-    """Collect what a file for a model needs; the model is not changed.
+    """Collect what `emit` needs about a model; the model is not changed.
 
     Arguments:
         model: The model.
-        layout: Its pairs.
+        layout: Its layout.
         qk_norm: As in `convert`.
 
     Raises:
-        EmitError: `qk_norm` is not known.
+        EmitError: `qk_norm` is unknown.
     """
-    # The names that a layout may use: tied parameters under each of theirs.
+    # All names that a layout may use; tied parameters have several.
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     if qk_norm == "keep":
         return Conversion(layout, shapes, {}, None)
@@ -167,7 +167,7 @@ def emit(
     """Source of a training step with QuacK for a layout; a pure function that does not import torch.
 
     Arguments:
-        layout: The pairs.
+        layout: The layout.
         shapes: Shape of every parameter that the layout names.
         title: Name of the model.
         optimizer: The optimizer of the step, as in `convert`.
@@ -179,8 +179,8 @@ def emit(
         The source.
 
     Raises:
-        EmitError: There is no pair, the optimizer is not known, `tau` is not a positive number, or two parameters have
-            the same name once the names of wrappers are removed.
+        EmitError: There are no query/key pairs, the optimizer is unknown, `tau` is not a positive number, or two
+            parameters have the same name after the names of wrappers are removed.
         LayoutError: The layout does not fit the shapes.
     """
     if not 0 < tau < float("inf"):
@@ -200,7 +200,7 @@ def emit(
 
 
 def _why_empty(layout: QKLayout) -> str:
-    """Why a layout gives nothing to write."""
+    """Error message for a layout without attentions to scale."""
     if layout.sites:
         return (
             f"all {len(layout.sites)} attentions keep their QK norm, so their logits do not depend on the norms of the "

@@ -1,6 +1,6 @@
-"""The query and key weights that an optimizer holds, and what its state tells of them.
+"""The query and key weights that an optimizer holds, and what its state says about them.
 
-In: an optimizer, and the scales of a program. Out: its parameters; what is wrong with them, for one line of an error.
+In: an optimizer, and the scales of a program. Out: the optimizer's parameters; error messages about them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
 STATE_KEY = "quack_init"
-"""Key of QuacK's entry in the optimizer state of each parameter: the initial factors of its attention, as bytes."""
+"""Key of QuacK's entry in each parameter's optimizer state: the initial factors of its attention, as bytes."""
 
 
 def params_of(optimizer: Optimizer) -> list[Tensor]:
@@ -29,7 +29,7 @@ def params_of(optimizer: Optimizer) -> list[Tensor]:
 
 
 def no_start(name: str) -> str:
-    """Message for a state that was loaded without initial factors."""
+    """Error message for a loaded state without initial factors."""
     return (
         f"the optimizer state has no initial factors of QuacK ({STATE_KEY!r}) for {name!r}; to start QuacK from these "
         "weights, detach() it, load the state, and attach it again"
@@ -37,12 +37,12 @@ def no_start(name: str) -> str:
 
 
 def and_others(names: Sequence[str]) -> str:
-    """How many names there are besides the first, for the end of a message."""
+    """Suffix of a message: the number of names after the first."""
     return f", and {len(names) - 1} others" if len(names) > 1 else ""
 
 
 def has_trained(state: Mapping[str, Any]) -> bool:
-    """Whether the state of a parameter shows that steps were taken; it waits for the device."""
+    """Whether a parameter's state shows that it has taken steps; waits for the device."""
     tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
     return bool(state.get("step", 1)) and any(tensor.dim() > 0 and bool(tensor.any()) for tensor in tensors)
 
@@ -50,7 +50,7 @@ def has_trained(state: Mapping[str, Any]) -> bool:
 def stale_weight(
     optimizer: Optimizer, own: set[nn.Parameter], names: Mapping[Tensor, str], scaling: Scaling
 ) -> str | None:
-    """A weight that an optimizer lacks while it holds one of that shape, for each such, which is not in the model."""
+    """A weight that the optimizer lacks but seems to hold an old copy of: as many other tensors have its shape."""
     params = params_of(optimizer)
     held, strange = set(params), Counter(tuple(param.shape) for param in params if param not in own)
     missing = [param for param in scaling.home if param.requires_grad and param not in held]
@@ -61,9 +61,9 @@ def stale_weight(
 def is_stepping(optimizer: Optimizer) -> bool:
     """Whether a step hook runs inside another step of the same optimizer.
 
-    torch fires the hooks twice where a subclass's `step` calls `super().step()`, and only the outer call sees the whole
-    update. The calls are told from the stack, since a step that ends with an exception leaves no other trace. (Should
-    torch rename its wrapper, the inner call is taken for the outer one.)
+    torch runs the hooks twice if a subclass's `step` calls `super().step()`; only the outer call sees the whole update.
+    Nested calls are found on the stack, because a step that raises leaves no other trace. (If torch renames its
+    wrapper, an inner call is taken for the outer one.)
     """
     steps, frame = 0, inspect.currentframe()
     while frame is not None:
@@ -74,7 +74,7 @@ def is_stepping(optimizer: Optimizer) -> bool:
 
 
 def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling, own: set[nn.Parameter]) -> str:
-    """Message for an optimizer that holds no rows of a layout."""
+    """Error message for an optimizer that holds no rows of a layout."""
     kind = type(optimizer).__name__
     if not scaling.home:
         kept = sum(bool(site.qk_norm) for site in layout.sites)

@@ -1,16 +1,17 @@
-"""QuacK, or a method to compare it with, on any torch.optim optimizer, through its public hooks.
+"""Attaches QuacK, or a method to compare it with, to any torch.optim optimizer through its public hooks.
 
-In: an optimizer, the model it trains, and the model's layout. Out: the same optimizer, whose `step()` now scales the
-update of every query and key row, and whose `state_dict()` carries what a resumed run needs.
+In: an optimizer, the model it trains, and the model's layout. Out: the same optimizer; its `step()` now scales the
+updates of query and key rows, and its `state_dict()` contains what a resumed run needs.
 
-Before a step the weights with query and key rows are copied and the scales of those rows computed; after it
+Before a step, the query and key weights are copied and the scale `s` of each row is computed. After the step, row by
+row,
 
-    W <- W_old + s (W_new - W_old),    s = tau * factor / factor at the start of training
+    W <- W_old + s (W_new - W_old),    s = tau * factor / initial factor
 
-row by row. For an optimizer whose update is proportional to its learning rate this is what a learning rate of its own
-for every head would do (Alg. 1 and 2), decoupled weight decay included; Muon orthogonalises the whole matrix and then
-has the rows of its update scaled. Nothing in a step waits for the device. What the scales are, and what else happens
-after a step, is the method's (rivals/), which is QuacK unless another one is asked for.
+If the optimizer's update is proportional to its learning rate, this equals a separate learning rate for each head
+(Alg. 1 and 2), decoupled weight decay included. Muon orthogonalises the whole matrix; then the rows of its update are
+scaled. Nothing in a step waits for the device. The method (rivals/; QuacK by default) defines the scales and anything
+else that happens after a step.
 """
 
 from __future__ import annotations
@@ -58,58 +59,56 @@ _attached: WeakSet[Optimizer] = WeakSet()
 class QuacK:
     """QuacK learning-rate scaling, attached to an optimizer.
 
-    The optimizer stays the user's: its groups, schedulers, closures, `GradScaler` and checkpoints work as before. Rows
-    that a step leaves alone stay bit for bit, so skipped steps change nothing. Groups may be added and parameters
-    replaced (in the model and the optimizer) at any time.
+    Parameter groups, schedulers, closures, `GradScaler` and checkpoints work as before. Rows that a step does not
+    change keep their bits, so skipped steps change nothing. Groups may be added, and parameters replaced (in both the
+    model and the optimizer), at any time.
 
-    Several optimizers over one model take one `QuacK` each. Each scales the rows that its optimizer holds, weights or
-    biases, by norms of the whole model as they are before that optimizer's step. An optimizer around others, whose
-    state is that of those (ZeroRedundancyOptimizer, containers), takes none: each one inside does. An optimizer that
-    holds query and key weights no longer, because somebody replaced its parameters, raises at its next step; attach
+    If several optimizers train one model, attach one `QuacK` to each. It scales the rows, of weights or biases, that
+    its optimizer holds, by the norms of the whole model before that optimizer's step. Do not attach to an optimizer
+    that wraps others and saves their state (ZeroRedundancyOptimizer, containers); attach to each one inside. If the
+    parameters of an optimizer were replaced and it no longer holds query and key weights, its next step raises; attach
     after the model and the optimizer are wrapped, sharded and cast.
 
-    Ranks that train one model (DistributedDataParallel, FSDP2, tensor parallel) attach together: layout, tau and norm
-    are compared once, here. Later changes of `tau` are not; make them on every rank.
+    Ranks that train one model (DistributedDataParallel, FSDP2, tensor parallel) must attach together: layout, tau and
+    norm are compared once, at construction. Later changes of `tau` are not compared; make them on every rank.
 
-    Checkpoints: the factors at the start of training are part of `optimizer.state_dict()`, under "quack_init" in the
-    state of each parameter, and come back with `optimizer.load_state_dict()`, called before or after attaching.
-    torch.distributed.checkpoint reads the entries that a state has already: attach before `get_optimizer_state_dict`.
-    They are never recomputed from trained weights: with QuacK attached, a state without them is refused. To start QuacK
-    in the middle of a run, load the state first and attach then: it starts from the weights as they are, and warns,
-    since that is wrong for a run that had QuacK and lost its initial factors. (An optimizer that has no state, as SGD
-    without momentum, does not show that it has taken steps.) Copying or pickling an optimizer drops its hooks, as torch
-    does, but not that entry of its state: attach again to the copy.
+    Checkpoints: the initial factors are part of `optimizer.state_dict()`, under "quack_init" in the state of each
+    parameter, and `optimizer.load_state_dict()` restores them, called before or after attaching.
+    torch.distributed.checkpoint loads only entries that the state already has: attach before
+    `get_optimizer_state_dict`. Initial factors are never recomputed from trained weights: with QuacK attached, a state
+    without them is refused. To start QuacK in the middle of a run, load the state, then attach: QuacK starts from the
+    current weights, and warns because this is wrong for a run that had QuacK and lost its initial factors. (An
+    optimizer without state, such as SGD without momentum, does not show that it has taken steps.) Copying or pickling
+    an optimizer drops its hooks, as usual in torch, but keeps "quack_init" in its state: attach again to the copy.
 
-    An optimizer that keeps the norms of the weights fixed leaves all factors at one.
+    With an optimizer that keeps the norms of the weights fixed, all factors keep their initial values.
 
-    Weights that start at zero (LoRA's B, zero-initialised queries) leave what they are multiplied with (LoRA's A, the
-    keys) without a factor to be relative to: its bound on the change of a logit, the learning rate times the norms that
-    it meets, is zero there. Such a block gets the bound that the weights of zero have: it trains at `tau` until those
-    have grown to the norm that the block itself had at the start, and by the rule from then on; it never trains
-    faster. Heads that are zero on both sides could never train, and are refused.
+    A weight that is zero at the start (LoRA's B, zero-initialised queries) makes the initial factor of its partner
+    (LoRA's A, the keys) infinite. The partner then trains at `tau` until the weight has grown to the partner's own
+    initial norm, and by the rule from then on; it never trains faster. Heads that are zero on both sides could never
+    train and are refused.
 
     Arguments:
         optimizer: Any `torch.optim.Optimizer` that holds at least one query or key weight of the layout.
         model: The model, plain or wrapped by torch.compile, DistributedDataParallel or FSDP2.
-        layout: Its layout, from `find_qk_pairs`. Sites that keep a QK norm are left out (`quack.left_out`).
+        layout: The model's layout, from `find_qk_pairs`. Sites that keep a QK norm are left out (`quack.left_out`).
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights. The
             attribute may be changed between steps.
         norm: "frobenius" or "spectral" (slower, a small gain in the paper; on a GPU it waits for the device).
-        method: "quack", or one to compare it with on the same rows: "constant" (all of them at `tau`), "qk-clip" (heads
-            with logits above `threshold` are scaled down after the step), "compositional" (divided by the partner's
-            norm itself), "none" (metrics alone). docs/rivals.md has their formulas. The initial factors are kept and
-            looked for under each, so that growth in the metrics counts from the start of the run.
-        threshold: The largest logit that "qk-clip" leaves alone.
-        logits: Whether to read the largest logit of every head in the forward passes of training, for `metrics()`;
-            "qk-clip" does so at any rate. The model has to be one that Python runs: an eager or sdpa attention, no
-            torch.compile.
+        method: "quack", or a method to compare it with on the same rows: "constant" (all rows at `tau`), "qk-clip"
+            (heads with logits above `threshold` are scaled down after the step), "compositional" (divided by the
+            partner's absolute norm), "none" (only metrics). docs/rivals.md has the formulas. Every method saves and
+            restores the initial factors, so that growth in the metrics is relative to the start of the run.
+        threshold: "qk-clip" scales heads with logits above this value.
+        logits: Whether to read the largest logit of every head in training forward passes, for `metrics()`; "qk-clip"
+            always does. The model must run in Python: eager or sdpa attention, no torch.compile.
 
     Raises:
-        OptimizerError: The optimizer holds no weight of the layout, or some that the model had before it was sharded;
-            it has a QuacK already, is no `torch.optim.Optimizer` or wraps one; `tau` is not a positive number, or
-            another one on other ranks; a loaded state does not fit; the method does not exist or does not fit the
-            layout or the numbers given; or logits that are wanted cannot be read.
-        LayoutError: The layout does not fit the model, or is another one on other ranks.
+        OptimizerError: The optimizer holds no weight of the layout, or weights from before the model was sharded; it
+            already has a QuacK, is no `torch.optim.Optimizer` or wraps one; `tau` is not a positive number or differs
+            between ranks; a loaded state does not fit; the method does not exist or does not fit the layout or the
+            other arguments; or the requested logits cannot be read.
+        LayoutError: The layout does not fit the model or differs between ranks.
         FactorError: A head's weights are zero on both sides, or are not finite.
 
     Example:
@@ -150,7 +149,7 @@ class QuacK:
 
     @classmethod
     def around(cls, optimizer: Optimizer, model: nn.Module, layout: QKLayout, scaling: Scaling) -> QuacK:
-        """QuacK by scales that exist already, those of a training step."""
+        """Attach QuacK with existing scales, those of a training step."""
         check_optimizer(optimizer)
         quack = cls.__new__(cls)
         quack._attach(optimizer, model, layout, Quack(scaling))
@@ -176,7 +175,7 @@ class QuacK:
         self._seen: list[int] = []
         self._hold()
         own = set(model.parameters())
-        # Where ranks share the steps of an optimizer (ZeRO), the weights may all be another rank's.
+        # If ranks share the steps of an optimizer (ZeRO), other ranks may hold all of the weights.
         if not self._held and not (elsewhere and not own.isdisjoint(params_of(optimizer))):
             raise OptimizerError(nothing_held(optimizer, layout, self.scaling, own))
         if stale := stale_weight(optimizer, own, self._names(), self.scaling):
@@ -192,13 +191,13 @@ class QuacK:
                 "that had QuacK, attach it before the checkpoint is read",
                 stacklevel=3,
             )
-        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, as they were, their scales
-        self._nested = 0  # steps inside the running step
+        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, their old values, scales
+        self._nested = 0  # nested calls of step in the current step
         self._paused = False
-        self._within = False  # a step runs, or has ended with an exception
+        self._within = False  # a step is running, or raised
         self._take_over()
         self._logits = MaxLogits(model, layout) if logits or method.reads_logits else None
-        self._largest: Tensor | None = None  # of each query head, in the forward passes before the last step
+        self._largest: Tensor | None = None  # per query head, over the forward passes before the last step
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -222,17 +221,18 @@ class QuacK:
 
     @property
     def init_factors(self) -> Tensor:
-        """Factors at the start of training, kind by kind and block by block; others once a state was loaded.
+        """Initial factors, by kind and block; replaced when a state is loaded.
 
-        That of a block which met zeros is negative: of when those have grown as large as the block was.
+        The factor is negative for a block whose partner was zero at the start: its absolute value is the factor when
+        the partner has grown to the block's initial norm.
         """
         return torch.cat([factor.flatten() for first in self.scaling.first for factor in first])
 
     def factors(self) -> dict[str, dict[str, float]]:
-        """Scale of every head's learning rate as the weights are now, for reports; waits for the device.
+        """Learning-rate scale of every head for the current weights, for reports; waits for the device.
 
         Returns:
-            For each site of the layout that QuacK scales, its blocks' heads ("weight[rows]") with
+            For each site of the layout that QuacK scales, a dict from the heads of its blocks ("weight[rows]") to
             `tau * factor / initial factor`.
 
         Example:
@@ -247,7 +247,7 @@ class QuacK:
                 heads = {
                     (block.param, merged(ranges)) for _, block in site.blocks() for ranges in block.heads if ranges
                 }
-                # Several attentions may be in one module.
+                # One module may contain several attentions.
                 report.setdefault(site.name, {}).update(
                     (f"{name}[{', '.join(f'{a}:{b}' for a, b in ranges)}]", by_row[params[name], ranges[0][0]])
                     for name, ranges in sorted(heads)
@@ -255,25 +255,24 @@ class QuacK:
         return report
 
     def metrics(self, heads: bool = False) -> dict[str, float]:
-        """Attention and its learning rates as the weights are now, for a logger.
+        """Metrics of attention and its learning rates for the current weights, for a logger.
 
-        Waits for the device once, to copy all numbers at once. Where weights are sharded all ranks call it, and get the
-        same. The names of a site `layers.0.attn`, each with `/min`, `/median` and `/max` over its heads:
+        Waits for the device once, to copy all numbers together. If weights are sharded, all ranks must call it; all get
+        the same result. A site `layers.0.attn` has these names, each with `/min`, `/median` and `/max` over its heads:
 
-        - `attention/layers.0.attn/qk_norm_product`: the product of a head's norms times the logit scale (where the
-          layout knows one), added up over the terms of the logit: no logit of inputs of norm one is larger;
-        - `attention/layers.0.attn/q/norm`, and so on for each block, by role, or by parameter (LoRA): its norm;
-        - `attention/layers.0.attn/q/lr_scale`: what its learning rate is multiplied with, `tau` included;
-        - `attention/layers.0.attn/growth`: how often the norms that a block is multiplied with are what they were at
-          the start of training;
-        - `attention/layers.0.attn/max_attn_logit`, with `logits=True`: the largest number that went into the softmax in
-          the forward passes before the last step, on any rank. Sites that did not run then have none.
+        - `attention/layers.0.attn/qk_norm_product`: the product of a head's norms times the logit scale (if the layout
+          has one), summed over the terms of the logit: an upper bound on the logits of inputs with norm one;
+        - `attention/layers.0.attn/q/norm`, and so on for each block, by role or by parameter (LoRA): its norm;
+        - `attention/layers.0.attn/q/lr_scale`: its learning-rate scale, `tau` included;
+        - `attention/layers.0.attn/growth`: the norms that a block is multiplied with, relative to their initial values;
+        - `attention/layers.0.attn/max_attn_logit`, with `logits=True`: the largest input of the softmax in the forward
+          passes before the last step, over all ranks. Missing for sites that did not run.
 
         Arguments:
-            heads: Whether to add the number of each head, as `/head_3`.
+            heads: Whether to add the value of each head, as `/head_3`.
 
         Returns:
-            Names and numbers.
+            A dict from names to numbers.
 
         Example:
             >>> wandb.log(quack.metrics())
@@ -283,7 +282,7 @@ class QuacK:
         return self._metrics.read(self.method, heads, self._largest)
 
     def _scale_of_first_rows(self) -> dict[tuple[Tensor, int], float]:
-        """The scale of each head by its weight and the first of its rows."""
+        """The scale of each head, keyed by weight and first row."""
         found: dict[tuple[Tensor, int], float] = {}
         for stacks, rows, scales in zip(
             self.scaling.stacks, self.scaling.rows, self.method.block_scales(), strict=True
@@ -303,7 +302,7 @@ class QuacK:
         return f"QuacK({type(self.optimizer).__name__}{method}: {len(scales)} heads, scales {spread})"
 
     def detach(self) -> None:
-        """Remove the hooks and QuacK's entries in the state: the optimizer is as it was before."""
+        """Remove the hooks and QuacK's entries in the optimizer's state."""
         for handle in self._handles:
             handle.remove()
         if self._logits is not None:
@@ -314,7 +313,7 @@ class QuacK:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Steps in here are not scaled: somebody else does."""
+        """Context in which the hooks do nothing because the caller scales the step."""
         self._paused = self._within = True
         try:
             yield
@@ -323,18 +322,18 @@ class QuacK:
             self._paused = False
 
     def check(self) -> None:
-        """Look before a step whether the optimizer is the one that QuacK was attached to still.
+        """Check before a step that the optimizer still has its weights and initial factors.
 
         Raises:
-            OptimizerError: It holds some weights no longer, or its state was loaded without initial factors.
+            OptimizerError: Weights were removed from it, or its state was loaded without initial factors.
         """
         self._hold()
-        # What a step leaves that ended with an exception is ours.
+        # After a step that raised, the state may lack initial factors that `keep` has not written yet.
         if not self._within and (lost := self._without_start()) is not None:
             raise OptimizerError(no_start(self._names()[lost]))
 
     def _hold(self) -> None:
-        """Find the weights that the optimizer holds; again when some were added to it or replaced."""
+        """Find the weights that the optimizer holds; repeated when parameters were added or replaced."""
         params = params_of(self.optimizer)
         if self._seen == (seen := list(map(id, params))):
             return
@@ -347,7 +346,7 @@ class QuacK:
         self._held_names = [names[param] for param in self._held]
 
     def _check_kept(self, params: list[Tensor]) -> None:
-        """Refuse to go on where the weights were taken out of the optimizer, or sharded, after QuacK was attached."""
+        """Raise if weights were removed from the optimizer, or sharded, after QuacK was attached."""
         now, held = layout_params(self.layout, self._model), set(params)
         lost = [name for name in self._held_names if now[name].requires_grad and now[name] not in held]
         kind = type(self.optimizer).__name__
@@ -361,7 +360,7 @@ class QuacK:
             raise OptimizerError(f"the model was sharded after QuacK was attached to {kind}; attach it afterwards")
 
     def _without_start(self) -> Tensor | None:
-        """A weight that was trained, by the optimizer's state, but whose attention has no initial factors there."""
+        """A weight that the optimizer's state shows as trained, without initial factors of its attention."""
         state, home = self.optimizer.state, self.scaling.home
         unknown = [param for param in self._held if (own := state.get(param)) and STATE_KEY not in own]
         if not unknown:
@@ -371,17 +370,17 @@ class QuacK:
         return next(trained, None)
 
     def _take_over(self) -> None:
-        """Take over initial factors that the optimizer's state has, and keep them where it has none."""
+        """Load initial factors from the optimizer's state, and add them to the state of weights that lack them."""
         try:
             self.scaling.take_over(self.optimizer)
         except ValueError as error:
             raise OptimizerError(str(error)) from None
-        # Only where there is some state: most optimizers make theirs where they find none, and take any for it.
+        # Only where there is some state: most optimizers initialise a state only if it is empty.
         self.scaling.keep(self.optimizer, [param for param in self._held if self.optimizer.state.get(param)])
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Copy the weights whose updates are scaled, and compute their scales."""
+        """Copy the weights to be scaled, and compute the scales of their rows."""
         if self._paused:
             return
         if self._snapshot is not None and is_stepping(optimizer):
@@ -397,7 +396,7 @@ class QuacK:
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Scale what the step did to their rows, and do what the method does after it."""
+        """Scale the updates of their rows, and run the method's own `after_step`."""
         if self._paused:
             return
         if self._nested:
@@ -413,7 +412,7 @@ class QuacK:
         self.scaling.keep(optimizer, trained)
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Give every parameter a state where some have ours alone: distributed checkpoints want all or none."""
+        """Give every parameter a state if the only entries are QuacK's: distributed checkpoints need all or none."""
         states = state_dict["state"]
         if states and all(isinstance(state, Mapping) and state.keys() <= {STATE_KEY} for state in states.values()):
             for group in state_dict["param_groups"]:
@@ -421,18 +420,18 @@ class QuacK:
                     states.setdefault(key, {})
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Refuse a state without initial factors before anything is loaded."""
+        """Refuse a state without initial factors, before anything is loaded."""
         groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
         pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=False)]
         for param, key in pairs:
             state = state_dict["state"].get(key)
             if not (param in self.scaling.home and state and param.requires_grad):
                 continue
-            if not isinstance(state.get(STATE_KEY), Tensor):  # distributed checkpoints leave an empty dict for none
+            if not isinstance(state.get(STATE_KEY), Tensor):  # distributed checkpoints have an empty dict instead
                 raise OptimizerError(no_start(self._names()[param]))
 
     def _after_load(self, optimizer: Optimizer) -> None:
-        """Take over what was loaded; attentions that were not trained by then start from the weights as they are."""
+        """Use the loaded initial factors; attentions not trained in that run start from the current weights."""
         self._hold()
         self._take_over()
         home = self.scaling.home
@@ -448,16 +447,16 @@ def check_tau(tau: float | Tensor) -> None:
     """Refuse a `tau` that is not a positive number.
 
     Raises:
-        OptimizerError: It is not.
+        OptimizerError: `tau` is not a positive number.
     """
     if not isinstance(tau, Tensor) and not (isinstance(tau, int | float) and 0 < tau < math.inf):
         raise OptimizerError(f"tau is {tau!r}; need a positive number, for example 0.1")
 
 
 def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
-    """new <- old + scale (new - old), row by row, in float32 at least and rounded once.
+    """new <- old + scale (new - old), row by row, at least in float32 and rounded once.
 
-    lerp gives `new` back bit for bit where the scale is 1 or nothing changed.
+    `lerp` returns `new` bit for bit if the scale is 1 or nothing changed.
     """
     if new.dtype in (torch.float32, torch.float64):
         torch.lerp(old, new, scale.to(new.dtype), out=new)

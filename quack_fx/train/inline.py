@@ -1,12 +1,11 @@
-"""QuacK inside the traced graph of a training step or an optimizer step, whatever the optimizer.
+"""Inserts QuacK into the traced graph of a training step or optimizer step, for any optimizer.
 
 In: an ATen graph that updates weights (from make_fx, AOTAutograd or a graph trainer), and the model's layout. Out: a
-graph with the same inputs and outputs, in which
+graph with the same inputs and outputs, in which the new value of each query or key weight becomes, row by row,
 
-    W <- lerp(W_old, W_new, s),    s = tau * factor / factor at the start of training
+    W <- lerp(W_old, W_new, s),    s = tau * factor / initial factor
 
-row by row, just before the new value of a query or key weight leaves the graph. `StepBackend` does this for
-`torch.compile(optimizer.step)`.
+`StepBackend` does this for `torch.compile(optimizer.step)`.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 _ONWARD = {"add", "sub", "mul", "div", "addcdiv", "addcmul", "lerp", "where", "clone"}
-"""Ops, and their `_foreach_` forms, whose result is an updated version of their first argument."""
+"""Ops (and their `_foreach_` variants) that return an updated version of their first tensor argument."""
 
 
 def inline_quack(
@@ -49,12 +48,12 @@ def inline_quack(
     Arguments:
         graph_module: The graph of a step that changes weights in place or returns their new values. It is not modified.
         layout: The layout of the model.
-        model: The model with its initial weights; their factors are the initial factors.
-        inputs: The inputs that the graph was traced with, in the order of its placeholders. Weights of the model among
-            them, and weights that the graph holds as attributes, are recognised; other inputs may be fake.
-        weights: For each weight its placeholder, by name or index, where the inputs are not the weights themselves.
-        tau: Learning rate of queries and keys at the start of training, relative to that of the other weights; the
-            buffer "quack_tau" of the graph.
+        model: The model with its initial weights, from which the initial factors are computed.
+        inputs: The inputs that the graph was traced with, in the order of its placeholders. The model's weights are
+            recognised among them and among the graph's attributes; other inputs may be fake tensors.
+        weights: The placeholder of each weight, by name or index, if the inputs are not the weights themselves.
+        tau: Learning rate of queries and keys at the start of training, relative to that of the other weights; stored
+            in the buffer "quack_tau" of the graph.
         norm: "frobenius"; "spectral" cannot be traced.
 
     Returns:
@@ -78,7 +77,7 @@ def inline_quack(
 class StepBackend:
     """A backend for `torch.compile(optimizer.step, backend=StepBackend(model, layout))`.
 
-    Make it while the model has its initial weights. To resume training, save and load its `state_dict()` as well.
+    Create it while the model has its initial weights. To resume training, also save and load its `state_dict()`.
 
     Arguments:
         model: The model.
@@ -96,7 +95,7 @@ class StepBackend:
         self._scaling = scaling_of(model, layout, torch.tensor(tau, dtype=torch.float64), "frobenius")
 
     def __call__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Compile a graph from Dynamo, with the scaling where it has query or key weights."""
+        """Compile a graph from Dynamo; the scaling is inserted if the graph has query or key weights."""
         held = {id(tensor) for tensor in (*inputs, *_attributes(graph_module).values())}
         if any(id(weight) in held for weight in self._scaling.home):
             graph_module = _inlined(graph_module, self._scaling, self._model, inputs, {}, hold_others=True)
@@ -130,11 +129,11 @@ def _inlined(
     chosen: Mapping[str, str | int],
     hold_others: bool = False,
 ) -> fx.GraphModule:
-    """The graph with the scaling inside, see `inline_quack`.
+    """The graph with the scaling inserted; see `inline_quack`.
 
     Arguments:
         graph_module, model, inputs: As in `inline_quack`.
-        scaling: The scales of the model's rows.
+        scaling: Computes the scales of the model's rows.
         chosen: The `weights` of `inline_quack`.
         hold_others: Whether weights that are not inputs become attributes of the graph.
     """
@@ -172,7 +171,7 @@ def _inlined(
 
 
 def _attributes(graph_module: fx.GraphModule) -> dict[str, Tensor]:
-    """The tensors that are attributes of a graph, by name."""
+    """The tensor attributes that a graph reads, by name."""
     found = {}
     for target in dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"):
         value = operator.attrgetter(target)(graph_module)
@@ -182,7 +181,7 @@ def _attributes(graph_module: fx.GraphModule) -> dict[str, Tensor]:
 
 
 def _inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
-    """A value for each placeholder: the given inputs, or else the values in the graph's metadata."""
+    """A value for each placeholder: the given inputs, or the values in the graph's metadata."""
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     if inputs:
         if len(inputs) != len(placeholders):
@@ -197,26 +196,26 @@ def _inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
 
 
 class _Lifted(fx.Interpreter):
-    """Runs a graph with other tensors in place of its attributes."""
+    """Interprets a graph with some of its attributes replaced."""
 
     def __init__(self, graph_module: fx.GraphModule, held: Mapping[str, Any]) -> None:
         super().__init__(graph_module)
         self._held = held
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The tensor that replaces an attribute, or the attribute."""
+        """The replacement of an attribute, or the attribute itself."""
         return self._held[target] if target in self._held else super().get_attr(target, args, kwargs)
 
 
 def _functional(graph_module: fx.GraphModule, held: Mapping[str, Tensor], inputs: Sequence[Any]) -> fx.GraphModule:
-    """The graph in functional form: in-place writes only at the end, one for each input; attributes become inputs."""
+    """The functionalized graph: in-place writes only at the end, one per input; attributes become inputs."""
 
     def run(*values: Any) -> Any:
         lifted = dict(zip(held, values, strict=False))
         return _Lifted(graph_module, lifted).run(*values[len(held) :], enable_io_processing=False)
 
     try:
-        # A new mode, because Dynamo's own would replace sizes by symbols.
+        # A new mode, because Dynamo's would replace sizes by symbols.
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             values = [_like(value) if isinstance(value, Tensor) else value for value in (*held.values(), *inputs)]
             return make_fx(torch.func.functionalize(run))(*values)
@@ -225,7 +224,7 @@ def _functional(graph_module: fx.GraphModule, held: Mapping[str, Tensor], inputs
 
 
 def _like(tensor: Tensor) -> Tensor:
-    """A tensor with the same shape, strides, dtype and device, fake where a fake mode is active."""
+    """An empty tensor with the same shape, strides, dtype and device; fake if a fake mode is active."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
@@ -240,12 +239,12 @@ def _weights_of(
     """The node of each weight with query or key rows.
 
     Arguments:
-        graph_module: The graph that the user gave.
-        scaling: The scales of the model's rows.
-        names: The model's names of its weights.
+        graph_module: The user's graph.
+        scaling: Computes the scales of the model's rows.
+        names: Names of the model's weights.
         chosen: The `weights` of `inline_quack`.
         known: The node of each known tensor, by its id.
-        own: The nodes of the graph's own placeholders, in order.
+        own: The nodes of the user's placeholders, in order.
     """
     placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
     if strange := [
@@ -267,10 +266,10 @@ def _weights_of(
 
 
 def _new_value(weight: fx.Node, name: str) -> fx.Node | None:
-    """The node of a weight's value after the step; None for a weight that the graph does not use.
+    """The node of a weight's new value; None if the graph does not use the weight.
 
     Raises:
-        InlineError: Several outputs may be the new value, or none.
+        InlineError: No output, or more than one, may be the new value.
     """
     written = [user.args[1] for user in weight.users if user.target is _aten.copy_.default and user.args[0] is weight]
     if written:
@@ -294,7 +293,7 @@ def _new_value(weight: fx.Node, name: str) -> fx.Node | None:
 
 
 def _onward(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes of a weight's value after one more op that updates it."""
+    """The nodes that hold a weight's value after one more update op."""
     for user in node.users:
         op, _, _ = str(user.target).removeprefix("aten.").removeprefix("_foreach_").partition(".")
         if user.op != "call_function" or op not in _ONWARD or not user.args:
@@ -308,7 +307,7 @@ def _onward(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _updates(op: str, user: fx.Node) -> bool:
-    """Whether an op is a step of an update; a product is one where its other argument is a single number."""
+    """Whether an op is part of a weight update; mul and div are if their other argument is a single number."""
     other = user.args[1] if op in ("mul", "div") else None
     value = other.meta.get("val") if isinstance(other, fx.Node) else None
     return not isinstance(value, Tensor) or value.numel() == 1
@@ -317,7 +316,7 @@ def _updates(op: str, user: fx.Node) -> bool:
 def _write_scales(
     graph: fx.Graph, root: nn.Module, scaling: Scaling, old: Mapping[Tensor, fx.Node]
 ) -> dict[Tensor, fx.Node]:
-    """Write the computation of the scales from the weights before the step; `root` gets the constants that it needs."""
+    """Add nodes that compute the scales from the weights before the step; constants are registered on `root`."""
     weights = list(old)
 
     def scales_of(*tensors: Tensor) -> list[Tensor]:
@@ -341,7 +340,7 @@ def _write_scales(
 
 
 def _blend(graph: fx.Graph, old: fx.Node, new: fx.Node, scale: fx.Node, dtype: torch.dtype) -> None:
-    """Put old + scale (new - old) in place of the new value, in float32 at least and rounded once."""
+    """Replace the new value by old + scale (new - old), at least in float32 and rounded once."""
     exact = torch.promote_types(dtype, torch.float32)
     users, after = list(new.users), new.next
     with graph.inserting_before(after):
@@ -356,6 +355,6 @@ def _blend(graph: fx.Graph, old: fx.Node, new: fx.Node, scale: fx.Node, dtype: t
 
 
 def _register(root: nn.Module, name: str, tensor: Tensor) -> str:
-    """Register a tensor as a buffer that shares its memory and needs no gradient; returns the name."""
+    """Register a tensor as a detached buffer that shares its memory; returns the name."""
     root.register_buffer(name, tensor.detach())
     return name

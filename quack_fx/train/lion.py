@@ -1,4 +1,4 @@
-"""Recognises Lion by what an optimizer does: torch.optim has no Lion, and many packages have one.
+"""Detects Lion by behaviour: torch.optim has no Lion, but many packages do.
 
 In: an optimizer of any class. Out: whether it is Lion.
 """
@@ -18,10 +18,10 @@ _OPTIONS = {"lr", "betas", "weight_decay"}
 
 
 def is_lion(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has Lion's options and state, and takes Lion's steps.
+    """Whether an optimizer has Lion's options, state and updates.
 
-    For each parameter group a new optimizer of the same class and options takes three steps on a tiny weight, which are
-    compared with Lion's. An exception there means that it is not Lion.
+    For each parameter group, a new optimizer of the same class and options takes three steps on a tiny weight, which
+    are compared with Lion's. An exception means that it is not Lion.
     """
     return all(_steps_as_lion(type(optimizer), group) for group in optimizer.param_groups)
 
@@ -31,7 +31,7 @@ def _steps_as_lion(kind: Callable[..., Optimizer], group: Mapping[str, Any]) -> 
     options = {name: value for name, value in group.items() if name != "params"}
     if not options.keys() >= _OPTIONS or any(isinstance(options[name], Tensor) for name in _OPTIONS):
         return False
-    lr, decay = 0.125, 0.25  # large enough to tell; a schedule may have set the user's to zero
+    lr, decay = 0.125, 0.25  # large enough to compare; the user's schedule may be at zero
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64, device="cpu"))
     expected, mean = weight.detach().clone(), torch.zeros_like(weight)
     try:
@@ -46,5 +46,5 @@ def _steps_as_lion(kind: Callable[..., Optimizer], group: Mapping[str, Any]) -> 
         state = optimizer.state[weight]
         same = state.keys() == {"exp_avg"} and torch.allclose(state["exp_avg"], mean, rtol=1e-12)
         return same and torch.allclose(weight, expected, rtol=1e-12)
-    except Exception:  # it cannot be constructed from its group's options, or needs something else
+    except Exception:  # it cannot be constructed from the group's options, or needs other arguments
         return False

@@ -1,4 +1,4 @@
-"""The arguments with which a loss function calls its model.
+"""The arguments that a loss function passes to the model.
 
 In: a model, a batch, and a loss function or None. Out: the positional and keyword arguments of the model.
 """
@@ -14,7 +14,7 @@ from torch import nn
 from quack_fx.errors import StepError
 
 LossFn = Callable[..., Any]
-"""`loss_fn(model, *batch, **batch)`; it returns a loss, or what a model may return in its place."""
+"""`loss_fn(model, *batch, **batch)`; returns a loss, or any output that contains one, as a model may."""
 
 
 class _Seen(Exception):
@@ -27,10 +27,10 @@ class _Seen(Exception):
 def model_inputs(
     model: nn.Module, loss_fn: LossFn | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with which the model is called for a batch.
+    """The arguments of the model for a batch.
 
-    Without a loss function they are the batch. A loss function is run up to its first call of the model, and the state
-    of the random number generators is restored, so that finding the layout does not change the training.
+    Without a loss function, they are the batch. A loss function is run up to its first call of the model; the state of
+    the random number generators is then restored, so finding the layout does not change training.
 
     Raises:
         StepError: The loss function never called the model.

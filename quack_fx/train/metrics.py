@@ -1,7 +1,7 @@
-"""Attention and its learning rates as numbers for a logger.
+"""Metrics of attention and its learning rates, for a logger.
 
-In: a layout, its model, and the scales of its rows. Out: one flat dict of names and numbers, by one copy from the
-device to the host, whatever the number of attentions.
+In: a layout, its model, and the scales of its rows. Out: one flat dict from names to numbers, with a single copy from
+device to host for any number of attentions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Metrics:
-    """What can be read of some attentions; see `QuacK.metrics`.
+    """Computes the metrics of a model's attentions; see `QuacK.metrics`.
 
     Arguments:
         layout: The layout.
@@ -42,12 +42,12 @@ class Metrics:
         self._sites = [(name, site) for name, site in named if site.terms and not site.qk_norm]
 
     def read(self, method: Method, heads: bool = False, logits: Tensor | None = None) -> dict[str, float]:
-        """The metrics as the weights are now; see `QuacK.metrics`.
+        """The metrics for the current weights; see `QuacK.metrics`.
 
         Arguments:
-            method: What scales the learning rates.
-            heads: Whether to add the number of each head.
-            logits: The largest logit of each query head of all sites, where they are read.
+            method: The method that scales the learning rates.
+            heads: Whether to add the value of each head.
+            logits: The largest logit of each query head of all sites, if logits are read.
         """
         scaling = method.scaling
         factors, first = in_a_row(scaling.factors()), in_a_row(scaling.first)
@@ -62,7 +62,7 @@ class Metrics:
     def _named(
         self, norms: Sequence[float], growths: Sequence[float], scales: Sequence[float], heads: bool
     ) -> Iterator[tuple[str, float]]:
-        """Names and numbers, from those of every head of every block."""
+        """Named metrics, from the numbers of all heads of all blocks."""
         for at, site in self._sites:
             scale = 1.0 if site.logit_scale is None else abs(site.logit_scale)
             products = [scale * self._product(site, head, norms) for head in range(site.query_heads)]
@@ -70,7 +70,7 @@ class Metrics:
             growth = []
             for name, block in _named_blocks(site):
                 units = dict.fromkeys(place_of(block, ranges) for ranges in block.heads)
-                places = [self._places[unit] for unit in units if unit in self._places]  # of heads that terms have
+                places = [self._places[unit] for unit in units if unit in self._places]  # heads in terms
                 if places:
                     growth += [growths[place] for place in places]
                     yield from _summary(f"{at}/{name}/norm", [norms[place] for place in places], heads)
@@ -78,7 +78,7 @@ class Metrics:
             yield from _summary(f"{at}/growth", growth, False)
 
     def _largest(self, logits: Sequence[float], heads: bool) -> Iterator[tuple[str, float]]:
-        """Names and numbers of the largest logits of all sites that ran; of none, where they are not read."""
+        """Named largest logits of all sites that ran; nothing if logits are not read."""
         start = 0
         for name, site in zip(self._names, self._every_site, strict=True) if logits else ():
             own = logits[start : start + site.query_heads]
@@ -87,7 +87,7 @@ class Metrics:
                 yield from _summary(f"{name}/max_attn_logit", own, heads)
 
     def _product(self, site: AttentionSite, head: int, norms: Sequence[float]) -> float:
-        """The products of the norms in the terms of a query head, added up."""
+        """The sum, over the terms of a query head, of the product of their norms."""
         terms = ([self._places[place_of(*part)] for part in product] for product in site.head_terms(head))
         return math.fsum(math.prod(norms[place] for place in places) for places in terms)
 
@@ -104,7 +104,7 @@ def _distinct_names(sites: Sequence[str]) -> list[str]:
 
 
 def _named_blocks(site: AttentionSite) -> Iterator[tuple[str, WeightBlock]]:
-    """The blocks of a site, each once, by role; by parameter where a role says too little."""
+    """The distinct blocks of a site, named by role, or by parameter if the role is "other" or not unique."""
     blocks = list(dict.fromkeys(block for _, block in site.blocks()))
     roles = Counter(block.role for block in blocks)
     for block in blocks:
@@ -113,7 +113,7 @@ def _named_blocks(site: AttentionSite) -> Iterator[tuple[str, WeightBlock]]:
 
 
 def _summary(name: str, values: Sequence[float], heads: bool) -> Iterator[tuple[str, float]]:
-    """Smallest, median and largest of some numbers; all of them, too, where heads are asked for."""
+    """Minimum, median and maximum of some values; with `heads`, also each value."""
     yield f"{name}/min", min(values)
     yield f"{name}/median", median(values)
     yield f"{name}/max", max(values)

@@ -1,7 +1,7 @@
-"""Which weight rows make the logits of one query head and of no other.
+"""Which weight rows contribute to the logits of exactly one query head.
 
-In: a layout and the number of rows of its parameters. Out: for every row the head that it belongs to. Rows of a key
-head with several query heads, of a down projection, or of a layer that is called again belong to none.
+In: a layout and the number of rows of its parameters. Out: for every row, the head that it belongs to. Rows of a key
+head with several query heads, of a down projection, or of a layer that is called several times belong to no head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Unit:
     """The rows of one head in a weight, and in its bias.
 
     Attributes:
-        names: The weight and its bias, if it has one, each with the axis that counts its rows.
+        names: The weight and its bias, if it has one, each with the axis of its rows.
         ranges: The rows.
     """
 
@@ -45,8 +45,8 @@ class Owners:
         sizes: Number of rows of every parameter in it.
 
     Attributes:
-        rows: For each parameter its rows' heads, [rows]; heads are counted through all sites, SHARED is none of them.
-        first: For each site the number of its first head.
+        rows: For each parameter, the head of each row, numbered across all sites, [rows]; SHARED if there are several.
+        first: For each site, the number of its first head.
 
     Example:
         >>> Owners(layout, {"q.weight": 4, "k.weight": 2}).rows["q.weight"]
@@ -74,12 +74,12 @@ class Owners:
                 known[known == _FREE] = head
 
     def has(self, unit: Unit, head: int) -> bool:
-        """Whether some rows are those of a head alone."""
+        """Whether all rows of a unit belong to this head alone."""
         return all(bool((self.rows[name][a:b] == head).all()) for name, _ in unit.names for a, b in unit.ranges)
 
 
 def nearest(site: AttentionSite, head: int) -> Iterator[tuple[Unit | None, Unit | None]]:
-    """For each term of a head the query rows and the key rows next to the logits: an up projection, not a down one."""
+    """For each term of a head, the query and key rows next to the logits (up projections, not down projections)."""
     key_head = site.head_map[head]
     for term in site.terms:
         sides = ((site.query, term.query, head), (site.key, term.key, key_head))

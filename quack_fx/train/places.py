@@ -1,7 +1,7 @@
-"""Where the numbers of a head stand among those of a program.
+"""The index of each head in the flattened numbers of a program.
 
-In: a layout and its model. Out: the place of every head's rows in the numbers that a program has for each block (norms,
-factors, scales), put in a row.
+In: a layout and its model. A program has tensors of norms, factors and scales for each block. Out: the index of every
+head's rows in one such list of tensors, flattened and concatenated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from quack_fx.layout.fit import with_bare_names
 from quack_fx.train.program.kinds import kinds_of
 
 Place = tuple[str, str | None, Ranges]
-"""One head's rows: their weight, its bias, the ranges."""
+"""The rows of one head: names of the weight and its bias, and the ranges."""
 
 
 def place_of(block: WeightBlock, ranges: Ranges) -> Place:
@@ -25,14 +25,14 @@ def place_of(block: WeightBlock, ranges: Ranges) -> Place:
 
 
 def places_of(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[Place, int]]:
-    """Places of all heads that the rule is for.
+    """Indices of all heads that the rule scales.
 
     Arguments:
         layout: The layout.
         model: The model it fits.
 
     Returns:
-        The layout by the names of the program; for the rows of each head their place in `in_a_row`.
+        The layout with the parameter names of the program; the index of each head's rows in `in_a_row`.
 
     Example:
         >>> layout, places = places_of(layout, model)
@@ -41,7 +41,7 @@ def places_of(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[Place,
     """
     layout, params = with_bare_names(layout, model)
     places: dict[Place, int] = {}
-    # In the order of the program's numbers, which is written for these kinds.
+    # The same order as in the program, which is written from these kinds.
     start = 0
     for kind in kinds_of(layout, {name: tuple(param.shape) for name, param in params.items()}):
         own = [kind.names(numbers) for numbers in kind.instances]
@@ -55,12 +55,12 @@ def places_of(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[Place,
 
 
 def in_a_row(by_block: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The numbers of all heads in a row, on one device."""
+    """The numbers of all heads as one flat tensor, on one device."""
     each = [numbers.flatten() for blocks in by_block for numbers in blocks]
     return torch.cat([numbers.to(each[0].device) for numbers in each])
 
 
 def by_block(row: Tensor, like: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """Numbers in a row as those of blocks, `in_a_row` the other way around."""
+    """Split a flat tensor into tensors for each block, shaped like those in `like`; the inverse of `in_a_row`."""
     parts = iter(row.split([numbers.numel() for blocks in like for numbers in blocks]))
     return [[next(parts).view(numbers.shape).to(numbers.device) for numbers in blocks] for blocks in like]

@@ -1,10 +1,9 @@
-"""Ranks that train one model together take the same steps.
+"""Makes sure that ranks which train one model take the same steps.
 
-In: a model that DistributedDataParallel copies to several ranks, or whose weights are spread over them (DTensors). Out:
-one line on every rank where they were not given the same; whether a step that one of them would skip is skipped by all.
+In: a model that is replicated (DistributedDataParallel) or sharded (DTensors) across ranks. Out: a one-line error on
+every rank if the ranks were given different arguments; a decision of all ranks on whether a step is skipped.
 
-Ranks are asked within the groups that the model itself communicates in, so that those of another stage of a pipeline
-are left alone.
+Only process groups that the model itself uses take part, so other pipeline stages are not involved.
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ from quack_fx.layout.fit import layout_params, without_wrappers
 from quack_fx.train.program.scaling import is_sharded
 
 Groups = dict[Any, torch.device]
-"""Process groups, each with the device that its messages are on."""
+"""Process groups, each with the device of its messages."""
 
 
 def check_ranks(
     model: nn.Module, layout: QKLayout, tau: float | Tensor, norm: str, optimizers: Iterable[Optimizer]
 ) -> bool:
-    """Refuse to train one model by different layouts, tau or norms; on every rank, by one small message for each group.
+    """Raise on every rank if layouts, tau or norms differ between ranks; sends one small message per group.
 
     Arguments:
         model: The model of this rank.
-        layout: Its layout; only what QuacK uses of it is compared.
+        layout: Its layout; only the fields that QuacK uses are compared.
         tau: The tau given on this rank.
-        norm: The norm.
+        norm: The norm given on this rank.
         optimizers: The optimizers of this rank.
 
     Returns:
-        Whether an optimizer of one of several ranks holds query or key weights that QuacK scales.
+        Whether an optimizer on any rank holds query or key weights that QuacK scales; False on a single rank.
 
     Raises:
         LayoutError: The layouts differ, or the layout does not fit the model of another rank.
-        OptimizerError: Tau, the norm or the method differ, or not all ranks ask.
+        OptimizerError: Tau, the norm or the method differ, or not all ranks call this function.
     """
     groups = groups_of(model)
     if not groups:
@@ -55,7 +54,7 @@ def check_ranks(
     sites = without_wrappers(layout).sites
     used = [(s.name, s.query, s.key, s.terms, s.head_map, bool(s.qk_norm)) for s in sites]
     number = float(tau) if isinstance(tau, int | float | Tensor) else float("nan")
-    # A positive number and its bits are in the same order.
+    # Positive doubles have the same order as their bits.
     (bits,) = struct.unpack("q", struct.pack("d", number))
     hold, misfit = _hold(optimizers, model, layout)
     ours = [len(sites), _digest(used), bits, _digest(norm), hold, misfit]
@@ -87,16 +86,16 @@ def check_ranks(
 
 
 def groups_that_differ(model: nn.Module) -> Groups:
-    """The groups in which the total norm of the gradients may be another on each rank.
+    """The groups in which the total gradient norm may differ between ranks.
 
-    Where all weights are spread over one mesh it is summed up over that, and is the same everywhere.
+    If all weights are sharded over one mesh, it is summed over that mesh and equal on all ranks.
     """
     meshes = {p.device_mesh if is_sharded(p) else None for p in model.parameters()}  # type: ignore[attr-defined]
     return groups_of(model) if len(meshes) > 1 else {}
 
 
 def everywhere(finite: Tensor | None, groups: Groups) -> Tensor | None:
-    """1 where it is 1 on every rank of some groups, else 0; None, where no step may be skipped, stays None."""
+    """Minimum of `finite` over the ranks of the groups: 1 if it is 1 on all; None (steps are never skipped) stays."""
     if finite is not None:
         for group in groups:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=group)
@@ -104,7 +103,7 @@ def everywhere(finite: Tensor | None, groups: Groups) -> Tensor | None:
 
 
 def groups_of(model: nn.Module) -> Groups:
-    """The groups of several ranks that a model communicates in, in the same order on each."""
+    """The process groups with several ranks that a model uses, in the same order on every rank."""
     if not dist.is_available() or not dist.is_initialized():
         return {}
     groups: Groups = {}
@@ -118,9 +117,9 @@ def groups_of(model: nn.Module) -> Groups:
 
 
 def _hold(optimizers: Iterable[Optimizer], model: nn.Module, layout: QKLayout) -> tuple[int, int]:
-    """1 where some optimizers hold a weight that QuacK scales, else 0; and 1 where the layout does not fit the model.
+    """Two flags, 0 or 1: the optimizers hold a weight that QuacK scales; the layout does not fit the model.
 
-    A layout that does not fit is refused once the ranks have met, so that none waits for this one.
+    A layout that does not fit is refused only after the ranks have communicated, so that none hangs.
     """
     scaled = replace(layout, sites=tuple(site for site in layout.sites if not site.qk_norm))
     try:
@@ -132,5 +131,5 @@ def _hold(optimizers: Iterable[Optimizer], model: nn.Module, layout: QKLayout) -
 
 
 def _digest(value: object) -> int:
-    """A number that tells values apart, and can be negated."""
+    """An integer hash of a value that fits int64, also when negated."""
     return int.from_bytes(blake2b(repr(value).encode(), digest_size=8).digest()) >> 2

@@ -1,13 +1,13 @@
-"""A training run as a file: JSON lines, and TensorBoard where it is asked for.
+"""Records a training run as JSON lines and, optionally, for TensorBoard.
 
-In: the number of a step, the user's own numbers, what `metrics(heads=True)` gives. Out: one line of JSON a step, which
-`quack-fx report` and `quack-fx watch` read:
+In: a step number, the user's own numbers, and the result of `metrics(heads=True)`. Out: one line of JSON per step,
+which `quack-fx report` and `quack-fx watch` read:
 
     {"step": 20, "time": 1767225600.0, "loss": 3.1, "attention/layers.0.attn/q/norm": [1.9, 2.2], ...}
 
-A metric that every head has is a list over the heads under its name without "/head_3"; its minimum, median and maximum
-are left out, for they follow from the list. JSON has no NaN and no infinity: they are the texts "NaN", "Infinity" and
-"-Infinity", which `float` reads.
+A per-head metric is stored as a list over the heads, under its name without "/head_3". Its minimum, median and maximum
+are left out because they follow from the list. JSON has no NaN or infinity; they are stored as the strings "NaN",
+"Infinity" and "-Infinity", which `float` parses.
 """
 
 from __future__ import annotations
@@ -35,32 +35,31 @@ OWN_PREFIX = "attention/"
 
 
 class HasMetrics(Protocol):
-    """What has metrics of attention: `QuacK` or the step of `compile_train_step`."""
+    """An object with attention metrics: a `QuacK` or the step of `compile_train_step`."""
 
     def metrics(self, heads: bool = False) -> dict[str, float]:
-        """Names and numbers; see `QuacK.metrics`."""
+        """A dict from names to numbers; see `QuacK.metrics`."""
         ...
 
 
 class RunLog:
-    """Records a training run in a file of JSON lines that `quack-fx report` and `quack-fx watch` show.
+    """Records a training run in a file of JSON lines, which `quack-fx report` and `quack-fx watch` show.
 
-    A file that exists is appended to, so a resumed run goes on in the same file; steps that are recorded again take the
-    place of the earlier ones where the file is read. A line that a killed process left unfinished is removed.
+    An existing file is appended to, so a resumed run continues in the same file; if a step is recorded again, readers
+    use the later record. An incomplete last line, left by a killed process, is removed.
 
-    Under torch.distributed every rank makes a `RunLog` and calls `log`, because the metrics of sharded weights are
-    computed by all ranks together; rank 0 alone writes. In pipeline parallelism it therefore records its own stage.
+    With torch.distributed, every rank must create a `RunLog` and call `log`, because all ranks compute the metrics of
+    sharded weights together; only rank 0 writes. With pipeline parallelism it therefore records only its own stage.
 
     Arguments:
         path: The file; its folder must exist.
-        quack: What has the metrics: a `QuacK`, or the step of `compile_train_step`. None records your own numbers
-            alone, as for a run without QuacK that is to be compared.
-        tensorboard: A folder for TensorBoard event files with the same numbers, of attention the minimum, median and
-            maximum over heads; needs the package tensorboard.
+        quack: The source of metrics: a `QuacK`, or the step of `compile_train_step`. With None, only your own numbers
+            are recorded, for example in a baseline run without QuacK.
+        tensorboard: Folder for TensorBoard event files with the same numbers (for attention, minimum, median and
+            maximum over heads); needs the package tensorboard.
 
     Raises:
-        RunError: `path` is a folder, cannot be written, or holds something else than a recorded run; tensorboard is not
-            installed.
+        RunError: `path` is a folder, cannot be written, or is not a recorded run; tensorboard is not installed.
 
     Example:
         >>> run = quack_fx.RunLog("run.jsonl", quack)
@@ -88,16 +87,17 @@ class RunLog:
                 self._board = _board(tensorboard)
 
     def log(self, step: int, /, **numbers: float | Tensor) -> None:
-        """Record one step: your numbers, and the metrics of attention as the weights are now.
+        """Record one step: your own numbers, and the attention metrics for the current weights.
 
-        Waits for the device, so call it every 10 or 100 steps where that counts. Logging a step twice adds to it.
+        Waits for the device; call it every 10 or 100 steps if speed matters. Logging a step twice adds to it.
 
         Arguments:
-            step: The number of the step, 0 or more.
+            step: The step number, 0 or more.
             numbers: Your own numbers by name, such as `loss` and `lr`: floats, ints, or tensors with one element.
 
         Raises:
-            RunError: `step` is no such number; a name is taken; a value is no number; the file cannot be written.
+            RunError: `step` is not such a number; a name is reserved; a value is not a number; the file cannot be
+                written.
 
         Example:
             >>> run.log(120, loss=loss, lr=3e-4, **{"val/loss": 3.2})
@@ -121,7 +121,7 @@ class RunLog:
             self._board.flush()
 
     def close(self) -> None:
-        """End the TensorBoard files. The JSON lines are complete after every `log`."""
+        """Close the TensorBoard files. The JSON lines are complete after every `log`."""
         if self._board is not None:
             self._board.close()
 
@@ -133,15 +133,15 @@ class RunLog:
 
 
 def _prepare(path: Path) -> None:
-    """Make the file, or cut what a killed process left behind its last whole line.
+    """Create the file, or truncate it after its last complete line.
 
     Raises:
-        RunError: It is a folder, cannot be written, or is no recorded run.
+        RunError: The path is a folder, cannot be written, or is not a recorded run.
     """
     try:
         with path.open("a+b") as file:
             file.seek(0)
-            first = file.readline(1 << 20)  # enough to tell; a device has no end
+            first = file.readline(1 << 20)  # enough to recognise a record; a device file may be endless
             if first and not _is_record(first):
                 raise RunError(f"{str(path)!r} exists and is not a recorded run; give another file")
             file.truncate(_end_of_lines(path))
@@ -149,12 +149,12 @@ def _prepare(path: Path) -> None:
         raise RunError(f"the record {str(path)!r} cannot be written: {error.strerror}") from error
     except RunError:
         raise
-    except ValueError as error:  # no path at all
+    except ValueError as error:  # not a valid path
         raise RunError(f"the record {str(path)!r} cannot be written: {error}") from error
 
 
 def _is_record(line: bytes) -> bool:
-    """Whether the first line of a file is one of a record, or the start of one that was cut short."""
+    """Whether the first line of a file is a record or the beginning of one."""
     if not line.endswith(b"\n"):
         start = b'{"step": '
         return line.startswith(start) or start.startswith(line)
@@ -166,7 +166,7 @@ def _is_record(line: bytes) -> bool:
 
 
 def _end_of_lines(path: Path, chunk: int = 1 << 20) -> int:
-    """Where the last whole line of a file ends."""
+    """Offset of the end of the last complete line of a file."""
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)
         while end:
@@ -193,10 +193,10 @@ def _board(folder: str) -> SummaryWriter:
 
 
 def _step(step: object) -> int:
-    """The number of a step, as an int of Python's own.
+    """The step number as a Python int.
 
     Raises:
-        RunError: It is no whole number of 0 or more.
+        RunError: It is not an integer of 0 or more.
     """
     try:
         number = -1 if isinstance(step, bool) else operator.index(step)  # type: ignore[arg-type]
@@ -208,10 +208,10 @@ def _step(step: object) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    """A number that the user gave.
+    """A number from the user as a float.
 
     Raises:
-        RunError: The name is one of the record's own, or the value is no number.
+        RunError: The name is reserved, or the value is not a number.
     """
     if name in OWN_NAMES or name.startswith(OWN_PREFIX):
         raise RunError(f"the name {name!r} is taken by the record itself; call your number something else")
@@ -226,7 +226,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _by_head(metrics: Mapping[str, float]) -> dict[str, float | list[float]]:
-    """Metrics with the numbers of all heads in one list, and without the summaries that follow from it."""
+    """Metrics with the values of all heads in one list, without the summaries that follow from it."""
     lists: dict[str, list[float]] = {}
     for name, value in metrics.items():
         start, mark, _ = name.rpartition("/head_")
@@ -237,7 +237,7 @@ def _by_head(metrics: Mapping[str, float]) -> dict[str, float | list[float]]:
 
 
 def _as_json(value: Any) -> Any:
-    """A value with NaN and infinities as texts."""
+    """A value with NaN and infinities as strings."""
     if isinstance(value, list):
         return [_as_json(one) for one in value]
     if isinstance(value, float) and not math.isfinite(value):

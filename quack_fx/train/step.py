@@ -1,10 +1,10 @@
 """A compiled training step with QuacK's scaling inside the update.
 
-In: a model, the user's optimizer, maybe a loss function and a layout. Out: `step(*batch, **batch) -> loss`.
+In: a model, the user's optimizer, optionally a loss function and a layout. Out: `step(*batch, **batch) -> loss`.
 
-The step is the program that `quack_fx.convert` writes for the model, run here (`program/`). Added is what is not about
-the model: the layout is found on the first batch, gradients are accumulated, a GradScaler is served, and an optimizer
-that the program does not know takes its own step, with QuacK attached through its hooks.
+The step runs the program that `quack_fx.convert` writes for the model (`program/`). This module adds what does not
+depend on the model: finding the layout on the first batch, gradient accumulation, GradScaler, and optimizers that the
+program does not know, which take their own step with QuacK attached through hooks.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KNOWN: dict[type[Optimizer], str] = {
     torch.optim.SGD: "SGD",
     torch.optim.Muon: "Muon",
 }
-"""Optimizers whose steps a program can take, by exact class, since a subclass may do something else."""
+"""Optimizers that a program implements, by exact class, because a subclass may behave differently."""
 
 
 def compile_train_step(
@@ -58,39 +58,38 @@ def compile_train_step(
     compile: bool = True,
     mode: str | None = None,
 ) -> TrainStep:
-    """A training step with QuacK inlined: forward, backward and update of one batch.
+    """Create a compiled training step with QuacK: forward, backward and update for one batch.
 
     Arguments:
         model: The model to train, plain or wrapped (torch.compile, DistributedDataParallel, activation checkpointing);
-            its weights may be sharded (FSDP2, tensor parallel). Ranks that train one model make the step together.
-        optimizer: The user's optimizer over its parameters, or several (Muon for matrices, AdamW for the rest). AdamW,
-            Adam, SGD and Muon of `torch.optim` and any Lion are compiled with the scaling inlined; others take their
-            own `step()`, with QuacK attached through its hooks (`repr(step)` tells which).
-        loss_fn: Called as `loss_fn(model, *batch, **batch)`. Default: the model's own output holds the loss: a scalar,
-            an object or mapping with `loss`, or a tuple with exactly one scalar.
-        layout: The model's layout; found on the first batch when not given. A layout without sites gives the plain
-            step, for comparison.
+            its weights may be sharded (FSDP2, tensor parallel). Ranks that train one model create the step together.
+        optimizer: An optimizer over the model's parameters, or several (Muon for matrices, AdamW for the rest). For
+            AdamW, Adam, SGD and Muon of `torch.optim` and any Lion, the update is compiled with the scaling inlined;
+            others take their own `step()`, with QuacK attached through hooks (`repr(step)` shows which).
+        loss_fn: Called as `loss_fn(model, *batch, **batch)`. Default: the loss is taken from the model's output: a
+            scalar, an object or mapping with `loss`, or a tuple with exactly one scalar.
+        layout: The model's layout; found on the first batch if not given. A layout without sites gives a plain
+            training step, for comparison.
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
         norm: "frobenius" or "spectral" (slower; waits for the device).
-        clip_grad_norm: Largest total norm of the gradients, of all optimizers together.
-        skip_nonfinite: Whether a step with a gradient that is infinite or not a number changes nothing: no weight, no
-            moment, no counter. A compiled update finds out without waiting for the device; one that is the optimizer's
-            own step waits.
-        scaler: Scales the loss for half precision; its steps are skipped in the same way, and `scaler.update()` is part
-            of the step. A disabled scaler is ignored.
-        master_weights: Whether parameters in bfloat16 or float16 are updated as fp32 copies of them, which are kept in
-            the optimizer's state as "master_param", the moments in fp32 beside them. Make the step before a checkpoint
-            is loaded, so that the optimizer does not round it.
+        clip_grad_norm: Maximum total norm of the gradients, over all optimizers.
+        skip_nonfinite: Whether a step with inf or NaN gradients changes nothing: no weight, no moment, no step count. A
+            compiled update checks this without waiting for the device; an optimizer's own step waits.
+        scaler: A GradScaler for half precision. Steps with inf or NaN gradients are skipped in the same way, and
+            `scaler.update()` is part of the step. A disabled scaler is ignored.
+        master_weights: Whether bfloat16 and float16 parameters are updated through fp32 copies. The optimizer's state
+            has these as "master_param", and the moments in fp32. Create the step before loading a checkpoint, or the
+            optimizer rounds the loaded state.
         compile: Whether to use torch.compile; False runs the same code eagerly.
         mode: `mode` of torch.compile, for the loss.
 
     Returns:
-        The step: call it with a batch, get the loss (detached, nothing waits for the device).
+        The step. Call it with a batch; it returns the loss, detached, without waiting for the device.
 
     Raises:
         StepError: `clip_grad_norm` is not positive; at the first batch: no loss, or no pairs found.
-        OptimizerError: No optimizer holds a query or key weight, or one has options that cannot be compiled, or would
-            have to take its own step with `master_weights`.
+        OptimizerError: No optimizer holds a query or key weight; an optimizer has options that cannot be compiled, or
+            takes its own step although `master_weights` is set.
 
     Example:
         >>> step = compile_train_step(model, torch.optim.AdamW(model.parameters(), lr=3e-4))
@@ -126,11 +125,10 @@ class TrainStep:
     """One training step; see `compile_train_step`.
 
     Attributes:
-        quacks: The `QuacK` of each optimizer that holds queries or keys, through which a call of `optimizer.step()`
-            from elsewhere is scaled as well. Empty for a layout without sites, and before the first batch where the
-            layout has not been found yet.
+        quacks: The `QuacK` of each optimizer that holds queries or keys; it also scales calls of `optimizer.step()`
+            from elsewhere. Empty for a layout without sites, and until the layout is found on the first batch.
         layout: The layout in use.
-        source: The text of the program that runs, as `quack_fx.convert` writes it.
+        source: The source of the program that runs, as written by `quack_fx.convert`.
     """
 
     def __init__(
@@ -153,16 +151,16 @@ class TrainStep:
             self._attach(layout)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one batch; gives its loss."""
+        """Train on one batch and return its loss."""
         loss = self.forward_backward(*args, **kwargs)
         self.update()
         return loss
 
     def forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Add the gradients of one batch to the accumulated ones; returns its loss, detached.
+        """Accumulate the gradients of one batch and return its loss, detached.
 
-        For gradient accumulation call this several times, then `update()`; divide the loss by the number of batches in
-        `loss_fn`. An exception drops all gradients, because those of an unfinished batch belong to no step.
+        For gradient accumulation, call this several times, then `update()`, and divide the loss by the number of
+        batches in `loss_fn`. An exception discards all gradients, those of previous batches included.
         """
         program = self._know_program(args, kwargs)
         if self._options.mode:
@@ -180,7 +178,7 @@ class TrainStep:
         return loss.detach()
 
     def update(self) -> None:
-        """Update the weights with the accumulated gradients, and drop these."""
+        """Update the weights with the accumulated gradients, then clear the gradients."""
         if self._program is None:
             raise StepError("there is no gradient yet; call forward_backward first, or pass layout=")
         with self._dropping_gradients(at_success=True):
@@ -195,7 +193,7 @@ class TrainStep:
                 scaler.update()
 
     def metrics(self, heads: bool = False) -> dict[str, float]:
-        """What `QuacK.metrics` returns; empty where no attention is scaled."""
+        """The result of `QuacK.metrics`; empty if no attention is scaled."""
         return self.quacks[0].metrics(heads) if self.quacks else {}
 
     def __repr__(self) -> str:
@@ -219,7 +217,7 @@ class TrainStep:
 
     @contextmanager
     def _dropping_gradients(self, at_success: bool) -> Iterator[None]:
-        """Drop all gradients when the block raises, and at its end if `at_success`."""
+        """Clear all gradients if the block raises; with `at_success`, also if it does not."""
         done = False
         try:
             yield
@@ -230,7 +228,7 @@ class TrainStep:
                     optimizer.zero_grad(set_to_none=True)
 
     def _know_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramStep:
-        """The program; without a given layout, the first call finds the layout on its batch."""
+        """The program. If no layout was given, the first call finds it on its batch."""
         if self._program is None:
             self._attach(self._find(args, kwargs))
             assert self._program is not None
@@ -256,7 +254,7 @@ class TrainStep:
         program = run_program(self.source, options.norm)
         known = {kind.__name__: step for kind, step in program.STEPS.items()}
         steps = [_own_step if name is None else known[name] for name in self._names]
-        program.STEPS.update(zip(map(type, self._optimizers), steps, strict=True))  # it refuses classes not in there
+        program.STEPS.update(zip(map(type, self._optimizers), steps, strict=True))  # it refuses other classes
         self._program = step_ = with_factor_error(
             program.TrainStep,
             self._model,
@@ -284,7 +282,7 @@ class TrainStep:
 
 
 def _known(optimizer: Optimizer) -> str | None:
-    """The program's name of an optimizer; None for an optimizer that takes its own step."""
+    """The program's name for an optimizer; None if the optimizer takes its own step."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.is_complex() for p in params):
         return None
@@ -293,7 +291,7 @@ def _known(optimizer: Optimizer) -> str | None:
 
 
 def _check_options(optimizer: Optimizer, name: str | None, options: _Options) -> None:
-    """Refuse options that a program does not support."""
+    """Raise for options that a program does not support."""
     kind = type(optimizer).__name__
     if name is None and options.master_weights:
         raise OptimizerError(
@@ -319,7 +317,7 @@ def _step_with_hooks(
     finite: Tensor | None,
     compiled: Callable[..., None],
 ) -> None:
-    """A program's step of one optimizer, between that optimizer's step hooks; all ranks skip it, or none."""
+    """Run the program's step for one optimizer and that optimizer's step hooks; all ranks skip it, or none does."""
     finite = everywhere(finite, groups)
     if step is _own_step or any(grad.is_sparse for grad in _gradients(optimizer)):
         _own_step(optimizer, scales, clip, finite, compiled)
@@ -335,7 +333,7 @@ def _step_with_hooks(
 def _own_step(
     optimizer: Optimizer, scales: Any, clip: float | Tensor, finite: Tensor | None, compiled: Callable[..., None]
 ) -> None:
-    """The optimizer's own step, which QuacK scales through its hooks."""
+    """Run the optimizer's own step, which QuacK scales through hooks."""
     if finite is not None and not bool(finite):
         return
     if isinstance(clip, Tensor):
@@ -350,7 +348,7 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-    """Unscale the gradients of an optimizer, unless the user already has."""
+    """Unscale the gradients of an optimizer, unless the user already did."""
     try:
         scaler.unscale_(optimizer)
     except RuntimeError as error:

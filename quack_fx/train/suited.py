@@ -1,6 +1,6 @@
-"""Which optimizers QuacK can be attached to.
+"""Checks whether QuacK can be attached to an optimizer.
 
-In: an optimizer. Out: one line on why it has to be another, or a warning where QuacK does not suit what it does.
+In: an optimizer. Out: a one-line error if it cannot, or a warning if QuacK does not suit the optimizer.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _UNSUITED = {
 """Why QuacK does not suit an optimizer, by part of its class name."""
 
 _STEPS = 16
-"""How long a change of the weights has to last: some optimizers fall back to a copy of their own every five or six."""
+"""Number of steps that a change of the weights must survive: some optimizers restore a copy every five or six steps."""
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that QuacK cannot be attached to, and warn of one that it does not suit.
+    """Raise if QuacK cannot be attached to an optimizer, and warn if it does not suit the optimizer.
 
     Raises:
-        OptimizerError: It has no step hooks, steps optimizers inside it, or makes the weights anew from copies of its
-            own, as far as a try tells.
+        OptimizerError: The optimizer has no step hooks, wraps other optimizers, or, in a short trial run, overwrites
+            the weights from copies of its own.
     """
     kind = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
@@ -60,7 +60,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def remade(kind: Callable[..., Any], group: Mapping[str, Any], weight: Tensor, **numbers: Any) -> Any:
-    """An optimizer of some class for one weight, with the options of a group, but for some numbers."""
+    """A new optimizer of the given class for one weight, with the options of a group, some of them replaced."""
     options = {name: value for name, value in group.items() if name != "params"}
     return kind(
         [{**options, "params": [weight], **{n: x for n, x in numbers.items() if n in options}}], lr=numbers["lr"]
@@ -68,7 +68,7 @@ def remade(kind: Callable[..., Any], group: Mapping[str, Any], weight: Tensor, *
 
 
 def _inside(optimizer: Optimizer) -> str | None:
-    """The attribute with the optimizers that an optimizer is around: they hold weights that it holds."""
+    """The attribute with the optimizers that an optimizer wraps (they hold some of its weights), or None."""
     own = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for name, value in vars(optimizer).items():
         each = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
@@ -80,10 +80,10 @@ def _inside(optimizer: Optimizer) -> str | None:
 
 @torch.no_grad()
 def _lasts(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
-    """Whether a change that somebody else makes to a weight is still there some steps later.
+    """Whether an external change of a weight is still there some steps later.
 
-    A copy of the optimizer steps a tiny weight with and without such a change. An exception tells nothing: it may be
-    one that cannot be made of groups alone.
+    A new optimizer of the same class trains a tiny weight with and without such a change. If that raises, the result is
+    True: the class may need arguments that a parameter group does not have.
     """
     if kind.__module__.startswith("torch.optim."):
         return True
@@ -100,7 +100,7 @@ def _lasts(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
 
 
 def _run(kind: type[Optimizer], group: Mapping[str, Any], start: Tensor, change: Tensor) -> Tensor:
-    """A weight after some steps, changed after the first of them."""
+    """A weight after some steps, with `change` added after the first."""
     torch.manual_seed(0)
     weight = nn.Parameter(start.clone())
     optimizer = remade(kind, group, weight, lr=1e-3, weight_decay=0.0)
@@ -110,7 +110,7 @@ def _run(kind: type[Optimizer], group: Mapping[str, Any], start: Tensor, change:
         weight.grad = start.roll(step).clone()
         try:
             optimizer.step()
-        except TypeError:  # it asks for a closure
+        except TypeError:  # it needs a closure
             optimizer.step(lambda: torch.zeros(()))
         if step == 0:
             weight.add_(change)
@@ -118,6 +118,6 @@ def _run(kind: type[Optimizer], group: Mapping[str, Any], start: Tensor, change:
 
 
 def _relative(optimizer: Optimizer, name: str) -> bool:
-    """False for the Adafactor of transformers when its relative steps are switched off."""
+    """False for Adafactor of transformers with relative steps turned off."""
     switches = [optimizer.defaults[k] for k in ("relative_step", "scale_parameter") if k in optimizer.defaults]
     return name != "adafactor" or not switches or any(switches)

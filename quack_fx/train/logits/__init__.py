@@ -1,13 +1,13 @@
-"""The largest attention logit of every head, read while the model trains.
+"""Reads the largest attention logit of every head during training.
 
-In: a model and its layout. Out: for each step the largest logits of its forward passes, by attention and query head.
+In: a model and its layout. Out: the largest logits in the forward passes of each step, by attention and query head.
 
-    watch.py   the module hooks that see a forward pass, and what they have read since the last step
-    rows.py    the largest logit of every query, of a softmax or of scaled_dot_product_attention
-    heads.py   which axis of those counts the heads, proved by gradients
+    watch.py   module hooks that observe forward passes and collect the logits of a step
+    rows.py    the largest logit of every query, for a softmax or scaled_dot_product_attention
+    heads.py   finds the head axis of the logits, proved by gradients
 
-The logit is what goes into the softmax: scale, softcap, additive bias and mask are in it. Positions that a mask takes
-out have values that no other falls below, and so do not count.
+The logit is the input of the softmax: it includes scale, softcap, additive bias and mask. Masked positions have values
+below all others, so they do not affect the maximum.
 """
 
 from quack_fx.train.logits.watch import MaxLogits

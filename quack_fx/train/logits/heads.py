@@ -1,12 +1,12 @@
-"""Which axis of some attention logits counts the heads, proved by gradients.
+"""Finds the head axis of attention logits and proves it by gradients.
 
-In: a tensor with the logits (or the queries) of all heads, and the weight rows of every head. Out: `HeadAxes`, how to
-bring the heads to the front; or None, where the tensor is another one than the logits of these heads.
+In: a tensor with the logits (or the queries) of all heads, and the weight rows of every head. Out: `HeadAxes`, which
+moves the heads to the front; or None if the tensor does not hold the logits of these heads.
 
-Shapes do not tell: a batch may be as large as the heads are many, and heads may lie in one axis with it. So each way to
-read the axes is tried: a gradient is sent into the logits of half of the heads, and the rows of the other half must
-receive exactly zero. The halves are those of each bit in the number of a head. All of this is done once for each call
-in a forward pass, and waits for the device.
+Shapes are ambiguous: the batch size may equal the number of heads, and both may share one axis. So each candidate is
+tested: backpropagate through the logits of half of the heads; the rows of the other half must receive a gradient of
+exactly zero. There are two halves for each bit of the head number. This is done once for each call in a forward pass,
+and waits for the device.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor
 _Part = Literal["whole", "outer", "inner"]
 
 _SINK = -1000.0
-"""Logits that a mask took out are below."""
+"""Masked logits are below this value."""
 
 
 class Undecided(Exception):
-    """Nothing shows yet whether some tensor is the logits of some heads."""
+    """It cannot be decided yet whether a tensor holds the logits of these heads."""
 
 
 @dataclass(frozen=True)
 class HeadRows:
-    """A weight, and the query head whose logits each of its rows makes alone.
+    """A weight, and the query head that each of its rows belongs to.
 
     Attributes:
         weight: The weight, or a bias.
-        axis: Axis that counts its rows.
-        heads: The heads, [rows]; negative where a row is not of one head alone.
+        axis: Axis of its rows.
+        heads: The head of each row, [rows]; negative for a row that does not belong to exactly one head.
     """
 
     weight: Tensor
@@ -47,24 +47,24 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class HeadAxes:
-    """Where the heads are counted: in one axis, or in two, key heads and the query heads of each.
+    """The axes of the heads: one axis, or two (key heads, and the query heads of each).
 
     Attributes:
-        places: The axes, that of the slower count first: axis, whether the heads are all of it or the outer or inner
-            part of its numbers, and how many.
+        places: The axes, slowest first. For each: the axis, whether the heads are the whole axis or its outer or inner
+            part, and their number.
     """
 
     places: tuple[tuple[int, _Part, int], ...]
 
     def fit(self, shape: Sequence[int]) -> bool:
-        """Whether a shape has room for the heads."""
+        """Whether a shape is compatible with these axes."""
         for axis, part, size in self.places:
             if axis >= len(shape) or shape[axis] % size or (part == "whole") != (shape[axis] == size):
                 return False
         return True
 
     def first(self, tensor: Tensor) -> Tensor:
-        """A tensor as [heads, rest]."""
+        """A tensor reshaped to [heads, rest]."""
         parts = {axis: (part, size) for axis, part, size in self.places}
         shape, front = list[int](), dict[int, int]()
         for axis, n in enumerate(tensor.shape):
@@ -76,7 +76,7 @@ class HeadAxes:
         return tensor.reshape(shape).permute(order).reshape(prod(size for *_, size in self.places), -1)
 
     def spread(self, by_head: Tensor, shape: Sequence[int]) -> Tensor:
-        """A number for each head as a tensor of some shape, the way back from `first`."""
+        """Broadcast one number per head to a tensor of the given shape; the inverse of `first`."""
         cells = self.first(torch.arange(prod(shape), device=by_head.device).view(*shape))
         found = by_head.new_empty(cells.numel())
         found[cells] = by_head.unsqueeze(-1).expand_as(cells)
@@ -84,26 +84,26 @@ class HeadAxes:
 
 
 def find_axes(source: Tensor, axis: int, heads: int, key_heads: int, rows: Sequence[HeadRows]) -> HeadAxes | None:
-    """How the heads are counted in a tensor.
+    """Find the head axes of a tensor.
 
     Arguments:
-        source: Logits, or queries, of a forward pass that autograd follows.
-        axis: Axis of `source` that is left out of the answer: it counts keys, or features.
+        source: Logits or queries, from a forward pass with gradients.
+        axis: Axis of `source` that the result leaves out: keys or features.
         heads: Number of query heads.
         key_heads: Number of key heads.
-        rows: The rows of each head in the weights that are trained.
+        rows: The rows of each head in the trained weights.
 
     Returns:
-        The axes of `source` without `axis`; None where it does not depend on the rows head by head.
+        The head axes of `source` without `axis`; None if `source` does not depend on the rows head by head.
 
     Raises:
-        Undecided: All gradients are zero, as they are behind weights of zero.
-        RuntimeError: There are no gradients to be had.
+        Undecided: All gradients are zero, as with weights that are zero.
+        RuntimeError: Gradients cannot be computed.
     """
     shape = [n for i, n in enumerate(source.shape) if i != axis]
 
     def behind(cotangent: Tensor) -> list[Tensor]:
-        """The heads of the rows that receive a gradient, for each weight."""
+        """For each weight, the heads of the rows that receive a gradient."""
         whole = cotangent.unsqueeze(axis).expand_as(source)
         grads = torch.autograd.grad(source, [own.weight for own in rows], whole, retain_graph=True, allow_unused=True)
         found = []
@@ -114,7 +114,7 @@ def find_axes(source: Tensor, axis: int, heads: int, key_heads: int, rows: Seque
         return found
 
     def apart(half: Tensor, axes: HeadAxes) -> bool:
-        """Whether no row of a head outside of a half receives a gradient."""
+        """Whether only rows of heads in the half receive a gradient."""
         found = behind(axes.spread(half.to(source.dtype), shape))
         return all(bool(half[numbers].all()) for numbers in found)
 
@@ -128,7 +128,7 @@ def find_axes(source: Tensor, axis: int, heads: int, key_heads: int, rows: Seque
 
 
 def has_sink(logits: Tensor, axis: int, rows: Sequence[HeadRows]) -> bool:
-    """Whether the first or the last of the logits is no product of queries and keys, as an attention sink is not."""
+    """Whether the first or last column of the logits is an attention sink, not a product of queries and keys."""
     for edge in (0, logits.shape[axis] - 1):
         column = logits.select(axis, edge)
         grads = torch.autograd.grad(column.sum(), [own.weight for own in rows], retain_graph=True, allow_unused=True)
@@ -138,13 +138,13 @@ def has_sink(logits: Tensor, axis: int, rows: Sequence[HeadRows]) -> bool:
 
 
 def _halves(numbers: Tensor) -> list[Tensor]:
-    """The heads whose number has a bit, and those whose number has not, for every bit; [heads] each."""
+    """For every bit, masks of the heads whose number has the bit set and of those with it unset; [heads] each."""
     bits = [(numbers >> bit) % 2 == 1 for bit in range((len(numbers) - 1).bit_length())]
     return [half for has in bits for half in (has, ~has)]
 
 
 def _ways(shape: Sequence[int], heads: int, key_heads: int) -> Iterator[HeadAxes]:
-    """Ways to count the heads in a shape, the usual one first: the axis before that of the queries."""
+    """Candidate head axes for a shape, the most common first: the axis before that of the queries."""
     if heads == 1:
         yield HeadAxes(())
         return

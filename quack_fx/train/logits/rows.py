@@ -1,7 +1,7 @@
-"""The largest logit of every query, as attention computes it.
+"""The largest logit of every query in an attention call.
 
-In: a call of a softmax or of `scaled_dot_product_attention`, as a `TorchFunctionMode` sees it. Out: a `Call`: the
-tensor whose gradient tells the heads, and the largest logit of every query. Nothing here is part of the autograd graph.
+In: a call of a softmax or of `scaled_dot_product_attention`, as a `TorchFunctionMode` sees it. Out: a `Call`, with the
+tensor whose gradient identifies the heads and the largest logit of every query. Nothing is recorded by autograd.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CELLS = 1 << 24
-"""Logits that are in memory at a time."""
+"""Maximum number of logits in memory at a time."""
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 _SOFTMAX |= {F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax}
@@ -28,9 +28,9 @@ class Call:
     """One call in a forward pass that may be an attention.
 
     Attributes:
-        op: Name of what was called.
+        op: Name of the function that was called.
         source: The logits of a softmax, or the queries of a fused attention.
-        axis: Axis of `source` that is not in the result: that of the keys, or of the features.
+        axis: Axis of `source` that the result lacks: keys for a softmax, features for a fused attention.
         largest: Computes the largest logit of every query, in the shape of `source` without `axis`.
     """
 
@@ -41,17 +41,17 @@ class Call:
 
 
 def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-    """What a call of some function is for us; None where it is neither a softmax nor a fused attention."""
+    """The `Call` for a function call; None if it is neither a softmax nor a fused attention."""
     if func is _FUSED:
         return _fused(*args, **kwargs)
     return _softmax(*args, **kwargs) if func in _SOFTMAX else None
 
 
 def opened(func: Any) -> Callable[..., Any] | None:
-    """A function of torch whose calls a `TorchFunctionMode` sees as well; None where it has no need to be opened.
+    """A copy of a torch function that lets a `TorchFunctionMode` see the calls inside; None if it needs no copy.
 
-    `multi_head_attention_forward` is handed to the mode as a whole. This is its own code, without the question that
-    does so. (Should torch write that question in another way, its attention is not seen, and the reader says so.)
+    `multi_head_attention_forward` passes itself to the mode as a whole if `has_torch_function` is true; in the copy, it
+    is always false. (If torch changes this check, the attention is not seen and `MaxLogits` raises.)
     """
     if func is not F.multi_head_attention_forward or not isinstance(func, FunctionType):
         return None
@@ -60,7 +60,7 @@ def opened(func: Any) -> Callable[..., Any] | None:
 
 
 def _softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Call | None:
-    """A softmax over keys, or over something else: whose gradients tell."""
+    """A softmax, maybe over keys; gradients decide later."""
     if dim is None or input.dim() < 2:
         return None
     axis = dim % input.dim()
@@ -77,13 +77,13 @@ def _fused(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Call:
-    """`scaled_dot_product_attention`, by its parameters."""
+    """A call of `scaled_dot_product_attention`; the parameters are the same."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     def largest() -> Tensor:
         device = query.device.type
         q, k = query, key
-        if torch.is_autocast_enabled(device) and query.dtype != torch.float64:  # the kernel is given that dtype
+        if torch.is_autocast_enabled(device) and query.dtype != torch.float64:  # as autocast does
             q, k = (x.to(torch.get_autocast_dtype(device)) for x in (query, key))
         with torch.autocast(device, enabled=False):
             return largest_logits(q, k, attn_mask, is_causal, scale, enable_gqa)
@@ -94,15 +94,15 @@ def _fused(
 def largest_logits(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float, enable_gqa: bool
 ) -> Tensor:
-    """The largest logit of every query, in float32 at least and a piece at a time.
+    """The largest logit of every query, computed in chunks, at least in float32.
 
     Arguments:
         query: Queries, [..., heads, queries, features].
         key: Keys, [..., key heads, keys, features].
-        mask: What stands at an entry is added to the logit; of booleans, False takes it out. None for no mask.
-        is_causal: Whether key j is taken out for query i where j > i.
+        mask: Float mask that is added to the logits, or boolean mask in which False masks a key out; None for no mask.
+        is_causal: Whether keys j > i are masked out for query i.
         scale: Factor on the products.
-        enable_gqa: Whether each key head serves as many query heads, one after the other.
+        enable_gqa: Whether each key head serves the same number of consecutive query heads.
 
     Returns:
         The largest logits, [..., heads, queries]; -inf for a query without keys.

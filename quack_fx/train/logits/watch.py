@@ -1,12 +1,12 @@
-"""The largest attention logits of a model's forward passes, seen by hooks of its modules.
+"""Observes the largest attention logits of a model's forward passes through module hooks.
 
-In: a model and its layout. Out: `MaxLogits`, which knows after any number of forward passes the largest logit of every
-query head. The model's code stays as it is: while a module runs that holds an attention, a `TorchFunctionMode` looks at
-the softmaxes and fused attentions in it. What it sees is taken for a head's logits where gradients prove it (heads.py);
-an attention that ran and showed none raises, with the reason.
+In: a model and its layout. Out: `MaxLogits`, which has the largest logit of every query head after any number of
+forward passes. The model's code is not changed: while a module with an attention runs, a `TorchFunctionMode` observes
+its softmaxes and fused attentions. Gradients prove which of these are the logits of which heads (heads.py). If an
+attention ran but its logits were not seen, an error gives the reason.
 
-Only forward passes that autograd follows count, those of training. One call costs a maximum over the logits, or, for a
-fused attention, the products of its queries and keys once more. The device is waited for in the first pass alone.
+Only forward passes with gradients enabled count. A call costs a maximum over the logits or, for a fused attention,
+computing the products of queries and keys again. Only the first pass waits for the device.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _UNSEEN = (
 
 @dataclass(eq=False)
 class _Site:
-    """An attention, and what was seen of it since the last step."""
+    """An attention, and the logits observed since the last step."""
 
     layout: AttentionSite
-    rows: tuple[tuple[nn.Module, str, int, Tensor], ...]  # module and attribute of a weight, axis, heads of its rows
-    known: dict[tuple[int, str, int], HeadAxes | None] = field(default_factory=dict)  # by number of the call and op
+    rows: tuple[tuple[nn.Module, str, int, Tensor], ...]  # a weight's module, attribute and axis; heads of its rows
+    known: dict[tuple[int, str, int], HeadAxes | None] = field(default_factory=dict)  # by call number, op, ndim
     largest: Tensor | None = None
     refused: str | None = None
 
 
 @dataclass(eq=False)
 class _Run:
-    """A running forward: the frame it runs in, how many calls were seen, and the sites whose logits they were."""
+    """A running forward: its frame, the number of calls observed, and the sites read so far."""
 
     frame: FrameType
     calls: int = 0
@@ -59,19 +59,19 @@ class _Run:
 
 
 class MaxLogits:
-    """The largest logit of every query head since the last time they were taken.
+    """The largest logit of every query head since the last `take`.
 
-    A call in the forward of a module is recognised by its number among all of them, once it was proved to be the
-    attention: a forward that makes other calls is followed, one that makes the same calls in another order is not.
+    Once a call in a module's forward is proved to be the attention, it is recognised by its number among the calls of
+    that forward. Calls of other ops, shapes or numbers are proved anew; the same calls in another order are confused.
 
     Arguments:
-        model: The model, plain or wrapped by DistributedDataParallel or FSDP2. Under tensor parallel and torch.compile
-            its logits are not seen.
-        layout: Its layout. Of a site that keeps a QK norm the logits are read where that norm leaves heads apart.
+        model: The model, plain or wrapped by DistributedDataParallel or FSDP2. Logits cannot be observed under tensor
+            parallel and torch.compile.
+        layout: Its layout. The logits of a site that keeps a QK norm are read if the norm does not mix heads.
 
     Raises:
-        OptimizerError: The model, or a part of it with an attention, is compiled, or in `nn.DataParallel`; a site is no
-            module of it.
+        OptimizerError: The model, or a part of it with an attention, is compiled or in `nn.DataParallel`; a site is not
+            a module of the model.
 
     Example:
         >>> watch = MaxLogits(model, layout)
@@ -101,19 +101,19 @@ class MaxLogits:
             self._handles.append(module.register_forward_hook(partial(_leave, watch), always_call=True))
 
     def check(self, closure: bool = False) -> None:
-        """Look before a step whether the largest logits were read.
+        """Check before a step that the largest logits were read.
 
         Arguments:
-            closure: Whether the forward passes may be yet to come, within the step.
+            closure: Whether the forward passes may still follow, within the step.
 
         Raises:
-            OptimizerError: No forward pass was seen, or the logits of one that ran were not.
+            OptimizerError: No forward pass was observed, or the logits of one could not be read.
         """
         none = all(site.largest is None for site in self._sites)
         refused = [site for site in self._sites if site.refused is not None and (none or not site.layout.qk_norm)]
         if refused:
             name, reason = refused[0].layout.name, refused[0].refused
-            for site in self._sites:  # the next step begins anew
+            for site in self._sites:  # the next step starts clean
                 site.refused = site.largest = None
             raise OptimizerError(f"the largest logits of {name!r} cannot be read: {reason}")
         if none and not closure:
@@ -123,13 +123,13 @@ class MaxLogits:
             )
 
     def take(self) -> Tensor:
-        """The largest logits since the last call, and forget them; the same on every rank.
+        """Return the largest logits since the last call and reset them; the result is the same on every rank.
 
         Returns:
-            Number of each query head, site after site; -inf where the head did not run; float32.
+            The largest logit of each query head, site after site, in float32; -inf for heads that did not run.
 
         Raises:
-            OptimizerError: As `check`.
+            OptimizerError: As in `check`.
         """
         self.check()
         device = next(site.largest.device for site in self._sites if site.largest is not None)
@@ -152,7 +152,7 @@ class MaxLogits:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees the calls in the forward of a module; entered by its hooks, once for each call that runs."""
+    """Observes the calls in a module's forward; the module's hooks enter it once per running forward."""
 
     def __init__(self, sites: list[_Site]) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # Compiled after this was attached, the forward shows nothing: no code of ours is compiled into it.
+        # Do not let Dynamo trace this code into a forward that was compiled after attaching.
         if torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling():
             if (own := opened(func)) is not None:
                 with self:
@@ -171,7 +171,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _see(self, call: Call) -> None:
-        """Take the largest logits of a call for those of the sites that they belong to."""
+        """Assign the largest logits of a call to the sites that they belong to."""
         run = self.runs[-1]
         number, run.calls = run.calls, run.calls + 1
         largest: Tensor | None = None
@@ -194,18 +194,18 @@ class _Watch(TorchFunctionMode):
 
 
 class _Unread(Exception):
-    """Why some logits cannot be read."""
+    """Logits cannot be read; the message is the reason."""
 
 
 @torch.no_grad()
 def _rows(call: Call) -> Tensor:
-    """The largest logit of every query, as a number that is no part of the graph."""
+    """The largest logit of every query, detached from the graph, at least in float32."""
     found = call.largest()
     return found.detach().to(torch.promote_types(found.dtype, torch.float32))
 
 
 def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
-    """The axes of the heads in a call, proved the first time; None where it is not the attention of a site."""
+    """The head axes of a call, proved the first time; None if the call is not the site's attention."""
     source, heads = call.source, site.layout.query_heads
     place = number, call.op, source.dim()
     shape = [n for i, n in enumerate(source.shape) if i != call.axis]
@@ -224,12 +224,12 @@ def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
     if not rows:
         raise _Unread("none of its query and key rows is trained and belongs to one head alone")
     try:
-        # Gradients through a checkpoint run it once more, and may draw random numbers.
+        # Gradients through a checkpointed region run it again, which may draw random numbers.
         with torch.random.fork_rng([source.device] if source.is_cuda else []):
             axes = find_axes(source, call.axis, heads, site.layout.key_heads, rows)
             if axes is not None and call.op == "softmax" and has_sink(source, call.axis, rows):
                 raise _Unread("a column of its logits is no product of queries and keys, but an attention sink")
-    except Undecided:  # it is looked at again in the next pass
+    except Undecided:  # tried again in the next pass
         return None
     except RuntimeError as error:
         text = str(error).strip().splitlines() or [""]
@@ -241,14 +241,14 @@ def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
 
 
 def _enter(watch: _Watch, module: nn.Module, args: Any) -> None:
-    """Begin to see the calls in a forward."""
+    """Start observing the calls in a forward."""
     _leave_interrupted()
     watch.runs.append(_Run(sys._getframe(1)))
     watch.__enter__()  # type: ignore[no-untyped-call]
 
 
 def _leave(watch: _Watch, module: nn.Module, args: Any, output: Any) -> None:
-    """End it; with no output where the forward has raised."""
+    """Stop observing; `output` is None if the forward raised."""
     watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
     run = watch.runs.pop()
     if output is not None and torch.is_grad_enabled():
@@ -258,7 +258,7 @@ def _leave(watch: _Watch, module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _leave_interrupted() -> None:
-    """End forwards that Ctrl-C has ended: torch calls no hooks then."""
+    """Leave forwards interrupted by Ctrl-C, for which torch does not call the hooks."""
     stack = _get_current_function_mode_stack()
     while stack and isinstance(watch := stack.pop(), _Watch) and watch.runs and not _is_running(watch.runs[-1].frame):
         watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -266,7 +266,7 @@ def _leave_interrupted() -> None:
 
 
 def _is_running(frame: FrameType) -> bool:
-    """Whether a frame is among those that called this function."""
+    """Whether a frame is on the current call stack."""
     caller: FrameType | None = sys._getframe(1)
     while caller is not None and caller is not frame:
         caller = caller.f_back
@@ -274,7 +274,7 @@ def _is_running(frame: FrameType) -> bool:
 
 
 def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
-    """The sites of a layout, each with where its weights are, and the heads of their rows."""
+    """The sites of a layout, each with the location of its weights and the heads of their rows."""
     params = layout_params(layout, model)
     homes: dict[int, tuple[nn.Module, str]] = {}
     for module in model.modules():
@@ -282,7 +282,7 @@ def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
             homes.setdefault(id(param), (module, attribute))
     axes = {block.param: block.axis for site in layout.sites for _, block in site.blocks()}
     for site in layout.sites:
-        # By this site alone: rows that another one uses as well tell its heads apart no less.
+        # Only this site counts: rows that another site also uses still tell its heads apart.
         own = {name for _, block in site.blocks() for name in (block.param, block.bias) if name is not None}
         owners = Owners(QKLayout((site,)), {name: params[name].shape[axes.get(name, 0)] for name in own})
         pairs = [pair for head in range(site.query_heads) for pair in nearest(site, head)]
@@ -295,12 +295,12 @@ def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
 
 
 def _bare(name: str) -> str:
-    """Name of a module without the segments that wrappers add."""
+    """A module name without the segments added by wrappers."""
     return bare_name(f"{name}.weight").rpartition(".")[0]
 
 
 def _check_eager(model: nn.Module, watched: dict[nn.Module, list[_Site]]) -> None:
-    """Refuse modules whose code torch.compile runs instead of Python."""
+    """Raise for modules that torch.compile runs, and for `nn.DataParallel`."""
     for name, module in model.named_modules():
         if isinstance(module, nn.DataParallel):
             raise OptimizerError("the largest logits cannot be read in nn.DataParallel; use DistributedDataParallel")

@@ -1,18 +1,18 @@
-"""The training step of one model, written as Python that needs torch alone.
+"""Writes the training step of one model as Python source that needs only torch (the program).
 
 In: a layout and the shapes of its parameters. Out: source code, which `convert` returns and `compile_train_step` runs.
 
     kinds.py     groups the attentions of a layout into kinds, so that equal attentions are written once
     rows.py      the rows of each head, as expressions
     rule.py      the factor of each block, as expressions
-    write.py     the classes and functions of each kind, in the model's own names
+    write.py     the classes and functions of each kind, with names from the model
     norms.py     the QK norms that the program removes from the model
     about.py     the program's docstring
-    parts/       code that is the same for every model; it is copied into the program
-    source.py    puts these together
-    text.py      helpers that lay out source code as a formatter does
+    parts/       code that is the same for every model and is copied into the program
+    source.py    assembles the program from these
+    text.py      helpers that format source code
     names.py     names of parameters, as variables and as templates with numbers
     execute.py   runs the source as a module
-    scaling.py   writes and runs the program of a given model; the spectral norm
-    zeros.py     weights that start at zero
+    scaling.py   writes and runs the program of a given model; spectral norms
+    zeros.py     support for weights that are zero at the start
 """

@@ -1,6 +1,6 @@
-"""The docstring of a program: what it does, how to use it, which attentions it leaves out.
+"""Writes the docstring of a program: what it does, how to use it, which attentions it leaves out.
 
-In: the layout, the kinds of attention in it, the optimizers. Out: the docstring, quotes and all.
+In: the layout, its kinds of attention, the optimizers. Out: the docstring, including the quotes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from quack_fx.train.program.kinds import Kind
 from quack_fx.train.program.text import WIDTH
 
 _LEFT_OUT = 6
-"""How many kinds of attention without QuacK the docstring names."""
+"""Maximum number of entries in the docstring's list of attentions without QuacK."""
 
 _MAKING = {
     "AdamW": "adamw = torch.optim.AdamW({}, lr=3e-4, weight_decay=0.1)",
@@ -58,7 +58,7 @@ def about(layout: QKLayout, kinds: Sequence[Kind], title: str, optimizers: Seque
 
 
 def _left_out(layout: QKLayout) -> list[str]:
-    """Lines on the attentions without QuacK; those whose names differ in numbers alone share a line."""
+    """Lines that list the attentions without QuacK; attentions with names that differ only in numbers share a line."""
     kept = "QK norm is kept, so the logits do not depend on the norms of these weights"
     entries = [(site.name, kept) for site in layout.sites if site.qk_norm]
     entries += [(skipped.name, skipped.reason) for skipped in layout.skipped]
@@ -73,5 +73,5 @@ def _left_out(layout: QKLayout) -> list[str]:
 
 
 def _fill(text: str, **options: Any) -> list[str]:
-    """A paragraph in lines."""
+    """A paragraph wrapped into lines."""
     return textwrap.wrap(text, WIDTH, break_long_words=False, break_on_hyphens=False, **options)

@@ -1,6 +1,6 @@
 """Runs the source of a program as a module.
 
-In: the source. Out: the module. Tracebacks and debuggers show its lines, which `linecache` has.
+In: the source. Out: the module. Its source is in `linecache`, so tracebacks and debuggers show it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _numbers = count(1)
 def execute(source: str) -> ModuleType:
     """Run the source of a program.
 
-    Each call makes a new module: torch.compile limits how often it compiles one function, and counts by code object.
+    Each call creates a new module, because torch.compile limits recompilations per code object.
 
     Arguments:
         source: The source, from `write_program`.

@@ -1,11 +1,11 @@
 """Groups the attentions of a layout into kinds. Plain data: names and numbers only.
 
-In: a `QKLayout` and the shapes of its parameters. Out: one `Kind` for all attentions that differ in nothing but the
-numbers in their parameters' names. Attentions that share a weight (layers that read the same keys, a block that is
-called twice with different adapters) form one instance together, because their factors depend on each other.
+In: a `QKLayout` and the shapes of its parameters. Out: one `Kind` for all attentions that differ only in the numbers in
+their parameter names. Attentions that share a weight (layers that read the same keys, a layer that is called twice
+with different adapters) form one instance, because their factors depend on each other.
 
-A *block* holds the rows of one parameter that have one learning rate per head in the paper's algorithms; the rows of a
-head occur in it once. Blocks that share whole heads are merged into one.
+A *block* is a set of rows of one parameter with one learning rate per head in the paper's algorithms. Each head's rows
+occur in it once. Blocks that share whole heads are merged.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from quack_fx.layout import AttentionSite, QKLayout, Ranges, Role, WeightBlock, 
 from quack_fx.train.program.names import name_template
 
 Names = tuple[int, ...]
-"""The numbers in the names of one instance's parameters."""
+"""The numbers in the parameter names of one instance."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor with rows of queries or keys.
+    """A tensor with query or key rows.
 
     Attributes:
-        name: Its name, the numbers in it as fields of `str.format`.
-        axis: Axis that counts the rows.
+        name: Its name, with numbers replaced by `str.format` fields.
+        axis: Axis of the rows.
         count: Number of rows.
     """
 
@@ -38,12 +38,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Block:
-    """The rows that share a learning rate, head by head.
+    """A set of rows with one learning rate per head.
 
     Attributes:
         role: Role in the layout.
-        tensors: The tensors that hold its rows, as indices into the kind's: a weight, and its bias if it has one.
-        heads: For each head the ranges of its rows, sorted, none touching the next. Every head has as many rows.
+        tensors: The tensors with its rows (a weight, and its bias if it has one), as indices into `Kind.tensors`.
+        heads: The row ranges of each head, sorted, with gaps between them. Every head has the same number of rows.
     """
 
     role: Role
@@ -56,8 +56,8 @@ class Term:
     """A product of blocks in the logits, for several query heads at once.
 
     Attributes:
-        factors: For each factor its block, as an index into the kind's, and which head of the block each query head
-            reads.
+        factors: For each factor, its block (as an index into `Kind.blocks`) and the head of that block that each query
+            head reads.
     """
 
     factors: tuple[tuple[int, tuple[int, ...]], ...]
@@ -65,14 +65,14 @@ class Term:
 
 @dataclass(frozen=True)
 class Kind:
-    """Attentions that differ in nothing but the numbers in the names of their parameters.
+    """Attentions that differ only in the numbers in their parameter names.
 
     Attributes:
-        title: A short description, as "GQA, 32 query heads on 8 key heads".
-        tensors: The tensors that hold their rows.
+        title: A short description, such as "GQA, 32 query heads on 8 key heads".
+        tensors: The tensors with query or key rows.
         blocks: The blocks.
         terms: The terms of the logits of one instance.
-        instances: The numbers in the names, for each instance.
+        instances: The numbers in the parameter names, for each instance.
     """
 
     title: str
@@ -82,7 +82,7 @@ class Kind:
     instances: tuple[Names, ...]
 
     def names(self, numbers: Names | None = None) -> list[str]:
-        """The names of one instance's tensors, by the numbers in them; those of the first instance by default."""
+        """The tensor names of the instance with the given numbers; by default, of the first instance."""
         own = self.instances[0] if numbers is None else numbers
         return [tensor.name.format(*own).replace("{{", "{").replace("}}", "}") for tensor in self.tensors]
 
@@ -91,7 +91,7 @@ def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kin
     """Group the attentions of a layout into kinds; attentions that keep a QK norm are left out.
 
     Arguments:
-        layout: Where the pairs are.
+        layout: The layout.
         shapes: Shape of every parameter that the layout names.
 
     Raises:
@@ -110,7 +110,7 @@ def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kin
 
 
 def _connected(sites: Sequence[AttentionSite]) -> list[list[AttentionSite]]:
-    """Sites in groups: those that share a tensor are in one. Groups and sites are in the layout's order."""
+    """Sites grouped such that those that share a tensor are in one group. Groups and sites keep the layout's order."""
     together: list[list[AttentionSite]] = []
     owner: dict[str, list[AttentionSite]] = {}
     for site in sites:
@@ -147,7 +147,7 @@ _Product = tuple[_Unit, ...]
 
 
 def _kind(sites: Sequence[AttentionSite], shapes: Mapping[str, Sequence[int]]) -> Kind:
-    """The kind of one group of sites; the names of its tensors are full names, without fields."""
+    """The kind of one group of sites; its tensors still have full names, without fields."""
     tensors = _Tensors(shapes)
     for site in sites:
         for _, block in site.blocks():
@@ -207,7 +207,7 @@ class _Tensors:
 
 
 def _products(site: AttentionSite) -> list[list[_Product]]:
-    """For each term of a site, the products of its query heads; heads without rows in the term have none."""
+    """For each term of a site, the product of each query head that has rows in the term."""
     found: list[list[_Product]] = []
     for term in site.terms:
         own = []
@@ -221,7 +221,7 @@ def _products(site: AttentionSite) -> list[list[_Product]]:
 
 
 def _blocks(sites: Sequence[AttentionSite], products: Sequence[list[list[_Product]]]) -> list[tuple[Role, list[_Unit]]]:
-    """Blocks as lists of units: a block for each position in a term; positions that share a unit share the block."""
+    """Blocks as lists of units: one block per position in a term; positions that share a unit share a block."""
     blocks: list[tuple[Role, dict[_Unit, None]]] = []
     for site, own in zip(sites, products, strict=True):
         for term, heads in zip(site.terms, own, strict=True):
@@ -240,7 +240,7 @@ def _blocks(sites: Sequence[AttentionSite], products: Sequence[list[list[_Produc
 
 
 def _alike(column: Iterable[_Unit]) -> Iterator[dict[_Unit, None]]:
-    """Units grouped by tensor and by number of rows."""
+    """Units grouped by tensor and number of rows."""
     groups: dict[tuple[str, str | None, int], dict[_Unit, None]] = {}
     for unit in column:
         groups.setdefault((unit.param, unit.bias, unit.size), {})[unit] = None
@@ -248,7 +248,7 @@ def _alike(column: Iterable[_Unit]) -> Iterator[dict[_Unit, None]]:
 
 
 def _terms(products: Sequence[_Product], home: Mapping[_Unit, tuple[int, int]]) -> Iterator[Term]:
-    """Products as terms: one term for all heads whose units lie in the same blocks."""
+    """Products as terms: one term for all heads with units in the same blocks."""
     by_blocks: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
     for product in products:
         places = [home[unit] for unit in product]

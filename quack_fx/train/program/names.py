@@ -1,4 +1,4 @@
-"""Names of parameters as a program writes them: templates with numbers as fields, variables, common prefixes.
+"""Parameter names in a program: templates with numbers as fields, variables, common prefixes.
 
 In: fully qualified names. Out: templates, identifiers, prefixes.
 """
@@ -12,7 +12,7 @@ _NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
 
 
 def name_template(name: str, numbers: list[int]) -> str:
-    """A name for `str.format` in which every number is a field; the numbers are appended to `numbers`."""
+    """A `str.format` template of a name with a field for every number; the numbers are appended to `numbers`."""
 
     def take(match: re.Match[str]) -> str:
         numbers.append(int(match[0]))
@@ -23,12 +23,12 @@ def name_template(name: str, numbers: list[int]) -> str:
 
 
 def variable_names(full_names: Sequence[str], reserved: Collection[str], biases: bool = False) -> list[str]:
-    """A variable for every parameter, after the module that holds it.
+    """A variable name for every parameter, taken from the module that holds it.
 
     Arguments:
         full_names: The names, with or without fields.
         reserved: Names that are taken.
-        biases: Whether one called `bias` is `MODULE_bias`.
+        biases: Whether a parameter `bias` of a module gets the name `MODULE_bias`.
     """
     taken = set(reserved)
     names: list[str] = []
@@ -47,7 +47,7 @@ def variable_names(full_names: Sequence[str], reserved: Collection[str], biases:
 
 
 def unique_name(name: str, taken: Collection[str]) -> str:
-    """The name, or the name with the first number that is free."""
+    """The name, with a number appended if it is taken."""
     unique, n = name, 2
     while unique in taken:
         unique, n = f"{name}_{n}", n + 1
@@ -55,7 +55,7 @@ def unique_name(name: str, taken: Collection[str]) -> str:
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """The module path that all names start with."""
+    """The common module path of all names."""
     common = []
     for level in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(level)) > 1:

@@ -1,6 +1,6 @@
-"""The QK norms that a program removes from the model, as a generator of their names with a loop over equal layers.
+"""Writes the generator of QK norms that a program removes from the model, with a loop over equal layers.
 
-In: for each norm module its replacement. Out: the lines of the generator.
+In: the replacement of each norm module. Out: the lines of the generator.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from quack_fx.train.program.write import fields_of, loop_over, named
 
 
 class StandIn(NamedTuple):
-    """The replacement of a norm module: how many of its inputs it returns, and a factor on them."""
+    """The replacement of a norm module: the number of inputs that it returns, and a factor on them."""
 
     tensors: int = 1
     factor: float = 1.0
 
     def source(self) -> str:
-        """The call that makes it."""
+        """The expression that creates it."""
         tensors = [f"tensors={self.tensors}"] if self.tensors != 1 else []
         factor = [f"factor={self.factor!r}"] if self.factor != 1 else []
         return f"PassThrough({', '.join(tensors + factor)})"
 
 
 def write_norms(stand_ins: Mapping[str, StandIn]) -> list[str]:
-    """The generator `qk_norms`: names that differ in numbers alone become a loop over those."""
+    """The lines of the generator `qk_norms`; names that differ only in numbers become a loop over the numbers."""
     groups: dict[tuple[str, StandIn], list[tuple[int, ...]]] = {}
     for name, stand_in in stand_ins.items():
         numbers: list[int] = []

@@ -1,6 +1,6 @@
-"""The rows of heads as expressions such as `torch.arange(768, 1536).view(12, 64)`.
+"""Writes the rows of heads as expressions such as `torch.arange(768, 1536).view(12, 64)`.
 
-In: for each head the ranges of its rows. Out: an expression for the indices of the rows, int64 [heads, rows of a head].
+In: the row ranges of each head. Out: an expression for the indices of the rows, int64 [heads, rows of a head].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def index_of(heads: Sequence[Ranges], tables: Tables) -> str:
 
     Arguments:
         heads: The ranges of each head.
-        tables: Keeps long lists as constants of the program.
+        tables: Stores long lists as constants of the program.
 
     Example:
         >>> index_of([((0, 4),), ((12, 16),)], Tables("ROWS"))
@@ -42,7 +42,7 @@ def _rows(ranges: Ranges) -> list[int]:
 
 
 def _view(first: int, loops: list[Loop], heads: int, rows: int) -> str | None:
-    """Nested loops as a view of consecutive indices; None where the strides do not divide each other."""
+    """Nested loops as a view of consecutive indices; None if they cannot be written as one."""
     if any(step <= 0 for _, step in loops):
         return None
     order = sorted(range(len(loops)), key=lambda i: -loops[i][1])
@@ -52,7 +52,7 @@ def _view(first: int, loops: list[Loop], heads: int, rows: int) -> str | None:
     if any(a % b for a, b in pairwise(steps)):
         return None
     counts = [count for count, _ in joined]
-    sizes = [a // b for a, b in pairwise(steps)]  # of all axes but the first
+    sizes = [a // b for a, b in pairwise(steps)]  # of all axes except the first
     offsets, rest = [], first % steps[0]
     for step in steps[1:]:
         offsets.append(rest // step)
@@ -76,7 +76,7 @@ def _view(first: int, loops: list[Loop], heads: int, rows: int) -> str | None:
 
 
 def _as_heads(text: str, shape: list[int], order: list[int], loops: list[Loop], heads: int, rows: int) -> str | None:
-    """The view as [heads, rows of a head]."""
+    """The view reshaped to [heads, rows of a head]."""
     if order == sorted(order):
         if shape == [heads, rows]:
             return text
@@ -85,7 +85,7 @@ def _as_heads(text: str, shape: list[int], order: list[int], loops: list[Loop], 
 
 
 def _joined(loops: list[Loop]) -> list[Loop]:
-    """Loops without those of one iteration; two are joined where the outer stride is the inner loop's whole length."""
+    """Drop loops of one iteration, and join two loops if the outer stride is the whole length of the inner loop."""
     joined: list[Loop] = []
     for count, step in loops:
         if count == 1:
@@ -98,7 +98,7 @@ def _joined(loops: list[Loop]) -> list[Loop]:
 
 
 def _cut(offset: int, count: int, size: int) -> str:
-    """A slice or an index of one axis."""
+    """A slice or index along one axis, as text."""
     if count == size:
         return ":"
     if count == 1:

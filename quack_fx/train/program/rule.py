@@ -1,10 +1,10 @@
-"""The one rule in a kind's own names, as the paper writes its algorithms: `uq=1 / (n.dq * n.uk * n.dkv)`.
+"""Writes the rule as expressions that read like the paper's algorithms: `uq=1 / (n.dq * n.uk * n.dkv)`.
 
-In: a `Kind` and a name for each of its blocks. Out: for each block the expression of its factor,
+In: a `Kind` and a name for each of its blocks. Out: for each block, an expression of its factor,
 
-    factor(block) = min over the terms that contain it of  1 / product of the norms of the other blocks of that term,
+    factor(block) = min over the terms that contain it of  1 / product of the norms of the other blocks of that term
 
-over tensors [instances, heads] of norms, n.q and so on; those of a block that all heads share are [instances, 1].
+The norms (n.q and so on) are tensors [instances, heads], or [instances, 1] for a block that all heads share.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Factor:
 
     Attributes:
         block: Name of the block.
-        ways: For each of its terms, the product of the other blocks' norms; the factor is 1 / the largest product.
+        ways: For each term of the block, the product of the other blocks' norms; the factor is 1 / the largest product.
     """
 
     block: str
     ways: tuple[str, ...]
 
     def lines(self, depth: int) -> list[str]:
-        """The factor as an indented argument of a call: the smallest inverse where there are several products."""
+        """The factor as an indented keyword argument: 1 / the product, or the minimum over several."""
         inverse = [f"1 / {way}" if _binds(way) else f"1 / ({way})" for way in self.ways]
         if len(inverse) == 1:
             return [f"{INDENT * depth}{self.block}={inverse[0]},"]
@@ -44,7 +44,7 @@ def factors_of(kind: Kind, names: Sequence[str], tables: Tables) -> list[Factor]
     Arguments:
         kind: The kind.
         names: A name for each of its blocks.
-        tables: Keeps long lists as constants of the program.
+        tables: Stores long lists as constants of the program.
     """
     found: list[list[str]] = [[] for _ in kind.blocks]
     for term in kind.terms:
@@ -54,7 +54,7 @@ def factors_of(kind: Kind, names: Sequence[str], tables: Tables) -> list[Factor]
 
 
 def _binds(text: str) -> bool:
-    """Whether an expression binds closer than a division: a name with calls and indices behind it."""
+    """Whether an expression binds tighter than division: a name with optional calls and indices."""
     depth = 0
     for c in text:
         depth += (c in "([") - (c in ")]")
@@ -64,13 +64,13 @@ def _binds(text: str) -> bool:
 
 
 def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Tables) -> str:
-    """The product of a term's other norms; for a head that several query heads read, the largest of their products."""
+    """The product of a term's other norms; for a head that several query heads read, the largest product."""
     heads = len(term.factors[0][1])
     own, target = term.factors[place]
     size = len(kind.blocks[own].heads)
     others = [factor for i, factor in enumerate(term.factors) if i != place]
     wide = any(_spreads(len(kind.blocks[b].heads), column) for b, column in others)
-    # In the order of the blocks, so that equal products read alike.
+    # Sorted by block, so that equal products have equal text.
     parts = [_read(f"n.{names[b]}", len(kind.blocks[b].heads), column, tables) for b, column in sorted(others)]
     product = " * ".join(parts)
     if target == tuple(range(size)):
@@ -82,7 +82,7 @@ def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Ta
             else (f"{product}.expand(-1, {size})")
         )
     whole = f"({product})" if len(parts) > 1 else product
-    if not wide:  # every head meets the same
+    if not wide:  # the product is the same for every head
         covered = set(target) == set(range(size))
         return (
             (product if size == 1 else f"{whole}.expand(-1, {size})")
@@ -100,12 +100,12 @@ def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Ta
 
 
 def _spreads(size: int, column: tuple[int, ...]) -> bool:
-    """Whether query heads read different numbers of a factor."""
+    """Whether query heads read different norms of a block."""
     return size > 1 or len(column) == 1
 
 
 def _read(norms: str, size: int, column: tuple[int, ...], tables: Tables) -> str:
-    """The norms of a block, one for each query head."""
+    """An expression for the norms of a block, one for each query head."""
     heads = len(column)
     if column == tuple(range(size)) or size == 1:
         return norms

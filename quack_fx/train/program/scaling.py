@@ -1,6 +1,6 @@
-"""Writes and runs the program of a given model, and makes the object that computes the scales of its rows.
+"""Writes and runs the program of a given model, and creates the object that computes the scales of its rows.
 
-In: a model and its layout. Out: the program as a module, and its `QuacK` over the model's weights.
+In: a model and its layout. Out: the program as a module, and its `QuacK` for the model's weights.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def scaling_of(
         layout: Its layout.
         tau: Learning rate of queries and keys at the start of training, relative to that of the other weights.
         norm: "frobenius" or "spectral".
-        optimizers: Those whose state may have the initial factors of a run that goes on.
+        optimizers: Optimizers whose state may contain the initial factors of a resumed run.
 
     Raises:
         LayoutError: The layout does not fit the model.
         OptimizerError: A weight is on the meta device.
-        FactorError: `norm` is neither, or what some rows are multiplied with is zero or not finite at the start.
+        FactorError: `norm` is unknown, or an initial norm is not finite, or a head is zero on both sides.
     """
     program = _loaded(program_text(model, layout), check_norm(norm))
     scaling: Scaling = with_factor_error(program.QuacK, model, tau, optimizers)
@@ -53,13 +53,13 @@ def scaling_of(
 def program_text(
     model: nn.Module, layout: QKLayout, optimizers: Sequence[str] = (), features: Collection[str] = ()
 ) -> str:
-    """The text of the program for a model as it stands.
+    """The source of the program for a model.
 
     Arguments:
         model: The model.
         layout: Its layout.
         optimizers: As in `write_program`.
-        features: As in `write_program`; whether the model is sharded is seen here.
+        features: As in `write_program`; "sharded" is added if the model is sharded.
 
     Raises:
         LayoutError: The layout does not fit the model.
@@ -77,7 +77,7 @@ def check_norm(norm: str) -> NormName:
     """Check the name of a norm.
 
     Raises:
-        FactorError: There is no such norm.
+        FactorError: The norm is unknown.
     """
     for known in get_args(NormName):
         if norm == known:
@@ -98,7 +98,7 @@ _loaded = lru_cache(maxsize=32)(run_program)
 
 
 def with_factor_error(make: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call something of a program; a ValueError becomes a FactorError."""
+    """Call a function of a program; raise its ValueError as a FactorError."""
     try:
         return make(*args, **kwargs)
     except ValueError as error:
@@ -106,25 +106,25 @@ def with_factor_error(make: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor. No import is needed: where nobody has imported DTensor, there is none."""
+    """Whether a tensor is a DTensor. Imports nothing: if DTensor was never imported, there are none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory; call it under no_grad."""
+    """The part of a tensor that this rank holds, sharing its memory; call it under no_grad."""
     here: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return here
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered where this rank holds a part of it."""
+    """The full tensor, gathered if it is sharded."""
     gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return gathered
 
 
 def _spectral(program: ModuleType) -> Any:
-    """The program's `QuacK` with spectral norms, the largest singular values of heads. Waits for the device."""
+    """The program's `QuacK` with spectral norms (largest singular values) of heads. Waits for the device."""
 
     program.KINDS = [kind._replace(mark=kind.mark + 1) for kind in program.KINDS]  # type: ignore[attr-defined]
 
@@ -149,11 +149,11 @@ def _spectral(program: ModuleType) -> Any:
 
 
 def _top(index: Tensor, parts: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """Largest singular value of the rows of each head, [heads], from the smaller Gram matrix; in double.
+    """Largest singular value of the rows of each head, [heads], from the smaller Gram matrix, in double precision.
 
     Arguments:
         index: The rows, [heads, rows].
-        parts: A weight, and its bias if there is one, each with the axis that counts its rows.
+        parts: A weight, and its bias if there is one, each with the axis of its rows.
     """
     columns = [
         part.detach().double().movedim(axis, 0)[index].flatten(2)

@@ -1,6 +1,6 @@
-"""Puts the source of a program together.
+"""Assembles the source of a program.
 
-In: a layout, the shapes of its parameters, the optimizers. Out: source code that needs torch alone: first what
+In: a layout, the shapes of its parameters, the optimizers. Out: source code that needs only torch: first the part that
 `write.py` writes for the model's attentions, then code that is the same for every model, copied from `parts/`.
 """
 
@@ -27,13 +27,13 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "muon": ("Muon", "AdamW"),
     "lion": ("Lion",),
 }
-"""For each name that users choose, the optimizers whose steps a program can take: classes of torch.optim, and Lion."""
+"""The optimizer classes (of torch.optim, or Lion) behind each name that users choose."""
 
 PARTS_OF = {"AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "Muon": "muon", "Lion": "lion"}
 """The file in `parts/` with the arithmetic of each optimizer."""
 
 _CONDITION = re.compile(r"  # if (not )?(\w+)$")
-"""The comment at the end of a statement that is copied only into programs with, or without, a feature."""
+"""Trailing comment of a statement that is copied only into programs with (or without) a feature."""
 
 
 def write_program(
@@ -49,17 +49,17 @@ def write_program(
     """The training step of a model.
 
     Arguments:
-        layout: Its pairs; without any, the program is a plain training step.
+        layout: The model's layout; without pairs, the program is a plain training step.
         shapes: Shape of every parameter that the layout names.
         title: Name of the model.
-        optimizers: The classes whose steps it takes, keys of `PARTS_OF`.
+        optimizers: The optimizer classes that the program supports, keys of `PARTS_OF`.
         tau: Default of the step's `tau`.
-        features: "sharded" where weights may be DTensors, "masters" where those in half precision are updated as fp32
+        features: "sharded" if weights may be DTensors, "masters" if half-precision weights are updated through fp32
             copies.
-        stand_ins: For each QK norm module that the text takes out of the model what it puts there.
+        stand_ins: The replacement of each QK norm module that the program removes.
 
     Returns:
-        Source, stable under `ruff format` at 120 columns.
+        The source, which `ruff format` at 120 columns does not change.
 
     Raises:
         LayoutError: The layout does not fit the shapes.
@@ -71,7 +71,7 @@ def write_program(
     kinds = kinds_of(layout, shapes)
     stand_ins = stand_ins or {}
     features = {*features, "norms"} if stand_ins else set(features)
-    # Adam changes weights with heads by itself, the others change all; what a rank holds of a weight may be small.
+    # With Adam, `change` handles only weights with heads; with other optimizers, all. A rank's shard may be small.
     sizes = [math.prod(shapes[name]) for kind in kinds for name in kind.names()]
     others = features.intersection({"sharded", "masters"}).union(set(optimizers) - {"Adam", "AdamW"})
     features |= {"others"} if others else set()
@@ -96,9 +96,9 @@ def write_program(
 
 
 def _used(copied: Sequence[str], others: Sequence[str]) -> list[str]:
-    """The copied definitions, without functions that no other text calls."""
+    """The copied definitions, without functions that are not used."""
     kept = list(copied)
-    for text in copied[::-1]:  # what is called stands in front
+    for text in copied[::-1]:  # callees precede their callers
         name = re.match(r"def (\w+)", text)
         rest = [other for other in (*kept, *others) if other != text]
         if name and not any(re.search(rf"\b{name[1]}[(,:}}]", other) for other in rest):
@@ -114,7 +114,7 @@ def _steps(optimizers: Sequence[str]) -> str:
 
 
 def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
-    """The constants and type aliases of a part, then each of its classes and functions."""
+    """The constants and type aliases of a part as one text, then each of its classes and functions."""
     lines, tree = _source(part)
     short = [line for node in tree.body if isinstance(node, ast.Assign) for line in _with_comment(lines, node.lineno)]
     if kept_short := [_CONDITION.sub("", line) for line in short if _is_kept(line, features)]:
@@ -132,7 +132,7 @@ def _definitions(part: str, features: Collection[str]) -> Iterator[str]:
 
 
 def _with_comment(lines: Sequence[str], number: int) -> Sequence[str]:
-    """The line of that number, and the comment above it."""
+    """The line with the given number, preceded by the comment above it."""
     first = number - 1
     while lines[first - 1].startswith("#"):
         first -= 1
@@ -140,13 +140,13 @@ def _with_comment(lines: Sequence[str], number: int) -> Sequence[str]:
 
 
 def _is_kept(line: str, features: Collection[str]) -> bool:
-    """Whether a line that a statement ends on is for programs with these features."""
+    """Whether a statement, given its last line, belongs in a program with these features."""
     only = _CONDITION.search(line)
     return only is None or (only[2] in features) != bool(only[1])
 
 
 def _last(piece: ast.stmt | ast.arg) -> int:
-    """Number of the last line of a statement; of one with a body, of its first line."""
+    """Number of a statement's last line; of its first line if it has a body."""
     body = getattr(piece, "body", None)
     return piece.lineno if body else (piece.end_lineno or piece.lineno)
 
@@ -167,7 +167,7 @@ def _source(part: str) -> tuple[list[str], ast.Module]:
 
 
 def _imports(parts: Sequence[str], body: Sequence[str]) -> str:
-    """The imports of the parts, as far as their names occur in the text."""
+    """The imports of the parts, limited to names that the text uses."""
     text = "\n".join(body)
     plain: set[str] = set()
     named: dict[str, dict[str, str | None]] = {}

@@ -1,4 +1,4 @@
-"""Helpers for Python source that is laid out as `ruff format` does at 120 columns.
+"""Helpers that write Python source in the format of `ruff format` at 120 columns.
 
 In: numbers, names, expressions. Out: source that the formatter does not change.
 """
@@ -12,23 +12,23 @@ WIDTH = 120
 INDENT = "    "
 
 _LONG = 60
-"""Longest list, in characters, that is written where it is used."""
+"""Maximum length, in characters, of a list that is written inline."""
 
 
 def quoted(text: str, fields: bool = False) -> str:
-    """A string literal; an f-string where `fields` says that the text holds replacement fields."""
+    """A string literal; an f-string with `fields`, for text with replacement fields."""
     escaped = text.replace("\\", "\\\\")
     quote = "'" if '"' in escaped and "'" not in escaped else '"'
     return ("f" if fields else "") + quote + escaped.replace(quote, "\\" + quote) + quote
 
 
 def bracketed(depth: int, opening: str, entries: Sequence[str], closing: str) -> list[str]:
-    """`opening`, the entries with commas between them, `closing`: on one line if it fits, else on several.
+    """`opening`, the comma-separated entries, and `closing`, on one line if it fits, else on several.
 
     Arguments:
         depth: Levels of indentation.
         opening: Text up to and including the bracket, `"x = f("`.
-        entries: What stands in the brackets.
+        entries: The text of each entry in the brackets.
         closing: The closing bracket and what follows, `"):"`.
     """
     pad = INDENT * depth
@@ -36,19 +36,19 @@ def bracketed(depth: int, opening: str, entries: Sequence[str], closing: str) ->
     if len(line) <= WIDTH:
         return [line]
     inner = f"{pad}{INDENT}{', '.join(entries)}"
-    if len(inner) <= WIDTH and re.search(r"\w\($", opening):  # the arguments of a call; other entries go one a line
+    if len(inner) <= WIDTH and re.search(r"\w\($", opening):  # arguments of a call; other entries get a line each
         return [f"{pad}{opening}", inner, f"{pad}{closing}"]
     return [f"{pad}{opening}", *(f"{pad}{INDENT}{entry}," for entry in entries), f"{pad}{closing}"]
 
 
 class Tables:
-    """Lists in a program: short ones are written where they are used, long ones become constants.
+    """Lists in a program: short ones are written inline, long ones become constants.
 
     Arguments:
-        prefix: What the names of the constants begin with.
+        prefix: Prefix of the constants' names.
 
     Attributes:
-        lines: The constants.
+        lines: Source lines that define the constants.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -69,7 +69,7 @@ class Tables:
 
 
 def as_ranges(values: Sequence[int]) -> list[str]:
-    """Integers as entries of a list; three or more with equal steps become a range: `0, 5, *range(8, 12)`."""
+    """Integers as entries of a list literal; three or more with equal steps become a range: `0, 5, *range(8, 12)`."""
     runs = even_runs(values)
     parts = []
     for run in runs:
@@ -90,7 +90,7 @@ def even_runs(values: Sequence[int]) -> list[list[int]]:
 
 
 def range_of(values: Sequence[int]) -> str:
-    """Ascending integers with equal steps as a range."""
+    """Ascending integers with equal steps as a `range` expression."""
     step = values[1] - values[0]
     start, stop = values[0], values[-1] + step
     if step == 1:

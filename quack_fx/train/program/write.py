@@ -1,6 +1,6 @@
-"""Writes the part of a program that is about the model.
+"""Writes the part of a program that depends on the model.
 
-In: `Kind`s. Out: for each the lines of its functions for weights, rows and factors; then the lines of `KINDS`.
+In: `Kind`s. Out: the lines of each kind's functions for weights, rows and factors, then the lines of `KINDS`.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
 
 
 def mark_of(kind: Kind, norm: str = "frobenius") -> int:
-    """A number that differs between kinds whose saved initial factors mean different things."""
+    """A number that identifies the meaning of a kind's saved initial factors in a checkpoint."""
     blocks = [(block.role, block.heads, [kind.tensors[i].axis for i in block.tensors]) for block in kind.blocks]
     digest = blake2b(repr((norm, blocks, kind.terms)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 12  # a float64 is exact up to here
+    return int.from_bytes(digest) >> 12  # exact in a float64
 
 
 def _kind_names(kinds: Sequence[Kind]) -> list[str]:
-    """A class name for every kind: MHA, GQA, MLA2."""
+    """A class name for every kind: Mha, Gqa, Mla2."""
     names: list[str] = []
     for kind in kinds:
         name = re.sub(r"\W", "", kind.title.split(",")[0].split(" across")[0]).capitalize()
@@ -129,7 +129,7 @@ def _factors_lines(kind: Kind, name: str, blocks: Sequence[str], tables: Tables)
 
 
 def _block_names(kind: Kind) -> list[str]:
-    """A name for every block: its role, with that of its weight in front where two have the same role."""
+    """A name for every block: its role, or the name of its weight if the role is "other" or not unique."""
     roles = [block.role for block in kind.blocks]
     variables = _variables(kind)
     names: list[str] = []
@@ -140,12 +140,12 @@ def _block_names(kind: Kind) -> list[str]:
 
 
 def _variables(kind: Kind) -> list[str]:
-    """A name for every tensor, after the module that holds it."""
+    """A name for every tensor, taken from the module that holds it."""
     return variable_names([tensor.name for tensor in kind.tensors], _RESERVED, biases=True)
 
 
 def named(text: str) -> str:
-    """A name as a literal: an f-string where it has fields. Fields are in single braces, other braces are doubled."""
+    """A name as a string literal, or as an f-string if it has fields (single braces; other braces are doubled)."""
     fields = "{" in text.replace("{{", "").replace("}}", "")
     return quoted(text, fields=True) if fields else quoted(text.replace("{{", "{").replace("}}", "}"))
 
@@ -154,7 +154,7 @@ def named(text: str) -> str:
 
 
 def fields_of(instances: Sequence[tuple[int, ...]]) -> tuple[list[str], list[tuple[int, ...]]]:
-    """The field for each number in some names, and for each instance the numbers that vary independently."""
+    """A format field for each number in the names, and for each instance the numbers that vary independently."""
     columns: list[int] = []
     fields = []
     for column in range(len(instances[0])):
@@ -176,7 +176,7 @@ def fields_of(instances: Sequence[tuple[int, ...]]) -> tuple[list[str], list[tup
 
 
 def loop_over(rows: Sequence[tuple[int, ...]], tables: Tables) -> str:
-    """The first line of a loop over numbers, `for i in range(12):`; empty where there are no numbers."""
+    """The first line of a loop over numbers, `for i in range(12):`; empty if no numbers vary."""
     if not rows[0]:
         return ""
     if len(rows[0]) == 1:

@@ -1,13 +1,13 @@
-"""Weights that start at zero: LoRA's B, queries of muP.
+"""Support for weights that are zero at the start: LoRA's B, queries in muP.
 
-In: the module of a program. Out: its `QuacK`, which gives what such weights are multiplied with (LoRA's A, the keys) a
-factor to be relative to.
+In: the module of a program. Out: a subclass of its `QuacK` with finite initial factors for the partners of such weights
+(LoRA's A, the keys).
 
-A factor bounds the change of a logit, by the norms that a block is multiplied with; where those are zero it is
-infinite. Such a block starts with the factor that it has once they have grown to the norm that it had itself at the
-start, and until then trains at `tau`, no faster: the learning rate that the weights of zero have. In the tables of
-initial factors these are negative, and the number that marks the attention is, too: the file that `convert` writes
-does not have this, and refuses such a state.
+A factor is one over the norms that a block is multiplied with, so it is infinite if one of them is zero. The initial
+factor of such a block is the one that it has when the zero weights have grown to the block's own initial norm. Until
+then, the block trains at `tau`, as the zero weights do, and no faster. In the tables of initial factors, these factors
+are negative, and so is the number that identifies the kind. The file that `convert` writes does not support this and
+refuses such a state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 _TINY = 1e-100
-"""Stands for a norm of zero; what is multiplied with several of them has a factor that stays huge."""
+"""Replaces a norm of zero; the factor of a block that is multiplied with several of these stays huge."""
 
 _HUGE = 1e50
 
@@ -34,13 +34,13 @@ def from_zero(program: ModuleType) -> Any:
             super().__init__(model, tau, optimizers)
             for saved, starts in zip(self.saved, self._starts, strict=True):
                 signed = torch.cat(starts, 1)
-                # Those of attentions that have begun already are left: theirs are loaded.
+                # Attentions with loaded initial factors keep them.
                 capped = signed < 0
                 saved[:, 1:][capped] *= -1
                 saved[:, 0] *= torch.where(capped.any(1), -1.0, 1.0)
 
         def start(self) -> list[Any]:
-            """Factors of the blocks at the start of training; negative where a learning rate may only fall."""
+            """Initial factors of the blocks; negative if the learning rate may only decrease."""
             found = []
             for kind, norms in zip(program.KINDS, self.norms(), strict=True):
                 near = kind.factors(type(norms)(*(n.where(n != 0, _TINY) for n in norms)))
@@ -48,19 +48,19 @@ def from_zero(program: ModuleType) -> Any:
                     factor.where(factor.isfinite(), -met * _TINY / own)
                     for factor, met, own in zip(kind.factors(norms), near, norms, strict=True)
                 )
-                # Zeros on both sides could never train: no finite factor.
+                # Zeros on both sides could never train, so these factors become infinite.
                 found.append(type(norms)(*(x.where(x.abs() < _HUGE, torch.inf) for x in starts)))
             return found
 
         def restart(self, begun: Container[tuple[int, int]]) -> None:
-            """Start training anew, from the weights now, for all attentions but those in `begun`."""
+            """Compute new initial factors from the current weights for all attentions that are not in `begun`."""
             for kind, (saved, starts) in enumerate(zip(self.saved, self.start(), strict=True)):
                 anew = [i for i in range(len(saved)) if (kind, i) not in begun]
                 saved[anew, 1:] = torch.cat(list(starts), 1)[anew]
                 saved[:, 0] = saved[:, 0].abs() * torch.where((saved[:, 1:] < 0).any(1), -1.0, 1.0)
 
         def factors(self) -> list[Any]:
-            """Factors of the blocks; where a learning rate may only fall, negative, as the first ones are."""
+            """Factors of the blocks; negative, like the initial factor, if the learning rate may only decrease."""
             if not self.first:
                 self._starts = self.start()
                 return [type(starts)(*(x.abs() for x in starts)) for starts in self._starts]
@@ -71,7 +71,7 @@ def from_zero(program: ModuleType) -> Any:
             ]
 
         def take_over(self, optimizer: Optimizer) -> None:
-            """Take over initial factors from a state that was loaded, negative ones, too."""
+            """Load initial factors from the optimizer's state, negative ones included."""
             for weight, (kind, attention) in self.home.items():
                 saved = (optimizer.state.get(weight) or {}).get("quack_init")
                 if isinstance(saved, Tensor) and saved is not self.kept.get(weight):

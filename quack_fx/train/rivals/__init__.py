@@ -1,13 +1,13 @@
-"""Methods of logit control on the same layout, to compare QuacK with.
+"""QuacK and the methods it is compared with, on the same layout.
 
-In: the name of a method, a model and its layout. Out: a `Method`, which the hooks of `QuacK` ask before and after each
+In: the name of a method, a model and its layout. Out: a `Method`, which the hooks of `QuacK` call before and after each
 step.
 
-    method.py          the interface; by itself it changes nothing: "none"
-    quack.py           learning rates by the rule, relative to the start: "quack"
+    method.py          the interface, and the base class, which changes nothing: "none"
+    quack.py           learning rates by the rule, relative to the start of training: "quack"
     constant.py        one learning rate for all query and key rows: "constant"
-    qk_clip.py         heads with large logits are scaled down after the step: "qk-clip"
-    compositional.py   learning rates by the partner's norm itself: "compositional"
+    qk_clip.py         scales heads with large logits down after the step: "qk-clip"
+    compositional.py   learning rates by the partner's absolute norm: "compositional"
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 MethodName = Literal["quack", "constant", "qk-clip", "compositional", "none"]
 
 THRESHOLD = 100.0
-"""Of QK-Clip, as in Kimi K2."""
+"""Default threshold of QK-Clip, as in Kimi K2."""
 
 
 def check_method(method: str, tau: object, norm: str, threshold: float) -> None:
-    """Refuse a method that does not exist, and numbers that it has no use for.
+    """Raise for an unknown method, and for arguments that the method does not use.
 
     Raises:
-        OptimizerError: There is no such method; it has no `tau`, threshold or norm, and one was given; the threshold is
-            not a positive number.
+        OptimizerError: The method is unknown; `tau`, a threshold or a norm was given to a method that does not use it;
+            the threshold is not a positive number.
     """
     if method not in get_args(MethodName):
         raise OptimizerError(f"method is {method!r}; use one of {', '.join(map(repr, get_args(MethodName)))}")
@@ -54,17 +54,17 @@ def check_method(method: str, tau: object, norm: str, threshold: float) -> None:
 
 
 def method_of(name: str, scaling: Scaling, model: nn.Module, layout: QKLayout, threshold: float) -> Method:
-    """The method of a name that `check_method` has let pass.
+    """Create the method with the given name, which `check_method` has accepted.
 
     Arguments:
-        name: Its name.
+        name: Name of the method.
         scaling: Norms, factors and rows of the model's heads.
         model: The model.
         layout: Its layout.
-        threshold: That of "qk-clip".
+        threshold: The threshold of "qk-clip".
 
     Raises:
-        OptimizerError: The method says nothing about this layout.
+        OptimizerError: The method does not support this layout.
     """
     if name == "qk-clip":
         return QKClip(scaling, model, layout, threshold)

@@ -1,7 +1,7 @@
 """The per-head learning rate of Compositional Muon.
 
 In: the scales of a program, a model and its layout. Out: the `Method` that scales query and key rows by the isotropic
-rule, or one line on why it says nothing about a layout.
+rule, or a one-line error if it does not support the layout.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
 _DAMPING = 1e-2
-"""Lambda, as published descriptions of the method give it."""
+"""Lambda, as in published descriptions of the method."""
 
 
 class Compositional(Method):
     """The isotropic rule of Compositional Muon (Keigwin et al., Tilde Research, 2026): `method="compositional"`.
 
-    Compositional Muon bounds the change of the product of queries and keys, half of it for each side: it multiplies the
-    gradient of one side with the inverse root of the other side's Gram matrix, before and after the orthogonalisation.
-    Where that matrix is close to a multiple of the identity, a number for each head is left, which changes nothing
-    before the orthogonalisation:
+    Compositional Muon bounds the change of the product of queries and keys, half of it for each side: the gradient of
+    one side is multiplied with the inverse square root of the other side's Gram matrix, before and after
+    orthogonalisation. If that matrix is close to a multiple of the identity, it reduces to one number per head, which
+    has no effect before orthogonalisation:
 
         lr(W_Q^h) = tau * lr / 2 * (||W_K^h||^2 / d + 0.01)^(-1/2)
         lr(W_K^h) = tau * lr / 2 * (||W_Q^h||^2 / d + 0.01)^(-1/2)
 
-    with Frobenius norms, and d the number of rows of a head. A bias is one more column of its weight, as in QuacK.
+    Norms are Frobenius norms; d is the number of rows of a head. A bias is a column of its weight, as in QuacK.
 
-    It is QuacK's closest published relative, and differs in this: QuacK divides by the partner's norm relative to its
-    norm at the start, this by the norm itself. So learning rates depend on the initialisation from the first step on,
-    `tau` is no ratio to the learning rate of the other weights, and 0.01 bounds the rate where the partner is zero. The
-    original also orthogonalises the gradient of each head by itself and treats values and outputs alike; here the
-    update is that of the optimizer given, and only queries and keys are scaled.
+    It is the published method closest to QuacK. QuacK divides by the partner's norm relative to its initial norm; this
+    method divides by the norm itself. Therefore learning rates depend on the initialisation from the first step, `tau`
+    is not relative to the learning rate of the other weights, and 0.01 bounds the rate if the partner is zero. The
+    original also orthogonalises the gradient of each head separately and treats values and outputs in the same way;
+    here the given optimizer computes the update, and only queries and keys are scaled.
 
-    The formula is for heads with one query and one key projection of their own: grouped queries, latent and joint
+    The formula needs heads with one query and one key projection of their own: grouped queries, latent and joint
     attention, and adapters are refused.
 
     Source: https://blog.tilderesearch.com/blog/compositional-muon (half-split budget, isotropic whitening on both
@@ -73,7 +73,7 @@ class Compositional(Method):
         self._partner = torch.tensor([partner[place] for place in range(len(partner))])
 
     def block_scales(self) -> list[list[Tensor]]:
-        """The scale on every head's learning rate as the weights are, [attentions, heads] by kind and block."""
+        """Learning-rate scale of every head for the current weights, [attentions, heads] by kind and block."""
         norms = self.scaling.norms()
         row = in_a_row(norms)
         partner = row[self._partner.to(row.device)]
@@ -86,12 +86,12 @@ class Compositional(Method):
         return scales
 
     def row_scales(self) -> Mapping[Tensor, Tensor]:
-        """The scale on the update of each row of the weights with heads."""
+        """Scale of the update of each row of the query and key weights."""
         return by_row(self.scaling, self.block_scales())
 
 
 def _pairs(site: AttentionSite, places: Mapping[Place, int]) -> list[tuple[int, int]]:
-    """The places of the query and the key rows of each head of a site."""
+    """Indices of the query rows and the key rows of each head of a site."""
     if len(site.terms) != 1 or (len(site.terms[0].query), len(site.terms[0].key)) != (1, 1):
         raise OptimizerError(_not_for(site, f"{site.kind.upper()} with several factors or terms"))
     found = []

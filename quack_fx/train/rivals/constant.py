@@ -17,18 +17,18 @@ from quack_fx.train.rivals.method import Method, by_row
 class Constant(Method):
     """The ablation of the QuacK paper (section 4): `method="constant"`.
 
-    The learning rate of every query and key row is `tau` times that of the other weights, whatever the norms are.
-    QuacK begins with the same learning rates and then changes them. For an optimizer whose update is proportional to
-    its learning rate, it is a parameter group of its own with `lr = tau * lr`, row by row.
+    The learning rate of every query and key row is `tau` times that of the other weights, independent of norms. QuacK
+    starts with the same learning rates and then changes them. If the optimizer's update is proportional to its learning
+    rate, this equals a separate parameter group for these rows with `lr = tau * lr`.
     """
 
     name: ClassVar[str] = "constant"
     uses_tau: ClassVar[bool] = True
 
     def block_scales(self) -> list[list[Tensor]]:
-        """The scale on every head's learning rate, [attentions, heads] by kind and block."""
+        """Learning-rate scale of every head, [attentions, heads] by kind and block."""
         return [[torch.ones_like(factor) * self.scaling.tau for factor in first] for first in self.scaling.first]
 
     def row_scales(self) -> Mapping[Tensor, Tensor]:
-        """The scale on the update of each row of the weights with heads."""
+        """Scale of the update of each row of the query and key weights."""
         return by_row(self.scaling, self.block_scales())

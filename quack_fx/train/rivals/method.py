@@ -1,7 +1,7 @@
-"""What a method of logit control does in a step of an optimizer: the one interface that the hooks know.
+"""The interface between the hooks and a method of logit control.
 
-In: the scales of a program, from which the rows and norms of all heads are had. Out: a `Method`, which says by how much
-the update of each row is scaled, and what happens to the weights after it.
+In: the scales of a program, which has the rows and norms of all heads. Out: a `Method`, which defines the scale of each
+row's update, and what happens to the weights after it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """A method of logit control. By itself it changes nothing: `method="none"`.
+    """A method of logit control. This base class changes nothing: `method="none"`.
 
-    With it a model trains as without QuacK, bit for bit, and `metrics()` tells the norms and largest logits of its
-    heads.
+    A model then trains bit for bit as without QuacK, and `metrics()` reports the norms and largest logits of its heads.
 
     Arguments:
         scaling: Norms, factors and rows of the model's heads.
 
     Attributes:
-        name: What it is asked for by.
-        uses_tau: Whether `tau` means something to it.
+        name: Value of the `method` argument that selects it.
+        uses_tau: Whether it uses `tau`.
         reads_logits: Whether it needs the largest logit of every head.
     """
 
@@ -40,31 +39,31 @@ class Method:
         self.scaling = scaling
 
     def block_scales(self) -> list[list[Tensor]]:
-        """The scale on every head's learning rate as the weights are, [attentions, heads] by kind and block."""
+        """Learning-rate scale of every head for the current weights, [attentions, heads] by kind and block."""
         return [[torch.ones_like(factor) for factor in first] for first in self.scaling.first]
 
     def row_scales(self) -> Mapping[Tensor, Tensor] | None:
-        """The scale on the update of each row of the weights with heads; None where updates stay as they are."""
+        """Scale of the update of each row of the query and key weights; None to leave updates unscaled."""
         return None
 
     def after_step(self, held: Mapping[str, Tensor], largest: Tensor | None) -> None:
-        """What is done to the weights after a step.
+        """Change the weights after a step; by default, do nothing.
 
         Arguments:
-            held: The optimizer's weights by their names in the layout.
-            largest: The largest logit of each query head since the last step, where they are read.
+            held: The optimizer's query and key weights, by their names in the layout.
+            largest: The largest logit of each query head since the last step, if logits are read.
         """
 
 
 def by_row(scaling: Scaling, of_blocks: Sequence[Sequence[Tensor]]) -> dict[Tensor, Tensor]:
-    """The scales of heads as those of rows, by the program of QuacK with these in place of its own.
+    """Expand scales of heads to scales of rows, using QuacK's program with its own scales replaced.
 
     Arguments:
-        scaling: Where the rows of the heads are.
-        of_blocks: As `Method.block_scales`.
+        scaling: Has the rows of the heads.
+        of_blocks: The scales of heads, as returned by `Method.block_scales`.
 
     Returns:
-        For each weight the scales of the rows that this rank holds, [rows, 1, ...] along the axis that counts them.
+        For each weight, the scales of the rows that this rank holds, [rows, 1, ...] along the axis of the rows.
     """
     other = copy.copy(scaling)
     other.tau, other.first = 1.0, [[torch.ones_like(scale) for scale in scales] for scales in of_blocks]

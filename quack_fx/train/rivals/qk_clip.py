@@ -1,7 +1,7 @@
-"""QK-Clip: heads whose logits have become too large are scaled down after the step.
+"""QK-Clip: scales heads with large logits down after the step.
 
 In: a layout, and the largest logit of every query head since the last step. Out: the `Method` that scales weight rows
-so that the products of queries and keys of a head become gamma times as large, or one line on why it cannot.
+such that a head's products of queries and keys are multiplied by gamma, or a one-line error if it cannot.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
 _Powers = dict[Unit, float]
-"""The power of gamma that the rows of a head are multiplied with."""
+"""The exponent of gamma for each unit of rows."""
 
 
 class QKClip(Method):
     """QK-Clip (Kimi K2, arXiv 2507.20534), a baseline of the QuacK paper: `method="qk-clip"`.
 
-    The optimizer steps as without it. Then, for each query head h with the largest logit S_h since the last step,
+    The optimizer's step is not changed. After it, for each query head h with largest logit S_h since the last step,
 
         gamma_h = min(1, threshold / S_h)
 
-    and rows are scaled so that every product of a query and a key of this head becomes exactly gamma_h times as large:
+    and rows are scaled such that every product of a query and a key of this head is multiplied by exactly gamma_h:
 
         MHA         q_h, k_h: sqrt(gamma_h) each
         GQA, MQA    q_h: gamma_h; the key head that several query heads share stays
         MLA         uq_h, uk_h: sqrt(gamma_h); qr_h: gamma_h; the shared kr, dq and dkv stay
 
-    It is one rule: in each term of the logit the rows next to the logits are scaled, those of the query chain and those
-    of the key chain; where one of the two serves other heads as well, it stays and the other one takes all. So no head
-    is changed by the logits of another. K2 does this with MLA's kr, and a key head of GQA is the same case: scaled by
-    the smallest gamma of its query heads, it would clip the other ones, too, or make their queries larger to make up
-    for that. Joint attention and adapters follow the same rule. The bias of a projection belongs to its rows; those of
-    down projections stay, as their weights do.
+    These cases follow from one rule. In each term of the logit, the rows next to the logits are scaled: those of the
+    query chain and those of the key chain, by sqrt(gamma_h) each. If one of them is shared with other heads, it stays
+    and the other is scaled by gamma_h. So the logits of one head never change another head. K2 treats MLA's kr like
+    this; a shared key head of GQA is the same case: scaling it by the smallest gamma of its query heads would also clip
+    the others, or their queries would have to grow to compensate. Joint attention and adapters follow the same rule. A
+    bias is scaled with the rows of its projection; biases of down projections stay, as their weights do.
 
-    S is the largest number that goes into the softmax, with its sign, mask, softcap and additive bias in it (see
-    `MaxLogits`); what is scaled is the product alone. A head whose S is not finite is not clipped.
+    S is the largest input of the softmax, signed, with mask, softcap and additive bias (see `MaxLogits`); only the
+    product is scaled. A head is not clipped if its S is not finite.
 
-    Nothing is kept between steps, so that there is nothing to save: a run resumes from weights and optimizer alone. A
-    site that keeps a QK norm is left out, since its logits do not depend on the size of its rows.
+    There is no state between steps: a run resumes from weights and optimizer only. A site that keeps a QK norm is left
+    out, because its logits do not depend on the norms of its rows.
 
     Arguments:
-        scaling: Where the rows of this rank are.
+        scaling: Has the rows of this rank.
         model: The model.
         layout: Its layout.
-        threshold: The largest logit that is left alone.
+        threshold: Heads with logits above this value are scaled.
 
     Raises:
-        OptimizerError: A head has no rows of its own in a term, or its terms ask for different powers of the same rows;
+        OptimizerError: A head has no rows of its own in a term, or its terms need different powers of the same rows;
             the rows to scale are frozen; `threshold` is not a positive number.
     """
 
@@ -73,7 +73,7 @@ class QKClip(Method):
         axes = {name: 0 for name in params} | {b.param: b.axis for site in layout.sites for _, b in site.blocks()}
         owners = Owners(layout, {name: param.shape[axes[name]] for name, param in params.items()})
         self._axes = axes
-        # For each parameter the head that scales a row, and the power of its gamma; what stays has the power 0.
+        # For each row of each parameter, the head that scales it and the exponent of that head's gamma (0: unchanged).
         self._head = {name: rows.clamp_min(0) for name, rows in owners.rows.items()}
         self._power = {name: torch.zeros(len(rows)) for name, rows in owners.rows.items()}
         for site, first in zip(layout.sites, owners.first, strict=True):
@@ -89,7 +89,7 @@ class QKClip(Method):
                             self._power[name][start:stop] = power
 
     def after_step(self, held: Mapping[str, Tensor], largest: Tensor | None) -> None:
-        """Scale the rows of heads whose largest logit is above the threshold."""
+        """Scale the rows of heads with a largest logit above the threshold."""
         assert largest is not None
         too_large = largest.isfinite() & (largest > self.threshold)
         gamma = torch.where(too_large, self.threshold / largest, 1.0)
@@ -105,7 +105,7 @@ class QKClip(Method):
 
 
 def _powers(site: AttentionSite, head: int, owners: Owners, number: int) -> _Powers:
-    """The powers of gamma for the rows of a head, such that each of its terms becomes gamma times as large.
+    """The exponents of gamma for the rows of a head, such that each of its terms is multiplied by gamma.
 
     Arguments:
         site: The attention.

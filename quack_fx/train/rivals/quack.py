@@ -1,6 +1,6 @@
 """QuacK itself: learning rates by the rule, relative to the start of training.
 
-In: the scales of a program. Out: the `Method` that hands them on.
+In: the scales of a program. Out: the `Method` that uses these scales.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from quack_fx.train.rivals.method import Method
 class Quack(Method):
     """QuacK (arXiv 2511.21377, Alg. 1 and 2): `method="quack"`.
 
-    The learning rate of a block of rows is `tau * factor / factor at the start`, with the factor one over the norms of
-    what the block is multiplied with in the logits.
+    The learning-rate scale of a block of rows is `tau * factor / initial factor`. The factor is one over the norms of
+    the blocks that it is multiplied with in the logits.
     """
 
     name: ClassVar[str] = "quack"
     uses_tau: ClassVar[bool] = True
 
     def block_scales(self) -> list[list[Tensor]]:
-        """The scale on every head's learning rate as the weights are, [attentions, heads] by kind and block."""
+        """Learning-rate scale of every head for the current weights, [attentions, heads] by kind and block."""
         pairs = zip(self.scaling.factors(), self.scaling.first, strict=True)
         return [
             [
@@ -36,5 +36,5 @@ class Quack(Method):
         ]
 
     def row_scales(self) -> Mapping[Tensor, Tensor]:
-        """The scale on the update of each row of the weights with heads."""
+        """Scale of the update of each row of the query and key weights."""
         return self.scaling.scales()
