@@ -1,1 +1,1 @@
-"""Measurements and the sweep over the models of other packages."""
+"""Benchmarks, and the sweep over models of other packages."""

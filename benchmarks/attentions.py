@@ -1,7 +1,7 @@
 """Small models with four kinds of attention, for runs on several ranks.
 
-In: a kind and whether its sizes divide by the number of ranks. Out: two layers of such attention with a linear layer on
-top, and how tensor parallelism cuts a layer.
+In: a kind of attention and its sizes (divisible by the number of ranks or not). Out: a model with two such layers and a
+linear layer on top, and the tensor parallel plan of a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mla import MLAConfig, MultiHeadLatentAttention, rope_angles
 
 
 class Sizes(NamedTuple):
-    """Sizes of a model: width, heads, key heads, features of a head."""
+    """Sizes of a model: width, query heads, key heads, head dimension."""
 
     width: int
     heads: int
@@ -30,16 +30,16 @@ class Sizes(NamedTuple):
 
 
 EVEN = Sizes(16, 8, 4, 4)
-"""Divides by 2 and by 4: no rank holds a part of a head."""
+"""Divisible by 2 and 4: no head is split between ranks."""
 
 ODD = Sizes(11, 6, 3, 5)
-"""Ranks hold unequal numbers of rows, and parts of heads."""
+"""Ranks hold unequal numbers of rows, and heads are split between ranks."""
 
 
 class GQA(nn.Module):
-    """Attention with projections of its own for queries, keys and values; several query heads read one key head.
+    """Attention with separate projections for queries, keys and values; several query heads share a key head.
 
-    Forwards take the number of heads from what a rank has of them.
+    The forward infers the number of heads that this rank holds.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -58,14 +58,14 @@ class GQA(nn.Module):
 
 
 class MHA(GQA):
-    """The same with a key head for each query head."""
+    """GQA with one key head for each query head."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes._replace(key_heads=sizes.heads))
 
 
 class Fused(nn.Module):
-    """Attention with one projection, head by head: its query, its key, its value."""
+    """Attention with one fused projection, ordered by head: query, key and value of each head."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Fused(nn.Module):
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention, that of examples/mla.py."""
+    """Multi-head latent attention from examples/mla.py."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ KINDS: dict[str, type[nn.Module]] = {"MHA": MHA, "GQA": GQA, "fused": Fused, "ML
 
 
 def tensor_parallel_plan(layer: nn.Module) -> dict[str, ParallelStyle]:
-    """How a layer is cut: each rank has some heads; of MLA, whose heads share a key, the weights alone are cut."""
+    """The tensor parallel plan of a layer: sharded by heads; for MLA, with its shared key, only weights are sharded."""
     if isinstance(layer, MLA):
         return {f"attn.{name}": ColwiseParallel(output_layouts=Replicate()) for name in ("q_up", "kv_up")}
     into = (name for name, child in layer.named_children() if isinstance(child, nn.Linear) and name != "out")

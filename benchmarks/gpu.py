@@ -37,7 +37,7 @@ from mla import MLAConfig, MLATransformer
 
 
 def main() -> int:
-    """Check, time, write."""
+    """Run the checks and timings, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="rounds of whole steps; updates get three times as many")
     parser.add_argument(
@@ -55,7 +55,7 @@ def main() -> int:
     def put(text: str) -> None:
         parts.append(text)
         print(text, flush=True)
-        if options.markdown:  # each time: what is there stays, whatever comes
+        if options.markdown:  # after each part, so that a later failure loses nothing
             options.markdown.parent.mkdir(parents=True, exist_ok=True)
             options.markdown.write_text("\n".join(parts))
 
@@ -70,11 +70,11 @@ def main() -> int:
         title, make, ways = MODELS[name]
         title = f"\n## {title}{' (tiny)' if options.small else ''}\n"
         begun = time.perf_counter()
-        if begun - start + longest > options.seconds:  # the next takes about as long as those before
+        if begun - start + longest > options.seconds:  # assume that it takes as long as the longest so far
             put(f"{title}\nNot measured: it would have taken longer than {options.seconds:.0f} seconds.")
             continue
         torch._dynamo.reset()
-        gc.collect()  # what the last model took
+        gc.collect()  # free the last model
         torch.manual_seed(0)
         try:
             comparison = compare(make(device, options.small), ways, 2 if options.small else options.rounds, tell)
@@ -90,13 +90,13 @@ def main() -> int:
 
 
 def loss_in_half(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """The loss of one of our examples, under autocast to bfloat16."""
+    """The loss of a model from examples/, under autocast to bfloat16."""
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
         return loss_of(model, tokens, targets)
 
 
 def loss_of_labels(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """The loss that a model of transformers gives."""
+    """The loss that a transformers model returns."""
     loss: Tensor = model(input_ids=tokens, labels=targets, use_cache=False).loss
     return loss
 
@@ -111,8 +111,8 @@ def gpt(device: torch.device, small: bool) -> Case:
 
 
 def qwen3(device: torch.device, small: bool) -> Case:
-    """Multi-head attention as transformers has it, without the norms of its queries and keys."""
-    import transformers  # an extra: the others need none
+    """Attention of Qwen3 from transformers, without its QK norms."""
+    import transformers  # optional: only this case needs it
 
     config = transformers.Qwen3Config(
         vocab_size=512 if small else 32768,
@@ -158,7 +158,7 @@ MODELS: dict[str, tuple[str, Callable[[torch.device, bool], Case], list[str]]] =
     ),
     "mla": ("MLA of DeepSeek-V3's form, 1B, bfloat16", mla, ["b", "c", "plain", "quack"]),
 }
-"""Title, what makes the case, and the ways that are compared."""
+"""For each model: a title, a function that builds the case, and the ways to compare."""
 
 
 def _batch(vocabulary: int, sequences: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:

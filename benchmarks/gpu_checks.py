@@ -1,13 +1,13 @@
-"""What has to be right before anything is timed on a GPU.
+"""Correctness checks that precede timing on a GPU.
 
-In: a device. Out: one line for each check, and whether it holds.
+In: a device. Out: one line for each check, and whether it passed.
 
-    optimizers   two hundred compiled updates against the eager optimizer under QuacK's hooks, on gradients that are
-                 given: for each optimizer, with decay, a schedule and clipping, and on fp32 masters
-    steps        fifty whole steps likewise; a hundred learning rates compile nothing anew
-    waiting      none of these, from the third on, waits for the device (torch.cuda.set_sync_debug_mode("error"))
-    gates        gradients that are not finite change nothing, with and without a GradScaler
-    CUDA graphs  mode="reduce-overhead" captures the loss, and gives what it gives without
+    optimizers   200 compiled updates equal the eager optimizer with QuacK's hooks, on given gradients: each optimizer
+                 with weight decay, a schedule and clipping, and with fp32 master weights
+    steps        50 whole steps are equal too; 100 different learning rates cause no recompilation
+    waiting      from the third step on, none of these waits for the device (torch.cuda.set_sync_debug_mode("error"))
+    gates        non-finite gradients change nothing, with and without a GradScaler
+    CUDA graphs  mode="reduce-overhead" captures the loss and gives the same results
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ STEPS, CLIP, LR = 200, 0.5, 1e-3
 VOCABULARY, CONTEXT = 64, 32
 
 Check = tuple[str, bool]
-"""What was found, and whether it is right."""
+"""The result of a check, and whether it passed."""
 
 Batches = Sequence[tuple[Tensor, ...]]
 
 
 def checks(device: torch.device) -> Iterator[Check]:
-    """All checks, each done as it is asked for; one that raises is wrong."""
+    """Run all checks lazily; a check that raises has failed."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=VOCABULARY, context=CONTEXT, layers=3, heads=4, width=64, bias=False)).to(device)
     batches = [tuple(torch.randint(0, VOCABULARY, (2, 4, CONTEXT), device=device)) for _ in range(50)]
@@ -57,7 +57,7 @@ def checks(device: torch.device) -> Iterator[Check]:
     for check in tried:
         try:
             yield check(model, layout, batches)
-        except Exception as error:  # whatever it is, it is to be seen in the list, and the others with it
+        except Exception as error:  # any error is listed, and the other checks still run
             yield f"{_name(check)}: {first_line(error)}", False
 
 
@@ -69,7 +69,7 @@ def _name(check: Callable[..., Check]) -> str:
 
 
 class Lion(Optimizer):
-    """As its paper has it: the sign of an interpolation, decoupled decay."""
+    """Lion as in its paper: the sign of an interpolation, decoupled weight decay."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -100,16 +100,16 @@ _OPTIMIZERS: dict[str, tuple[Callable[..., Any], float | None]] = {
     "Adam": (partial(Adam, lr=LR, weight_decay=1e-3, fused=True), CLIP),
     "SGD": (partial(SGD, lr=LR, momentum=0.9, nesterov=True, weight_decay=0.01), CLIP),
     "Lion": (partial(Lion, lr=LR, weight_decay=0.1), CLIP),
-    # Unclipped: Muon rounds to bfloat16, where the last digit of the factor shows.
+    # Unclipped: Muon rounds to bfloat16, which amplifies rounding of the clipping factor.
     "Muon with AdamW": (_muon_and_adamw, None),
 }
-"""What makes each from a list of parameters, and how gradients are clipped."""
+"""For each, a constructor from a list of parameters, and the maximum gradient norm."""
 
 
 def _optimizer(name: str, model: nn.Module, layout: QKLayout, batches: Batches) -> Check:
     make, clip = _OPTIMIZERS[name]
     eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
-    if name == "Lion":  # in fp32 a rounding turns the sign of what is next to zero
+    if name == "Lion":  # in fp32, rounding can flip the sign of values near zero
         eager, compiled = eager.double(), compiled.double()
     references, own = (_listed(make([*each.parameters()])) for each in (eager, compiled))
     QuacK(references[0], eager, layout, tau=0.5)
@@ -149,7 +149,7 @@ def _masters(model: nn.Module, layout: QKLayout, batches: Batches) -> Check:
 
 
 def _give(model: nn.Module, step: int) -> None:
-    """A gradient for each parameter that no rounding of the weights changes."""
+    """Set gradients that do not depend on the weights, so rounding of the weights does not change them."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(step)
     for p in model.parameters():
         p.grad = torch.randn(p.shape, generator=generator, device=p.device).to(p.dtype)
@@ -250,7 +250,7 @@ def _cuda_graphs(model: nn.Module, layout: QKLayout, batches: Batches) -> Check:
 
 @contextmanager
 def _no_waiting(step: int = 2) -> Iterator[None]:
-    """Whatever waits for the device in here raises, from the third step on: the first two compile and are planned."""
+    """Context in which waiting for the device raises, from the third step on; the first two may compile."""
     if step < 2 or not torch.cuda.is_available():
         yield
         return
@@ -267,7 +267,7 @@ def _listed(made: Optimizer | list[Optimizer]) -> list[Optimizer]:
 
 
 def _error(expected: Any, found: Any) -> float:
-    """The largest relative difference of a weight; not a number where a weight is none."""
+    """The largest relative difference of a weight; NaN if a weight is NaN."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(expected, found, strict=True)]
     return float(torch.stack([(a - b).norm() / a.norm() for a, b in pairs]).max())
 

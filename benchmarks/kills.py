@@ -45,24 +45,24 @@ from mla import MLAConfig, MLATransformer
 
 WORLD = 2
 EVERY = 10
-"""Steps from one checkpoint to the next."""
+"""Steps between checkpoints."""
 
 PHASES = ("starting", "loading a checkpoint", "training", "saving a checkpoint")
-"""What a rank does. It tells the number of that, and behind those of all ranks how many steps it has taken."""
+"""Phases of a rank. Shared memory holds the phase index of every rank, then the number of steps of every rank."""
 
 PATIENCE = 600.0
-"""Seconds without an end, or a moment to kill in, after which something is wrong."""
+"""Seconds to wait for the end of a run or a moment to kill; after that, an error is raised."""
 
 
 def small() -> MLATransformer:
-    """The model; 5 heads and odd widths, so that ranks hold unequal parts of weights and heads are cut."""
+    """The model; with 5 heads and odd widths, shards are unequal and heads are split between ranks."""
     torch.manual_seed(0)
     sizes = MLAConfig(32, 16, 2, 20, 24, heads=5, q_latent=14, kv_latent=10, nope_width=6, rope_width=4, value_width=4)
     return MLATransformer(sizes)
 
 
 class Run:
-    """What one rank trains."""
+    """The training state of one rank."""
 
     def __init__(self, layout: QKLayout) -> None:
         self.model = small()
@@ -76,7 +76,7 @@ class Run:
         self.step = 0
 
     def train(self) -> None:
-        """Take one step, on a batch of this step and rank."""
+        """Take one step, on a batch that depends only on the step and the rank."""
         seed = torch.Generator().manual_seed(self.step * dist.get_world_size() + dist.get_rank())
         start, stride = torch.randint(32, (2, 4, 1), generator=seed)
         tokens = (start + stride * torch.arange(13)) % 32
@@ -88,18 +88,18 @@ class Run:
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The contents of a checkpoint."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds."""
+        """Load the contents of a checkpoint."""
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step = state["step"]
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that this rank holds: its parts of the weights and of the optimizer's state, initial factors included."""
+        """All tensors of this rank: its shards of weights and optimizer state, initial factors included."""
         found = {}
         for name, param in self.model.named_parameters():
             found[name] = param.detach()
@@ -111,7 +111,7 @@ class Run:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A short text that tells tensors apart, by every bit."""
+    """A hash of all bits of some tensors."""
     found = blake2b(digest_size=16)
     for name, tensor in tensors.items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -120,7 +120,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole."""
+    """The newest complete checkpoint."""
     whole = [file.parent for file in folder.glob("step-*/.metadata")]
     return max(whole, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
@@ -128,12 +128,12 @@ def last_whole(folder: Path) -> Path | None:
 def rank_main(
     rank: int, store: str, folder: Path, layout: QKLayout, until: int | None, phases: MutableSequence[int]
 ) -> None:
-    """One life of one rank: from the last whole checkpoint on, `until` some step or until it is killed.
+    """One life of one rank: from the last complete checkpoint to step `until`, or until it is killed.
 
-    It writes a line for each step, and at the end the tensors; checkpoints only where nobody says until when.
+    Writes a line for each step, and the tensors at the end; writes checkpoints only if `until` is None.
     """
     said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, sys.stderr.fileno())  # that of the one who is left says that the other is gone
+    os.dup2(said, sys.stderr.fileno())  # the surviving rank reports here that the other is gone
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     run = Run(layout)
@@ -145,7 +145,7 @@ def rank_main(
         while until is None or run.step < until:
             run.train()
             phases[WORLD + rank] += 1
-            lines.write(f"\n{run.step} {digest(run.tensors())} .")  # a line that a kill cuts has no point
+            lines.write(f"\n{run.step} {digest(run.tensors())} .")  # a line cut off by a kill lacks the period
             lines.flush()
             if until is None and run.step % EVERY == 0:
                 phases[rank] = PHASES.index("saving a checkpoint")
@@ -153,12 +153,12 @@ def rank_main(
                 phases[rank] = PHASES.index("training")
     torch.save({name: tensor.clone() for name, tensor in run.tensors().items()}, folder / f"end-{rank}.pt")
     sys.stdout.flush()
-    os._exit(0)  # without the teardown of gloo, whose threads may still hold works with Python objects in them
+    os._exit(0)  # skip the teardown of gloo: its threads may still hold Work objects with Python references
 
 
 @dataclass
 class Life:
-    """Two ranks, from their start to their end."""
+    """One life of the run: two ranks, from their start to their end."""
 
     folder: Path
     ranks: list[BaseProcess]
@@ -181,7 +181,7 @@ class Life:
         """Wait for both ranks.
 
         Raises:
-            RuntimeError: One failed, or takes too long.
+            RuntimeError: A rank failed or takes too long.
         """
         end = time.monotonic() + PATIENCE
         while any(rank.exitcode is None for rank in self.ranks):
@@ -190,16 +190,16 @@ class Life:
         self._check(end, ended=(0,))
 
     def end(self) -> None:
-        """Kill whoever lives."""
+        """Kill all ranks that still run."""
         for rank in self.ranks:
             rank.kill()
             rank.join()
 
     def kill(self, dice: random.Random, while_saving: bool) -> str:
-        """Kill one rank, and then the other; gives what the first one was doing.
+        """Kill one rank, then the other; returns the phase of the first.
 
         Raises:
-            RuntimeError: A rank ended by itself, or does not come to what it should be killed in.
+            RuntimeError: A rank ended by itself, or does not reach the phase in which it should be killed.
         """
         victim = dice.randrange(WORLD)
         saving, end = PHASES.index("saving a checkpoint"), time.monotonic() + PATIENCE
@@ -221,12 +221,12 @@ class Life:
         self._check(end)
         phase = PHASES[self.phases[victim]]
         os.kill(self.ranks[victim].pid or 0, signal.SIGKILL)
-        time.sleep(dice.uniform(0, 0.1))  # so long the other goes on
+        time.sleep(dice.uniform(0, 0.1))  # the other rank continues for this long
         self.end()
         return phase
 
     def _check(self, end: float, ended: tuple[int | None, ...] = (None,)) -> None:
-        """Raise what the ranks have said where one ended as it should not, or time is over."""
+        """Raise with the output of the ranks if one ended unexpectedly or the time is over."""
         codes = [rank.exitcode for rank in self.ranks]
         if time.monotonic() > end or any(code not in ended for code in codes):
             self.end()
@@ -237,7 +237,7 @@ class Life:
 
 
 def steps_of(folder: Path, rank: int) -> Iterator[tuple[int, str]]:
-    """The steps that a rank has taken in all its lives, each with the digest of its tensors."""
+    """The steps of a rank in all its lives, each with the digest of its tensors."""
     for line in (folder / f"steps-{rank}").read_text().splitlines():
         words = line.split()
         if len(words) == 3:
@@ -246,18 +246,18 @@ def steps_of(folder: Path, rank: int) -> Iterator[tuple[int, str]]:
 
 @dataclass
 class Outcome:
-    """What came of it.
+    """Result of a run with kills.
 
     Attributes:
-        phases: How many kills fell in what.
-        cut: Rounds after which a checkpoint lay there that was not whole.
-        resumed: Rounds after which a life went on from a checkpoint.
+        phases: Number of kills in each phase.
+        cut: Number of rounds that left an incomplete checkpoint.
+        resumed: Number of rounds after which the run resumed from a checkpoint.
         steps: Steps of the run.
-        taken: Digests compared: steps that were taken, by all ranks and in all lives.
+        taken: Number of digests compared: steps of all ranks in all lives.
         other_steps: How many of those differ from the run without kills.
-        tensors: Tensors compared at the end, on all ranks.
+        tensors: Number of tensors compared at the end, on all ranks.
         other_tensors: How many of those differ.
-        seconds: How long it took.
+        seconds: Duration of the experiment.
     """
 
     phases: Counter[str]
@@ -272,15 +272,15 @@ class Outcome:
 
 
 def kills(rounds: int, folder: Path, seed: int = 0) -> Outcome:
-    """Kill a run some times, let it end, and compare it with one that nobody touched.
+    """Kill a run repeatedly, let it finish, and compare it with an undisturbed run.
 
     Arguments:
-        rounds: How many kills; every other one while a checkpoint is written.
+        rounds: Number of kills; every second one while a checkpoint is written.
         folder: Empty folder for the checkpoints.
-        seed: Of the moments.
+        seed: Seed of the moments of the kills.
     """
     begun = time.monotonic()
-    context: Any = mp.get_context("forkserver")  # a fork of a process that has imported all this starts at once
+    context: Any = mp.get_context("forkserver")  # forks of a process with these imports start quickly
     context.set_forkserver_preload(["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "quack_fx"])
     layout, dice = find_qk_pairs(small(), torch.zeros(1, 12, dtype=torch.int64)), random.Random(seed)
     killed, whole = folder / "killed", folder / "whole"
@@ -315,12 +315,12 @@ def kills(rounds: int, folder: Path, seed: int = 0) -> Outcome:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same, bit for bit."""
+    """Whether two tensors are bitwise identical."""
     return digest({"": one}) == digest({"": other})
 
 
 def tell(text: str) -> None:
-    """Say how far the work is."""
+    """Report progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -350,7 +350,7 @@ and both start again from the last whole checkpoint.
 
 
 def main() -> int:
-    """Kill, compare, and print the page; 1 where anything differs."""
+    """Kill, compare, and print the page; returns 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="how many kills")
     parser.add_argument("--seed", type=int, default=0, help="of their moments")

@@ -1,8 +1,8 @@
-"""What QuacK does with the optimizers of other packages.
+"""Tests QuacK with the optimizers of other packages.
 
     python -m benchmarks.optimizers --markdown docs/optimizers.md
 
-In: the classes below, of packages that are installed. Out: a page with a table, which says how they are tried.
+In: the classes below, from installed packages. Out: a page with a table of results and a description of the test.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "dion": ("dion", ("Dion", "DionSimple", "DionReference", "Muon", "MuonReference", "Dion2", "NorMuon", "NorDion2")),
 }  # fmt: skip
-"""For each package its module and the classes that are tried."""
+"""For each package, its module and the classes to test."""
 
 EXTRA: dict[str, dict[str, Any]] = {"Ranger21": {"num_iterations": 100}, "SAM": {"base_optimizer": torch.optim.SGD}}
-"""Arguments that some classes need beside the learning rate."""
+"""Arguments that some classes need besides the learning rate."""
 
 AROUND = {"Lookahead": torch.optim.SGD}
-"""Classes that are made of an optimizer."""
+"""Classes that wrap an optimizer, and the class to wrap."""
 
 
 class OneHead(nn.Module):
-    """Attention with one head, so that a head's rows are a whole weight, and one weight that is in no logit."""
+    """Attention with one head, so that each weight has one learning rate; the value weight is in no logit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,14 +78,14 @@ class OneHead(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one class.
+    """Result for one optimizer class.
 
     Attributes:
-        outcome: "exact", "scaled" (the steps are scaled, and are other ones than with a learning rate for each weight),
+        outcome: "exact", "scaled" (steps are scaled, but differ from those with a learning rate for each weight),
             "refused" or "not tried".
-        detail: How far off, relative to the way that the weights went, or the message.
-        resumed: Whether a run that is saved and loaded half-way ends at the same bits: "yes", "no", or "not without
-            QuacK either"; empty where there was no run.
+        detail: The difference, relative to the distance that the weights moved; or the message.
+        resumed: Whether a run that is saved and loaded half-way ends bitwise identical: "yes", "no", or "not without
+            QuacK either"; empty if there was no run.
     """
 
     outcome: str
@@ -94,10 +94,10 @@ class Verdict:
 
 
 def judge(make: Callable[[list[dict[str, Any]]], Optimizer]) -> Verdict:
-    """Try an optimizer.
+    """Test an optimizer.
 
     Arguments:
-        make: Makes it of groups.
+        make: Builds it from parameter groups.
     """
     try:
         whole, start = _train(make)
@@ -118,10 +118,10 @@ def judge(make: Callable[[list[dict[str, Any]]], Optimizer]) -> Verdict:
 
 
 def _resumes(make: Callable[[list[dict[str, Any]]], Optimizer], attach: bool) -> bool:
-    """Whether a run that is saved and loaded half-way ends at the same bits."""
+    """Whether a run that is saved and loaded half-way ends bitwise identical."""
     try:
         return torch.equal(_train(make, attach)[0], _train(make, attach, resume=True)[0])
-    except (KeyError, ValueError, RuntimeError):  # of its load_state_dict
+    except (KeyError, ValueError, RuntimeError):  # from its load_state_dict
         return False
 
 
@@ -131,15 +131,15 @@ def _train(
     """Train for some steps.
 
     Arguments:
-        make: Makes the optimizer of groups.
-        attach: Whether with QuacK.
+        make: Builds the optimizer from parameter groups.
+        attach: Whether to attach QuacK.
         rates: Whether the groups' learning rates follow Algorithm 1.
-        resume: Whether to save and to load half-way.
+        resume: Whether to save and load half-way.
 
     Returns:
         The weights at the end and at the start.
     """
-    layout = _layout()  # before the seed: finding it draws numbers, as do some optimizers
+    layout = _layout()  # before the seed, because it draws random numbers, as some optimizers do
     torch.manual_seed(0)
     model = OneHead()
     optimizer = _made(make, model, layout if attach else None)
@@ -161,7 +161,7 @@ def _train(
             queries["lr"], keys["lr"] = (others["lr"] * TAU * x for x in (key_first / key, query_first / query))
         try:
             optimizer.step()
-        except TypeError:  # it asks for a closure
+        except TypeError:  # it needs a closure
             optimizer.step(lambda: torch.zeros(()))
     return torch.cat([p.detach().flatten() for p in model.parameters()]), start
 
@@ -185,7 +185,7 @@ def _made(make: Callable[[list[dict[str, Any]]], Optimizer], model: OneHead, lay
 
 
 def verdicts() -> Iterator[tuple[str, str, Verdict]]:
-    """Package, class and verdict of all that are installed."""
+    """Package, class and verdict of every installed optimizer in the list."""
     for package, (name, classes) in PACKAGES.items():
         for each in classes:
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
@@ -199,7 +199,7 @@ def verdicts() -> Iterator[tuple[str, str, Verdict]]:
 
 
 def maker(module: Any, name: str) -> Callable[[list[dict[str, Any]]], Optimizer]:
-    """What makes an optimizer of a class."""
+    """A function that builds an optimizer of a class from parameter groups."""
     kind = getattr(module, name)
     if name in AROUND:
         return lambda groups: kind(AROUND[name](groups, lr=1e-2))

@@ -50,22 +50,22 @@ from quack_fx.train.program.execute import execute
 STEPS = 50
 TAU = 0.5
 HANGS = 300
-"""Seconds after which a cell hangs."""
+"""Seconds after which a cell counts as hanging."""
 
 LIMIT, FACTOR_LIMIT = 1e-5, 1e-6
-"""How far apart weights and factors may be in fp32, relative."""
+"""Maximum relative differences of weights and factors in fp32."""
 
 DOUBLE_LIMIT = 1e-11
-"""The same in fp64."""
+"""Maximum relative difference in fp64."""
 
 ROUNDING = 4
-"""How many times as far as one process is from itself by rounding alone."""
+"""A difference up to this many times the effect of rounding in one process counts as rounding."""
 
 
 # ---- ways to shard -------------------------------------------------------------------------------------------------
 
 Sharded = tuple[nn.Module, int, int]
-"""A sharded model, the number of this rank's part of the batch, and how many parts there are."""
+"""A sharded model, the index of this rank's part of the batch, and the number of parts."""
 
 
 def data_parallel(model: Model) -> Sharded:
@@ -74,7 +74,7 @@ def data_parallel(model: Model) -> Sharded:
 
 
 def fsdp(model: Model, mesh: DeviceMesh | None = None) -> Sharded:
-    """FSDP2 over all ranks, or the mesh's."""
+    """FSDP2 over all ranks, or over those of a mesh."""
     mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
@@ -87,7 +87,7 @@ def hybrid(model: Model) -> Sharded:
 
 
 def tensor_parallel(model: Model, mesh: DeviceMesh | None = None) -> Sharded:
-    """Tensor parallel over all ranks, or the mesh's."""
+    """Tensor parallel over all ranks, or over those of a mesh."""
     mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:
         parallelize_module(layer, mesh, tensor_parallel_plan(layer))
@@ -109,10 +109,10 @@ WAYS: dict[str, Callable[[Model], Sharded]] = {
     "TP": tensor_parallel,
     "FSDP2 x TP": fsdp_over_tensor_parallel,
 }
-"""Ways to shard, by name; those that are called odd have sizes that do not divide."""
+"""Ways to shard, by name; "odd" means sizes that are not divisible by the number of ranks."""
 
 TAKERS = ("hooks", "step", "emitted", "compiled")
-"""Who takes the step: the optimizer with QuacK's hooks, `compile_train_step` run eagerly, the emitted file, or
+"""Implementations of the step: the optimizer with QuacK's hooks, `compile_train_step` run eagerly, the emitted file,
 `compile_train_step` compiled."""
 
 
@@ -122,7 +122,7 @@ COMPILED = {
     (2, "TP"): ("GQA", "MLA"),
     (4, "FSDP2 x TP"): ("GQA",),
 }
-"""Which are compiled: it is the text of "step", and takes a minute each."""
+"""The attentions to test compiled, by ranks and way; the source is that of "step", and each takes a minute."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ class Cell:
     """One combination.
 
     Attributes:
-        world: How many ranks.
+        world: Number of ranks.
         way: One of `WAYS`.
         attention: One of the kinds of `benchmarks.attentions`.
         taker: One of `TAKERS`.
         optimizer: "AdamW", or "Muon" (for matrices, with AdamW for the rest).
-        double: Whether in fp64.
+        double: Whether to train in fp64.
     """
 
     world: int
@@ -152,14 +152,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a cell.
+    """Result of a cell.
 
     Attributes:
-        off: How far weights are from those of one process.
-        factors_off: How far factors are.
-        rounding: Where that is not equal, how far one process is from itself when its first weights have other last
-            digits; or, where that is more, how far torch's Muon is off without QuacK.
-        refused: The one line of a refusal.
+        off: Relative difference of the weights from those of one process.
+        factors_off: Relative difference of the factors.
+        rounding: If these are above the limits, the difference of a single-process run when the last digits of its
+            initial weights are changed, or the difference of torch's Muon without QuacK if that is larger.
+        refused: The error message of a refusal.
         failed: A traceback.
     """
 
@@ -170,7 +170,7 @@ class Verdict:
     failed: str = ""
 
     def outcome(self, cell: Cell) -> str:
-        """One word for it: "equal", "rounding" (no farther off than one process from itself), "refused", or "wrong"."""
+        """The result in one word: "equal", "rounding" (no larger than the effect of rounding), "refused" or "wrong"."""
         if self.refused:
             return "refused"
         limit, factors = (DOUBLE_LIMIT, DOUBLE_LIMIT) if cell.double else (LIMIT, FACTOR_LIMIT)
@@ -181,13 +181,13 @@ class Verdict:
 
 
 def cells(world: int) -> Iterator[Cell]:
-    """All cells of a number of ranks, 2 or 4."""
+    """All cells for a number of ranks, 2 or 4."""
     ways = [way for way in WAYS if world == 4 or way not in ("HSDP odd", "FSDP2 x TP")]
     for way, attention, taker in itertools.product(ways, KINDS, TAKERS):
         if taker == "compiled" and attention not in COMPILED.get((world, way), ()):
             continue
         yield Cell(world, way, attention, taker, "AdamW")
-        # By hooks torch's Muon takes minutes on four ranks: it multiplies sharded matrices.
+        # With hooks, torch's Muon takes minutes on four ranks, because it multiplies sharded matrices.
         if (world, taker) != (4, "hooks") or (way, attention) == ("FSDP2 odd", "GQA"):
             yield Cell(world, way, attention, taker, "Muon", double=True)
         if (world, taker) in ((2, "hooks"), (2, "step")):
@@ -198,10 +198,10 @@ def cells(world: int) -> Iterator[Cell]:
 
 
 def run_cell(cell: Cell) -> Verdict | None:
-    """Train a cell, on all ranks at once; rank 0 gives the verdict.
+    """Train a cell on all ranks; rank 0 returns the verdict.
 
     Raises:
-        Exception: What training raises, on every rank; a rank alone that raises makes the others hang.
+        Exception: Any error of training, raised on every rank; an error on one rank only makes the others hang.
     """
     sizes = ODD if "odd" in cell.way or (cell.way == "DDP" and cell.world == 2) else EVEN
     dtype = torch.float64 if cell.double else torch.float32
@@ -210,7 +210,7 @@ def run_cell(cell: Cell) -> Verdict | None:
     everywhere: list[Any] = [None] * cell.world
     dist.all_gather_object(everywhere, scales.tolist())
     if any(other != everywhere[0] for other in everywhere):
-        raise AssertionError("ranks have other factors than each other")  # replicas would drift
+        raise AssertionError("ranks have other factors than each other")  # replicas would diverge
     plain = list[Tensor]()
     if (cell.taker, cell.optimizer) == ("hooks", "Muon"):
         sharded, part, parts = WAYS[cell.way](Model(cell.attention, sizes).to(dtype))
@@ -229,12 +229,12 @@ def run_cell(cell: Cell) -> Verdict | None:
 
 
 def train(cell: Cell, model: nn.Module, part_of: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Train for some steps; the whole weights and the scale of every head at the end.
+    """Train for some steps; returns the full weights and the scale of every head at the end.
 
     Arguments:
         cell: What is trained; the taker "nobody" has no QuacK.
         model: The model, sharded or not.
-        part_of: The part of a batch that this rank has.
+        part_of: Returns this rank's part of a batch.
     """
     dtype, width = next(model.parameters()).dtype, getattr(model, "module", model).head.in_features
     layout = layout_of(cell.attention, ODD if width == ODD.width else EVEN)
@@ -252,7 +252,7 @@ def train(cell: Cell, model: nn.Module, part_of: Callable[[Tensor], Tensor]) -> 
 def optimizers_of(name: str, model: nn.Module) -> list[Optimizer]:
     """New optimizers for a model."""
     if name == "AdamW":
-        return [AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, foreach=False)]  # foreach wants one mesh
+        return [AdamW(model.parameters(), lr=3e-3, weight_decay=0.1, foreach=False)]  # foreach needs a single mesh
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     return [Muon(matrices, lr=3e-3, weight_decay=0.1), AdamW(others, lr=3e-3, foreach=False)]
@@ -261,7 +261,7 @@ def optimizers_of(name: str, model: nn.Module) -> list[Optimizer]:
 def taker_of(
     cell: Cell, model: nn.Module, layout: QKLayout, optimizers: Sequence[Optimizer]
 ) -> tuple[Callable[[Tensor], Any], Any]:
-    """What takes a step on a batch, and its scales."""
+    """A function that takes a step on a batch, and the object with its scales."""
     if cell.taker == "emitted":
         shards = any(isinstance(p, DTensor) for p in model.parameters())
         text = convert(model, layout=layout, sharded=shards, optimizer="adamw" if cell.optimizer == "AdamW" else "muon")
@@ -287,13 +287,13 @@ def taker_of(
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    """Mean over the batch, so that the mean of the parts' losses is that of the whole."""
+    """Mean over the batch, so that the loss of the batch is the mean of the losses of its parts."""
     return F.mse_loss(model(x), x.roll(1, -1).sin())
 
 
 @cache
 def layout_of(attention: str, sizes: Sizes) -> QKLayout:
-    """The pairs of a model."""
+    """The layout of a model."""
     return find_qk_pairs(Model(attention, sizes), torch.zeros(2, 3, sizes.width))
 
 
@@ -301,7 +301,7 @@ def layout_of(attention: str, sizes: Sizes) -> QKLayout:
 def alone(
     attention: str, sizes: Sizes, taker: str, optimizer: str, dtype: torch.dtype, nudged: bool = False
 ) -> tuple[list[Tensor], Tensor]:
-    """Weights and scales at the end of a run in one process; from first weights with other last digits, if `nudged`."""
+    """Weights and scales at the end of a single-process run; `nudged` perturbs the last digits of initial weights."""
     model, draw = Model(attention, sizes).to(dtype), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters() if nudged else ():
@@ -310,12 +310,12 @@ def alone(
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this rank may hold a part."""
+    """The full tensor, gathered if this rank holds a shard."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def distance(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
-    """The largest distance of two tensors, relative to the norm of theirs."""
+    """The largest distance between two tensors, relative to the norm of the second."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -323,10 +323,10 @@ def distance(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
 
 
 def run_cells(rank: int, world: int, folder: str, wanted: Sequence[Cell]) -> None:
-    """One rank: all cells in turn. Rank 0 writes a line for each; where ranks raise something, it is said there.
+    """Run all cells on one rank. Rank 0 writes a line for each, including errors that the ranks raise.
 
-    A cell that hangs ends the process, with its stack. Gloo and the interpreter are not torn down: gloo's threads may
-    still hold works with Python objects in them then.
+    If a cell hangs, its stack is printed and the process ends. Gloo and the interpreter are not torn down, because
+    gloo's threads may still hold Work objects that refer to Python objects.
     """
     faulthandler.enable()
     torch.set_num_threads(1)
@@ -359,15 +359,15 @@ def run_cells(rank: int, world: int, folder: str, wanted: Sequence[Cell]) -> Non
 def verdicts(
     wanted: Sequence[Cell], tell: Callable[[str], None], known: Mapping[Cell, Verdict] | None = None
 ) -> dict[Cell, Verdict]:
-    """The verdicts of some cells, on as many processes as they want.
+    """The verdicts of cells, each run on as many processes as it has ranks.
 
     Arguments:
         wanted: The cells.
-        tell: Is told of each.
+        tell: Called with a line of progress for each cell.
         known: Verdicts of cells that need not run again.
 
     Raises:
-        Exception: A rank died, or hung.
+        Exception: A rank died or hung.
     """
     found = dict(known or {})
     missing = [cell for cell in wanted if cell not in found]
@@ -390,12 +390,12 @@ def verdicts(
 
 
 def tell(text: str) -> None:
-    """Say how far the work is."""
+    """Report progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def page(found: Mapping[Cell, Verdict], command: str) -> Iterator[str]:
-    """The page of results, line by line: the worst of the attentions in each field."""
+    """The page of results, line by line; each field shows the worst of its attentions."""
     yield f"""# Several ranks against one process
 
 `{command}`
@@ -436,7 +436,7 @@ Factors are the same bits on all ranks, in every cell.
 
 
 def main() -> int:
-    """Run all cells, or some, and print the page; 1 where one is wrong."""
+    """Run all cells, or some, and print the page; returns 1 if one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="words that the name of a cell has to hold, as 'TP, GQA, hooks'")
     parser.add_argument("--markdown", type=Path, help="write the page to this file as well")

@@ -50,12 +50,12 @@ def main() -> None:
 
 
 def tell(text: str) -> None:
-    """Say how far the work is."""
+    """Report progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """The loss that the model gives."""
+    """The loss that the model returns."""
     loss: Tensor = model(tokens, targets)[1]
     return loss
 

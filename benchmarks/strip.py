@@ -51,7 +51,7 @@ SECONDS, BYTES = 240, 6 << 30
 
 
 def main() -> int:
-    """Strip them all."""
+    """Strip all models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path(".sweep/rows.jsonl"), help="rows of the sweep")
     parser.add_argument("--only", default="", help="regular expression that family/name must contain")
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def judge(candidate: Candidate, tell: Tell) -> None:
-    """Strip a model both ways; tell what went, what stayed and what is wrong."""
+    """Strip a model both ways; report the norms removed, the norms kept, and errors."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     row: Row = {
@@ -141,7 +141,7 @@ def judge(candidate: Candidate, tell: Tell) -> None:
     if again_in_graph == set(normed) and not _equal(*(outputs(g, args, kwargs) for g in (back, stripped.model))):
         row["wrong"].append("graph: norms put in and stripped again leave something behind")
     if len(by_graph) == len(by_module) == len(normed):
-        # With the scales brought back: numbers that the module of an L2 norm multiplies with stay in a graph.
+        # Restore the scales: the factors that an L2 norm module multiplies with stay in the graph.
         twin = copy.deepcopy(model)
         strip_qk_norm(twin, layout)
         ours = outputs(strip_qk_norm(graph).model, args, kwargs)
@@ -151,7 +151,7 @@ def judge(candidate: Candidate, tell: Tell) -> None:
 
 
 def _by_backend(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], layout: QKLayout) -> int:
-    """How many attentions have their QK norms taken out when the model is compiled; 0 unless all are seen."""
+    """Number of attentions without their QK norms when the model is compiled; 0 unless all attentions are seen."""
     sites: list[AttentionSite] = []
 
     def look(graph: GraphModule, given: Sequence[Any], **_: Any) -> GraphModule:
@@ -178,14 +178,14 @@ def _stripped(layout: QKLayout, report: StripReport) -> set[int]:
 
 
 def _normed_again(before: QKLayout, after: QKLayout, stripped: set[int]) -> set[int]:
-    """Stripped sites that have an RMS norm on both sides now."""
+    """Stripped sites that now have an RMS norm on both sides."""
     if len(before.sites) != len(after.sites):
         return set()
     return {i for i in stripped if {n.side for n in after.sites[i].qk_norm if n.kind == "rms"} == {"query", "key"}}
 
 
 def _differences(way: str, before: QKLayout, after: QKLayout, stripped: set[int]) -> list[str]:
-    """What find says otherwise of the sites, but for the norms of those that were stripped."""
+    """Differences in the result of find after stripping, except the removed norms of stripped sites."""
     if len(before.sites) != len(after.sites):
         return [f"{way}: {len(after.sites)} sites and not {len(before.sites)}"]
     wrong = []
@@ -198,7 +198,7 @@ def _differences(way: str, before: QKLayout, after: QKLayout, stripped: set[int]
 
 
 def _hooked(model: nn.Module, report: StripReport) -> nn.Module:
-    """The model with a hook on each norm that hands on what the norm was given."""
+    """The model with a hook on each norm that returns the norm's input."""
     for norm in report.removed:
         model.get_submodule(str(norm.module)).register_forward_hook(_handed_on, with_kwargs=True)
     return model
@@ -211,7 +211,7 @@ def _handed_on(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
 
 @torch.no_grad()
 def outputs(model: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a model gives."""
+    """The tensors in a model's output."""
     torch.manual_seed(0)
     return [x for x in tree_flatten(model(*copy.deepcopy(args), **copy.deepcopy(kwargs)))[0] if isinstance(x, Tensor)]
 
@@ -234,7 +234,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Totals, what stays and why, and a line for each family."""
+    """The page: totals, the norms that stay and why, and a line for each family."""
     lines = [
         "# QK norms of other packages, taken out and put in again",
         "",

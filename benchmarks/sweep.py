@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def candidates(only: str, package: str | None = None) -> Iterator[Any]:
-    """The models of one source, or of all, whose family/name holds a regular expression."""
+    """The models of one source, or of all, whose family/name matches a regular expression."""
     for name, module in SOURCES.items():
         if package in (None, name):
             for candidate in importlib.import_module(module).candidates():
@@ -82,7 +82,7 @@ def _run(todo: list[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description:40}"), MofNCompleteColumn(), TimeRemainingColumn())
-    # Without a thread that redraws: a process with threads must not fork.
+    # No refresh thread, because a process with threads must not fork.
     with options.json.open("a") as out, Progress(*columns, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(todo))
         for row in judge_all(todo, options.jobs):
@@ -96,7 +96,7 @@ def _run(todo: list[Any], options: argparse.Namespace) -> list[dict[str, Any]]:
 def _divided(
     asked_for: list[Any], rows: list[dict[str, Any]], options: argparse.Namespace
 ) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The candidates to judge, and the rows that stay: those of models that were not asked for, too."""
+    """The candidates to judge, and the existing rows to keep, including those of models that were not selected."""
     if not (options.resume or options.only or options.package):
         return asked_for, []
     good = {key_of(row) for row in rows if not (options.again and re.search(options.again, row["status"]))}
@@ -107,7 +107,7 @@ def _divided(
 
 
 def key_of(row: dict[str, Any]) -> tuple[str, str, str]:
-    """What tells a row from others."""
+    """The unique key of a row."""
     return row["package"], row["family"], row["name"]
 
 

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(entries: list[Entry], rows: dict[Key, Row], options: argparse.Namespace) -> None:
-    """The tries that are left, a round at a time: an entry's next try depends on how its last one ended."""
+    """Run the remaining tries in rounds, because an entry's next try depends on the outcome of its last one."""
     outputs = options.json.parent.resolve() / "outputs"
     outputs.mkdir(exist_ok=True)
     known = {entry.key: entry for entry in entries}
@@ -83,7 +83,7 @@ def _run(entries: list[Entry], rows: dict[Key, Row], options: argparse.Namespace
 
 
 def _there(entries: list[Entry], repos: Path) -> Iterator[Entry]:
-    """The entries whose file is in the folder; the others are told of, as are checkouts of another commit."""
+    """The entries whose file is in the folder; reports the others, and checkouts at a different commit."""
     for entry in entries:
         top = repos / entry.repo.replace("/", "+")
         if not (top / entry.file).is_file():

@@ -1,7 +1,7 @@
 """A GPT: learned positions, pre-norm blocks, one fused projection for queries, keys and values, tied embeddings.
 
-In: token ids `idx` [B, T] and, for training, `targets` [B, T]. Out: `(logits, loss)`; without targets the loss is None
-and the logits are those of the last position alone, which is all that sampling needs.
+In: token ids `idx` [B, T] and, for training, `targets` [B, T]. Out: `(logits, loss)`; without targets, the loss is None
+and the logits are only those of the last position, as needed for sampling.
 
     quack-fx inspect examples/gpt.py
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 @dataclass
 class GPTConfig:
-    """Sizes of the model; the defaults read bytes and train on a laptop."""
+    """Sizes of the model; the defaults are for bytes as tokens and train on a laptop."""
 
     vocab_size: int = 256
     context: int = 128
@@ -32,7 +32,7 @@ class GPTConfig:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before."""
+    """Causal multi-head attention."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind a layer norm and added to the residual stream."""
+    """Attention, then MLP, each after a layer norm and added to the residual stream."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model, embeddings to loss."""
+    """The whole model, from embeddings to loss."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class GPT(nn.Module):
 
     def _init(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            # What writes into the residual stream starts smaller, so that depth does not blow the stream up.
+            # Layers that write into the residual stream start smaller, so that it does not grow with depth.
             writes = any(module in (block.attn.proj, block.mlp.down) for block in self.blocks)
             nn.init.normal_(module.weight, std=0.02 / (2 * self.config.layers) ** 0.5 if writes else 0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:

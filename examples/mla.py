@@ -1,12 +1,12 @@
-"""A language model with multi-head latent attention (MLA), the way DeepSeek-V3 arranges it.
+"""A language model with multi-head latent attention (MLA), as in DeepSeek-V3.
 
 In: token ids `idx` [B, T] and, for training, `targets` [B, T]. Out: `(logits, loss)`; the loss is None without targets.
 
     quack-fx inspect examples/mla.py
 
-Queries come out of one latent vector per position, keys and values out of another. The logit of a head is a sum of two
-products: content, q_nope . k_nope, both lifted from their latents; and position, q_rope . k_rope, where one rotated key
-serves all heads. At inference only the key-value latent and the rotated key have to be cached.
+Queries are projected up from one latent vector per position, keys and values from another. The logit of a head is a sum
+of two products: content, q_nope . k_nope, both projected up from latents; and position, q_rope . k_rope, with one
+rotated key for all heads. At inference, only the key-value latent and the rotated key need to be cached.
 
 Letters at the end of a tensor's name are its shape: B sequences, T positions, D model width, H heads, N content width
 of a head, R rotated width of a head, K = N + R, U value width of a head, V vocabulary.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 @dataclass
 class MLAConfig:
-    """Sizes of the model; the defaults read bytes and train in about a minute on two CPU cores."""
+    """Sizes of the model; the defaults are for bytes as tokens and train in about a minute on two CPU cores."""
 
     vocab_size: int = 256
     context: int = 128
@@ -54,7 +54,7 @@ def rotate(x_BHTR: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Causal attention between low-rank queries and low-rank keys, with rotation on features of its own."""
+    """Causal attention with low-rank queries, keys and values, and separate rotary features."""
 
     def __init__(self, config: MLAConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Feed-forward layer whose hidden features are gated."""
+    """Feed-forward layer with gated hidden features."""
 
     def __init__(self, config: MLAConfig) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each behind an RMS norm and added to the residual stream."""
+    """Attention, then feed-forward, each after an RMS norm and added to the residual stream."""
 
     def __init__(self, config: MLAConfig) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Block(nn.Module):
 
 
 class MLATransformer(nn.Module):
-    """The whole model, embeddings to loss."""
+    """The whole model, from embeddings to loss."""
 
     def __init__(self, config: MLAConfig) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class MLATransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        # The angles are computed here rather than kept in a buffer, so a model built on meta has nothing to restore.
+        # Computed here rather than stored in a buffer, so a model built on the meta device needs no initialisation.
         cos, sin = rope_angles(idx.shape[1], self.config, idx.device)
         x_BTD = self.tokens(idx)
         for block in self.blocks:

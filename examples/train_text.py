@@ -1,12 +1,12 @@
 """Train a byte-level model with the file that `quack-fx convert` wrote for it, on text that is on every machine.
 
-In: the emitted file, and the model it was made from. Out: a loss that falls, and the learning-rate scales of the heads
-as they move. The text is Python's own standard library, read as bytes.
+In: the emitted file, and the model that it was made from. Out: a falling loss, and the changing learning-rate scales of
+the heads. The text is Python's own standard library, read as bytes.
 
     quack-fx convert examples/mla.py -o train_mla.py
     python examples/train_text.py train_mla.py --model examples/mla.py:MLATransformer
 
-Nothing here but torch and the standard library: the emitted file needs no more either.
+This script and the emitted file need only torch and the standard library.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CORPUS_BYTES = 4_000_000
 
 
 def main() -> None:
-    """Read the command line, train, and sum up."""
+    """Read the command line, train, and print a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("emitted", type=Path, help="file that `quack-fx convert` wrote")
     parser.add_argument("--model", required=True, metavar="FILE:CLASS", help="model that it was written for")
@@ -86,11 +86,11 @@ def scale_range(quack: Any) -> tuple[float, float]:
 
 
 def corpus(size: int) -> tuple[Tensor, Tensor]:
-    """Bytes of the standard library's sources: about `size` to train on, a tenth as many, of other files, to check."""
+    """Bytes of the standard library's sources: about `size` for training, and a tenth of that from held-out files."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     if not files:
         raise SystemExit("this Python comes without the sources of its standard library")
-    # Every tenth file is held out, so that both parts are of one kind.
+    # Every tenth file is held out, so that both parts are similar.
     parts = [[f for n, f in enumerate(files) if (n % 10 == 0) == held_out] for held_out in (False, True)]
     train, check = (b"\n".join(f.read_bytes() for f in part) for part in parts)
     return as_tensor(train[:size]), as_tensor(check[: size // 10])
@@ -102,7 +102,7 @@ def as_tensor(text: bytes) -> Tensor:
 
 
 def crops(text: Tensor, batch: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random crops: bytes [batch, context], and the byte that follows each."""
+    """Endless random crops: bytes and next bytes, both [batch, context]."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(text) - context, (batch, 1), generator=generator)
@@ -111,7 +111,7 @@ def crops(text: Tensor, batch: int, context: int, seed: int) -> Iterator[tuple[T
 
 
 def build(target: str) -> nn.Module:
-    """Model from FILE:CLASS, made with the defaults of its config class, if it takes one."""
+    """Model from FILE:CLASS, built with the defaults of its config class, if it takes one."""
     path, _, name = target.rpartition(":")
     if not path:
         raise SystemExit(f"--model {target}: write FILE:CLASS, for example examples/mla.py:MLATransformer")
@@ -128,13 +128,13 @@ def load(path: Path) -> ModuleType:
     if spec is None or spec.loader is None or not path.is_file():
         raise SystemExit(f"no such Python file: {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.modules[path.stem] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
 
 def progress(line: str, *, last: bool, keep: bool) -> None:
-    """One line on stderr that moves in a terminal; elsewhere, every line worth keeping."""
+    """Write progress to stderr: one line that is updated in a terminal; elsewhere, only the lines to keep."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
     elif keep or last:

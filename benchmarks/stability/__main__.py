@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Read the command line and do what it says; the exit status is 1 where a run failed."""
+    """Run the command line; the exit status is 1 if a run failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="do the runs that the file of results has not")
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--results", type=Path, help="file of results; benchmarks/results/stability_PRESET.jsonl")
     options = parser.parse_args(argv)
     if options.command == "report":
-        from benchmarks.stability.report import write_report  # needs matplotlib, which a run does not
+        from benchmarks.stability.report import write_report  # imports matplotlib, which runs do not need
 
         write_report(Records.read(options.results or _results("cpu")), options.docs)
         return 0

@@ -1,6 +1,6 @@
-"""What the paper says of its runs (arXiv 2511.21377, section 4), held against these.
+"""Compares claims of the paper (arXiv 2511.21377, section 4) with these runs.
 
-In: a panel. Out: for each claim whether it holds there, and the numbers that say so.
+In: a panel. Out: for each claim, whether it holds in the panel, and the numbers that show it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CONSTANTS = [method for method in METHODS if method.kind == "constant"]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a panel says to a claim."""
+    """Whether a claim holds in a panel, and the numbers."""
 
     verdict: Verdict
     numbers: str
@@ -31,13 +31,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim.
+    """A claim of the paper.
 
     Attributes:
-        text: What the paper says, in the words of this page.
-        test: What is asked of a panel.
-        attentions: The attentions that it is about.
-        answer: Answers it for a panel.
+        text: The claim in our own words.
+        test: The condition that is tested.
+        attentions: The attentions that the claim is about.
+        answer: Tests the claim for a panel.
     """
 
     text: str
@@ -55,7 +55,7 @@ def _alike(panel: Panel) -> Answer:
 
 
 def _steady(panel: Panel, methods: Sequence[Method]) -> Answer:
-    """Whether the best of some methods is better than none at the largest learning rate, and never diverged."""
+    """Whether the best of some methods beats "none" at the largest learning rate and never diverged."""
     lr = panel.lrs[-1]
     best = _best(panel, methods, lr)
     numbers = f"{_at(panel, best, lr)}, {_at(panel, _NONE, lr)}, at {lr:g}"
@@ -102,7 +102,7 @@ def _constant_worse(panel: Panel) -> Answer:
 
 
 def _lower(panel: Panel, what: Literal["largest", "change"]) -> Answer:
-    """Whether QuacK without a choice of tau has lower logits, or changes of them, at every learning rate."""
+    """Whether QuacK with tau 1 has lower logits, or smaller changes of logits, than "none" at every learning rate."""
     quack, ratios = Method("quack"), dict[float, float]()
     for lr in panel.lrs:
         points = [panel.point(method, lr) for method in (quack, _NONE)]
@@ -154,21 +154,21 @@ CLAIMS = (
 
 
 def can_answer(panel: Panel) -> bool:
-    """Whether a panel has runs of all methods at several learning rates, of two seeds at one of them at least."""
+    """Whether a panel has runs of all methods at several learning rates, and at least one point with two seeds."""
     methods = [method for method in METHODS if method.fits(panel.attention, panel.optimizer)]
     whole = all(panel.point(method, lr).records for method in methods for lr in panel.lrs)
     return whole and len(panel.lrs) > 1 and panel.seeds > 1
 
 
 def answers(panel: Panel) -> Iterator[tuple[Claim, Answer]]:
-    """What a panel says to the claims about its attention."""
+    """The claims about a panel's attention, each with its answer."""
     for claim in CLAIMS:
         if panel.attention in claim.attentions:
             yield claim, claim.answer(panel)
 
 
 def _best(panel: Panel, methods: Sequence[Method], lr: float | None = None) -> Method:
-    """The method with the lowest mean loss, at a learning rate or each at its best; one that diverged comes last."""
+    """The method with the lowest mean loss, at `lr` or each at its best learning rate; diverged methods come last."""
 
     def loss(method: Method) -> float:
         at = panel.best(method) if lr is None else lr
@@ -179,7 +179,7 @@ def _best(panel: Panel, methods: Sequence[Method], lr: float | None = None) -> M
 
 
 def _below(difference: Spread) -> Verdict:
-    """Whether a loss is below another one, as far as the seeds tell."""
+    """Whether a difference of losses is negative by more than two standard deviations over seeds."""
     if difference.deviation is None or abs(difference.mean) <= 2 * difference.deviation:
         return "cannot tell"
     return "holds" if difference.mean < 0 else "does not hold"

@@ -1,7 +1,7 @@
-"""Which runs the experiment is made of, and in which order.
+"""The runs of the experiment, and their order.
 
-In: the name of a preset. Out: its `Setup`, and `Run`s so ordered that the experiment may stop after any of them: one
-seed of the whole grid comes before the next one, and the learning rates that tell most come first.
+In: the name of a preset. Out: its `Setup`, and `Run`s in an order that allows stopping after any run: each seed covers
+the whole grid before the next seed starts, and the most informative learning rates come first.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Kind = MethodName | Literal["qk-norm"]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to keep attention logits in check.
+    """A method to control attention logits.
 
     Attributes:
-        kind: "none", "qk-norm", or what `quack_fx.QuacK` takes as `method`.
+        kind: "none", "qk-norm", or a `method` of `quack_fx.QuacK`.
         tau: Learning rate of queries and keys, relative to that of the other weights.
-        threshold: Largest logit that qk-clip lets pass.
+        threshold: qk-clip scales heads with logits above this value.
     """
 
     kind: Kind
@@ -33,13 +33,13 @@ class Method:
 
     @property
     def name(self) -> str:
-        """Its name in tables and records."""
+        """The method's name in tables and records."""
         if self.kind in ("none", "qk-norm"):
             return self.kind
         return f"{self.kind} {self.threshold if self.kind == 'qk-clip' else self.tau:g}"
 
     def fits(self, attention: str, optimizer: str) -> bool:
-        """Whether it is for both: "compositional" was published for Muon and for one query and one key projection."""
+        """Whether the method applies: "compositional" was published for Muon with one query and one key projection."""
         return self.kind != "compositional" or (attention, optimizer) == ("mha", "muon")
 
 
@@ -55,10 +55,10 @@ METHODS = (
     Method("quack", 10.0),
     Method("compositional", 1.0),
 )
-"""Those that are compared; a constant of 1 would be no method."""
+"""The methods to compare; a constant tau of 1 would be the same as none."""
 
 LONG_METHODS = METHODS[:6]
-"""Those that the long runs compare."""
+"""The methods to compare in the long runs."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Run:
 
     Attributes:
         attention: Key of `ATTENTIONS`.
-        optimizer: "muon" (with AdamW beside it) or "adamw".
-        method: What keeps the logits in check.
+        optimizer: "muon" (together with AdamW) or "adamw".
+        method: The method to control logits.
         lr: Learning rate of the matrices.
-        seed: Of the weights and of the batches.
+        seed: Seed of the weights and the batches.
         steps: Number of steps.
     """
 
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Its name, unlike that of all others."""
+        """A unique name of the run."""
         method = self.method.name.replace(" ", "-")
         return f"{self.attention}-{self.optimizer}-{method}-lr{self.lr:g}-seed{self.seed}-steps{self.steps}"
 
@@ -99,24 +99,24 @@ class Run:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs of a preset have in common.
+    """The settings that all runs of a preset share.
 
     Attributes:
         shape: Sizes of the models.
-        sequences: Sequences that are in memory at once.
-        accumulate: Number of those whose gradients make one step.
+        sequences: Sequences in a batch in memory.
+        accumulate: Number of batches whose gradients are accumulated for one step.
         positions: Positions in a sequence.
         steps: Steps of a run.
         long_steps: Steps of the long runs.
-        check_batches: Batches that the validation loss is the mean of.
-        probed: Sequences of the probe batch whose logits are looked at.
+        check_batches: Number of batches for the validation loss.
+        probed: Number of sequences of the probe batch for which logits are read.
         points: Points on the curves of a run.
-        lrs: Learning rates of each optimizer, those that tell most first.
-        other_lr: Muon: learning rate of AdamW, which trains embeddings and gains.
-        weight_decay: Of the matrices.
+        lrs: Learning rates of each optimizer, the most informative first.
+        other_lr: Learning rate of AdamW, which trains embeddings and gains if the optimizer is Muon.
+        weight_decay: Weight decay of the matrices.
         seeds: Number of seeds.
         long_lr: Optimizer and learning rate of the long runs, for each attention.
-        device: Where the models are.
+        device: Device of the models.
         bf16: Whether the forward runs under bf16 autocast.
         compile: Whether the models are compiled.
     """
@@ -140,10 +140,10 @@ class Setup:
     compile: bool = False
 
     def runs(self, long: bool = False) -> Iterator[Run]:
-        """All runs, in their order.
+        """All runs, in order.
 
         Arguments:
-            long: Whether the long runs at the points of `long_lr` are meant, instead of the grid.
+            long: Whether to return the long runs at the points of `long_lr` instead of the grid.
         """
         if long:
             for seed, method in product(range(self.seeds), LONG_METHODS):
@@ -235,4 +235,4 @@ PRESETS = {
         bf16=True,
     ),
 }
-"""The sizes that there are. "gpu-125m" and "gpu-1b" have not been run; "toy" is for tests."""
+"""The presets, by name. "gpu-125m" and "gpu-1b" have not been run; "toy" is for tests."""

@@ -1,11 +1,10 @@
-"""The two models of the experiment: multi-head attention as in Qwen3 (all heads have keys of their own), and MLA.
+"""The two models of the experiment: Qwen3-style with multi-head attention (one key head per query head), and MLA.
 
-In: token ids `idx` [B, T] and `targets` [B, T]. Out: `(logits, loss)`. RMS norms before each block, rotary positions,
-SwiGLU, tied embeddings, no biases, and no QK norm: that is one of the methods to compare.
+In: token ids `idx` [B, T] and `targets` [B, T]. Out: `(logits, loss)`. RMS norms before each layer, rotary embeddings,
+SwiGLU, tied embeddings, no biases, and no QK norm, because it is one of the methods to compare.
 
-Letters at the end of a tensor's name are its shape: B sequences, T positions, D model width, H heads, K width of a
-head's queries and keys, N and R their parts without and with rotary positions, U width of a head's values,
-V vocabulary.
+Letters at the end of a tensor's name are its shape: B sequences, T positions, D model width, H heads, K head dimension
+of queries and keys, N and R its parts without and with rotary embeddings, U head dimension of values, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ class Shape:
 
     Attributes:
         layers: Number of blocks.
-        width: Features of a token.
+        width: Model width.
         heads: Attention heads of a block.
         ffn_width: Hidden features of a feed-forward layer.
-        q_latent: MLA: features that the queries are made of.
-        kv_latent: MLA: features that keys and values are made of.
-        vocab_size: Number of different tokens; bytes.
+        q_latent: MLA: width of the query latent.
+        kv_latent: MLA: width of the key-value latent.
+        vocab_size: Size of the vocabulary; tokens are bytes.
     """
 
     layers: int
@@ -42,26 +41,26 @@ class Shape:
 
     @property
     def head_dim(self) -> int:
-        """Features of a head."""
+        """Head dimension."""
         return self.width // self.heads
 
 
 def rope_angles(positions: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angle of every position and pair of features, each [T, width / 2]."""
+    """Cosine and sine of the rotary angles, each [T, width / 2]."""
     pair = torch.arange(0, width, 2, device=device)
     angle = torch.arange(positions, device=device).unsqueeze(1) / (10_000.0 ** (pair / width))
     return angle.cos(), angle.sin()
 
 
 def rotate(x_BHTR: Tensor) -> Tensor:
-    """Rotate each pair (i, i + R / 2) of features by the angle of the position."""
+    """Rotate each pair of features (i, i + R / 2) by the angle of its position."""
     cos, sin = rope_angles(x_BHTR.shape[-2], x_BHTR.shape[-1], x_BHTR.device)
     a, b = x_BHTR.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BHTR.dtype)
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention whose heads each have queries, keys and values of their own (Alg. 1)."""
+    """Attention with separate queries, keys and values for each head (Alg. 1)."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -79,10 +78,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Attention whose queries, and whose keys and values, come out of narrow latents (Alg. 2).
+    """Attention with queries, keys and values projected up from low-dimensional latents (Alg. 2).
 
-    The parts of queries and keys without and with rotary positions are equally wide, and together as wide as a head's
-    values: torch's fused attention takes no other.
+    Queries and keys have equally wide parts without and with rotary embeddings, together as wide as the values of a
+    head, because torch's fused attention requires equal widths.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -110,7 +109,7 @@ class LatentAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Feed-forward layer whose hidden features are gated."""
+    """Feed-forward layer with gated hidden features."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -125,7 +124,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each behind an RMS norm and added to the residual stream."""
+    """Attention, then feed-forward, each after an RMS norm and added to the residual stream."""
 
     def __init__(self, shape: Shape, attention: Callable[[Shape], nn.Module]) -> None:
         super().__init__()
@@ -140,7 +139,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole model, embeddings to loss."""
+    """The whole model, from embeddings to loss."""
 
     def __init__(self, shape: Shape, attention: Callable[[Shape], nn.Module]) -> None:
         super().__init__()
@@ -150,11 +149,11 @@ class Transformer(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # The spectral norm is the same at every width: that of the customary 0.02 at the paper's 2,048.
+                # The spectral norm does not depend on the width; it equals that of std 0.02 at the paper's width 2,048.
                 nn.init.normal_(module.weight, std=shape.width**-0.5)
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids [B, T] and the ones that follow, to their logits [B, T, V] and the mean loss."""
+        """Map token ids [B, T] and next tokens to logits [B, T, V] and the mean loss."""
         x_BTD = self.tokens(idx)
         for block in self.blocks:
             x_BTD = block(x_BTD)
@@ -163,11 +162,11 @@ class Transformer(nn.Module):
 
 
 ATTENTIONS: dict[str, Callable[[Shape], nn.Module]] = {"mha": MultiHeadAttention, "mla": LatentAttention}
-"""The attentions that are compared, by name."""
+"""The attentions to compare, by name."""
 
 
 def build(attention: str, shape: Shape, seed: int) -> Transformer:
-    """A model with weights that depend on the seed alone."""
+    """A model with weights that depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Transformer(shape, ATTENTIONS[attention])

@@ -1,6 +1,6 @@
-"""The pictures of docs/stability.md.
+"""The figures of docs/stability.md.
 
-In: panels. Out: the text of SVG files, in the colours of the site where they are part of a page.
+In: panels. Out: the text of SVG files, which use the colours of the site if they are part of a page.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _STYLES = {
     "quack 1": ("#17786d", "-"),
     "quack 10": ("#17786d", "-."),
 }
-"""Each method's colour, by its kind, and dashes, by its number."""
+"""Colour and line style of each method: the colour shows its kind, dashes its number."""
 
 
 def loss_by_lr(panels: Sequence[Panel]) -> str:
-    """Validation loss against the learning rate: means of seeds, with bars from the lowest to the highest seed.
+    """Validation loss over the learning rate: means over seeds, with bars from the lowest to the highest seed.
 
-    A point of which a seed diverged is left out.
+    Points at which a seed diverged are left out.
     """
     figure, axes = _figure(panels, "learning rate", "validation loss", [panel.title for panel in panels])
     for ax, panel in zip(axes, panels, strict=True):
@@ -60,13 +60,13 @@ def loss_by_lr(panels: Sequence[Panel]) -> str:
 def over_steps(
     panels: Sequence[Panel], lrs: Sequence[float], what: str, take: Callable[[Record], Sequence[float]]
 ) -> str:
-    """A curve of the runs at one learning rate of each panel: geometric means of seeds, on a logarithmic axis.
+    """A curve over steps at one learning rate of each panel: geometric means over seeds, on a logarithmic axis.
 
     Arguments:
         panels: The panels.
-        lrs: The learning rate that is shown of each.
-        what: What the curve is.
-        take: The curve of a record.
+        lrs: The learning rate to show for each panel.
+        what: Label of the curve.
+        take: Returns the curve of a record.
     """
     titles = [f"{panel.title}, lr {lr:g}" for panel, lr in zip(panels, lrs, strict=True)]
     figure, axes = _figure(panels, "step", what, titles)
@@ -80,7 +80,7 @@ def over_steps(
 
 
 def _figure(panels: Sequence[Panel], x: str, y: str, titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A figure with two panels a row."""
+    """A figure with two panels per row."""
     rows = (len(panels) + 1) // 2
     figure, grid = pyplot.subplots(rows, 2, figsize=(9.5, 0.8 + 3.0 * rows), squeeze=False, layout="constrained")
     axes = [*grid.flat]
@@ -99,7 +99,7 @@ def _figure(panels: Sequence[Panel], x: str, y: str, titles: Sequence[str]) -> t
 
 
 def _svg(figure: Figure, axes: Sequence[Axes], name: str) -> str:
-    """A figure as text, with one legend below; the same text for the same numbers."""
+    """A figure as SVG text, with one legend below; deterministic."""
     labels = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     order = [label for label in _STYLES if label in labels]
     figure.legend(
@@ -111,5 +111,5 @@ def _svg(figure: Figure, axes: Sequence[Axes], name: str) -> str:
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     pyplot.close(figure)
     svg = text.getvalue()
-    # Part of a page, it takes the page's colour of text, which is light where the page is dark; its style is its own.
+    # In a page, the figure uses the page's text colour (light on dark pages), and its styles apply only to itself.
     return svg[svg.index("<svg") :].replace(_INK, f"var(--qf-ink, {_INK})").replace("*{stroke", "#figure_1 *{stroke")

@@ -1,7 +1,7 @@
-"""Many runs in a few processes, with one thread each on a CPU.
+"""Runs many trainings in a few processes, on a CPU with one thread each.
 
-In: runs, and the file of their results. Out: that file, with a line for each run as soon as it is done; on stderr how
-far the work is and how long it will still take.
+In: runs, and the file of their results. Out: that file, with a line for each run as soon as it is done; progress and
+remaining time on stderr.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _console = Console(stderr=True, highlight=False)
 
 
 def run_all(runs: Sequence[Run], records: Records, setup: Setup, text: Text, jobs: int, minutes: float | None) -> int:
-    """Do the runs that the file has not.
+    """Do the runs that are not in the file yet.
 
     Arguments:
-        runs: All runs, in the order in which they are to be done.
-        records: Where results go.
-        setup: What all runs have in common.
-        text: What the models read.
+        runs: All runs, in order.
+        records: The file of results.
+        setup: Settings that all runs share.
+        text: The training text.
         jobs: Number of processes.
-        minutes: Time after which to stop; runs that are under way leave a checkpoint. None for no limit.
+        minutes: Time limit, after which active runs write a checkpoint and stop; None for no limit.
 
     Returns:
-        Number of runs that failed; they are tried again next time.
+        Number of failed runs; they are tried again next time.
     """
     done = {record.run.key for record in records}
     waiting = [run for run in runs if run.key not in done]
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    # A shell gives jobs in the background no SIGINT.
+    # Background jobs of a shell ignore SIGINT, so SIGTERM does the same.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed, under_way = 0, dict[Future[Result | None], Run]()
     with _processes(jobs, setup, text) as (pool, stop), _bar(len(runs), len(runs) - len(waiting)) as (progress, told):
@@ -60,7 +60,7 @@ def run_all(runs: Sequence[Run], records: Records, setup: Setup, text: Text, job
             try:
                 timeout = None if deadline is None or stop.is_set() else max(0.0, deadline - time.monotonic())
                 ended, _ = wait(under_way, timeout, FIRST_COMPLETED)
-            except KeyboardInterrupt:  # or SIGTERM: what is under way leaves a checkpoint
+            except KeyboardInterrupt:  # or SIGTERM: active runs write a checkpoint
                 stop.set()
                 continue
             if not ended:
@@ -85,7 +85,7 @@ def run_all(runs: Sequence[Run], records: Records, setup: Setup, text: Text, job
 
 @contextmanager
 def _processes(jobs: int, setup: Setup, text: Text) -> Iterator[tuple[ProcessPoolExecutor, Event]]:
-    """Worker processes, and what tells them to stop."""
+    """Worker processes, and the event that stops them."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(jobs, context, _start, (setup, text, stop)) as pool:
@@ -98,29 +98,29 @@ _stop: Event
 
 
 def _start(setup: Setup, text: Text, stop: Event) -> None:
-    """Begin a worker process."""
+    """Initialise a worker process."""
     global _setup, _text, _stop
     _setup, _text, _stop = setup, text, stop
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # the process that waits for this one tells it to stop
+        signal.signal(each, signal.SIG_IGN)  # the parent process stops this one
     torch.set_num_threads(1)
 
 
 def _work(run: Run, checkpoint: str) -> Result | None:
-    """One run, in a worker process."""
+    """Do one run, in a worker process."""
     return train(run, _setup, _text, Path(checkpoint), _stop.is_set)
 
 
 @contextmanager
 def _bar(total: int, done: int) -> Iterator[tuple[Progress, TaskID]]:
-    """How far the work is, on a terminal."""
+    """A progress bar, on a terminal."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=_console, disable=not _console.is_terminal) as progress:
         yield progress, progress.add_task("runs", total=total, completed=done, begun=done, left="")
 
 
 def _left(task: Task) -> str:
-    """The time that is left, by what the runs until now took."""
+    """The remaining time, estimated from the runs so far."""
     each = (task.elapsed or 0.0) / (task.completed - task.fields["begun"])
     seconds = each * ((task.total or 0.0) - task.completed)
     return f"about {int(seconds // 3600)}:{int(seconds % 3600 // 60):02} h left"

@@ -1,7 +1,7 @@
-"""Attention logits of a batch, read where the model hands queries and keys to torch's attention.
+"""Reads the attention logits of a batch where the model calls torch's attention.
 
-In: a model and a batch. Out: one tensor of logits for each attention. It is the same for every method, also for a
-graph of the model with QK norms in it.
+In: a model and a batch. Out: one tensor of logits for each attention. This works in the same way for every method, also
+for a graph of the model with QK norms.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SOFTMAX = ("aten::_softmax", "aten::_safe_softmax")
-"""Where torch writes attention out as products, because no fused op takes it, the logits enter one of these."""
+"""If no fused op supports an attention, torch decomposes it; the logits are then the input of one of these ops."""
 
 
 class _Watch(TorchDispatchMode):
-    """Takes the logits of every causal attention that runs, of the first sequences."""
+    """Collects the logits of every causal attention that runs, for the first sequences of the batch."""
 
     def __init__(self, sequences: int) -> None:
         super().__init__()
@@ -42,16 +42,16 @@ class _Watch(TorchDispatchMode):
 
 @torch.no_grad()
 def attention_logits(model: nn.Module, batch: Sequence[Tensor], sequences: int, attentions: int) -> list[Tensor]:
-    """The logits of all attentions, each [sequences, heads, pairs of a position and one that it sees].
+    """The logits of all attentions, each [sequences, heads, unmasked pairs of positions].
 
     Arguments:
-        model: The model, not compiled; its attentions are causal.
-        batch: What it is called with.
-        sequences: How many sequences of the batch are looked at.
-        attentions: Number of attentions that it has.
+        model: The model, not compiled, with causal attention.
+        batch: The model's arguments.
+        sequences: Number of sequences of the batch to read.
+        attentions: Number of attentions in the model.
 
     Raises:
-        RuntimeError: Another number of them handed queries and keys to torch's attention.
+        RuntimeError: A different number of attentions called torch's attention.
     """
     with _Watch(sequences) as watch:
         model(*batch)
@@ -61,7 +61,7 @@ def attention_logits(model: nn.Module, batch: Sequence[Tensor], sequences: int, 
 
 
 def largest(logits: Sequence[Tensor]) -> float:
-    """The largest absolute value; not a number where one of the logits is none."""
+    """The largest absolute value; NaN if a logit is NaN."""
     return max((float(one.abs().max()) for one in logits), key=lambda x: (x != x, x))
 
 

@@ -1,7 +1,7 @@
-"""Results on the disk: a file of JSON lines, of which each is there whole or not at all.
+"""Results on disk: a file of JSON lines; incomplete lines are dropped.
 
-The first line says what all runs of the file have in common; runs that differ in it are refused. Each further line is
-one run.
+The first line has the settings that all runs of the file share; runs with other settings are refused. Each further line
+is one run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.stability.train import Curves, Result
 
 @dataclass(frozen=True)
 class Record:
-    """One run and what came of it."""
+    """One run and its result."""
 
     run: Run
     result: Result
@@ -36,7 +36,7 @@ class Records:
 
     Attributes:
         path: The file.
-        common: What all its runs have in common.
+        common: The settings that all its runs share.
     """
 
     path: Path
@@ -44,12 +44,12 @@ class Records:
 
     @classmethod
     def open(cls, path: Path, preset: str, setup: Setup, text: Text) -> Records:
-        """A file to write to; a new one where there is none.
+        """Open a file for writing; create it if there is none.
 
         Raises:
-            SystemExit: It has runs of another kind, or is no file of results.
+            SystemExit: It has runs with other settings, or is not a file of results.
         """
-        # Through JSON, which knows no tuples, to compare like with like.
+        # Round trip through JSON, which turns tuples into lists, for the comparison.
         common = json.loads(json.dumps({
             "preset": preset,
             "setup": asdict(setup),
@@ -72,10 +72,10 @@ class Records:
 
     @classmethod
     def read(cls, path: Path) -> Records:
-        """A file to read.
+        """Open a file for reading.
 
         Raises:
-            SystemExit: There is no such file, or it is no file of results.
+            SystemExit: It does not exist, or is not a file of results.
         """
         try:
             with path.open() as file:
@@ -87,14 +87,14 @@ class Records:
             raise SystemExit(f"{str(path)!r} is no file of results; `run` writes one") from None
 
     def __iter__(self) -> Iterator[Record]:
-        """The runs; a last line that is not whole is no run."""
+        """The runs; an incomplete last line is ignored."""
         for line in self.path.read_bytes().splitlines(keepends=True)[1:]:
             if line.endswith(b"\n"):
                 d = json.loads(line)
                 yield Record(Run.from_dict(d["run"]), _result(d["result"]))
 
     def add(self, record: Record) -> None:
-        """Write a run behind the others."""
+        """Append a run."""
         d = {"run": record.run.to_dict(), "result": asdict(record.result)}
         d["result"] |= {"loss": _json(record.result.loss), "largest": _json(record.result.largest)}
         with self.path.open("ab") as file:
@@ -103,11 +103,11 @@ class Records:
             os.fsync(file.fileno())
 
     def checkpoint(self, run: Run) -> Path:
-        """Where a run that was interrupted leaves what it has."""
+        """Path of the checkpoint of an interrupted run."""
         return self.path.with_suffix(".checkpoints") / f"{run.key}.pt"
 
     def _drop_part(self) -> None:
-        """Cut off a last line that is not whole, of a process that was ended while it wrote."""
+        """Remove an incomplete last line, left by a process that was killed while writing."""
         data = self.path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
@@ -115,7 +115,7 @@ class Records:
 
 
 def _json(number: float) -> float | None:
-    """JSON has no number that is none."""
+    """A rounded number for JSON; None if it is not finite."""
     return round(number, 5) if math.isfinite(number) else None
 
 

@@ -1,6 +1,6 @@
-"""docs/stability.md and its pictures.
+"""Writes docs/stability.md and its figures.
 
-In: a file of results, and a text that a person wrote about them. Out: the page. Every number on it is read off the
+In: a file of results, and a text that a person wrote about them. Out: the page. Every number on it is computed from the
 results, so that the page is honest where QuacK does not win.
 """
 
@@ -16,15 +16,15 @@ from benchmarks.stability.records import Records
 from benchmarks.stability.summary import CLOSE, Panel, Point, Spread, panels
 
 _QUACK = Method("quack", 1.0)
-"""QuacK as it is without a choice of tau."""
+"""QuacK with the default tau."""
 
 
 def write_report(records: Records, docs: Path) -> None:
-    """Write the page and its pictures.
+    """Write the page and its figures.
 
     Arguments:
         records: The results.
-        docs: The folder of pages; pictures go to its folder `pictures`.
+        docs: The folder of pages; figures go to its folder `pictures`.
 
     Raises:
         SystemExit: There are no results.
@@ -40,7 +40,7 @@ def write_report(records: Records, docs: Path) -> None:
 
 
 def _pictures(found: Sequence[Panel], setup: Setup) -> dict[str, str]:
-    """The pictures by name; that of losses needs several learning rates."""
+    """The figures, by name; the figure of losses needs several learning rates."""
     lrs = [_telling(panel, setup) for panel in found]
     wide = [panel for panel in found if len(panel.lrs) > 1]
     return ({"loss": plots.loss_by_lr(wide)} if wide else {}) | {
@@ -51,7 +51,7 @@ def _pictures(found: Sequence[Panel], setup: Setup) -> dict[str, str]:
 
 
 def _telling(panel: Panel, setup: Setup) -> float:
-    """The learning rate of a panel at which curves over steps are shown: the first of the grid that was run."""
+    """The learning rate for a panel's curves over steps: the first one of the grid that was run."""
     order = setup.lrs[panel.optimizer]
     return min(panel.lrs, key=lambda lr: order.index(lr) if lr in order else len(order))
 
@@ -84,7 +84,7 @@ def _page(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator[st
 
 
 def _setting(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator[str]:
-    """What was run, and how."""
+    """The setting of the experiment."""
     c, shape = records.common, setup.shape
     every = [record for record in records]
     seeds = sorted({record.run.seed for record in every})
@@ -124,7 +124,7 @@ def _setting(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator
 
 
 def _sums(found: Sequence[Panel]) -> Iterator[str]:
-    """All methods in one table, QuacK against the others, and the pictures."""
+    """A table of all methods, QuacK compared with the others, and the figures."""
     yield "## In short"
     yield ""
     yield (
@@ -165,7 +165,7 @@ _CAPTIONS = {
 
 
 def _against(panel: Panel) -> Iterator[str]:
-    """QuacK without a choice of tau against each other method, each at its own best learning rate, seed by seed."""
+    """QuacK with tau 1 compared with each other method, each at its best learning rate, seed by seed."""
     differences = []
     for other in panel.methods:
         if other.kind not in ("quack", "constant"):
@@ -205,7 +205,7 @@ def _claims(grids: Sequence[Panel]) -> Iterator[str]:
 
 
 def _best(panel: Panel) -> Iterator[str]:
-    """For each method its best learning rate and what it gives."""
+    """The best learning rate of each method, and its results there."""
     yield f"| method | best lr | loss | largest logit | at most {CLOSE} above the best of all |"
     yield "| --- | --- | --- | --- | --- |"
     for method in panel.methods:

@@ -1,4 +1,4 @@
-"""What runs say together: for each point of the grid the mean over its seeds, and their spread.
+"""Aggregates runs: mean and spread over seeds for each point of the grid.
 
 In: records. Out: `Point`s and comparisons, as numbers; report.py and plots.py show them.
 """
@@ -14,11 +14,11 @@ from benchmarks.stability.grid import METHODS, Method
 from benchmarks.stability.records import Record
 
 CLOSE = 0.1
-"""Learning rates whose loss is at most this much above the best one of a method work with it."""
+"""A learning rate works with a method if the loss is at most this much above the best loss of all methods."""
 
 
 _SMALL = 1e-12
-"""What a curve on a logarithmic axis has for zero."""
+"""Replaces zero on a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Spread:
     """A mean over seeds.
 
     Attributes:
-        mean: The mean; not a number where no seed gave one.
-        deviation: Standard deviation over seeds; None for fewer than two of them.
+        mean: The mean; NaN without seeds.
+        deviation: Standard deviation over seeds; None for fewer than two seeds.
         seeds: Number of seeds.
     """
 
@@ -55,7 +55,7 @@ class Point:
     """All seeds of one point of the grid.
 
     Attributes:
-        records: Their records, by seed.
+        records: The records, by seed.
     """
 
     records: dict[int, Record] = field(default_factory=dict)
@@ -77,20 +77,20 @@ class Point:
 
     @property
     def change(self) -> Spread:
-        """Mean change of a logit by a step, over the second half of the points of a run."""
+        """Mean change of a logit per step, over the second half of the points of a run."""
         halves = (r.result.curves.change[len(r.result.curves.change) // 2 :] for r in self.records.values())
         return spread(statistics.fmean(half) for half in halves if half)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """The runs of one attention and optimizer, of one length.
+    """The runs with one attention, optimizer and number of steps.
 
     Attributes:
         attention: The attention.
         optimizer: The optimizer.
         steps: Steps of a run.
-        points: By method and learning rate.
+        points: The points, by method and learning rate.
     """
 
     attention: str
@@ -100,42 +100,42 @@ class Panel:
 
     @property
     def title(self) -> str:
-        """What it shows."""
+        """A title for the panel."""
         return f"{self.attention.upper()}, {'Muon' if self.optimizer == 'muon' else 'AdamW'}, {self.steps:,} steps"
 
     @property
     def methods(self) -> list[Method]:
-        """Its methods, in the order in which tables show them."""
+        """Its methods, in table order."""
         return sorted({method for method, _ in self.points}, key=_rank)
 
     @property
     def lrs(self) -> list[float]:
-        """Its learning rates, upwards."""
+        """Its learning rates, ascending."""
         return sorted({lr for _, lr in self.points})
 
     @property
     def seeds(self) -> int:
-        """The number of seeds of the point with the most of them."""
+        """The largest number of seeds at a point."""
         return max(len(point.records) for point in self.points.values())
 
     def point(self, method: Method, lr: float) -> Point:
-        """A point of the grid; without records where it has not been run."""
+        """A point of the grid; without records if it was not run."""
         return self.points.get((method, lr), Point())
 
     def best(self, method: Method) -> float | None:
-        """The learning rate with the lowest mean loss, of those at which no seed diverged; None without one."""
+        """The learning rate with the lowest mean loss among those at which no seed diverged, or None."""
         sound = [lr for lr in self.lrs if self.point(method, lr).loss.seeds and not self.point(method, lr).diverged]
         return min(sound, key=lambda lr: self.point(method, lr).loss.mean, default=None)
 
     def close(self, method: Method) -> list[float]:
-        """The learning rates at which a method is at most `CLOSE` above the best loss of all methods."""
+        """The learning rates at which a method's loss is at most `CLOSE` above the best loss of all methods."""
         bests = [(m, lr) for m in self.methods if (lr := self.best(m)) is not None]
         lowest = min((self.point(*best).loss.mean for best in bests), default=math.nan)
         points = [(lr, self.point(method, lr)) for lr in self.lrs]
         return [lr for lr, p in points if p.loss.seeds and not p.diverged and p.loss.mean <= lowest + CLOSE]
 
     def difference(self, one: Method, other: Method, lr: Callable[[Method], float | None]) -> Spread:
-        """Loss of one method minus that of another, seed by seed, at learning rates of theirs."""
+        """Loss of one method minus that of another, seed by seed, each at the learning rate returned by `lr`."""
         at = [(method, lr(method)) for method in (one, other)]
         points = [Point() if own is None else self.point(method, own) for method, own in at]
         sound = [{s: r.result.loss for s, r in p.records.items() if r.result.diverged is None} for p in points]
@@ -143,7 +143,7 @@ class Panel:
 
 
 def panels(records: Iterable[Record]) -> list[Panel]:
-    """Panels, those with the most points first, then by name."""
+    """Group records into panels, sorted by steps, Muon first, then attention."""
     found: dict[tuple[str, str, int], dict[tuple[Method, float], Point]] = {}
     for record in records:
         run = record.run
@@ -154,7 +154,7 @@ def panels(records: Iterable[Record]) -> list[Panel]:
 
 
 def curve(point: Point, take: Callable[[Record], Sequence[float]]) -> tuple[list[int], list[float]]:
-    """Steps, and the geometric mean over seeds of a curve, as far as all of them go."""
+    """Steps, and the geometric mean of a curve over seeds, up to the end of the shortest."""
     curves = [take(record) for record in point.records.values()]
     steps = min((record.result.curves.step for record in point.records.values()), key=len, default=[])
     means = [statistics.geometric_mean(max(value, _SMALL) for value in values) for values in zip(*curves, strict=False)]
@@ -162,6 +162,6 @@ def curve(point: Point, take: Callable[[Record], Sequence[float]]) -> tuple[list
 
 
 def _rank(method: Method) -> tuple[int, float, float]:
-    """Methods of one kind side by side, kinds in the order of `METHODS`."""
+    """Sort key that groups methods by kind, in the order of `METHODS`."""
     kinds = list(dict.fromkeys(own.kind for own in METHODS))
     return (kinds.index(method.kind), method.tau, method.threshold)

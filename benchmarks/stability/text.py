@@ -1,7 +1,7 @@
-"""What the models read: the sources of Python's own standard library as bytes, or a file.
+"""The training text: the sources of Python's standard library as bytes, or a file.
 
-In: nothing, or a file. Out: a `Text`; batches of it depend on a seed and the number of the step alone, so that a run
-that was interrupted reads on where it was.
+In: nothing, or a file. Out: a `Text`; its batches depend only on a seed and the step number, so an interrupted run
+continues with the same batches.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ TRAINING = (
     "socketserver ssl statistics subprocess tarfile tempfile textwrap threading timeit tokenize trace traceback "
     "tracemalloc turtle typing uuid"
 ).split()
-"""Modules of the standard library that are trained on: single files that Python 3.11, 3.12 and 3.13 have."""
+"""Standard library modules to train on: single files that exist in Python 3.11, 3.12 and 3.13."""
 
 HELD_OUT = "bz2 code filecmp hashlib lzma operator posixpath queue runpy shlex types warnings weakref".split()
-"""Modules that the validation loss is measured on."""
+"""Modules for the validation loss."""
 
 _HELD_OUT_OF_A_FILE = 20
-"""One in so many bytes of a file, at its end, is held out."""
+"""The last `1 / _HELD_OUT_OF_A_FILE` of a file is held out."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes to train on and to check with.
+    """Training and validation bytes.
 
     Attributes:
-        training: Bytes to train on, uint8.
-        held_out: Bytes to check with.
-        digest: Of both: runs on other text are not put side by side.
+        training: Training bytes, uint8.
+        held_out: Validation bytes, uint8.
+        digest: Hash of both, so that only runs on the same text are compared.
     """
 
     training: Tensor
@@ -46,23 +46,23 @@ class Text:
     digest: str
 
     def batch(self, seed: int, step: int, sequences: int, positions: int) -> tuple[Tensor, Tensor]:
-        """The training batch of one step: bytes, and the byte that follows each, both [sequences, positions]."""
+        """The training batch of one step: bytes and next bytes, both [sequences, positions]."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         starts = torch.randint(len(self.training) - positions, (sequences, 1), generator=generator)
         return _cut(self.training, starts, positions)
 
     def check_batch(self, number: int, of: int, sequences: int, positions: int) -> tuple[Tensor, Tensor]:
-        """One of the batches to check with: they lie at equal distances, and are the same in all runs."""
+        """One of the validation batches, of equally spaced sequences; they are the same in all runs."""
         last = len(self.held_out) - positions - 1
         starts = torch.linspace(0, last, of * sequences).long()[number * sequences : (number + 1) * sequences]
         return _cut(self.held_out, starts.unsqueeze(1), positions)
 
 
 def standard_library() -> Text:
-    """The text that is on every machine.
+    """The default text, which exists on every machine.
 
     Raises:
-        SystemExit: This Python comes without the sources of its standard library.
+        SystemExit: This Python has no sources of its standard library.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     missing = [name for name in (*TRAINING, *HELD_OUT) if not (folder / f"{name}.py").is_file()]
@@ -82,7 +82,7 @@ def of_file(path: Path, positions: int) -> Text:
         positions: Positions of a sequence.
 
     Raises:
-        SystemExit: It cannot be read, or is too short for one sequence to check with.
+        SystemExit: The file cannot be read, or is too short for one validation sequence.
     """
     try:
         data = path.read_bytes()

@@ -1,7 +1,7 @@
-"""One training run: the model, its optimizer, the method, and what is written down of it.
+"""One training run: the model, its optimizer, the method, and the recorded curves.
 
-In: a `Run`, its `Setup` and the text. Out: a `Result`; or nothing, where the run was told to stop: it has then left a
-checkpoint, and goes on from there to the same bits next time.
+In: a `Run`, its `Setup` and the text. Out: a `Result`, or None if the run was stopped. A stopped run has written a
+checkpoint, from which it continues next time, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from quack_fx.find import find_qk_pairs
 from quack_fx.train.hooks import QuacK
 
 _WARMUP = 10
-"""One in so many steps, at the start, has a learning rate that grows; then it is constant, as in the paper."""
+"""The learning rate grows over the first `1 / _WARMUP` of the steps, then stays constant, as in the paper."""
 
 
 @dataclass
 class Curves:
-    """What is written down at some steps.
+    """Values recorded at some steps.
 
     Attributes:
-        step: Numbers of the steps, from 1.
-        loss: Mean training loss since the point before.
+        step: Step numbers, from 1.
+        loss: Mean training loss since the previous point.
         logit: Largest absolute logit of the probe batch, before the step.
-        change: Mean absolute change of its logits by the step.
+        change: Mean absolute change of the probe batch's logits by the step.
     """
 
     step: list[int] = field(default_factory=list)
@@ -52,14 +52,14 @@ class Curves:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run.
+    """Result of a run.
 
     Attributes:
-        loss: Validation loss at the end; not a number where the run diverged.
-        diverged: Step after which a loss or a logit was no number any more; None where all were.
-        largest: Largest absolute logit of the probe batch at all points.
-        curves: What was written down at some steps.
-        seconds: What the run took.
+        loss: Validation loss at the end; not finite if the run diverged.
+        diverged: Step after which a loss or logit was not finite; None if all were finite.
+        largest: Largest absolute logit of the probe batch over all points.
+        curves: Values recorded at some steps.
+        seconds: Duration of the run.
     """
 
     loss: float
@@ -72,17 +72,17 @@ class Result:
 def train(
     run: Run, setup: Setup, text: Text, checkpoint: Path, stop: Callable[[], bool] = lambda: False
 ) -> Result | None:
-    """Train.
+    """Do one training run.
 
     Arguments:
-        run: What is trained, and how.
-        setup: What all runs have in common.
-        text: What the model reads.
-        checkpoint: File to go on from, and to write where the run is told to stop.
-        stop: Asked before every step whether to stop.
+        run: The run.
+        setup: Settings that all runs share.
+        text: The training text.
+        checkpoint: File to resume from, and to write if the run is stopped.
+        stop: Called before every step; returns whether to stop.
 
     Returns:
-        What came of it; None where it was told to stop.
+        The result; None if the run was stopped.
     """
     training = _Training(run, setup, text)
     if checkpoint.exists():
@@ -98,12 +98,12 @@ def train(
 
 
 class _Training:
-    """A run that is under way."""
+    """The state of an active run."""
 
     def __init__(self, run: Run, setup: Setup, text: Text) -> None:
         self._run, self._setup, self._text = run, setup, text
         self._started = time.perf_counter()
-        self._seconds = 0.0  # of earlier pieces
+        self._seconds = 0.0  # of earlier sessions
         self.done = 0
         self.diverged: int | None = None
         self._curves, self._losses = Curves(), list[Tensor]()
@@ -117,7 +117,7 @@ class _Training:
                 raise RuntimeError(f"no QK norm in {run.attention}: {normed}")
             model = normed
         self._model = model
-        # QK-Clip reads logits while Python runs the model.
+        # QK-Clip can read logits only if the model runs in Python.
         compiles = setup.compile and run.method.kind != "qk-clip"
         self._forward: Callable[..., Any] = torch.compile(model) if compiles else model
         self._optimizers = _optimizers(run, setup, model)
@@ -128,7 +128,7 @@ class _Training:
             QuacK(self._optimizers[0], model, layout, method.tau, method=method.kind, threshold=method.threshold)
 
     def step(self) -> None:
-        """One training step, and a point on the curves where there is to be one."""
+        """Take one training step, and record a point on the curves if one is due."""
         run, setup = self._run, self._setup
         first = self.done % max(1, run.steps // setup.points) == 0
         before = self._logits() if first else None
@@ -154,7 +154,7 @@ class _Training:
             self._note(before, self._logits())
 
     def _note(self, before: list[Tensor], after: list[Tensor]) -> None:
-        """A point on the curves; the device is waited for here alone."""
+        """Record a point on the curves; nothing else in a step waits for the device."""
         loss = float(torch.stack(self._losses).mean())
         logit, change = largest(before), mean_change(before, after)
         self._losses.clear()
@@ -167,7 +167,7 @@ class _Training:
 
     @torch.no_grad()
     def result(self) -> Result:
-        """What came of the run, once it is over."""
+        """The result of the finished run."""
         loss = math.nan
         if self.diverged is None:
             losses = []
@@ -181,7 +181,7 @@ class _Training:
         return Result(loss, self.diverged, max(self._curves.logit, default=math.nan), self._curves, seconds)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".part")
         torch.save(
@@ -198,7 +198,7 @@ class _Training:
         os.replace(temporary, path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         state = torch.load(path, map_location=self._setup.device)
         self.done, self._seconds = state["done"], state["seconds"]
         self._curves, self._losses = Curves(**state["curves"]), state["losses"]
@@ -222,8 +222,8 @@ class _Training:
 
 
 class _InFloat32(TorchFunctionMode):
-    """Has torch's Muon orthogonalise in float32 instead of bfloat16, whose products CPUs without such units take 30
-    times as long for."""
+    """Makes torch's Muon orthogonalise in float32, because bfloat16 products are 30 times slower on CPUs without
+    bfloat16 units."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.bfloat16:
@@ -232,7 +232,7 @@ class _InFloat32(TorchFunctionMode):
 
 
 def _optimizers(run: Run, setup: Setup, model: nn.Module) -> list[Optimizer]:
-    """The one for the matrices of the blocks, and where that is Muon, AdamW for embeddings and gains."""
+    """The optimizer of the blocks' matrices; with Muon, also AdamW for embeddings and gains."""
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("blocks.")]
     held = set(matrices)
     others = [p for p in model.parameters() if p not in held]

@@ -1,4 +1,4 @@
-"""What the sweep runs: one small model with inputs."""
+"""A candidate of the sweep: one small model with inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class CannotBeRunError(Exception):
-    """A model that does not run here without quack-fx either: it needs files or a package, or is broken."""
+    """The model does not run here even without quack-fx: it needs files or a package, or is broken."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Candidate:
         package: Package that defines it.
         family: Row of the published table: a model type of transformers, a module of timm.
         name: Its class or architecture.
-        build: Builds it, small, in evaluation mode and with real weights, and gives it with the arguments and keyword
-            arguments of one forward call; raises where that cannot be done, `CannotBeRunError` (or `ImportError`)
-            where it is not for want of a better configuration or better inputs.
+        build: Builds a small version in evaluation mode with real weights, and returns it with positional and keyword
+            arguments of one forward call. Raises if that fails: `CannotBeRunError` (or `ImportError`) if no other
+            configuration or inputs would help.
     """
 
     package: str

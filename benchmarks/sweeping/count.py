@@ -1,8 +1,8 @@
-"""How many attentions run in a forward, counted without the finders.
+"""Counts the attentions that run in a forward, independently of the finders.
 
-In: a model and inputs. Out: for each module, how many attentions ran directly in it: calls of
-`scaled_dot_product_attention`, and softmaxes of a product of two computed tensors whose result
-goes into another such product. The forward runs eagerly; weights and what is made of them alone do not count.
+In: a model and inputs. Out: the number of attentions that ran directly in each module. An attention is a call of
+`scaled_dot_product_attention`, or a product of two computed tensors, followed by a softmax, followed by another such
+product. Weights and tensors derived from weights only are not computed tensors. The forward runs eagerly.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _PLAIN |= set("swapaxes movedim neg nan_to_num baddbmm relu max amax".split())
 
 
 def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Counter[str]:
-    """Attentions that run, by the innermost module; the root is "".
+    """Count the attentions that run, by innermost module; the root is "".
 
     Arguments:
         model: The model, with real weights.
-        args: Arguments of its forward.
+        args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
 
     Returns:
-        Number of attentions of each module that has any.
+        Number of attentions in each module that has any.
     """
     names = {id(module): name for name, module in model.named_modules()}
     stack = [""]
     hooks = [
         register_module_forward_pre_hook(lambda module, _: stack.append(names.get(id(module), stack[-1]))),
-        # What a hook returns takes the place of the module's output, unless it is None.
+        # The hook returns None, because any other value would replace the module's output.
         register_module_forward_hook(lambda *_: (stack.pop(), None)[1], always_call=True),
     ]
     fastpath = torch.backends.mha.get_fastpath_enabled()
@@ -57,14 +57,14 @@ def attentions(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def chooses(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether every softmax of a forward runs over several numbers; over one alone, nothing is weighed."""
+    """Whether every softmax in a forward has more than one input; with a single input, it is constant."""
     with torch.no_grad(), _Sizes() as watch:
         model(*args, **kwargs)
     return watch.smallest > 1
 
 
 class _Sizes(TorchFunctionMode):
-    """Watches how many numbers softmaxes run over."""
+    """Records the smallest dimension that a softmax runs over."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Sizes(TorchFunctionMode):
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
-    """Name of each module -> the name of the first one with the same weights, its own if it has none."""
+    """Map each module's name to the name of the first module with the same weights, or to itself without weights."""
     first: dict[tuple[int, ...], str] = {}
     names = {}
     for name, module in model.named_modules():
@@ -91,7 +91,7 @@ def first_names(model: nn.Module) -> dict[str, str]:
 
 
 class _Watch(TorchFunctionMode):
-    """Follows products through softmaxes into products."""
+    """Follows matrix products through a softmax into other matrix products."""
 
     def __init__(self, weights: set[int], stack: list[str]) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Watch(TorchFunctionMode):
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
         if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward) or "flex_attention" in name:
-            # Queries that are a parameter themselves are as little a product of two computed tensors here as below.
+            # Queries or keys that are a parameter do not count, as in the other branch.
             self.found[self._stack[-1]] += all(id(x) not in self._weights for x in given[:2])
         elif func in _PRODUCTS and all(id(x) not in self._weights for x in given):
             for x in given:
@@ -119,7 +119,7 @@ class _Watch(TorchFunctionMode):
             self._logits.update(self._kept(made))
         elif func in _SOFTMAX:
             if any(id(x) in self._logits for x in given):
-                home = str.__add__(self._stack[-1], "")  # a string of its own for each softmax
+                home = str.__add__(self._stack[-1], "")  # a distinct string object for each softmax
                 self._shares.update((x, home) for x in self._kept(made))
         elif name in _PLAIN:
             if all(id(x) in self._weights for x in given) and given:
@@ -132,6 +132,6 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _kept(self, tensors: list[Tensor]) -> list[int]:
-        """Identities of tensors, which stay theirs alone because the tensors are kept alive."""
+        """The ids of tensors, which are kept alive so that ids stay unique."""
         self._alive += tensors
         return [id(x) for x in tensors]

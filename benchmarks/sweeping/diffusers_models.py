@@ -1,7 +1,7 @@
-"""SOURCE: diffusers. Transformers, UNets and autoencoders of image, video and audio generators, from small arguments.
+"""SOURCE: diffusers. Transformers, UNets and autoencoders of image, video and audio generators, with small arguments.
 
-In: nothing. Out: candidates. No two of these models are called alike, so each stands in a table with the arguments of
-its constructor and of its forward: a tuple is the shape of a random tensor, anything else is given as it is.
+In: nothing. Out: candidates. Every model has a different signature, so a table lists the arguments of each constructor
+and forward: a tuple is the shape of a random tensor; anything else is passed unchanged.
 """
 
 from __future__ import annotations
@@ -531,6 +531,6 @@ def _build(model_class: str, options: Options, call: Options) -> tuple[nn.Module
 
 
 def _value(value: Any) -> Any:
-    """A random tensor where a shape stands."""
+    """A random tensor for a shape; other values are returned unchanged."""
     is_shape = isinstance(value, tuple) and all(isinstance(one, int) for one in value)
     return torch.randn(value) if is_shape else value

@@ -1,8 +1,7 @@
 """SOURCE: torch.nn, x-transformers, vit-pytorch, torchvision, open_clip and kornia.
 
-In: nothing. Out: candidates. Each package has one function that yields them, and one table of what its constructors are
-given: small numbers, and each option that changes how queries and keys come about. A package that is not installed
-yields nothing.
+In: nothing. Out: candidates. Each package has a function that yields them and a table of constructor arguments: small
+sizes, and each option that changes how queries and keys are computed. A package that is not installed yields nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ _BROKEN = {
     ("CustomTextCLIP", "vision: scaled cosine"): "it gives bmm, which multiplies stacks of matrices, four axes",
     ("CustomTextCLIP", "text: scaled cosine"): "it gives bmm, which multiplies stacks of matrices, four axes",
 }
-"""What a package offers, and no inputs can run: by family and name."""
+"""Models that run with no inputs, by family and name, with the reason."""
 
 
 def candidates() -> Iterator[Candidate]:
-    """Candidates of every package here that is installed."""
+    """Candidates of every installed package."""
     packages: dict[str, Callable[[], Iterator[tuple[str, str, Callable[[], Built]]]]] = {
         "torch": _torch,
         "x_transformers": _x_transformers,
@@ -56,7 +55,7 @@ def _in_evaluation_mode(build: Callable[[], Built]) -> Built:
     model, args, kwargs = build()
     model.eval()
     with torch.no_grad():
-        model(*args, **kwargs)  # what a package gets wrong by itself is not held against anybody else
+        model(*args, **kwargs)  # an error of the package itself must not count as one of quack-fx
     return model, args, kwargs
 
 
@@ -73,7 +72,7 @@ def _picture(side: int) -> Tensor:
 
 
 def _attribute(path: str) -> Any:
-    """The thing that a dotted path "package.module.Name" names."""
+    """The object at a dotted path "package.module.Name"."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
@@ -307,7 +306,7 @@ _VIT_SMALL: Options = {
     "mlp_dim": 64,
     "num_residual_streams": 2,
 }
-"""What the constructors of vit-pytorch are given, by the name of the argument."""
+"""Arguments of vit-pytorch constructors, by name."""
 
 _VIT_STAGES: Options = {
     f"s{stage}_{name}": value
@@ -347,7 +346,7 @@ _VIT_OPTIONS: dict[str, list[Options]] = {
         | {"heads": HEADS, "dim_head": 8, "mlp_dim": 64, "image_size": 32, "patch_size": 8}
         for loops, gate in ((2, False), (2, True))
     ],
-    "local_vit.LocalViT": [{"dim": 8, "image_size": 64}],  # its norm wants as many columns of patches as features
+    "local_vit.LocalViT": [{"dim": 8, "image_size": 64}],  # its norm needs as many patch columns as features
     "max_vit.MaxViT": [{"depth": (1, 1), "dim": 16, "dim_head": 8, "window_size": 2, "image_size": 32}],
     "max_vit_with_registers.MaxViT": [{"depth": (1, 1), "dim": 16, "dim_head": 8, "window_size": 2, "image_size": 32}],
     "mobile_vit.MobileViT": [
@@ -377,7 +376,7 @@ _VIT_OPTIONS: dict[str, list[Options]] = {
     + [{"use_flash_attn": False}],
     "wwt.WWT": [{"num_slots": 4}, {"num_slots": (6, 3)}],
 }
-"""What single classes are given besides; each entry of a list is a candidate."""
+"""Additional arguments of individual classes; each entry of a list is a candidate."""
 
 _VIT_ON_A_VIT: dict[str, tuple[str, str, Options]] = {
     "mae.MAE": ("encoder", "deepvit.DeepViT", {"decoder_dim": 24, "decoder_heads": 2, "decoder_dim_head": 8}),
@@ -386,7 +385,7 @@ _VIT_ON_A_VIT: dict[str, tuple[str, str, Options]] = {
     "recorder.Recorder": ("vit", "vit.ViT", {}),
     "extractor.Extractor": ("vit", "vit.ViT", {}),
 }
-"""Classes that train or watch a ViT: the argument that holds it, one that fits, and the other arguments."""
+"""Classes that train or wrap a ViT: the name of that argument, a class that fits, and the other arguments."""
 
 
 def _vit_pytorch() -> Iterator[tuple[str, str, Callable[[], Built]]]:
@@ -413,7 +412,7 @@ def _vit_pytorch() -> Iterator[tuple[str, str, Callable[[], Built]]]:
 
 
 def _is_whole_vit(made: Any, module: str) -> bool:
-    """Whether a class of a module makes a model that our small arguments suffice for."""
+    """Whether a class is a whole model that can be built from the small arguments alone."""
     if not (inspect.isclass(made) and issubclass(made, nn.Module) and made.__module__ == module):
         return False
     parameters = inspect.signature(made).parameters
@@ -688,7 +687,7 @@ def _k_two_way() -> Built:
 
 
 def _k_config(path: str) -> Any:
-    """A configuration object of kornia with our small numbers."""
+    """A kornia configuration object with the small sizes."""
     made = _attribute(path)
     return made(**{name: value for name, value in _K_CONFIG.items() if name in inspect.signature(made).parameters})
 

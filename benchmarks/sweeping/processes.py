@@ -1,11 +1,11 @@
-"""Work in forked processes with limits on time and memory, a few at once.
+"""Runs work in forked processes with limits on time and memory, a few at a time.
 
-In: a function and the items to call it with; it tells how far it has come as plain data, again and again. Out: for each
-item, the last that was told, how the process ended and how long it took.
+In: a function and the items to call it with; the function reports its progress repeatedly, as plain data. Out: for each
+item, the last report, how the process ended and how long it took.
 
-The parent has no threads: a fork copies only the thread that forks, with all the locks that others hold. It also is the
-only process that holds the reading ends, and no child holds the writing end of another, or the end of one would be
-noticed only when both have ended.
+The parent has no threads, because a fork copies only the forking thread, but also locks held by other threads. Only the
+parent holds the read ends of pipes, and no child holds the write end of another; otherwise the end of one child would
+be noticed only when both have ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 LOOK = 0.25
-"""Seconds between two looks at what the processes use."""
+"""Seconds between checks of the resources that the processes use."""
 
 Tell = Callable[[dict[str, Any]], None]
 Item = TypeVar("Item")
@@ -34,10 +34,10 @@ class Process(Generic[Item]):
 
     Attributes:
         item: The item.
-        pid: Number of the process.
-        pipe: Where it tells what it has.
-        begin: When it was started.
-        text: What has come out of the pipe.
+        pid: Process id.
+        pipe: Read end of the pipe for its reports.
+        begin: Start time.
+        text: Data received from the pipe.
         killed: Why it was killed, or "".
     """
 
@@ -49,12 +49,12 @@ class Process(Generic[Item]):
     killed: str = ""
 
     def last_told(self) -> dict[str, Any] | None:
-        """The last whole line, or None if it told nothing."""
-        lines = self.text.split(b"\n")[:-1]  # what follows the last line break was cut off
+        """The last complete report, or None if there is none."""
+        lines = self.text.split(b"\n")[:-1]  # text after the last line break is incomplete
         return dict(json.loads(lines[-1])) if lines else None
 
     def resident(self) -> int:
-        """Bytes of memory that it uses; 0 once it has ended."""
+        """Resident memory in bytes; 0 after the process has ended."""
         try:
             with open(f"/proc/{self.pid}/statm") as file:
                 return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -64,13 +64,13 @@ class Process(Generic[Item]):
 
 @dataclass(frozen=True)
 class Ended(Generic[Item]):
-    """What came of an item.
+    """Result for an item.
 
     Attributes:
         item: The item.
-        told: The last that was told, or None.
-        reason: Why the process did not come to its end, or "" if it did.
-        seconds: How long it took.
+        told: The last report, or None.
+        reason: Why the process did not finish, or "" if it did.
+        seconds: Duration.
     """
 
     item: Item
@@ -82,17 +82,17 @@ class Ended(Generic[Item]):
 def run_apart(
     work: Callable[[Item, Tell], None], items: Iterable[Item], jobs: int, seconds: float, memory: int
 ) -> Iterator[Ended[Item]]:
-    """Call a function with each item, each call in a process of its own.
+    """Call a function with each item, each call in its own process.
 
     Arguments:
-        work: Called with an item and a function to tell plain data with; the last that it tells counts.
-        items: The items; they are taken when a process is free for them.
-        jobs: How many processes run at once.
-        seconds: After how long a process is killed.
-        memory: With how many bytes of resident memory a process is killed.
+        work: Called with an item and a function for reporting plain data; the last report counts.
+        items: The items, consumed lazily as processes become free.
+        jobs: Maximum number of concurrent processes.
+        seconds: A process is killed after this time.
+        memory: A process is killed above this many bytes of resident memory.
 
     Yields:
-        What came of each item, in the order in which they end.
+        The result for each item, in the order in which they finish.
     """
     waiting = iter(items)
     running: list[Process[Item]] = []
@@ -134,7 +134,7 @@ def _started(work: Callable[[Item, Tell], None], item: Item) -> Process[Item]:
             work(item, lambda data: _write(write, json.dumps(data).encode() + b"\n"))
         status = 0
     finally:
-        os._exit(status)  # nothing of the parent's is cleaned up here, its files included
+        os._exit(status)  # skip cleanup of what belongs to the parent, such as its files
 
 
 def _write(pipe: int, data: bytes) -> None:

@@ -1,6 +1,6 @@
-"""The rows of a sweep as a page of markdown.
+"""The rows of a sweep as a Markdown page.
 
-In: rows. Out: totals, what was refused and why, what did not run, and a line for each family of models.
+In: rows. Out: totals, refusals with reasons, models that did not run, and a line for each family of models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 Row = dict[str, Any]
 
 _DISTRIBUTIONS = {"open-clip": "open_clip_torch"}
-"""Packages that are installed under another name than their own."""
+"""Distribution names of packages, if they differ from the package name."""
 
 _HEAD = """# Sweep over the models of other packages
 
@@ -73,7 +73,7 @@ def _refused(row: Row) -> int:
 
 
 def _idle(row: Row) -> float:
-    """Share of the model's parameters, counted by name, that its inputs did not reach."""
+    """Fraction of the model's parameters, counted by name, that its inputs did not reach."""
     return float(row["untouched"] / row["parameters"]) if row["parameters"] else 0.0
 
 

@@ -1,11 +1,11 @@
-"""SOURCE: timm. Every architecture of `timm.list_models()`, one candidate for each distinct form, shrunk.
+"""SOURCE: timm. Every architecture of `timm.list_models()`, one candidate for each distinct form, reduced in size.
 
-In: nothing. Out: candidates. An entry point of timm does nothing but hand a class and its configuration to one builder
-function. We stand in for that builder, so all entry points are read in seconds and nothing is built. Two entry points
-have the same form when their configurations differ in numbers alone (or their modules hold no attention).
+In: nothing. Out: candidates. A timm entry point only passes a class and its configuration to one builder function. That
+function is replaced, so all entry points are read in seconds and nothing is built. Two entry points have the same form
+if their configurations differ only in numbers (or their modules contain no attention).
 
-A candidate is built from its configuration made smaller: few blocks, narrow heads, a small picture. What a class
-accepts is found by trial, the smallest first, the configuration as it stands last.
+A candidate is built from a reduced configuration: few blocks, narrow heads, a small image. Sizes that a class accepts
+are found by trial, from the smallest to the original configuration.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from benchmarks.sweeping.candidate import Candidate
 from benchmarks.sweeping.count import chooses
 
 PARAMETERS = 150_000_000
-"""Parameters of a model that is still worth running."""
+"""Maximum number of parameters of a model."""
 
 SIDES = (96, 64, 126, 128, 192, 224, 240, 256)
-"""Heights and widths of the picture, in the order in which they are tried, until every softmax has several tokens."""
+"""Heights and widths of the image, tried in this order until every softmax has several tokens."""
 
 BATCH = 2
 
@@ -40,18 +40,18 @@ _WIDTHS = re.compile(r"^(embed_dims?|dims|base_dims|inner_dim|width_list|widths|
 _BLOCK_NUMBERS = re.compile(r"^global_att(n_indexes|_blocks)$")
 _HEADS = re.compile(r"^num_(kv_)?heads$")
 _GROUPS = re.compile(r"^attn_groups$")
-"""Groups of attentions, of three blocks each."""
+"""Option for the number of attention groups, of three blocks each."""
 _NOT_THE_MODEL = re.compile("^(pretrained_.*|feature_cfg)$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What an entry point of timm hands to its builder.
+    """The arguments that a timm entry point passes to the builder.
 
     Attributes:
         architecture: Name of the entry point.
-        family: Module of timm that holds it.
-        model_class: Class that is built, or a function that builds it.
+        family: timm module of the entry point.
+        model_class: Class to build, or a function that builds the model.
         config: Keyword arguments of the builder.
     """
 
@@ -62,11 +62,11 @@ class Form:
 
 
 class _Recorded(Exception):
-    """Stops an entry point where it calls its builder."""
+    """Stops an entry point when it calls the builder."""
 
 
 class _TooLargeError(Exception):
-    """A model has more than `PARAMETERS` parameters."""
+    """The model has more than `PARAMETERS` parameters."""
 
 
 def candidates() -> Iterator[Candidate]:
@@ -92,13 +92,13 @@ def forms() -> Iterator[Form]:
 def _recorded(
     architecture: str, entry_point: Callable[[], nn.Module]
 ) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    """What an entry point hands to its builder."""
+    """The class and configuration that an entry point passes to the builder."""
     from timm import is_model, model_entrypoint
     from timm.models._builder import build_model_with_cfg
 
     def builder(model_class: Callable[..., nn.Module], variant: str, *args: Any, **config: Any) -> nn.Module:
         if is_model(variant) and model_entrypoint(variant).__module__ != entry_point.__module__:
-            return build_model_with_cfg(model_class, variant, *args, **config)  # a model inside the model
+            return build_model_with_cfg(model_class, variant, *args, **config)  # a submodel built by timm's builder
         raise _Recorded(model_class, config)
 
     name = "build_model_with_cfg"
@@ -117,10 +117,10 @@ def _recorded(
 
 
 def build(form: Form) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The smallest model of a form that can be built and run, in evaluation mode, with a picture for it.
+    """The smallest model of a form that can be built and run, in evaluation mode, with an input image.
 
     Raises:
-        ValueError: Nothing of at most `PARAMETERS` parameters could be built and run; it tells of the last trial.
+        ValueError: No model with at most `PARAMETERS` parameters runs; the message describes the last trial.
     """
     problem: Exception | None = None
     built = None
@@ -150,7 +150,7 @@ def _build(form: Form, config: Mapping[str, Any], side: int) -> nn.Module:
     config = {**config, "num_classes": 5}
     if "img_size" in inspect.signature(form.model_class).parameters:
         config["img_size"] = side
-    if not any(isinstance(part, nn.Module) for part in _parts(config)):  # such a part is real, and fits nothing on meta
+    if not any(isinstance(part, nn.Module) for part in _parts(config)):  # it has real weights
         with torch.device("meta"):
             total = sum(p.numel() for p in _made(build_model_with_cfg, form, config).parameters())
         if total > PARAMETERS:
@@ -159,7 +159,7 @@ def _build(form: Form, config: Mapping[str, Any], side: int) -> nn.Module:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """A configuration's values, those inside of others too."""
+    """A configuration's values, nested ones included."""
     yield value
     if isinstance(value, Mapping):
         for one in value.values():
@@ -169,7 +169,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _made(builder: Callable[..., nn.Module], form: Form, config: Mapping[str, Any]) -> nn.Module:
-    # Some classes take their configuration apart.
+    # A deep copy, because some classes modify their configuration.
     return builder(form.model_class, form.architecture, False, **copy.deepcopy(dict(config)))
 
 
@@ -177,7 +177,7 @@ def _made(builder: Callable[..., nn.Module], form: Form, config: Mapping[str, An
 
 
 def _shrunk(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """A configuration made smaller in several ways, the smallest first, itself last."""
+    """Reduced variants of a configuration, smallest first; the original is last."""
     for deepest, narrower, fewer in ((2, 8, 1), (3, 8, 1), (2, 4, 1), (2, 2, 1), (2, 4, 4), (2, 1, 1), (4, 1, 1)):
         small = {name: _smaller(name, value, deepest, narrower, fewer) for name, value in config.items()}
         total = config.get("depth")
@@ -193,21 +193,21 @@ def _is_per_block(value: Any, blocks: Any) -> bool:
 
 
 def _of_each_kind(values: Any, count: int) -> Any:
-    """So many of the values of single blocks, in their order, and one of each kind among them if there is room."""
+    """Select `count` of the per-block values, in order, with one of each distinct value if possible."""
     firsts = [i for i, value in enumerate(values) if value not in values[:i]][:count]
     others = [i for i in range(len(values)) if i not in firsts]
     return type(values)(values[i] for i in sorted(firsts + others[: count - len(firsts)]))
 
 
 def _defaults(model_class: Callable[..., nn.Module]) -> dict[str, Any]:
-    """Depths and widths that a constructor has where it is given none."""
+    """Default depths and widths of a constructor."""
     parameters = inspect.signature(model_class).parameters.items()
     sizes = {name: p.default for name, p in parameters if _DEPTHS.match(name) or _WIDTHS.match(name)}
     return {name: size for name, size in sizes.items() if isinstance(size, int | list | tuple)}
 
 
 def _smaller(name: str, value: Any, deepest: int, narrower: int, fewer: int) -> Any:
-    """A value of a configuration: so many blocks at most, widths and numbers of heads divided."""
+    """A reduced value of a configuration: depths are limited, widths and numbers of heads are divided."""
     if _NOT_THE_MODEL.match(name):
         return value
     if _DEPTHS.match(name):
@@ -231,13 +231,13 @@ def _smaller(name: str, value: Any, deepest: int, narrower: int, fewer: int) -> 
 
 
 def _fewer(blocks: list[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """The first few blocks of each type in a stage, and its last."""
+    """The first `most` blocks of each type in a stage, and its last block."""
     types = [block["block_type"] for block in blocks]
     return [block for i, block in enumerate(blocks) if types[:i].count(types[i]) < most or block is blocks[-1]]
 
 
 def _each(value: Any, change: Callable[[int], int]) -> Any:
-    """A number, or every number of a nested sequence, changed."""
+    """Apply a function to an integer, or to every integer of a nested sequence."""
     if isinstance(value, list | tuple):
         return type(value)(_each(one, change) for one in value)
     return change(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -247,7 +247,7 @@ def _each(value: Any, change: Callable[[int], int]) -> Any:
 
 
 def _signature(form: Form) -> object:
-    """What forms have in common that differ in nothing but numbers."""
+    """A signature that is equal for forms that differ only in numbers."""
     source = inspect.getsource(importlib.import_module(f"timm.models.{form.family}"))
     if not _HOLDS_ATTENTION.search(source + repr(form.config.get("block_args"))):
         return form.family

@@ -1,7 +1,7 @@
-"""Configurations of model types: the default of the type, with what it leaves open filled in.
+"""Configurations of model types: the type's default, with missing values filled in.
 
-In: a model type. Out: a config. Some defaults are no model: numbers are missing, or parts do not fit each other; others
-leave out what makes the type interesting, such as the layers with attention of a hybrid.
+In: a model type. Out: a config. Some defaults do not give a model: values are missing, or parts do not fit each other.
+Others leave out the interesting parts of the type, such as the attention layers of a hybrid.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _INTRACLASS = {
     **{f"symmetric_conv_long_{s}ratio": [[k, k], [1, 1], [k // 2, k // 2]] for k, s in _SQUARE.items()},
 }
 _STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "out_indices": [1, 2, 3, 4]}
-_LCNET = _STAGES | {  # the default halves the height alone, as for lines of text
+_LCNET = _STAGES | {  # the default halves only the height, as for lines of text
     "block_configs": [
         *([[3, 96, 96, 1, True]], [[3, 96, 96, 2, False], [3, 96, 96, 1, False]]),
         *([[3, 96, 192, 2, False], [3, 192, 192, 1, True]], [[3, 192, 384, 2, False], [3, 384, 384, 1, True]]),
@@ -119,7 +119,7 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "granite4_vision": {
         **{"deepstack_layer_map": [[-1, 0]], "use_spatial_sampling": False, "downsample_rate": "1/2"},
     },
-    "higgs_audio_v2_tokenizer": {  # as many sounds a second as its other half hears
+    "higgs_audio_v2_tokenizer": {  # the same frame rate as its other half
         "acoustic_model_config": {f"{way}sampling_ratios": [8, 5, 4, 2, 3] for way in ("down", "up")}
     },
     "hunyuan_v1_dense": {"head_dim": 128, "num_key_value_heads": 8},
@@ -166,7 +166,7 @@ _FILLED_IN: dict[str, dict[str, Any]] = {
     "sam2_video": _VIDEO,
     "sam3_tracker": {key: _SAM3_TRACKER[key] for key in ("prompt_encoder_config", "vision_config")},
     "sam3_tracker_video": _SAM3_TRACKER,
-    "sam3_video": {  # whatever it looks for, it finds
+    "sam3_video": {  # thresholds at which everything is detected
         **{"score_threshold_detection": -1.0, "new_det_thresh": -1.0, "det_nms_thresh": 0.0, "fill_hole_area": 0},
         **{"assoc_iou_thresh": -1.0, "trk_assoc_iou_thresh": -1.0},
         **{"low_res_mask_size": 72, "tracker_config": _SAM3_TRACKER},
@@ -212,14 +212,14 @@ _FILLED_IN_FOR: dict[str, dict[str, Any]] = {
         for task in ("ImageMatting", "NormalEstimation", "PointmapEstimation", "PoseEstimation", "SemanticSegmentation")
     },
 }
-"""What single classes want beside that."""
+"""Additional values for individual classes."""
 
 
 def config_of(cls: Any, family: str) -> Any:
     """The configuration of a model type.
 
     Arguments:
-        cls: The class that is to be built.
+        cls: The class to build.
         family: The model type.
 
     Returns:
@@ -228,7 +228,7 @@ def config_of(cls: Any, family: str) -> Any:
     make = transformers.CONFIG_MAPPING[family]
     own = getattr(cls, "config_class", None)
     if isinstance(own, type) and not issubclass(make, own):
-        # The type's config holds several models, the class is one of them; or the class belongs to another type.
+        # The class is one of several models in the type's config, or belongs to another type.
         family = own.model_type if own.model_type in _FILLED_IN else family
         make = own
     missing = _FILLED_IN.get(family, {}) | _FILLED_IN_FOR.get(cls.__name__, {})
@@ -237,7 +237,7 @@ def config_of(cls: Any, family: str) -> Any:
     try:
         fields = make().to_dict()
     except Exception:
-        fields = {}  # not even the config itself is whole
+        fields = {}  # even the default config cannot be built
     return make.from_dict(_merged(fields, missing))
 
 

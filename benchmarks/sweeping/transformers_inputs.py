@@ -1,8 +1,7 @@
-"""What a model of transformers is called with, where the command line's guesses are not enough.
+"""Inputs of transformers models, for which the inferred inputs of the command line are not enough.
 
-In: a model. Out: keyword arguments, those that reach most of it first: pictures with the places they take among the
-tokens, patches with their grid, and, for forwards that are like no other, what a table says. Sizes that could be taken
-for each other differ.
+In: a model. Out: keyword arguments, those that reach most of the model first: images with placeholder tokens, patches
+with their grid, and entries of a table for unusual forwards. Sizes that could be confused are different.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def inputs(model: nn.Module) -> Iterator[Inputs]:
     yield from _with_pictures(model, names)
     guesses = hf.inputs(model, BATCH, TOKENS)
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]
-    if all(_first(part, "image_size") is None for part in parts):  # any picture will do: a small one
+    if all(_first(part, "image_size") is None for part in parts):  # any image size works: use a small one
         yield from (guess | {"pixel_values": noise(BATCH, 3, 64, 96)} for guess in guesses if "pixel_values" in guess)
     yield from (_masked(guess, names) for guess in guesses)
     yield from guesses
@@ -45,18 +44,18 @@ def inputs(model: nn.Module) -> Iterator[Inputs]:
 
 
 def ids(config: Any, batch: int = BATCH, tokens: int = TOKENS) -> Tensor:
-    """Tokens, all different, none of them special."""
+    """Distinct token ids, none of them special."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 32
     return torch.arange(3, 3 + batch * tokens).remainder(vocabulary).view(batch, tokens)
 
 
 def noise(*shape: int) -> Tensor:
-    """Random numbers."""
+    """A tensor of random numbers, always the same."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def ones(*shape: int) -> Tensor:
-    """A mask that hides nothing."""
+    """A mask of ones."""
     return torch.ones(shape, dtype=torch.long)
 
 
@@ -64,7 +63,7 @@ def ones(*shape: int) -> Tensor:
 
 
 def _patches(config: Any, name: str, grid: str) -> Inputs:
-    """Two pictures, cut into patches that are the rows of one matrix."""
+    """Two images, split into patches that are the rows of one matrix."""
     vision = getattr(config, "vision_config", config)
     merge = _first(vision, "spatial_merge_size", "merge_size") or 2
     side = merge[0] if isinstance(merge, list | tuple) else merge
@@ -75,7 +74,7 @@ def _patches(config: Any, name: str, grid: str) -> Inputs:
 
 
 def _with_pictures(model: nn.Module, names: Any) -> Iterator[Inputs]:
-    """Text and pictures: as many tokens stand for a picture as the model makes of it."""
+    """Text and images, with as many placeholder tokens per image as the model computes features for it."""
     config: Any = model.config
     token = _first(config, "image_token_id", "image_token_index")
     parts: list[Any] = [model, *model.children()]
@@ -87,13 +86,13 @@ def _with_pictures(model: nn.Module, names: Any) -> Iterator[Inputs]:
     else:
         seen = [guess for guess in hf.inputs(model, BATCH, TOKENS) if "pixel_values" in guess]
         seen = [{"pixel_values": guess["pixel_values"]} for guess in seen][:2]
-        seen += [{"pixel_values": _picture(config, BATCH, 1)}]  # each picture a list of tiles
+        seen += [{"pixel_values": _picture(config, BATCH, 1)}]  # each image as a list of tiles
     for pictures in seen:
         try:
             with torch.no_grad():
                 count = _rows(features(**pictures))
         except Exception:
-            continue  # this model wants pictures in a form of its own
+            continue  # the model needs images in another format
         tokens = _around(ids(config), token, count // BATCH)
         found = {"input_ids": tokens, **pictures, "attention_mask": torch.ones_like(tokens)}
         types = {"mm_token_type_ids": (tokens == token).int()} if "mm_token_type_ids" in names else {}
@@ -102,12 +101,12 @@ def _with_pictures(model: nn.Module, names: Any) -> Iterator[Inputs]:
 
 
 def _around(text: Tensor, token: int, count: int) -> Tensor:
-    """Text with places for a picture in it."""
+    """Text with placeholder tokens for an image inserted."""
     return torch.cat([text[:, :2], torch.full((len(text), count), token), text[:, 2:]], 1)
 
 
 def _rows(features: Any) -> int:
-    """Number of vectors that stand for pictures."""
+    """Number of feature vectors of images."""
     features = getattr(features, "pooler_output", features)
     if isinstance(features, Tensor):
         return features.numel() // features.shape[-1]
@@ -115,7 +114,7 @@ def _rows(features: Any) -> int:
 
 
 def _masked(guess: Inputs, names: Any) -> Inputs:
-    """With the masks of features that some forwards insist on."""
+    """Add the feature masks that some forwards require."""
     found = dict(guess)
     for data in ("input_features", "audio_mel"):
         mask = f"{data}_mask"
@@ -125,7 +124,7 @@ def _masked(guess: Inputs, names: Any) -> Inputs:
 
 
 def _of_tasks(config: Any, guess: Inputs, names: Any) -> Iterator[Inputs]:
-    """As single tasks want them: texts that end, several answers, a text to answer in, one sample, longer sounds."""
+    """Variants for tasks: texts with an end token, several answers, a text to answer in, one sample, longer audio."""
     if "decoder_input_ids" in names and "decoder_input_ids" not in guess:
         yield guess | {"decoder_input_ids": ids(config)}
     tokens = guess.get("input_ids")
@@ -135,7 +134,7 @@ def _of_tasks(config: Any, guess: Inputs, names: Any) -> Iterator[Inputs]:
         }
     if tokens is not None:
         yield guess | {"input_ids": torch.stack((tokens, tokens.flip(1)), 1)}
-        # Answers of one sample, for what has a row for each text.
+        # Answers of one sample, for models with one row per text.
         yield {name: value[:1] for name, value in guess.items()} | {"input_ids": tokens[None, :1]}
     yield {name: value[:1] for name, value in guess.items()}
     if "input_values" in guess:
@@ -183,7 +182,7 @@ def _decisions(c: Any) -> Inputs:
 
 
 def _flat_patches(c: Any) -> Inputs:
-    """NaFlex: patches of pictures of any shape, padded."""
+    """NaFlex: padded patches of images of any shape."""
     vision = getattr(c, "vision_config", c)
     found = {
         "pixel_values": noise(BATCH, 6, 3 * vision.patch_size**2),
@@ -236,13 +235,13 @@ def _spectrogram(bins: str, frames: int = 64) -> Callable[[Any], Inputs]:
 
 
 def _instructions(c: Any) -> Inputs:
-    """Text that holds a place for each of the queries that look at the picture."""
+    """Text with a placeholder token for each query that attends to the image."""
     tokens = _around(ids(c), _first(c, "image_token_index", "video_token_index"), c.num_query_tokens)
     return {"pixel_values": _picture(c, BATCH), "qformer_input_ids": ids(c), "input_ids": tokens}
 
 
 def _actions(c: Any) -> Inputs:
-    """Two cameras, text, and the actions that answer them."""
+    """Images of two cameras, text, and actions."""
     vlm, cameras = c.vlm_config, 2
     vision = vlm.vision_config
     places = (vision.image_size // vision.patch_size) ** 2 * cameras
@@ -255,7 +254,7 @@ def _actions(c: Any) -> Inputs:
 
 
 def _packed(c: Any) -> Inputs:
-    """Patches of two pictures in one row."""
+    """Patches of two images in one row."""
     sizes = torch.tensor([[4, 8]] * BATCH)
     return {
         "pixel_values": noise(1, 3, c.patch_size, c.patch_size * int(sizes.prod(-1).sum())),
@@ -264,7 +263,7 @@ def _packed(c: Any) -> Inputs:
 
 
 def _drafts(c: Any) -> Inputs:
-    """What a draft model is given: states of the model it drafts for, and that model's keys and values."""
+    """Inputs of a draft model: hidden states, keys and values of the model that it drafts for."""
     text, seen = c.get_text_config(), {}
     for number, kind in enumerate(text.layer_types):
         layer = text.per_layer_config[number]
@@ -278,14 +277,14 @@ def _codes(c: Any) -> Inputs:
 
 
 def _with_one_of(c: Any, token: int, count: int) -> Inputs:
-    """A text that holds a special token so many times."""
+    """Text with `count` copies of a special token."""
     text = ids(c, tokens=2 * count + 4)
     text[:, 1 : 2 * count : 2] = token
     return {"input_ids": text}
 
 
 def _tiles(c: Any) -> Inputs:
-    """Two tiles of a picture, and what shape they have together."""
+    """Image tiles, and the id of their aspect ratio."""
     mask = torch.ones(BATCH, 1, c.max_num_tiles, dtype=torch.long)
     picture = noise(BATCH, 1, c.max_num_tiles, 3, c.image_size, c.image_size)
     return {
@@ -337,7 +336,7 @@ _OF_CLASSES: dict[str, Callable[[Any], Inputs]] = {
     "BlipForConditionalGeneration": _picture_and_text,
     "Blip2ForImageTextRetrieval": lambda c: _picture_and_text(c) | {"attention_mask": ones(BATCH, TOKENS)},
 }
-"""What single classes are called with."""
+"""Inputs of individual classes."""
 
 _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     "autoformer": _series,
@@ -407,7 +406,7 @@ _SPECIAL: dict[str, Callable[[Any], Inputs]] = {
     },
     "gemma3n_audio": lambda c: {
         "audio_mel": noise(BATCH, 64, c.input_feat_size),
-        "audio_mel_mask": torch.zeros(BATCH, 64, dtype=torch.bool),  # it says what is to be left out
+        "audio_mel_mask": torch.zeros(BATCH, 64, dtype=torch.bool),  # True marks what is masked out
     },
     "gemma4_vision": lambda c: {
         "pixel_values": torch.rand(BATCH, 36, 3 * c.patch_size**2, generator=torch.Generator().manual_seed(0)),

@@ -1,6 +1,6 @@
-"""SOURCE: transformers. Every class of every model type that the AutoModel mappings name.
+"""SOURCE: transformers. Every class in the AutoModel mappings, for every model type.
 
-In: nothing. Out: candidates. Configs are the types' defaults, shrunk; inputs are inferred as the command line does.
+In: nothing. Out: candidates. Configs are the types' defaults, reduced; inputs are inferred as on the command line.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _CANNOT_RUN = {
     "gemma4_assistant": "its config wants layers that all share their keys, its layers want some that do not",
 }
 PARAMETERS = 200_000_000
-"""Parameters of a model that is still worth running."""
+"""Maximum number of parameters of a model."""
 
 
 def candidates() -> Iterator[Candidate]:
-    """Every class that an AutoModel mapping names, once for each model type."""
+    """Every class in an AutoModel mapping, once for each model type."""
     for family, names in sorted(_named().items()):
         for name in names:
             yield Candidate("transformers", family, name, functools.partial(_build, family, name))
@@ -74,7 +74,7 @@ def _build(family: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str
 
 
 def _class(family: str, name: str) -> Any:
-    """A class of transformers; some that the mappings name are in their module alone."""
+    """A class of transformers; some classes in the mappings can only be imported from their module."""
     home = transformers.CONFIG_MAPPING[family].__module__.replace(".configuration_", ".modeling_")
     return getattr(transformers, name, None) or getattr(importlib.import_module(home), name, None)
 
@@ -99,7 +99,7 @@ def _working(cls: Any, config: Any) -> tuple[nn.Module, tuple[Any, ...], dict[st
 
 
 def _first_that_runs(model: nn.Module, trials: Iterator[Inputs]) -> Inputs:
-    """The first inputs that the forward takes."""
+    """The first inputs with which the forward runs."""
     first: Exception | None = None
     for kwargs in trials:
         try:
@@ -112,10 +112,10 @@ def _first_that_runs(model: nn.Module, trials: Iterator[Inputs]) -> Inputs:
 
 
 class InParts(nn.Module):
-    """A model that has no forward of its own; its parts, which have, one after the other.
+    """Runs the parts of a model without a forward, one after the other.
 
     Arguments:
-        model: The whole.
+        model: The whole model.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -124,9 +124,9 @@ class InParts(nn.Module):
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Models inside the model, by their names."""
+        """The submodels, by name."""
         return {n: part for n, part in self.model.named_children() if isinstance(part, transformers.PreTrainedModel)}
 
     def forward(self, **inputs: Inputs) -> list[Any]:
-        """What each part makes of its own inputs."""
+        """The output of each part for its own inputs."""
         return [getattr(self.model, name)(**kwargs) for name, kwargs in inputs.items()]

@@ -1,7 +1,7 @@
-"""Models of transformers that follow objects through a video: one call is one picture, the memory is a session.
+"""Transformers models that track objects in a video: one call processes one frame; a session holds the memory.
 
-In: such a model. Out: a module whose one call is a short video, so that the attention of a picture sees what those
-before it have left in memory. Its inputs are tensors, and no call leaves anything behind for the next.
+In: such a model. Out: a module that processes a short video in one call, so that attention in a frame reads the memory
+of earlier frames. Its inputs are tensors, and calls share no state.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PICTURES = 2
 
 
 def follows_objects(config: Any) -> bool:
-    """Whether a model of this configuration wants a session."""
+    """Whether a model with this configuration needs a session."""
     return config.model_type in _SESSIONS
 
 
 def video(config: Any) -> Inputs:
-    """Pictures, and an object that a word names or two points show."""
+    """Frames, and an object given by a text prompt or two points."""
     named = hasattr(config, "detector_config")
     side = (config.tracker_config if named else config).image_size
     pictures = {"pictures": noise(PICTURES, 3, side, side)}
@@ -41,10 +41,10 @@ def video(config: Any) -> Inputs:
 
 
 class Tracking(nn.Module):
-    """A model that follows objects through a video.
+    """Runs an object-tracking model on a video.
 
     Arguments:
-        model: A model whose forward takes an `inference_session` and the number of a picture.
+        model: A model with a forward that takes an `inference_session` and a frame index.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,11 +53,11 @@ class Tracking(nn.Module):
         self.config: Any = model.config
         for part in model.modules():
             if "inference_session" in inspect.signature(part.forward).parameters:
-                # Out of inference mode, which keeps no gradients: they are the proof.
+                # Remove the inference mode decorator, because the proof needs gradients.
                 part.forward = types.MethodType(inspect.unwrap(type(part).forward), part)
 
     def forward(self, pictures: Tensor, **shown: Tensor) -> list[Any]:
-        """What the model tells of each picture."""
+        """The output of the model for each frame."""
         make = getattr(inspect.getmodule(type(self.model)), _SESSIONS[self.config.model_type])
         places = {f"{what}_device": pictures.device for what in ("inference", "inference_state", "video_storage")}
         height, width = pictures.shape[-2:]
@@ -69,7 +69,7 @@ class Tracking(nn.Module):
 def _show(
     session: Any, points: Tensor | None = None, labels: Tensor | None = None, tokens: Tensor | None = None
 ) -> None:
-    """Tell a session what to follow, as the processors of these models do."""
+    """Add the object to track to a session, as the processors of these models do."""
     if tokens is not None:
         prompt = session.add_prompt("object")
         session.prompt_input_ids[prompt] = tokens

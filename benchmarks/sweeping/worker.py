@@ -1,8 +1,8 @@
-"""One candidate, judged.
+"""Evaluates one candidate of the sweep.
 
-In: a `Candidate`. Out: its row, plain data: what was found, what was proved, what was refused, what went wrong and
-whose fault it is. The row is told again after each part of the work, so that of a candidate that is stopped there
-stays what was known of it, and which part it did not come through.
+In: a `Candidate`. Out: its row, plain data: what was found, proved and refused, what failed and whose fault it is. The
+row is reported again after each part of the work; if the process is killed, the last report shows the results so far
+and the part in which it stopped.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Row = dict[str, Any]
 
 
 def judge_all(candidates: Iterable[Candidate], jobs: int) -> Iterator[Row]:
-    """Rows of candidates, as they come; each is judged in a process of its own."""
+    """Rows of candidates, as they finish; each is evaluated in its own process."""
     _warm_up()
     for ended in run_apart(judge, candidates, jobs, SECONDS, BYTES):
         yield _final(ended)
 
 
 def _warm_up() -> None:
-    """Import what every process needs: what is imported late would be imported in each.
+    """Import what every process needs, once in the parent.
 
-    Nothing is proved here: a process that has run a backward pass must not fork another that runs one.
+    Nothing is proved here: after a backward pass, a process must not fork another one that runs one.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("transformers.modeling_utils")
@@ -48,7 +48,7 @@ def _warm_up() -> None:
 
 
 def judge(candidate: Candidate, tell: Tell) -> None:
-    """Build, find, prove and count; tell the row after each."""
+    """Build, find, count and prove; report the row after each."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     row = _row(candidate)
@@ -84,15 +84,15 @@ def judge(candidate: Candidate, tell: Tell) -> None:
 
 
 def silent(layout: QKLayout, ran: Counter[str], names: dict[str, str]) -> list[str]:
-    """Modules in which more attentions ran than the layout tells of.
+    """Modules in which more attentions ran than the layout lists as sites or skipped.
 
-    The module that a site is named after need not be the one in which its softmax ran: one may be inside the other,
-    or another module with the same weights.
+    A site's module need not be the one in which its softmax ran: one may be inside the other, or they may be different
+    modules with the same weights.
 
     Arguments:
-        layout: Sites and what was skipped.
-        ran: Attentions that ran, by module.
-        names: One name for all modules that have the same weights.
+        layout: Sites and skipped attentions.
+        ran: Number of attentions that ran, by module.
+        names: One name for all modules with the same weights.
 
     Returns:
         The modules, once for each attention that is missing.
@@ -110,8 +110,8 @@ def silent(layout: QKLayout, ran: Counter[str], names: dict[str, str]) -> list[s
     left -= executed
     result: list[str] = []
     for name, count in missing.items():
-        # The product and the softmax may each be a module of its own, with the attention around both.
-        # Or logits are handed on to a neighbour, which makes weights of its own of them.
+        # The product and the softmax may be separate modules inside the attention module.
+        # Or logits are passed to a sibling module, which computes its own attention weights from them.
         near = [other for other in left if _around(name, other) or f"{name}.".startswith(f"{_parent(other)}.")]
         for other in near:
             taken = min(count, left[other])

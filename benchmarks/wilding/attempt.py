@@ -1,11 +1,11 @@
-"""One try of one entry, in a process of its own: what the program prints, and what comes of what it found.
+"""One try of one entry, in its own process: inspect, convert, then verify the layout.
 
-In: an entry and the flags of the try. Out: a row, plain data. It is told again after each part of the work: inspect,
-convert, proof. What the process prints goes to a file.
+In: an entry and the flags of the try. Out: a row, plain data, which is reported again after each part of the work. The
+output of the process goes to a file.
 
-The program is run as it is (`quack_fx.cli.app.main`), with its own words. Two things differ from three commands typed
-one after the other: what inspect found is given to convert and to the proof, which would find it anew; and the world
-that the file needed stays open until the process ends.
+The command line is run as a user would (`quack_fx.cli.app.main`). Two things differ from three separate commands:
+convert and the verification use the layout that inspect found instead of finding it again; and the environment that
+the file needed stays open until the process ends.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from benchmarks.sweeping.processes import Ended, Tell, run_apart
 from benchmarks.wilding.entries import Entry
 
 SECONDS = 180
-"""Of each part of the work."""
+"""Time limit for each part of the work."""
 BYTES = 14 << 30
 TOO_LARGE = "too large"
-"""Why a model is not proved whose copy does not fit, or whose forward does not."""
+"""Reason for not proving a model: its copy or its forward does not fit in memory."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Try:
-    """An entry with the flags that are typed, and where its repository and the text that is printed lie."""
+    """An entry with the flags of a try, the folder of repositories, and the file for the printed output."""
 
     entry: Entry
     flags: tuple[str, ...]
@@ -46,23 +46,23 @@ class Try:
     output: Path
 
     def key(self) -> tuple[str, tuple[str, ...]]:
-        """What tells it from others."""
+        """The unique key of a try."""
         return self.entry.key, self.flags
 
 
 def attempt_all(tries: Iterable[Try], jobs: int) -> Iterator[Row]:
-    """Rows of tries, as they come."""
+    """Rows of tries, as they finish."""
     for name in ("torch", "torch._dynamo", "quack_fx.find", "quack_fx.targets", "quack_fx.report", "quack_fx.prove"):
-        importlib.import_module(name)  # once for all, as it is the same for each
+        importlib.import_module(name)  # import once in the parent, for all processes
     for name in ("quack_fx.train.convert", "quack_fx.cli.app", "quack_fx.cli.proof"):
         importlib.import_module(name)
-    # The alarms of the parts come first; the last limit is for a process that does not heed them.
+    # The alarm of each part comes first; this limit is for a process that ignores it.
     for ended in run_apart(_attempt, tries, jobs, 3 * SECONDS + 30, BYTES):
         yield _final(ended)
 
 
 def empty(one: Try) -> Row:
-    """The row of a try of which nothing is known yet."""
+    """The initial row of a try."""
     row: Row = {"key": one.entry.key, "flags": list(one.flags), "part": "inspect", "code": None, "line": ""}
     row |= {"traceback": "", "model": "", "how": "", "sites": None, "skipped": [], "assumed": "", "missing": ""}
     row |= {"rows_checked": 0, "rows_wrong": [], "converted": False, "convert_line": "", "proved": None, "open": ""}
@@ -73,7 +73,7 @@ def empty(one: Try) -> Row:
 
 
 def _attempt(one: Try, tell: Tell) -> None:
-    """Inspect, convert, prove; tell the row after each."""
+    """Inspect, convert, prove; report the row after each."""
     _alone(one)
     import torch
 
@@ -81,7 +81,7 @@ def _attempt(one: Try, tell: Tell) -> None:
     row = empty(one)
     tell(row)
     app: Any = importlib.import_module("quack_fx.cli.app")
-    app.open_command = contextlib.nullcontext  # the world of the file stays open for what follows
+    app.open_command = contextlib.nullcontext  # keep the environment of the file open for the next parts
     inspect: Any = importlib.import_module("quack_fx.cli.inspect")
     findings: list[Any] = []
     find = inspect.find
@@ -121,7 +121,7 @@ def _attempt(one: Try, tell: Tell) -> None:
 
 
 def _alone(one: Try) -> None:
-    """Make of the process what a user's would be: its folder, its words, its output, nothing of this package."""
+    """Make this process like a user's: working directory, arguments, output, no modules of this package."""
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     file = os.open(one.output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -195,10 +195,10 @@ def _proof(finding: Any) -> Row:
 
 
 def compare_rows(entry: Entry, layout: Any, shapes: Any) -> tuple[int, list[str]]:
-    """Compare a layout with the rows that were written down by hand.
+    """Compare a layout with the rows that a person wrote down.
 
     Returns:
-        How many sites have rows in the list, and the names of those that differ from them.
+        The number of sites with rows in the list, and the names of those that differ.
     """
     checked, wrong = 0, []
     for site in layout.sites:
@@ -212,7 +212,7 @@ def compare_rows(entry: Entry, layout: Any, shapes: Any) -> tuple[int, list[str]
 
 
 def _same(site: Any, side: str, end: str, rows: str, shapes: Any) -> bool:
-    """Whether the one block of a side that is next to the logits is the one that was written down."""
+    """Whether one side has exactly one block next to the logits, and it is the one that was written down."""
     outer = {getattr(term, side)[0] for term in site.terms}
     if len(outer) != 1:
         return False
@@ -231,7 +231,7 @@ def _same(site: Any, side: str, end: str, rows: str, shapes: Any) -> bool:
 
 
 def _told(text: str, one: Try) -> str:
-    """The last line that the program itself printed about what is wrong, without this machine's folders."""
+    """The last error line that quack-fx printed, without paths of this machine."""
     lines = [line for line in text.splitlines() if line.startswith("quack-fx: ")]
     return _one_line(lines[-1].removeprefix("quack-fx: ") if lines else "", one)
 
@@ -244,7 +244,7 @@ def _one_line(text: str, one: Try | None = None) -> str:
 
 
 def _traceback(text: str) -> str:
-    """Where the last traceback that was printed ends, and its error; "" where there is none."""
+    """The last two locations of the last printed traceback, and its error; "" if there is none."""
     at = text.rfind("Traceback (most recent call last)")
     if at < 0:
         return ""

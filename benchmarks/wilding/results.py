@@ -1,6 +1,6 @@
-"""What came of each entry, from the rows of its tries.
+"""The result of each entry, from the rows of its tries.
 
-In: an entry and its rows. Out: a `Result`: how the first command ended, which flags it took to work, what was found,
+In: an entry and its rows. Out: a `Result`: how the first command ended, which flags were needed, what was found,
 refused, missed, proved and converted.
 """
 
@@ -33,12 +33,12 @@ _KINDS = (
 
 
 def kind_of(line: str) -> str:
-    """The kind of reason in a line that the program printed, in a few words."""
+    """The kind of reason in a printed error line, in a few words."""
     return next((kind for pattern, kind in _KINDS if re.search(pattern, line)), "another reason")
 
 
 def outcome(entry: Entry, row: Row) -> str:
-    """How one try ended, in a few words; "works" where it told of the model that is meant."""
+    """How one try ended, in a few words; "works" if it reported the intended model."""
     if row["stopped"].startswith("inspect"):
         return TIMEOUT if "stopped after" in row["stopped"] else f"died ({row['stopped'].removeprefix('inspect: ')})"
     if row["sites"] is None:
@@ -54,12 +54,12 @@ def outcome(entry: Entry, row: Row) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of an entry.
+    """Result of an entry.
 
     Attributes:
         entry: The entry.
         first: Row of the command without flags.
-        best: Row of the first try that works; that without flags where none does.
+        best: Row of the first try that works; if none does, the row without flags.
         tries: All rows.
     """
 
@@ -70,7 +70,7 @@ class Result:
 
     @property
     def works(self) -> bool:
-        """Whether a try works."""
+        """Whether any try works."""
         return outcome(self.entry, self.best) == WORKS
 
     @property
@@ -80,44 +80,44 @@ class Result:
 
     @property
     def word(self) -> str:
-        """How the entry ended: works, with how many flags, or how the first command failed."""
+        """The outcome: works, with how many flags, or how the first command failed."""
         if not self.works:
             return outcome(self.entry, self.first)
         return (WORKS, "works with one flag", "works with two flags")[len(self.flags)]
 
     @property
     def expected(self) -> int | None:
-        """How many attentions there are to tell of, where that is known and a try works."""
+        """Expected number of attentions, if it is known and a try works."""
         return self.entry.expected(self.flags) if self.works else None
 
     @property
     def found(self) -> int:
-        """Attentions that were found."""
+        """Number of attentions found."""
         return int(self.best["sites"] or 0) if self.works else 0
 
     @property
     def refused(self) -> int:
-        """What was refused with a reason; not all of it need be attention."""
+        """Number of refusals with a reason; not all of them need be attention."""
         return len(self.best["skipped"]) if self.works else 0
 
     @property
     def missed(self) -> int:
-        """Attentions that were neither found nor refused."""
+        """Number of attentions neither found nor refused."""
         return max(0, (self.expected or 0) - self.found - self.refused)
 
     @property
     def surplus(self) -> int:
-        """Attentions that were found and are none by hand."""
+        """Number of attentions found beyond those counted by hand."""
         return max(0, self.found - self.expected) if self.expected is not None else 0
 
     @property
     def proved(self) -> int:
-        """Attentions whose rows are proved."""
+        """Number of attentions with proved rows."""
         return int(self.best["proved"] or 0) if self.works else 0
 
     @property
     def wrong(self) -> list[str]:
-        """What is wrong in any try: claims that a proof refuted, rows that are not those written down by hand."""
+        """Errors in any try: layouts that were refuted, and rows that differ from those written down by hand."""
         wrong = [row["wrong"] for row in self.tries if row["wrong"]]
         if names := self.best["rows_wrong"]:
             wrong.append(f"rows of {len(names)} attentions are not those read by hand, the first {names[0]!r}")
@@ -130,7 +130,7 @@ class Result:
 
 
 def result(entry: Entry, rows: Mapping[Key, Row]) -> Result | None:
-    """What came of an entry; None where its first command was not tried."""
+    """The result of an entry; None if its first command was not tried."""
     tried = [rows[entry.key, flags] for flags in entry.tries() if (entry.key, flags) in rows]
     if not tried or tried[0]["flags"]:
         return None
@@ -138,7 +138,7 @@ def result(entry: Entry, rows: Mapping[Key, Row]) -> Result | None:
 
 
 def next_try(entry: Entry, rows: Mapping[Key, Row]) -> tuple[str, ...] | None:
-    """Flags of the next try of an entry; None where one works or all have been tried."""
+    """Flags of the next try of an entry; None if one works or all have been tried."""
     for flags in entry.tries():
         row = rows.get((entry.key, flags))
         if row is None:

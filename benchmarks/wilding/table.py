@@ -1,6 +1,6 @@
-"""The results over public repositories as a page of markdown.
+"""The results over public repositories as a Markdown page.
 
-In: results. Out: sums, the environment, a line for each entry, what the first commands that fail print.
+In: results. Out: totals, the environment, a line for each entry, the output of first commands that fail.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ DOMAINS = ("language", "vision", "audio", "time series", "recommender", "biology
 _PACKAGES = """transformers diffusers x-transformers einops timm torchvision torchaudio numpy scipy pandas scikit-learn
 matplotlib tiktoken tokenizers sentencepiece safetensors omegaconf ml-collections tensorboard lightning triton
 flash-attn xformers fairscale deepspeed apex mmcv reformer-pytorch gym biopython""".split()
-"""What the repositories import besides torch."""
+"""Packages that the repositories import besides torch."""
 
 
 def markdown(results: Iterable[Result], absent: int, limits: str) -> str:
     """The page.
 
     Arguments:
-        results: What came of the entries.
-        absent: How many more entries are on the list.
+        results: Results of the entries.
+        absent: Number of further entries on the list.
         limits: The limits of each process, in words.
 
     Returns:

@@ -1,4 +1,4 @@
-"""QuacK under Accelerate: attach to the optimizer inside what `prepare` gives.
+"""QuacK with Accelerate: attach to the optimizer inside the one that `prepare` returns.
 
 python examples/trainers/accelerated.py            # or: accelerate launch examples/trainers/accelerated.py
 """
@@ -17,7 +17,7 @@ import quack_fx
 
 
 def train(accelerator: Accelerator, steps: int = 12) -> tuple[LlamaForCausalLM, quack_fx.QuacK, list[float]]:
-    """Train a small Llama by an accelerator; each step of the optimizer is several batches where it accumulates.
+    """Train a small Llama with an accelerator; with gradient accumulation, an optimizer step uses several batches.
 
     Returns:
         The model, its QuacK, and the loss of each batch.

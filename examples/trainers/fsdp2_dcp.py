@@ -1,7 +1,7 @@
-"""QuacK under torchrun: FSDP2, and checkpoints of torch.distributed.checkpoint that other numbers of ranks go on from.
+"""QuacK with torchrun: FSDP2, and torch.distributed.checkpoint, which can resume on a different number of ranks.
 
 torchrun --nproc-per-node 2 examples/trainers/fsdp2_dcp.py .demo/fsdp2
-torchrun --nproc-per-node 1 examples/trainers/fsdp2_dcp.py .demo/fsdp2    # goes on
+torchrun --nproc-per-node 1 examples/trainers/fsdp2_dcp.py .demo/fsdp2    # resumes
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import quack_fx
 
 
 class Run:
-    """A sharded model, its optimizer and QuacK, which a checkpoint holds whole."""
+    """A sharded model, its optimizer and QuacK, as saved in a checkpoint."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -40,7 +40,7 @@ class Run:
         self.step = 0
 
     def train(self, steps: int) -> None:
-        """Take some steps; every rank reads the metrics, and one shows them."""
+        """Take some steps; every rank reads the metrics, and rank 0 prints them."""
         rows = torch.arange(16) + torch.arange(8)[dist.get_rank() :: dist.get_world_size(), None]
         for _ in range(steps):
             tokens = (rows + self.step) % 32
@@ -55,12 +55,12 @@ class Run:
                 print(f"step {self.step}  loss {float(loss.detach()):.3f}  largest qk_norm_product {largest:.3f}")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """The contents of a checkpoint."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds."""
+        """Load the contents of a checkpoint."""
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.step = state["step"]
 
@@ -73,5 +73,5 @@ if __name__ == "__main__":
         dcp.load({"run": run}, checkpoint_id=folder)
     run.train(3)
     dcp.save({"run": run}, checkpoint_id=folder)
-    dist.barrier()  # gloo may abort a rank whose partner has left
+    dist.barrier()  # gloo may abort a rank if another one has exited
     dist.destroy_process_group()

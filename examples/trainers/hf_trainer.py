@@ -1,4 +1,4 @@
-"""QuacK in the Trainer of transformers: attach to the optimizer that it makes; metrics go to its own log.
+"""QuacK in the Hugging Face Trainer: attach to the optimizer that it creates; metrics go to its own log.
 
 python examples/trainers/hf_trainer.py
 """
@@ -16,12 +16,12 @@ import quack_fx
 
 
 class QuackTrainer(Trainer):
-    """A Trainer whose optimizer has QuacK; it resumes from the Trainer's own checkpoints."""
+    """A Trainer with QuacK attached to its optimizer; it resumes from the Trainer's own checkpoints."""
 
     quack: quack_fx.QuacK
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The optimizer as the Trainer makes it, with QuacK attached: before it loads a checkpoint into it."""
+        """Create the optimizer and attach QuacK, before the Trainer loads a checkpoint into it."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if not hasattr(self, "quack"):
             layout = quack_fx.find_qk_pairs(self.model, input_ids=self.train_dataset[0]["input_ids"][None])
@@ -29,19 +29,19 @@ class QuackTrainer(Trainer):
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log attention's norms and learning rates beside the loss."""
+        """Log norms and learning rates of attention together with the loss."""
         super().log({**logs, **self.quack.metrics()} if "loss" in logs else logs, *args, **kwargs)
 
 
 class Tokens(Dataset):
-    """Sequences that count upwards."""
+    """Sequences of ascending numbers."""
 
     def __len__(self) -> int:
         """Number of sequences."""
         return 64
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """One sequence, its own labels."""
+        """One sequence, which is also its labels."""
         tokens = (torch.arange(16) + i) % 32
         return {"input_ids": tokens, "labels": tokens}
 

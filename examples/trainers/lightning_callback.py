@@ -1,4 +1,4 @@
-"""QuacK in Lightning: a callback that attaches to the optimizers, and logs to the Trainer's own logger.
+"""QuacK in Lightning: a callback that attaches to the optimizers and logs to the Trainer's own logger.
 
 python examples/trainers/lightning_callback.py
 """
@@ -21,13 +21,13 @@ import quack_fx
 
 
 class QuackCallback(lightning.Callback):
-    """Finds the pairs of `module.model`, and attaches QuacK to each optimizer that holds some."""
+    """Finds the pairs of `module.model` and attaches QuacK to each optimizer that holds query or key weights."""
 
     def __init__(self, inputs: dict[str, Tensor], tau: float = 1.0) -> None:
         self.inputs, self.tau, self.quacks = inputs, tau, list[quack_fx.QuacK]()
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        """The optimizers exist, and no checkpoint was loaded into them yet."""
+        """Attach QuacK: the optimizers exist, and no checkpoint is loaded into them yet."""
         layout = quack_fx.find_qk_pairs(pl_module.model, **self.inputs)
         held = {block.param for site in layout.sites for _, block in site.blocks()}
         pairs = {pl_module.model.get_parameter(name) for name in held}
@@ -36,7 +36,7 @@ class QuackCallback(lightning.Callback):
                 self.quacks.append(quack_fx.QuacK(optimizer, pl_module.model, layout, self.tau))
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *args: Any) -> None:
-        """Log when the Trainer does."""
+        """Log the metrics when the Trainer logs."""
         if trainer.global_step % trainer.log_every_n_steps == 0:
             pl_module.log_dict(self.quacks[0].metrics())
 
@@ -62,7 +62,7 @@ class Llama(lightning.LightningModule):
 
 
 def fit(folder: str, steps: int, resume: Path | None = None) -> tuple[Llama, QuackCallback]:
-    """Train for some steps, with a checkpoint after each epoch of three; go on from one of them."""
+    """Train for some steps, with a checkpoint after every three steps; optionally resume from one."""
     torch.manual_seed(0)
     callback = QuackCallback({"input_ids": torch.zeros(1, 16, dtype=torch.int64)}, tau=0.5)
     trainer = lightning.Trainer(

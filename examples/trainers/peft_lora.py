@@ -1,9 +1,9 @@
-"""QuacK on LoRA adapters of PEFT: the base weights are frozen, and count among what an adapter is multiplied with.
+"""QuacK on PEFT LoRA adapters: base weights are frozen; their norms still count, as an adapter is multiplied with them.
 
     python examples/trainers/peft_lora.py
 
-B starts at zero. It trains by the rule from the first step; A, whose factor begins with B, trains at `tau` until B has
-grown as large as A was.
+B is zero at the start and trains by the rule from the first step. A has an infinite factor while B is zero; it trains
+at `tau` until B has grown to A's initial norm.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""QuacK in torchtitan: the ModelSpec's `post_optimizer_build_fn` attaches to the optimizers inside the container.
+"""QuacK in torchtitan: `post_optimizer_build_fn` of the ModelSpec attaches to the optimizers inside the container.
 
     torchrun --nproc-per-node 1 -m torchtitan.train --module examples.trainers.titan --config llama3_debugmodel
     torchrun --nproc-per-node 1 -m torchtitan.train --module examples.trainers.titan --config deepseek_v3_debugmodel
 
-Any config of torchtitan becomes one with QuacK by `with_quack(config)`.
+`with_quack(config)` adds QuacK to any torchtitan config.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from torchtitan.trainer import Trainer
 import quack_fx
 
 quacks: list[quack_fx.QuacK] = []
-"""QuacK of each optimizer that holds queries or keys."""
+"""The `QuacK` of each optimizer that holds queries or keys."""
 
 
 class QuackMetrics(MetricsProcessor):
-    """The metrics of torchtitan, and attention's."""
+    """Metrics of torchtitan, plus those of QuacK."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(MetricsProcessor.Config):
-        """Its config."""
+        """The config of this processor."""
 
     def log(self, *args: Any, extra_metrics: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Log both."""
+        """Log the metrics of torchtitan and QuacK."""
         super().log(*args, extra_metrics={**(extra_metrics or {}), **quacks[0].metrics()}, **kwargs)
 
 
 def with_quack(config: Trainer.Config, tau: float = 1.0) -> Trainer.Config:
-    """A config whose optimizers get QuacK, after the model was sharded and before a checkpoint is loaded."""
+    """A config that attaches QuacK to the optimizers, after sharding and before a checkpoint is loaded."""
     spec = config.model_spec
     build = spec.post_optimizer_build_fn
 
     def attach(optimizers: OptimizersContainer, model_parts: list[nn.Module], parallel_dims: Any) -> None:
         if build is not None:
             build(optimizers, model_parts, parallel_dims)
-        (model,) = model_parts  # one stage: a pipeline's has a part of the model, and a layout of its own
+        (model,) = model_parts  # no pipeline parallel: a stage would need a layout of its part of the model
         with torch.device("meta"):
             plain = spec.model.build()
         positions = torch.arange(16)[None]

@@ -1,4 +1,4 @@
-"""QuacK in the SFTTrainer of TRL, which is a Trainer of transformers; here with adapters of PEFT.
+"""QuacK in TRL's SFTTrainer, a subclass of the Hugging Face Trainer; here with PEFT adapters.
 
 python examples/trainers/trl_sft.py
 """
@@ -18,12 +18,12 @@ import quack_fx
 
 
 class QuackSFTTrainer(SFTTrainer):
-    """An SFTTrainer whose optimizer has QuacK."""
+    """An SFTTrainer with QuacK attached to its optimizer."""
 
     quack: quack_fx.QuacK
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The optimizer as the Trainer makes it, with QuacK attached: before it loads a checkpoint into it."""
+        """Create the optimizer and attach QuacK, before the Trainer loads a checkpoint into it."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if not hasattr(self, "quack"):
             layout = quack_fx.find_qk_pairs(self.model, input_ids=torch.tensor([self.train_dataset[0]["input_ids"]]))
@@ -31,12 +31,12 @@ class QuackSFTTrainer(SFTTrainer):
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log attention's norms and learning rates beside the loss."""
+        """Log norms and learning rates of attention together with the loss."""
         super().log({**logs, **self.quack.metrics()} if "loss" in logs else logs, *args, **kwargs)
 
 
 def letters() -> PreTrainedTokenizerFast:
-    """A tokenizer of single letters."""
+    """A tokenizer with one token per letter."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {letter: i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")} | {"<eos>": 26, "<unk>": 27}
@@ -46,7 +46,7 @@ def letters() -> PreTrainedTokenizerFast:
 
 
 def trainer_of(folder: str, steps: int) -> QuackSFTTrainer:
-    """A trainer of adapters on a small Llama."""
+    """A trainer for adapters of a small Llama."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4

@@ -7,7 +7,7 @@ In: a model, its layout and a loss. Out: `Arm`s: `forward()` computes gradients,
     c  torch.compile(model), torch.compile(optimizer.step)
     d  c, with QuacK as in the paper's algorithm: a loop over heads around the step
     e  the model with QK norm (RMS with a gain), the compiled step of this package, no QuacK
-    f  the model with QK norm, else as a
+    f  a, for the model with QK norm
     plain, quack   the compiled step of this package without and with QuacK
 """
 
@@ -44,16 +44,16 @@ _PAIR = ("plain", "quack")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained.
+    """A model and batch to train.
 
     Attributes:
         model: The model; arms train copies of it.
         layout: Its layout.
         loss: The loss.
-        args: Positional arguments of the loss behind the model.
-        kwargs: Named ones.
+        args: Positional arguments of the loss after the model.
+        kwargs: Keyword arguments of the loss.
         lr: Learning rate.
-        clip: Largest total norm of the gradients.
+        clip: Maximum total norm of the gradients.
         normed: The same model with its own QK norm; None to add one.
     """
 
@@ -69,11 +69,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """One implementation of the training step.
 
     Attributes:
-        model: Its own copy of the model.
-        forward: Computes gradients, and returns the loss.
+        model: The model that it trains.
+        forward: Computes gradients and returns the loss.
         update: Applies the gradients and clears them.
     """
 
@@ -82,23 +82,23 @@ class Arm:
     update: Callable[[], None]
 
     def step(self) -> Tensor:
-        """A whole training step."""
+        """Run a whole training step."""
         loss = self.forward()
         self.update()
         return loss
 
 
 def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, str]]:
-    """Arms by name, each on a copy of the model, with AdamW and the same clipping of gradients.
+    """Build arms by name, each on a copy of the model, with AdamW and the same gradient clipping.
 
-    "plain" and "quack" share a model and optimizer state, since the addresses of tensors change times by some percent.
+    "plain" and "quack" share a model and optimizer state, because tensor addresses change times by a few percent.
 
     Arguments:
-        names: Which; keys of `MEANING`.
+        names: The arms to build; keys of `MEANING`.
         case: What is trained.
 
     Returns:
-        The arms, and for each that cannot be built for this model, the reason.
+        The arms, and the reason for each arm that cannot be built for this model.
     """
     made: dict[str, Arm] = {}
     missing: dict[str, str] = {}
@@ -119,7 +119,7 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
 
 
 def _arm(name: str, case: Case) -> Arm | str:
-    """An arm with a model of its own, or the reason why it cannot be built."""
+    """An arm with its own copy of the model, or the reason why it cannot be built."""
     model = _with_qk_norm(case) if name in ("e", "f") else copy.deepcopy(case.model)
     if isinstance(model, str):
         return model
@@ -143,14 +143,14 @@ def _with_qk_norm(case: Case) -> nn.Module | str:
 
 
 def _own(name: str, model: nn.Module, case: Case) -> Arm:
-    """An arm with an optimizer of torch."""
+    """An arm with a torch optimizer."""
     loss = case.loss if name in ("a", "f") else torch.compile(case.loss)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name in ("a", "b", "f"):
         optimizer = torch.optim.AdamW(parameters, lr=case.lr, fused=True)
         step_of: Callable[[], Any] = optimizer.step
     else:
-        # A learning rate in a tensor: a number would be compiled in, and a schedule would recompile every step.
+        # The learning rate is a tensor: a float would be a constant, and a schedule would recompile at every step.
         rate = torch.tensor(case.lr, device=parameters[0].device)
         optimizer = torch.optim.AdamW(parameters, lr=rate, capturable=parameters[0].is_cuda)
         step_of = torch.compile(optimizer.step)

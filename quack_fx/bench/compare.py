@@ -1,7 +1,7 @@
-"""Measures all ways to take a training step in one process.
+"""Measures all implementations of a training step in one process.
 
-In: a `Case`. Out: a `Comparison`: for each way the time of its step and of its update alone, its peak memory and the
-time of its first step; and the limits of the machine.
+In: a `Case`. Out: a `Comparison`: for each implementation ("way"), the time of a step, of the update alone and of the
+first step, and the peak memory; and the limits of the machine.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from quack_fx.layout import QKLayout
 from quack_fx.layout.count import qk_count
 
 _OWN_TIMES = 3
-"""Updates are timed this many times as often as whole steps, if nothing is said."""
+"""Default number of timed updates per timed step."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """What one way to take the step costs.
+    """Cost of one implementation of the step.
 
     Attributes:
         step: Seconds of a whole step.
-        update: Seconds of the update alone, with clipping; None where it cannot be timed alone.
-        peak: Bytes that tensors take during a step, beyond weights and optimizer state.
-        first: Seconds of the first step, compiling included.
+        update: Seconds of the update alone, clipping included; None if it cannot be timed alone.
+        peak: Peak bytes of tensors during a step, beyond weights and optimizer state.
+        first: Seconds of the first step, compilation included.
         work: Kernels of a step; None on a CPU.
-        update_work: Kernels of an update; None on a CPU, or where it cannot be run alone.
+        update_work: Kernels of an update; None on a CPU, or if it cannot be run alone.
     """
 
     step: Times
@@ -63,22 +63,22 @@ class Way:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All ways, and the limits.
+    """The measurements of all ways, and the limits of the machine.
 
     Attributes:
-        ways: Those that were taken, by name.
-        missing: For each other way, the reason.
+        ways: The measured ways, by name.
+        missing: The reason for each way that was not measured.
         machine: Kind of machine and versions.
         rounds: Rounds of whole steps.
         update_rounds: Rounds of updates.
-        weights: Number of weights that are trained.
-        scaled: How many of them are rows of queries and keys.
+        weights: Number of trained scalar weights.
+        scaled: How many of them are in query and key rows.
         tokens: Tokens in a batch; None for other inputs.
-        flops: Of forward and backward, matrix products only.
-        update_bytes: Memory traffic of an update: the gradient once for clipping; weight, gradient and moments read;
-            weight and moments written.
-        bandwidth: Bytes a second of a large copy.
-        rate: Flops a second of a large product.
+        flops: FLOPs of forward and backward, matrix products only.
+        update_bytes: Memory traffic of an update: gradients read once for clipping; weights, gradients and moments
+            read; weights and moments written.
+        bandwidth: Bytes per second of a large copy.
+        rate: FLOPs per second of a large matrix product.
     """
 
     ways: Mapping[str, Way]
@@ -95,7 +95,7 @@ class Comparison:
     rate: float
 
     def ratio(self, one: str, other: str, what: Callable[[Way], Times | None]) -> str:
-        """Median of the ratios within a round, with their quartiles; "-" where one of the ways is missing."""
+        """Median and quartiles of the ratio within a round; "-" if one of the ways is missing."""
         above, below = (what(self.ways[name]) if name in self.ways else None for name in (one, other))
         if above is None or below is None:
             return "-"
@@ -110,14 +110,14 @@ def compare(
     progress: Callable[[str], None] | None = None,
     update_rounds: int | None = None,
 ) -> Comparison:
-    """Take the step in several ways, interleaved, in this process.
+    """Measure several ways to run the step, interleaved, in this process.
 
     Arguments:
         case: What is trained.
         names: The ways; keys of `MEANING`.
         rounds: Rounds of whole steps.
-        progress: Called with a short text as the work goes on.
-        update_rounds: Rounds of updates; three times as many where it is None.
+        progress: Called with a short text to report progress.
+        update_rounds: Rounds of updates; None for three times `rounds`.
 
     Returns:
         The measurements.
@@ -137,7 +137,7 @@ def compare(
     works: dict[str, Work | None] = {}
     for name, arm in ways.items():
         arm.step()
-        arm.step()  # a second time, since writes by another way into shared weights make it measure norms again
+        arm.step()  # again, because another way's writes to shared weights make it recompute norms
         peaks[name] = peak_bytes(arm.step)
         works[name] = device_work(arm.step)
     tell(f"timing {rounds} rounds of steps")
@@ -173,8 +173,8 @@ def compare(
 
 
 def _updates_alone(ways: Mapping[str, Arm]) -> dict[str, Callable[[], None]]:
-    """For each way a function that takes its update alone, with the same gradients every time."""
-    kept: dict[nn.Module, list[Tensor | None]] = {}  # one copy for arms that share a model, at the same addresses
+    """For each way, a function that runs its update alone, with the same gradients every time."""
+    kept: dict[nn.Module, list[Tensor | None]] = {}  # one copy per model: arms that share one use the same addresses
     for arm in ways.values():
         arm.forward()
         if arm.model not in kept:
@@ -197,17 +197,17 @@ def _scaled(case: Case) -> int:
 
 
 def _tokens(case: Case) -> Iterator[int]:
-    """Numbers of tokens in the arguments that hold some."""
+    """Number of tokens in each argument that contains tokens."""
     for value in (*case.args, *case.kwargs.values()):
         if isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() > 1:
             yield value.numel()
 
 
 def _flops(case: Case) -> int:
-    """Flops of the matrix products in one forward and backward; causal attention counts in full.
+    """FLOPs of the matrix products in one forward and backward; causal attention counts in full.
 
-    Counted on fake tensors, unless the model reads values: unfused attention may not fit in memory beside the copies of
-    the model.
+    Counted on fake tensors unless the model reads tensor values, because unfused attention may not fit in memory next
+    to the copies of the model.
     """
     loss, args, kwargs = _Loss(case), case.args, dict(case.kwargs)
     counter = FlopCounterMode(display=False)
@@ -230,7 +230,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Loss(nn.Module):
-    """The loss as a module, so that it can be called with other parameters."""
+    """The loss as a module, so that it can be called with replaced parameters."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class _MatmulDtypes(TorchDispatchMode):
 
 
 def _matmul_dtype(case: Case) -> torch.dtype:
-    """The dtype of most matrix products: half precision in such a model, or under autocast in the loss."""
+    """The most frequent dtype of matrix products; the loss may use autocast."""
     with _MatmulDtypes() as types, torch.no_grad():
         case.loss(case.model, *case.args, **case.kwargs)
     return max(types.seen, key=types.seen.count, default=torch.float32)

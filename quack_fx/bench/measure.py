@@ -1,7 +1,7 @@
 """Interleaved timing, and the limits of the machine.
 
 In: functions. Out: medians and ratios, with quartiles. All functions run in one process, one after the other in each
-round, so that a slower machine affects all of them; ratios are taken within a round.
+round, so that a temporary slowdown affects all of them; ratios are computed within a round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs each start otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler logs each start
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ class Times:
     """Seconds of each round.
 
     Attributes:
-        seconds: One number a round.
+        seconds: One value per round.
     """
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Their median."""
+        """The median."""
         return statistics.median(self.seconds)
 
     def over(self, other: Times) -> tuple[float, float, float]:
-        """Ratio to another, round by round: lower quartile, median, upper quartile."""
+        """Lower quartile, median and upper quartile of the ratio to `other`, round by round."""
         return _quartiles(a / b for a, b in zip(self.seconds, other.seconds, strict=True))
 
     def minus(self, other: Times) -> tuple[float, float, float]:
-        """Seconds more than another takes, round by round: lower quartile, median, upper quartile."""
+        """Lower quartile, median and upper quartile of the difference to `other`, round by round."""
         return _quartiles(a - b for a, b in zip(self.seconds, other.seconds, strict=True))
 
 
@@ -54,7 +54,7 @@ def _quartiles(values: Iterable[float]) -> tuple[float, float, float]:
 def interleaved(
     functions: Mapping[str, Callable[[], object]], rounds: int, warm: Collection[str] = ()
 ) -> dict[str, Times]:
-    """Time functions, interleaved, in another order every round; those in `warm` run once, untimed, before."""
+    """Time functions, interleaved, in a rotating order; those in `warm` run once, untimed, before each timing."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
@@ -81,7 +81,7 @@ def synchronize() -> None:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """Most memory that tensors held at once during a call, beyond what they held before it."""
+    """Peak memory of tensors during a call, beyond what they held before it."""
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -100,11 +100,11 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """The work of a call on the device.
+    """Work of a call on the device.
 
     Attributes:
         kernels: Number of kernels.
-        seconds: Sum of their times, without gaps between them.
+        seconds: Total device time of kernels, copies and fills, without the gaps between them.
     """
 
     kernels: int
@@ -112,7 +112,7 @@ class Work:
 
 
 def device_work(function: Callable[[], object]) -> Work | None:
-    """The work of a call on the device, the median of three calls; None on a CPU."""
+    """Work of a call on the device, from the median of three calls; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     return sorted((_traced(function) for _ in range(3)), key=lambda work: work.seconds)[1]
@@ -129,7 +129,7 @@ def _traced(function: Callable[[], object]) -> Work:
 
 
 def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
-    """Bytes a second that a copy of a large tensor moves, read and written: the best of several."""
+    """Bytes per second, read and written, of a copy of a large tensor; the best of several."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -137,7 +137,7 @@ def bandwidth(device: torch.device, size: int = 1 << 28) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Flops a second of a large product of matrices: the best of several."""
+    """FLOPs per second of a large matrix product; the best of several."""
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     a @ b
     return 2 * size**3 / min(time_of(lambda: a @ b) for _ in range(10))

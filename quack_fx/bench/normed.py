@@ -1,7 +1,7 @@
 """A copy of a model with QK norm, to compare with.
 
-In: a model and its layout, and where that matters the arguments of its forward. Out: a model with RMS QK norms, or why
-there can be none.
+In: a model and its layout, optionally the arguments of its forward. Out: a model with RMS QK norms, or the reason why
+they cannot be added.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def with_qk_norm(
     Arguments:
         model: The model; it is not changed.
         layout: Its layout.
-        inputs: Positional and named arguments of the forward. With them, attentions whose heads come out of more than
-            one projection (MLA) get their norms as well, in a graph of the model: its inputs have those sizes.
+        inputs: Positional and keyword arguments of the forward. They are needed for attentions with heads from more
+            than one projection (MLA), which get their norms in a graph of the model with these input sizes.
 
     Returns:
-        The model, in which all attentions have norms; or the reason why one gets none.
+        The model with norms on all attentions, or the reason why one cannot have them.
     """
     normed = copy.deepcopy(model)
     report = insert_qk_norm(normed, layout)
@@ -48,7 +48,7 @@ def with_qk_norm(
 
 
 def _lacking(report: InsertReport) -> str | None:
-    """Why an attention has no QK norm now; None where all have one."""
+    """Why an attention still has no QK norm; None if all have one."""
     bare = {site.name for site in report.layout.sites if not site.qk_norm}
     if bare:
         return next(left.reason for left in report.left if left.site in bare)

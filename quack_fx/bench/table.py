@@ -1,4 +1,4 @@
-"""A comparison as a table, for a terminal or for a file.
+"""Formats a comparison as a table, for a terminal or a file.
 
 In: a `Comparison`. Out: a rich table and lines of text, or Markdown.
 """
@@ -16,7 +16,7 @@ from quack_fx.bench.measure import Times
 
 
 def terminal(comparison: Comparison) -> Table:
-    """The table of all ways, for a terminal; what the ways are is in its `legend`."""
+    """The table of all ways, for a terminal; `legend` explains the ways."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("way")
     for column in _columns(comparison):
@@ -45,7 +45,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def setting(comparison: Comparison) -> Iterator[str]:
-    """What was measured, on which machine."""
+    """What was measured, and on which machine."""
     c = comparison
     tokens = f", {c.tokens:,} tokens a step" if c.tokens else ""
     yield (
@@ -56,7 +56,7 @@ def setting(comparison: Comparison) -> Iterator[str]:
 
 
 def findings(comparison: Comparison) -> Iterator[str]:
-    """The ratios of interest, and the limits."""
+    """The ratios of interest, and the limits of the machine."""
     c = comparison
     for name, reason in c.missing.items():
         yield f"Way {name} ({MEANING[name]}) could not be taken: {reason}."
@@ -81,7 +81,7 @@ def findings(comparison: Comparison) -> Iterator[str]:
 
 
 def _share(comparison: Comparison) -> str:
-    """What QuacK adds to an update, in percent of a step: too little to see in times of steps."""
+    """What QuacK adds to an update, in percent of a step; it is too little to show in step times."""
     quack, plain = comparison.ways["quack"], comparison.ways["plain"]
     if quack.update is None or plain.update is None:
         return ""
@@ -95,7 +95,7 @@ def _eager(comparison: Comparison) -> str:
 
 
 def _on_device(comparison: Comparison) -> Iterator[str]:
-    """What QuacK adds on the device; on a GPU the time of an update alone is mostly that of launching kernels."""
+    """What QuacK adds to device time; an update timed alone on a GPU is mostly kernel launches."""
     with_quack, without = (comparison.ways[name].update_work for name in ("quack", "plain"))
     if with_quack is not None and without is not None:
         more = with_quack.seconds - without.seconds

@@ -1,7 +1,7 @@
-"""Short training runs of one's own model: with nothing, with QuacK and with QK norm, over learning rates and seeds.
+"""Short training runs of the user's model: plain, with QuacK and with QK norm, over learning rates and seeds.
 
-In: a `Task`. Out: one `Outcome` a run, as soon as it is over. Seed by seed, so that all points have been tried when
-the first is tried again; tune_advice.py says what follows from them.
+In: a `Task`. Out: one `Outcome` per run, as soon as it ends. All points are run with one seed before the next seed
+starts; tune_advice.py draws conclusions from the outcomes.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from quack_fx.train.loss import LossFn, model_inputs
 from quack_fx.train.step import TrainStep, compile_train_step
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and named arguments."""
+"""Positional and keyword arguments."""
 
 HELD_OUT = 8
-"""Batches that the loss is measured on; they are not trained on."""
+"""Number of batches for measuring the loss; they are not trained on."""
 
 _WARMUP = 10
-"""One in so many steps, at the start, has a learning rate that grows; then it is constant."""
+"""The learning rate grows over the first `1 / _WARMUP` of the steps, then stays constant."""
 
 _CLIP = 1.0
-"""Largest total norm of the gradients."""
+"""Maximum total norm of the gradients."""
 
 _LOOK = 10
-"""One in so many steps it is looked whether the loss is a number still."""
+"""Number of steps between checks that the loss is finite."""
 
 OTHER_LR = 3e-3
-"""Learning rate of AdamW beside Muon: embeddings, heads, gains and biases."""
+"""Learning rate of AdamW used with Muon, for embeddings, output heads, gains and biases."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """A model and data to train on.
 
     Attributes:
-        model: Makes the model of a seed.
+        model: Builds the model for a seed.
         layout: Its layout.
-        loss: `loss(model, *args, **kwargs)`, read as the model's own output; None for that output.
-        batches: Makes the batches of a seed, the same whenever it is asked.
-        held_out: Batches that the loss is measured on.
+        loss: `loss(model, *args, **kwargs)`, with a result like a model's output; None to use the model's output.
+        batches: Returns the batches for a seed, always the same ones.
+        held_out: Batches for measuring the loss.
     """
 
     model: Callable[[int], nn.Module]
@@ -67,7 +67,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """One way to train: plain, QuacK or QK norm.
 
     Attributes:
         kind: "none", "quack" or "qk-norm".
@@ -85,14 +85,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one run.
+    """Outcome of one run.
 
     Attributes:
         arm: The way to train.
         lr: Learning rate.
-        seed: Of the weights and of the batches.
-        loss: Mean loss of the held-out batches at the end; not a number where the run diverged.
-        seconds: What the run took.
+        seed: Seed of the weights and the batches.
+        loss: Mean loss of the held-out batches at the end; not finite if the run diverged.
+        seconds: Duration of the run.
     """
 
     arm: Arm
@@ -103,21 +103,21 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss was infinite or no number."""
+        """Whether the loss is inf or NaN."""
         return not math.isfinite(self.loss)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which runs.
+    """The runs to do.
 
     Attributes:
         arms: The ways to train.
         lrs: Learning rates.
         seeds: Number of seeds.
-        steps: Steps of a run.
-        optimizer: "adamw", or "muon" with AdamW beside it.
-        seconds: Time in which to be done; a run that is not over by then does not count.
+        steps: Steps per run.
+        optimizer: "adamw", or "muon" together with AdamW.
+        seconds: Time limit for all runs; a run that has not finished by then does not count.
     """
 
     arms: Sequence[Arm]
@@ -128,25 +128,25 @@ class Plan:
     seconds: float
 
     def points(self) -> Iterator[tuple[int, float, Arm]]:
-        """Seed, learning rate and arm of all runs, in their order: learning rates from the middle outwards."""
+        """Seed, learning rate and arm of all runs, in order; learning rates go from the middle outwards."""
         middle = (len(self.lrs) - 1) / 2
         lrs = sorted(self.lrs, key=lambda lr: abs(sorted(self.lrs).index(lr) - middle))
         yield from product(range(self.seeds), lrs, self.arms)
 
 
 def arms_of(taus: Sequence[float]) -> list[Arm]:
-    """The ways to train a model: with nothing, with QK norm, and with QuacK at each `tau`."""
+    """The ways to train a model: plain, with QK norm, and with QuacK at each `tau`."""
     return [Arm("none"), Arm("qk-norm"), *(Arm("quack", tau) for tau in taus)]
 
 
 @dataclass(frozen=True)
 class Models:
-    """The model of a seed, without and with QK norm.
+    """The model for a seed, without and with QK norm.
 
     Attributes:
-        bare: Without; or why it cannot be had.
-        normed: With; or why it cannot be had.
-        layout: Layout of the one without.
+        bare: The model without QK norm, or the reason why it cannot be built.
+        normed: The model with QK norm, or the reason why it cannot be built.
+        layout: Layout of the model without QK norm.
     """
 
     bare: nn.Module | str
@@ -154,12 +154,12 @@ class Models:
     layout: QKLayout
 
     def of(self, arm: Arm) -> nn.Module | str:
-        """The one that an arm trains, which takes a copy of it."""
+        """The model that an arm trains a copy of."""
         return self.normed if arm.kind == "qk-norm" else self.bare
 
 
 def models_of(task: Task, seed: int) -> Models:
-    """The model of a seed without and with QK norm: put in where it has none, taken out where it has one."""
+    """The model for a seed, without and with QK norm: inserted if the model has none, removed if it has one."""
     model = task.model(seed)
     if not any(site.qk_norm for site in task.layout.sites):
         args, kwargs = task.held_out[0]
@@ -173,19 +173,19 @@ def models_of(task: Task, seed: int) -> Models:
 
 
 def tune(task: Task, plan: Plan, first: Models | None = None) -> Iterator[Outcome]:
-    """Train, run after run.
+    """Train all runs of a plan, one after the other.
 
     Arguments:
         task: What is trained.
-        plan: Which runs.
-        first: The models of seed 0, where they are at hand.
+        plan: The runs to do.
+        first: The models for seed 0, if they were already built.
 
     Returns:
-        What came of them, one by one. There are fewer than planned where the time is over first, and where a model
-        cannot be had without or with QK norm (`models_of` says why).
+        An iterator over the outcomes. There are fewer than planned if the time runs out, or if a model without or with
+        QK norm cannot be built (`models_of` gives the reason).
 
     Raises:
-        StepError: A batch gives no loss, or there are too few.
+        StepError: A batch gives no loss, or there are too few batches.
         OptimizerError: Muon has nothing to train.
 
     Example:
@@ -208,22 +208,22 @@ def tune(task: Task, plan: Plan, first: Models | None = None) -> Iterator[Outcom
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """A model of its own for one run."""
+    """A copy of a model, for one run."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, of how its own graphs are copied
+        warnings.simplefilter("ignore", FutureWarning)  # a warning of torch about copying its own graphs
         return copy.deepcopy(model)
 
 
 def _train(
     task: Task, plan: Plan, model: nn.Module, layout: QKLayout, tau: float, lr: float, seed: int, deadline: float
 ) -> float | None:
-    """The loss of the held-out batches after training; None where the time was over first."""
+    """The loss of the held-out batches after training; None if the time ran out first."""
     optimizers = _optimizers(model, plan.optimizer, lr)
     step = compile_train_step(model, optimizers, task.loss, layout=layout, tau=tau, clip_grad_norm=_CLIP, compile=False)
     base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     batches = islice(task.batches(seed), plan.steps)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # dropout draws the same for every arm
+        torch.manual_seed(seed)  # the same dropout masks for every arm
         for done in range(plan.steps):
             if time.monotonic() > deadline:
                 return None
@@ -241,7 +241,7 @@ def _train(
 
 
 def _held_out(task: Task, model: nn.Module, step: TrainStep) -> float:
-    """Mean loss of the held-out batches; the gradients that reading it leaves are used by nobody."""
+    """Mean loss of the held-out batches; the gradients that this computes are not used."""
     model.eval()
     losses = [float(step.forward_backward(*args, **kwargs)) for args, kwargs in task.held_out]
     return sum(losses) / len(losses)
@@ -262,7 +262,7 @@ def _optimizers(model: nn.Module, name: str, lr: float) -> list[Optimizer]:
 
 
 def _ends(model: nn.Module) -> set[Tensor]:
-    """Weights of embeddings, and matrices with as many rows as those: what turns features into a token again."""
+    """Embedding weights, and linear weights with as many rows as an embedding: output heads."""
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     rows = {weight.shape[0] for weight in embeddings}
     heads = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in rows]

@@ -1,7 +1,7 @@
-"""What follows from short runs, and what does not.
+"""Conclusions from short training runs.
 
-In: outcomes. Out: their table, and lines that say what to train with, by how much it was better, and whether that is
-more than the spread of the seeds.
+In: outcomes. Out: their table, and lines that say what to train with, by how much it was better, and whether the
+difference is larger than the spread over seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.table import Table
 from quack_fx.bench.tune import Arm, Outcome, Plan
 
 _SURE = 2.0
-"""A difference is told from chance where it is as many times its standard error."""
+"""A difference counts if it is larger than this many standard errors."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Point:
     """One way to train at one learning rate.
 
     Attributes:
-        arm: The way.
+        arm: The way to train.
         lr: The learning rate.
-        losses: Loss of each seed; not a number where the run diverged.
+        losses: Loss of each seed; not finite if the run diverged.
     """
 
     arm: Arm
@@ -37,7 +37,7 @@ class Point:
 
     @property
     def sound(self) -> bool:
-        """Whether no run diverged."""
+        """Whether there are runs, and none diverged."""
         return bool(self.losses) and all(map(math.isfinite, self.losses.values()))
 
     @property
@@ -54,9 +54,9 @@ class Point:
 
 
 def points_of(outcomes: Sequence[Outcome], plan: Plan) -> list[list[Point]]:
-    """Outcomes by way and, upwards, by learning rate; points without runs as well.
+    """Outcomes by arm and ascending learning rate; includes points without runs.
 
-    A seed that was not finished counts only where no other was: means over different seeds cannot be compared.
+    A seed with missing runs counts only if no seed is complete: means over different seeds cannot be compared.
     """
     runs = Counter(outcome.seed for outcome in outcomes)
     whole = {seed for seed, number in runs.items() if number == len(plan.arms) * len(plan.lrs)}
@@ -67,7 +67,7 @@ def points_of(outcomes: Sequence[Outcome], plan: Plan) -> list[list[Point]]:
 
 
 def table(outcomes: Sequence[Outcome], plan: Plan) -> Table:
-    """Losses of the held-out batches, with the best of each way in bold; for a terminal."""
+    """Losses of the held-out batches, with the best of each arm in bold, for a terminal."""
     shown = Table(box=box.SIMPLE, pad_edge=False)
     shown.add_column("held-out loss at lr")
     for lr in sorted(plan.lrs):
@@ -87,7 +87,7 @@ def markdown(outcomes: Sequence[Outcome], plan: Plan) -> str:
 
 
 def advice(outcomes: Sequence[Outcome], plan: Plan) -> Iterator[str]:
-    """What to train with, as far as these runs can tell."""
+    """What to train with, according to these runs."""
     rows = points_of(outcomes, plan)
     bests = [best for row in rows if (best := _best(row)) is not None]
     if not bests:
@@ -112,7 +112,7 @@ def advice(outcomes: Sequence[Outcome], plan: Plan) -> Iterator[str]:
 
 
 def _against(point: Point, plain: Point) -> str:
-    """A way against the model as it is, each at its own best learning rate, seed by seed."""
+    """Compare an arm with plain training, each at its best learning rate, seed by seed."""
     differences = [loss - plain.losses[seed] for seed, loss in point.losses.items() if seed in plain.losses]
     text = f"{point.arm.name} (lr {point.lr:g}) against none (lr {plain.lr:g}): "
     if len(differences) < 2:
@@ -125,7 +125,7 @@ def _against(point: Point, plain: Point) -> str:
 
 
 def _diverged(rows: Sequence[Sequence[Point]]) -> Iterator[str]:
-    """At which learning rates each way diverged."""
+    """The learning rates at which each arm diverged."""
     for row in rows:
         broken = [point for point in row if point.losses and not point.sound]
         if broken:
@@ -133,7 +133,7 @@ def _diverged(rows: Sequence[Sequence[Point]]) -> Iterator[str]:
 
 
 def _best(row: Sequence[Point]) -> Point | None:
-    """The learning rate with the lowest mean loss, of those at which no run diverged."""
+    """The point with the lowest mean loss among those at which no run diverged."""
     return min((point for point in row if point.sound), key=lambda point: point.mean, default=None)
 
 
@@ -142,6 +142,6 @@ def _seeds(point: Point) -> str:
 
 
 def _with_spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and, for two or more, standard deviation."""
+    """Mean and, for two or more values, standard deviation."""
     text = f"{statistics.fmean(values):{sign}.3f}"
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values):.3f}"

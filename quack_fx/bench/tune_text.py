@@ -1,8 +1,8 @@
-"""A language model's loss and batches out of plain bytes.
+"""A language model's loss and batches from plain bytes.
 
-In: a model, the example inputs of its forward, and text. Out: `LanguageModel`: which argument holds the tokens, where
-the model says what follows each of them, and batches of text in that form. A model that is none, or that sees the
-tokens it is asked for, is refused.
+In: a model, the example inputs of its forward, and text. Out: `LanguageModel`: the argument that takes the tokens, the
+output with the next-token logits, and batches of text in that form. A model that is not a language model, or that sees
+the tokens it predicts, is refused.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from quack_fx.errors import StepError, first_line
 
 _SEQUENCES = 8
 _POSITIONS = (64, 32, 16, 8)
-"""Positions of a sequence that are tried, where the user gave no inputs."""
+"""Sequence lengths to try if the user gave no inputs."""
 
 _TEXT_BYTES = 4_000_000
 _ONE_IN = 20
-"""One in so many bytes, at the end of the text, is held out."""
+"""The last `1 / _ONE_IN` of the text is held out."""
 
 _WAY_OUT = "give --batches FILE.py:FUNCTION, which yields batches for which the model gives its loss"
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Where a model takes tokens and gives logits.
+    """How a model takes tokens and returns logits.
 
     Attributes:
         args: Positional arguments of the forward.
-        kwargs: Named ones.
-        tokens: Index or name of the argument that holds the tokens.
-        targets: Name of the argument that the model wants the following tokens in to give logits for all; None where it
-            gives them anyway.
-        vocabulary: Number of different tokens.
+        kwargs: Keyword arguments of the forward.
+        tokens: Index or name of the argument that takes the tokens.
+        targets: Name of the argument for the next tokens, if the model returns logits of all positions only with it;
+            else None.
+        vocabulary: Size of the vocabulary.
         shape: Sequences and positions of a batch.
     """
 
@@ -55,29 +55,29 @@ class LanguageModel:
     shape: tuple[int, int]
 
     def loss(self, model: nn.Module, tokens: Tensor, following: Tensor) -> Tensor:
-        """Mean loss of the tokens that follow; tokens and following are [sequences, positions]."""
+        """Mean next-token loss; `tokens` and the next tokens, `following`, are [sequences, positions]."""
         logits = _logits(model(*self.args_with(tokens), **self.kwargs_with(tokens, following)), tokens)
         assert logits is not None
         return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
 
     def args_with(self, tokens: Tensor) -> tuple[Any, ...]:
-        """The positional arguments for some tokens."""
+        """The positional arguments for the given tokens."""
         return tuple(tokens if i == self.tokens else value for i, value in enumerate(self.args))
 
     def kwargs_with(self, tokens: Tensor, following: Tensor) -> dict[str, Any]:
-        """The named arguments for some tokens, and those that follow."""
+        """The keyword arguments for the given tokens and next tokens."""
         own = {name: tokens if name == self.tokens else value for name, value in self.kwargs.items()}
         return own if self.targets is None else {**own, self.targets: following}
 
     def batches(self, text: Tensor, seed: int) -> Iterator[Batch]:
-        """Random pieces of a text, without end."""
+        """Endless random batches of a text."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             starts = torch.randint(len(text) - self.shape[1], (self.shape[0], 1), generator=generator)
             yield self._cut(text, starts)
 
     def held_out(self, text: Tensor) -> list[Batch]:
-        """Pieces of a text at equal distances."""
+        """Batches of equally spaced sequences of a text."""
         starts = torch.linspace(0, len(text) - self.shape[1] - 1, HELD_OUT * self.shape[0]).long()
         return [self._cut(text, own.unsqueeze(1)) for own in starts.chunk(HELD_OUT)]
 
@@ -87,19 +87,19 @@ class LanguageModel:
 
 
 def language_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], given: bool) -> LanguageModel:
-    """Look how a model takes tokens and where it gives logits for those that follow.
+    """Find how a model takes tokens and where it returns the logits of the next tokens.
 
     Arguments:
-        model: The model, with numbers.
-        args: Positional arguments of a forward for which it runs.
-        kwargs: Named ones.
-        given: Whether the user gave them, so that a batch has their size.
+        model: The model, with real weights.
+        args: Positional arguments with which its forward runs.
+        kwargs: Keyword arguments with which its forward runs.
+        given: Whether these arguments are the user's; a batch then has their size.
 
     Returns:
-        What was found.
+        The arguments and sizes found.
 
     Raises:
-        StepError: It is no language model, or one that sees the tokens that it is asked for.
+        StepError: The model is not a language model, or sees the tokens that it predicts.
     """
     named: dict[int | str, Any] = dict(enumerate(args))
     named.update(kwargs)
@@ -120,7 +120,7 @@ def language_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
                 vocabulary = _vocabulary(model, found)
             except StepError:
                 raise
-            except Exception as error:  # a model's own, for an argument or a size that it does not take
+            except Exception as error:  # raised by the model for an argument or size that it does not accept
                 failure = first_line(error) if targets is None else failure
                 continue
             if vocabulary is not None:
@@ -129,17 +129,17 @@ def language_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 
 
 def _optional(model: nn.Module, kwargs: Mapping[str, Any]) -> list[str]:
-    """Arguments of the forward that may be left out, and were."""
+    """Arguments of the forward that default to None and were not passed."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [p.name for p in parameters if p.default is None and p.name not in kwargs]
 
 
 @torch.no_grad()
 def _vocabulary(model: nn.Module, found: LanguageModel) -> int | None:
-    """Number of different tokens, as its logits tell; None where there are none, or its targets change them.
+    """Size of the vocabulary, from the logits; None if there are no logits, or if they depend on the targets.
 
     Raises:
-        StepError: The logits of a token depend on later ones.
+        StepError: The logits of a position depend on later tokens.
     """
     rows = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
     most = max(2, min(rows, default=2))
@@ -164,21 +164,21 @@ def _vocabulary(model: nn.Module, found: LanguageModel) -> int | None:
 
 
 def _logits(output: Any, tokens: Tensor) -> Tensor | None:
-    """The largest part of an output with a vector for every token."""
+    """The largest tensor in an output that has a vector for every token."""
     leaves = tree_leaves(dict(output) if hasattr(output, "keys") else output)
     parts = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3]
     return max((part for part in parts if part.shape[:2] == tokens.shape), key=Tensor.numel, default=None)
 
 
 def text_of(path: Path | None, positions: int) -> tuple[Tensor, Tensor]:
-    """Bytes to train on, and others to measure with.
+    """Bytes to train on, and held-out bytes.
 
     Arguments:
         path: A file; None for the sources of Python's standard library.
-        positions: Positions of a sequence.
+        positions: Sequence length.
 
     Raises:
-        StepError: The file cannot be read, or is too short.
+        StepError: The file cannot be read or is too short.
     """
     try:
         if path is None:

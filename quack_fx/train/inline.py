@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _aten = torch.ops.aten
 _ONWARD = {"add", "sub", "mul", "div", "addcdiv", "addcmul", "lerp", "where", "clone"}
-"""Ops (and their `_foreach_` variants) that return an updated version of their first tensor argument."""
+"""Ops (and their `_foreach_` variants) that return an updated version of their first argument (`where`: second)."""
 
 
 def inline_quack(

@@ -159,8 +159,8 @@ class TrainStep:
     def forward_backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Accumulate the gradients of one batch and return its loss, detached.
 
-        For gradient accumulation, call this several times, then `update()`, and divide the loss by the number of
-        batches in `loss_fn`. An exception discards all gradients, those of previous batches included.
+        For gradient accumulation, call this several times, then `update()`; in `loss_fn`, divide the loss by the number
+        of batches. An exception discards all gradients, those of previous batches included.
         """
         program = self._know_program(args, kwargs)
         if self._options.mode:

@@ -62,7 +62,7 @@ class MaxLogits:
     """The largest logit of every query head since the last `take`.
 
     Once a call in a module's forward is proved to be the attention, it is recognised by its number among the calls of
-    that forward. Calls of other ops, shapes or numbers are proved anew; the same calls in another order are confused.
+    that forward. New calls, ops or shapes are proved in turn; a changed order of equal calls is not noticed.
 
     Arguments:
         model: The model, plain or wrapped by DistributedDataParallel or FSDP2. Logits cannot be observed under tensor
