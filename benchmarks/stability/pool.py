@@ -45,7 +45,7 @@ def run_all(runs: Sequence[Run], records: Records, setup: Setup, text: Text, job
     done = {record.run.key for record in records}
     waiting = [run for run in runs if run.key not in done]
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    # Background jobs of a shell ignore SIGINT, so SIGTERM does the same.
+    # Background jobs of a shell ignore SIGINT, so SIGTERM also raises KeyboardInterrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed, under_way = 0, dict[Future[Result | None], Run]()
     with _processes(jobs, setup, text) as (pool, stop), _bar(len(runs), len(runs) - len(waiting)) as (progress, told):

@@ -1,6 +1,6 @@
 """Evaluates one candidate of the sweep.
 
-In: a `Candidate`. Out: its row, plain data: what was found, proved and refused, what failed and whose fault it is. The
+In: a `Candidate`. Out: its row, plain data: what was found, proved and refused, what failed and who is at fault. The
 row is reported again after each part of the work; if the process is killed, the last report shows the results so far
 and the part in which it stopped.
 """

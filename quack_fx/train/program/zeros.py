@@ -5,9 +5,9 @@ In: the module of a program. Out: a subclass of its `QuacK` with finite initial 
 
 A factor is one over the norms that a block is multiplied with, so it is infinite if one of them is zero. The initial
 factor of such a block is the one that it has when the zero weights have grown to the block's own initial norm. Until
-then, the block trains at `tau`, where the zero weights start, and no faster. In the tables of initial factors, these factors
-are negative, and so is the number that identifies the kind. The file that `convert` writes does not support this and
-refuses such a state.
+then, the block trains at `tau`, where the zero weights start, and no faster. In the tables of initial factors, these
+factors are negative, and so is the number that identifies the kind. The file that `convert` writes does not support
+this and refuses such a state.
 """
 
 from __future__ import annotations
