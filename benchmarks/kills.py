@@ -1,14 +1,14 @@
-"""A sharded run that is killed again and again ends at the bits of one that nobody touched.
+"""A sharded run that is killed many times ends bitwise identical to an uninterrupted one.
 
     python -m benchmarks.kills --rounds 100 --markdown benchmarks/results/kills.md
 
-In: how many kills. Two ranks train a small MLA model with FSDP2, AdamW and QuacK by hooks, and save a checkpoint of
-torch.distributed.checkpoint every few steps. Each round SIGKILL hits one of them, at a random moment or while it saves;
-the other is killed as launchers do, and both start again from the last checkpoint that is whole. Out: a page that says
-in what the kills fell, and how many numbers differ from a run without kills or checkpoints: of every step of every
-rank a digest of all its tensors is compared, at the end the tensors themselves, bit for bit.
+In: the number of kills. Two ranks train a small MLA model with FSDP2, AdamW and QuacK's hooks, and save a checkpoint
+with torch.distributed.checkpoint every few steps. In each round, SIGKILL ends one of them at a random moment or while
+it saves; the other is killed as launchers do, and both resume from the last complete checkpoint. Out: a page that
+shows in which phases the kills fell and how many numbers differ from a run without kills or checkpoints. A digest of
+all tensors is compared for every step of every rank; at the end the tensors themselves are compared, bit for bit.
 
-A checkpoint is whole once it has its `.metadata`, which torch.distributed.checkpoint writes last and renames.
+A checkpoint is complete once it has its `.metadata`, which torch.distributed.checkpoint writes last and renames.
 """
 
 from __future__ import annotations

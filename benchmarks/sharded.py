@@ -1,14 +1,13 @@
-"""Several ranks take the steps that one process takes: every way to shard, attention, step and optimizer.
+"""Training on several ranks compared with one process: every way to shard, attention, step and optimizer.
 
     python -m benchmarks.sharded --markdown benchmarks/results/sharded.md
 
-Each cell trains a small model for 50 steps on several ranks (gloo), each of which has a part of the batch, and the same
-model in one process. Out: how far the weights are from each other at the end (the largest of all parameters, relative
-to its norm), and how far the factors.
+Each cell trains a small model for 50 steps on several ranks (gloo), each with its part of the batch, and the same model
+in one process. Out: the largest difference of a parameter at the end, relative to its norm, and that of the factors.
 
-Ranks add up in another order than one process, and Muon, which rounds to bfloat16, makes much of a last digit. So it is
-measured how far one process is from itself when it starts from weights with other last digits, and how far the ranks
-are from one process when torch's Muon takes the steps without QuacK: what is not farther off is rounding.
+Ranks add numbers up in another order than one process, and Muon, which rounds to bfloat16, amplifies such differences.
+Two baselines tell how much of a difference is rounding: one process against itself after the last digits of the initial
+weights were changed, and torch's Muon without QuacK on the same ranks. A difference of that size counts as rounding.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""Every model with QK norm of the installed packages, stripped both ways and looked at again.
+"""Strips the QK norms of every model of the installed packages that has them, in both ways, and checks the results.
 
     python -m benchmarks.strip                          the models whose row in .sweep/rows.jsonl has a QK norm
     python -m benchmarks.strip --only swin --markdown docs/qk_norm.md
 
-For each model: the norm modules are taken out in place, and the norms out of an executable graph of the model. After
-either, find must report the same rows and no QK norm at the sites that were stripped. What the stripped modules
-compute must be bitwise what the model computes with a hook on each of these norms that hands on its input, and the
-graph must agree with the modules to 1e-5 of the largest output, wherever both took out the same. A model that no one
-graph holds and that keeps a norm in its modules is compiled with the backend quack_fx: there, the graphs that Dynamo
-hands over must have all of its attentions, and none of them a QK norm.
+For each model, the norms are removed from its modules in place, and from an executable graph of it. After either, find
+must report the same rows and no QK norm at the stripped sites. The output of the stripped modules must be bitwise that
+of the original model with a hook on each removed norm that returns its input. If both ways removed the same norms, the
+outputs of graph and modules must agree to 1e-5 of the largest output. A model that does not fit into one graph and
+keeps a norm in its modules is compiled with the backend quack_fx: the graphs from Dynamo must contain all of its
+attentions, none with a QK norm.
 
-Then RMS norms are put on the stripped sites, by module or, where there is no place for them, by graph: "normed again"
-counts where find sees them. When they are out again, what is computed must be bitwise what it was without them.
+Then RMS norms are inserted at the stripped sites, by module or, if that is impossible, by graph; "normed again" counts
+the sites at which find reports them. After these are removed, the output must be bitwise what it was before.
 
-Exit status 1 if one of these is not so. What stays is told with its reason.
+Exit status 1 if any of these checks fails. Norms that stay are listed with the reason.
 """
 
 from __future__ import annotations

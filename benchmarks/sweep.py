@@ -1,10 +1,10 @@
-"""Every model class of the installed packages: find its query/key pairs, prove them, count what was missed.
+"""Finds and proves the query/key pairs of every model class of the installed packages, and counts what was missed.
 
     python -m benchmarks.sweep                          all of them; rows go to .sweep/rows.jsonl
     python -m benchmarks.sweep --package timm --only swin
-    python -m benchmarks.sweep --resume                 only those that have no row yet
+    python -m benchmarks.sweep --resume                 only classes without a row
     python -m benchmarks.sweep --resume --again "timeout|not built"
-    python -m benchmarks.sweep --resume --only nothing --markdown docs/sweep.md    the table of the rows there are
+    python -m benchmarks.sweep --resume --only nothing --markdown docs/sweep.md    the table of the existing rows
 
 A row is one JSON object a line: package, family, name, status, error, sites, calls, proved, open (not proved, with
 reasons), skipped (with codes and reasons), ran (attentions that ran, counted without the finder), silent (modules with

@@ -1,15 +1,15 @@
-"""Public repositories as they are: what the first command does, `quack-fx inspect FILE`, with no flag.
+"""Runs the first command, `quack-fx inspect FILE` without flags, on unmodified files of public repositories.
 
     python -m benchmarks.wild --repos FOLDER                    all entries; rows go to .wild/rows.jsonl
     python -m benchmarks.wild --repos FOLDER --only nanoGPT     those whose repository and file match
     python -m benchmarks.wild --repos FOLDER --resume           only the tries that have no row yet
     python -m benchmarks.wild --repos FOLDER --resume --only nothing --markdown docs/wild.md    the table of the rows
 
-In: a folder with checkouts named owner+name, and the list of files in benchmarks/wild.json (`wilding/entries.py` says
-what an entry holds). Out: a row a try, one JSON object a line (`wilding/attempt.py`), what each printed in
-.wild/outputs, and the page.
+In: a folder with checkouts named owner+name, and the list of files in benchmarks/wild.json (`wilding/entries.py`
+describes an entry). Out: one JSON object per line for each attempt (`wilding/attempt.py`), its output in .wild/outputs,
+and the page.
 
-A file whose first command does not work is tried again with each flag that the list has for it, and then with two.
+If the first command fails on a file, it is tried again with each flag that the list has for the file, then with two.
 
 Exit status 1 if a row was wrong or anything printed a traceback.
 """

@@ -45,8 +45,8 @@ class HasMetrics(Protocol):
 class RunLog:
     """Records a training run in a file of JSON lines, which `quack-fx report` and `quack-fx watch` show.
 
-    An existing file is appended to, so a resumed run continues in the same file; if a step is recorded again, readers
-    use the later record. An incomplete last line, left by a killed process, is removed.
+    An existing file is appended to, so a resumed run continues in the same file: when an earlier step follows, readers
+    discard the records from that step on. An incomplete last line, left by a killed process, is removed.
 
     With torch.distributed, every rank must create a `RunLog` and call `log`, because all ranks compute the metrics of
     sharded weights together; only rank 0 writes. With pipeline parallelism it therefore records only its own stage.

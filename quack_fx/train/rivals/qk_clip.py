@@ -60,7 +60,7 @@ class QKClip(Method):
 
     Raises:
         OptimizerError: A head has no rows of its own in a term, or its terms need different powers of the same rows;
-            the rows to scale are frozen; `threshold` is not a positive number.
+            or the rows to scale are frozen.
     """
 
     name: ClassVar[str] = "qk-clip"
