@@ -25,6 +25,7 @@ from quack_fx.layout.sites import (
     Skipped,
     WeightBlock,
     merged,
+    renamed,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "Skipped",
     "WeightBlock",
     "merged",
+    "renamed",
 ]

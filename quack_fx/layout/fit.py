@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from quack_fx.errors import LayoutError
-from quack_fx.layout.sites import QKLayout, WeightBlock
+from quack_fx.layout.sites import QKLayout, WeightBlock, with_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,13 +109,8 @@ def with_bare_names(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[
 
 
 def _renamed(layout: QKLayout, rename: Callable[[str], str]) -> QKLayout:
-    """The layout with renamed parameters."""
-
-    def new(blocks: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
-        return tuple(replace(b, param=rename(b.param), bias=None if b.bias is None else rename(b.bias)) for b in blocks)
-
-    sites = (replace(site, query=new(site.query), key=new(site.key)) for site in layout.sites)
-    return replace(layout, sites=tuple(sites))
+    """The layout with renamed parameters; modules and norms keep their names."""
+    return replace(layout, sites=tuple(with_parameters(site, rename) for site in layout.sites))
 
 
 def bare_name(name: str) -> str:

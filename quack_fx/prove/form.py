@@ -7,13 +7,12 @@ parameters in the same roles, the same arrangement of rows, the same terms, head
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
-from quack_fx.layout.pattern import map_pattern
+from quack_fx.layout.pattern import map_pattern, split_name
 from quack_fx.prove.report import NotProved, SiteProof, VerifyReport
 
 Form = tuple[Any, ...]
@@ -65,7 +64,7 @@ def form(site: AttentionSite) -> Form:
 
 def _pattern(name: str | None) -> str | None:
     """A name without the indices of layers and experts."""
-    return None if name is None else re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+    return None if name is None else "#".join(split_name(name)[0])
 
 
 def _map_form(site: AttentionSite) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from quack_fx.layout import AttentionSite, Norm, Ranges, WeightBlock, merged
-from quack_fx.layout.pattern import map_pattern, row_pattern
+from quack_fx.layout import AttentionSite, Norm, Ranges, WeightBlock, merged, renamed
+from quack_fx.layout.pattern import joined_name, map_pattern, row_pattern, split_name
 
 Indices = tuple[frozenset[int], ...]
 
@@ -59,24 +59,17 @@ def group_names(names: Iterable[str]) -> list[tuple[str, list[str]]]:
         >>> group_names(["h.0.q", "h.1.q", "h.2.q", "head"])
         [('h.{0..2}.q', ['h.0.q', 'h.1.q', 'h.2.q']), ('head', ['head'])]
     """
-    alike: dict[tuple[str | None, ...], list[tuple[int, ...]]] = {}
+    alike: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in dict.fromkeys(names):
-        parts = name.split(".")
-        pattern = tuple(None if part.isdecimal() else part for part in parts)
-        alike.setdefault(pattern, []).append(tuple(int(part) for part in parts if part.isdecimal()))
+        texts, numbers = split_name(name)
+        alike.setdefault(texts, []).append(numbers)
     result = []
-    for pattern, indices in alike.items():
+    for texts, indices in alike.items():
         for grid in _grids(indices):
-            numbers = iter(grid)
-            text = ".".join(part if part is not None else _braces(next(numbers)) for part in pattern)
             members = [i for i in indices if all(n in allowed for n, allowed in zip(i, grid, strict=True))]
-            result.append((text or "(root)", [_fill(pattern, i) for i in members]))
+            pattern = joined_name(texts, map(_braces, grid))
+            result.append((pattern or "(root)", [joined_name(texts, i) for i in members]))
     return result
-
-
-def _fill(pattern: tuple[str | None, ...], indices: tuple[int, ...]) -> str:
-    numbers = iter(indices)
-    return ".".join(part if part is not None else str(next(numbers)) for part in pattern)
 
 
 def _grids(indices: Sequence[tuple[int, ...]]) -> list[Indices]:
@@ -111,24 +104,8 @@ def _braces(values: frozenset[int]) -> str:
 
 def _relative(site: AttentionSite) -> AttentionSite:
     """The site with names relative to its own, so that equal layers become equal."""
-
-    def name(text: str | None) -> str | None:
-        return None if text is None else local_name(text, site.name)
-
-    def norms(side: tuple[Norm, ...]) -> tuple[Norm, ...]:
-        return tuple(replace(n, module=name(n.module), weight=name(n.weight)) for n in side)
-
-    def blocks(side: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
-        return tuple(replace(b, param=local_name(b.param, site.name), bias=name(b.bias)) for b in side)
-
-    return replace(
-        site,
-        name=".".join("" if part.isdecimal() else part for part in site.name.split(".")),
-        query=blocks(site.query),
-        key=blocks(site.key),
-        qk_norm=norms(site.qk_norm),
-        latent_norm=norms(site.latent_norm),
-    )
+    relative = renamed(site, lambda name: local_name(name, site.name))
+    return replace(relative, name="".join(split_name(site.name)[0]))
 
 
 def local_name(name: str, site: str) -> str:

@@ -55,6 +55,10 @@ class RepeatedLayer:
     given: Mapping[Node, bool]
     names: Mapping[str, str]
 
+    def name_of(self, name: str) -> str:
+        """What has this name in `like` is called so in this layer; other names stay."""
+        return self.names.get(name, name)
+
 
 def equal_layer(*inputs: Any) -> None:
     """Target of the node that stands for a layer; never called."""
