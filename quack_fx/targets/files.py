@@ -23,6 +23,7 @@ import torch
 
 from quack_fx.errors import TargetError
 from quack_fx.graph.forward.gpus import OnThisMachine
+from quack_fx.graph.walk import walk
 from quack_fx.targets.packages import Location, locate, repository_of
 from quack_fx.targets.world import TrainingBegins, World, before_training
 
@@ -185,16 +186,14 @@ def defines(node: ast.stmt) -> bool:
 
 def _names_of_classes(tree: ast.Module) -> set[str]:
     """Top-level names of a file that its classes use, directly or through the values of other names."""
-    made_of = {name: node for node in tree.body for name in _assigned_names(node)}
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    left: list[ast.AST] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    found: set[str] = set()
-    while left:
-        for part in ast.walk(left.pop()):
-            if isinstance(part, ast.Name) and part.id not in found and part.id in {**functions, **made_of}:
-                found.add(part.id)
-                left.append({**functions, **made_of}[part.id])
-    return found
+    made = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    made |= {name: node for node in tree.body for name in _assigned_names(node)}
+
+    def used_in(node: ast.AST) -> set[str]:
+        return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & made.keys()
+
+    start = (name for node in tree.body if isinstance(node, ast.ClassDef) for name in used_in(node))
+    return set(walk(start, lambda name: used_in(made[name])))
 
 
 def _assigned_names(node: ast.stmt) -> set[str]:

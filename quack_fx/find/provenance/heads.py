@@ -24,6 +24,7 @@ from quack_fx.find.provenance.refused import NotOneAttention, Refused
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.vectors import Row, Vector, Vectors, operand_planes
 from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.walk import walk
 
 
 @dataclass(frozen=True)
@@ -246,15 +247,11 @@ def _read_each_other(tracer: Tracer, projections: Sequence[Projection]) -> bool:
     products = {p.node for p in projections}
     first = min(df.index[node] for node in products)
     seen: set[Node] = set()
-    todo = [p.x for p in projections] if len(products) > 1 else []
-    while todo:
-        node = todo.pop()
-        if node in seen or df.index[node] < first:
-            continue
+    start = [p.x for p in projections if df.index[p.x] >= first] if len(products) > 1 else []
+    for node in walk(start, lambda node: (n for n in df.reads(node) if df.index[n] >= first)):
         if node in products:
             return True
         seen.add(node)
-        todo.extend(df.reads(node))
     tracer.basis.inside |= seen
     return False
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from quack_fx.find.attention import Logits
 from quack_fx.find.provenance.basis import Basis, serves_alone
 from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.walk import walk
 from quack_fx.layout import AttentionSite, renamed
 
 _LARGEST = 6000
@@ -50,12 +51,8 @@ class Repeats:
 
     def _with_weights(self, looked_at: set[Node]) -> list[Node]:
         """The nodes, and those that their weights are computed from."""
-        df, nodes, todo = self._df, set(looked_at), list(looked_at)
-        while todo:
-            for argument in todo.pop().all_input_nodes:
-                if argument not in nodes and argument not in df.activation and argument in df.from_weight:
-                    nodes.add(argument)
-                    todo.append(argument)
+        df = self._df
+        nodes = walk(looked_at, lambda node: filter(df.is_weight, node.all_input_nodes))
         return sorted(nodes, key=df.index.__getitem__)
 
 

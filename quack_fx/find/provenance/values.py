@@ -9,6 +9,7 @@ from quack_fx.find.provenance.labels import UNKNOWN
 from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.graph.dataflow import factors_of
+from quack_fx.graph.walk import walk
 
 
 def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
@@ -31,12 +32,5 @@ def value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int
 
 def _is_behind(tracer: Tracer, start: Node, node: Node) -> bool:
     """Whether a node depends on another one."""
-    index, todo, seen = tracer.df.index, [node], set[Node]()
-    while todo:
-        one = todo.pop()
-        if one is start:
-            return True
-        if one not in seen and index[one] > index[start]:
-            seen.add(one)
-            todo.extend(tracer.df.reads(one))
-    return False
+    df, first = tracer.df, tracer.df.index[start]
+    return start in walk([node], lambda one: (n for n in df.reads(one) if df.index[n] >= first))

@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from quack_fx.find import NormOp
 from quack_fx.graph.copies import copy_graph
 from quack_fx.graph.ops import arguments_of, channels_first, op_of
+from quack_fx.graph.walk import walk
 from quack_fx.layout import AttentionSite, QKLayout, Side
 from quack_fx.qk_norm.strip.norms import GraphNorm, Path, find_norms, results_of
 from quack_fx.qk_norm.strip.report import (
@@ -225,13 +226,12 @@ class _Rewriting:
 
     def _needed(self, operand: Node, path: set[Node], sources: Mapping[Node, tuple[NormOp, float]]) -> list[Node]:
         """The nodes of a path that its operand depends on without the norms, in graph order."""
-        needed, todo = set[Node](), [operand]
-        while todo:
-            node = todo.pop()
-            if node in path and node not in needed:
-                needed.add(node)
-                source = sources[node][0].x if node in sources else None
-                todo += node.all_input_nodes if source is None else [source]
+
+        def before(node: Node) -> set[Node]:
+            source = sources[node][0].x if node in sources else None
+            return path.intersection(node.all_input_nodes if source is None else [source])
+
+        needed = set(walk(path & {operand}, before))
         return [node for node in self._original.graph.nodes if node in needed]
 
     def _put_instead(self, original: Node, x: Node, factor: float) -> Node:
