@@ -5,7 +5,6 @@ Results go to stdout, everything else to stderr, including what the user's code 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from quack_fx.errors import LayoutError, TargetError
+from quack_fx.graph.forward.machine import without_collecting
 
 if TYPE_CHECKING:
     from quack_fx.find import Found
@@ -100,18 +100,6 @@ def progress() -> Iterator[Callable[[str], None]]:
             yield lambda text: status.update(text)
 
 
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Context without garbage collection, which would look through the million objects of an import of torch."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
-
-
 def find(
     target: str, build: str | None, inputs: str | None, layout_file: Path | None = None, real: bool = False
 ) -> Finding:
@@ -127,7 +115,7 @@ def find(
     with progress() as say:
         say("loading torch")
         start = time.perf_counter()
-        with _without_collecting():
+        with without_collecting():
             from quack_fx.find import find as find_pairs
             from quack_fx.report import Facts
             from quack_fx.targets import opened, resolve

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.find.attention import Logits, NearMiss
-from quack_fx.find.provenance import Heads, Refused, Trail
+from quack_fx.find.provenance.heads import Heads
+from quack_fx.find.provenance.refused import Refused
+from quack_fx.find.provenance.trail import Trail
 from quack_fx.graph.dataflow import Dataflow, factors_of
 from quack_fx.graph.walk import walk
 from quack_fx.layout import AttentionSite

@@ -84,14 +84,14 @@ def _gathers(df: Dataflow, node: Node) -> Tensor | None:
     return None if numbers is None else _along(numbers, args[1] if numbers.dim() > 1 else 0)
 
 
-def _back_to_products(df: Dataflow, operand: Node) -> Iterator[Node]:
+def _back_to_products(df: Dataflow, operand: Node) -> list[Node]:
     """An operand and the nodes behind it, back to the nearest products."""
 
     def before(node: Node) -> Iterator[Node]:
         if df.op[df.open(node)].kind not in ("contraction", "convolution", "attention", "lookup", "input"):
             yield from (n for n in df.reads(node) if n in df.activation)
 
-    return walk(df.activation & {operand}, before)
+    return list(walk(df.activation & {operand}, before))
 
 
 def _along(index: Tensor, axis: int) -> Tensor | None:

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
 from torch.utils._pytree import tree_leaves
 
+from quack_fx.graph.forward.eager import op_by_op
 from quack_fx.graph.forward.fused import AnyLayout
 from quack_fx.graph.forward.gpus import OnThisMachine
-from quack_fx.graph.forward.inference import without_inference_mode
 from quack_fx.graph.forward.jagged import JaggedWrittenOut, takes_itself_apart
 from quack_fx.prove.opaque import written_out
 
@@ -161,9 +161,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # of running uncompiled, for one
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_no_fast_path())
-        stack.enter_context(without_inference_mode())
+        stack.enter_context(op_by_op())
         stack.enter_context(OnThisMachine())
         stack.enter_context(JaggedWrittenOut())
         stack.enter_context(AnyLayout())
@@ -273,17 +271,6 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(list(leaf.values()))
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
             yield from (t for t in vars(leaf).values() if isinstance(t, Tensor))
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Disable the fast path of torch.nn's attention, which is a single op when no gradients are needed."""
-    was_on = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_on)
 
 
 @contextmanager
