@@ -6,12 +6,12 @@ In: sites and names of a layout. Out: `Group`s with names such as "model.layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from quack_fx.layout import AttentionSite, Norm, Ranges, WeightBlock, merged, renamed
+from quack_fx.layout import AttentionSite, Norm, Ranges, Side, WeightBlock, merged, renamed
 from quack_fx.layout.pattern import joined_name, map_pattern, row_pattern, split_name
 
 Indices = tuple[frozenset[int], ...]
@@ -33,6 +33,12 @@ class Group:
     def first(self) -> AttentionSite:
         """The first site, which reports show."""
         return self.sites[0]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not true of each attention: several of them, cross-attention, several calls."""
+        several = [f"x{len(self.sites)}"] if len(self.sites) > 1 else []
+        return several + ["cross"] * self.first.cross + [f"{self.first.calls} calls"] * (self.first.calls > 1)
 
 
 def group_sites(sites: Sequence[AttentionSite]) -> list[Group]:
@@ -70,6 +76,14 @@ def group_names(names: Iterable[str]) -> list[tuple[str, list[str]]]:
             pattern = joined_name(texts, map(_braces, grid))
             result.append((pattern or "(root)", [joined_name(texts, i) for i in members]))
     return result
+
+
+def by_reason(entries: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
+    """Names under the reason that they share, as `group_names` gives them; entries are pairs of a name and a reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in entries:
+        reasons.setdefault(reason, []).append(name)
+    return ((reason, group_names(names)) for reason, names in reasons.items())
 
 
 def _grids(indices: Sequence[tuple[int, ...]]) -> list[Indices]:
@@ -231,27 +245,19 @@ def map_text(site: AttentionSite) -> str:
     return "query heads read key heads " + ", ".join(map(str, heads[:12])) + (", …" if n > 12 else "")
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The blocks of one term of the logits.
-
-    Attributes:
-        query: Blocks of the query side, from the logits outwards.
-        key: Blocks of the key side, likewise.
-    """
-
-    query: tuple[WeightBlock, ...]
-    key: tuple[WeightBlock, ...]
-
-
-def chains(site: AttentionSite) -> list[Chain]:
-    """The blocks of each term of a site."""
-    return [Chain(tuple(site.query[i] for i in t.query), tuple(site.key[i] for i in t.key)) for t in site.terms]
+def chains(site: AttentionSite) -> list[dict[Side, list[WeightBlock]]]:
+    """The blocks of each term of a site, by side, from the logits outwards."""
+    return [{"query": [site.query[i] for i in t.query], "key": [site.key[i] for i in t.key]} for t in site.terms]
 
 
 def key_letter(site: AttentionSite) -> str:
     """Letter for the index of a key head: h where it equals that of the query head, else g."""
     return "h" if site.head_map == tuple(range(site.key_heads)) else "g"
+
+
+def block_rows(site: AttentionSite, side: Side, block: WeightBlock) -> str:
+    """Rows of all heads of a block of a site."""
+    return rows_text(block.heads, "h" if side == "query" else key_letter(site))
 
 
 def labels(site: AttentionSite) -> dict[int, str]:
@@ -286,7 +292,7 @@ def rule_texts(site: AttentionSite) -> list[tuple[str, str]]:
     for _, block in site.blocks():
         options = []
         for chain in chains(site):
-            product = [*chain.query, *chain.key]
+            product = [*chain["query"], *chain["key"]]
             if (mine := next((i for i, b in enumerate(product) if b is block), None)) is not None:
                 others = [b for i, b in enumerate(product) if i != mine]
                 # a block of several query heads follows the largest of them
