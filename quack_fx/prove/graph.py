@@ -78,11 +78,7 @@ def _may_have(product: Product, heads: int) -> bool:
 
 
 class Graph:
-    """A tape with its products, softmaxes and statistics.
-
-    Arguments:
-        tape: The tape.
-    """
+    """A tape with its products, softmaxes and statistics."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
