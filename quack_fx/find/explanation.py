@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from quack_fx.find.attention import Logits, NearMiss
+from quack_fx.find.attention import Logits, NearMiss, Refused
 from quack_fx.find.provenance.heads import Heads
-from quack_fx.find.provenance.refused import Refused
 from quack_fx.find.provenance.trail import Trail
 from quack_fx.graph.dataflow import Dataflow, factors_of
 from quack_fx.graph.walk import walk

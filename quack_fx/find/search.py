@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quack_fx.find.attention import Logits, NearMiss, find_logits
+from quack_fx.find.attention import Logits, NearMiss, NotOneAttention, Refused, find_logits
 from quack_fx.find.dumps import dump, dumping
 from quack_fx.find.explanation import explain_miss, explain_refusal, explain_site
 from quack_fx.find.provenance.basis import Basis
@@ -25,7 +25,6 @@ from quack_fx.find.provenance.blocks import make_site, merge_calls
 from quack_fx.find.provenance.flow import NormTag
 from quack_fx.find.provenance.heads import Heads, find_heads
 from quack_fx.find.provenance.left_out import LeftOut
-from quack_fx.find.provenance.refused import NotOneAttention, Refused
 from quack_fx.find.provenance.repeat import Repeats
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.trail import Trail
@@ -170,7 +169,6 @@ def find_in_graph(
     Returns:
         The layout.
     """
-    weights = own_parameters(graph_module) if weights is None else weights
     return Finding(graph_module, weights).layout(all_names, repeated, progress)
 
 
@@ -179,13 +177,14 @@ class Finding:
 
     Arguments:
         graph_module: The graph.
-        weights: Name of each node that is a parameter.
+        weights: Name of each node that is a parameter; by default those that are parameters of the graph module.
         each: Analyse every attention on its own, even one that is equal to another, so that `understood` holds the
             logits, the site and the heads of all of them.
     """
 
-    def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str], *, each: bool = False) -> None:
-        self._df, self._each = Dataflow(graph_module, weights), each
+    def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str] | None, *, each: bool = False) -> None:
+        self._df = Dataflow(graph_module, own_parameters(graph_module) if weights is None else weights)
+        self._each = each
         logits, self._misses = find_logits(self._df)
         _log.info("%d nodes, %d softmaxes that weigh products", len(self._df.nodes), len(logits))
         dump("graph", ".py", lambda: graph_module.print_readable(print_output=False))
@@ -304,14 +303,13 @@ class Attentions:
 
     def value_norms(self, one: Logits) -> list[NormTag]:
         """Norms between the projections of an attention's values and their use."""
-        values = [value for part in one.parts or (one,) for value in values_of(self.tracer, part)]
+        values = values_of(self.tracer, one)
         flows = self.tracer.trace(values)
         return [tag for value in values if value in flows for tag in flows[value].norms]
 
 
 def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
     """Search any ATen-level graph, analysing each attention on its own; arguments as for `find_in_graph`."""
-    weights = own_parameters(graph_module) if weights is None else weights
     finding = Finding(graph_module, weights, each=True)
     return finding, finding.layout([name for name, _ in graph_module.named_parameters()])
 

@@ -18,7 +18,6 @@ walked back to the projections, and labels that name weight rows are carried for
     values.py       projections behind the values
     roles.py        names for the parts of a chain
     blocks.py       heads -> blocks, terms: a site
-    refused.py      why an attention is not in the layout
     uses.py         whether a norm is used for logits alone
     basis.py        the nodes that a site was derived from
     join.py         blocks that are parts of one block are joined

@@ -38,7 +38,10 @@ class LeftOut:
         Raises:
             BehindLayer: It was not.
         """
-        home = self._layer(logits.products[0].node)
+        around = self._df.modules(logits.products[0].node)
+        home = next(
+            (name for name in around if name in self._given), None
+        )  # the recorded layer that others are equal to
         if home is None:
             return
         df, given = self._df, self._given[home]
@@ -72,7 +75,3 @@ class LeftOut:
     def all_names(self, reached: set[str]) -> set[str]:
         """Parameters that were reached, with those of the layers left out."""
         return reached | {theirs for layer in self._repeated for ours, theirs in layer.names.items() if ours in reached}
-
-    def _layer(self, node: Node) -> str | None:
-        """The recorded layer around a node, if others are equal to it."""
-        return next((name for name in self._df.modules(node) if name in self._given), None)
