@@ -186,7 +186,9 @@ def defines(node: ast.stmt) -> bool:
 
 def _names_of_classes(tree: ast.Module) -> set[str]:
     """Top-level names of a file that its classes use, directly or through the values of other names."""
-    made = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    made: dict[str, ast.stmt] = {
+        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
     made |= {name: node for node in tree.body for name in _assigned_names(node)}
 
     def used_in(node: ast.AST) -> set[str]:
@@ -281,6 +283,11 @@ def one_line(error: BaseException, namespace: Namespace) -> str:
         if path.is_relative_to(namespace.file.parent) and "site-packages" not in path.parts:
             return f"{os.path.relpath(path)}:{frame.lineno}: {said}"
     return said
+
+
+def kind_of(value: Any) -> str:
+    """ "the class Net", "a dict": what a value is, for errors."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def name_and_text(error: BaseException) -> str:

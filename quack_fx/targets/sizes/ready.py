@@ -89,7 +89,7 @@ def part_class(kind: type, is_own: Callable[[str], bool]) -> type | None:
         return None
     if not _is_abstract(kind):
         return kind
-    derived = walk(kind.__subclasses__(), type.__subclasses__)
+    derived: Iterator[type] = walk(kind.__subclasses__(), type.__subclasses__)
     below = {c.__qualname__: c for c in derived if not _is_abstract(c) and is_own(_file(c))}
     needs = {name: len(required(made)) for name, made in below.items()}
     simplest = [name for name, count in needs.items() if count == min(needs.values())]
