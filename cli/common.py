@@ -190,12 +190,12 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically.
+    """Write a file atomically, and say so.
 
     Raises:
         TargetError: The file system refuses.
     """
-    path = path.resolve()  # write through a link
+    given, path = path, path.resolve()  # write through a link
     temporary = ""
     try:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
@@ -209,6 +209,7 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             os.unlink(temporary)
+    note(f"wrote {given}")
 
 
 def _umask() -> int:
