@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(
             "this machine has too little memory left; pass a smaller configuration of the model", 2, "--debug" in words
         )
-    except KeyboardInterrupt:
-        return 130
-    except typer.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
         # What the parser of the command line says; its class has another home in each version of typer.

@@ -78,7 +78,6 @@ def bench(
     show(*setting(comparison), terminal(comparison), legend(comparison), *findings(comparison))
     if output is not None:
         write_whole(output, f"# A training step of {finding.facts.title}\n\n{markdown(comparison)}")
-        note(f"wrote {output}")
     return 0
 
 

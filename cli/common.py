@@ -5,7 +5,6 @@ Results go to stdout, everything else to stderr, including what the user's code 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ import typer
 from rich.console import Console, RenderableType
 
 from quack_fx.errors import LayoutError, TargetError
+from quack_fx.graph.forward.machine import without_collecting
 
 if TYPE_CHECKING:
     from quack_fx.find import Found
@@ -100,18 +100,6 @@ def progress() -> Iterator[Callable[[str], None]]:
             yield lambda text: status.update(text)
 
 
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Context without garbage collection, which would look through the million objects of an import of torch."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
-
-
 def find(
     target: str, build: str | None, inputs: str | None, layout_file: Path | None = None, real: bool = False
 ) -> Finding:
@@ -127,7 +115,7 @@ def find(
     with progress() as say:
         say("loading torch")
         start = time.perf_counter()
-        with _without_collecting():
+        with without_collecting():
             from quack_fx.find import find as find_pairs
             from quack_fx.report import Facts
             from quack_fx.targets import opened, resolve
@@ -202,12 +190,12 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically.
+    """Write a file atomically, and say so.
 
     Raises:
         TargetError: The file system refuses.
     """
-    path = path.resolve()  # write through a link
+    given, path = path, path.resolve()  # write through a link
     temporary = ""
     try:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
@@ -221,6 +209,7 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             os.unlink(temporary)
+    note(f"wrote {given}")
 
 
 def _umask() -> int:

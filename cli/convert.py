@@ -140,5 +140,4 @@ def convert(
         typer.echo(source, nl=False)
     else:
         write_whole(output, source)
-        note(f"wrote {output}")
     return 0

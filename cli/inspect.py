@@ -88,7 +88,6 @@ def inspect(
         show(report.overview(layout, facts), *(report.pair(s, facts) for s in layout.sites[:1]))
     if html is not None:
         write_whole(html, report.html(layout, facts))
-        note(f"wrote {html}")
     if not layout.sites:
         note(f"no attention found in {facts.title}")
         return 1

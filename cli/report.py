@@ -13,7 +13,7 @@ import typer
 
 from quack_fx.errors import RunError
 
-from .common import DebugOption, ForceOption, check_output, note, show, write_whole
+from .common import DebugOption, ForceOption, check_output, show, write_whole
 
 RecordArgument = Annotated[
     Path,
@@ -40,5 +40,4 @@ def report(
     show(run.summary(record))
     if html is not None:
         write_whole(html, run.html(record))
-        note(f"wrote {html}")
     return 0

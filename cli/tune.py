@@ -124,7 +124,6 @@ def tune(
     show(setting, table(outcomes, plan), *advice(outcomes, plan))
     if output is not None:
         write_whole(output, f"# {finding.facts.title} tuned\n\n{setting}\n\n{markdown(outcomes, plan)}")
-        note(f"wrote {output}")
     return 0 if any(math.isfinite(outcome.loss) for outcome in outcomes) else 1
 
 

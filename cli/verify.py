@@ -39,18 +39,15 @@ def verify(
         return 1
     with progress() as say:
         report, where = prove(finding, say)
-    from quack_fx.report.groups import group_names
+    from quack_fx.report.groups import by_reason, group_names
 
     checks = {proof.name: proof.checks for proof in report.proved}
     table = Table.grid(padding=(0, 2))
     for pattern, names in group_names(checks):
         total = sum(checks[name] for name in names)
         table.add_row("proved", Text(pattern), f"x{len(names)}" if len(names) > 1 else "", f"{total:,} checks")
-    reasons: dict[str, list[str]] = {}
-    for entry in report.not_proved:
-        reasons.setdefault(entry.reason, []).append(entry.name)
-    for reason, open_names in reasons.items():
-        for pattern, names in group_names(open_names):
+    for reason, groups in by_reason((entry.name, entry.reason) for entry in report.not_proved):
+        for pattern, names in groups:
             table.add_row("not decided", Text(pattern), f"x{len(names)}" if len(names) > 1 else "", Text(reason))
     show(table, Text(f"on {where}"))
     if not report.complete:

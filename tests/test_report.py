@@ -20,8 +20,9 @@ from rich.console import Console, RenderableType
 
 from quack_fx.errors import LayoutError
 from quack_fx.layout import AttentionSite, LogitTerm, Norm, QKLayout, Ranges, Skipped, WeightBlock
+from quack_fx.layout.fit import qk_count
 from quack_fx.report import Facts, find_site, html, overview, pair
-from quack_fx.report.facts import count_text, qk_count
+from quack_fx.report.facts import count_text
 from quack_fx.report.graph import pair_graph, svg
 from quack_fx.report.groups import group_names, group_sites, labels, local_name, rows_text, rule_texts, scale_text
 

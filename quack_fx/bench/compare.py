@@ -34,7 +34,7 @@ from quack_fx.bench.measure import (
 )
 from quack_fx.errors import StepError
 from quack_fx.layout import QKLayout
-from quack_fx.layout.count import qk_count
+from quack_fx.layout.fit import qk_count
 
 _OWN_TIMES = 3
 """Default number of timed updates per timed step."""

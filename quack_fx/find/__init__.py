@@ -17,7 +17,10 @@ from __future__ import annotations
 
 from quack_fx.find.attention import Logits, Product, fused_scale
 from quack_fx.find.dumps import dump
-from quack_fx.find.provenance import Heads, NormOp, NormTag, Projection, Vector
+from quack_fx.find.provenance.flow import NormOp, NormTag
+from quack_fx.find.provenance.heads import Heads
+from quack_fx.find.provenance.projections import Projection
+from quack_fx.find.provenance.vectors import Vector
 from quack_fx.find.search import (
     Attentions,
     Finding,

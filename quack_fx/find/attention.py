@@ -75,12 +75,35 @@ class NearMiss:
     reason: str
 
 
+class Refused(Exception):
+    """An attention whose weight rows cannot be determined.
+
+    Attributes:
+        code: Short machine-readable reason.
+        reason: One sentence that a user understands.
+        node: The node at which that showed.
+    """
+
+    def __init__(self, code: str, reason: str, node: Node) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.node = node
+
+
+class NotOneAttention(Exception):
+    """The iterations of a Python loop are not heads of one attention (a loop over chunks of the sequence, say)."""
+
+
 def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
     """All attention logits of a graph, in the order in which they run, and the near misses."""
     found: list[Logits] = []
     misses: list[NearMiss] = []
     soft = [softmax for node in df.nodes if (softmax := _softmax(df, node)) is not None]
-    outputs = {softmax.node: _weighted_values(df, softmax) for softmax in soft}
+    outputs: dict[Node, Node | None] = {}
+    for softmax in soft:
+        weighted = _multiplied_with_data if softmax.groups is None else _weighted_in_groups
+        outputs[softmax.node] = weighted(df, softmax.node)
     value_products = {output for output in outputs.values() if output is not None}
     used: set[Node] = set()
     for softmax in soft:
@@ -208,13 +231,6 @@ def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
     return int(dims[0]) % len(df.shape(source)) if one else None  # type: ignore[index, arg-type]
 
 
-def _weighted_values(df: Dataflow, softmax: _Softmax) -> Node | None:
-    """The product of the attention weights of a softmax with data, or None."""
-    if softmax.groups is not None:
-        return _weighted_in_groups(df, softmax.node)
-    return _multiplied_with_data(df, softmax.node)
-
-
 def _weighted_in_groups(df: Dataflow, exponential: Node) -> Node | None:
     """The elementwise product of attention weights with data whose entries are added up by groups, or None."""
     seen: set[Node] = set()
@@ -269,17 +285,12 @@ def _summed(df: Dataflow, mul: Node) -> bool:
 # ---- products --------------------------------------------------------------------------------------------------------
 
 
-def _is_data(df: Dataflow, node: Node) -> bool:
-    """Whether a node is an activation, or depends on floating-point inputs of the model alone."""
-    return node in df.activation or df.is_given(node)
-
-
 def _is_product(df: Dataflow, node: Node) -> bool:
-    """Whether a node multiplies data with data."""
+    """Whether a node multiplies data with data: activations, or what depends on floating-point inputs alone."""
     if df.op[node].kind != "contraction":
         return False
     sides = factors_of(df, node)
-    return sides is not None and all(_is_data(df, n) for n in sides[:2])
+    return sides is not None and all(n in df.activation or df.is_given(n) for n in sides[:2])
 
 
 def _is_bilinear(df: Dataflow, node: Node) -> bool:
@@ -336,7 +347,9 @@ def _behind(
             path.append(node)
             todo.append(x)
         elif df.op[node].kind == "contraction" and any(df.is_weight(n) for n in node.all_input_nodes):
-            learned = _bare_parameter(df, node) or learned
+            # a batched product of data with a parameter, as in attention with learned queries
+            batched = df.op[node].name in ("bmm", "baddbmm", "matmul") and len(df.shape(node)) > 2
+            learned = node if batched else learned
     products.sort(key=lambda p: df.index[p.node])
     return products, path, learned
 
@@ -346,11 +359,6 @@ def _may_be_logits(df: Dataflow, node: Node) -> bool:
     value = df.value(node)
     floating = not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
     return floating and (node in df.activation or df.group[node] in df.writes)
-
-
-def _bare_parameter(df: Dataflow, node: Node) -> Node | None:
-    """The node, if it is a batched product of data with a parameter, as in attention with learned queries."""
-    return node if df.op[node].name in ("bmm", "baddbmm", "matmul") and len(df.shape(node)) > 2 else None
 
 
 def _content(df: Dataflow, products: list[Product]) -> list[Product]:

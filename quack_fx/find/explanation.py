@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from quack_fx.find.attention import Logits, NearMiss
-from quack_fx.find.provenance import Heads, Refused, Trail
+from quack_fx.find.attention import Logits, NearMiss, Refused
+from quack_fx.find.provenance.heads import Heads
+from quack_fx.find.provenance.trail import Trail
 from quack_fx.graph.dataflow import Dataflow, factors_of
+from quack_fx.graph.walk import walk
 from quack_fx.layout import AttentionSite
 from quack_fx.layout.walk import Explanation, Held, Walk, WalkedNode
 
@@ -81,12 +83,7 @@ def _walks(
 
 def _between(df: Dataflow, trail: Trail, operand: Node, ends: Iterable[Node]) -> Sequence[Node]:
     """The walked nodes on the ways from an operand back to `ends`, the latest first."""
-    behind, todo = {operand}, [operand]
-    while todo:
-        for node in df.reads(todo.pop()):
-            if node in trail.held and node not in behind:
-                behind.add(node)
-                todo.append(node)
+    behind = walk([operand], lambda node: (n for n in df.reads(node) if n in trail.held))
     kept = {operand}
     for node in sorted(behind, key=df.index.__getitem__):
         if node in ends or any(argument in kept and argument is not operand for argument in df.reads(node)):
@@ -109,13 +106,9 @@ def _walked(df: Dataflow, node: Node, held: Held | None = None) -> WalkedNode:
 def _weights_of(df: Dataflow, node: Node) -> tuple[str, ...]:
     """The parameters that a product multiplies data with, also through view ops."""
     sides = factors_of(df, node) if df.op[node].kind in ("contraction", "convolution") else None
-    todo, names = [n for n in (sides or ())[:2] if n is not None and df.is_weight(n)], dict[str, None]()
-    while todo:
-        weight = todo.pop()
-        if weight in df.weights:
-            names[df.weights[weight]] = None
-        todo.extend(n for n in weight.all_input_nodes if df.is_weight(n))
-    return tuple(names)
+    factors = [n for n in (sides or ())[:2] if n is not None and df.is_weight(n)]
+    behind = walk(factors, lambda node: filter(df.is_weight, node.all_input_nodes))
+    return tuple(dict.fromkeys(df.weights[node] for node in behind if node in df.weights))
 
 
 def source_of(node: Node) -> str | None:

@@ -9,6 +9,7 @@ that end in one node. Queries are gathered at the node where the edges end, keys
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.walk import walk
 
 _SCATTERS = frozenset("scatter_add scatter_reduce index_add index_reduce".split())
 
@@ -84,15 +86,12 @@ def _gathers(df: Dataflow, node: Node) -> Tensor | None:
 
 def _back_to_products(df: Dataflow, operand: Node) -> list[Node]:
     """An operand and the nodes behind it, back to the nearest products."""
-    seen: dict[Node, None] = {}
-    todo = [operand]
-    while todo:
-        node = todo.pop()
-        if node not in seen and node in df.activation:
-            seen[df.open(node)] = None
-            if df.op[node].kind not in ("contraction", "convolution", "attention", "lookup", "input"):
-                todo.extend(df.reads(node))
-    return list(seen)
+
+    def before(node: Node) -> Iterator[Node]:
+        if df.op[df.open(node)].kind not in ("contraction", "convolution", "attention", "lookup", "input"):
+            yield from (n for n in df.reads(node) if n in df.activation)
+
+    return list(walk(df.activation & {operand}, before))
 
 
 def _along(index: Tensor, axis: int) -> Tensor | None:

@@ -7,39 +7,32 @@ attention in it.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from quack_fx.find.attention import Logits, NearMiss, find_logits
+from quack_fx.find.attention import Logits, NearMiss, NotOneAttention, Refused, find_logits
 from quack_fx.find.dumps import dump, dumping
 from quack_fx.find.explanation import explain_miss, explain_refusal, explain_site
-from quack_fx.find.provenance import (
-    Basis,
-    BehindLayer,
-    Heads,
-    LeftOut,
-    NormTag,
-    NotOneAttention,
-    Refused,
-    Repeats,
-    Tracer,
-    Trail,
-    Uses,
-    find_heads,
-    make_site,
-    merge_calls,
-    values_of,
-)
+from quack_fx.find.provenance.basis import Basis
+from quack_fx.find.provenance.blocks import make_site, merge_calls
+from quack_fx.find.provenance.flow import NormTag
+from quack_fx.find.provenance.heads import Heads, find_heads
+from quack_fx.find.provenance.left_out import LeftOut
+from quack_fx.find.provenance.repeat import Repeats
+from quack_fx.find.provenance.trace import Tracer
+from quack_fx.find.provenance.trail import Trail
+from quack_fx.find.provenance.uses import Uses
+from quack_fx.find.provenance.values import values_of
 from quack_fx.graph.capture import Capture, RepeatedLayer, capture, unwrapped
-from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.dataflow import BehindLayer, Dataflow
+from quack_fx.graph.forward.machine import without_collecting
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Skipped, WeightBlock
 from quack_fx.layout.walk import Explanation
 
@@ -115,49 +108,26 @@ def find(
     Returns:
         Layout, way of recording, size of the graph, seconds.
     """
-    with _collector_off(), unwrapped(model) as inner:
-        return _find(inner, args, kwargs, progress, recording)
-
-
-@contextmanager
-def _collector_off() -> Iterator[None]:
-    """Context without garbage collection: a recording makes hundreds of thousands of objects that all stay alive, and
-    collecting among them takes longer than the recording itself."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _find(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    progress: Callable[[str], None] | None,
-    recording: Capture | None,
-) -> Found:
     tell = progress or (lambda text: None)
     tell("recording one forward pass")
     start = time.perf_counter()
-    if recording is None or dumping():
-        recorded = capture(model, args, kwargs, layers_once=True, sources=dumping())
-    else:
-        recorded = recording
-    captured = time.perf_counter()
-    try:
-        layout = _in_recording(model, recorded, tell)
-    except BehindLayer as behind:
-        # The weights lie behind a layer that was left out, so every layer has to be recorded.
-        _log.info("recording once more, with every layer: %s", behind)
-        tell("recording the forward pass with every layer")
-        recorded = capture(model, args, kwargs, sources=dumping())
-        layout = _in_recording(model, recorded, tell)
-    if recorded.made_up:
-        other = _in_recording(model, capture(model, args, kwargs, number=0.75), tell)
-        layout = replace(layout, sites=tuple(_with_scales_of_both(layout.sites, other.sites)))
+    with without_collecting(), unwrapped(model) as inner:
+        if recording is None or dumping():
+            recorded = capture(inner, args, kwargs, layers_once=True, sources=dumping())
+        else:
+            recorded = recording
+        captured = time.perf_counter()
+        try:
+            layout = _in_recording(inner, recorded, tell)
+        except BehindLayer as behind:
+            # The weights lie behind a layer that was left out, so every layer has to be recorded.
+            _log.info("recording once more, with every layer: %s", behind)
+            tell("recording the forward pass with every layer")
+            recorded = capture(inner, args, kwargs, sources=dumping())
+            layout = _in_recording(inner, recorded, tell)
+        if recorded.made_up:
+            other = _in_recording(inner, capture(inner, args, kwargs, number=0.75), tell)
+            layout = replace(layout, sites=tuple(_with_scales_of_both(layout.sites, other.sites)))
     seconds = {"capture": captured - start, "find": time.perf_counter() - captured}
     nodes = len(recorded.graph_module.graph.nodes)
     return Found(layout, recorded.way, nodes, seconds, recorded.canned, recorded.fallback_reason)
@@ -199,7 +169,6 @@ def find_in_graph(
     Returns:
         The layout.
     """
-    weights = own_parameters(graph_module) if weights is None else weights
     return Finding(graph_module, weights).layout(all_names, repeated, progress)
 
 
@@ -208,13 +177,14 @@ class Finding:
 
     Arguments:
         graph_module: The graph.
-        weights: Name of each node that is a parameter.
+        weights: Name of each node that is a parameter; by default those that are parameters of the graph module.
         each: Analyse every attention on its own, even one that is equal to another, so that `understood` holds the
             logits, the site and the heads of all of them.
     """
 
-    def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str], *, each: bool = False) -> None:
-        self._df, self._each = Dataflow(graph_module, weights), each
+    def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str] | None, *, each: bool = False) -> None:
+        self._df = Dataflow(graph_module, own_parameters(graph_module) if weights is None else weights)
+        self._each = each
         logits, self._misses = find_logits(self._df)
         _log.info("%d nodes, %d softmaxes that weigh products", len(self._df.nodes), len(logits))
         dump("graph", ".py", lambda: graph_module.print_readable(print_output=False))
@@ -333,14 +303,13 @@ class Attentions:
 
     def value_norms(self, one: Logits) -> list[NormTag]:
         """Norms between the projections of an attention's values and their use."""
-        values = [value for part in one.parts or (one,) for value in values_of(self.tracer, part)]
+        values = values_of(self.tracer, one)
         flows = self.tracer.trace(values)
         return [tag for value in values if value in flows for tag in flows[value].norms]
 
 
 def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
     """Search any ATen-level graph, analysing each attention on its own; arguments as for `find_in_graph`."""
-    weights = own_parameters(graph_module) if weights is None else weights
     finding = Finding(graph_module, weights, each=True)
     return finding, finding.layout([name for name, _ in graph_module.named_parameters()])
 
@@ -371,7 +340,7 @@ def explain(
     """
     tell = progress or (lambda text: None)
     tell("recording one forward pass with its lines of Python")
-    with _collector_off(), unwrapped(model) as inner:
+    with without_collecting(), unwrapped(model) as inner:
         graph_module = capture(inner, args, kwargs, sources=True).graph_module
         finding = Finding(graph_module, parameters_in(graph_module, inner))
         finding.attentions.explaining = True

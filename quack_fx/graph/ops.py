@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 Kind = Literal[
     "input", "getitem", "view", "contraction", "convolution", "lookup", "attention", "softmax", "reduction",
@@ -83,16 +85,11 @@ def _of_target(target: Any) -> Op:
     schema = getattr(target, "_schema", None)
     inplace = bool(schema is not None and schema.is_mutable and name.endswith("_") and not name.startswith("__"))
     bare = name.rstrip("_") if inplace else name
-    kind: Kind = "elementwise"
+    kind: Kind = next((kind for names, kind in _TABLE if bare in names or name in names), "elementwise")
     if any(mark in name for mark in _ATTENTION_MARKS):
         kind = "attention"
     elif _POOLING.match(name):
         kind = "pooling"
-    else:
-        for names, its_kind in _TABLE:
-            if bare in names or name in names:
-                kind = its_kind
-                break
     return Op(bare, kind, inplace)
 
 
@@ -124,6 +121,15 @@ def arguments_of(node: Node) -> dict[str, Any]:
     """Arguments of an ATen op by the names of its schema."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def written_by(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments, flat, that an op writes into in place."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    given = [args[i] if i < len(args) else kwargs.get(a.name) for i, a in enumerate(schema.arguments)]
+    return tree_leaves([x for x, a in zip(given, schema.arguments, strict=True) if a.is_write])
 
 
 def channels_first(node: Node) -> bool:

@@ -1,9 +1,8 @@
 """The layout: plain frozen data about which weight rows make which attention logits; without torch.
 
 sites.py    the layout
-fit.py      checks a layout against a model, and looks up its parameters there
+fit.py      checks a layout against a model, looks up its parameters there, and counts them
 pattern.py  rows of heads and head maps as formulas of the head's index
-count.py    number of weights in a layout
 walk.py     how one attention was traced, node by node
 """
 
@@ -25,6 +24,7 @@ from quack_fx.layout.sites import (
     Skipped,
     WeightBlock,
     merged,
+    renamed,
 )
 
 __all__ = [
@@ -43,4 +43,5 @@ __all__ = [
     "Skipped",
     "WeightBlock",
     "merged",
+    "renamed",
 ]

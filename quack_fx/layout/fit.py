@@ -1,4 +1,4 @@
-"""Checks a layout against a model, and looks up its parameters there.
+"""Checks a layout against a model, looks up its parameters there, and counts their weights.
 
 In: a `QKLayout` and a model, plain or wrapped. Out: the parameters by their names in the layout, or an error of one
 line that says what does not fit.
@@ -6,13 +6,14 @@ line that says what does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from quack_fx.errors import LayoutError
-from quack_fx.layout.sites import QKLayout, WeightBlock
+from quack_fx.layout.sites import QKLayout, Range, WeightBlock, merged, with_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,6 +77,29 @@ def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]
     return params
 
 
+def qk_count(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Number of weights in blocks of the layout, each counted once, with biases.
+
+    Arguments:
+        layout: The layout.
+        shapes: Shapes of parameters by name; a parameter without a shape counts as empty.
+    """
+    rows: dict[tuple[str, int], set[Range]] = {}
+    for site in layout.sites:
+        for _, block in site.blocks():
+            ranges = {r for head in block.heads for r in head}
+            rows.setdefault((block.param, block.axis), set()).update(ranges)
+            if block.bias:
+                rows.setdefault((block.bias, 0), set()).update(ranges)
+    total = 0
+    for (param, axis), ranges in rows.items():
+        shape = shapes.get(param, ())
+        if axis < len(shape) and shape[axis]:
+            count = sum(stop - start for start, stop in merged(ranges))
+            total += count * (math.prod(shape) // shape[axis])
+    return total
+
+
 def without_wrappers(layout: QKLayout) -> QKLayout:
     """The layout with the names that parameters have in the model without its wrappers."""
     return _renamed(layout, bare_name)
@@ -109,13 +133,8 @@ def with_bare_names(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[
 
 
 def _renamed(layout: QKLayout, rename: Callable[[str], str]) -> QKLayout:
-    """The layout with renamed parameters."""
-
-    def new(blocks: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
-        return tuple(replace(b, param=rename(b.param), bias=None if b.bias is None else rename(b.bias)) for b in blocks)
-
-    sites = (replace(site, query=new(site.query), key=new(site.key)) for site in layout.sites)
-    return replace(layout, sites=tuple(sites))
+    """The layout with renamed parameters; modules and norms keep their names."""
+    return replace(layout, sites=tuple(with_parameters(site, rename) for site in layout.sites))
 
 
 def bare_name(name: str) -> str:

@@ -1,20 +1,25 @@
-"""Rows of heads, and key heads of query heads, as formulas of the head's index.
+"""Rows of heads, and key heads of query heads, as formulas of the head's index; names as texts around numbers.
 
 In: for each head the ranges of its rows, or the key head that it reads. Out: the formula, or None where there is none.
-Reports show it as text, training programs as torch code.
+Reports show it as text, training programs as torch code. Names that differ only in their numbers are those of equal
+layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Literal
 
 from quack_fx.layout.sites import Ranges
 
 Loop = tuple[int, int]
 """Count and step of a sequence of numbers."""
+
+_SEGMENT = re.compile(r"(?<![^.])(\d+)(?![^.])")
+_NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 
 MapPattern = Literal["own", "blocks", "cycle"]
 """Query head h reads key head h; or h // n, for n query heads to a key head; or h % n, for n key heads."""
@@ -92,3 +97,23 @@ def map_pattern(heads: Sequence[int], count: int) -> MapPattern | None:
     if n % count == 0 and read == tuple(h // (n // count) for h in range(n)):
         return "blocks"
     return "cycle" if read == tuple(h % count for h in range(n)) else None
+
+
+def split_name(name: str, *, inside: bool = False) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The texts around the numbers of a name, and the numbers.
+
+    Arguments:
+        name: Of a parameter or a module.
+        inside: Whether a number inside a segment counts, too ("conv2"), and not only one that is a segment.
+
+    Example:
+        >>> split_name("layers.3.conv2.weight"), split_name("conv2.weight", inside=True)
+        ((('layers.', '.conv2.weight'), (3,)), (('conv', '.weight'), (2,)))
+    """
+    parts = (_NUMBER if inside else _SEGMENT).split(name)
+    return tuple(parts[::2]), tuple(map(int, parts[1::2]))
+
+
+def joined_name(texts: Sequence[str], numbers: Iterable[object]) -> str:
+    """The name of texts with numbers, or what stands for them, in between."""
+    return "".join(f"{text}{number}" for text, number in zip_longest(texts, numbers, fillvalue=""))

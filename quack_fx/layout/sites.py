@@ -10,8 +10,8 @@ W_Q^h times W_K^h. DeepSeek's MLA has two: W_uq^h W_dq times W_uk^h W_dkv, and W
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -255,6 +255,26 @@ class AttentionSite(Json):
             product += [(self.key[i], self.key[i].heads[key_head]) for i in term.key]
             if all(ranges for _, ranges in product):
                 yield tuple(product)
+
+
+def with_parameters(site: AttentionSite, rename: Callable[[str], str]) -> AttentionSite:
+    """The site with other names of the parameters in its blocks."""
+
+    def blocks(old: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
+        return tuple(replace(b, param=rename(b.param), bias=None if b.bias is None else rename(b.bias)) for b in old)
+
+    return replace(site, query=blocks(site.query), key=blocks(site.key))
+
+
+def renamed(site: AttentionSite, rename: Callable[[str], str]) -> AttentionSite:
+    """The site with other names of its module, its parameters and its norms."""
+
+    def norms(old: tuple[Norm, ...]) -> tuple[Norm, ...]:
+        pairs = [(n, [None if name is None else rename(name) for name in (n.module, n.weight)]) for n in old]
+        return tuple(replace(n, module=module, weight=weight) for n, (module, weight) in pairs)
+
+    site = with_parameters(site, rename)
+    return replace(site, name=rename(site.name), qk_norm=norms(site.qk_norm), latent_norm=norms(site.latent_norm))
 
 
 @dataclass(frozen=True, slots=True)

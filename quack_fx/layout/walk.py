@@ -7,7 +7,7 @@ nodes of the graph from the logits back to the weights, each with the weight row
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from quack_fx.layout.sites import AttentionSite, NormKind, Ranges
@@ -146,37 +146,27 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; `site` is that of the layout."""
+        plain = asdict(replace(self, site=None))
         return {
             "name": self.name,
             "outcome": "skipped" if self.site is None else "found",
-            "code": self.code,
-            "reason": self.reason,
-            "stopped": None if self.stopped is None else asdict(self.stopped),
-            "reads": [asdict(node) for node in self.reads],
-            "logits": [asdict(node) for node in self.logits],
-            "output": None if self.output is None else asdict(self.output),
-            "walks": [asdict(walk) for walk in self.walks],
+            **{name: plain[name] for name in ("code", "reason", "stopped", "reads", "logits", "output", "walks")},
             "site": None if self.site is None else self.site.to_dict(),
         }
 
     def outline(self) -> Iterator[tuple[int, str]]:
         """The explanation as lines of text, each with its depth: what the terminal and dumped files show."""
         yield 0, f"{self.name or '(root)'}  {self._outcome()}"
-        if self.stopped is not None:
-            yield 1, "stopped at"
-            yield from self._listed((self.stopped,))
-        if self.reads:
-            yield 1, "which reads"
-            yield from self._listed(self.reads)
-        if self.logits:
-            yield 1, "logits, from the product to the softmax"
-            yield from self._listed(self.logits)
-        if self.output is not None:
-            yield 1, "attention weights times values"
-            yield from self._listed((self.output,))
-        for walk in self.walks:
-            yield 1, f"{walk.operand} of {walk.product}, back to the weights"
-            yield from self._listed(walk.nodes)
+        for title, nodes in (
+            ("stopped at", () if self.stopped is None else (self.stopped,)),
+            ("which reads", self.reads),
+            ("logits, from the product to the softmax", self.logits),
+            ("attention weights times values", () if self.output is None else (self.output,)),
+            *((f"{walk.operand} of {walk.product}, back to the weights", walk.nodes) for walk in self.walks),
+        ):
+            if nodes:
+                yield 1, title
+                yield from self._listed(nodes)
 
     def text(self) -> str:
         """The outline, indented."""

@@ -6,7 +6,7 @@ that did not; `CannotTell` where the gradients cannot decide.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -45,9 +45,8 @@ def _check_rows(evidence: Evidence) -> int:
     claimed = _claimed_heads(evidence)
     for head, found in enumerate(_find_heads(evidence, claimed)):
         for side in SIDES:
-            for name in sorted(claimed[head][side].keys() | found[side].keys()):
+            for name, want, have in _side_by_side(claimed[head][side], found[side]):
                 checks += 1
-                want, have = claimed[head][side].get(name, frozenset()), found[side].get(name, frozenset())
                 if want == have or (not want and _is_foreign_bias(evidence, side, name, head, have)):
                     continue
                 if name in evidence.unnamed[side]:
@@ -57,6 +56,12 @@ def _check_rows(evidence: Evidence) -> int:
                     f"the layout claims {_spell(want)}"
                 )
     return checks
+
+
+def _side_by_side(claimed: Mapping[str, Rows], found: Mapping[str, Rows]) -> Iterator[tuple[str, Rows, Rows]]:
+    """Each parameter with its claimed rows and those that were found."""
+    for name in sorted(claimed.keys() | found.keys()):
+        yield name, claimed.get(name, frozenset()), found.get(name, frozenset())
 
 
 def _is_foreign_bias(evidence: Evidence, side: Side, name: str, head: int, rows: Rows) -> bool:
@@ -134,8 +139,7 @@ def _check_together(evidence: Evidence) -> None:
     for side in SIDES:
         count = evidence.site.query_heads if side == "query" else evidence.site.key_heads
         claimed = _claimed_rows(evidence, side, *range(count))
-        for name in sorted(claimed.keys() | found[side].keys()):
-            want, have = claimed.get(name, frozenset()), found[side].get(name, frozenset())
+        for name, want, have in _side_by_side(claimed, found[side]):
             if want != have:
                 raise evidence.error(
                     f"all heads, {side} side: {name!r} receives a gradient in {_spell(have)}, "

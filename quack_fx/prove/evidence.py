@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quack_fx.errors import VerifyError
+from quack_fx.graph.walk import walk
 from quack_fx.layout import SIDES, AttentionSite, Ranges, Side, WeightBlock
 from quack_fx.prove.graph import Factor, Graph
 from quack_fx.prove.heads import Operand, Upper
@@ -355,14 +356,7 @@ class Evidence:
 
 def all_factors(factors: Sequence[Factor]) -> list[Factor]:
     """These factors and all behind them, each once: many paths through a deep model lead to the same one."""
-    seen: dict[int, Factor] = {}
-    waiting = list(factors)
-    while waiting:
-        factor = waiting.pop()
-        if id(factor) not in seen:
-            seen[id(factor)] = factor
-            waiting += factor.outer
-    return list(seen.values())
+    return list(walk(factors, lambda factor: factor.outer))
 
 
 def indices(ranges: Ranges) -> Rows:

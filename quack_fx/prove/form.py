@@ -7,13 +7,12 @@ parameters in the same roles, the same arrangement of rows, the same terms, head
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from quack_fx.layout import AttentionSite, Norm, QKLayout, WeightBlock
-from quack_fx.layout.pattern import map_pattern
+from quack_fx.layout import AttentionSite, Norm, QKLayout
+from quack_fx.layout.pattern import map_pattern, split_name
 from quack_fx.prove.report import NotProved, SiteProof, VerifyReport
 
 Form = tuple[Any, ...]
@@ -55,7 +54,10 @@ def form(site: AttentionSite) -> Form:
         _pattern(site.name),
         site.cross,
         _map_form(site),
-        tuple((side, _block_form(block)) for side, block in site.blocks()),
+        tuple(
+            (side, _pattern(b.param), b.role, b.axis, _pattern(b.bias), _arrangement(b.heads))
+            for side, b in site.blocks()
+        ),
         _order(site),
         frozenset((term.query, term.key) for term in site.terms),
         frozenset(_norm_form(norm, site) for norm in site.qk_norm),
@@ -65,7 +67,7 @@ def form(site: AttentionSite) -> Form:
 
 def _pattern(name: str | None) -> str | None:
     """A name without the indices of layers and experts."""
-    return None if name is None else re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
+    return None if name is None else "#".join(split_name(name)[0])
 
 
 def _map_form(site: AttentionSite) -> str:
@@ -75,10 +77,6 @@ def _map_form(site: AttentionSite) -> str:
     if site.key_heads in (1, site.query_heads):
         return "one for all" if site.key_heads == 1 else "permuted"
     return {"blocks": "in blocks", "cycle": "in turn"}.get(pattern or "", "other")
-
-
-def _block_form(block: WeightBlock) -> Form:
-    return _pattern(block.param), block.role, block.axis, _pattern(block.bias), _arrangement(block.heads)
 
 
 def _arrangement(heads: Sequence[tuple[tuple[int, int], ...]]) -> str:

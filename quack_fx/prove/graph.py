@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from quack_fx.graph.walk import walk
 from quack_fx.prove.opaque import is_opaque
 from quack_fx.prove.ops import (
     Product,
@@ -77,11 +78,7 @@ def _may_have(product: Product, heads: int) -> bool:
 
 
 class Graph:
-    """A tape with its products, softmaxes and statistics.
-
-    Arguments:
-        tape: The tape.
-    """
+    """A tape with its products, softmaxes and statistics."""
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
@@ -115,16 +112,8 @@ class Graph:
 
     def logit_products(self, softmax: Softmax) -> list[Product]:
         """The products whose sum, scaled and masked, is a softmax's input; those of heads mixed afterwards included."""
-        found: list[Product] = []
-        todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
-        while todo:
-            for product in self._walk_back(*todo.pop()).products:
-                source = self._mixed(product)
-                if source is not None:
-                    todo.append((source, product.reader))
-                elif product not in found:
-                    found.append(product)
-        return found
+        products = (product for back in self._walks_behind(softmax) for product in back.products)
+        return [product for product in dict.fromkeys(products) if self._mixed(product) is None]
 
     def mixing(self, softmax: Softmax) -> list[Product]:
         """The products with a weight that mix the heads of the logits before a softmax."""
@@ -132,11 +121,17 @@ class Graph:
 
     def between(self, softmax: Softmax) -> Iterator[Op]:
         """Ops between the products of queries and keys and the softmax, heads mixed or not, the last one first."""
-        todo: list[tuple[Value, Op]] = [(softmax.logits, softmax.op)]
-        while todo:
-            back = self._walk_back(*todo.pop())
+        for back in self._walks_behind(softmax):
             yield from sorted(back.passed, key=lambda op: -op.index)
-            todo += [(s, p.reader) for p in back.products if (s := self._mixed(p)) is not None]
+
+    def _walks_behind(self, softmax: Softmax) -> Iterator[_BackwardWalk]:
+        """The walk back from a softmax, and those from the logits whose heads are mixed afterwards."""
+
+        def mixed(read: tuple[Value, Op]) -> Iterator[tuple[Value, Op]]:
+            products = self._walk_back(*read).products
+            return ((source, p.reader) for p in products if (source := self._mixed(p)) is not None)
+
+        return (self._walk_back(*read) for read in walk([(softmax.logits, softmax.op)], mixed))
 
     def is_attention(self, softmax: Softmax) -> bool:
         """Whether a product of two projections feeds a softmax that weighs values: data, or projected parameters."""
@@ -179,15 +174,13 @@ class Graph:
             for value in product.factors
             if softmax.op not in self._behind_weights(value, product.reader)
         ]
-        found: set[Op] = set()
-        todo = [p for read in weighed for p in self._walk_back(*read).products]
-        while todo:
-            product = todo.pop()
-            if product.op not in found:
-                found.add(product.op)
-                sources = self._factor(product).sources
-                todo += [p for source in sources for p in self._walk_back(source, product.reader).products]
-        return found
+
+        def before(product: Product) -> list[Product]:
+            sources = self._factor(product).sources
+            return [p for source in sources for p in self._walk_back(source, product.reader).products]
+
+        nearest = (p for read in weighed for p in self._walk_back(*read).products)
+        return {product.op for product in walk(nearest, before)}
 
     def features(self, factor: Factor) -> int | None:
         """How many features a product with a weight makes, or None where it does not sum over one axis of each."""
@@ -328,21 +321,19 @@ class Graph:
 
     def is_computed(self, factor: Factor) -> bool:
         """Whether no weight of a factor is a parameter, or a part of one, whose numbers are used as they are."""
-        return all(map(self._is_made, [(v, factor.product.reader) for v in factor.weights]))
+        return all(
+            any(not keeps_numbers(op) and not self._scales(op) for op in self._weight_ops(v, factor.product.reader))
+            for v in factor.weights
+        )
 
-    def _is_made(self, read: tuple[Value, Op]) -> bool:
-        """Whether a value that parameters alone reach is more than a parameter of another shape or scale."""
-        todo, seen = [op for op in self.tape.behind(*read) if op.weight], set[Op]()
-        while todo:
-            op = todo.pop()
-            if op in seen:
-                continue
-            seen.add(op)
-            scaled = base_name(op) in ("mul", "div") and sum(self.tape.is_weight(v, op) for v in op.inputs) == 1
-            if not keeps_numbers(op) and not scaled:
-                return True
-            todo += [source for source in op.reads if source.weight]
-        return False
+    def _scales(self, op: Op) -> bool:
+        """Whether an op multiplies something that parameters alone reach with something else."""
+        return base_name(op) in ("mul", "div") and sum(self.tape.is_weight(v, op) for v in op.inputs) == 1
+
+    def _weight_ops(self, value: Value, reader: Op) -> Iterator[Op]:
+        """The ops on parameters behind a value."""
+        made = (op for op in self.tape.behind(value, reader) if op.weight)
+        return walk(made, lambda op: (source for source in op.reads if source.weight))
 
     def _biases(self, product: Product) -> tuple[frozenset[str], Value]:
         """Parameters added to a product before more than its shape is changed, and the sum."""
@@ -362,41 +353,22 @@ class Graph:
 
     def _multiplied(self, value: Value, reader: Op) -> bool:
         """Whether a product with anything, constants too, lies behind a value that parameters alone reach."""
-        todo, seen = list(self.tape.behind(value, reader)), set[Op]()
-        while todo:
-            op = todo.pop()
-            if product_of(op) is not None:
-                return True
-            if op not in seen and op.weight:
-                seen.add(op)
-                todo += op.reads
-        return False
+        behind = walk(self.tape.behind(value, reader), lambda op: op.reads if op.weight else ())
+        return any(product_of(op) is not None for op in behind)
 
     def _params(self, value: Value, reader: Op) -> Set[str]:
         """Names of the parameters behind a value that parameters alone reach."""
-        names = {value.param} if value.param is not None else set()
-        seen: set[Op] = set()
-        todo = [op for op in self.tape.behind(value, reader) if op.weight]
-        while todo:
-            op = todo.pop()
-            if op not in seen:
-                seen.add(op)
-                names.update(v.param for v in op.inputs if v.param is not None)
-                todo += [source for source in op.reads if source.weight]
-        return names
+        inputs = (v for op in self._weight_ops(value, reader) for v in op.inputs)
+        return {v.param for v in (value, *inputs) if v.param is not None}
 
     def _private(self, start: Op, attention: Set[Op]) -> bool:
         """Whether every path from an op's result leads into this attention."""
-        todo, seen = [start], set()
-        while todo:
-            op = todo.pop()
-            if op in seen or (op in attention and op is not start):
-                continue
-            seen.add(op)
-            if any(v in self.tape.results for v in op.outputs):
-                return False
-            todo += [reader for reader in self._readers[op] if reader.data or reader.weight]
-            if len(seen) > 200:  # a path this long has left the attention
+
+        def after(op: Op) -> Iterator[Op]:
+            return (r for r in self._readers[op] if (r.data or r.weight) and r not in attention)
+
+        for count, op in enumerate(walk([start], after), 1):
+            if count > 200 or any(v in self.tape.results for v in op.outputs):  # a path this long has left it
                 return False
         return True
 

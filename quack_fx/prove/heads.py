@@ -31,14 +31,7 @@ class Operand:
 
 
 class Upper:
-    """From the operands of logit products to the softmax.
-
-    Arguments:
-        graph: The graph.
-        softmax: The softmax.
-        products: The products whose operands are wanted.
-        generator: Source of random numbers.
-    """
+    """From the operands of logit products to the softmax."""
 
     def __init__(self, graph: Graph, softmax: Softmax, products: Sequence[Product], generator: torch.Generator) -> None:
         self.softmax = softmax

@@ -22,15 +22,7 @@ from quack_fx.prove.tape import Op
 def heads_behind(
     graph: Graph, site: AttentionSite, softmax: Softmax, attention: Set[Op], generator: torch.Generator
 ) -> tuple[int, ...]:
-    """Query heads whose claimed rows, on both sides, lie behind a softmax.
-
-    Arguments:
-        graph: The graph of the run.
-        site: The claim.
-        softmax: One of its softmaxes.
-        attention: The products of all of them.
-        generator: Source of random numbers.
-    """
+    """Query heads whose claimed rows, on both sides, lie behind a softmax."""
     reached = _rows_behind(graph, site, softmax, attention, generator)
 
     def lies_behind(blocks: Sequence[WeightBlock], head: int) -> bool:

@@ -74,24 +74,17 @@ class Product:
 
     Attributes:
         op: The op whose first result is the product.
-        left: First factor.
-        right: Second factor.
+        factors: What it multiplies, left and right.
         added: What the op adds, or None.
         reader: The op that reads the factors: `op`, or the multiplication before a sum.
         axes: The axis of each factor that is summed over, counted from the end; None where it is not one axis of each.
     """
 
     op: Op
-    left: Value
-    right: Value
+    factors: tuple[Value, Value]
     added: Value | None
     reader: Op
     axes: tuple[int, int] | None
-
-    @property
-    def factors(self) -> tuple[Value, Value]:
-        """Both factors."""
-        return self.left, self.right
 
 
 @dataclass(eq=False, repr=False)
@@ -150,7 +143,7 @@ def product_of(op: Op) -> Product | None:
         if not isinstance(one, Value) or not isinstance(two, Value) or _is_depthwise(op):
             return None
         axes = (-1, -2) if op.name in ("mm", "bmm", "addmm", "baddbmm", "matmul") else None
-        return Product(op, one, two, summand if isinstance(summand, Value) else None, op, axes)
+        return Product(op, (one, two), summand if isinstance(summand, Value) else None, op, axes)
     if op.name != "sum" or not op.inputs or op.inputs[0].op is None or op.inputs[0].op.name != "mul":
         return None
     mul, dims = op.inputs[0].op, _dims(op)
@@ -160,7 +153,7 @@ def product_of(op: Op) -> Product | None:
     shapes = [v.tensor.shape for v in mul.inputs]
     if any(len(s) < 2 or len(s) + axis < 0 or s[axis] == 1 for s in shapes):
         return None  # a factor that is not summed over only scales
-    return Product(op, *mul.inputs, None, mul, (axis, axis))
+    return Product(op, (mul.inputs[0], mul.inputs[1]), None, mul, (axis, axis))
 
 
 def _is_depthwise(op: Op) -> bool:
@@ -211,7 +204,7 @@ def weighs_by_groups(softmax: Softmax, readers: Readers) -> Iterator[Product]:
                 continue
             seen.add(reader)
             if base_name(reader) == "mul" and len(reader.inputs) == 2 and _is_scattered(reader, readers):
-                yield Product(reader, *reader.inputs, None, reader, None)
+                yield Product(reader, (reader.inputs[0], reader.inputs[1]), None, reader, None)
             else:
                 todo.append(reader)
 

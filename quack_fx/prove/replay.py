@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import partial
 from typing import Any
 
 import torch
@@ -160,10 +161,10 @@ class Replay:
         func: Callable[..., Any] = op.func
         if op.name == "detach" and self._through_detach:
             func = torch.ops.aten.alias.default
-        elif (op in self._statistics or _measures_weights(op)) and not self._live:
-            func = _FROZEN.get(op.name, _held)(func)
+        elif (op in self._statistics or (op.weight and not op.data and op.name in _SIZES)) and not self._live:
+            func = partial(_FROZEN.get(op.name, _held), op.func)
         elif op.name.rstrip("_") in _POINTWISE and not self._is_of_statistics(op):
-            func = _unclipped(func)
+            func = partial(_unclipped, op.func)
         result = func(*args, **kwargs)
         results = (result,) if isinstance(result, Tensor) else [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         for value, tensor in zip(op.outputs, results, strict=True):
@@ -187,65 +188,56 @@ class Replay:
         return type(x)(map(self._given, x)) if type(x) in (list, tuple) else x
 
 
-def _measures_weights(op: Op) -> bool:
-    """Whether an op takes the size of parameters, which scales something and is made of no single row."""
-    return op.weight and not op.data and op.name in _SIZES
-
-
 # ---- norms with constant statistics ----------------------------------------------------------------------------------
 
 
-def _held(func: Callable[..., Any]) -> Callable[..., Any]:
+def _held(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A reduction whose result is a constant."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return func(*args, **kwargs)
-
-    return run
+    with torch.no_grad():
+        return func(*args, **kwargs)
 
 
-def _layer_norm(func: Callable[..., Any]) -> Callable[..., Any]:
-    def run(x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-        _, mean, rstd = _held(func)(x, shape, weight, bias, eps)
-        return _affine((x - mean) * rstd, weight, bias), mean, rstd
-
-    return run
-
-
-def _rms_norm(func: Callable[..., Any]) -> Callable[..., Any]:
-    def run(x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> Any:
-        _, rstd = _held(func)(x, shape, weight, eps)
-        return _affine(x * rstd, weight, None), rstd
-
-    return run
+def _layer_norm(
+    func: Callable[..., Any], x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Any:
+    _, mean, rstd = _held(func, x, shape, weight, bias, eps)
+    return _affine((x - mean) * rstd, weight, bias), mean, rstd
 
 
-def _group_norm(func: Callable[..., Any]) -> Callable[..., Any]:
-    def run(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, rest: int, groups: int, eps: float
-    ) -> Any:
-        _, mean, rstd = _held(func)(x, weight, bias, n, c, rest, groups, eps)
-        y = ((x.reshape(n, groups, -1) - mean[..., None]) * rstd[..., None]).reshape(n, c, rest)
-        weight, bias = (None if p is None else p[:, None] for p in (weight, bias))
-        return _affine(y, weight, bias).reshape(x.shape), mean, rstd
-
-    return run
+def _rms_norm(func: Callable[..., Any], x: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> Any:
+    _, rstd = _held(func, x, shape, weight, eps)
+    return _affine(x * rstd, weight, None), rstd
 
 
-def _batch_norm(func: Callable[..., Any]) -> Callable[..., Any]:
-    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any, **kwargs: Any) -> Any:
-        _, mean, rstd, *more = _held(func)(x, weight, bias, *rest, **kwargs)
-        if not mean.numel():  # evaluation mode: the statistics are buffers, the op is affine already
-            return func(x, weight, bias, *rest, **kwargs)
+def _group_norm(
+    func: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    c: int,
+    rest: int,
+    groups: int,
+    eps: float,
+) -> Any:
+    _, mean, rstd = _held(func, x, weight, bias, n, c, rest, groups, eps)
+    y = ((x.reshape(n, groups, -1) - mean[..., None]) * rstd[..., None]).reshape(n, c, rest)
+    weight, bias = (None if p is None else p[:, None] for p in (weight, bias))
+    return _affine(y, weight, bias).reshape(x.shape), mean, rstd
 
-        def by_channel(p: Tensor) -> Tensor:
-            return p.view(-1, *[1] * (x.ndim - 2))
 
-        weight, bias = (None if p is None else by_channel(p) for p in (weight, bias))
-        return _affine((x - by_channel(mean)) * by_channel(rstd), weight, bias), mean, rstd, *more
+def _batch_norm(
+    func: Callable[..., Any], x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any, **kwargs: Any
+) -> Any:
+    _, mean, rstd, *more = _held(func, x, weight, bias, *rest, **kwargs)
+    if not mean.numel():  # evaluation mode: the statistics are buffers, the op is affine already
+        return func(x, weight, bias, *rest, **kwargs)
 
-    return run
+    def by_channel(p: Tensor) -> Tensor:
+        return p.view(-1, *[1] * (x.ndim - 2))
+
+    weight, bias = (None if p is None else by_channel(p) for p in (weight, bias))
+    return _affine((x - by_channel(mean)) * by_channel(rstd), weight, bias), mean, rstd, *more
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -253,25 +245,22 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return (x if bias is None else x + bias).contiguous()  # as the op itself makes it, for a view that follows
 
 
-def _unclipped(func: Callable[..., Any]) -> Callable[..., Any]:
+def _unclipped(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A function of each feature by itself, with the derivative 1: what it clips belongs to its head as well."""
-
-    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with torch.no_grad():
-            change: Tensor = func(x.clone(), *args, **kwargs) - x
-        return x + change
-
-    return run
+    with torch.no_grad():
+        change: Tensor = func(x.clone(), *args, **kwargs) - x
+    return x + change
 
 
 _SIZES = frozenset("linalg_vector_norm norm var std var_mean std_mean".split())
+"""Of parameters, the size scales something and is made of no single row."""
 
 _POINTWISE = frozenset(
     """clamp clamp_max clamp_min elu gelu hardsigmoid hardswish hardtanh leaky_relu relu sigmoid silu softplus tanh
     threshold""".split()
 )
 
-_FROZEN: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+_FROZEN: dict[str, Callable[..., Any]] = {
     "native_layer_norm": _layer_norm,
     "_fused_rms_norm": _rms_norm,
     "native_group_norm": _group_norm,

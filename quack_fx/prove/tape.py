@@ -11,7 +11,7 @@ autograd.Function is recorded as well. No module class or name is looked at.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +22,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
 from torch.utils._pytree import tree_leaves
 
+from quack_fx.graph.forward.eager import op_by_op
 from quack_fx.graph.forward.fused import AnyLayout
 from quack_fx.graph.forward.gpus import OnThisMachine
-from quack_fx.graph.forward.inference import without_inference_mode
 from quack_fx.graph.forward.jagged import JaggedWrittenOut, takes_itself_apart
+from quack_fx.graph.ops import written_by
 from quack_fx.prove.opaque import written_out
 
 
@@ -136,14 +137,6 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Run the model once and record it.
 
     Fused attention is replaced by plain ops, so that the logits are a tensor like any other.
-
-    Arguments:
-        model: A model on real tensors.
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-
-    Returns:
-        What ran.
     """
     try:
         with torch.no_grad():
@@ -161,9 +154,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))  # of running uncompiled, for one
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_no_fast_path())
-        stack.enter_context(without_inference_mode())
+        stack.enter_context(op_by_op())
         stack.enter_context(OnThisMachine())
         stack.enter_context(JaggedWrittenOut())
         stack.enter_context(AnyLayout())
@@ -243,25 +234,11 @@ class _Watch(TorchDispatchMode):
         op = Op(len(tape.ops), func, name, own_args, own_kwargs, tuple(inputs), (), reads, modules, given, weight, data)
         results = (result,) if isinstance(result, Tensor) else tree_leaves(result)
         op.outputs = tuple(self.value(t, op) for t in results if isinstance(t, Tensor))
-        for written in _written(func, own_args, own_kwargs):
-            tape.writes.setdefault(written.storage, []).append(op)
+        for written in written_by(func, own_args, own_kwargs):
+            if isinstance(written, Value):
+                tape.writes.setdefault(written.storage, []).append(op)
         tape.ops.append(op)
         return result
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Value]:
-    """The values that an op writes to in place."""
-    schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from (v for v in _flat(given) if isinstance(v, Value))
-
-
-def _flat(x: Any) -> Iterable[Any]:
-    return x if isinstance(x, (list, tuple)) else (x,)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
@@ -273,17 +250,6 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(list(leaf.values()))
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)):
             yield from (t for t in vars(leaf).values() if isinstance(t, Tensor))
-
-
-@contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """Disable the fast path of torch.nn's attention, which is a single op when no gradients are needed."""
-    was_on = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_on)
 
 
 @contextmanager

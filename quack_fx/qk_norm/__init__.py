@@ -3,5 +3,6 @@
 strip/      removes them from the modules of a model in place, or from a copy of its ATen graph
 insert/     adds them to modules or to a graph, as a baseline for QuacK
 dynamo.py   a backend of torch.compile that removes them from Dynamo's graphs
-call.py     example inputs as users give them
+report.py   what was removed or added
+call.py     example inputs and models as users give them
 """

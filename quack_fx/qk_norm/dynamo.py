@@ -22,8 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from quack_fx.errors import StripError, first_line
 from quack_fx.find import own_parameters
+from quack_fx.qk_norm.report import StripReport
 from quack_fx.qk_norm.strip.graph import strip_graph
-from quack_fx.qk_norm.strip.report import StripReport
 
 _CHOICES = {"gain": ("drop", "keep"), "scale": ("restore", "keep")}
 _log = logging.getLogger("quack_fx")

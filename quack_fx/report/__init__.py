@@ -5,8 +5,7 @@ The JSON form is the layout's own (`QKLayout.to_dict`). No torch is imported, so
 
     facts.py      the model, its inputs and its graph; counts of weights
     groups.py     equal layers as one group; rows, scales, norms, head maps and learning-rate factors as text
-    terminal.py   the table of groups, lists of what was skipped, the tree of one attention
-    walk.py       the tree of `--explain`
+    terminal.py   the table of groups, lists of what was skipped, the trees of one attention and of `--explain`
     graph.py      the pair graph, and its drawing
     html.py       the page
     style.py      the frame and the look of all pages
@@ -23,8 +22,7 @@ from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.report.facts import Facts, Proof
 from quack_fx.report.html import page as html
 from quack_fx.report.terminal import Overview as overview
-from quack_fx.report.terminal import pair
-from quack_fx.report.walk import explanation
+from quack_fx.report.terminal import explanation, pair
 
 __all__ = ["Facts", "Proof", "explanation", "find_name", "find_site", "html", "overview", "pair"]
 

@@ -9,10 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from quack_fx.layout.count import qk_count
-
-__all__ = ["Facts", "Proof", "count_text", "qk_count"]
-
 
 @dataclass(frozen=True)
 class Proof:

@@ -31,8 +31,7 @@ def pair_graph(site: AttentionSite) -> nx.DiGraph:
         what = f"{name}: {side} tokens" if site.cross else "x: tokens"
         graph.add_node(name, kind="input", side=side if site.cross else "", lines=(what,))
     for side, block in site.blocks():
-        letter = "h" if side == "query" else g.key_letter(site)
-        rows = f"{'rows' if block.axis == 0 else f'axis {block.axis},'} {g.rows_text(block.heads, letter)}"
+        rows = f"{'rows' if block.axis == 0 else f'axis {block.axis},'} {g.block_rows(site, side, block)}"
         lines = (names[id(block)], g.local_name(block.param, site.name), rows)
         graph.add_node(names[id(block)], kind="block", side=side, lines=lines)
     sums = "logits" if len(site.terms) < 2 else "sum = logits"
@@ -42,8 +41,8 @@ def pair_graph(site: AttentionSite) -> nx.DiGraph:
         product = f"product {i}"
         graph.add_node(product, kind="product", side="", lines=("q · k",))
         graph.add_edge(product, "logits")
-        for side, blocks in (("query", chain.query), ("key", chain.key)):
-            way = [inputs["query" if side == "query" else "key"], *(names[id(b)] for b in reversed(blocks))]
+        for side, blocks in chain.items():
+            way = [inputs[side], *(names[id(b)] for b in reversed(blocks))]
             for a, b in pairwise(way):
                 _join(graph, a, b, [n for n in site.latent_norm if n.side == side] if a != way[0] else [])
             _join(graph, way[-1], product, [n for n in site.qk_norm if n.side == side])

@@ -6,13 +6,13 @@ In: sites and names of a layout. Out: `Group`s with names such as "model.layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from quack_fx.layout import AttentionSite, Norm, Ranges, WeightBlock, merged
-from quack_fx.layout.pattern import map_pattern, row_pattern
+from quack_fx.layout import AttentionSite, Norm, Ranges, Side, WeightBlock, merged, renamed
+from quack_fx.layout.pattern import joined_name, map_pattern, row_pattern, split_name
 
 Indices = tuple[frozenset[int], ...]
 
@@ -33,6 +33,12 @@ class Group:
     def first(self) -> AttentionSite:
         """The first site, which reports show."""
         return self.sites[0]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not true of each attention: several of them, cross-attention, several calls."""
+        several = [f"x{len(self.sites)}"] if len(self.sites) > 1 else []
+        return several + ["cross"] * self.first.cross + [f"{self.first.calls} calls"] * (self.first.calls > 1)
 
 
 def group_sites(sites: Sequence[AttentionSite]) -> list[Group]:
@@ -59,24 +65,25 @@ def group_names(names: Iterable[str]) -> list[tuple[str, list[str]]]:
         >>> group_names(["h.0.q", "h.1.q", "h.2.q", "head"])
         [('h.{0..2}.q', ['h.0.q', 'h.1.q', 'h.2.q']), ('head', ['head'])]
     """
-    alike: dict[tuple[str | None, ...], list[tuple[int, ...]]] = {}
+    alike: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for name in dict.fromkeys(names):
-        parts = name.split(".")
-        pattern = tuple(None if part.isdecimal() else part for part in parts)
-        alike.setdefault(pattern, []).append(tuple(int(part) for part in parts if part.isdecimal()))
+        texts, numbers = split_name(name)
+        alike.setdefault(texts, []).append(numbers)
     result = []
-    for pattern, indices in alike.items():
+    for texts, indices in alike.items():
         for grid in _grids(indices):
-            numbers = iter(grid)
-            text = ".".join(part if part is not None else _braces(next(numbers)) for part in pattern)
             members = [i for i in indices if all(n in allowed for n, allowed in zip(i, grid, strict=True))]
-            result.append((text or "(root)", [_fill(pattern, i) for i in members]))
+            pattern = joined_name(texts, map(_braces, grid))
+            result.append((pattern or "(root)", [joined_name(texts, i) for i in members]))
     return result
 
 
-def _fill(pattern: tuple[str | None, ...], indices: tuple[int, ...]) -> str:
-    numbers = iter(indices)
-    return ".".join(part if part is not None else str(next(numbers)) for part in pattern)
+def by_reason(entries: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
+    """Names under the reason that they share, as `group_names` gives them; entries are pairs of a name and a reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in entries:
+        reasons.setdefault(reason, []).append(name)
+    return ((reason, group_names(names)) for reason, names in reasons.items())
 
 
 def _grids(indices: Sequence[tuple[int, ...]]) -> list[Indices]:
@@ -111,24 +118,8 @@ def _braces(values: frozenset[int]) -> str:
 
 def _relative(site: AttentionSite) -> AttentionSite:
     """The site with names relative to its own, so that equal layers become equal."""
-
-    def name(text: str | None) -> str | None:
-        return None if text is None else local_name(text, site.name)
-
-    def norms(side: tuple[Norm, ...]) -> tuple[Norm, ...]:
-        return tuple(replace(n, module=name(n.module), weight=name(n.weight)) for n in side)
-
-    def blocks(side: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
-        return tuple(replace(b, param=local_name(b.param, site.name), bias=name(b.bias)) for b in side)
-
-    return replace(
-        site,
-        name=".".join("" if part.isdecimal() else part for part in site.name.split(".")),
-        query=blocks(site.query),
-        key=blocks(site.key),
-        qk_norm=norms(site.qk_norm),
-        latent_norm=norms(site.latent_norm),
-    )
+    relative = renamed(site, lambda name: local_name(name, site.name))
+    return replace(relative, name="".join(split_name(site.name)[0]))
 
 
 def local_name(name: str, site: str) -> str:
@@ -254,27 +245,19 @@ def map_text(site: AttentionSite) -> str:
     return "query heads read key heads " + ", ".join(map(str, heads[:12])) + (", …" if n > 12 else "")
 
 
-@dataclass(frozen=True)
-class Chain:
-    """The blocks of one term of the logits.
-
-    Attributes:
-        query: Blocks of the query side, from the logits outwards.
-        key: Blocks of the key side, likewise.
-    """
-
-    query: tuple[WeightBlock, ...]
-    key: tuple[WeightBlock, ...]
-
-
-def chains(site: AttentionSite) -> list[Chain]:
-    """The blocks of each term of a site."""
-    return [Chain(tuple(site.query[i] for i in t.query), tuple(site.key[i] for i in t.key)) for t in site.terms]
+def chains(site: AttentionSite) -> list[dict[Side, list[WeightBlock]]]:
+    """The blocks of each term of a site, by side, from the logits outwards."""
+    return [{"query": [site.query[i] for i in t.query], "key": [site.key[i] for i in t.key]} for t in site.terms]
 
 
 def key_letter(site: AttentionSite) -> str:
     """Letter for the index of a key head: h where it equals that of the query head, else g."""
     return "h" if site.head_map == tuple(range(site.key_heads)) else "g"
+
+
+def block_rows(site: AttentionSite, side: Side, block: WeightBlock) -> str:
+    """Rows of all heads of a block of a site."""
+    return rows_text(block.heads, "h" if side == "query" else key_letter(site))
 
 
 def labels(site: AttentionSite) -> dict[int, str]:
@@ -309,7 +292,7 @@ def rule_texts(site: AttentionSite) -> list[tuple[str, str]]:
     for _, block in site.blocks():
         options = []
         for chain in chains(site):
-            product = [*chain.query, *chain.key]
+            product = [*chain["query"], *chain["key"]]
             if (mine := next((i for i, b in enumerate(product) if b is block), None)) is not None:
                 others = [b for i, b in enumerate(product) if i != mine]
                 # a block of several query heads follows the largest of them

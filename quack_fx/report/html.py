@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
+from quack_fx.layout.fit import qk_count
 from quack_fx.report import groups as g
-from quack_fx.report.facts import Facts, Proof, count_text, qk_count
+from quack_fx.report.facts import Facts, Proof, count_text
 from quack_fx.report.graph import svg
 from quack_fx.report.style import document, sums
 
@@ -55,10 +56,10 @@ def page(layout: QKLayout, facts: Facts) -> str:
         "(<code>quack_fx.strip_qk_norm</code>).</p>"
         if normed
         else "",
-        *("<h2>Each group</h2>" if i == 0 else "" for i, _ in enumerate(groups[:1])),
+        "<h2>Each group</h2>" if groups else "",
         *(_details(group, facts, is_open=i == 0) for i, group in enumerate(groups)),
-        _not_proved(facts.proof),
-        _skipped(layout),
+        _by_reason("Not proved", facts.proof.open.items()) if facts.proof is not None else "",
+        _by_reason("Skipped", ((entry.name, f"{entry.reason} [{entry.code}]") for entry in layout.skipped)),
         _untouched(layout),
     ]
     return document(f"{facts.title}: query/key pairs", body, _STYLE)
@@ -85,7 +86,7 @@ def _table(groups: Sequence[g.Group], proof: Proof | None) -> str:
     rows = []
     for group in groups:
         site = group.first
-        remarks = ", ".join(_remarks(group))
+        remarks = ", ".join(group.remarks)
         tick = "" if proof is None else f"<td>{escape(proof.text([s.name for s in group.sites]))}</td>"
         weights = "<br>".join(_weight(site, side, block) for side, block in site.blocks())
         rows.append(
@@ -98,22 +99,15 @@ def _table(groups: Sequence[g.Group], proof: Proof | None) -> str:
     return f'<div class="wide frame"><table>{head}{"".join(rows)}</table></div>'
 
 
-def _remarks(group: g.Group) -> list[str]:
-    site = group.first
-    remarks = [f"x{len(group.sites)}"] if len(group.sites) > 1 else []
-    return remarks + ["cross"] * site.cross + [f"{site.calls} calls"] * (site.calls > 1)
-
-
 def _weight(site: AttentionSite, side: Side, block: WeightBlock) -> str:
-    rows = g.rows_text(block.heads, "h" if side == "query" else g.key_letter(site))
-    rows += "" if block.axis == 0 else f" (axis {block.axis})"
+    rows = g.block_rows(site, side, block) + ("" if block.axis == 0 else f" (axis {block.axis})")
     label = g.labels(site)[id(block)]
     return f"<span class={side}>{label}</span> {escape(g.local_name(block.param, site.name))} {escape(rows)}"
 
 
 def _details(group: g.Group, facts: Facts, is_open: bool) -> str:
     site = group.first
-    remarks = ", ".join([g.kind_text(site), f"head dim {site.head_dim}", *_remarks(group)])
+    remarks = ", ".join([g.kind_text(site), f"head dim {site.head_dim}", *group.remarks])
     rules = "".join(
         f"<tr><td class=mono>{escape(n)}<td class=mono>{escape(rule)}</tr>" for n, rule in g.rule_texts(site)
     )
@@ -175,20 +169,9 @@ def _bar(side: Side, a: int, b: int, odd: str, text: str) -> str:
     return f'<rect class="{side}{odd}" x="{a}" y="0" width="{b - a}" height="10"><title>{escape(text)}</title></rect>'
 
 
-def _not_proved(proof: Proof | None) -> str:
-    return "" if proof is None else _by_reason("Not proved", proof.open.items())
-
-
-def _skipped(layout: QKLayout) -> str:
-    return _by_reason("Skipped", ((entry.name, f"{entry.reason} [{entry.code}]") for entry in layout.skipped))
-
-
 def _by_reason(title: str, entries: Iterable[tuple[str, str]]) -> str:
     """Names under the reason that they share."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in entries:
-        reasons.setdefault(reason, []).append(name)
-    items = "".join(f"<li>{escape(reason)}<ul>{_names(names)}</ul>" for reason, names in reasons.items())
+    items = "".join(f"<li>{escape(reason)}<ul>{_names(names)}</ul>" for reason, names in g.by_reason(entries))
     return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
 
 
@@ -196,12 +179,12 @@ def _untouched(layout: QKLayout) -> str:
     if not layout.untouched:
         return ""
     remark = "The example inputs did not reach these parameters, so nothing is known about them."
-    return f"<h2>Never ran</h2><p class=soft>{remark}</p><ul>{_names(layout.untouched)}</ul>"
+    return f"<h2>Never ran</h2><p class=soft>{remark}</p><ul>{_names(g.group_names(layout.untouched))}</ul>"
 
 
-def _names(names: Iterable[str]) -> str:
+def _names(groups: Iterable[tuple[str, list[str]]]) -> str:
     return "".join(
         f"<li><code>{escape(pattern)}</code>"
         + (f" <span class=soft>x{len(members)}</span>" if len(members) > 1 else "")
-        for pattern, members in g.group_names(names)
+        for pattern, members in groups
     )

@@ -1,12 +1,13 @@
 """A layout as rich renderables for a terminal.
 
 In: a layout and its facts. Out: the overview (the model, a table with one row per group of equal layers, what was
-skipped, what never ran) and the tree of one attention. Plain text says as much: no colour has a meaning of its own.
+skipped, what never ran), the tree of one attention, and the tree of an explanation. Plain text says as much: no colour
+has a meaning of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -17,12 +18,16 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from quack_fx.layout import AttentionSite, QKLayout, Side, WeightBlock
+from quack_fx.layout import SIDES, AttentionSite, QKLayout, Side
+from quack_fx.layout.fit import qk_count
+from quack_fx.layout.walk import Explanation
 from quack_fx.report import groups as g
-from quack_fx.report.facts import Facts, Proof, count_text, qk_count
+from quack_fx.report.facts import Facts, Proof, count_text
 
-QUERY, KEY, DIM, HEAD = "cyan", "magenta", "dim", "bold"
-_COLOUR: dict[Side, str] = {"query": QUERY, "key": KEY}
+DIM, HEAD = "dim", "bold"
+_COLOUR: dict[Side, str] = {"query": "cyan", "key": "magenta"}
+_BY_DEPTH = (HEAD, "bold cyan", DIM, "")
+"""Of an explanation: the attention, a part of it, a line of Python, a node of the graph."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,12 @@ class Overview:
             yield table if wide <= options.max_width else pair_table(self.layout, self.facts.proof, narrow=True)
             yield Padding(notes(self.layout), (0, 0, 1, 0))
         if self.facts.proof is not None and self.facts.proof.open:
-            yield _listing("Not proved", list(self.facts.proof.open.items()), counts=True)
+            yield _listing("Not proved", self.facts.proof.open.items())
         if self.layout.skipped:
-            yield _listing("Skipped", [(s.name, f"{s.reason} [{s.code}]") for s in self.layout.skipped], counts=True)
+            yield _listing("Skipped", ((s.name, f"{s.reason} [{s.code}]") for s in self.layout.skipped))
         if self.layout.untouched:
-            names = [(name, "") for name in self.layout.untouched]
             title = "Never ran: the example inputs did not reach these parameters, so nothing is known about them"
-            yield _listing(title, names, counts=True)
+            yield _listing(title, ((name, "") for name in self.layout.untouched))
 
 
 def header(layout: QKLayout, facts: Facts) -> RenderableType:
@@ -94,11 +98,8 @@ def pair_table(layout: QKLayout, proof: Proof | None, narrow: bool) -> Table:
     for group in g.group_sites(layout.sites):
         site = group.first
         name = Text(group.name, HEAD)
-        extras = [f"x{len(group.sites)}"] if len(group.sites) > 1 else []
-        extras += ["cross"] if site.cross else []
-        extras += [f"{site.calls} calls"] if site.calls > 1 else []
-        if extras:
-            name.append("  " + ", ".join(extras), "not bold " + DIM)
+        if group.remarks:
+            name.append("  " + ", ".join(group.remarks), "not bold " + DIM)
         weights = _weights(site)
         first: list[RenderableType] = [proof.text([s.name for s in group.sites])] if proof is not None else []
         first += [Group(name, Padding(weights, (0, 0, 0, 2)))] if narrow else [name]
@@ -116,10 +117,8 @@ def _weights(site: AttentionSite) -> Table:
     grid.add_column(overflow="fold")
     names = g.labels(site)
     for side, block in site.blocks():
-        colour = _COLOUR[side]
-        rows = g.rows_text(block.heads, "h" if side == "query" else g.key_letter(site))
-        unit = "" if block.axis == 0 else f" (axis {block.axis})"
-        grid.add_row(Text(names[id(block)], colour), Text(g.local_name(block.param, site.name)), Text(rows + unit))
+        rows = g.block_rows(site, side, block) + ("" if block.axis == 0 else f" (axis {block.axis})")
+        grid.add_row(Text(names[id(block)], _COLOUR[side]), Text(g.local_name(block.param, site.name)), Text(rows))
     return grid
 
 
@@ -136,18 +135,14 @@ def notes(layout: QKLayout) -> Text:
     return Text("\n".join(lines), DIM)
 
 
-def _listing(title: str, entries: Sequence[tuple[str, str]], counts: bool) -> RenderableType:
+def _listing(title: str, entries: Iterable[tuple[str, str]]) -> RenderableType:
     """A list of names by remark, with equal names as one pattern."""
     tree = Tree(Text(title, HEAD), guide_style=DIM)
-    remarks: dict[str, list[str]] = {}
-    for name, remark in entries:
-        remarks.setdefault(remark, []).append(name)
-    for remark, names in remarks.items():
+    for remark, patterns in g.by_reason(entries):
         branch = tree.add(Text(remark)) if remark else tree
-        patterns = g.group_names(names)
         for pattern, members in patterns[:40]:
             text = Text(pattern)
-            if counts and len(members) > 1:
+            if len(members) > 1:
                 text.append(f"  x{len(members)}", DIM)
             branch.add(text)
         if len(patterns) > 40:
@@ -159,19 +154,19 @@ def pair(site: AttentionSite, facts: Facts) -> RenderableType:
     """One attention as a tree: weights with their rows, norms, head map, logit and QuacK's learning-rate factors."""
     title = Text(site.name or "(root)", HEAD)
     title.append(f"  {g.kind_text(site)}, head dim {site.head_dim}", "not bold")
-    title.append(f"{', cross' if site.cross else ''}{f', {site.calls} calls' if site.calls > 1 else ''}", "not bold")
+    title.append("".join(f", {remark}" for remark in g.Group(site.name, (site,)).remarks), "not bold")
     tree = Tree(title, guide_style=DIM)
     if facts.proof is not None:
         reason = facts.proof.open.get(site.name)
         told = f"✓ by gradients on {facts.proof.where}" if reason is None else f"- {reason}"
         tree.add(Text.assemble(("proof   ", DIM), told))
-    for side, blocks in (("query", site.query), ("key", site.key)):
-        _side(tree, site, "query" if side == "query" else "key", blocks, facts)
+    for side in SIDES:
+        _side(tree, site, side, facts)
     tree.add(Text.assemble(("heads   ", DIM), g.map_text(site)))
     names = g.labels(site)
     sums = []
     for chain in g.chains(site):
-        parts = [Text(" ".join(names[id(b)] for b in side), c) for side, c in ((chain.query, QUERY), (chain.key, KEY))]
+        parts = [Text(" ".join(names[id(b)] for b in blocks), _COLOUR[side]) for side, blocks in chain.items()]
         sums.append(Text.assemble("(", parts[0], " x)·(", parts[1], " y)"))
     source = "y: another sequence" if site.cross else "y = x"
     scale = g.scale_text(site)
@@ -179,7 +174,10 @@ def pair(site: AttentionSite, facts: Facts) -> RenderableType:
     logit = Text(" + ").join(sums)
     whole = Text.assemble("(", logit, ")") if len(sums) > 1 and factor else logit
     tree.add(Text.assemble(("logit   ", DIM), whole, factor, (f"   {source}", DIM)))
-    rules = tree.add(Text.assemble(("QuacK   ", DIM), _quack_remark(site)))
+    remark = "learning-rate factors, each relative to its value at the start"
+    if site.qk_norm:
+        remark = "left alone: behind a QK norm the logits do not depend on the norms of these weights"
+    rules = tree.add(Text.assemble(("QuacK   ", DIM), remark))
     if not site.qk_norm:
         width = max(len(name) for name, _ in g.rule_texts(site)) if site.terms else 0
         for name, rule in g.rule_texts(site):
@@ -187,18 +185,12 @@ def pair(site: AttentionSite, facts: Facts) -> RenderableType:
     return tree
 
 
-def _quack_remark(site: AttentionSite) -> str:
-    if site.qk_norm:
-        return "left alone: behind a QK norm the logits do not depend on the norms of these weights"
-    return "learning-rate factors, each relative to its value at the start"
-
-
-def _side(tree: Tree, site: AttentionSite, side: Side, blocks: Sequence[WeightBlock], facts: Facts) -> None:
+def _side(tree: Tree, site: AttentionSite, side: Side, facts: Facts) -> None:
     colour, names = _COLOUR[side], g.labels(site)
+    blocks = [block for of, block in site.blocks() if of == side]
     branch = tree.add(Text(side, f"bold {colour}"))
     width = max((len(names[id(b)]) for b in blocks), default=0)
     for block in blocks:
-        letter = "h" if side == "query" else g.key_letter(site)
         shape = facts.shapes.get(block.param)
         line = Text(f"{names[id(block)]:<{width}}  ", colour)
         line.append(block.param, "default")
@@ -207,7 +199,7 @@ def _side(tree: Tree, site: AttentionSite, side: Side, blocks: Sequence[WeightBl
         unit = "rows" if block.axis == 0 else f"entries along axis {block.axis}"
         used = ", ".join(f"{a}:{b}" for a, b in g.total_rows(block)[:4])
         used += ", …" if len(g.total_rows(block)) > 4 else ""
-        node.add(Text.assemble((f"{unit} ", DIM), g.rows_text(block.heads, letter), (f"   in all {used}", DIM)))
+        node.add(Text.assemble((f"{unit} ", DIM), g.block_rows(site, side, block), (f"   in all {used}", DIM)))
         if block.bias:
             node.add(Text.assemble(("bias ", DIM), block.bias, ("  same entries", DIM)))
     for title, norms in (("QK norm", site.qk_norm), ("latent norm", site.latent_norm)):
@@ -216,3 +208,13 @@ def _side(tree: Tree, site: AttentionSite, side: Side, blocks: Sequence[WeightBl
                 place = norm.module or "written inline"
                 gain = f", gain {norm.weight}" if norm.weight else ", no gain"
                 branch.add(Text.assemble((f"{title} ", DIM), f"{norm.kind} over {norm.width}: {place}", (gain, DIM)))
+
+
+def explanation(one: Explanation) -> RenderableType:
+    """How an attention was traced, as a tree with the lines of its outline."""
+    lines = list(one.outline())
+    branches = [Tree(Text(lines[0][1], _BY_DEPTH[0]), guide_style=DIM)]
+    for depth, line in lines[1:]:
+        del branches[depth:]
+        branches.append(branches[-1].add(Text(line, _BY_DEPTH[depth])))
+    return branches[0]

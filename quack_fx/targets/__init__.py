@@ -23,7 +23,6 @@ target is open. An ambiguous target is refused with what to type instead.
     pick.py      chooses the model among the names of a file
     sizes/       arguments for constructors: found in the repository, or assumed
     settle.py    builds the model and finds inputs for which its forward runs
-    setup.py     calls methods that a model needs before its forward (`setup_caches`)
     adapters/    all other kinds of target, one a file
     hf.py        models of transformers: how they are built, and their inputs
     shrink.py    a small config with the structure of a large one

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import linecache
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -23,10 +24,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 def frames_of(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     """The frames of a traceback, outermost first, each with the line that it was at."""
-    traceback = error.__traceback__
-    while traceback is not None:
-        yield traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next
+    return traceback.walk_tb(error.__traceback__)
 
 
 def users_frame(error: BaseException) -> tuple[FrameType, int] | None:

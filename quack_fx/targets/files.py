@@ -23,6 +23,7 @@ import torch
 
 from quack_fx.errors import TargetError
 from quack_fx.graph.forward.gpus import OnThisMachine
+from quack_fx.graph.walk import walk
 from quack_fx.targets.packages import Location, locate, repository_of
 from quack_fx.targets.world import TrainingBegins, World, before_training
 
@@ -185,16 +186,16 @@ def defines(node: ast.stmt) -> bool:
 
 def _names_of_classes(tree: ast.Module) -> set[str]:
     """Top-level names of a file that its classes use, directly or through the values of other names."""
-    made_of = {name: node for node in tree.body for name in _assigned_names(node)}
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    left: list[ast.AST] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    found: set[str] = set()
-    while left:
-        for part in ast.walk(left.pop()):
-            if isinstance(part, ast.Name) and part.id not in found and part.id in {**functions, **made_of}:
-                found.add(part.id)
-                left.append({**functions, **made_of}[part.id])
-    return found
+    made: dict[str, ast.stmt] = {
+        node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    made |= {name: node for node in tree.body for name in _assigned_names(node)}
+
+    def used_in(node: ast.AST) -> set[str]:
+        return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & made.keys()
+
+    start = (name for node in tree.body if isinstance(node, ast.ClassDef) for name in used_in(node))
+    return set(walk(start, lambda name: used_in(made[name])))
 
 
 def _assigned_names(node: ast.stmt) -> set[str]:
@@ -282,6 +283,11 @@ def one_line(error: BaseException, namespace: Namespace) -> str:
         if path.is_relative_to(namespace.file.parent) and "site-packages" not in path.parts:
             return f"{os.path.relpath(path)}:{frame.lineno}: {said}"
     return said
+
+
+def kind_of(value: Any) -> str:
+    """ "the class Net", "a dict": what a value is, for errors."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def name_and_text(error: BaseException) -> str:

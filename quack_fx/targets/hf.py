@@ -59,7 +59,8 @@ def inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
     other = [n for n in ("pixel_values", "input_features") if n in known and n not in names]
     both = [{**kwargs, name: value} for kwargs in base for name in other for value in data[name]]
     # A model with a config for images or audio gets them along with tokens first; any other model, last.
-    return [*both, *base] if any(_has_part(config, n) for n in other) else [*base, *both]
+    parts = {"pixel_values": "vision_config", "input_features": "audio_config"}
+    return [*both, *base] if any(hasattr(config, parts[n]) for n in other) else [*base, *both]
 
 
 @contextmanager
@@ -85,10 +86,6 @@ def _field(config: Any, *names: str) -> Any:
     """The value of the first of these fields that the config or one of its sub-configs has."""
     parts = [config, *(getattr(config, name, None) for name in _SUB_CONFIGS)]
     return next((v for part in parts for name in names if (v := getattr(part, name, None)) is not None), None)
-
-
-def _has_part(config: Any, name: str) -> bool:
-    return hasattr(config, "vision_config" if name == "pixel_values" else "audio_config")
 
 
 def _images(config: Any, batch: int) -> list[Tensor]:

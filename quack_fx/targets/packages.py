@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import sys
 import sysconfig
@@ -125,9 +126,7 @@ def walk(repository: Path, endings: tuple[str, ...]) -> Iterator[Path]:
 
 def _distance(one: Path, other: Path) -> int:
     """Number of folders on the path from one file to another."""
-    a, b = one.parent.parts, other.parent.parts
-    common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return len(a) + len(b) - 2 * common
+    return len(Path(os.path.relpath(one.parent, other.parent)).parts)
 
 
 def _absolute(tree: ast.Module) -> set[str]:

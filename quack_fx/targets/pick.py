@@ -15,7 +15,7 @@ import sys
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.files import Namespace, without
+from quack_fx.targets.files import Namespace, kind_of, without
 from quack_fx.targets.outline import (
     contains,
     instances,
@@ -101,8 +101,7 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
             note = (
                 f"{chosen[0]} was taken of the models in {namespace.source}; others: {_list(others)}" if others else ""
             )
-            for recipe in _recipes(namespace, chosen[0], namespace.names[chosen[0]], world):
-                yield replace(recipe, note=note)
+            yield from _recipes(namespace, chosen[0], namespace.names[chosen[0]], world, note)
             yield from _by_makers(namespace, chosen[0])
             yield from _by_makers_elsewhere(namespace, chosen[0], world)
             if names is ready:
@@ -125,8 +124,7 @@ def _by_others(namespace: Namespace, first: str, factories: list[str], world: Wo
     chosen = factories if len(factories) < 2 else _most_used(namespace, factories, world)
     if len(chosen) == 1:
         note = f"{chosen[0]} was taken, since {first} does not work here"
-        for recipe in _recipes(namespace, chosen[0], namespace.names[chosen[0]], world):
-            yield replace(recipe, note=note)
+        yield from _recipes(namespace, chosen[0], namespace.names[chosen[0]], world, note)
 
 
 _MAKERS_TRIED = 3
@@ -193,20 +191,21 @@ def _lookup(namespace: Namespace, name: str) -> Any:
     return value
 
 
-def _recipes(namespace: Namespace, name: str, value: Any, world: World) -> Iterator[Recipe]:
-    """Recipes for one name: a module, a model class or a factory."""
+def _recipes(namespace: Namespace, name: str, value: Any, world: World, note: str = "") -> Iterator[Recipe]:
+    """Recipes for one name, with a note on the choice: a module, a model class or a factory."""
     if isinstance(value, nn.Module):
-        yield Recipe(name, lambda: value, made=True)
+        yield Recipe(name, lambda: value, made=True, note=note)
         return
     if not callable(value) or (isinstance(value, type) and not is_model_class(value)):
-        kind = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-        raise TargetError(f"{name!r} of {namespace.source} is {kind}, not an nn.Module, a class of one or a factory")
+        raise TargetError(
+            f"{name!r} of {namespace.source} is {kind_of(value)}, not an nn.Module, a class of one or a factory"
+        )
 
     if not required(value):
-        yield Recipe(f"{name}()", partial(_checked, value, name, namespace))
+        yield Recipe(f"{name}()", partial(_checked, value, name, namespace), note=note)
         return
     for call in calls(name, value, namespace.names, namespace.file, world.own_files()):
-        yield Recipe(call.text, partial(_checked, call, name, namespace), call=call)
+        yield Recipe(call.text, partial(_checked, call, name, namespace), call=call, note=note)
 
 
 def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:

@@ -26,10 +26,10 @@ from quack_fx.errors import CaptureError, TargetError
 from quack_fx.graph.capture import Capture, capture
 from quack_fx.graph.forward.machine import available_memory
 from quack_fx.targets.adapters.base import Examples
-from quack_fx.targets.files import Namespace, evaluate, one_line, without
+from quack_fx.targets.files import Namespace, evaluate, kind_of, one_line, without
 from quack_fx.targets.inputs import Attempts, Budget, Inputs, infer, with_optional
+from quack_fx.targets.inputs.made import set_up
 from quack_fx.targets.pick import Recipe
-from quack_fx.targets.setup import set_up
 from quack_fx.targets.sizes.ready import plainly
 from quack_fx.targets.world import StandInUsed, World
 from quack_fx.targets.world.inert import InertModule
@@ -121,14 +121,10 @@ def given(expression: str, namespace: Namespace) -> Recipe:
         model = evaluate(expression, "--build", namespace)
         if not isinstance(model, nn.Module):
             hint = "; call it" if callable(model) else ""
-            raise TargetError(f"--build {expression!r} gives {_kind(model)}, not an nn.Module{hint}")
+            raise TargetError(f"--build {expression!r} gives {kind_of(model)}, not an nn.Module{hint}")
         return model
 
     return Recipe(expression, make)
-
-
-def _kind(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def settle(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 VOCABULARY = 512
@@ -136,6 +136,11 @@ def _numbers(value: Any) -> list[int]:
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
 
 
+def _numbers_of(parts: Iterable[dict[str, Any]], wanted: Callable[[str], object]) -> list[int]:
+    """The numbers in all fields whose names are wanted."""
+    return [n for part in parts for key, value in part.items() if wanted(key) for n in _numbers(value)]
+
+
 def _is_ascending(value: Any) -> bool:
     """Whether a field is a list of increasing integers, such as indices of layers."""
     return isinstance(value, list) and value == sorted(set(_numbers(value)))
@@ -158,15 +163,9 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> 
     heads = {n for _, n in counts if n > 1}
     most = min((n // (2 if _KEY_HEADS.search(key) else QUERY_HEADS) for key, n in counts if n > 1), default=1)
     by_heads = max(n for n in range(1, max(1, most) + 1) if n == 1 or (fewer and math.gcd(*heads) % n == 0))
-    spans = {n for part in parts for key, value in part.items() if _SPAN.search(key) for n in _numbers(value)}
+    spans = set(_numbers_of(parts, _SPAN.search))
     widths = {width for part in parts for width in _head_widths(part)}
-    states = {
-        n
-        for part in parts
-        for key, value in part.items()
-        if _is_per_head(key) and _STATE_SPACE.search(key)
-        for n in _numbers(value)
-    }
+    states = set(_numbers_of(parts, lambda key: _is_per_head(key) and _STATE_SPACE.search(key)))
     sections = [sum(value) for part in parts for key, value in part.items() if key == "mrope_section" and value]
     least = HEAD_WIDTH if widths else CHANNELS
     measured = (widths | states) or spans  # a model without attention has channels only
@@ -184,19 +183,14 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> 
 
 def _is_square(part: dict[str, Any], by_width: int, by_heads: int) -> bool:
     """Whether the head width would equal the number of heads."""
-    heads = {n // by_heads for key, value in part.items() if _is_heads(key) for n in _numbers(value)}
+    heads = {n // by_heads for n in _numbers_of([part], _is_heads)}
     return any(width // by_width in heads for width in _head_widths(part))
 
 
 def _head_widths(part: dict[str, Any]) -> Iterator[int]:
     """Head widths of one config: as its fields say, or else its widths divided by its numbers of heads."""
-    own = [
-        n
-        for key, value in part.items()
-        if _is_per_head(key) and not _STATE_SPACE.search(key)
-        for n in _numbers(value)
-        if n > 0
-    ]
+    per_head = _numbers_of([part], lambda key: _is_per_head(key) and not _STATE_SPACE.search(key))
+    own = [n for n in per_head if n > 0]
     yield from own
     if own:
         return
@@ -346,8 +340,7 @@ def _layers_kept(fields: dict[str, Any]) -> int:
 
 def _experts(fields: dict[str, Any], count: int) -> int:
     """A smaller number of experts, enough for routing."""
-    chosen = [n for k, v in fields.items() if _CHOSEN.search(k) for n in _numbers(v)]
-    groups = [n for k, v in fields.items() if k == "n_group" for n in _numbers(v)]
+    chosen, groups = _numbers_of([fields], _CHOSEN.search), _numbers_of([fields], "n_group".__eq__)
     wanted = max([EXPERTS, *(2 * n for n in chosen), *(2 * n for n in groups)])
     return count if wanted >= count or any(wanted % n for n in groups) else wanted
 
@@ -386,13 +379,12 @@ def _sections(value: Any, by: int) -> Any:
 
 def _scaled_rope(fields: dict[str, Any], narrow: int) -> dict[str, Any]:
     """Parameters of rotary embeddings for narrower heads."""
-    return {
-        key: _scaled_rope(value, narrow)
-        if isinstance(value, dict)
-        else _sections(value, narrow)
-        if key == "mrope_section"
-        else [v for v in value[: len(value) // narrow]]
-        if key in ("short_factor", "long_factor") and isinstance(value, list)
-        else value
-        for key, value in fields.items()
-    }
+    small = dict(fields)
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            small[key] = _scaled_rope(value, narrow)
+        elif key == "mrope_section":
+            small[key] = _sections(value, narrow)
+        elif key in ("short_factor", "long_factor") and isinstance(value, list):
+            small[key] = value[: len(value) // narrow]
+    return small

@@ -18,46 +18,9 @@ walked back to the projections, and labels that name weight rows are carried for
     values.py       projections behind the values
     roles.py        names for the parts of a chain
     blocks.py       heads -> blocks, terms: a site
-    refused.py      why an attention is not in the layout
     uses.py         whether a norm is used for logits alone
     basis.py        the nodes that a site was derived from
     join.py         blocks that are parts of one block are joined
     repeat.py       equal layers are analysed once
     left_out.py     sites of layers that were not recorded
 """
-
-from quack_fx.find.provenance.basis import Basis
-from quack_fx.find.provenance.blocks import make_site, merge_calls
-from quack_fx.find.provenance.flow import NormOp, NormTag
-from quack_fx.find.provenance.heads import Heads, find_heads
-from quack_fx.find.provenance.left_out import LeftOut
-from quack_fx.find.provenance.projections import Projection
-from quack_fx.find.provenance.refused import NotOneAttention, Refused
-from quack_fx.find.provenance.repeat import Repeats
-from quack_fx.find.provenance.trace import Tracer
-from quack_fx.find.provenance.trail import Trail
-from quack_fx.find.provenance.uses import Uses
-from quack_fx.find.provenance.values import values_of
-from quack_fx.find.provenance.vectors import Vector
-from quack_fx.graph.dataflow import BehindLayer
-
-__all__ = [
-    "Basis",
-    "BehindLayer",
-    "Heads",
-    "LeftOut",
-    "NormOp",
-    "NormTag",
-    "NotOneAttention",
-    "Projection",
-    "Refused",
-    "Repeats",
-    "Tracer",
-    "Trail",
-    "Uses",
-    "Vector",
-    "find_heads",
-    "make_site",
-    "merge_calls",
-    "values_of",
-]

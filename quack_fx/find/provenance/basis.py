@@ -43,14 +43,7 @@ class Basis:
 
 
 def serves_alone(df: Dataflow, node: Node, logits: Logits, walked: set[Node]) -> bool:
-    """Whether everything computed from a node ends in an attention's output.
-
-    Arguments:
-        df: The graph.
-        node: The node.
-        logits: The attention.
-        walked: Receives the nodes that were looked at.
-    """
+    """Whether everything computed from a node ends in an attention's output; `walked` receives what was looked at."""
     ends = {logits.output, *logits.siblings}
     end = max(df.index[output] for output in ends)
     seen: set[Node] = set()

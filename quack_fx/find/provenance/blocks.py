@@ -14,13 +14,12 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from quack_fx.find.attention import Logits
+from quack_fx.find.attention import Logits, Refused
 from quack_fx.find.provenance.block import Block, Rows
 from quack_fx.find.provenance.chains import cut_at_input, follow_chains
 from quack_fx.find.provenance.flow import NormTag
 from quack_fx.find.provenance.heads import Heads
 from quack_fx.find.provenance.join import join_blocks
-from quack_fx.find.provenance.refused import Refused
 from quack_fx.find.provenance.roles import absorbed_in, give_roles, give_roles_absorbed
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.uses import Uses
@@ -30,12 +29,6 @@ from quack_fx.layout import AttentionSite, LogitTerm, Norm, Side, SiteKind, Weig
 
 def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> AttentionSite:
     """The site of one attention.
-
-    Arguments:
-        tracer: The tracer that walked its operands.
-        logits: The attention.
-        heads: Its heads.
-        uses: Says which norm modules are used for logits alone.
 
     Raises:
         Refused: A head reads rows that are not ranges along one axis of their parameter.
@@ -49,7 +42,9 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
     follow_chains(tracer, logits, query, key)
     cut_at_input(tracer, logits, query, key)
     absorbed = absorbed_in(tracer, logits, heads, query, key)
-    mla = give_roles_absorbed(query, key, absorbed) if absorbed else give_roles(query, key)
+    if absorbed:
+        give_roles_absorbed(query, key, absorbed)
+    mla = absorbed is not None or give_roles(query, key)
     query_norms, key_norms = (_of_logits_alone(tracer, uses, norms) for norms in heads.norms)
     query_chains, key_chains = _flat(query), _flat(key)
     blocks = (tuple(_finish(tracer, b) for b in query_chains), tuple(_finish(tracer, b) for b in key_chains))

@@ -10,20 +10,21 @@ read from the softmax's input: the indices of the two vectors are carried there 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 from torch.fx import Node
 
-from quack_fx.find.attention import Logits, Product, fused_scale
+from quack_fx.find.attention import Logits, NotOneAttention, Product, Refused, fused_scale
 from quack_fx.find.provenance.flow import Flow, NormTag
 from quack_fx.find.provenance.pairing import Meeting, meeting_of, summed
 from quack_fx.find.provenance.projections import Projection
-from quack_fx.find.provenance.refused import NotOneAttention, Refused
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.vectors import Row, Vector, Vectors, operand_planes
 from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.walk import walk
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,8 @@ def _product_scale(df: Dataflow, product: Product, flows: dict[Node, Flow], afte
         factors.append(fused_scale(df, product))
     alpha = node.kwargs.get("alpha", 1.0)
     factors.append(float(alpha) if isinstance(alpha, int | float) else None)
-    result = 1.0
-    for factor in factors:
-        if factor is None:
-            return None
-        result *= factor
-    return result
+    numbers = [factor for factor in factors if factor is not None]
+    return math.prod(numbers) if len(numbers) == len(factors) else None
 
 
 def _check(
@@ -246,15 +243,11 @@ def _read_each_other(tracer: Tracer, projections: Sequence[Projection]) -> bool:
     products = {p.node for p in projections}
     first = min(df.index[node] for node in products)
     seen: set[Node] = set()
-    todo = [p.x for p in projections] if len(products) > 1 else []
-    while todo:
-        node = todo.pop()
-        if node in seen or df.index[node] < first:
-            continue
+    start = [p.x for p in projections if df.index[p.x] >= first] if len(products) > 1 else []
+    for node in walk(start, lambda node: (n for n in df.reads(node) if df.index[n] >= first)):
         if node in products:
             return True
         seen.add(node)
-        todo.extend(df.reads(node))
     tracer.basis.inside |= seen
     return False
 

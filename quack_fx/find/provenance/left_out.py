@@ -16,10 +16,9 @@ from dataclasses import replace
 from torch.fx import Node
 
 from quack_fx.find.attention import Logits
-from quack_fx.find.provenance.repeat import rename_site
 from quack_fx.graph.capture import RepeatedLayer
 from quack_fx.graph.dataflow import BehindLayer, Dataflow
-from quack_fx.layout import AttentionSite, Skipped
+from quack_fx.layout import AttentionSite, Skipped, renamed
 
 
 class LeftOut:
@@ -39,7 +38,10 @@ class LeftOut:
         Raises:
             BehindLayer: It was not.
         """
-        home = self._layer(logits.products[0].node)
+        around = self._df.modules(logits.products[0].node)
+        home = next(
+            (name for name in around if name in self._given), None
+        )  # the recorded layer that others are equal to
         if home is None:
             return
         df, given = self._df, self._given[home]
@@ -57,7 +59,7 @@ class LeftOut:
         for layer in self._repeated:
             for i, (node, site) in enumerate(sites):
                 if node in layer.nodes:
-                    placed.append((self._df.index[layer.node], i, rename_site(site, layer.names)))
+                    placed.append((self._df.index[layer.node], i, renamed(site, layer.name_of)))
         return [site for _, _, site in sorted(placed, key=lambda entry: entry[:2])]
 
     def all_skipped(self, skipped: Sequence[tuple[Node, Skipped]]) -> list[Skipped]:
@@ -67,13 +69,9 @@ class LeftOut:
             for node, entry in skipped:
                 if node in layer.nodes:
                     reason = entry.reason.replace(f"{layer.like}.", f"{layer.name}.")
-                    found.append(replace(entry, name=layer.names.get(entry.name, entry.name), reason=reason))
+                    found.append(replace(entry, name=layer.name_of(entry.name), reason=reason))
         return found
 
     def all_names(self, reached: set[str]) -> set[str]:
         """Parameters that were reached, with those of the layers left out."""
         return reached | {theirs for layer in self._repeated for ours, theirs in layer.names.items() if ours in reached}
-
-    def _layer(self, node: Node) -> str | None:
-        """The recorded layer around a node, if others are equal to it."""
-        return next((name for name in self._df.modules(node) if name in self._given), None)

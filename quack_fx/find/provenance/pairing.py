@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from quack_fx.find.attention import Logits, Product
+from quack_fx.find.attention import Logits, Product, Refused
 from quack_fx.find.grouped import Groups, is_gathered_by
 from quack_fx.find.provenance.labels import NOTHING, compact, reshape, shrink
-from quack_fx.find.provenance.refused import Refused
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.vectors import Vectors
 from quack_fx.graph.dataflow import Dataflow

@@ -260,7 +260,6 @@ class Projections:
         if kind not in ("view", "getitem") or not inputs:
             return None
         if kind == "getitem":
-            inputs = [node.args[0]]  # type: ignore[list-item]
             return self._part(node)
         sources = [self._coordinates(n) for n in inputs]
         if any(s is None for s in sources):

@@ -11,8 +11,7 @@ depends on what else reads a tensor. Attentions that then differ in nothing but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from torch.fx import Node
@@ -21,7 +20,8 @@ from torch.utils._pytree import tree_flatten
 from quack_fx.find.attention import Logits
 from quack_fx.find.provenance.basis import Basis, serves_alone
 from quack_fx.graph.dataflow import Dataflow
-from quack_fx.layout import AttentionSite, Norm, WeightBlock
+from quack_fx.graph.walk import walk
+from quack_fx.layout import AttentionSite, renamed
 
 _LARGEST = 6000
 """Most nodes for which the comparison is made; an attention that needs more is analysed again."""
@@ -46,17 +46,13 @@ class Repeats:
             if _arrangement(self._df, known) == _arrangement(self._df, logits):
                 match = _Match(self._df, self._df.index[logits.end] - self._df.index[known.end])
                 if match.all(nodes) and match.logits(known, logits) and match.alone(alone, logits):
-                    return rename_site(site, match.names)
+                    return renamed(site, lambda name: match.names.get(name, name))  # noqa: B023
         return None
 
     def _with_weights(self, looked_at: set[Node]) -> list[Node]:
         """The nodes, and those that their weights are computed from."""
-        df, nodes, todo = self._df, set(looked_at), list(looked_at)
-        while todo:
-            for argument in todo.pop().all_input_nodes:
-                if argument not in nodes and argument not in df.activation and argument in df.from_weight:
-                    nodes.add(argument)
-                    todo.append(argument)
+        df = self._df
+        nodes = walk(looked_at, lambda node: filter(df.is_weight, node.all_input_nodes))
         return sorted(nodes, key=df.index.__getitem__)
 
 
@@ -156,26 +152,3 @@ class _Match:
 
     def _pair(self, ours: str, theirs: str) -> bool:
         return self.names.setdefault(ours, theirs) == theirs
-
-
-def rename_site(site: AttentionSite, names: Mapping[str, str]) -> AttentionSite:
-    """The site with other names of modules and parameters; those without a new name keep theirs."""
-
-    def name(old: str | None) -> str | None:
-        return None if old is None else names.get(old, old)
-
-    def block(old: WeightBlock) -> WeightBlock:
-        return replace(old, param=names.get(old.param, old.param), bias=name(old.bias))
-
-    return replace(
-        site,
-        name=names.get(site.name, site.name),
-        query=tuple(map(block, site.query)),
-        key=tuple(map(block, site.key)),
-        qk_norm=tuple(_renamed_norm(n, name) for n in site.qk_norm),
-        latent_norm=tuple(_renamed_norm(n, name) for n in site.latent_norm),
-    )
-
-
-def _renamed_norm(norm: Norm, name: Callable[[str | None], str | None]) -> Norm:
-    return replace(norm, module=name(norm.module), weight=name(norm.weight))

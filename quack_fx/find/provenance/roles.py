@@ -54,16 +54,11 @@ def absorbed_in(
     """
     if len(heads.key) > 1 or len(heads.query) == 1:
         return None
-    values = _value_rows(tracer, logits)
+    found = value_features(tracer, logits)
+    values: set[Row] = {(projection.names[i], tuple(projection.rows[i].tolist())) for projection, i in found}
     latents = [b for b in key if b.behind is None and b.rows[0] and {(b.param, row) for row in b.rows[0]} <= values]
     ups = [q for q in query if any(k.param in q.partners and q.param in k.partners for k in latents)]
     return (ups, latents) if _are_of_each_head(ups) else None
-
-
-def _value_rows(tracer: Tracer, logits: Logits) -> set[Row]:
-    """Rows of the projections behind the values, as far as they are known."""
-    found = value_features(tracer, logits)
-    return {(projection.names[i], tuple(projection.rows[i].tolist())) for projection, i in found}
 
 
 def _are_of_each_head(blocks: list[Block]) -> bool:
@@ -73,8 +68,8 @@ def _are_of_each_head(blocks: list[Block]) -> bool:
     return len(behind) > 1 and sum(map(len, behind)) == len(set().union(*behind))
 
 
-def give_roles_absorbed(query: list[Block], key: list[Block], absorbed: tuple[list[Block], list[Block]]) -> bool:
-    """Give each block of absorbed MLA its role; always returns True: it is MLA."""
+def give_roles_absorbed(query: list[Block], key: list[Block], absorbed: tuple[list[Block], list[Block]]) -> None:
+    """Give each block of absorbed MLA its role."""
     ups, latents = absorbed
     for block in query:
         roles: tuple[Role, ...] = ("uk", "uq", "dq") if block in ups else ("qr", "dq")
@@ -82,4 +77,3 @@ def give_roles_absorbed(query: list[Block], key: list[Block], absorbed: tuple[li
             link.role = role  # type: ignore[assignment]
     for block in key:
         block.role = "dkv" if block in latents else "kr"
-    return True

@@ -55,15 +55,13 @@ class Tracer:
         if outside is not None:
             # A floating-point input of the model that is added in between is unknown data like any other.
             reads = {n for node in nodes for n in node.all_input_nodes if self.df.is_given(n)}
-            flows.update((n, unknown_flow(self.df, n)) for n in reads if self._is_added(n))
+            added = (n for n in reads if any(self.df.op[user].name in ADDING for user in n.users))
+            flows.update((n, unknown_flow(self.df, n)) for n in added)
         self.basis.ends.update(flows)
         if self.trail is not None:
             for end, flow in flows.items():
                 self.trail.visit(end, flow)
         return self._run(nodes, flows, UNKNOWN)
-
-    def _is_added(self, node: Node) -> bool:
-        return any(self.df.op[user].name in ADDING for user in node.users)
 
     def carry(self, source: Node, label: Tensor, path: Iterable[Node]) -> dict[Node, Flow]:
         """Carry given labels from one node forwards.

@@ -9,10 +9,13 @@ from quack_fx.find.provenance.labels import UNKNOWN
 from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.graph.dataflow import factors_of
+from quack_fx.graph.walk import walk
 
 
 def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
-    """The values: the factor of the output that does not depend on the softmax."""
+    """The values, of all iterations of a loop: the factor of the output that does not depend on the softmax."""
+    if logits.parts:
+        return [value for part in logits.parts for value in values_of(tracer, part)]
     df, output = tracer.df, logits.output
     if df.op[output].kind == "attention":
         return [n for n in output.args[2:3] if isinstance(n, Node)]
@@ -23,7 +26,7 @@ def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
 
 def value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int]]:
     """The features that the values depend on, each with its projection, as far as they are known."""
-    values = [value for part in logits.parts or (logits,) for value in values_of(tracer, part)]
+    values = values_of(tracer, logits)
     flows = tracer.trace(values)
     features = set().union(*(tracer.labels.features(flows[n].label) for n in values if n in flows)) - {UNKNOWN}
     return [tracer.projections.by_feature(feature) for feature in features]
@@ -31,12 +34,5 @@ def value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int
 
 def _is_behind(tracer: Tracer, start: Node, node: Node) -> bool:
     """Whether a node depends on another one."""
-    index, todo, seen = tracer.df.index, [node], set[Node]()
-    while todo:
-        one = todo.pop()
-        if one is start:
-            return True
-        if one not in seen and index[one] > index[start]:
-            seen.add(one)
-            todo.extend(tracer.df.reads(one))
-    return False
+    df, first = tracer.df, tracer.df.index[start]
+    return start in walk([node], lambda one: (n for n in df.reads(one) if df.index[n] >= first))

@@ -45,7 +45,8 @@ def run_view(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool =
         return _run(df, node, plane)
     if name in _SAME and isinstance(source, Node):
         return plane(source)
-    if name in _RESHAPE and isinstance(source, Node) and not _reinterprets(df, node):
+    # A view that changes the dtype, and with it the number of elements, is no reshape.
+    if name in _RESHAPE and isinstance(source, Node) and df.shape(node).numel() == df.shape(source).numel():
         return reshape(plane(source), df.shape(node))
     if name == "as_strided" and isinstance(source, Node):
         return _as_strided(df, node, plane(source))
@@ -57,11 +58,6 @@ def run_view(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool =
     if name in ("constant_pad_nd", "pad"):
         return torch.constant_pad_nd(plane(source), list(node.args[1]), 0)  # type: ignore[arg-type]
     return _run(df, node, plane)
-
-
-def _reinterprets(df: Dataflow, node: Node) -> bool:
-    """Whether a view changes the dtype and with it the number of elements."""
-    return df.shape(node).numel() != df.shape(node.args[0]).numel()  # type: ignore[arg-type]
 
 
 def _run(df: Dataflow, node: Node, plane: Plane) -> Any:

@@ -16,7 +16,6 @@ the model is small, the forward runs on real values instead.
     equal.py      which layers differ only in the values of their weights
     layers.py     equal layers are recorded once, where that is safe
     memory.py     storages and views
-    sources.py    the lines of Python that run an op
     isolate.py    the model, its hooks, the RNG and global settings stay as they were
     wrappers.py   the module inside wrappers, with whole weights
 """

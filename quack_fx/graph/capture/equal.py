@@ -36,13 +36,11 @@ class EqualGroup:
         members: The layers, in the order of their parent's children.
         trees: All modules of each layer; corresponding modules have the same index.
         differing: Attributes that are not the same in all members.
-        fixed: Those whose reads cannot be watched, because the class has an attribute of the same name.
     """
 
     members: list[nn.Module]
     trees: dict[nn.Module, list[nn.Module]]
     differing: set[AttributePath] = field(default_factory=set)
-    fixed: set[AttributePath] = field(default_factory=set)
 
 
 def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
@@ -63,8 +61,9 @@ def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
                 group = EqualGroup(members, trees)
                 for member in members[1:]:
                     group.differing |= _differing(paths, trees[members[0]], trees[member])
-                group.fixed = {path for path in group.differing if _in_class(members[0], path)}
-                yield group
+                # Reads of an attribute cannot be watched where the class has one of the same name.
+                if not any(_in_class(members[0], path) for path in group.differing):
+                    yield group
 
 
 def renamed(like: list[nn.Module], layer: list[nn.Module], names: dict[int, str]) -> dict[str, str] | None:

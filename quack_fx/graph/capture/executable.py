@@ -100,11 +100,6 @@ class _WithGradients(Recorder):
 def runnable(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GraphModule:
     """Record a forward as a graph that runs, and check it against the model.
 
-    Arguments:
-        model: The model; its parameters must have numbers.
-        args: Positional arguments of the forward call.
-        kwargs: Keyword arguments of the forward call.
-
     Returns:
         The graph. What is no tensor among the arguments is written down as it was given, and so is what the forward
         decided by the numbers of a tensor among them (a mask that is all ones, for example).

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes  # private: there is no public way out of a mode
 
-from quack_fx.graph.forward.inference import without_inference_mode
+from quack_fx.graph.forward.eager import op_by_op
 
 
 @contextmanager
@@ -27,16 +27,10 @@ def isolated(model: nn.Module) -> Iterator[None]:
     """Context in which `model`'s forward may run without lasting effects."""
     before = [(module, Snapshot(module)) for module in model.modules()]
     python_rng = random.getstate()
-    # nn.MultiheadAttention and TransformerEncoder would otherwise run as one opaque op.
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # A model wrapped in torch.compile, or that compiles a part of itself, must run op by op to be seen.
-        eager = torch.compiler.set_stance("force_eager")
-        with torch.random.fork_rng(devices=[]), eager, without_inference_mode():
+        with torch.random.fork_rng(devices=[]), op_by_op():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         random.setstate(python_rng)
         for module, snapshot in before:
             snapshot.restore(module)

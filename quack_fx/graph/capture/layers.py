@@ -30,6 +30,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from quack_fx.graph.capture.equal import AttributePath, EqualGroup, renamed
 from quack_fx.graph.capture.isolate import Snapshot, unrecorded
 from quack_fx.graph.capture.memory import storage_of
+from quack_fx.graph.ops import written_by
 
 _PLAIN = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size)
 _CONSTANT = (types.FunctionType, types.BuiltinFunctionType, type)
@@ -54,6 +55,10 @@ class RepeatedLayer:
     like: str
     given: Mapping[Node, bool]
     names: Mapping[str, str]
+
+    def name_of(self, name: str) -> str:
+        """What has this name in `like` is called so in this layer; other names stay."""
+        return self.names.get(name, name)
 
 
 def equal_layer(*inputs: Any) -> None:
@@ -140,7 +145,7 @@ class EqualLayers:
 
     def _hold(self, layer: nn.Module, group: EqualGroup) -> None:
         """Take the attributes that differ out of the instances, so that reading them is noticed."""
-        for path, name in group.differing - group.fixed:
+        for path, name in group.differing:
             module = layer.get_submodule(path)
             self._held.setdefault(id(module), {})[name] = vars(module).pop(name)
 
@@ -190,7 +195,7 @@ class EqualLayers:
             self._running = False
         with unrecorded():
             result, result_form = tree_flatten(output)
-            read = self._values_read(group, layer)
+            read = self._values_read(layer)
             nodes = _since(tape.graph, last)
             call = _Call(layer, given, form, result, result_form, read or {}, given_nodes, nodes)
             if any(known.confirmed and self._same_call(known, group, layer, given, form) for known in calls):
@@ -204,10 +209,8 @@ class EqualLayers:
                 self._confirm(calls, group, call)
         return output
 
-    def _values_read(self, group: EqualGroup, layer: nn.Module) -> dict[AttributePath, Any] | None:
-        """Values of the attributes that the call read, of those that differ; None if one cannot be watched."""
-        if group.fixed:
-            return None
+    def _values_read(self, layer: nn.Module) -> dict[AttributePath, Any] | None:
+        """Values of the attributes that the call read, of those that differ; None if one is of another layer."""
         paths = {id(module): path for path, module in layer.named_modules()}
         if any(owner not in paths for owner, _ in self._read):
             return None
@@ -304,22 +307,10 @@ def _only_given(call: _Call) -> bool:
     outside = {a for node in call.nodes for a in node.all_input_nodes if a not in inside}
     if any(node.op == "call_function" and node not in call.given_nodes for node in outside):
         return False
-    before = {storage_of(t) for n in {*outside, *call.given_nodes, *_constants(call.nodes)} for t in _tensors(n)}
-    return not any(storage_of(t) in before for node in call.nodes for t in _written(node))
-
-
-def _written(node: Node) -> list[Tensor]:
-    """Tensors that an op writes into."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    given = [node.args[i] if i < len(node.args) else node.kwargs.get(a.name) for i, a in enumerate(schema.arguments)]
-    written = [x for x, a in zip(given, schema.arguments, strict=True) if a.is_write]
-    return [t for n in tree_flatten(written)[0] if isinstance(n, Node) for t in _tensors(n)]
-
-
-def _constants(nodes: list[Node]) -> list[Node]:
-    return [n for n in nodes if n.op != "call_function"]
+    constants = [n for n in call.nodes if n.op != "call_function"]
+    written = (n for node in call.nodes for n in written_by(node.target, node.args, node.kwargs) if isinstance(n, Node))
+    before = {storage_of(t) for n in {*outside, *call.given_nodes, *constants} for t in _tensors(n)}
+    return not any(storage_of(t) in before for n in written for t in _tensors(n))
 
 
 def _tensors(node: Node) -> list[Tensor]:

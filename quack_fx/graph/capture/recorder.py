@@ -9,9 +9,12 @@ tensor (hybrid) or, for a parameter on meta, a random tensor (real); the twin of
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,7 +30,6 @@ from quack_fx.graph.capture.hybrid import NUMBER, REAL_LIMIT, run_mixed
 from quack_fx.graph.capture.isolate import no_autocast
 from quack_fx.graph.capture.layers import EqualLayers
 from quack_fx.graph.capture.memory import Window, storage_of, window_of, window_on
-from quack_fx.graph.capture.sources import own_lines
 from quack_fx.graph.forward.fused import AnyLayout
 from quack_fx.graph.forward.gpus import OnThisMachine
 from quack_fx.graph.forward.jagged import JaggedWrittenOut, takes_itself_apart
@@ -35,6 +37,9 @@ from quack_fx.graph.forward.machine import available_memory
 
 LITTLE = 1 << 26
 """Bytes that a recording may always hold."""
+_FOREIGN = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
+_MOST = 5
+"""Innermost frames of the model's own code that are noted for an op: neither torch's nor ours."""
 
 
 class Recorder(TorchDispatchMode):
@@ -199,7 +204,7 @@ class Recorder(TorchDispatchMode):
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
         if self._sources:
-            node.meta["stack_trace"] = own_lines()
+            node.meta["stack_trace"] = _own_lines()
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
 
     def _bind(self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node) -> Any:
@@ -339,6 +344,17 @@ class Recorder(TorchDispatchMode):
 def _getitem(sequence: Sequence[Any], index: int) -> Any:
     """Element of an op's tuple of results (a function of its own so that generated code can name it)."""
     return sequence[index]
+
+
+def _own_lines() -> str:
+    """The innermost frames of the model's code, the innermost last, in the form of `Node.stack_trace`."""
+    frame, found = sys._getframe(1), list[traceback.FrameSummary]()
+    while frame.f_back is not None and len(found) < _MOST:
+        frame = frame.f_back
+        code = frame.f_code
+        if not code.co_filename.startswith(_FOREIGN):
+            found.append(traceback.FrameSummary(code.co_filename, frame.f_lineno, code.co_name))
+    return "".join(traceback.StackSummary.from_list(found[::-1]).format())
 
 
 def _fake_storage(like: torch.UntypedStorage) -> torch.UntypedStorage:

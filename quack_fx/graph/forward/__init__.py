@@ -4,7 +4,7 @@ Each file is a context manager or a number, used by all folders that run models 
 
     machine.py    how much memory is left
     gpus.py       code that asks for a GPU, on a machine without one
-    inference.py  forwards that use inference mode run under no_grad instead
+    eager.py      nothing compiled, no fast path, no inference mode
     fused.py      memory layout of the results of fused attention
     jagged.py     attention over nested tensors in plain ops
 """

@@ -1,4 +1,4 @@
-"""How much memory this machine can still allocate.
+"""How much memory this machine can still allocate, and when Python looks for garbage in it.
 
 In: nothing. Out: a number of bytes. Nothing larger than a part of it is built, copied or recorded for real, and unknown
 code runs within `bounded_memory`: an allocation that fails is an error that can be reported, while a process that uses
@@ -7,6 +7,7 @@ up the memory is killed without a message.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -54,6 +55,19 @@ def bounded_memory() -> Iterator[None]:
             resource.setrlimit(resource.RLIMIT_DATA, (_own_data() + available_memory() // 8 * 7, before[1]))
             stack.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
         yield
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Context without garbage collection: a recording, or an import of torch, makes a million objects that all stay
+    alive, and collecting among them takes longer than the work itself."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _own_data() -> int:

@@ -4,10 +4,8 @@ In: a model and its layout, or a graph. Out: an `InsertReport`. Queries and keys
 by head, as in Qwen3. `InsertReport.restore` removes the norms again, and so does `strip_qk_norm`.
 
     modules.py    norms after the projections of a model, in place
-    streams.py    heads that come from several projections, one for each kind of token
     graph.py      norms before the query-key products of a graph, in a copy of it; for heads of any kind
     operands.py   the nodes at which they are inserted
-    report.py     the report of both ways
 """
 
 from __future__ import annotations
@@ -17,11 +15,10 @@ from torch.fx import GraphModule
 
 from quack_fx.errors import StripError
 from quack_fx.layout import QKLayout
-from quack_fx.qk_norm.call import Inputs
+from quack_fx.qk_norm.call import Inputs, refuse_wrapped
 from quack_fx.qk_norm.insert.graph import insert_in_graph
 from quack_fx.qk_norm.insert.modules import insert_in_modules
-from quack_fx.qk_norm.insert.report import InsertReport
-from quack_fx.qk_norm.wrapped import refuse_wrapped
+from quack_fx.qk_norm.report import InsertReport
 
 __all__ = ["InsertReport", "insert_qk_norm"]
 

@@ -19,16 +19,11 @@ from quack_fx.find import find_in_graph, pairs_of
 from quack_fx.graph.copies import copy_graph
 from quack_fx.layout import SIDES, AttentionSite, QKLayout
 from quack_fx.qk_norm.insert.operands import Operand, find_operands
-from quack_fx.qk_norm.insert.report import InsertReport
-from quack_fx.qk_norm.strip.report import LeftSite, nothing_to_restore
+from quack_fx.qk_norm.report import InsertReport, LeftSite
 
 
 def insert_in_graph(graph_module: GraphModule, eps: float) -> InsertReport:
     """Add an RMS norm with a gain to the queries and the keys of each attention, in a copy of a graph.
-
-    Arguments:
-        graph_module: The graph; its nodes carry `meta["val"]`.
-        eps: Added to the mean square by the norms.
 
     Returns:
         The report; its model is the graph itself if no norm can be added.
@@ -43,12 +38,12 @@ def insert_in_graph(graph_module: GraphModule, eps: float) -> InsertReport:
                 writing.put_on(i, site, operands[i])  # type: ignore[arg-type] # those of text have a reason
         left = tuple(LeftSite(layout.sites[i].name, reason) for i, reason in sorted(reasons.items()))
         if not writing.norms:
-            return InsertReport((), left, layout, graph_module, nothing_to_restore)
+            return InsertReport((), left, layout, graph_module)
         model = writing.done()
         found = find_in_graph(model, all_names=[name for name, _ in model.named_parameters()])
         unseen = _unseen(layout, found, writing.norms)
         if not unseen:
-            return InsertReport(tuple(writing.norms), left, found, model, nothing_to_restore)
+            return InsertReport(tuple(writing.norms), left, found, model)
         reasons |= dict.fromkeys(unseen, "a norm before its product is not seen as a QK norm there")
 
 

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from quack_fx.errors import StripError
-from quack_fx.find import Pairs, pairs_of
-from quack_fx.layout import AttentionSite, Norm, QKLayout, Side, WeightBlock
-from quack_fx.qk_norm.call import Inputs
-from quack_fx.qk_norm.insert.report import InsertReport
-from quack_fx.qk_norm.insert.streams import sides_of_streams
-from quack_fx.qk_norm.strip.report import LeftSite
+from quack_fx.find import Pairs, attentions_of, pairs_of
+from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout, Side, WeightBlock
+from quack_fx.qk_norm.call import Inputs, call_of
+from quack_fx.qk_norm.report import InsertReport, LeftSite
 
 
 class NormHeads:
@@ -68,12 +66,6 @@ def _slice(rows: Tensor) -> tuple[int, int] | None:
 def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: Inputs | None) -> InsertReport:
     """Add norms after the projections of queries and keys, in place.
 
-    Arguments:
-        model: The model.
-        layout: Its layout.
-        eps: Added to the mean square by the norms.
-        inputs: Example inputs, which distinguish joint attention from sums of projections.
-
     Returns:
         The report.
 
@@ -84,7 +76,7 @@ def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: In
     norms: dict[int, tuple[Norm, ...]] = {}
     hooks: dict[str, NormHeads] = {}
     several = any(len(site.query) > 1 or len(site.key) > 1 for site in layout.sites)
-    streams = sides_of_streams(model, inputs) if several and inputs is not None else set()
+    streams = _sides_of_streams(model, inputs) if several and inputs is not None else set()
     for place, site in enumerate(layout.sites):
         planned = _planned(model, site, hooks, streams)
         if isinstance(planned, str):
@@ -100,6 +92,17 @@ def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: In
 
     sites = tuple(replace(s, qk_norm=norms[i]) if i in norms else s for i, s in enumerate(layout.sites))
     return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), model, restore)
+
+
+def _sides_of_streams(model: nn.Module, inputs: Inputs) -> set[tuple[Pairs, Side]]:
+    """Attentions and sides where the features of each token come from one projection, as in joint attention, where each
+    kind of token has its own. Those of several are otherwise summed (low-rank adapters) or concatenated (MLA)."""
+    found: set[tuple[Pairs, Side]] = set()
+    for _, site, heads in attentions_of(model, *call_of(inputs)).understood():
+        for side, of_heads in zip(SIDES, (heads.query, heads.key), strict=True):
+            if all(len({name for rows in vector for name, _ in rows}) == 1 for head in of_heads for vector in head):
+                found.add((pairs_of(site), side))
+    return found
 
 
 _Planned = tuple[Side, str, NormHeads]
@@ -129,13 +132,9 @@ def _planned(
         planned.append((side, name, hook))
     for (one, query, q_hook), (other, key, k_hook) in combinations(planned, 2):
         same = query.rpartition(".")[0] == key.rpartition(".")[0]
-        if one != other and same and _share(q_hook.rows, k_hook.rows):
+        if one != other and same and bool(torch.isin(q_hook.rows, k_hook.rows).any()):
             return "its queries and keys are the same features"
     return planned
-
-
-def _share(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.isin(a, b).any())
 
 
 def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock) -> tuple[str, NormHeads] | str:

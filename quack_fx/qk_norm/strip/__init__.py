@@ -10,7 +10,6 @@ should check, the new layout, and `restore`.
     norms.py     finds them there
     scale.py     the logit scale without the norm
     spread.py    standard deviation of the logits, before and after
-    report.py    the report of both ways
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ from torch.fx import GraphModule
 from quack_fx.errors import StripError
 from quack_fx.find import Pairs, pairs_of
 from quack_fx.layout import QKLayout
-from quack_fx.qk_norm.call import Inputs, call_of
+from quack_fx.qk_norm.call import Inputs, call_of, refuse_wrapped
+from quack_fx.qk_norm.report import LeftSite, LogitChange, RemovedNorm, StripReport
 from quack_fx.qk_norm.strip.graph import strip_graph
 from quack_fx.qk_norm.strip.modules import PassThrough, strip_modules
-from quack_fx.qk_norm.strip.report import LeftSite, LogitChange, RemovedNorm, StripReport
 from quack_fx.qk_norm.strip.spread import Spread, logit_spread
-from quack_fx.qk_norm.wrapped import refuse_wrapped
 
 __all__ = ["LeftSite", "LogitChange", "PassThrough", "RemovedNorm", "StripReport", "strip_qk_norm"]
 

@@ -47,11 +47,6 @@ def gain_rows(
 ) -> dict[str, dict[Place, RowGain] | str]:
     """The gains of every QK norm module, by weight row.
 
-    Arguments:
-        model: The model, not on meta.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
-
     Returns:
         For each norm module its gains by row, or the reason why there are none.
     """

@@ -22,16 +22,16 @@ from torch.fx.node import map_arg
 from quack_fx.find import NormOp
 from quack_fx.graph.copies import copy_graph
 from quack_fx.graph.ops import arguments_of, channels_first, op_of
+from quack_fx.graph.walk import walk
 from quack_fx.layout import AttentionSite, QKLayout, Side
-from quack_fx.qk_norm.strip.norms import GraphNorm, Path, find_norms, results_of
-from quack_fx.qk_norm.strip.report import (
+from quack_fx.qk_norm.report import (
     LeftSite,
     RemovedNorm,
     StripReport,
-    nothing_to_restore,
     with_sharers,
     without_norms,
 )
+from quack_fx.qk_norm.strip.norms import GraphNorm, Path, find_norms, results_of
 from quack_fx.qk_norm.strip.scale import Scales, scale_back
 
 
@@ -54,7 +54,7 @@ def strip_graph(
     going = [norm for norm in norms if norm.site not in reasons]
     left = tuple(LeftSite(layout.sites[place].name, reason) for place, reason in reasons.items())
     if not going:
-        return StripReport((), left, (), layout, graph_module, nothing_to_restore)
+        return StripReport((), left, (), layout, graph_module)
     sites = {place: layout.sites[place] for place in dict.fromkeys(norm.site for norm in going)}
     rewriting = _Rewriting(graph_module, keep_gain)
     scales = {place: scale_back(site) if restore_scale else Scales() for place, site in sites.items()}
@@ -75,7 +75,6 @@ def strip_graph(
         notes=(*(note for one in scales.values() for note in one.notes), *_notes_on_shared(layout, going)),
         layout=without_norms(layout, {place: one.query * one.key for place, one in scales.items()}, gone),
         model=stripped,
-        _restore=nothing_to_restore,
     )
 
 
@@ -225,13 +224,12 @@ class _Rewriting:
 
     def _needed(self, operand: Node, path: set[Node], sources: Mapping[Node, tuple[NormOp, float]]) -> list[Node]:
         """The nodes of a path that its operand depends on without the norms, in graph order."""
-        needed, todo = set[Node](), [operand]
-        while todo:
-            node = todo.pop()
-            if node in path and node not in needed:
-                needed.add(node)
-                source = sources[node][0].x if node in sources else None
-                todo += node.all_input_nodes if source is None else [source]
+
+        def before(node: Node) -> set[Node]:
+            source = sources[node][0].x if node in sources else None
+            return path.intersection(node.all_input_nodes if source is None else [source])
+
+        needed = set(walk(path & {operand}, before))
         return [node for node in self._original.graph.nodes if node in needed]
 
     def _put_instead(self, original: Node, x: Node, factor: float) -> Node:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from quack_fx.errors import StripError
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side
 from quack_fx.qk_norm.call import Inputs, call_of
+from quack_fx.qk_norm.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
 from quack_fx.qk_norm.strip.fold import FoldedRows, check, outputs, reasons_against
 from quack_fx.qk_norm.strip.gains import Place, RowGain, gain_rows
-from quack_fx.qk_norm.strip.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
 from quack_fx.qk_norm.strip.scale import Scales, scale_back
 
 
@@ -140,13 +140,6 @@ def strip_modules(
     model: nn.Module, layout: QKLayout, *, keep_gain: bool, restore_scale: bool, fold_with: Inputs | None = None
 ) -> StripReport:
     """Remove the QK norms of a model, in place.
-
-    Arguments:
-        model: Model the layout was found on.
-        layout: Its layout.
-        keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied with the factors of `scale_back`.
-        fold_with: Example inputs; with them, gains are folded into the projections.
 
     Returns:
         The report.

@@ -5,7 +5,7 @@ In: an ATen-level graph. Out: its layout, and a `GraphNorm` for each norm of eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from quack_fx.find import Attentions, Heads, Logits, NormOp, Product, find_each, indices_of_sites, pairs_of
 from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.walk import walk
 from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout
 
 
@@ -100,17 +101,7 @@ def _paths(df: Dataflow, ops: Sequence[NormOp], readers: Iterable[Node], operand
     results = [result for op in ops for result in results_of(op.node)]
     first = min(map(df.index.__getitem__, results))
     for reader, operand in zip(readers, operands, strict=True):
-        above = _reached([operand], lambda node: (n for n in node.all_input_nodes if df.index[n] >= first))
-        nodes = _reached(above.intersection(results), lambda node: above.intersection(node.users))  # noqa: B023
+        above = set(walk([operand], lambda node: (n for n in node.all_input_nodes if df.index[n] >= first)))
+        nodes = frozenset(walk(above.intersection(results), lambda node: above.intersection(node.users)))  # noqa: B023
         if nodes:  # otherwise the norm is before another product
-            yield Path(reader, operand, frozenset(nodes), any(df.group[node] in df.writes for node in nodes))
-
-
-def _reached(start: Iterable[Node], neighbours: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    seen, todo = set[Node](), list(start)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += neighbours(node)
-    return seen
+            yield Path(reader, operand, nodes, any(df.group[node] in df.writes for node in nodes))

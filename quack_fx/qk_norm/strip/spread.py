@@ -35,13 +35,7 @@ class Spread:
 
 
 def logit_spread(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Pairs, Spread]:
-    """Spread of the logits of every attention.
-
-    Arguments:
-        model: The model, not on meta.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
-    """
+    """Spread of the logits of every attention."""
     attentions, found = attentions_of(model, args, kwargs, real=True), dict[Pairs, Spread]()
     for one, site, _ in attentions.understood():
         norms = {(tag.kind, tag.module): None for tag in attentions.value_norms(one)}

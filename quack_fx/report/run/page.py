@@ -43,11 +43,7 @@ svg.legend { width: 220px; height: 14px; vertical-align: middle; border: 1px sol
 
 
 def page(file: RunFile) -> str:
-    """The whole page of a run.
-
-    Arguments:
-        file: What was read; see `read`.
-    """
+    """The whole page of a run."""
     run, name = file.run, file.path.name
     pictures, maps, grown = curves(run), heatmap.heat_maps(run), growth(run, MOST_GROWN)
     body = [

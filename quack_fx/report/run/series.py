@@ -155,7 +155,8 @@ def remarks(file: RunFile) -> list[str]:
     run, said = file.run, []
     records = run.records
     times = [record.time for record in records if math.isfinite(record.time)]
-    lasted = f", {_duration(times[-1] - times[0])}" if len(times) > 1 and times[-1] >= times[0] else ""
+    known = len(times) > 1 and times[-1] >= times[0]
+    lasted = f", {timedelta(seconds=round(times[-1] - times[0]))}" if known else ""
     steps = f"step {records[0].step:,}" if len(records) == 1 else f"steps {records[0].step:,} to {records[-1].step:,}"
     said.append(f"{len(records):,} record{'s' * (len(records) != 1)}, {steps}{lasted}")
     if run.restarts:
@@ -171,10 +172,6 @@ def remarks(file: RunFile) -> list[str]:
             times_text = "once" if len(broken) == 1 else f"at {len(broken):,} steps"
             said.append(f"{picture.title} is not finite {times_text}, first at step {broken[0]:,}")
     return said
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def fraction(value: float, low: float, high: float) -> float:

@@ -1,4 +1,4 @@
-"""What an adapter is, and what adapters share: package imports, suggestions of names, example inputs.
+"""What an adapter is, and what adapters share: package imports, suggestions of names.
 
 In: what a user typed. Out: `Adapted`: the names that expressions may use, how the model is built, and example inputs
 where the source of the model has better ones than can be inferred.
@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.files import Namespace, name_and_text
-from quack_fx.targets.inputs.values import Inputs, named
+from quack_fx.targets.inputs.values import Inputs
 from quack_fx.targets.pick import Recipe
 
 Examples = Callable[[nn.Module], list[Inputs]]
@@ -102,8 +101,3 @@ def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
     """A hint for an unknown name: the nearest known ones, or else `otherwise`."""
     close = difflib.get_close_matches(name, list(known), 3)
     return f"did you mean {' or '.join(close)}?" if close else otherwise
-
-
-def example(*args: Any, **kwargs: Any) -> Inputs:
-    """Inputs that an adapter gives: "float32[2, 3, 224, 224]"."""
-    return named(args, kwargs)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.adapters.base import Adapted, Adapter, example, saved_file
+from quack_fx.targets.adapters.base import Adapted, Adapter, saved_file
 from quack_fx.targets.files import Namespace, name_and_text
-from quack_fx.targets.inputs import Inputs
+from quack_fx.targets.inputs.values import Inputs, named
 from quack_fx.targets.pick import Recipe
 
 
@@ -39,8 +39,7 @@ def _open(rest: str, typed: str) -> Adapted:
     def examples(_: nn.Module) -> list[Inputs]:
         if program.example_inputs is None:
             raise TargetError(f"{typed!r} was saved without its example inputs; give them with --inputs")
-        args, kwargs = program.example_inputs
-        return [example(*args, **kwargs)]
+        return [named(*program.example_inputs)]
 
     names = {"program": program, "model": model}
     return Adapted(Namespace(typed, names), Recipe("the program", lambda: model, made=True), examples)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.adapters.base import Adapted, Adapter, example, nearest, package
+from quack_fx.targets.adapters.base import Adapted, Adapter, nearest, package
 from quack_fx.targets.files import Namespace
-from quack_fx.targets.inputs.values import BATCH, Inputs
+from quack_fx.targets.inputs.values import BATCH, Inputs, named
 from quack_fx.targets.pick import Recipe
 
 
@@ -26,7 +26,7 @@ def _open(name: str, typed: str) -> Adapted:
 
 def _images(model: nn.Module) -> list[Inputs]:
     size = (getattr(model, "default_cfg", None) or {}).get("input_size")
-    return [example(torch.randn(BATCH, *size, generator=torch.Generator().manual_seed(0)))] if size else []
+    return [named((torch.randn(BATCH, *size, generator=torch.Generator().manual_seed(0)),), {})] if size else []
 
 
 ADAPTER = Adapter("timm:NAME", _open, prefix="timm")

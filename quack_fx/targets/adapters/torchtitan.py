@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.adapters.base import Adapted, Adapter, example, nearest, package
+from quack_fx.targets.adapters.base import Adapted, Adapter, nearest, package
 from quack_fx.targets.files import Namespace, name_and_text
-from quack_fx.targets.inputs.values import BATCH, TOKENS, Inputs
+from quack_fx.targets.inputs.values import BATCH, TOKENS, Inputs, named
 from quack_fx.targets.pick import Recipe
 
 _FORM = "torchtitan:MODEL/FLAVOR"
@@ -77,7 +77,7 @@ def _tokens(model: Any) -> list[Inputs]:
         raise TargetError(
             f"the masks of {type(model).__name__} cannot be made: {name_and_text(error)}; give inputs with --inputs"
         ) from error
-    return [example(tokens, positions=positions, attention_masks=masks)]
+    return [named((tokens,), {"positions": positions, "attention_masks": masks})]
 
 
 def _list(names: list[str]) -> str:

@@ -7,12 +7,11 @@ follows from the layer that the forward passes it to; where the source does not 
 to be the input of the model's first layer.
 
     reading.py    reads the source of a forward: what it does with each argument
-    calls.py, loops.py, operators.py    calls, comprehensions and operators while reading
+    calls.py      calls and operators while reading
     uses.py       what is recorded about an argument
     layers.py     what a layer takes as input
-    arguments.py  candidates for one argument, from its use, name and annotation
-    hints.py      dtype and axes that a name or an annotation states
-    made.py       arguments that a method of the model makes (`init_hidden`)
+    arguments.py  candidates for one argument, from its use, and from dtype and axes that its name and annotation state
+    made.py       methods of the model that make arguments (`init_hidden`), or must run first (`setup_caches`)
     repair.py     from the error of a forward to inputs that avoid it
     measure.py    from a size that does not fit to the size of the inputs that does
     changes.py    changes of shape for all tensors of the inputs
@@ -37,7 +36,6 @@ from quack_fx.targets.inputs.made import maker_of
 from quack_fx.targets.inputs.measure import Budget
 from quack_fx.targets.inputs.reading import read_uses
 from quack_fx.targets.inputs.repair import Attempts, asks_for_more, failing_names, retry, unmet_names
-from quack_fx.targets.inputs.uses import Use
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
 
 __all__ = ["LIMIT", "Attempts", "Budget", "Inputs", "infer", "retry", "with_optional"]
@@ -112,16 +110,11 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
     filled = [p for p in filled if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     # Reading stopped at the check that failed, so all arguments are inferred again.
     return [
-        inputs if unmet else _with(given, p.name, inputs.kwargs[p.name])
+        inputs if unmet else named(given.args, {**given.kwargs, p.name: inputs.kwargs[p.name]}, given.names)
         for p in (failed or optional)[:4]
         for inputs in _candidates(model, [*filled, p], 2)
         if p.name in inputs.kwargs
     ]
-
-
-def _with(given: Inputs, name: str, value: Any) -> Inputs:
-    """Inputs with one more argument, the others unchanged."""
-    return named(given.args, {**given.kwargs, name: value}, given.names)
 
 
 def _wanted(model: nn.Module) -> list[inspect.Parameter]:
@@ -140,13 +133,15 @@ def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: in
     if not inferred:
         makers, inferred = {}, parameters
     uses = read_uses(model, [p.name for p in inferred])
-    first = _leading(inferred, uses)
+    # Its sizes are those of the others: the first that is passed to a layer or has parts, or the first of all.
+    first = next((p for p in inferred if uses[p.name].taken or uses[p.name].parts), inferred[0])
     found: list[Inputs] = []
     seen: set[str] = set()
     room = ROOM
     for data in options(first.name, first.annotation, uses[first.name], Context(model)):
-        sizes = _shared(data)
-        context = Context(model, _array(data))
+        leading = _array(data)
+        sizes = Sizes(tokens=(leading.tokens if isinstance(leading, Array) else None) or TOKENS)
+        context = Context(model, leading)
         others = [options(p.name, p.annotation, uses[p.name], context) for p in inferred if p is not first]
         for combined in cheapest_first([[data], *others], max(limit // 2, limit - len(found))):
             count = sum(spec.count(sizes) for spec in combined)
@@ -166,17 +161,6 @@ def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: in
         if len(found) >= limit:
             break
     return found[:limit]
-
-
-def _leading(parameters: list[inspect.Parameter], uses: dict[str, Use]) -> inspect.Parameter:
-    """The parameter whose sizes the others share: the first that is passed to a layer or has parts, or the first."""
-    return next((p for p in parameters if uses[p.name].taken or uses[p.name].parts), parameters[0])
-
-
-def _shared(data: Spec) -> Sizes:
-    """The sizes that all arguments share, from the leading one."""
-    array = _array(data)
-    return Sizes(tokens=(array.tokens if isinstance(array, Array) else None) or TOKENS)
 
 
 def _array(data: Spec) -> Spec:

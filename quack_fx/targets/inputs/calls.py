@@ -1,4 +1,4 @@
-"""Single operations while reading a forward: attributes, indexing, methods of tensors, layers and functions of torch.
+"""Single operations while reading a forward: attributes, indexing, operators, methods of tensors, layers, functions.
 
 In: an operation and the values of its operands. Out: its value, as long as that is an argument of the forward behind
 view ops or a known object; else `UNKNOWN`. What the operation requires of an argument is recorded in its `Use`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +33,28 @@ _KEPT_BY = (
 )  # fmt: skip
 _PURE: set[Any] = {len, int, float, max, min, abs, round, range, list, tuple, sum, bool, isinstance, getattr, hasattr}
 _PURE |= {enumerate, zip, reversed, sorted, type, callable, math.sqrt, math.ceil, math.floor, math.prod, math.log2}
+
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Div: operator.truediv,
+    ast.Mod: operator.mod,
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
 
 
 def is_none(value: Value) -> bool:
@@ -110,7 +133,8 @@ def _of_data(data: Data, node: ast.expr, of: Callable[[ast.expr], Value]) -> Val
         index = of(entries[0])
         if isinstance(index, Known) and isinstance(index.value, str):
             return Data(data.use.part("key", index.value))
-        if isinstance(index, Known) and isinstance(index.value, int) and "iterated" in data.use.marks | _forms(data):
+        is_sequence = "iterated" in data.use.marks or any(kind == "at" for kind, _ in data.use.parts)
+        if isinstance(index, Known) and isinstance(index.value, int) and is_sequence:
             return Data(data.use.part("at", index.value))
     axis, ellipsis = 0, False
     for number, entry in enumerate(entries):
@@ -131,10 +155,6 @@ def _of_data(data: Data, node: ast.expr, of: Callable[[ast.expr], Value]) -> Val
     if len(entries) > 1 and not ellipsis:
         data.known_rank(axis)
     return data
-
-
-def _forms(data: Data) -> set[str]:
-    return {"iterated"} if any(kind == "at" for kind, _ in data.use.parts) else set()
 
 
 def method(data: Data, name: str, args: list[Value]) -> Value:
@@ -193,6 +213,23 @@ def combined(op: ast.operator, left: Value, right: Value) -> Value:
                 data.known_size(axis, "==", other.value.shape[axis])
     # The other operand may be larger, and then the result has its shape.
     return UNKNOWN if data is right and isinstance(other, type(UNKNOWN)) else data
+
+
+def computed(op: ast.operator, left: Any, right: Any) -> Value:
+    """The result of an arithmetic operator on numbers or tuples."""
+    numbers = isinstance(left, int | float | tuple) and isinstance(right, int | float | tuple)
+    try:
+        return Known(_ARITHMETIC[type(op)](left, right)) if numbers else UNKNOWN
+    except Exception:
+        return UNKNOWN
+
+
+def compared(op: ast.cmpop, left: Any, right: Any) -> Value:
+    """The result of a comparison."""
+    try:
+        return Known(bool(_COMPARE[type(op)](left, right)))
+    except Exception:
+        return UNKNOWN
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

@@ -1,24 +1,28 @@
-"""Arguments that a method of the model makes: hidden states, memories, the carry of a recurrence.
+"""Methods of the model that prepare a call of its forward: they make arguments, or set attributes.
 
-In: a model and a parameter of its forward. Out: a function from the other arguments to this one, which calls that
-method: `model.initial_carry(batch)`, `model.init_hidden(2)`. The method is recognised by its return annotation or name.
+In: a model and a parameter of its forward. Out: a function from the other arguments to this one, which calls the method
+that makes it: `model.initial_carry(batch)`, `model.init_hidden(2)`. The method is recognised by its return annotation
+or name. Where the forward asserts that an attribute of the model is not None and it still is, the method that sets it
+is called first, such as `setup_caches(max_batch_size, max_seq_length)`, with arguments made up from their names.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
-import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quack_fx.targets.inputs.changes import each_in
 from quack_fx.targets.inputs.values import BATCH, TOKENS
 from quack_fx.targets.sizes.made_up import made_up
-from quack_fx.targets.sizes.signatures import hints_of, own_methods, required
+from quack_fx.targets.sizes.signatures import hints_of, is_users_class, own_methods, required
+from quack_fx.targets.sizes.uses import asserted
+from quack_fx.targets.source import tree_of_function
 
 _MAKES = (
     r"_*(get_|make_|create_|generate_|build_|allocate_)?"
@@ -37,15 +41,9 @@ def maker_of(model: nn.Module, parameter: inspect.Parameter) -> Maker | None:
     named = re.compile(rf"{_MAKES}_(\w+_)?{stem}s?")
     for name, method in own_methods(model).items():
         returned = hints_of(method).get("return")
-        if (_is_own_class(wanted) and returned is wanted) or named.fullmatch(name.lower()):
+        if (is_users_class(wanted) and returned is wanted) or named.fullmatch(name.lower()):
             return _calling(getattr(model, name))
     return None
-
-
-def _is_own_class(hint: Any) -> bool:
-    if not isinstance(hint, type) or typing.get_origin(hint) is not None or issubclass(hint, Tensor | nn.Module):
-        return False
-    return hint.__module__.split(".")[0] not in ("builtins", "typing", "torch", "collections", "numpy")
 
 
 def _calling(method: Callable[..., Any]) -> Maker:
@@ -65,3 +63,25 @@ def _calling(method: Callable[..., Any]) -> Maker:
             return each_in(method(**given), lambda x: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else None)
 
     return make
+
+
+def set_up(model: nn.Module) -> list[str]:
+    """Call the methods that the forward of a model depends on; returns the calls as text."""
+    done: list[str] = []
+    for name in asserted(tree_of_function(model.forward)):
+        if getattr(model, name, 0) is None and (method := _setter(model, name)) is not None:
+            hints = hints_of(method)
+            given = {n: made_up(n, hints.get(n)) for n in required(method)}
+            method(**given)
+            done.append(f"{method.__name__}({', '.join(f'{n}={v!r}' for n, v in given.items())})")
+    return done
+
+
+def _setter(model: nn.Module, attribute: str) -> Callable[..., Any] | None:
+    """The method of a model, other than its constructor and forward, that sets an attribute."""
+    for name, function in own_methods(model).items():
+        for node in ast.walk(tree_of_function(function)):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            if any(isinstance(t, ast.Attribute) and t.attr == attribute for t in targets):
+                return getattr(model, name)  # type: ignore[no-any-return]
+    return None

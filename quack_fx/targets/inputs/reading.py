@@ -5,10 +5,8 @@ the functions that it calls. Attributes of the model are looked up in the model 
 `self.layers[0].proj(x.transpose(1, 2))` shows which layer takes `x`, and `assert T <= self.block_size` the largest T.
 Where the condition of an `if` is not known, both branches are read; of a loop, the first and the last iteration.
 
-    calls.py      calls of torch, methods of tensors, indexing
-    loops.py      comprehensions
-    operators.py  operators on known values
-    uses.py       what is recorded
+    calls.py    calls of torch, methods of tensors, indexing, operators
+    uses.py     what is recorded
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ from typing import Any
 from torch import nn
 
 from quack_fx.targets.inputs import calls
-from quack_fx.targets.inputs.loops import comprehension, same_keys
-from quack_fx.targets.inputs.operators import compared, computed
 from quack_fx.targets.inputs.uses import UNKNOWN, Data, Dim, Items, Known, Rank, Shape, Unknown, Use, Value
 from quack_fx.targets.source import tree_of_function
 
@@ -318,12 +314,12 @@ class Frame:
                 self.assign(node.target, value)
                 return value
             case ast.ListComp() | ast.GeneratorExp() | ast.SetComp():
-                return comprehension(self, node)
+                return self.comprehension(node)
             case ast.Dict():
                 for entry in node.values:
                     self.of(entry)
             case ast.DictComp():
-                return same_keys(self, node)
+                return self.same_keys(node)
             case ast.Starred():
                 return self.of(node.value)
         return UNKNOWN
@@ -345,7 +341,7 @@ class Frame:
         """An arithmetic operator."""
         left, right = self.of(node.left), self.of(node.right)
         if isinstance(left, Known) and isinstance(right, Known):
-            return computed(node.op, left.value, right.value)
+            return calls.computed(node.op, left.value, right.value)
         if isinstance(left, Dim) and isinstance(node.op, ast.Mod) and isinstance(right, Known):
             return Dim(left.data, left.axis, right.value) if isinstance(right.value, int) else UNKNOWN
         return calls.combined(node.op, left, right)
@@ -357,7 +353,7 @@ class Frame:
             return UNKNOWN
         (left, right), op = values, node.ops[0]
         if isinstance(left, Known) and isinstance(right, Known):
-            return compared(op, left.value, right.value)
+            return calls.compared(op, left.value, right.value)
         if isinstance(left, Data) and isinstance(op, ast.Is | ast.IsNot) and calls.is_none(right):
             left.use.marks.add("checked")
             return Known(isinstance(op, ast.IsNot))
@@ -380,6 +376,29 @@ class Frame:
             else:
                 known = False
         return value if known else UNKNOWN
+
+    def comprehension(self, node: ast.ListComp | ast.GeneratorExp | ast.SetComp) -> Value:
+        """A list comprehension, read for the first and the last element."""
+        before = dict(self.scope)
+        found: list[Value] = []
+        generator = node.generators[0]
+        for value in self.elements(self.of(generator.iter)):
+            self.assign(generator.target, value)
+            found.append(self.of(node.elt))
+        self.scope = before
+        return Items(tuple(found)) if any(isinstance(v, Data) for v in found) else UNKNOWN
+
+    def same_keys(self, node: ast.DictComp) -> Value:
+        """A dict with the keys of an argument, `{k: v.to(x) for k, v in batch.items()}`: that argument itself."""
+        parts = [inner for inner in ast.walk(node.value) if isinstance(inner, ast.Subscript)]
+        for part in parts if isinstance(node.key, ast.Name) else []:
+            found = self.of(part.value) if ast.unparse(part.slice) == ast.unparse(node.key) else UNKNOWN
+            if isinstance(found, Data):
+                return found
+        source = node.generators[0].iter
+        if isinstance(source, ast.Call) and isinstance(source.func, ast.Attribute) and source.func.attr == "items":
+            return self.of(source.func.value)
+        return UNKNOWN
 
     # ---- calls -------------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ from quack_fx.targets.sizes.call import Account, Call, Value
 from quack_fx.targets.sizes.made_up import by_name, made_up
 from quack_fx.targets.sizes.ready import Wanted, naming, part_class, ready_made
 from quack_fx.targets.sizes.settings import Guess, Settings
-from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_config_class, parameters, plain_type, required
+from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_users_class, parameters, plain_type, required
 from quack_fx.targets.sizes.sources import Source, sources
 from quack_fx.targets.sizes.uses import Uses, read_name
 from quack_fx.targets.source import tree_of
@@ -211,14 +211,14 @@ class Planner:
         """The config class of a parameter: its annotation, the model's `config_class`, or the file's only dataclass."""
         hint = self._hints.get(parameter)
         declared: Any = getattr(self._function, "config_class", None) if parameter == "config" else None
-        if hint is None and is_config_class(declared):
+        if hint is None and is_users_class(declared):
             return f"{self._name}.config_class", declared
         for option in (hint, *typing.get_args(hint)):
-            if is_config_class(option):
+            if is_users_class(option):
                 return next((n for n, v in self._names.items() if v is option), option.__name__), option
         if hint is not None or len(self._required) > 1 or self._unpacked(parameter):
             return None
-        classes: dict[str, Any] = {n: v for n, v in self._names.items() if is_config_class(v)}
+        classes: dict[str, Any] = {n: v for n, v in self._names.items() if is_users_class(v)}
         found: dict[str, Any] = {n: v for n, v in classes.items() if dataclasses.is_dataclass(v)}
         if len(found) > 1:
             found = {n: v for n, v in found.items() if n.startswith(self._function.__name__)}
@@ -352,16 +352,13 @@ class Planner:
         given = {**known, **{n: give(n) for n in unpacked if n not in known}}
         settings = Settings(give, given)
 
-        def make() -> Any:
-            return settings
-
         def text() -> str:
             for entry in settings._read:
                 if source is not None and entry in known:
                     account.found[entry] = later.get(entry, (known[entry], source.where))
             return settings._expression()
 
-        return Value(make, text)
+        return Value(lambda: settings, text)
 
     def _set_later(self, undecided: set[str]) -> dict[str, tuple[Any, str]]:
         """Values that assignments in one file give to fields that are None at first."""

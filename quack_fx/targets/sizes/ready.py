@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quack_fx.graph.walk import walk
 from quack_fx.targets.sizes.signatures import required
 
 
@@ -88,12 +89,8 @@ def part_class(kind: type, is_own: Callable[[str], bool]) -> type | None:
         return None
     if not _is_abstract(kind):
         return kind
-    below: dict[str, type] = {}
-    left = [kind]
-    while left:
-        following: list[type] = left.pop().__subclasses__()
-        below |= {c.__qualname__: c for c in following if not _is_abstract(c) and is_own(_file(c))}
-        left += following
+    derived: Iterator[type] = walk(kind.__subclasses__(), type.__subclasses__)
+    below = {c.__qualname__: c for c in derived if not _is_abstract(c) and is_own(_file(c))}
     needs = {name: len(required(made)) for name, made in below.items()}
     simplest = [name for name, count in needs.items() if count == min(needs.values())]
     return below[simplest[0]] if len(simplest) == 1 else None

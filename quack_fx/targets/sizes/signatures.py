@@ -80,21 +80,16 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     return {}
 
 
-def is_config_class(option: Any) -> bool:
+_COMMON = frozenset("builtins types typing collections torch argparse pathlib enum numpy".split())
+"""Packages whose classes are no one's configs or states."""
+
+
+def is_users_class(option: Any) -> bool:
     """Whether an annotation is a class of the user's: no module, no tensor, none of Python, torch or numpy."""
-    if not isinstance(option, type) or issubclass(option, nn.Module | Tensor):
-        return False
-    return option.__module__.split(".")[0] not in (
-        "builtins",
-        "types",
-        "typing",
-        "collections",
-        "torch",
-        "argparse",
-        "pathlib",
-        "enum",
-        "numpy",
+    plain = (
+        isinstance(option, type) and typing.get_origin(option) is None and not issubclass(option, nn.Module | Tensor)
     )
+    return plain and option.__module__.split(".")[0] not in _COMMON
 
 
 def plain_type(hint: Any) -> Any:

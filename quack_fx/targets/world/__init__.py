@@ -6,9 +6,9 @@ reported on. When it closes, sys.modules, sys.path, sys.argv and the process gro
     imports.py    failed imports get stand-ins
     inert.py      stand-ins that compute nothing, and raise when the forward needs them
     known.py      the table of stand-ins that compute what the original does:
-    attention.py, flash_attn.py, block_masks.py    fused attention
-    vision.py, timm_vit.py                         layers and the vision transformer of timm
-    rotations.py, fields.py                        rotary embeddings and quaternions; config objects
+    attention.py, flash_attn.py    fused attention
+    vision.py, timm_vit.py         layers and the vision transformer of timm
+    rotations.py, fields.py        rotary embeddings and quaternions; config objects
     devices.py    torch.cuda without a GPU
     one_rank.py   torch.distributed with one rank
     old_names.py  names that newer versions of Python, numpy and transformers no longer have
@@ -143,15 +143,11 @@ class World:
         """Packages that have stand-ins."""
         return list(self.imports.missing)
 
-    @property
-    def asks_for_ranks(self) -> bool:
-        """Whether a file of the target mentions torch.distributed."""
-        return any(re.search("distributed|RANK", text_of(file)) for file in self.own_files())
-
     def others(self) -> list[World]:
         """Further environments to try after a failure in this one: with a process group, with more stand-ins."""
         more = []
-        if self.asks_for_ranks and not self._group:
+        asks_for_ranks = any(re.search("distributed|RANK", text_of(file)) for file in self.own_files())
+        if asks_for_ranks and not self._group:
             more.append(World(self._guarded, True))
         if self.imports.left and not self._guarded:
             more.append(World(True, self._group))

@@ -9,13 +9,13 @@ one row, H query heads, K key heads, D features of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quack_fx.targets.world.block_masks import BlockDiagonalMask
 from quack_fx.targets.world.inert import Inert
 
 
@@ -86,6 +86,38 @@ class LowerTriangularFromBottomRightMask:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class BlockDiagonalMask:
+    """xformers' mask for sequences that are joined to one row: each query sees all keys of its sequence."""
+
+    causal = False
+
+    def __init__(self, queries: Sequence[int], keys: Sequence[int]) -> None:
+        self._queries, self._keys = list(map(int, queries)), list(map(int, keys))
+
+    @classmethod
+    def from_seqlens(
+        cls, q_seqlen: Sequence[int], kv_seqlen: Sequence[int] | None = None, **kwargs: object
+    ) -> BlockDiagonalMask:
+        """The mask for sequences of these lengths."""
+        return cls(q_seqlen, q_seqlen if kv_seqlen is None else kv_seqlen)
+
+    def make_causal(self) -> BlockDiagonalCausalMask:
+        """The mask without later keys; the first query of a sequence is at its first key."""
+        return BlockDiagonalCausalMask(self._queries, self._keys)
+
+    def mask(self) -> Tensor:
+        """True where a query sees a key."""
+        blocks = [torch.ones(q, k, dtype=torch.bool) for q, k in zip(self._queries, self._keys, strict=True)]
+        seen: Tensor = torch.block_diag(*(block.tril() if self.causal else block for block in blocks))
+        return seen.bool()
+
+
+class BlockDiagonalCausalMask(BlockDiagonalMask):
+    """Each query sees the keys of its sequence up to its own index."""
+
+    causal = True
 
 
 def _of_group(mask: Tensor | None, group: int) -> Tensor | None:

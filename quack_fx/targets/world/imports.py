@@ -43,8 +43,8 @@ class Imports:
         self._is_own, self._elsewhere, self._guarded = is_own, elsewhere, guarded
         self._import = builtins.__import__
         self._import_module = importlib.import_module
-        self.missing: dict[str, str] = {}
-        """Packages with a stand-in, each with the reason why it cannot be imported."""
+        self.missing: dict[str, None] = {}
+        """Packages with a stand-in, in the order in which they were missed."""
         # Not in sys.modules, where installed packages would find them.
         self._modules: dict[str, InertPackage] = {}
         self.left = False
@@ -124,7 +124,7 @@ class Imports:
         for i in range(1, len(parts) + 1):
             full = ".".join(parts[:i])
             if full not in self._modules:
-                self.missing.setdefault(_lacking(name, error), f"{type(error).__name__}: {error}".split("\n")[0])
+                self.missing[_lacking(name, error)] = None
                 self._modules[full] = InertPackage(full, meaning)
                 if i > 1:
                     setattr(self._modules[".".join(parts[: i - 1])], parts[i - 1], self._modules[full])
@@ -160,7 +160,7 @@ class Imports:
             else:
                 full = f"{name}.{wanted}"
                 known = meaning(full)
-                self.missing.setdefault(full, f"{name} has no {wanted}")
+                self.missing[full] = None
                 value = Inert(full) if known is None else known
             setattr(proxy, wanted, value)
         return proxy

@@ -58,9 +58,13 @@ class Inert:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what is decorated; otherwise an inert object, which is a module where the name is that of a class."""
         self._use()
-        if len(args) == 1 and not kwargs and _is_decorated(args[0]):
+        is_decorator = (
+            len(args) == 1 and not kwargs and callable(args[0]) and not isinstance(args[0], Inert | nn.Module)
+        )
+        if is_decorator:
             return args[0]
-        return InertModule(self._name) if _is_class_name(self._name) else Inert(f"{self._name}()")
+        is_class = self._name.rpartition(".")[2][:1].isupper()
+        return InertModule(self._name) if is_class else Inert(f"{self._name}()")
 
     def __eq__(self, other: object) -> bool:
         if other is not self:
@@ -210,12 +214,3 @@ class InertPackage(ModuleType):
         value = Inert(full, self._known) if found is None else found
         setattr(self, name, value)
         return value
-
-
-def _is_class_name(name: str) -> bool:
-    return name.rsplit(".", 1)[-1][:1].isupper()
-
-
-def _is_decorated(value: Any) -> bool:
-    """Whether a single argument is what a decorator decorates."""
-    return callable(value) and not isinstance(value, Inert | nn.Module)

@@ -7,7 +7,6 @@ the package and the last part of the name count: functions move between modules 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.world import attention, flash_attn, rotations, timm_vit, vision
-from quack_fx.targets.world.block_masks import BlockDiagonalCausalMask, BlockDiagonalMask
 from quack_fx.targets.world.fields import Fields, Loader
 from quack_fx.targets.world.inert import Inert, StandInUsed
+from quack_fx.targets.world.old_names import as_it_is
 
 
 def meaning(name: str) -> Any:
@@ -43,11 +42,6 @@ class _Kernel:
 def _kernel(*args: Any, **kwargs: Any) -> Any:
     """`triton.jit`, with or without arguments, and decorators around it."""
     return _Kernel(args[0]) if len(args) == 1 and not kwargs and callable(args[0]) else _Kernel
-
-
-def _around_kernel(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
-    """`triton.autotune` and `triton.heuristics`: decorators that are called with options."""
-    return lambda kernel: kernel
 
 
 class ParallelLinear(nn.Linear):
@@ -245,8 +239,8 @@ _KNOWN: dict[str, dict[str, Any]] = {
         "memory_efficient_attention": attention.memory_efficient_attention,
         "LowerTriangularMask": attention.LowerTriangularMask,
         "LowerTriangularFromBottomRightMask": attention.LowerTriangularFromBottomRightMask,
-        "BlockDiagonalMask": BlockDiagonalMask,
-        "BlockDiagonalCausalMask": BlockDiagonalCausalMask,
+        "BlockDiagonalMask": attention.BlockDiagonalMask,
+        "BlockDiagonalCausalMask": attention.BlockDiagonalCausalMask,
         "SwiGLU": SwiGLU,
     },
     "sageattention": {"sageattn": attention.sageattn},
@@ -258,7 +252,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "transformer_engine": {"Linear": ParallelLinear, "LayerNorm": LayerNorm, "RMSNorm": RMSNorm},
     "timm": _TIMM,
     "torchvision": {"_is_tracing": lambda: False},
-    "triton": {"jit": _kernel, "autotune": _around_kernel, "heuristics": _around_kernel},
+    "triton": {"jit": _kernel, "autotune": as_it_is, "heuristics": as_it_is},
     **dict.fromkeys(("mmcv", "mmengine", "mmdet", "mmseg", "fvcore", "detectron2"), _REGISTRY),
     "pytorch_lightning": _LIGHTNING,
     "lightning": _LIGHTNING,

@@ -15,7 +15,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -30,24 +30,18 @@ _COLLECTIONS = ("Callable", "Iterable", "Iterator", "Mapping", "MutableMapping",
 @contextmanager
 def old_names() -> Iterator[None]:
     """Context in which the removed names exist."""
-    given: list[tuple[ModuleType, str]] = []
-    names = [(collections, name, getattr(collections.abc, name)) for name in _COLLECTIONS]
+    names: list[tuple[ModuleType, str, Any]] = [(collections, n, getattr(collections.abc, n)) for n in _COLLECTIONS]
     if importlib.util.find_spec("numpy") is not None:
         import numpy
 
         names += [(numpy, name, value) for name, value in _NUMPY.items()]
-    for module, name, value in names:
-        if name not in vars(module):
-            setattr(module, name, value)
-            given.append((module, name))
-    try:
-        with patch.object(dataclasses, "dataclass", _dataclass):
-            yield
-    finally:
-        for module, name in given:
-            delattr(module, name)
-        while _ADDED:
-            delattr(*_ADDED.pop())
+    with ExitStack() as stack:
+        for module, name, value in names:
+            if name not in vars(module):
+                stack.enter_context(patch.object(module, name, value, create=True))
+        stack.enter_context(patch.object(dataclasses, "dataclass", _dataclass))
+        stack.callback(_remove_added)
+        yield
 
 
 _strict_dataclass = dataclasses.dataclass
@@ -97,6 +91,11 @@ def _add_attributes(package: str) -> None:
             _ADDED.append((cls, name))
 
 
+def _remove_added() -> None:
+    while _ADDED:
+        delattr(*_ADDED.pop())
+
+
 def _no_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, *args: Any) -> list[None]:
     """`PreTrainedModel.get_head_mask`, for a forward that is given none."""
     if head_mask is not None:
@@ -118,7 +117,7 @@ def today(module: str, name: str, is_there: bool) -> Any:
         return None
     _add_attributes(package)
     if _ONLY_DOCUMENTS.fullmatch(name):
-        return _as_it_is
+        return as_it_is
     for place in () if is_there else _MOVED[package]:
         try:
             return getattr(importlib.import_module(f"{package}.{place}"), name)
@@ -127,6 +126,6 @@ def today(module: str, name: str, is_there: bool) -> Any:
     return None
 
 
-def _as_it_is(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+def as_it_is(*args: Any, **kwargs: Any) -> Callable[[Any], Any]:
     """A decorator with options that changes nothing."""
     return lambda decorated: decorated

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quack_fx.targets.world.vision import Block, PatchEmbed
+from quack_fx.targets.world.vision import Block, PatchEmbed, refuse
 
 _WITHOUT = ("init_values", "reg_tokens", "pre_norm", "no_embed_class", "dynamic_img_size", "fc_norm", "pos_embed")
 """Arguments that change the result and have no stand-in."""
@@ -45,9 +45,7 @@ class VisionTransformer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        for option in _WITHOUT:
-            if kwargs.get(option):
-                raise NotImplementedError(f"timm's VisionTransformer with {option} has no stand-in; install timm")
+        refuse("VisionTransformer", kwargs, _WITHOUT)
         norm, act = norm_layer or nn.LayerNorm, act_layer or nn.GELU
         self.num_classes, self.num_features, self.embed_dim = num_classes, embed_dim, embed_dim
         self.global_pool, self.num_tokens = global_pool, int(class_token) + int(distilled)

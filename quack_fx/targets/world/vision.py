@@ -6,7 +6,7 @@ the plain vision transformer has a stand-in (`timm_vit.py`).
 
 from __future__ import annotations
 
-import collections.abc
+from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 def to_2tuple(x: Any) -> tuple[Any, ...]:
     """`timm.layers.to_2tuple`: a pair."""
-    return tuple(x) if isinstance(x, collections.abc.Iterable) and not isinstance(x, str) else tuple(repeat(x, 2))
+    return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else tuple(repeat(x, 2))
 
 
 def trunc_normal_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -27,6 +27,13 @@ def trunc_normal_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def lecun_normal_(tensor: Tensor) -> Tensor:
     """`timm.layers.lecun_normal_`."""
     return nn.init.trunc_normal_(tensor, std=(1 / tensor.shape[1]) ** 0.5 / 0.87962566103423978)
+
+
+def refuse(what: str, options: Mapping[str, Any], without: Iterable[str]) -> None:
+    """Refuse options of a class of timm's that change the result and have no stand-in."""
+    for option in without:
+        if options.get(option):
+            raise NotImplementedError(f"timm's {what} with {option} has no stand-in; install timm")
 
 
 def register_model(function: Any) -> Any:
@@ -88,8 +95,7 @@ class Mlp(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if kwargs.get("use_conv"):
-            raise NotImplementedError("timm's Mlp with use_conv has no stand-in; install timm")
+        refuse("Mlp", kwargs, ["use_conv"])
         hidden = hidden_features or in_features
         self.fc1 = nn.Linear(in_features, hidden, bias=bias)
         self.act = act_layer()
@@ -117,9 +123,7 @@ class Attention(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        for option in ("qk_scale", "scale_norm", "dim_out", "gate"):
-            if kwargs.get(option):
-                raise NotImplementedError(f"timm's Attention with {option} has no stand-in; install timm")
+        refuse("Attention", kwargs, ("qk_scale", "scale_norm", "dim_out", "gate"))
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.scale, self.fused_attn = self.head_dim**-0.5, True
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

@@ -8,18 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-_NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
+from quack_fx.layout.pattern import joined_name, split_name
 
 
 def name_template(name: str, numbers: list[int]) -> str:
     """A `str.format` template of a name with a field for every number; the numbers are appended to `numbers`."""
-
-    def take(match: re.Match[str]) -> str:
-        numbers.append(int(match[0]))
-        return f"{{{len(numbers) - 1}}}"
-
+    texts, own = split_name(name, inside=True)
+    fields = [f"{{{len(numbers) + i}}}" for i in range(len(own))]
+    numbers += own
     # Braces are doubled twice: str.format halves them, and so does the f-string in the program.
-    return _NUMBER.sub(take, name.replace("{", "{{{{").replace("}", "}}}}"))
+    return joined_name([text.replace("{", "{{{{").replace("}", "}}}}") for text in texts], fields)
 
 
 def variable_names(full_names: Sequence[str], reserved: Collection[str], biases: bool = False) -> list[str]:

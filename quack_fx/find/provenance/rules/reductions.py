@@ -21,20 +21,10 @@ _OF_SIZE = frozenset("pow abs square exp".split())
 """Ops whose mean is a statistic of features and not their average."""
 
 
-def reduction(step: Step) -> Flow:
-    """A reduction with one result."""
-    return reduction_of(step, step.node, step.df.value(step.node))
-
-
-def pooled(step: Step) -> Flow:
-    """Pooling with one result."""
-    return pooled_of(step, step.node)
-
-
-def reduction_of(step: Step, node: Node, value: object, part: int = 0) -> Flow:
-    """A reduction, or one part of its results."""
-    df = step.df
-    source = node.args[0]
+def reduction(step: Step, of: Node | None = None, part: int = 0) -> Flow:
+    """A reduction; or, where the node takes one part of the results of a reduction `of`, that part."""
+    df, node = step.df, of or step.node
+    value, source = df.value(step.node), node.args[0]
     x = step.input(source) if isinstance(source, Node) else step.unknown()
     if not isinstance(value, Tensor):
         return x  # its parts are made by `part`
@@ -62,9 +52,9 @@ def reduction_of(step: Step, node: Node, value: object, part: int = 0) -> Flow:
     return replace(x, label=unknown if label is None else label, statistic=statistic)
 
 
-def pooled_of(step: Step, node: Node) -> Flow:
-    """Windows on the last axes: labels that do not vary along those axes stay."""
-    df = step.df
+def pooled(step: Step, of: Node | None = None) -> Flow:
+    """Windows on the last axes: labels that do not vary along those axes stay. `of` as for a reduction."""
+    df, node = step.df, of or step.node
     x = step.input(node.args[0])  # type: ignore[arg-type]
     axes = range(x.label.dim() - pooled_axes(df.op[node]), x.label.dim())
     if isinstance(df.value(step.node), list | tuple):

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from quack_fx.find.provenance.flow import Flow, merged_flow
 from quack_fx.find.provenance.labels import NOTHING, UNKNOWN, shrink
-from quack_fx.find.provenance.rules.reductions import pooled_of, reduction_of
+from quack_fx.find.provenance.rules.reductions import pooled, reduction
 from quack_fx.find.provenance.rules.step import Step
 from quack_fx.find.provenance.views import run_view
 
@@ -60,9 +60,9 @@ def part(step: Step) -> Flow:
     if df.op[whole].name in ("native_dropout", "_fused_dropout") and i == 0:
         return step.input(whole)
     if df.op[whole].kind == "reduction" and whole in step.flows:
-        return reduction_of(step, whole, df.value(node), i)
+        return reduction(step, whole, i)
     if df.op[whole].kind == "pooling" and i == 0:
-        return pooled_of(step, whole)
+        return pooled(step, whole)
     if df.op[whole].kind == "elementwise" and whole in step.flows:
         if step.input(whole).empty:
             return step.nothing()

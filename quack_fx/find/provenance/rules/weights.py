@@ -9,6 +9,7 @@ from torch.fx import Node
 from quack_fx.find.provenance.flow import Flow, NormOp, NormTag, with_gain
 from quack_fx.find.provenance.labels import UNKNOWN
 from quack_fx.find.provenance.rules.step import Step
+from quack_fx.graph.walk import walk
 
 
 def with_weights(step: Step, name: str, flow: Flow, x: Node | None) -> Flow:
@@ -66,13 +67,9 @@ def _is_rotation(step: Step, node: Node) -> bool:
 
 def _gain_names(step: Step, node: Node) -> set[str]:
     """Parameters behind a gain, through (1 + gain) and casts."""
-    df, found, todo = step.df, set[str](), [node]
-    while todo:
-        n = todo.pop()
-        if n in df.weights:
-            found.add(df.weights[n])
-        todo.extend(i for i in n.all_input_nodes if i in df.from_weight)
-    return found
+    df = step.df
+    behind = walk([node], lambda n: df.from_weight.intersection(n.all_input_nodes))
+    return {df.weights[n] for n in behind if n in df.weights}
 
 
 def _times(scale: float | None, number: float, name: str) -> float | None:

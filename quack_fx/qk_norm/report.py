@@ -1,6 +1,6 @@
-"""The report of a removal of QK norms, and what both ways of removal share.
+"""The reports of a removal and of an insertion of QK norms, and what both ways of removal share.
 
-In: what was removed from modules or a graph. Out: `StripReport`.
+In: what was done to modules or a graph. Out: `StripReport`, `InsertReport`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from quack_fx.layout import AttentionSite, QKLayout
+from quack_fx.layout import QKLayout
+
+
+def _nothing() -> None:
+    """`restore` of a rewritten graph: the original was not changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class StripReport:
     notes: tuple[str, ...]
     layout: QKLayout
     model: nn.Module = field(repr=False, compare=False)
-    _restore: Callable[[], None] = field(repr=False, compare=False)
+    _restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
     logits: tuple[LogitChange, ...] = ()
 
     @property
@@ -97,8 +101,27 @@ class StripReport:
         }
 
 
-def nothing_to_restore() -> None:
-    """`restore` of a rewritten graph: the original was not changed."""
+@dataclass(frozen=True, slots=True)
+class InsertReport:
+    """Where norms were added, and where not and why.
+
+    Attributes:
+        inserted: Names of the norm modules; in a graph, names of the modules that hold the gains.
+        left: The sites without new norms, and why.
+        layout: The layout of the model as it is now.
+        model: The model with norms: the one that was given, or a new graph that shares its parameters.
+    """
+
+    inserted: tuple[str, ...]
+    left: tuple[LeftSite, ...]
+    layout: QKLayout
+    model: nn.Module = field(repr=False, compare=False)
+    _restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+
+    def restore(self) -> None:
+        """Remove the norms; the model then computes bitwise the same as before. Does nothing for a graph, which is a
+        copy."""
+        self._restore()
 
 
 def with_sharers(
@@ -135,14 +158,12 @@ def without_norms(layout: QKLayout, stripped: Mapping[int, float], vanished: Ite
         stripped: By index of each site without norms, the factor of its logits.
         vanished: Parameters that were removed.
     """
-    gone = set(vanished)
+    gone, sites = set(vanished), list(layout.sites)
+    for i, factor in stripped.items():
+        scale = sites[i].logit_scale
+        sites[i] = replace(sites[i], qk_norm=(), logit_scale=None if scale is None else scale * factor)
     return replace(
         layout,
-        sites=tuple(_bare(s, stripped[i]) if i in stripped else s for i, s in enumerate(layout.sites)),
+        sites=tuple(sites),
         untouched=tuple(name for name in layout.untouched if name not in gone),
     )
-
-
-def _bare(site: AttentionSite, factor: float) -> AttentionSite:
-    scale = None if site.logit_scale is None else site.logit_scale * factor
-    return replace(site, qk_norm=(), logit_scale=scale)
