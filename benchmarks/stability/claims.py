@@ -50,8 +50,9 @@ def _alike(panel: Panel) -> Answer:
     lr = panel.lrs[0]
     losses = {m: panel.point(m, lr).loss.mean for m in (_NONE, Method("quack"), _NORM, *_CLIPS)}
     low, high = min(losses, key=losses.__getitem__), max(losses, key=losses.__getitem__)
-    holds = losses[high] - losses[low] <= CLOSE
-    return Answer("holds" if holds else "does not hold", f"{_at(panel, low, lr)}, {_at(panel, high, lr)}, at {lr:g}")
+    return Answer(
+        _verdict(losses[high] - losses[low] <= CLOSE), f"{_at(panel, low, lr)}, {_at(panel, high, lr)}, at {lr:g}"
+    )
 
 
 def _steady(panel: Panel, methods: Sequence[Method]) -> Answer:
@@ -78,8 +79,7 @@ def _clip_behind(panel: Panel) -> Answer:
 def _near_norm(panel: Panel) -> Answer:
     quack = _best(panel, _QUACKS)
     difference = panel.difference(quack, _NORM, panel.best)
-    holds = difference.mean <= CLOSE
-    return Answer("holds" if holds else "does not hold", f"{quack.name}: {_signed(difference)} against {_NORM.name}")
+    return Answer(_verdict(difference.mean <= CLOSE), f"{quack.name}: {difference:+.3f} against {_NORM.name}")
 
 
 def _best_of_all(panel: Panel) -> Answer:
@@ -87,7 +87,7 @@ def _best_of_all(panel: Panel) -> Answer:
     others = [method for method in panel.methods if method.kind != "quack"]
     differences = {other: panel.difference(quack, other, panel.best) for other in others}
     nearest = max((o for o in others if differences[o].seeds), key=lambda o: differences[o].mean)
-    return Answer(_below(differences[nearest]), f"{quack.name}: {_signed(differences[nearest])} against {nearest.name}")
+    return Answer(_below(differences[nearest]), f"{quack.name}: {differences[nearest]:+.3f} against {nearest.name}")
 
 
 def _constant_worse(panel: Panel) -> Answer:
@@ -95,9 +95,7 @@ def _constant_worse(panel: Panel) -> Answer:
     difference, same_tau = (
         panel.difference(one, constant, panel.best) for one in (quack, Method("quack", constant.tau))
     )
-    numbers = (
-        f"{quack.name}: {_signed(difference)}, quack {constant.tau:g}: {_signed(same_tau)} against {constant.name}"
-    )
+    numbers = f"{quack.name}: {difference:+.3f}, quack {constant.tau:g}: {same_tau:+.3f} against {constant.name}"
     return Answer(_below(difference), numbers)
 
 
@@ -109,7 +107,7 @@ def _lower(panel: Panel, what: Literal["largest", "change"]) -> Answer:
         own, none = (point.largest if what == "largest" else point.change.mean for point in points)
         ratios[lr] = own / none
     numbers = ", ".join(f"{ratio:.2g} times at {lr:g}" for lr, ratio in ratios.items() if ratio == ratio)
-    return Answer("holds" if all(not ratio > 1 for ratio in ratios.values()) else "does not hold", numbers)
+    return Answer(_verdict(not any(ratio > 1 for ratio in ratios.values())), numbers)
 
 
 CLAIMS = (
@@ -182,15 +180,12 @@ def _below(difference: Spread) -> Verdict:
     """Whether a difference of losses is negative by more than two standard deviations over seeds."""
     if difference.deviation is None or abs(difference.mean) <= 2 * difference.deviation:
         return "cannot tell"
-    return "holds" if difference.mean < 0 else "does not hold"
+    return _verdict(difference.mean < 0)
+
+
+def _verdict(holds: bool) -> Verdict:
+    return "holds" if holds else "does not hold"
 
 
 def _at(panel: Panel, method: Method, lr: float) -> str:
-    point = panel.point(method, lr)
-    return f"{method.name} " + (
-        f"diverged ({point.diverged} of {len(point.records)})" if point.diverged else str(point.loss)
-    )
-
-
-def _signed(difference: Spread) -> str:
-    return f"{difference.mean:+.3f}" + ("" if difference.deviation is None else f" ± {difference.deviation:.3f}")
+    return f"{method.name} {panel.point(method, lr)}"

@@ -71,7 +71,7 @@ def _page(records: Records, found: Sequence[Panel], setup: Setup) -> Iterator[st
             yield ""
         yield "Validation loss (nats a byte):"
         yield ""
-        yield from _grid(panel, _loss)
+        yield from _grid(panel, str)
         yield ""
         yield "Largest logit, of all seeds and points:"
         yield ""
@@ -171,7 +171,7 @@ def _against(panel: Panel) -> Iterator[str]:
         if other.kind not in ("quack", "constant"):
             difference = panel.difference(_QUACK, other, panel.best)
             if difference.seeds:
-                differences.append(f"{difference.mean:+.3f}{_deviation(difference)} against {other.name}")
+                differences.append(f"{difference:+.3f} against {other.name}")
     if differences:
         where = "each at its best learning rate" if len(panel.lrs) > 1 else f"at {panel.lrs[0]:g}"
         yield f"- {panel.title}: loss of {_QUACK.name}, {where}: {', '.join(differences)}."
@@ -225,18 +225,10 @@ def _grid(panel: Panel, cell: Callable[[Point], str]) -> Iterator[str]:
         yield f"| {method.name} | {' | '.join(cell(point) if point.records else '-' for point in points)} |"
 
 
-def _loss(point: Point) -> str:
-    if not point.diverged:
-        return str(point.loss)
-    return f"diverged ({point.diverged} of {len(point.records)})"
-
-
 def _short(value: Spread) -> str:
-    return "-" if not value.seeds else f"{value.mean:.2g}{_deviation(value, '.1g')}"
-
-
-def _deviation(value: Spread, style: str = ".3f") -> str:
-    return "" if value.deviation is None else f" ± {value.deviation:{style}}"
+    """A change of logits; of its deviation one digit is enough."""
+    deviation = "" if value.deviation is None else f" ± {value.deviation:.1g}"
+    return "-" if not value.seeds else f"{value.mean:.2g}{deviation}"
 
 
 def _shown(path: Path) -> str:

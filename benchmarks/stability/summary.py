@@ -35,10 +35,15 @@ class Spread:
     deviation: float | None
     seeds: int
 
-    def __str__(self) -> str:
+    def __format__(self, spec: str) -> str:
+        """Mean and deviation, both in the number format `spec` (".3f" if empty); only the mean shows a plus sign."""
         if self.seeds == 0:
             return "-"
-        return f"{self.mean:.3f}" + ("" if self.deviation is None else f" ± {self.deviation:.3f}")
+        spec = spec or ".3f"
+        return f"{self.mean:{spec}}" + ("" if self.deviation is None else f" ± {self.deviation:{spec.lstrip('+')}}")
+
+    def __str__(self) -> str:
+        return f"{self}"
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -69,6 +74,10 @@ class Point:
     def loss(self) -> Spread:
         """Validation loss of the seeds that did not diverge."""
         return spread(r.result.loss for r in self.records.values() if r.result.diverged is None)
+
+    def __str__(self) -> str:
+        """The validation loss, or how many seeds diverged."""
+        return f"diverged ({self.diverged} of {len(self.records)})" if self.diverged else str(self.loss)
 
     @property
     def largest(self) -> float:
