@@ -111,9 +111,20 @@ def follow_the_rule(model: nn.Module, layout: QKLayout, norm: NormName = "froben
     assert_scales(model, layout, quack, expected)
 
 
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def as_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether programs are written as for large weights, whose norms are taken one by one and without values."""
+    if request.param:
+        monkeypatch.setattr("quack_fx.train.program.source._constant", lambda *_: 0)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_scales_are_those_of_the_rule(name: str) -> None:
-    follow_the_rule(*CASES[name]())
+def test_scales_are_those_of_the_rule(name: str, as_large: bool) -> None:
+    model, layout = CASES[name]()
+    follow_the_rule(model, layout)
+    if name in ("written-fused", "written-conv1d"):  # queries, keys, then values
+        assert ("ends={" in write_program(layout, shapes_of(model), "")) == as_large
 
 
 SPECTRAL = ("tiny-our_mla", "written-mqa_with_bias", "written-conv1d", "written-raw_3d", "written-overlapping_heads")

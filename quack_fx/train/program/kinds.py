@@ -81,6 +81,14 @@ class Kind:
     terms: tuple[Term, ...]
     instances: tuple[Names, ...]
 
+    def ends(self) -> dict[int, int]:
+        """For each tensor with a tenth of its rows or more after its last query and key row: the rows up to that."""
+        last: dict[int, int] = {}
+        for block in self.blocks:
+            stop = max(stop for head in block.heads for _, stop in head)
+            last |= {t: max(stop, last.get(t, 0)) for t in block.tensors}
+        return {t: end for t, end in last.items() if end <= 0.9 * self.tensors[t].count}
+
     def names(self, numbers: Names | None = None) -> list[str]:
         """The tensor names of the instance with the given numbers; by default, of the first instance."""
         own = self.instances[0] if numbers is None else numbers

@@ -75,14 +75,17 @@ def write_program(
     sizes = [math.prod(shapes[name]) for kind in kinds for name in kind.names()]
     others = features.intersection({"sharded", "masters"}).union(set(optimizers) - {"Adam", "AdamW"})
     features |= {"others"} if others else set()
-    features |= {"small"} if others or max(sizes, default=0) <= _constant("change", "SMALL") else set()
+    small = max(sizes, default=0) <= _constant("change", "SMALL")
+    features |= {"small"} if others or small else set()
+    # A rank's shard may hold any rows.
+    features |= {"ends"} if not small and "sharded" not in features and any(kind.ends() for kind in kinds) else set()
     names = list(dict.fromkeys(PARTS_OF[optimizer] for optimizer in optimizers))
     left_out = {"sharded", "masters", "norms"} - features
     every = ("quack", "sharded", "norms", "change", *names, "masters", "step")
     parts = [part for part in every if part not in left_out]
     texts = {part: list(_definitions(part, features)) for part in parts}
     kind, *rest = texts.pop("quack")
-    model = "\n".join(write_kinds(kinds))
+    model = "\n".join(write_kinds(kinds, "ends" in features))
     last = texts.pop("step")
     if tau != 1.0:
         last = [text.replace("tau: float | Tensor = 1.0", f"tau: float | Tensor = {tau!r}") for text in last]

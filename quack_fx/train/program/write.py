@@ -23,8 +23,12 @@ _LETTERS = "ijkmpqrstuvwxyz"
 _RESERVED = {"at", "n", "self", *_LETTERS, *keyword.kwlist, *dir(builtins)}
 
 
-def write_kinds(kinds: Sequence[Kind]) -> list[str]:
+def write_kinds(kinds: Sequence[Kind], ends: bool = False) -> list[str]:
     """The lines of each kind's class and functions, and of the table `KINDS`.
+
+    Arguments:
+        kinds: The kinds.
+        ends: Whether the table has the rows before the values, for weights that end with those.
 
     Example:
         >>> print("\\n".join(write_kinds(kinds_of(layout, shapes))))
@@ -40,6 +44,8 @@ def write_kinds(kinds: Sequence[Kind]) -> list[str]:
         entries += [f"{name.lower()}_{part}" for part in ("weights", "rows", "factors")]
         entries += [str(mark_of(kind))]
         entries += [f"axes={{{', '.join(axes)}}}"] if axes else []
+        if ends and (stops := kind.ends()):
+            entries.append(f"ends={{{', '.join(f'{quoted(_variables(kind)[t])}: {end}' for t, end in stops.items())}}}")
         table.append(entries)
         lines += [*tables.lines, *own]
     if not table:

@@ -34,17 +34,18 @@ def change_all(rule: Any, numbers: Sequence[Number], finite: Tensor | None, jobs
     each = [n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in numbers]
     table = torch.stack([number.expand(len(jobs)) for number in each], 1)  # [jobs, n]
     alike: dict[Any, list[Any]] = {}  # if small
-    for own, (scale, weight, *others) in zip(table, jobs, strict=True):
+    for i, (scale, weight, *others) in enumerate(jobs):
         scale = ones_of(weight) if scale is None else scale  # if others
         if weight.numel() <= SMALL:  # if small
             key = scale.shape, weight.shape, weight.stride(), weight.dtype, others[0].dtype, weight.device  # if small
-            alike.setdefault(key, []).append((own, scale, weight, *others))  # if small
+            alike.setdefault(key, []).append((i, scale, weight, *others))  # if small
             continue  # if small
         # No views: for each place that one may have in its memory, torch.compile would compile anew.
-        code(rule, own.to(scale, copy=True), finite, scale, *(t.data for t in (weight, *others)))
+        code(rule, table[i].to(scale, copy=True), finite, scale, *(t.data for t in (weight, *others)))
         torch.autograd.graph.increment_version([weight, *others[1:]])
     for some in alike.values():  # if small
-        change_stacked(rule, finite, list(zip(*some, strict=True)), code)  # if small
+        own, *columns = zip(*some, strict=True)  # if small
+        change_stacked(rule, table[list(own)], finite, columns, code)  # if small
 
 
 def ones_of(weight: Tensor) -> Tensor:
@@ -53,13 +54,21 @@ def ones_of(weight: Tensor) -> Tensor:
     return weight.new_ones(weight.shape[:1] + (1,) * (weight.dim() - 1), dtype=exact)
 
 
-def change_stacked(rule: Any, finite: Tensor | None, columns: Any, code: Any) -> None:
-    """Change small weights that look alike in few calls; columns: their numbers, scales, weights, gradients, state."""
-    numbers, scale, weight, *others = (torch.stack(column) for column in columns)
+def change_stacked(rule: Any, numbers: Tensor, finite: Tensor | None, columns: Any, code: Any) -> None:
+    """Change small weights that look alike in few calls; columns: their scales, weights, gradients, state."""
+    scale, weight, *others = (torch.stack(column) for column in columns)
     numbers = numbers.to(scale).T.reshape(-1, len(scale), *[1] * (scale.dim() - 1))
     (code if weight.numel() > 8 * SMALL else change)(rule, numbers, finite, scale, weight, *others)
-    for old, new in zip((columns[2], *columns[4:]), (weight, *others[1:]), strict=True):
+    for old, new in zip((columns[1], *columns[3:]), (weight, *others[1:]), strict=True):
         torch._foreach_copy_(old, list(new.unbind()))
+
+
+def norms_of_rows(weights: list[Tensor], dims: list[int], exact: torch.dtype) -> list[Tensor]:
+    """The norms of the rows of weights, [rows] each; of small weights that look alike in one call."""
+    if weights[0].numel() > SMALL or len({weight.shape for weight in weights}) > 1:
+        return [torch.linalg.vector_norm(weight.unsqueeze(-1), dim=dims, dtype=exact) for weight in weights]
+    stack = torch.stack(weights).unsqueeze(-1)
+    return list(torch.linalg.vector_norm(stack, dim=[1 + dim for dim in dims], dtype=exact))
 
 
 def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: Scales) -> list[Any]:

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from quack_fx.train.program.parts.change import norms_of_rows
 from quack_fx.train.program.parts.norms import check_stripped
 from quack_fx.train.program.parts.sharded import add_up, held, local, meshes_of, spread
 
 # Attentions that differ in nothing but the `numbers` in the names of their weights. weights(*numbers) gives the name of
 # each weight and how many rows it has; rows() the rows of each block's heads, [heads, rows of a head], and the weights
 # that have them; factors(norms) the rule, from the norms of the blocks, [attentions, heads] each. `mark` tells saved
-# factors of this kind from those of others; `axes` has the weights whose rows are along another axis than 0.
-Kind = namedtuple("Kind", ["numbers", "weights", "rows", "factors", "mark", "axes"], defaults=[{}])
+# factors of this kind from those of others; `axes` has the weights whose rows are along another axis than 0, `ends` the
+# number of rows before the values in weights that end with those.
+Kind = namedtuple("Kind", ["numbers", "weights", "rows", "factors", "mark", "axes", "ends"], defaults=[{}, {}])
 
 KINDS: tuple[Kind, ...] = ()
 
@@ -50,6 +52,7 @@ class QuacK:
         params |= {wrapper.sub("", name).removeprefix("module."): weight for name, weight in params.items()}
         self.stacks: list[dict[str, tuple[list[Tensor], int]]] = []  # for each kind its weights in all attentions, axis
         self.rows: list[Any] = []
+        self.ends: dict[Tensor, int] = {}  # if ends
         self.home: dict[Tensor, tuple[int, int]] = {}  # of each weight the number of its kind, and of its attention
         for k, kind in enumerate(KINDS):
             every = [kind.weights(*numbers) for numbers in kind.numbers]
@@ -58,6 +61,7 @@ class QuacK:
                     raise ValueError(f"the model has no {name} of {rows} rows; write this file anew for it")
             self.home |= {params[name]: (k, i) for i, own in enumerate(every) for name, _ in own.values()}
             self.stacks.append({w: ([params[own[w][0]] for own in every], kind.axes.get(w, 0)) for w in every[0]})
+            self.ends |= {params[own[w][0]]: end for own in every for w, end in kind.ends.items()}  # if ends
             with next(iter(self.home)).device:  # whatever the default
                 self.rows.append(kind.rows())
         stacks = [stack for own in self.stacks for stack in own.values()]  # if sharded
@@ -73,8 +77,10 @@ class QuacK:
             for name, (weights, axis) in stacks.items():
                 own, exact = weights, torch.promote_types(weights[0].dtype, torch.float32)
                 own = [local(weight) for weight in weights]  # if sharded
+                own = [w.narrow(axis, 0, self.ends.get(w, w.shape[axis])) for w in weights]  # if ends
                 dims = [dim for dim in range(weights[0].dim() + 1) if dim != axis]
-                norms = [torch.linalg.vector_norm(weight.unsqueeze(-1), dim=dims, dtype=exact) for weight in own]
+                norms = [torch.linalg.vector_norm(w.unsqueeze(-1), dim=dims, dtype=exact) for w in own]  # if not small
+                norms = norms_of_rows(own, dims, exact)  # if small
                 norms = spread(norms, weights, self.held, axis, self.meshes)  # if sharded
                 # In double: products of four norms must not overflow.
                 of[name] = torch.stack(norms, -2).double().square()

@@ -67,7 +67,7 @@ class TrainStep:
             self.quack.take_over(optimizer)
         for masters in self.masters:  # if masters
             masters.refresh()  # if masters
-        grads = [w.grad.coalesce().values() if w.grad.is_sparse else w.grad for w in weights if w.grad is not None]
+        grads = [g.coalesce().values() if g.is_sparse else g for w in weights if (g := w.grad) is not None]
         clip: Number = 1.0
         finite: Tensor | None = None
         if grads and (self.clip_grad_norm is not None or self.skip_nonfinite):
