@@ -133,7 +133,6 @@ def with_bare_names(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[
 
 
 def _renamed(layout: QKLayout, rename: Callable[[str], str]) -> QKLayout:
-    """Rename the parameters in all blocks; modules and norms keep their names."""
     return replace(layout, sites=tuple(with_parameters(site, rename) for site in layout.sites))
 
 

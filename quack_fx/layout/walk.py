@@ -40,7 +40,7 @@ class Held:
         axes: Axes along which these vectors differ.
         first: Rows of the first vector.
         norms: Norms between the projections and this tensor, each as (kind, width, module, gain).
-        scale: Product of the factors between the projections and this tensor; None if one of them is not a constant.
+        scale: Product of the scalar factors since the projections; None if one of them is not a known constant.
     """
 
     rows: tuple[RowsOf, ...] = ()
@@ -190,5 +190,4 @@ class Explanation:
 
 
 def _local(name: str, home: str) -> str:
-    """Make a name relative to the module `home`."""
     return name.removeprefix(f"{home}.")

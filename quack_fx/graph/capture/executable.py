@@ -170,7 +170,7 @@ def _packed(recorder: Recorder, names: list[str], given: Any, output: Any, strid
 
 
 def _check(model: nn.Module, graph_module: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Run model and graph on the example inputs and compare outputs and gradients."""
+    """Compare outputs and gradients of model and graph on the example inputs."""
     buffers = {b: b.clone() for b in model.buffers()}
     results: list[tuple[list[Tensor], list[Tensor | None]]] = []
     parameters = [p for p in model.parameters() if p.requires_grad]

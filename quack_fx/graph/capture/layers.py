@@ -281,7 +281,6 @@ class EqualLayers:
 
 
 def _since(graph: Graph, last: Node | None) -> list[Node]:
-    """Nodes added to the graph after `last`."""
     found: list[Node] = []
     for node in reversed(graph.nodes):
         if node is last:
@@ -291,7 +290,7 @@ def _since(graph: Graph, last: Node | None) -> list[Node]:
 
 
 def _results_are_new(call: _Call) -> bool:
-    """Whether every output is an input, a plain value or a fake tensor with its own storage, and one is the latter."""
+    """Whether every output is an input, a plain value or a fake tensor with new storage, and not all are inputs."""
     storages: list[int] = [storage_of(x) for x in call.given if isinstance(x, Tensor)]
     for value in call.result:
         if isinstance(value, Tensor):

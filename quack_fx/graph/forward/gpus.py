@@ -47,7 +47,7 @@ def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 
 def here(device: Any) -> Any:
-    """Replace a GPU by `Device.now`; any other device is returned as it is."""
+    """Replace a GPU by `Device.now` and a CUDA tensor type by its CPU type; anything else is returned as it is."""
     if isinstance(device, int) and not isinstance(device, bool):
         return Device.now
     if isinstance(device, str):
