@@ -1,16 +1,16 @@
-"""A graph of a model -> its layout: every query/key pair, by structure and never by name.
+"""Find every query/key pair of a model by the structure of its graph, never by names.
 
-In: a model and example inputs, or an ATen graph of it. Out: a `QKLayout`, and for those who rewrite graphs what was
-understood of each attention.
+In: a model and example inputs, or an ATen graph of it. Out: a `QKLayout` and, for graph rewrites, the nodes and heads
+of each attention.
 
-    search.py       the calls: a model, a recording or a graph in, a layout out
-    dumps.py        files of what was made on the way, where they are asked for
-    attention.py    where a graph makes attention logits
-    explanation.py  how one attention was understood, node by node
-    grouped.py      softmaxes over groups of entries, as attention over the edges of a graph has them
-    provenance/     which weight rows each operand of the logits is made of
+    search.py       entry points: a model, a recording or a graph -> a layout
+    dumps.py        optional files of intermediate results
+    attention.py    where a graph computes attention logits
+    explanation.py  how one attention was traced, node by node
+    grouped.py      softmax over groups of entries, as in attention over the edges of a graph
+    provenance/     which weight rows produce each operand of the logits
 
-Code outside this folder imports the names below, and nothing from its files.
+Code outside this folder imports the names below from `quack_fx.find`, and nothing from its files.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Where a graph makes attention logits.
+"""Find where a graph computes attention logits.
 
-In: the dataflow of a graph. Out: one `Logits` for each softmax (or fused attention op) that weighs values by products
-of queries and keys, and a `NearMiss` with a reason for each node that looks like attention but is not supported.
+In: the dataflow of a graph. Out: one `Logits` for each softmax (or fused attention op) that turns products of queries
+and keys into attention weights, and a `NearMiss` with a reason for each node that looks like attention but is not
+supported.
 
 A product of two activations is attention logits if it reaches a softmax through elementwise and view ops, and the
-softmax's result enters another product of two activations. So neither a router is attention (its logits are data times
-a weight) nor CLIP's similarity (its softmax weighs nothing).
+softmax's result enters another product of two activations. This excludes routers (their logits are data times a weight)
+and CLIP's similarity (its softmax multiplies no values).
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class Product:
     """One product of queries and keys.
 
     Attributes:
-        node: The product; its result is (a part of) the logits.
-        left: Its left operand, [..., M, K].
-        right: Its right operand, [..., K, N] for a matrix product; of the left's form for the others.
-        form: "matmul"; "bilinear" for an elementwise product summed over an axis; "fused" for one attention op that
-            takes queries and keys as [..., tokens, K], "fused-tokens-first" with [..., tokens, heads, K].
+        node: The product; its result is the logits, or part of them.
+        left: Left operand, [..., M, K].
+        right: Right operand, [..., K, N] for "matmul"; in the other forms it has the axis order of `left`.
+        form: "matmul"; "bilinear" for an elementwise product summed over an axis; "fused" for an attention op on
+            [..., tokens, K]; "fused-tokens-first" for one on [..., tokens, heads, K].
     """
 
     node: Node
@@ -45,15 +46,15 @@ class Logits:
     """The logits of one attention.
 
     Attributes:
-        products: Products whose sum (or concatenation) they are.
-        path: Nodes between the products and the softmax's input.
-        end: The softmax's input; the product itself for fused ops.
+        products: Products whose sum or concatenation is the logits.
+        path: Nodes from the products to the softmax's input.
+        end: The softmax's input; for a fused op, the op itself.
         axis: Axis of `end` that the softmax runs over: the keys.
-        groups: Set if the softmax runs over groups of entries of that axis, separately for each group.
-        output: Product of the attention weights and the values; the op itself for fused ops.
+        groups: Set if the softmax runs separately over groups of entries along that axis.
+        output: Product of the attention weights and the values; for a fused op, the op itself.
         siblings: Outputs of attentions of the same form in the same module call.
-        parts: The iterations of a Python loop over heads: each has its own logits and softmax, and their outputs are
-            concatenated. `products` and `path` hold those of all iterations.
+        parts: The iterations of a Python loop over heads, each with its own logits and softmax; their outputs are
+            concatenated. `products` and `path` combine those of all iterations.
     """
 
     products: tuple[Product, ...]
@@ -68,7 +69,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """Something like attention that is not in the layout: the node, a code and a sentence."""
+    """A node that looks like attention but is not supported, with the code of the reason and a sentence."""
 
     node: Node
     code: str
@@ -79,9 +80,9 @@ class Refused(Exception):
     """An attention whose weight rows cannot be determined.
 
     Attributes:
-        code: Short machine-readable reason.
-        reason: One sentence that a user understands.
-        node: The node at which that showed.
+        code: Machine-readable reason.
+        reason: The reason as one sentence for users.
+        node: Node at which the problem was detected.
     """
 
     def __init__(self, code: str, reason: str, node: Node) -> None:
@@ -92,11 +93,11 @@ class Refused(Exception):
 
 
 class NotOneAttention(Exception):
-    """The iterations of a Python loop are not heads of one attention (a loop over chunks of the sequence, say)."""
+    """The iterations of a Python loop are not heads of one attention, but chunks of the sequence, for example."""
 
 
 def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
-    """All attention logits of a graph, in the order in which they run, and the near misses."""
+    """Return all attention logits of a graph in execution order, and the near misses."""
     found: list[Logits] = []
     misses: list[NearMiss] = []
     soft = [softmax for node in df.nodes if (softmax := _softmax(df, node)) is not None]
@@ -139,7 +140,7 @@ def find_logits(df: Dataflow) -> tuple[list[Logits], list[NearMiss]]:
 
 
 def _with_siblings(df: Dataflow, found: list[Logits]) -> list[Logits]:
-    """The attentions, each with its siblings; the iterations of a Python loop over heads are made one attention."""
+    """Set the siblings of each attention, and merge the iterations of a Python loop over heads into one attention."""
     calls: dict[object, list[Node]] = {}
     loops: dict[object, list[Logits]] = {}
     for one in found:
@@ -153,7 +154,7 @@ def _with_siblings(df: Dataflow, found: list[Logits]) -> list[Logits]:
 
 
 def _call(df: Dataflow, one: Logits) -> tuple[object, ...]:
-    # Our recordings make one stack of modules for each call.
+    # Our recordings create one nn_module_stack object per module call.
     return (id(one.end.meta.get("nn_module_stack")), *_form(df, one))
 
 
@@ -162,7 +163,6 @@ def _form(df: Dataflow, one: Logits) -> tuple[object, ...]:
 
 
 def _loop(parts: list[Logits]) -> Logits:
-    """The iterations of a loop as one attention."""
     return replace(
         parts[-1],
         products=tuple(product for one in parts for product in one.products),
@@ -172,7 +172,7 @@ def _loop(parts: list[Logits]) -> Logits:
 
 
 def _put_into(df: Dataflow, output: Node) -> Node | None:
-    """The concatenation that an attention's output goes into, through view ops alone."""
+    """Return the concatenation or buffer that an attention's output goes into through view ops alone, or None."""
     node = output
     while True:
         if df.op[node].name in ("cat", "stack"):
@@ -190,7 +190,7 @@ def _put_into(df: Dataflow, output: Node) -> Node | None:
 
 @dataclass(frozen=True)
 class _Softmax:
-    """A softmax: its node (the exponential, if it is written out), its input, its axis, and groups along that axis."""
+    """A softmax: its node (the exponential, if written out), its input, its axis, and groups along that axis."""
 
     node: Node
     source: Node
@@ -199,7 +199,7 @@ class _Softmax:
 
 
 def _softmax(df: Dataflow, node: Node) -> _Softmax | None:
-    """The softmax that a node is: one op, exp(x) / sum(exp(x)), or an exponential divided by sums over groups."""
+    """Match a node as a softmax: one op, exp(x) / sum(exp(x)), exp(x - logsumexp(x)), or exp over sums by group."""
     if node not in df.activation:
         return None
     if df.op[node].kind == "softmax":
@@ -220,7 +220,7 @@ def _softmax(df: Dataflow, node: Node) -> _Softmax | None:
 
 
 def _is_read(df: Dataflow, node: Node) -> bool:
-    """Whether a node, or a view of it, is read by an op that computes something."""
+    """Whether an op other than a view op reads a node or a view of it."""
     return any(df.op[user].kind not in ("view", "getitem") or _is_read(df, user) for user in node.users)
 
 
@@ -232,7 +232,7 @@ def _axis(df: Dataflow, reduction: Node, source: Node) -> int | None:
 
 
 def _weighted_in_groups(df: Dataflow, exponential: Node) -> Node | None:
-    """The elementwise product of attention weights with data whose entries are added up by groups, or None."""
+    """Return the elementwise product of attention weights with data that is then summed by group, or None."""
     seen: set[Node] = set()
     todo = [exponential]
     while todo:
@@ -249,9 +249,9 @@ def _weighted_in_groups(df: Dataflow, exponential: Node) -> Node | None:
 
 
 def _multiplied_with_data(df: Dataflow, softmax: Node) -> Node | None:
-    """The product of a node with data, also through view ops and scaling."""
+    """Return the product of a node with data, reached through view, elementwise and norm ops, or None."""
     seen: set[Node] = set()
-    mixed: set[Node] = set()  # attention weights combined with other data: mostly those of a router
+    mixed: set[Node] = set()  # results that combine the weights with other data: mostly in a router
     todo = [softmax]
     while todo:
         node = todo.pop(0)
@@ -277,7 +277,7 @@ def _multiplied_with_data(df: Dataflow, softmax: Node) -> Node | None:
 
 
 def _summed(df: Dataflow, mul: Node) -> bool:
-    """Whether a product of two activations is summed at once: attention weights times values, written elementwise."""
+    """Whether a product of two activations is then summed: attention weights times values, written elementwise."""
     both = [n for n in mul.all_input_nodes if n in df.activation]
     return len(both) == 2 and any(df.op[u].name == "sum" for u in mul.users)
 
@@ -286,7 +286,7 @@ def _summed(df: Dataflow, mul: Node) -> bool:
 
 
 def _is_product(df: Dataflow, node: Node) -> bool:
-    """Whether a node multiplies data with data: activations, or what depends on floating-point inputs alone."""
+    """Whether a node is a contraction of data with data: activations, or tensors for which `is_given` is true."""
     if df.op[node].kind != "contraction":
         return False
     sides = factors_of(df, node)
@@ -294,7 +294,7 @@ def _is_product(df: Dataflow, node: Node) -> bool:
 
 
 def _is_bilinear(df: Dataflow, node: Node) -> bool:
-    """Whether a node is the sum over an axis of an elementwise product of two activations."""
+    """Whether a node sums an elementwise product of two activations."""
     source = node.args[0] if node.args else None
     if df.op[node].name != "sum" or not isinstance(source, Node) or df.op[source].name != "mul":
         return False
@@ -303,7 +303,7 @@ def _is_bilinear(df: Dataflow, node: Node) -> bool:
 
 
 def _keeps_logits(df: Dataflow, node: Node) -> Node | None:
-    """Data operand of a product with a small square weight that keeps the number of elements (talking heads)."""
+    """Return the data operand of a product with a square weight that mixes heads (talking heads), or None."""
     if df.op[node].kind not in ("contraction", "convolution"):
         return None
     sides = factors_of(df, node)
@@ -319,7 +319,11 @@ def _keeps_logits(df: Dataflow, node: Node) -> Node | None:
 def _behind(
     df: Dataflow, softmax: _Softmax, value_products: set[Node]
 ) -> tuple[list[Product], list[Node], Node | None]:
-    """The products that make up a softmax's input, the nodes in between, and a product with a bare parameter if any."""
+    """Walk back from a softmax to the products in its input.
+
+    Returns:
+        The products, the nodes in between, and a batched product of data with a parameter if there is one.
+    """
     products: list[Product] = []
     path: list[Node] = []
     learned: Node | None = None
@@ -347,7 +351,7 @@ def _behind(
             path.append(node)
             todo.append(x)
         elif df.op[node].kind == "contraction" and any(df.is_weight(n) for n in node.all_input_nodes):
-            # a batched product of data with a parameter, as in attention with learned queries
+            # A batched product of data with a parameter: attention with learned queries.
             batched = df.op[node].name in ("bmm", "baddbmm", "matmul") and len(df.shape(node)) > 2
             learned = node if batched else learned
     products.sort(key=lambda p: df.index[p.node])
@@ -355,14 +359,14 @@ def _behind(
 
 
 def _may_be_logits(df: Dataflow, node: Node) -> bool:
-    """Whether a node can hold logits. A comparison cannot, so a mask that is computed from products ends the walk."""
+    """Whether a node can hold logits. Booleans cannot, so the walk stops at a mask computed from products."""
     value = df.value(node)
     floating = not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
     return floating and (node in df.activation or df.group[node] in df.writes)
 
 
 def _content(df: Dataflow, products: list[Product]) -> list[Product]:
-    """The products of data with data; those with learned queries or positions count only if there are no others."""
+    """Drop products with learned queries or positions, unless there are no products of data with data."""
     sides = [(p.left in df.from_input) + (p.right in df.from_input) for p in products]
     return [p for p, n in zip(products, sides, strict=True) if n == max(sides)]
 
@@ -380,7 +384,7 @@ def _fused(df: Dataflow, node: Node, misses: list[NearMiss]) -> list[Logits]:
 
 
 def fused_scale(df: Dataflow, product: Product) -> float | None:
-    """The scale of a fused attention op; None if it is not a plain number."""
+    """Scale of a fused attention op; None if it is not a Python number."""
     node = product.node
     given = node.kwargs.get("scale")
     position = _index_of_scale(node.target, df.op[node].name)
@@ -392,7 +396,7 @@ def fused_scale(df: Dataflow, product: Product) -> float | None:
 
 
 def _index_of_scale(target: object, name: str) -> int | None:
-    """Index of the positional argument of an attention op that is its scale."""
+    """Index of an attention op's positional scale argument; None if there is none."""
     schema = getattr(target, "_schema", None)
     if schema is None:
         return 5 if name == "flex_attention" else None  # after score_mod and block_mask
@@ -401,7 +405,7 @@ def _index_of_scale(target: object, name: str) -> int | None:
 
 
 def _without_softmax(df: Dataflow, used: set[Node]) -> list[NearMiss]:
-    """Products of products without a softmax in between: linear attention, recurrences."""
+    """Find products of products without a softmax in between: linear attention, recurrences."""
     misses: dict[str, NearMiss] = {}
     text = "products of queries, keys and values without a softmax between them (linear attention or a recurrence)"
     for node in df.nodes:

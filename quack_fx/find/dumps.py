@@ -1,14 +1,12 @@
-"""What quack-fx made on the way, as files for whoever works on it.
+"""Write intermediate results to files, for debugging.
 
-In: the name of a file and what it is to hold. Out: the file, in the folder that the environment variable QUACK_FX_DUMP
-names; nothing where that is not set.
+In: a file name and a text. Out: the file, in the folder that the environment variable QUACK_FX_DUMP names; nothing if
+it is not set.
 
     QUACK_FX_DUMP=out quack-fx inspect model.py     # out/graph.py, and out/NAME.walk.txt for each attention
 
-A training step that is made in the process leaves its program, "program.py".
-
-Names are those of attentions, so that one wrong site is one file. What was done, and why something else was not, goes
-to the logger `quack_fx` of Python's logging: each module logs under its own name.
+NAME is the attention's name, so a wrong site has one file. A training step made in the process writes "program.py".
+Decisions and their reasons go to Python's logging under `quack_fx`; each module logs under its own name.
 """
 
 from __future__ import annotations
@@ -26,20 +24,20 @@ _written: Counter[Path] = Counter()
 
 
 def dumping() -> bool:
-    """Whether files are asked for."""
+    """Whether QUACK_FX_DUMP is set."""
     return bool(os.environ.get(VARIABLE))
 
 
 def dump(name: str, ending: str, text: Callable[[], str]) -> None:
-    """Write a file, if files are asked for.
+    """Write a file if QUACK_FX_DUMP is set.
 
-    A second file of the same name in one process gets a number: "graph-2.py" is the graph of the second search. Where a
-    folder cannot be written to, the log says so, and the work goes on.
+    A second file of the same name in one process gets a number: "graph-2.py" is the graph of the second search. If
+    the folder cannot be written to, a warning is logged and execution continues.
 
     Arguments:
-        name: What the file is about: the name of an attention, or "" for the root module.
-        ending: What is in it: ".walk.txt", ".py".
-        text: Makes the text; called only if it is written.
+        name: Stem of the file name, for example the name of an attention; "" becomes "root".
+        ending: Rest of the file name: ".walk.txt" or ".py".
+        text: Function that returns the text; called only if the file is written.
     """
     if not dumping():
         return

@@ -1,6 +1,6 @@
-"""One attention, explained: where its logits are made, the nodes walked back to the weights, and where that ended.
+"""Explain one attention: where its logits are computed, the nodes walked back to the weights, and where that stopped.
 
-In: the logits of an attention (or a near miss), and the `Trail` of the tracer that looked at it. Out: an `Explanation`.
+In: the logits of an attention (or a near miss), and the `Trail` that the tracer recorded. Out: an `Explanation`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 
 
 def explain_site(df: Dataflow, trail: Trail, logits: Logits, site: AttentionSite, heads: Heads) -> Explanation:
-    """An attention that was understood."""
+    """Explain an attention whose site was found."""
     wanted = {block.param for _, block in site.blocks()}
     products = {node for node in _projections(df, trail) if wanted.intersection(_weights_of(df, node))}
     sides = [("query", node) for node in heads.operands[0]] + [("key", node) for node in heads.operands[1]]
@@ -36,7 +36,7 @@ def explain_site(df: Dataflow, trail: Trail, logits: Logits, site: AttentionSite
 
 
 def explain_refusal(df: Dataflow, trail: Trail, logits: Logits, refusal: Refused) -> Explanation:
-    """An attention that was refused; the walks lead to the node at which its rows were lost."""
+    """Explain an attention that was refused; its walks lead to the node at which its rows were lost."""
     stopped = refusal.node
     path, output = _logits(df, logits)
     return Explanation(
@@ -52,25 +52,24 @@ def explain_refusal(df: Dataflow, trail: Trail, logits: Logits, refusal: Refused
 
 
 def explain_miss(df: Dataflow, miss: NearMiss) -> Explanation:
-    """Something like attention that was refused before any walk."""
+    """Explain a near miss, for which there was no walk."""
     return Explanation(df.home(miss.node), code=miss.code, reason=miss.reason, stopped=_walked(df, miss.node))
 
 
 def _logits(df: Dataflow, logits: Logits) -> tuple[tuple[WalkedNode, ...], WalkedNode]:
-    """The nodes from the products to the softmax, and the one that weighs the values."""
+    """Nodes from the products to the softmax, and the product of attention weights and values."""
     path = sorted({*(p.node for p in logits.products), *logits.path, logits.end}, key=df.index.__getitem__)
     return tuple(_walked(df, node) for node in path), _walked(df, logits.output)
 
 
 def _projections(df: Dataflow, trail: Trail) -> set[Node]:
-    """The walked products with a weight."""
     return {node for node in trail.held if _weights_of(df, node)}
 
 
 def _walks(
     df: Dataflow, trail: Trail, logits: Logits, sides: dict[Node, str], ends: Collection[Node]
 ) -> tuple[Walk, ...]:
-    """For each operand the walked nodes between it and `ends`; the operand alone where none of them lies behind it."""
+    """For each operand, the walked nodes from it back to `ends`; the operand alone if it depends on none of them."""
     found: dict[tuple[str, Node], Walk] = {}
     for product in logits.products:
         for operand, default in ((product.left, "left"), (product.right, "right")):
@@ -82,7 +81,7 @@ def _walks(
 
 
 def _between(df: Dataflow, trail: Trail, operand: Node, ends: Iterable[Node]) -> Sequence[Node]:
-    """The walked nodes on the ways from an operand back to `ends`, the latest first."""
+    """Walked nodes on all paths from an operand back to `ends`, latest first."""
     behind = walk([operand], lambda node: (n for n in df.reads(node) if n in trail.held))
     kept = {operand}
     for node in sorted(behind, key=df.index.__getitem__):
@@ -98,13 +97,13 @@ def _walked(df: Dataflow, node: Node, held: Held | None = None) -> WalkedNode:
         shape=tuple(map(int, df.shape(node))),
         module=df.home(node),
         source=source_of(node),
-        held=held if isinstance(df.value(node), Tensor) else None,  # of several results each is a node
+        held=held if isinstance(df.value(node), Tensor) else None,  # each of several results has its own node
         weight=_weights_of(df, node),
     )
 
 
 def _weights_of(df: Dataflow, node: Node) -> tuple[str, ...]:
-    """The parameters that a product multiplies data with, also through view ops."""
+    """Parameters behind the weight operand of a product."""
     sides = factors_of(df, node) if df.op[node].kind in ("contraction", "convolution") else None
     factors = [n for n in (sides or ())[:2] if n is not None and df.is_weight(n)]
     behind = walk(factors, lambda node: filter(df.is_weight, node.all_input_nodes))
@@ -112,9 +111,9 @@ def _weights_of(df: Dataflow, node: Node) -> tuple[str, ...]:
 
 
 def source_of(node: Node) -> str | None:
-    """The line of Python that ran a node, if it has a stack trace: the innermost frame that is not in torch itself.
+    """Return the line of Python that ran a node: the innermost frame outside torch; None without a stack trace.
 
-    Paths are relative to the current folder, or to the installed packages.
+    Paths are relative to the current folder or to site-packages.
 
     Example:
         >>> source_of(node)

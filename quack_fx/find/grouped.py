@@ -1,7 +1,7 @@
-"""Softmaxes over groups of entries, as in graph neural networks that attend over edges.
+"""Softmax over groups of entries, as in graph neural networks that attend over edges.
 
-In: an exponential in a graph. Out: whether it is divided by sums over groups of its entries, and the groups: the edges
-that end in one node. Queries are gathered at the node where the edges end, keys at the nodes where they start.
+In: an exponential in a graph. Out: its groups, if it is divided by sums over groups of its entries: the edges that end
+in the same node. Queries are gathered from the node where an edge ends, keys from the node where it starts.
 
     weights = exp(logits)                                        # [edges, heads]
     weights / zeros(nodes, heads).index_add(0, target, weights)[target]
@@ -24,24 +24,24 @@ _SCATTERS = frozenset("scatter_add scatter_reduce index_add index_reduce".split(
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of entries along an axis: `index` says for each entry which sum it is scattered to."""
+    """Groups of entries along `axis`; `index` holds, for each entry, the index of the sum it is scattered to."""
 
     axis: int
     index: Node
 
     def numbers(self, df: Dataflow) -> Tensor | None:
-        """Group of each entry, int64 [entries]; None where it depends on parameters."""
+        """Group of each entry, int64 [entries]; None if the values are unknown or vary along other axes."""
         index = df.constant(self.index)
         return None if index is None else _along(index, self.axis)
 
 
 def scatters(df: Dataflow, node: Node) -> bool:
-    """Whether a node adds up groups of entries."""
+    """Whether a node sums groups of entries."""
     return df.op[node].name in _SCATTERS
 
 
 def groups_of(df: Dataflow, exponential: Node) -> Groups | None:
-    """The groups over which an exponential is normalised; None if it is normalised over an axis, or not at all."""
+    """Return the groups over which an exponential is normalized; None if that is over an axis, or not at all."""
     if not any(df.op[user].name in ("div", "mul") for user in exponential.users):
         return None
     for user in exponential.users:
@@ -53,7 +53,7 @@ def groups_of(df: Dataflow, exponential: Node) -> Groups | None:
 
 
 def scattered(df: Dataflow, node: Node) -> Node | None:
-    """The sum over groups that reads a node, directly or through view ops."""
+    """Return the sum over groups that reads a node, directly or through view ops, or None."""
     for user in node.users:
         if scatters(df, user) and len(user.args) > 3 and user.args[3] is node:
             return user
@@ -63,7 +63,7 @@ def scattered(df: Dataflow, node: Node) -> Node | None:
 
 
 def is_gathered_by(df: Dataflow, operand: Node, groups: Groups) -> bool:
-    """Whether an operand gathers the same entry for a whole group, which makes it the queries."""
+    """Whether an operand gathers the same entry for all of a group, which makes it the queries."""
     target = groups.numbers(df)
     return target is not None and any(
         index is not None and index.shape == target.shape and torch.equal(index, target)
@@ -72,7 +72,7 @@ def is_gathered_by(df: Dataflow, operand: Node, groups: Groups) -> bool:
 
 
 def _gathers(df: Dataflow, node: Node) -> Tensor | None:
-    """The indices that a gathering node picks; None if it is none, or they are not constant."""
+    """Indices that a gather picks; None if the node is no gather or its indices are not constant."""
     name, args = df.op[node].name, node.args
     if name == "index" and isinstance(args[1], list | tuple):
         given = [i for i in args[1] if i is not None]
@@ -85,7 +85,7 @@ def _gathers(df: Dataflow, node: Node) -> Tensor | None:
 
 
 def _back_to_products(df: Dataflow, operand: Node) -> list[Node]:
-    """An operand and the nodes behind it, back to the nearest products."""
+    """Walk back from an operand to the nearest products."""
 
     def before(node: Node) -> Iterator[Node]:
         if df.op[df.open(node)].kind not in ("contraction", "convolution", "attention", "lookup", "input"):
@@ -95,6 +95,6 @@ def _back_to_products(df: Dataflow, operand: Node) -> list[Node]:
 
 
 def _along(index: Tensor, axis: int) -> Tensor | None:
-    """The one-dimensional index behind a broadcast one; None if it varies along other axes as well."""
+    """Reduce a broadcast index to one dimension; None if it also varies along other axes."""
     lines = index.movedim(axis, 0).flatten(1) if index.dim() > 1 else index[:, None]
     return lines[:, 0] if bool((lines == lines[:, :1]).all()) else None

@@ -1,8 +1,8 @@
-"""From a model and example inputs to its `QKLayout`: capture, then attention, then provenance.
+"""From a model and example inputs to its `QKLayout`: capture the graph, find the attention logits, trace their rows.
 
-`find_qk_pairs` is the public call; `find` also reports how it was done, `explain` how one attention was understood;
-`find_in_graph` takes any ATen graph (torch.export, make_fx), and `find_each` also returns what was understood of each
-attention in it.
+`find_qk_pairs` is the public entry point. `find` also reports how the layout was found, and `explain` how one attention
+was traced. `find_in_graph` takes any ATen graph (torch.export, make_fx); `find_each` also returns the logits, site and
+heads of each attention in it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Found:
         layout: The layout.
         way: How the forward was recorded: "hybrid" (fake weights, so the size of the model does not matter) or "real".
         nodes: Number of nodes of the recorded graph.
-        seconds: Seconds spent on each part of the work.
-        canned: Ops whose result depends on the values of fake tensors and was made up (mostly routing).
+        seconds: Seconds spent on each stage.
+        canned: Ops that need the values of fake tensors and returned a made-up result (mostly routing).
         fallback_reason: Why the hybrid recording failed, or None.
     """
 
@@ -64,16 +64,16 @@ def find_qk_pairs(model: nn.Module, *args: Any, **kwargs: Any) -> QKLayout:
     """Find every query/key pair of a model: the exact weight rows of every head, by structure and never by name.
 
     Arguments:
-        model: Any module, on any device; it may be on meta, so that size does not matter. Nothing in it is changed.
-            It may be wrapped (DistributedDataParallel, torch.compile, activation checkpointing, AveragedModel) or
-            sharded (FSDP, tensor parallel), as a whole or in layers: names and rows are those of the model inside, and
-            no rank waits for another.
-        *args: Positional arguments of one forward call; small ones are enough (a few tokens).
+        model: Any module, on any device; on the meta device its size does not matter. It is left unchanged. It may be
+            wrapped (DistributedDataParallel, torch.compile, activation checkpointing, AveragedModel) or sharded (FSDP,
+            tensor parallel), as a whole or in some layers: names and rows are those of the model inside, and no rank
+            waits for another.
+        *args: Positional arguments of one forward call; a few tokens are enough.
         **kwargs: Keyword arguments of that call.
 
     Returns:
-        The layout. Every attention that is not among its `sites` is in `skipped` with a reason, each parameter that the
-        example inputs never reached in `untouched`.
+        The layout. Every attention is in `sites`, or in `skipped` with a reason. Parameters that the example inputs
+        never reached are in `untouched`.
 
     Raises:
         CaptureError: The forward fails on these inputs.
@@ -96,17 +96,17 @@ def find(
     progress: Callable[[str], None] | None = None,
     recording: Capture | None = None,
 ) -> Found:
-    """`find_qk_pairs`, with a report of how the layout was found.
+    """Like `find_qk_pairs`, but also report how the layout was found.
 
     Arguments:
         model: The model.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
-        progress: Called with a short text when a new part of the work begins.
-        recording: A recording of this call, if there already is one.
+        progress: Called with a short text when a new stage begins.
+        recording: An existing recording of this call, to be reused.
 
     Returns:
-        Layout, way of recording, size of the graph, seconds.
+        The layout, how the forward was recorded, the size of the graph, and timings.
     """
     tell = progress or (lambda text: None)
     tell("recording one forward pass")
@@ -120,7 +120,7 @@ def find(
         try:
             layout = _in_recording(inner, recorded, tell)
         except BehindLayer as behind:
-            # The weights lie behind a layer that was left out, so every layer has to be recorded.
+            # The walk reached a layer that was left out of the recording, so record every layer.
             _log.info("recording once more, with every layer: %s", behind)
             tell("recording the forward pass with every layer")
             recorded = capture(inner, args, kwargs, sources=dumping())
@@ -141,7 +141,7 @@ def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], Non
 
 
 def _with_scales_of_both(sites: Sequence[AttentionSite], others: Sequence[AttentionSite]) -> Iterator[AttentionSite]:
-    """The sites, with a logit scale only where it does not depend on the number that was made up."""
+    """Set the logit scale to None where it depends on the number that was made up."""
     scales: dict[str, set[float | None]] = {}
     for site in others:
         scales.setdefault(site.name, set()).add(site.logit_scale)
@@ -157,14 +157,14 @@ def find_in_graph(
     repeated: Sequence[RepeatedLayer] = (),
     progress: Callable[[str], None] | None = None,
 ) -> QKLayout:
-    """Layout of an ATen-level graph: one of our recordings, or of torch.export or make_fx.
+    """Find the layout of an ATen graph: one of our recordings, or one from torch.export or make_fx.
 
     Arguments:
         graph_module: The graph; its nodes carry `meta["val"]`.
         weights: Name of each node that is a parameter. Default: `get_attr` nodes that are parameters of `graph_module`.
-        all_names: All parameters of the model; those that no op reads are reported as untouched.
-        repeated: Layers that are one node of the graph each; they get the sites of the layer they are equal to.
-        progress: Called with a short text as the work goes on.
+        all_names: Names of all parameters of the model; those that no op reads are reported as untouched.
+        repeated: Layers that are a single node of the graph; each gets the sites of the recorded layer that it equals.
+        progress: Called with a short text as the search advances.
 
     Returns:
         The layout.
@@ -177,9 +177,9 @@ class Finding:
 
     Arguments:
         graph_module: The graph.
-        weights: Name of each node that is a parameter; by default those that are parameters of the graph module.
-        each: Analyse every attention on its own, even one that is equal to another, so that `understood` holds the
-            logits, the site and the heads of all of them.
+        weights: Name of each node that is a parameter. Default: `get_attr` nodes that are parameters of `graph_module`.
+        each: Trace every attention, even one that equals another, so that `understood` holds the logits, site and
+            heads of all of them.
     """
 
     def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str] | None, *, each: bool = False) -> None:
@@ -197,7 +197,7 @@ class Finding:
         repeated: Sequence[RepeatedLayer] = (),
         progress: Callable[[str], None] | None = None,
     ) -> QKLayout:
-        """The layout; the arguments are those of `find_in_graph`."""
+        """Return the layout; for the arguments see `find_in_graph`."""
         df, attentions, misses = self._df, self.attentions, self._misses
         sites: list[tuple[Node, AttentionSite]] = []
         layers, repeats = LeftOut(df, repeated), Repeats(df)
@@ -235,7 +235,7 @@ class Finding:
         )
 
     def explain(self, name: str) -> tuple[Explanation, ...]:
-        """How the attentions of one module were understood, those alike once; `name` as in `sites` or `skipped`."""
+        """Explain the attentions of the module `name` (as in `sites` or `skipped`); identical ones appear once."""
         found: dict[object, Explanation] = {}
         for one in self.attentions:
             if self._df.home(one.products[-1].node) == name:
@@ -248,8 +248,8 @@ class Finding:
 
 
 class Attentions:
-    """The attentions of a graph one by one. A Python loop that turns out not to be over heads is followed by its
-    iterations, as attentions of their own."""
+    """Iterator over the attentions of a graph. If a Python loop turns out not to be over heads, its iterations follow
+    as separate attentions."""
 
     def __init__(self, df: Dataflow, logits: Sequence[Logits], *, explaining: bool = False) -> None:
         self.tracer = Tracer(df)
@@ -265,14 +265,14 @@ class Attentions:
 
     @property
     def left(self) -> int:
-        """Number of attentions that are not yet iterated over."""
+        """Number of attentions still to come."""
         return len(self._todo)
 
     def look_at(self, one: Logits) -> tuple[AttentionSite, Heads]:
-        """Site and heads of one attention; afterwards `tracer.basis` holds the nodes that they were derived from.
+        """Return site and heads of one attention, and leave the nodes they were derived from in `tracer.basis`.
 
         Raises:
-            NotOneAttention: It is several; they come next.
+            NotOneAttention: It is several attentions, which the iteration yields next.
             Refused: Its weight rows cannot be determined.
         """
         tracer = self.tracer
@@ -293,7 +293,7 @@ class Attentions:
         return site, heads
 
     def understood(self) -> Iterator[tuple[Logits, AttentionSite, Heads]]:
-        """The attentions that are understood, each with its site and heads."""
+        """Yield the attentions whose weight rows can be determined, each with its site and heads."""
         for one in self:
             try:
                 site, heads = self.look_at(one)
@@ -302,14 +302,14 @@ class Attentions:
             yield one, site, heads
 
     def value_norms(self, one: Logits) -> list[NormTag]:
-        """Norms between the projections of an attention's values and their use."""
+        """Norms between the value projections of an attention and the product with its attention weights."""
         values = values_of(self.tracer, one)
         flows = self.tracer.trace(values)
         return [tag for value in values if value in flows for tag in flows[value].norms]
 
 
 def find_each(graph_module: GraphModule, weights: Mapping[Node, str] | None = None) -> tuple[Finding, QKLayout]:
-    """Search any ATen-level graph, analysing each attention on its own; arguments as for `find_in_graph`."""
+    """Search any ATen graph and trace every attention in it; for the arguments see `find_in_graph`."""
     finding = Finding(graph_module, weights, each=True)
     return finding, finding.layout([name for name, _ in graph_module.named_parameters()])
 
@@ -321,14 +321,14 @@ def explain(
     name: str,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Explanation, ...]:
-    """How the attentions of one module of a model were understood, or at which node that ended.
+    """Explain how the attentions of one module were traced, or at which node the walk stopped.
 
     Arguments:
         model: The model.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
-        name: The module, as it is called in the layout's `sites` or `skipped`.
-        progress: Called with a short text when a new part of the work begins.
+        name: Name of the module in the layout's `sites` or `skipped`.
+        progress: Called with a short text when a new stage begins.
 
     Returns:
         An explanation for each attention of that module; a shared one that runs several times is explained once.
@@ -351,7 +351,7 @@ def explain(
 def attentions_of(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, real: bool = False
 ) -> Attentions:
-    """The attentions of one call of a model; with `real`, every node of its graph has real values."""
+    """Attentions of one call of a model; with `real`, every node of its graph has a real value."""
     with unwrapped(model) as inner:
         graph_module = capture(inner, args, kwargs, real=real).graph_module
         df = Dataflow(graph_module, parameters_in(graph_module, inner))
@@ -363,7 +363,7 @@ Pairs = tuple[tuple[WeightBlock, ...], tuple[WeightBlock, ...], tuple[LogitTerm,
 
 
 def pairs_of(site: AttentionSite) -> Pairs:
-    """Identity of a site, whatever its norms."""
+    """Identity of a site, independent of its norms."""
     return site.query, site.key, site.terms
 
 
@@ -373,13 +373,13 @@ def indices_of_sites(layout: QKLayout) -> dict[Pairs, int]:
 
 
 def parameters_in(graph_module: GraphModule, model: nn.Module) -> dict[Node, str]:
-    """Names of the nodes of our own recording that are parameters of the recorded model."""
+    """Name of each node of one of our recordings that is a parameter of the recorded model."""
     names = {name for name, _ in model.named_parameters()}
     return {n: str(n.target) for n in graph_module.graph.nodes if n.op == "get_attr" and str(n.target) in names}
 
 
 def own_parameters(graph_module: GraphModule) -> dict[Node, str]:
-    """Names of the nodes that are parameters of their graph module, each by its first."""
+    """Name of each node that is a parameter of its graph module; the first name of a tied parameter."""
     first = {id(p): name for name, p in graph_module.named_parameters()}
     named = dict(graph_module.named_parameters(remove_duplicate=False))
     return {

@@ -1,8 +1,8 @@
-"""What every node of an ATen graph depends on, and which nodes are views of the same memory.
+"""Determine what every node of an ATen graph depends on, and which nodes are views of the same memory.
 
 In: a `torch.fx.GraphModule` of ATen ops (ours, or one from torch.export or make_fx) and the names of its parameters.
-Out: a `Dataflow`: whether a node is a weight or an activation, and whether it depends on the input at all. That is
-enough to find attention without knowing any names.
+Out: a `Dataflow`, which says whether a node is a weight or an activation and whether it depends on the input. That is
+enough to find attention without looking at names.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from quack_fx.graph.ops import FACTORY, VALUE_FREE, Op, op_of
 
 
 class BehindLayer(Exception):
-    """The search needs the inside of a layer that the graph holds as one node."""
+    """The search needs to look inside a layer that was not recorded and is a single node of the graph."""
 
     def __init__(self, node: Node) -> None:
         super().__init__(f"{node.name} is a layer that was not recorded")
 
 
 class Dataflow:
-    """Flags of all nodes of one graph.
+    """Dependencies and memory aliasing of all nodes of one graph.
 
     Attributes:
-        nodes: The nodes in the order in which they ran.
+        nodes: The nodes in execution order.
         index: Index of each node in that order.
-        op: Name and kind of each node's operation.
+        op: Name and kind of each node's op.
         weights: Fully qualified name of each node that is a parameter.
-        weight_shapes: Shape of each of these parameters, by name.
+        weight_shapes: Shapes of these parameters by name.
         from_weight: Nodes that depend on a parameter.
         from_input: Nodes that depend on an input of the model.
-        activation: Nodes that depend on a product with a weight (or a table look-up): data, not weights.
-        group: For each node, the first node whose memory it is a view of (mostly itself).
-        writes: For each group that is written in place, the writing nodes in order.
+        activation: Nodes that depend on an op of a weight with an input, or on a product or lookup with a weight.
+        group: For each node, the first node that has the same memory (mostly the node itself).
+        writes: For each group that is written in place, the writing nodes in execution order.
     """
 
     def __init__(self, graph_module: GraphModule, weights: Mapping[Node, str]) -> None:
@@ -69,7 +69,7 @@ class Dataflow:
         weight = any(n in self.from_weight for n in inputs)
         given = any(n in self.from_input for n in inputs)
         active = any(n in self.activation for n in inputs)
-        # A weight in a product with anything, or in any op with an input: the result is data.
+        # A product with a weight, or any op of a weight with an input, gives an activation.
         active |= weight and (given or self.op[node].kind in ("contraction", "convolution", "lookup", "attention"))
         for member in self._members[group] if written else [node]:
             if weight:
@@ -82,42 +82,42 @@ class Dataflow:
             self.writes.setdefault(group, []).append(node)
 
     def open(self, node: Node) -> Node:
-        """The node itself, for a walk that goes through it.
+        """Return the node; a walk calls this for every node that it passes through.
 
         Raises:
-            BehindLayer: It is a layer that was not recorded.
+            BehindLayer: The node stands for a layer that was not recorded.
         """
         if self.op[node].kind == "layer":
             raise BehindLayer(node)
         return node
 
     def value(self, node: Node) -> Any:
-        """Recorded value: real, meta or fake tensor, tuple of tensors, or a plain number."""
+        """Recorded value: a real, meta or fake tensor, a tuple of tensors, or a Python number."""
         return node.meta.get("val")
 
     def shape(self, node: Node) -> torch.Size:
-        """Shape of a node's tensor; empty for what is not one tensor."""
+        """Shape of a node's tensor; empty if its value is not a single tensor."""
         value = self.value(node)
         return value.shape if isinstance(value, Tensor) else torch.Size()
 
     def is_weight(self, node: Node) -> bool:
-        """Whether a node depends on parameters alone: a weight, also after casts and slices."""
+        """Whether a node is a weight, possibly cast or sliced: it depends on parameters and is no activation."""
         return node in self.from_weight and node not in self.activation
 
     def is_given(self, node: Node) -> bool:
-        """Whether a node depends on floating-point inputs of the model, and on no parameter."""
+        """Whether a node is a floating-point or complex tensor that depends on an input and on no parameter."""
         value = self.value(node)
         floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
         return floating and node in self.from_input and node not in self.from_weight
 
     def is_constant(self, node: Node) -> bool:
-        """Whether a node depends on no parameter and on no floating-point input: a table, a mask, positions."""
+        """Whether a node depends on no parameter and `is_given` is false: a table, a mask, positions."""
         return node not in self.from_weight and not self.is_given(node)
 
     def constant(self, node: Node) -> Tensor | None:
-        """The values of a node that depends on no parameter, if the graph has them or they can be computed.
+        """Values of a node that depends on no parameter, if they are recorded or can be computed; else None.
 
-        Our captures hold these values. Graphs of torch.export hold none, but their tables (`arange` and what follows
+        Our captures record these values. Graphs of torch.export do not, but their tables (`arange` and what is made
         from it) depend on nothing and are computed here.
         """
         if node not in self._constants:
@@ -139,7 +139,7 @@ class Dataflow:
         return result if isinstance(result, Tensor) else None
 
     def is_zero(self, node: Node) -> bool:
-        """Whether a node is known to be zero everywhere, also without its values: queries that start at zero."""
+        """Whether a node is known to be all zeros, even without its values (zero-initialized queries, for example)."""
         if self.group[node] in self.writes:
             return False
         if self.op[node].name in ("zeros", "zeros_like", "new_zeros"):
@@ -150,22 +150,22 @@ class Dataflow:
         return numbers is not None and not numbers.any()
 
     def modules(self, node: Node) -> tuple[str, ...]:
-        """Names of the modules whose forward was running, outermost first; the root, "", is left out."""
+        """Names of the modules whose forward was running, outermost first, without the root."""
         stack = node.meta.get("nn_module_stack") or {}
         return tuple(name for name in (_module_name(entry) for entry in stack.values()) if name)
 
     def home(self, node: Node) -> str:
-        """Deepest module whose forward was running; "" for the root."""
+        """Innermost module whose forward was running; "" for the root."""
         return (self.modules(node) or ("",))[-1]
 
     def describe(self, node: Node) -> str:
-        """A node in words: its op, the shape of its result, and its module."""
+        """Describe a node for an error message: its op, shape and module."""
         return f"{self.op[node].name} {list(self.shape(node))} in {self.home(node) or 'the model itself'}"
 
     def reads(self, node: Node) -> Iterator[Node]:
-        """What a node reads: its arguments, and every earlier write into the memory of one of them.
+        """Yield what a node reads: its arguments, and every earlier write into the memory of one of them.
 
-        A new tensor (`new_full`, `zeros_like`) takes no more than its shape from its argument.
+        Factory ops (`new_full`, `zeros_like`) read nothing: they use only the shape of their argument.
         """
         for argument in node.all_input_nodes if self.op[node].kind != "factory" else ():
             yield argument
@@ -174,7 +174,7 @@ class Dataflow:
                     yield write
 
     def common_module(self, nodes: list[Node]) -> str:
-        """Deepest module that was running at all of `nodes`."""
+        """Innermost module that was running at all of `nodes`."""
         stacks = [self.modules(node) for node in nodes]
         common = ""
         for level in zip(*stacks, strict=False):
@@ -185,7 +185,7 @@ class Dataflow:
 
 
 def factors_of(df: Dataflow, node: Node) -> tuple[Node, Node, Node | None] | None:
-    """Left and right operand of a product, and what is added to it; None for ops that are not a single product."""
+    """Left operand, right operand and addend of a product; None if the op is not a single product."""
     name, args = df.op[node].name, node.args
     pick: tuple[object, object, object]
     if name in ("mm", "bmm", "matmul", "mv", "dot"):
@@ -204,7 +204,7 @@ def factors_of(df: Dataflow, node: Node) -> tuple[Node, Node, Node | None] | Non
 
 
 def is_depthwise(df: Dataflow, node: Node) -> bool:
-    """Whether a convolution is depthwise: no channel depends on another."""
+    """Whether a node is a depthwise convolution: no channel depends on another."""
     sides = factors_of(df, node)
     if sides is None or df.op[node].kind != "convolution":
         return False
@@ -214,7 +214,7 @@ def is_depthwise(df: Dataflow, node: Node) -> bool:
 
 def _module_name(entry: Any) -> str:
     name = entry[0] if isinstance(entry, tuple) else str(entry)
-    # torch.export prefixes the names with the local variable that held the model.
+    # torch.export prefixes names with the local variable that held the model.
     return str(name).removeprefix("L['self'].").removeprefix("L['self']")
 
 
@@ -223,7 +223,7 @@ def _has_numbers(tensor: Tensor) -> bool:
 
 
 def _aliases(node: Node) -> tuple[Node | None, bool]:
-    """The argument that a node's result shares memory with, and whether the node writes into it."""
+    """Return the argument that a node's result shares memory with, and whether the node writes into it."""
     if node.op != "call_function":
         return None, False
     schema = getattr(node.target, "_schema", None)
@@ -231,7 +231,7 @@ def _aliases(node: Node) -> tuple[Node | None, bool]:
         first = node.args[0] if node.args else None
         if not isinstance(first, Node) or op_of(node).name != "getitem":
             return None, False
-        # A chunk of a split is a view; each of several results (a norm and its statistics) has its own memory.
+        # An output of a split is a view. Each output of any other op (a norm and its statistics) has its own memory.
         return (first if op_of(first).kind in ("view", "layer") else None), False
     base: Node | None = None
     for i, spec in enumerate(schema.arguments):
@@ -245,7 +245,7 @@ def _aliases(node: Node) -> tuple[Node | None, bool]:
 
 
 def _converts(node: Node, given: Node) -> bool:
-    """Whether a cast that may return its argument makes a copy."""
+    """Whether a `to` changes the dtype or device, and so makes a copy."""
     before, after = given.meta.get("val"), node.meta.get("val")
     if op_of(node).name != "to" or not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False

@@ -1,8 +1,8 @@
 """ATen ops, grouped into the few kinds that matter for tracing weight rows.
 
 In: a graph node. Out: an `Op`: its base name (without overload and in-place underscore) and its kind. An op that is not
-listed here counts as elementwise; the tracer checks that its shapes agree with that. "view" is every op that only
-rearranges elements: views, and also copies, concatenations and gathers.
+listed here counts as elementwise; the tracer checks that its shapes are consistent with that. The kind "view" covers
+every op that only rearranges elements: true views, and also copies, concatenations and gathers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Kind = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """Base name and kind of an operation; `inplace` where it writes into its first argument."""
+    """Base name and kind of an op; `inplace` if it writes into its first argument."""
 
     name: str
     kind: Kind
@@ -61,7 +61,7 @@ REDUCTION = frozenset(
     "sum mean amax amin max min var var_mean std std_mean norm linalg_vector_norm logsumexp prod argmax argmin topk "
     "sort any all cumsum cumprod median mode kthvalue count_nonzero nansum".split()
 )
-# Each result depends on a window over the last axes of the data; the name says over how many.
+# Each result depends on a window over the last axes; the digit in the name is their number.
 _POOLING = re.compile(r"_?(?:(?:adaptive_|fractional_)?(?:avg|max)_pool|upsample_\w+?|grid_sampler_)([123])d")
 NORM = frozenset(
     "native_layer_norm layer_norm _fused_rms_norm rms_norm native_group_norm group_norm native_batch_norm batch_norm "
@@ -69,7 +69,7 @@ NORM = frozenset(
     "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
     "instance_norm".split()
 )
-# Names of the attention ops of torch, and of flash kernels that are registered as ops: their arguments are q, k, v.
+# Attention ops of torch, and flash kernels that are registered as ops. Their first arguments are q, k, v.
 _ATTENTION_MARKS: tuple[str, ...] = ("scaled_dot_product", "flex_attention", "flash_attn", "_flash_attention_forward")
 _ATTENTION_MARKS += ("_efficient_attention_forward", "memory_efficient_attention", "varlen_attn")
 
@@ -106,25 +106,25 @@ _TABLE: tuple[tuple[frozenset[str], Kind], ...] = (
 
 
 def pooled_axes(op: Op) -> int:
-    """Number of axes, the last ones of its data, that an op of kind "pooling" runs over."""
+    """Number of trailing axes that an op of kind "pooling" runs over."""
     found = _POOLING.match(op.name)
     assert found is not None
     return int(found[1])
 
 
 def op_of(node: Node) -> Op:
-    """Name and kind of a node's operation."""
+    """Name and kind of a node's op."""
     return _of_target(node.target) if node.op == "call_function" else Op(node.op, "input")
 
 
 def arguments_of(node: Node) -> dict[str, Any]:
-    """Arguments of an ATen op by the names of its schema."""
+    """Arguments of an ATen op by schema name."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def written_by(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments, flat, that an op writes into in place."""
+    """Flat list of the arguments that an op writes into."""
     schema = getattr(target, "_schema", None)
     if schema is None or not schema.is_mutable:
         return []
@@ -133,6 +133,6 @@ def written_by(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> l
 
 
 def channels_first(node: Node) -> bool:
-    """Whether the gain of a norm op lies along axis 1 of its data, and not along the last ones."""
+    """Whether the gain of a norm op lies along axis 1 of its input instead of the last axes."""
     name = op_of(node).name
     return "batch" in name or "group" in name

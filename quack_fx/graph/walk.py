@@ -1,6 +1,6 @@
-"""A walk through any graph.
+"""Graph traversal.
 
-In: where it begins, and what follows each node. Out: all nodes that it reaches, each once.
+In: start nodes, and a function from a node to its successors. Out: every node that is reached, once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _T = TypeVar("_T", bound=Hashable)
 
 
 def walk(start: Iterable[_T], following: Callable[[_T], Iterable[_T]]) -> Iterator[_T]:
-    """Every node that is reached, once; what follows a node is asked for after it has been yielded.
+    """Yield every reachable node once, depth first. A node's successors are computed after it has been yielded.
 
     Example:
         >>> list(walk([12], lambda n: [n // 2] if n > 1 else []))

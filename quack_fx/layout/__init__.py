@@ -1,8 +1,8 @@
-"""The layout: plain frozen data about which weight rows make which attention logits; without torch.
+"""The layout: frozen dataclasses, free of torch, that say which weight rows produce which attention logits.
 
 sites.py    the layout
-fit.py      checks a layout against a model, looks up its parameters there, and counts them
-pattern.py  rows of heads and head maps as formulas of the head's index
+fit.py      checks a layout against a model, resolves its parameter names and counts its weights
+pattern.py  per-head rows and head maps as formulas of the head index
 walk.py     how one attention was traced, node by node
 """
 

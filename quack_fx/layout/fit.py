@@ -1,7 +1,7 @@
-"""Checks a layout against a model, looks up its parameters there, and counts their weights.
+"""Check a layout against a model, resolve its parameter names and count its weights.
 
-In: a `QKLayout` and a model, plain or wrapped. Out: the parameters by their names in the layout, or an error of one
-line that says what does not fit.
+In: a `QKLayout` and a model, plain or wrapped. Out: a dict from layout name to parameter, or a one-line error that
+names the mismatch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
 def check_layout(layout: QKLayout, model: nn.Module) -> None:
-    """Refuse a layout that does not fit a model.
+    """Raise if a layout does not fit a model.
 
     Raises:
-        LayoutError: As `layout_params`.
+        LayoutError: Under the same conditions as `layout_params`.
 
     Example:
         >>> check_layout(find_qk_pairs(model, tokens), model)
@@ -35,21 +35,21 @@ def check_layout(layout: QKLayout, model: nn.Module) -> None:
 
 
 def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that a layout names, by the layout's names.
+    """Look up every parameter that a layout names.
 
-    Either may be of a wrapped model: the segments that torch.compile, activation checkpointing and
-    DistributedDataParallel add to names are ignored on both sides.
+    Both the model and the model the layout was found on may be wrapped: name segments added by torch.compile,
+    activation checkpointing and DistributedDataParallel are ignored on both sides.
 
     Arguments:
         layout: The layout.
         model: The model it was found on, or the same model wrapped, sharded or loaded elsewhere.
 
     Returns:
-        Every parameter and bias of every block.
+        The parameter and bias of every block, keyed by their names in the layout.
 
     Raises:
-        LayoutError: A parameter is missing, an axis, range or bias does not fit its shape, two names are one tensor,
-            a name is ambiguous, or FSDP1 has flattened the model.
+        LayoutError: A parameter is missing or empty, an axis, range or bias does not fit its shape, two names refer to
+            the same tensor, a name is ambiguous, or FSDP1 has flattened the model.
     """
     given = dict(model.named_parameters(remove_duplicate=False))
     if any(name.rpartition(".")[2].startswith("_flat_param") for name in given) or any(
@@ -78,11 +78,11 @@ def layout_params(layout: QKLayout, model: nn.Module) -> dict[str, nn.Parameter]
 
 
 def qk_count(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Number of weights in blocks of the layout, each counted once, with biases.
+    """Count the weight and bias elements in the layout's blocks, each element once.
 
     Arguments:
         layout: The layout.
-        shapes: Shapes of parameters by name; a parameter without a shape counts as empty.
+        shapes: Parameter shapes by name. A parameter that is missing here counts as empty.
     """
     rows: dict[tuple[str, int], set[Range]] = {}
     for site in layout.sites:
@@ -101,22 +101,22 @@ def qk_count(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> int:
 
 
 def without_wrappers(layout: QKLayout) -> QKLayout:
-    """The layout with the names that parameters have in the model without its wrappers."""
+    """Return the layout with wrapper segments removed from its parameter names."""
     return _renamed(layout, bare_name)
 
 
 def with_bare_names(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[str, nn.Parameter]]:
-    """The layout and its parameters with the names that a training program uses: those without wrappers.
+    """Rename a layout's parameters to their bare names in a model: those a training program uses.
 
     Arguments:
         layout: The layout.
         model: The model it was found on, or the same model wrapped or sharded.
 
     Returns:
-        The layout with `bare_name` of its parameters' names in this model, and the parameters by these.
+        The layout, with `bare_name` applied to the parameter names of this model, and its parameters by bare name.
 
     Raises:
-        LayoutError: As `layout_params`, or two parameters have one bare name.
+        LayoutError: Under the same conditions as `layout_params`, or if two parameters share a bare name.
     """
     params, given = layout_params(layout, model), dict(model.named_parameters(remove_duplicate=False))
     known = given | {bare_name(name): param for name, param in given.items()}
@@ -133,25 +133,24 @@ def with_bare_names(layout: QKLayout, model: nn.Module) -> tuple[QKLayout, dict[
 
 
 def _renamed(layout: QKLayout, rename: Callable[[str], str]) -> QKLayout:
-    """The layout with renamed parameters; modules and norms keep their names."""
     return replace(layout, sites=tuple(with_parameters(site, rename) for site in layout.sites))
 
 
 def bare_name(name: str) -> str:
-    """Name of a parameter without the segments of wrappers."""
+    """Remove wrapper segments from a parameter name."""
     path = [segment for segment in name.split(".") if segment not in _WRAPPERS]
     return ".".join(path[1:] if path[0] == "module" else path)  # DistributedDataParallel wraps at the root only
 
 
 def _inside(given: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Parameters by their names in the wrapped module, if all of them are in one attribute `module`."""
+    """Parameters by name without wrapper segments, and without a leading `module` if every name has one."""
     names = {name: [part for part in name.split(".") if part not in _WRAPPERS] for name in given}
     wrapped = all(path[0] == "module" for path in names.values())
     return {".".join(path[wrapped:]): given[name] for name, path in names.items()}
 
 
 def _find(name: str, given: Mapping[str, nn.Parameter], bare: Mapping[str, nn.Parameter], site: str) -> nn.Parameter:
-    """The parameter of a name in the layout, which may be of the wrapped model or of the model inside."""
+    """Resolve a layout name, which may come from the wrapped model or from the model inside."""
     found = given.get(name), bare.get(name)
     if found[0] is not None and found[1] is not None and found[0] is not found[1]:
         raise LayoutError(
@@ -170,7 +169,7 @@ def _find(name: str, given: Mapping[str, nn.Parameter], bare: Mapping[str, nn.Pa
 
 
 def _check_block(block: WeightBlock, params: Mapping[str, nn.Parameter], site: str) -> None:
-    """Refuse a block whose axis, ranges or bias do not fit the shapes of its parameters."""
+    """Raise if a block's axis, ranges or bias do not fit the shapes of its parameters."""
     where = f"site {site!r} of the layout"
     shape = tuple(params[block.param].shape)
     again = "find the pairs again on this model"
@@ -189,8 +188,8 @@ def _check_block(block: WeightBlock, params: Mapping[str, nn.Parameter], site: s
                 f"{where} has the rows [{start}, {stop}] along axis {block.axis} of {block.param!r}, "
                 f"whose shape is {shape}; {again}"
             )
-    # A bias may have entries for the first rows only (BEiT's, for the queries of a fused weight) or for more rows than
-    # the weight (MultiheadAttention's, for three weights), but it needs an entry for each row of the block.
+    # A bias may be shorter than the weight (BEiT: the query rows of a fused weight) or longer (MultiheadAttention: one
+    # bias for three weights), but it needs an entry for each row of the block.
     if block.bias is None:
         return
     entries = max((stop for ranges in block.heads for _, stop in ranges), default=0)

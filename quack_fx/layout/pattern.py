@@ -1,8 +1,7 @@
-"""Rows of heads, and key heads of query heads, as formulas of the head's index; names as texts around numbers.
+"""Per-head rows and head maps as formulas of the head index; names split at their numbers.
 
-In: for each head the ranges of its rows, or the key head that it reads. Out: the formula, or None where there is none.
-Reports show it as text, training programs as torch code. Names that differ only in their numbers are those of equal
-layers.
+In: the row ranges of each head, or the key head that each query head reads. Out: a formula, or None. Reports show it
+as text, training programs as torch code. Names that differ only in their numbers belong to repeated layers.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ MapPattern = Literal["own", "blocks", "cycle"]
 
 @dataclass(frozen=True, slots=True)
 class RowPattern:
-    """Rows of heads that are equal but for an offset.
+    """Per-head rows that differ only by an offset.
 
     Attributes:
         first: First row of head 0.
-        loops: The first rows of the heads as one loop, or as two nested ones, the outer one first; none for one head.
-        ranges: The ranges of each head, relative to its first row.
+        loops: The first row of each head, as one loop or two nested loops (outer first); empty for a single head.
+        ranges: Ranges of a head relative to its first row, the same for all heads.
     """
 
     first: int
@@ -41,10 +40,10 @@ class RowPattern:
 
 
 def row_pattern(heads: Sequence[Ranges]) -> RowPattern | None:
-    """The rows of all heads as one formula.
+    """Return the rows of all heads as one formula, or None if there is none.
 
     Arguments:
-        heads: The ranges of each head; each has some.
+        heads: Ranges of each head; no head may be empty.
 
     Example:
         >>> row_pattern([((0, 4),), ((12, 16),), ((24, 28),)])
@@ -59,7 +58,7 @@ def row_pattern(heads: Sequence[Ranges]) -> RowPattern | None:
 
 
 def loops_of(values: Sequence[int]) -> tuple[Loop, ...] | None:
-    """A sequence of numbers as at most two nested loops, the outer one first; None where it is not.
+    """Return a sequence as at most two nested loops (outer first), or None if it is not of that form.
 
     Example:
         >>> loops_of([0, 1, 8, 9, 16, 17]), loops_of([5]), loops_of([0, 1, 3])
@@ -81,10 +80,10 @@ def loops_of(values: Sequence[int]) -> tuple[Loop, ...] | None:
 
 
 def map_pattern(heads: Sequence[int], count: int) -> MapPattern | None:
-    """Which key head each query head reads, as a formula.
+    """Return the map from query head to key head as a formula, or None if there is none.
 
     Arguments:
-        heads: For each query head its key head.
+        heads: The key head of each query head.
         count: Number of key heads.
 
     Example:
@@ -100,11 +99,11 @@ def map_pattern(heads: Sequence[int], count: int) -> MapPattern | None:
 
 
 def split_name(name: str, *, inside: bool = False) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The texts around the numbers of a name, and the numbers.
+    """Split a name into the texts around its numbers, and the numbers.
 
     Arguments:
-        name: Of a parameter or a module.
-        inside: Whether a number inside a segment counts, too ("conv2"), and not only one that is a segment.
+        name: Name of a parameter or module.
+        inside: Also split at numbers inside a segment ("conv2"), instead of only at segments that are numbers.
 
     Example:
         >>> split_name("layers.3.conv2.weight"), split_name("conv2.weight", inside=True)
@@ -115,5 +114,5 @@ def split_name(name: str, *, inside: bool = False) -> tuple[tuple[str, ...], tup
 
 
 def joined_name(texts: Sequence[str], numbers: Iterable[object]) -> str:
-    """The name of texts with numbers, or what stands for them, in between."""
+    """Join what `split_name` split; the numbers may be placeholders."""
     return "".join(f"{text}{number}" for text, number in zip_longest(texts, numbers, fillvalue=""))

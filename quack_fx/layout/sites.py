@@ -1,7 +1,7 @@
-"""The layout: plain frozen data about which weight rows make which attention logits.
+"""The layout: frozen dataclasses that say which weight rows produce which attention logits.
 
-In: nothing; the finder fills it in. Out: what optimizers, programs, proofs and reports read. This file imports no torch
-and no other folder, so a layout can be read anywhere, also from its JSON.
+The finder fills a layout in; optimizers, training programs, proofs and reports read it. It loads from JSON anywhere:
+this file imports only the errors and the standard library.
 
 The logits of query head `h` of a site are a sum of *terms*. A term is a product of weight blocks: a chain on the query
 side times a chain on the key side, both for the same features of the head. Plain multi-head attention has one term,
@@ -26,7 +26,7 @@ Ranges = tuple[Range, ...]
 
 
 def merged(ranges: Iterable[Range]) -> Ranges:
-    """The same rows in ascending order, neighbours joined.
+    """Sort ranges and join those that overlap or touch.
 
     Example:
         >>> merged(((4, 8), (0, 4), (9, 10)))
@@ -49,20 +49,20 @@ NormKind = Literal["rms", "layer", "l2", "batch", "other"]
 
 
 class Json:
-    """Base class of the dataclasses in this file: their JSON form has the names and the nesting of their fields."""
+    """Base class of the dataclasses in this file. Their JSON form mirrors their fields."""
 
     __slots__ = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `from_dict` reads it back, without loss."""
+        """Return the JSON form; `from_dict` restores the object from it exactly."""
         return {f.name: _written(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Self:
-        """The object with this JSON form.
+        """Build the object from its JSON form.
 
         Raises:
-            LayoutError: A field is missing, has the wrong type or contradicts another; with the name of the field.
+            LayoutError: A field is missing, has the wrong type or contradicts another field. The message names it.
         """
         what = _NAMES[cls.__name__]
         if not isinstance(d, Mapping):
@@ -77,7 +77,7 @@ class Json:
         return made
 
     def check(self) -> None:
-        """Refuse what the types of the fields do not rule out."""
+        """Raise if a field has the right type but an invalid value."""
 
 
 _NAMES = {"WeightBlock": "block", "LogitTerm": "term", "Norm": "norm", "AttentionSite": "site"}
@@ -97,10 +97,10 @@ def _written(value: Any) -> Any:
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value as the type that a field is declared with; `where` is the field's name in errors.
+    """Convert a JSON value to the declared type of a field; `where` names the field in errors.
 
     Raises:
-        LayoutError: It has another type.
+        LayoutError: The value has another type.
     """
     origin, options = get_origin(kind), get_args(kind)
     if isinstance(kind, type) and issubclass(kind, Json):
@@ -124,16 +124,16 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class WeightBlock(Json):
-    """The rows of one parameter that one side of an attention uses, head by head.
+    """The rows of one parameter that one side of an attention uses, per head.
 
     Attributes:
-        param: Fully qualified name of the parameter (the first one where parameters are tied).
+        param: Fully qualified name of the parameter (the first name of a tied parameter).
         role: "q"/"k" for plain projections; "dq", "uq", "qr", "dkv", "uk", "kr" as in MLA
-            (down, up, rope; query, key-value); "other" for the branches of low-rank adapters and the like.
-        axis: Axis of the parameter that counts output features: 0 for `nn.Linear`, 1 for GPT-2's `Conv1D`.
-        heads: For each head, the half-open ranges along `axis`: empty for a head that does not use the block, equal for
-            a block that all heads share.
-        bias: Fully qualified name of the bias with the same rows, or None.
+            (down, up, rope; query, key-value); "other" for example for the branches of low-rank adapters.
+        axis: Output-feature axis of the parameter: 0 for `nn.Linear`, 1 for GPT-2's `Conv1D`.
+        heads: Half-open ranges along `axis` for each head. Empty for a head that does not use the block; the same for
+            every head if all heads share the block.
+        bias: Fully qualified name of the bias for the same rows, or None.
     """
 
     param: str
@@ -143,7 +143,7 @@ class WeightBlock(Json):
     bias: str | None = None
 
     def check(self) -> None:
-        """Refuse rows that no parameter can have."""
+        """Raise if a range or the axis is one that no parameter can have."""
         for start, stop in (r for ranges in self.heads for r in ranges):
             if not 0 <= start < stop:
                 raise LayoutError(f"block of {self.param!r} has the range [{start}, {stop}]; need 0 <= start < stop")
@@ -155,11 +155,12 @@ class WeightBlock(Json):
 class LogitTerm(Json):
     """One product of blocks in the logits, for all query heads that have it.
 
-    Query head `h` has it if all its blocks have rows: query blocks for head `h`, key blocks for head `head_map[h]`.
+    Query head `h` has the term if every query block has rows for head `h` and every key block has rows for head
+    `head_map[h]`.
 
     Attributes:
-        query: Indices into the site's `query` blocks, from the logits outwards (uq before dq).
-        key: Indices into the site's `key` blocks, likewise.
+        query: Indices into the site's `query` blocks, starting at the logits (uq before dq).
+        key: Indices into the site's `key` blocks, in the same order.
     """
 
     query: tuple[int, ...]
@@ -168,13 +169,13 @@ class LogitTerm(Json):
 
 @dataclass(frozen=True, slots=True)
 class Norm(Json):
-    """A norm between a projection and the logits (QK norm), or between two factors (latent norm).
+    """A norm between a projection and the logits (QK norm), or between two projections of a chain (latent norm).
 
     Attributes:
-        side: Side of the product.
+        side: Side of the logit product that it is on.
         kind: "rms", "layer", "l2", "batch", or "other".
-        width: Number of features that share one statistic: the head dimension or the full width, for example.
-        module: Name of the module that computes it and nothing else, or None for a norm written inline.
+        width: Number of features that share one statistic, for example the head dimension or the full width.
+        module: Name of the module that computes exactly this norm, or None for a norm written inline.
         weight: Name of its gain parameter, or None.
     """
 
@@ -187,24 +188,24 @@ class Norm(Json):
 
 @dataclass(frozen=True, slots=True)
 class AttentionSite(Json):
-    """One attention of the model: the blocks of its logits, and how they are multiplied.
+    """One attention of the model: the weight blocks behind its logits, and how they are multiplied.
 
     Attributes:
-        name: Module whose forward makes the logits; "" for the root.
-        kind: "mha", "gqa", "mqa", "mla", or "other": its logits compare channels over all tokens (XCiT).
-        cross: Whether queries and keys come from different sequences.
-        calls: How often the site runs in one forward pass (a shared layer runs more than once).
+        name: Module whose forward computes the logits; "" for the root.
+        kind: "mha", "gqa", "mqa", "mla", or "other" for logits that compare channels over all tokens (XCiT).
+        cross: Whether queries and keys come from different sequences (cross-attention).
+        calls: Number of times the site runs in one forward pass (more than 1 for a shared layer).
         query_heads: Number of query heads.
         key_heads: Number of key heads.
-        head_dim: Width of one head in the logit product; the number of channels where those are compared.
-        head_map: For each query head, the key head that it reads.
+        head_dim: Width of one head in the logit product; the number of channels if the logits compare channels.
+        head_map: The key head that each query head reads.
         query: Blocks of the query side, each with one entry of `heads` per query head.
         key: Blocks of the key side, each with one entry of `heads` per key head.
         terms: Products of blocks whose sum is the logit.
         qk_norm: Norms between the projections and the logits.
-        latent_norm: Norms between the factors of a latent projection; never QK norm.
-        logit_scale: Factor on the product of queries and keys, for example 1/sqrt(head_dim); None where it is learned
-            or not a plain number.
+        latent_norm: Norms between the factors of a latent projection.
+        logit_scale: Factor on the product of queries and keys, for example 1/sqrt(head_dim); None if it is learned or
+            not a plain number.
     """
 
     name: str
@@ -223,7 +224,7 @@ class AttentionSite(Json):
     logit_scale: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a site whose fields contradict each other."""
+        """Raise if fields contradict each other."""
         where = f"site {self.name!r}"
         if len(self.head_map) != self.query_heads:
             raise LayoutError(f"{where}: head_map has {len(self.head_map)} entries for {self.query_heads} query heads")
@@ -241,14 +242,14 @@ class AttentionSite(Json):
                     raise LayoutError(f"{where}: a term names {side} block {max(indices)}, but there are {n}")
 
     def blocks(self) -> Iterator[tuple[Side, WeightBlock]]:
-        """All blocks with their side, query side first."""
+        """Yield all blocks with their side, query side first."""
         for block in self.query:
             yield "query", block
         for block in self.key:
             yield "key", block
 
     def head_terms(self, head: int) -> Iterator[tuple[tuple[WeightBlock, Ranges], ...]]:
-        """The terms of one query head: for each, its blocks with the rows of this head."""
+        """Yield the terms of one query head, each as its blocks with the rows of this head."""
         key_head = self.head_map[head]
         for term in self.terms:
             product = [(self.query[i], self.query[i].heads[head]) for i in term.query]
@@ -258,7 +259,7 @@ class AttentionSite(Json):
 
 
 def with_parameters(site: AttentionSite, rename: Callable[[str], str]) -> AttentionSite:
-    """The site with other names of the parameters in its blocks."""
+    """Rename the parameters in a site's blocks."""
 
     def blocks(old: tuple[WeightBlock, ...]) -> tuple[WeightBlock, ...]:
         return tuple(replace(b, param=rename(b.param), bias=None if b.bias is None else rename(b.bias)) for b in old)
@@ -267,7 +268,7 @@ def with_parameters(site: AttentionSite, rename: Callable[[str], str]) -> Attent
 
 
 def renamed(site: AttentionSite, rename: Callable[[str], str]) -> AttentionSite:
-    """The site with other names of its module, its parameters and its norms."""
+    """Rename a site's module, parameters and norms."""
 
     def norms(old: tuple[Norm, ...]) -> tuple[Norm, ...]:
         pairs = [(n, [None if name is None else rename(name) for name in (n.module, n.weight)]) for n in old]
@@ -279,12 +280,12 @@ def renamed(site: AttentionSite, rename: Callable[[str], str]) -> AttentionSite:
 
 @dataclass(frozen=True, slots=True)
 class Skipped(Json):
-    """An attention, or something like one, that is not among the sites, and why.
+    """An attention, or something similar, that was left out of the sites.
 
     Attributes:
         name: Module in which it was seen.
-        code: Short machine-readable reason, for example "additive-attention".
-        reason: One sentence that a user understands.
+        code: Machine-readable reason, for example "additive-attention".
+        reason: The reason as one sentence for users.
     """
 
     name: str
@@ -298,7 +299,7 @@ class QKLayout(Json):
 
     Attributes:
         sites: The attentions whose weight rows are known.
-        skipped: Other attentions, each with the reason why it is not in `sites`.
+        skipped: All other attentions, each with the reason.
         untouched: Parameters that the example inputs never reached; nothing is known about them.
 
     Example:
@@ -312,15 +313,15 @@ class QKLayout(Json):
     untouched: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, without loss: `QKLayout.from_dict(layout.to_dict()) == layout`."""
+        """Return the JSON form; `QKLayout.from_dict(layout.to_dict()) == layout`."""
         return {"schema": SCHEMA, **Json.to_dict(self)}
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> Self:
-        """Layout from its JSON form.
+        """Build a layout from its JSON form.
 
         Raises:
-            LayoutError: It is not a layout of a schema known here, or it contradicts itself.
+            LayoutError: The schema is unknown, or a field is missing, has the wrong type or contradicts another field.
         """
         if isinstance(d, Mapping) and d.get("schema") != SCHEMA:
             raise LayoutError(f"layout has schema {d.get('schema')!r}; this version reads schema {SCHEMA}")

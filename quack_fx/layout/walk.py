@@ -1,7 +1,7 @@
-"""How one attention was traced back to its weights, or why that failed: plain frozen data.
+"""How one attention was traced back to its weights, or why that failed: frozen dataclasses.
 
-In: nothing; the finder fills it in. Out: `Explanation`, shown as a tree, as JSON and in dumped files. It lists the
-nodes of the graph from the logits back to the weights, each with the weight rows that its tensor is made of.
+The finder fills in an `Explanation`; it is shown as a tree, as JSON and in dumped files. It lists the graph nodes
+from the logits back to the weights, each with the weight rows behind its tensor.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ class RowsOf:
     rows: Ranges
 
     def text(self, home: str) -> str:
-        """In a few words; names relative to the module `home`."""
+        """Return a short text with names relative to the module `home`."""
         rows = ", ".join(f"{a}:{b}" for a, b in self.rows[:4]) + (", …" if len(self.rows) > 4 else "")
         return f"{_local(self.param, home)} {rows}" + (f" (axis {self.axis})" if self.axis else "")
 
 
 @dataclass(frozen=True)
 class Held:
-    """The weight rows that one tensor is made of.
+    """The weight rows behind one tensor.
 
     Attributes:
         rows: All of these rows.
         unknown: Whether some elements come from unknown rows.
-        statistic: Whether it is a statistic of features of these rows, such as a mean square.
-        features: The last axis along which the rows differ: the head dimension, once heads are separate.
-        vectors: Number of distinct vectors along that axis: heads, once they are separate.
+        statistic: Whether the tensor is a statistic, such as a mean square, over the features of these rows.
+        features: Last axis along which the rows differ: the head dimension, once heads are split.
+        vectors: Number of distinct vectors along that axis: the number of heads, once heads are split.
         axes: Axes along which these vectors differ.
         first: Rows of the first vector.
-        norms: Norms between the projections and here: kind, width, module, gain.
-        scale: Product of the constants between the projections and here; None where a factor is not a constant.
+        norms: Norms between the projections and this tensor, each as (kind, width, module, gain).
+        scale: Product of the scalar factors since the projections; None if one of them is not a known constant.
     """
 
     rows: tuple[RowsOf, ...] = ()
@@ -54,7 +54,7 @@ class Held:
     scale: float | None = 1.0
 
     def text(self, home: str) -> str:
-        """In a few words; names relative to the module `home`."""
+        """Return a short text with names relative to the module `home`."""
         rows, first = (", ".join(of.text(home) for of in some) for some in (self.rows, self.first))
         parts = [f"a statistic of {rows}" if self.statistic else rows] if rows else []
         parts += ["data of unknown rows"] if self.unknown else []
@@ -78,12 +78,12 @@ class WalkedNode:
 
     Attributes:
         name: Its name in the graph.
-        op: What it does: "view", "mm".
+        op: Name of its op, for example "view" or "mm".
         shape: Shape of its result.
-        module: Deepest module whose forward was running; "" for the root.
-        source: The line of Python that ran it, "model.py:12: q = self.q(x)", where the graph knows it.
-        held: What its tensor is made of, if it was visited.
-        weight: For a product with a weight, the parameters whose rows make the features.
+        module: Innermost module whose forward was running; "" for the root.
+        source: The line of Python that ran it, for example "model.py:12: q = self.q(x)", if recorded.
+        held: The weight rows behind its tensor, if it was visited.
+        weight: For a product with a weight, the parameters whose rows produce the features.
     """
 
     name: str
@@ -95,7 +95,7 @@ class WalkedNode:
     weight: tuple[str, ...] = ()
 
     def text(self, home: str, before: Held | None = None) -> str:
-        """In one line; "the same" where it holds what the node before it holds."""
+        """Return one line of text, with "the same" instead of the rows if `before` has the same rows."""
         made = f" by {', '.join(_local(name, home) for name in self.weight)}" if self.weight else ""
         line = f"{self.name}  {self.op}{made} {list(self.shape)}"
         if self.held is None:
@@ -105,12 +105,12 @@ class WalkedNode:
 
 @dataclass(frozen=True)
 class Walk:
-    """From one operand of a product back to the weights.
+    """The backward walk from one operand of a product to the weights.
 
     Attributes:
-        operand: "query" or "key"; "left" or "right" where it was not yet known which is which.
-        product: Name of the product.
-        nodes: The nodes, the operand first, those nearest to the input last.
+        operand: "query" or "key"; "left" or "right" if it was not yet known which is which.
+        product: Name of the product's node.
+        nodes: The nodes, from the operand to those nearest to the model's inputs.
     """
 
     operand: Literal["query", "key", "left", "right"]
@@ -123,15 +123,15 @@ class Explanation:
     """How one attention was traced.
 
     Attributes:
-        name: Module whose forward makes the logits; "" for the root.
-        logits: Nodes between the products of queries and keys and the softmax, in the order in which they ran.
+        name: Module whose forward computes the logits; "" for the root.
+        logits: Nodes from the query-key products to the softmax, in execution order.
         output: Product of the attention weights and the values.
-        walks: One for each operand of a product.
-        site: What was found; None for an attention that was refused.
-        code: Code of the refusal.
-        reason: Its sentence.
-        stopped: The node at which the walk stopped.
-        reads: The inputs of that node, as far as they were visited.
+        walks: One backward walk for each operand of a query-key product.
+        site: The site that was found; None for a skipped attention.
+        code: Code of the reason, for a skipped attention.
+        reason: The reason as a sentence.
+        stopped: Node at which the walk stopped.
+        reads: Inputs of that node that were visited.
     """
 
     name: str
@@ -145,7 +145,7 @@ class Explanation:
     reads: tuple[WalkedNode, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `site` is that of the layout."""
+        """Return the JSON form; `site` is in the layout's JSON form."""
         plain = asdict(replace(self, site=None))
         return {
             "name": self.name,
@@ -155,7 +155,7 @@ class Explanation:
         }
 
     def outline(self) -> Iterator[tuple[int, str]]:
-        """The explanation as lines of text, each with its depth: what the terminal and dumped files show."""
+        """Yield the lines that the terminal and dumped files show, each with its indentation depth."""
         yield 0, f"{self.name or '(root)'}  {self._outcome()}"
         for title, nodes in (
             ("stopped at", () if self.stopped is None else (self.stopped,)),
@@ -169,7 +169,7 @@ class Explanation:
                 yield from self._listed(nodes)
 
     def text(self) -> str:
-        """The outline, indented."""
+        """Return the outline as indented text."""
         return "".join(f"{'  ' * depth}{line}\n" for depth, line in self.outline())
 
     def _outcome(self) -> str:
@@ -179,7 +179,7 @@ class Explanation:
         return f"found: {one.kind}, {one.query_heads} query heads, {one.key_heads} key heads, head dim {one.head_dim}"
 
     def _listed(self, nodes: Sequence[WalkedNode]) -> Iterator[tuple[int, str]]:
-        """Nodes one by one, under the module and the line of Python that ran them."""
+        """List nodes under the module and the line of Python that ran them."""
         place, held = "", None
         for node in nodes:
             where = f"in {node.module or 'the model itself'}" + (f", {node.source}" if node.source else "")
@@ -190,5 +190,4 @@ class Explanation:
 
 
 def _local(name: str, home: str) -> str:
-    """A name inside a module, without the module's own."""
     return name.removeprefix(f"{home}.")

@@ -1,7 +1,7 @@
-"""The nodes that a site was derived from, so that an equal attention need not be analysed again.
+"""Record the nodes that a site was derived from, so that an equal attention need not be traced again.
 
-In: the nodes that the finder looks at. Out: the nodes and properties that another attention must share to get the same
-site (`repeat.py`), and all nodes that were looked at (`left_out.py`).
+In: the nodes that the finder inspects. Out: the nodes and properties that another attention must share to get the same
+site (`repeat.py`), and all nodes that were inspected (`left_out.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Basis:
         inside: Nodes whose op, arguments and users matter.
         ends: Nodes at which the backward walk stopped.
         alone: For some nodes, whether everything computed from them ends in the attention.
-        walked: Nodes looked at for `alone`; they matter only through that answer.
+        walked: Nodes inspected for `alone`; they matter only through that answer.
     """
 
     inside: set[Node] = field(default_factory=set)
@@ -32,22 +32,25 @@ class Basis:
     walked: set[Node] = field(default_factory=set)
 
     def all_nodes(self) -> set[Node]:
-        """All nodes that were looked at."""
+        """All nodes that were inspected."""
         return self.inside | self.ends | self.walked
 
     def serves_alone(self, df: Dataflow, node: Node, logits: Logits) -> bool:
-        """Whether everything computed from a node ends in this attention's output; computed once for each node."""
+        """Cached `serves_alone` for this attention."""
         if node not in self.alone:
             self.alone[node] = serves_alone(df, node, logits, self.walked)
         return self.alone[node]
 
 
 def serves_alone(df: Dataflow, node: Node, logits: Logits, walked: set[Node]) -> bool:
-    """Whether everything computed from a node ends in an attention's output; `walked` receives what was looked at."""
+    """Whether everything computed from a node ends in the output of an attention or its siblings.
+
+    The inspected nodes are added to `walked`.
+    """
     ends = {logits.output, *logits.siblings}
     end = max(df.index[output] for output in ends)
     seen: set[Node] = set()
-    # In the order in which they ran: the deciding node is mostly in the same layer.
+    # In execution order, because the deciding node is mostly in the same layer.
     todo = [(0, node)]
     while todo:
         for user in heapq.heappop(todo)[1].users:

@@ -17,17 +17,17 @@ MAX_CHAIN = 4
 
 @dataclass(eq=False)
 class Block:
-    """Rows of one parameter that are multiplied with rows of the same parameters.
+    """Rows of one parameter, all multiplied with rows of the same set of parameters.
 
     Attributes:
-        param: The parameter.
-        partners: Parameters whose rows these are multiplied with: in the logits, or in the chain.
-        rows: For each head its rows.
-        projection: The product that these rows take part in.
-        behind: The block whose features the projection reads, if that one is a factor of this attention as well.
-        parallel: Whether the products of other parameters are added to the same features (adapters).
+        param: Name of the parameter.
+        partners: Parameters whose rows these are multiplied with, in the logits or in the chain.
+        rows: Rows of each head.
+        projection: Product that multiplies data with these rows.
+        behind: Block whose features the projection reads, if that block belongs to this attention too.
+        parallel: Whether products with other parameters are added to the same features (adapters).
         latent_norms: Norms between this block and the one behind.
-        role: Its role in the attention.
+        role: Role in the attention.
     """
 
     param: str
@@ -40,5 +40,5 @@ class Block:
     role: Role = "other"
 
     def chain(self) -> list[Block]:
-        """The block and those behind it, nearest to the logits first."""
+        """Return the block and those behind it, starting at the logits."""
         return [self, *(self.behind.chain() if self.behind is not None else [])]

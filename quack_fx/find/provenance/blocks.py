@@ -1,9 +1,9 @@
-"""From heads to weight blocks: the rows of each parameter, and the terms that the blocks meet in.
+"""From heads to weight blocks: the rows of each parameter, and the terms that multiply the blocks.
 
 In: the `Heads` of one attention. Out: an `AttentionSite`.
 
-A block is a set of rows of one parameter that are multiplied with rows of the same parameters: MLA's up projection of
-the query becomes two blocks, one multiplied with the keys' up projection and one with the rotary keys. The data of a
+The rows of a block are all multiplied with rows of the same set of parameters. So MLA's up projection of the query
+becomes two blocks: one is multiplied with the keys' up projection, the other with the rotary keys. The data of a
 block's projection may come from another projection: a chain (`chains.py`), whose blocks have roles (`roles.py`).
 """
 
@@ -28,7 +28,7 @@ from quack_fx.layout import AttentionSite, LogitTerm, Norm, Side, SiteKind, Weig
 
 
 def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> AttentionSite:
-    """The site of one attention.
+    """Build the site of one attention.
 
     Raises:
         Refused: A head reads rows that are not ranges along one axis of their parameter.
@@ -49,7 +49,7 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
     query_chains, key_chains = _flat(query), _flat(key)
     blocks = (tuple(_finish(tracer, b) for b in query_chains), tuple(_finish(tracer, b) for b in key_chains))
     site = AttentionSite(
-        name=df.home(logits.products[-1].node),  # earlier ones may come from an earlier layer
+        name=df.home(logits.products[-1].node),  # earlier products may come from an earlier layer
         kind=_kind(heads, mla),
         cross=not _same_sequence(tracer, query, key),
         calls=1,
@@ -72,12 +72,12 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
 
 
 def _joined(vectors: tuple[Vector, ...]) -> Vector:
-    """Several vectors as one, with the union of their features at each index."""
+    """Merge vectors into one: the union of their features at each index."""
     return tuple(frozenset().union(*rows) for rows in zip(*vectors, strict=True))
 
 
 def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vector]) -> list[Block]:
-    """Blocks whose features are multiplied in the logits themselves."""
+    """Blocks of one side whose features enter the logit product directly."""
     blocks: dict[tuple[str, frozenset[str], Node], Block] = {}
     for h, (vectors, partner) in enumerate(zip(own, partners, strict=True)):
         met: dict[Row, set[str]] = {}
@@ -86,7 +86,7 @@ def _side(heads: Heads, own: tuple[tuple[Vector, ...], ...], partners: list[Vect
             for rows, others in zip(vector, partner, strict=True):
                 names = {name for name, _ in rows}
                 parallel |= names if len(names) > 1 else set()
-                for row in sorted(rows):  # sets have no order of their own, layouts must
+                for row in sorted(rows):  # for a deterministic order of blocks
                     met.setdefault(row, set()).update(name for name, _ in others)
         for (name, row_index), names_met in met.items():
             projection = heads.projection[name, row_index]
@@ -117,7 +117,7 @@ def _terms(
 
 
 def _flat(blocks: list[Block]) -> list[Block]:
-    """Blocks of all chains, each once, starting at the input."""
+    """Blocks of all chains without duplicates, each chain starting at the input."""
     flat: list[Block] = []
     for block in blocks:
         for link in reversed(block.chain()):
@@ -144,7 +144,7 @@ def _kind(heads: Heads, mla: bool) -> SiteKind:
 
 
 def _finish(tracer: Tracer, block: Block) -> WeightBlock:
-    """The block with its rows as ranges along one axis."""
+    """Convert a block's rows to ranges along one axis."""
     axes, shape = block.projection.axes, tracer.df.weight_shapes[block.param]
     for i, axis in enumerate(axes):
         if all(_covers(rows, i, axes, shape) for rows in block.rows):
@@ -159,7 +159,6 @@ def _finish(tracer: Tracer, block: Block) -> WeightBlock:
 
 
 def _along(rows: Rows, i: int, gathered: Mapping[int, tuple[int, ...]] | None) -> set[int]:
-    """Coordinates of rows along axis i."""
     firsts = {row[i] for row in rows}
     return firsts if gathered is None else {one for first in firsts for one in gathered[first]}
 
@@ -173,7 +172,7 @@ def _covers(rows: Rows, i: int, axes: tuple[int, ...], shape: tuple[int, ...]) -
 
 
 def _bias(block: Block) -> str | None:
-    """Bias that belongs to all the block's rows."""
+    """Bias that all the block's rows have in common, or None."""
     rows = set().union(*block.rows)
     found = {
         block.projection.biases[i]
@@ -184,7 +183,7 @@ def _bias(block: Block) -> str | None:
 
 
 def _of_logits_alone(tracer: Tracer, uses: Uses, tags: tuple[NormTag, ...]) -> tuple[NormTag, ...]:
-    """Norms without the modules whose results are used as values, too, or outside attention."""
+    """Set a norm's module to None if its results are also used as values or outside attention."""
     looked_at = tracer.basis.inside
     shared = {t.module for t in tags if t.module and not uses.module_norms_logits_alone(t.module, looked_at)}
     return tuple(replace(tag, module=None) if tag.module in shared else tag for tag in tags)
@@ -202,11 +201,11 @@ def _latent_norms(side: Side, chains: list[Block]) -> tuple[Norm, ...]:
 
 
 def _same_sequence(tracer: Tracer, query: list[Block], key: list[Block]) -> bool:
-    """Whether queries and keys are made from the same tokens: what they read has a common source."""
+    """Whether queries and keys are computed from the same tokens: their inputs have a common source."""
     reached = tuple({block.chain()[-1].projection.x for block in side} for side in (query, key))
     fresh = [set(side) for side in reached]
     df = tracer.df
-    # Both sides walk back together and stop where they meet, so that self-attention never walks far.
+    # Both sides walk back in step and stop where they meet, so the walk is short for self-attention.
     while not reached[0] & reached[1] and any(fresh):
         for side, nodes in enumerate(fresh):
             tracer.basis.inside.update(nodes)
@@ -217,14 +216,14 @@ def _same_sequence(tracer: Tracer, query: list[Block], key: list[Block]) -> bool
 
 
 def _same_tokens(tracer: Tracer, node: Node) -> bool:
-    """Whether what a node reads is another form of the same tokens, and not the data of a product."""
-    if tracer.df.op[node].kind == "contraction":  # a computed rotation of each token (OFT), and no projection
+    """Whether a node's inputs hold the same tokens as its output, so that the walk goes on through it."""
+    if tracer.df.op[node].kind == "contraction":  # yes for a computed rotation of each token (OFT), no for a projection
         return tracer.projections.operands(node) is not None and tracer.projections.of(node) is None
     return tracer.df.op[node].kind not in ("convolution", "attention", "softmax")
 
 
 def merge_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
-    """Sites with the same blocks are one site that runs several times (shared layers, tied parameters)."""
+    """Merge sites with the same blocks into one site with several calls (shared layers, tied parameters)."""
     merged: dict[object, AttentionSite] = {}
     for site in sites:
         key = (site.query, site.key, site.terms)
@@ -234,7 +233,7 @@ def merge_calls(sites: list[AttentionSite]) -> list[AttentionSite]:
 
 
 def _called_again(site: AttentionSite, call: AttentionSite) -> AttentionSite:
-    """A site with one more call, which may be of another module with norms of its own (tied stacks)."""
+    """Add a call to a site. The call may be from another module that has its own norms (tied stacks)."""
 
     def both(one: tuple[Norm, ...], other: tuple[Norm, ...]) -> tuple[Norm, ...]:
         return tuple(dict.fromkeys((*one, *other)))

@@ -1,6 +1,7 @@
-"""Chains of factors: projections before a block's projection, as long as their output is used by this attention alone.
+"""Chains of projections: those before a block's projection whose output is used by this attention only.
 
-In: the blocks that meet in the logits. Out: nothing; each block gets the block behind it and the norms in between.
+In: the blocks whose features are multiplied in the logits. Each gets, in place, the block behind it and the norms in
+between.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _T = TypeVar("_T")
 
 
 def follow_chains(tracer: Tracer, logits: Logits, query: list[Block], key: list[Block]) -> None:
-    """Attach upstream projections to the blocks, if this attention alone uses them, on one side or on both."""
+    """Attach to each block the upstream projections that only this attention uses, on one side or on both."""
     for blocks in (query, key):
         todo = list(blocks)
         while todo:
@@ -34,7 +35,7 @@ def follow_chains(tracer: Tracer, logits: Logits, query: list[Block], key: list[
                 flow, reads = upstream
                 parts = _by_source(tracer, link, reads)
                 if len(parts) > 1:
-                    if link is block:  # each head has its own factor: one block per factor
+                    if link is block:  # heads read different upstream parameters: one block for each
                         blocks[blocks.index(block) : blocks.index(block) + 1] = parts
                         todo.extend(parts)
                     break
@@ -46,10 +47,10 @@ def follow_chains(tracer: Tracer, logits: Logits, query: list[Block], key: list[
 
 
 def cut_at_input(tracer: Tracer, logits: Logits, query: list[Block], key: list[Block]) -> None:
-    """Cut chains at features that queries, keys and values all depend on: those of the layer before the attention.
+    """Cut chains at a projection that queries, keys and values all read: it is a layer before the attention.
 
-    A latent of MLA is used for keys and values only, and one for all three is narrower than the queries. An adapter is
-    added to a weight, and is not a layer before it.
+    MLA's latent stays in its chain: it is read by keys and values only or, if by all three, is narrower than the
+    queries. Adapters stay too: they are added to a weight.
     """
     both = _behind_rows(query).items() & _behind_rows(key).items()
     wide = max((len(set().union(*block.rows)) for block in query), default=0)
@@ -61,7 +62,7 @@ def cut_at_input(tracer: Tracer, logits: Logits, query: list[Block], key: list[B
 
 
 def _behind_rows(blocks: list[Block]) -> dict[Node, frozenset[tuple[int, ...]]]:
-    """For each projection behind some blocks, the rows of it that they read."""
+    """Rows that blocks read of each projection directly behind them."""
     found: dict[Node, set[tuple[int, ...]]] = {}
     for block in blocks:
         if block.behind is not None and not block.parallel:
@@ -70,7 +71,7 @@ def _behind_rows(blocks: list[Block]) -> dict[Node, frozenset[tuple[int, ...]]]:
 
 
 def _value_sources(tracer: Tracer, logits: Logits) -> dict[Node, frozenset[tuple[int, ...]]]:
-    """For each projection behind those of the values, the rows of it that they read."""
+    """Rows that the value projections read of each projection behind them."""
     found: dict[Node, set[tuple[int, ...]]] = {}
     for node in {projection.x for projection, _ in value_features(tracer, logits)} & tracer.df.activation:
         flow = tracer.trace([node], lambda n: not tracer.basis.serves_alone(tracer.df, n, logits)).get(node)
@@ -81,12 +82,15 @@ def _value_sources(tracer: Tracer, logits: Logits) -> dict[Node, frozenset[tuple
 
 
 def _upstream(tracer: Tracer, logits: Logits, block: Block) -> tuple[Flow, list[set[int]]] | None:
-    """The data of a block's projection, if this attention alone uses it: its flow, and the features each head reads."""
+    """Flow of the data that a block's projection reads, and its features that each head reads.
+
+    None if the data is also used outside this attention, or is not the (possibly normalized) output of projections.
+    """
     x = block.projection.x
     if x not in tracer.df.activation or not tracer.basis.serves_alone(tracer.df, x, logits):
         return None
     flow = tracer.trace([x], lambda node: not tracer.basis.serves_alone(tracer.df, node, logits)).get(x)
-    if flow is None or flow.statistic is not None or flow.ops:  # with a nonlinearity in between they are two layers
+    if flow is None or flow.statistic is not None or flow.ops:  # a nonlinearity in between separates two layers
         return None
     features = tracer.labels.features(flow.label)
     if not features or UNKNOWN in features:
@@ -95,7 +99,7 @@ def _upstream(tracer: Tracer, logits: Logits, block: Block) -> tuple[Flow, list[
 
 
 def _by_source(tracer: Tracer, block: Block, reads: list[set[int]]) -> list[Block]:
-    """The block, split by upstream parameter if heads have different ones."""
+    """Split a block by upstream parameter, if each head reads one and heads differ."""
     names = _of_each(reads, lambda own: {p.names[i] for p, i in map(tracer.projections.by_feature, own)})
     distinct = {next(iter(own)) for own in names if len(own) == 1}
     if len(distinct) < 2 or any(len(own) > 1 for own in names):
@@ -107,7 +111,7 @@ def _by_source(tracer: Tracer, block: Block, reads: list[set[int]]) -> list[Bloc
 
 
 def _behind(tracer: Tracer, logits: Logits, block: Block, reads: list[set[int]]) -> Block | None:
-    """The block of the projection before a block, if it is a factor of this attention alone."""
+    """Block of the projection behind `block`, if there is exactly one and only this attention uses it; else None."""
     by_feature = tracer.projections.by_feature
     found = set().union(*_of_each(reads, lambda own: {(p.first, p.names[i]) for p, i in map(by_feature, own)}))
     if len(found) != 1:
@@ -121,16 +125,16 @@ def _behind(tracer: Tracer, logits: Logits, block: Block, reads: list[set[int]])
 
 
 def _of_each(reads: list[set[int]], of: Callable[[set[int]], set[_T]]) -> list[set[_T]]:
-    """`of` applied to each head's features; it is computed once for a set that several heads read (a latent)."""
+    """Apply `of` to each head's features, once for a set that several heads share (a latent)."""
     made = {key: of(own) for key, own in {id(own): own for own in reads}.items()}
     return [made[id(own)] for own in reads]
 
 
 def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: Block) -> list[set[int]]:
-    """The upstream features that each head's rows of a projection are multiplied with.
+    """Upstream features that each head's rows of a projection are multiplied with.
 
-    Mostly all of them. An up projection per head (absorbed MLA) or a grouped convolution is multiplied with the
-    features of its own head only.
+    These are mostly all features. With an up projection per head (absorbed MLA) or a grouped convolution they are only
+    the features of the same head.
     """
     made = tracer.projections.of(projection.node)
     everything = tracer.labels.features(given)
@@ -150,10 +154,10 @@ def _read_by(tracer: Tracer, projection: Projection, given: Tensor, block: Block
 
 
 def _is_factor(tracer: Tracer, logits: Logits, source: Projection, projection: Projection) -> bool:
-    """Whether an upstream projection is a factor of this attention, and not a separate layer before it.
+    """Whether an upstream projection is part of this attention rather than a separate layer before it.
 
-    This attention alone must use its output, and it must run inside the module that holds the attention, if the graph
-    knows modules.
+    Only this attention may use its output and, if the graph records modules, it must run inside the module of the
+    attention.
     """
     df = tracer.df
     home = df.common_module([logits.products[0].node, projection.node])

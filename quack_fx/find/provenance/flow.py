@@ -1,7 +1,4 @@
-"""What is known about one tensor between the projections and the logits.
-
-In: nothing. Out: `Flow`, plain frozen data, with norms and statistics.
-"""
+"""What is known about one tensor between the projections and the logits: `Flow`, with norms and statistics."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from quack_fx.layout import NormKind
 
 @dataclass(frozen=True)
 class NormOp:
-    """A node of a norm, and the node whose features it normalises, which would take its place without the norm.
+    """A node of a norm, and the node `x` whose features it normalizes.
 
-    `x` is None where the features come from more than one node.
+    `x` takes the place of `node` when the norm is removed. It is None if the features come from more than one node.
     """
 
     node: Node
@@ -34,11 +31,11 @@ class NormTag:
     Attributes:
         kind: "rms", "layer", "l2", "batch" or "other".
         width: Number of features that share a statistic.
-        module: Module that computes it and nothing else.
-        weight: Name of its gain.
-        features: Labels of the features that it normalises.
-        ops: Nodes that apply it to the features, without its gain and its bias.
-        gains: Nodes that apply its gain and its bias.
+        module: Module that computes exactly this norm, or None.
+        weight: Name of its gain, or None.
+        features: Labels of the features that it normalizes.
+        ops: Nodes that apply it to the features, without its gain and bias.
+        gains: Nodes that apply its gain and bias.
     """
 
     kind: NormKind
@@ -52,7 +49,7 @@ class NormTag:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number computed from whole groups of features: from which ones, by which ops, over how many elements."""
+    """A number computed from groups of features: which features, by which ops, over how many elements each."""
 
     features: frozenset[int]
     ops: frozenset[str]
@@ -65,11 +62,11 @@ class Flow:
 
     Attributes:
         label: Labels of its elements.
-        scale: Product of the plain numbers it was multiplied with since the projection; None where not a plain number.
+        scale: Product of the scalar factors since the projection; None if one of them is not a known constant.
         norms: Norms since the projection.
         ops: Names of the nonlinearities since the projection.
-        statistic: Set if the tensor may be a statistic of features. Its label is UNKNOWN then, except for sums, which
-            are features as well.
+        statistic: Set if the tensor may be a statistic of features. Its label is then UNKNOWN, except for a sum, which
+            may also be used as features.
         centring: Nodes that subtracted a mean; they belong to the norm that follows.
     """
 
@@ -87,12 +84,12 @@ class Flow:
 
 
 def unknown_flow(df: Dataflow, node: Node) -> Flow:
-    """Data whose weight rows are unknown, in the shape of a node."""
+    """Flow of a node whose weight rows are unknown."""
     return Flow(torch.tensor(UNKNOWN).expand(df.shape(node)))
 
 
 def merged_flow(flows: list[Flow]) -> Flow:
-    """One flow for several tensors: the union of their norms and nonlinearities, and their scale if it is the same."""
+    """Merge flows: the union of their norms and nonlinearities, and their scale if they all have the same."""
     flows = [f for f in flows if not f.empty] or flows
     if len(flows) == 1:
         return flows[0]
@@ -112,6 +109,6 @@ def merged_flow(flows: list[Flow]) -> Flow:
 
 
 def with_gain(flow: Flow, weight: str | None, op: NormOp) -> Flow:
-    """The flow with one more node that applies a gain, or a bias, of its last norm."""
+    """Add a node that applies a gain or bias of the flow's last norm."""
     last = flow.norms[-1]
     return replace(flow, norms=(*flow.norms[:-1], replace(last, weight=weight, gains=(*last.gains, op))))

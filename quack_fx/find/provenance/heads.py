@@ -1,11 +1,11 @@
-"""From labelled operands to heads: which vectors of features are multiplied in the logits, and which are one head.
+"""From labeled operands to heads: which feature vectors are multiplied in the logits, and which form one head.
 
-In: the `Logits` of one attention and a `Tracer`. Out: a `Heads`: for every query head the feature vectors that it uses,
-the key vectors that it reads, the norms and the scale.
+In: the `Logits` of one attention and a `Tracer`. Out: a `Heads`: the feature vectors of every query head, the key
+vectors that it reads, the norms and the scale.
 
-Along the head dimension, every (batch, token, head) of an operand has a *vector* of labels. Distinct query vectors are
-heads, on whichever axis they are. Which key vectors a query vector is multiplied with, and the order of the heads, is
-read from the softmax's input: the indices of the two vectors are carried there through the ops in between.
+At every (batch, token, head), an operand has a *vector* of labels along the head dimension. Distinct query vectors are
+heads, whichever axis they vary on. The softmax's input shows which key vectors a query vector is multiplied with, and
+the order of the heads: the ids of both vectors are carried there through the ops in between.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ class Heads:
     """Heads of one attention.
 
     Attributes:
-        query: For each query head its vectors: one, or one per stream of tokens in joint attention.
-        key: For each key head, its vectors.
+        query: Vectors of each query head: one, or one per stream of tokens in joint attention.
+        key: Vectors of each key head.
         head_map: Key head of each query head.
         head_dim: Width of the vectors.
-        projection: A projection that each row of the vectors came from.
+        projection: A projection that produces each row of the vectors.
         norms: Norms on the query side and on the key side.
-        scale: Factor on the product; None if it is not a plain number.
+        scale: Factor on the product; None if it is not a constant.
         operands: Query operands and key operands of the products.
-        channels: Whether the logits compare channels over tokens: a head is all channels that a softmax compares.
+        channels: Whether the logits compare channels over tokens. A head is then the set of channels that one softmax
+            compares.
     """
 
     query: tuple[tuple[Vector, ...], ...]
@@ -55,7 +56,7 @@ class Heads:
 
 
 def find_heads(tracer: Tracer, logits: Logits) -> Heads:
-    """Heads of one attention.
+    """Find the heads of one attention.
 
     Raises:
         Refused: A side holds data whose weight rows are unknown, or no weight at all.
@@ -79,7 +80,7 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
             operands[side].append(operand)
             features = tracer.labels.features(
                 flows[operand].label
-            )  # the same tensor may hold normalised features of others
+            )  # the tensor may also hold other normalized features
             norms[side].extend(n for n in flows[operand].norms if n.features & features and n not in norms[side])
         scales.add(_product_scale(df, product, flows, meeting.scale))
     vectors = reader.vectors
@@ -109,7 +110,7 @@ def find_heads(tracer: Tracer, logits: Logits) -> Heads:
 
 
 def _side_by_side(iterations: list[Heads]) -> Heads:
-    """Heads of the iterations of a Python loop over heads, as those of one attention."""
+    """Combine the iterations of a Python loop over heads into one attention."""
     query = tuple(head for one in iterations for head in one.query)
     widths = {one.head_dim for one in iterations}
     if len(set(query)) != len(query) or len(widths) > 1 or any(one.channels for one in iterations):
@@ -134,7 +135,6 @@ def _side_by_side(iterations: list[Heads]) -> Heads:
 
 
 def _rows(heads: tuple[tuple[Vector, ...], ...]) -> frozenset[Row]:
-    """All rows of some heads."""
     return frozenset(row for vectors in heads for vector in vectors for rows in vector for row in rows)
 
 
@@ -143,10 +143,10 @@ def _all_norms(iterations: list[Heads], side: int) -> tuple[NormTag, ...]:
 
 
 def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None], product: Node) -> bool:
-    """Whether each vector is one feature over all tokens, so that the logits compare channels.
+    """Whether each vector is a single feature over all tokens, so that the logits compare channels.
 
     Raises:
-        Refused: This is so for one side only.
+        Refused: This holds for only some of the vectors.
     """
     channels = [
         {v for v in side if len(vectors[v]) > 1 and len(set(vectors[v])) == 1 and len(vectors[v][0]) == 1}
@@ -161,10 +161,10 @@ def _compares_channels(vectors: list[Vector], pairs: dict[tuple[int, int], None]
 
 
 def _of_channels(reader: Vectors, pairs: list[tuple[int, int]], product: Node) -> dict[tuple[int, int], None]:
-    """Attention over channels: the channels that are compared with each other, as the vectors of one head.
+    """Pair up heads of channel attention: the channels that are compared with each other form the vectors of one head.
 
     Raises:
-        Refused: A channel is compared with some, but not all, others of its head.
+        Refused: A channel is compared with only some of the channels of its head.
     """
     keys: dict[int, list[int]] = {}
     queries: dict[tuple[int, ...], list[int]] = {}
@@ -196,7 +196,7 @@ def _check(
     flows: dict[Node, Flow],
     operands: tuple[list[Node], list[Node]],
 ) -> None:
-    """Refuse sides whose rows are not known."""
+    """Refuse sides whose rows are unknown or that have none."""
     for side, name in enumerate(("query", "key")):
         used = {pair[side] for pair in pairs}
         if any(("", ()) in rows for v in used for rows in vectors[v]):
@@ -213,7 +213,7 @@ def _check(
 
 
 def _about_loss(df: Dataflow, lost: Node) -> str:
-    """Where the features of a side were lost: op, tensor and module, for people to read."""
+    """Text that says where the features of a side were lost: op, shape and module."""
     what = df.describe(lost)
     if df.op[lost].kind in ("contraction", "convolution") and any(map(df.is_weight, lost.all_input_nodes)):
         return f": the weight of {what} is computed from parameters, and none of its rows is one of theirs"
@@ -253,16 +253,16 @@ def _read_each_other(tracer: Tracer, projections: Sequence[Projection]) -> bool:
 
 
 def _group(reader: Vectors, pairs: list[tuple[int, int]]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Query heads, and the key vectors that each reads.
+    """Return the query heads, as query vectors, and the key vectors that each reads.
 
-    Each query vector is a head, except in joint attention (text and image tokens, each with their own projections):
-    there the first vectors of all streams are the first head, and so on. Streams differ in the data that their
-    projections read, or else in their parameters.
+    Query vectors with the same rows are one head. In joint attention (streams of text and image tokens, each with its
+    own projections), the first vectors of all streams are the first head, and so on. Streams differ in the data that
+    their projections read, or else in their parameters.
     """
     reads: dict[int, list[int]] = {}
     for q, k in pairs:
         reads.setdefault(q, []).append(k)
-    # Tokens of one head may be treated differently (no rotation for a class token), but with the same rows.
+    # Tokens of one head may differ in treatment (no rotation for a class token), but have the same rows.
     heads: dict[frozenset[Row], list[int]] = {}
     for q in reads:
         heads.setdefault(frozenset().union(*reader.vectors[q]), []).append(q)

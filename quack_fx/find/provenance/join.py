@@ -1,8 +1,8 @@
-"""Blocks that are parts of one block are joined, and terms that no head has are dropped.
+"""Join blocks that are parts of one block, and drop terms that no head has.
 
-In: a site with more blocks than needed, because different heads multiply the same rows with different parameters (each
-head is a module, or each stream has its weights). Out: the same site with as few blocks as possible. The products of
-every head stay the same.
+In: a site with more blocks than necessary, because different heads multiply the same rows with different parameters
+(each head is a module, or each stream has its own weights). Out: the same site with as few blocks as possible. The
+products of every head stay the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _Product = tuple[tuple[str, ...], tuple[tuple[str, Ranges], ...]]
 
 
 def join_blocks(site: AttentionSite) -> AttentionSite:
-    """The site with as few blocks as possible."""
+    """Drop terms that no head has, then join blocks until no two can be joined."""
     site = replace(site, terms=tuple(t for t in site.terms if _is_there(site, t)))
     products = _products(site)
     for side in SIDES:
@@ -27,7 +27,6 @@ def join_blocks(site: AttentionSite) -> AttentionSite:
 
 
 def _is_there(site: AttentionSite, term: LogitTerm) -> bool:
-    """Whether any head has a term."""
     return any(
         all(site.query[i].heads[h] for i in term.query) and all(site.key[i].heads[k] for i in term.key)
         for h, k in enumerate(site.head_map)
@@ -35,7 +34,7 @@ def _is_there(site: AttentionSite, term: LogitTerm) -> bool:
 
 
 def _joined(site: AttentionSite, side: Side, products: list[set[_Product]]) -> Iterator[AttentionSite]:
-    """The site with two blocks joined, for each two that can be without changing any head's products."""
+    """Yield the site with two blocks joined, for each pair whose joining leaves every head's products the same."""
     blocks = getattr(site, side)
     for (i, a), (j, b) in combinations(enumerate(blocks), 2):
         whole = _whole(a, b)
@@ -50,14 +49,13 @@ def _joined(site: AttentionSite, side: Side, products: list[set[_Product]]) -> I
 
 
 def _renumbered(term: LogitTerm, side: Side, number: Sequence[int]) -> LogitTerm:
-    """The term with the blocks of one side renumbered."""
     if side == "query":
         return replace(term, query=tuple(number[n] for n in term.query))
     return replace(term, key=tuple(number[n] for n in term.key))
 
 
 def _whole(a: WeightBlock, b: WeightBlock) -> WeightBlock | None:
-    """The block that two blocks are parts of; None if some head reads different rows in each."""
+    """Join two blocks; None if they differ in more than rows, or some head reads different rows in each."""
     if replace(a, heads=()) != replace(b, heads=()):
         return None
     if any(ours and theirs and ours != theirs for ours, theirs in zip(a.heads, b.heads, strict=True)):
@@ -66,7 +64,7 @@ def _whole(a: WeightBlock, b: WeightBlock) -> WeightBlock | None:
 
 
 def _products(site: AttentionSite) -> list[set[_Product]]:
-    """For each query head, the products of blocks that its logits are a sum of, independent of block indices."""
+    """For each query head, the products whose sum is its logits, independent of block indices."""
     queries = set(map(id, site.query))
     return [
         {

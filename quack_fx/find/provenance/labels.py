@@ -1,9 +1,9 @@
 """Labels: for every element of a tensor, the set of projection features that it depends on.
 
 A label is an int64: 0 for none (a constant, padding), `UNKNOWN` for data whose rows are unknown, a small number for one
-feature, a large one for a set of several. A label tensor has the shape of the tensor it describes, but stays *expanded*
-(stride 0) along every axis on which nothing varies, such as batch and tokens, so that it costs no more memory than its
-features. `reshape` keeps tensors expanded where torch would copy.
+feature, a large number for a set of features. A label tensor has the shape of the tensor it describes, but is
+*expanded* (stride 0) along axes on which the labels are constant, such as batch and tokens, so it needs memory only for
+its features. `reshape` keeps tensors expanded where torch would copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FIRST_SET = 1 << 40
 
 
 class Labels:
-    """The features assigned so far, and the sets made of them."""
+    """Registry of the feature labels of one graph, and of labels for sets of them."""
 
     def __init__(self) -> None:
         self._next = _FIRST_FEATURE
@@ -34,7 +34,7 @@ class Labels:
         return first
 
     def members(self, label: int) -> frozenset[int]:
-        """Features (and perhaps UNKNOWN) that a label stands for."""
+        """Features, possibly with UNKNOWN, that a label stands for."""
         if label >= _FIRST_SET:
             return self._sets[label - _FIRST_SET]
         return frozenset((label,)) if label != NOTHING else frozenset()
@@ -70,7 +70,7 @@ class Labels:
         return torch.tensor(merged, dtype=torch.int64)[where].view(a.shape).expand(shape)
 
     def union_along(self, label: Tensor, dims: Sequence[int]) -> Tensor:
-        """Union over whole axes, which stay with size 1."""
+        """Union over whole axes, which are kept with size 1."""
         dims = sorted(d % label.dim() for d in dims)
         rest = [d for d in range(label.dim()) if d not in dims]
         small = compact(label)
@@ -83,7 +83,7 @@ class Labels:
         return result.expand([1 if d in dims else n for d, n in enumerate(label.shape)])
 
     def features(self, label: Tensor) -> set[int]:
-        """All features (and perhaps UNKNOWN) in a label tensor."""
+        """All features, possibly with UNKNOWN, in a label tensor."""
         found: set[int] = set()
         for x in torch.unique(compact(label)).tolist():
             found |= self.members(x)
@@ -91,7 +91,7 @@ class Labels:
 
 
 def compact(label: Tensor) -> Tensor:
-    """The tensor with size 1 wherever it is expanded."""
+    """Narrow every expanded axis to size 1."""
     for d, (n, stride) in enumerate(zip(label.shape, label.stride(), strict=True)):
         if stride == 0 and n > 1:
             label = label.narrow(d, 0, 1)
@@ -99,7 +99,7 @@ def compact(label: Tensor) -> Tensor:
 
 
 def constant_along(label: Tensor, dim: int) -> bool:
-    """Whether nothing varies along an axis."""
+    """Whether labels are constant along an axis."""
     if label.numel() == 0 or label.shape[dim] == 1 or label.stride(dim) == 0:
         return True
     label = compact(label)
@@ -107,7 +107,7 @@ def constant_along(label: Tensor, dim: int) -> bool:
 
 
 def shrink(label: Tensor) -> Tensor:
-    """The same labels, expanded along every axis on which nothing varies."""
+    """Return the same labels, expanded along every axis on which they are constant."""
     shape = label.shape
     for d in range(label.dim()):
         if label.shape[d] > 1 and label.stride(d) != 0 and constant_along(label, d):
@@ -116,10 +116,10 @@ def shrink(label: Tensor) -> Tensor:
 
 
 def reshape(label: Tensor, shape: Sequence[int]) -> Tensor:
-    """Reshape without materialising axes on which nothing varies.
+    """Reshape without materializing expanded axes.
 
-    The old and the new shape are cut into the smallest groups of axes with equal products. A group that is expanded
-    throughout stays expanded; the others are reshaped for real.
+    Old and new shape are split into the smallest groups of axes with equal products. Groups whose axes are all expanded
+    stay expanded; only the others are reshaped.
     """
     new = list(shape)
     if label.numel() == 0 or 0 in new:

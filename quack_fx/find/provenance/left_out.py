@@ -1,11 +1,10 @@
-"""Sites of layers that were not recorded.
+"""Sites of layers that were not recorded because they equal a recorded layer (`graph/capture/layers.py`).
 
-In: the sites of a graph in which one node stands for each layer that is equal to a recorded one
-(`graph/capture/layers.py`).
-Out: the sites of all layers, by renaming, in the order in which they run.
+In: the sites of a graph in which each such layer is a single node. Out: the sites of all layers, by renaming, in
+execution order.
 
-That is right only if a recorded layer's sites were derived from ops inside that layer alone. If the search looked
-outside it, or had to look behind a layer that was not recorded, `BehindLayer` asks for a full recording.
+This is valid only if a recorded layer's sites were derived from ops inside that layer. If the search inspected nodes
+outside it, or must walk through a layer that was not recorded, `BehindLayer` asks for a full recording.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from quack_fx.layout import AttentionSite, Skipped, renamed
 
 
 class LeftOut:
-    """The layers that were not recorded in one graph."""
+    """The layers of one graph that were not recorded."""
 
     def __init__(self, df: Dataflow, repeated: Sequence[RepeatedLayer]) -> None:
         self._df = df
@@ -33,19 +32,17 @@ class LeftOut:
             given.update({n: same and given[n] for n, same in layer.given.items()})
 
     def check(self, logits: Logits, seen: Iterable[Node]) -> None:
-        """Check that the site of an attention in a layer with copies was derived from that layer alone.
+        """Check that the site of an attention in a repeated layer was derived from nodes of that layer only.
 
         Raises:
-            BehindLayer: It was not.
+            BehindLayer: The search inspected a node outside the layer.
         """
         around = self._df.modules(logits.products[0].node)
-        home = next(
-            (name for name in around if name in self._given), None
-        )  # the recorded layer that others are equal to
+        home = next((name for name in around if name in self._given), None)  # the recorded layer that others repeat
         if home is None:
             return
         df, given = self._df, self._given[home]
-        # What is added to the products (masks, position biases) need only be the same in all layers.
+        # Nodes added to the products (masks, position biases) may come from outside, if all layers get the same.
         added = {*logits.path, logits.end} - {p.node for p in logits.products}
         for node in {*seen, *added, logits.output, *(p.node for p in logits.products)}:
             if node in added and node in given and not given[node]:
@@ -54,7 +51,7 @@ class LeftOut:
                 raise BehindLayer(node)
 
     def all_sites(self, sites: Sequence[tuple[Node, AttentionSite]]) -> list[AttentionSite]:
-        """Sites of all layers, in the order in which they run."""
+        """Sites of all layers in execution order."""
         placed = [(self._df.index[node], i, site) for i, (node, site) in enumerate(sites)]
         for layer in self._repeated:
             for i, (node, site) in enumerate(sites):
@@ -73,5 +70,5 @@ class LeftOut:
         return found
 
     def all_names(self, reached: set[str]) -> set[str]:
-        """Parameters that were reached, with those of the layers left out."""
+        """Add the reached parameters of the layers that were not recorded."""
         return reached | {theirs for layer in self._repeated for ours, theirs in layer.names.items() if ours in reached}

@@ -1,6 +1,6 @@
-"""Which query vectors are multiplied with which key vectors in the softmax's input.
+"""Find which query vectors are multiplied with which key vectors.
 
-In: a product, with an index for each vector of both operands. Out: a `Meeting`: the pairs, their positions in the
+In: a product, with an id for each vector of both operands. Out: a `Meeting`: the pairs, their positions in the
 softmax's input, and which operand holds the keys.
 """
 
@@ -25,13 +25,13 @@ from quack_fx.graph.dataflow import Dataflow
 
 @dataclass(frozen=True)
 class Meeting:
-    """How the vectors of one product meet in the softmax's input.
+    """The pairs of vectors of one product, as found in the softmax's input.
 
     Attributes:
-        pairs: Query vector and key vector, in the order of their first position.
-        plane: For each element of the softmax's input, an id of the set of pairs in it; 0 for none.
-        sets: The pairs behind each id.
-        scale: Factor between the product and the softmax.
+        pairs: Pairs (query vector, key vector), in the order of their first position.
+        plane: For each element of the softmax's input, the label of its set of pairs; 0 for none.
+        sets: The pairs of each label.
+        scale: Factor between the product and the softmax; None if it is not a constant.
         swapped: Whether the left operand holds the keys.
     """
 
@@ -43,16 +43,21 @@ class Meeting:
 
 
 def meeting_of(tracer: Tracer, logits: Logits, product: Product, left: Tensor, right: Tensor) -> Meeting:
-    """The pairs of vectors that a product multiplies, as found in the softmax's input."""
+    """Find the pairs of vectors that a product multiplies, in the softmax's input.
+
+    Raises:
+        Refused: An operand is empty, the products cannot be followed to the softmax, it is ambiguous which side holds
+            the keys, or logits of several heads are added before the softmax.
+    """
     if not left.numel() or not right.numel():
         raise Refused("one-key", "no query or no key is left on these inputs", product.node)
     count = int(compact(right).max()) + 1
-    # Nothing varies along most axes (samples, tokens): on large images this keeps the number of codes small.
+    # Codes are constant along most axes (batch, tokens): shrinking them keeps large images cheap.
     codes = shrink((compact(left) * count + compact(right)).expand(torch.broadcast_shapes(left.shape, right.shape)))
     if logits.end is product.node and product.form.startswith("fused"):
         sets = {code + 1: [(code // count, code % count)] for code in in_order(codes)}
         return Meeting([pair for pairs in sets.values() for pair in pairs], codes + 1, sets, 1.0, False)
-    # Codes are carried as labels, so that both are kept where two are added to the same element (a shift, a fold).
+    # Codes are carried as labels, so an element that is the sum of two logits (a shift, a fold) keeps both.
     first = tracer.labels.new_features(int(codes.max()) + 1)
     shape = tracer.df.shape(product.node)
     carried = tracer.carry(product.node, reshape((compact(codes) + first).expand(codes.shape), shape), logits.path)
@@ -80,7 +85,7 @@ def meeting_of(tracer: Tracer, logits: Logits, product: Product, left: Tensor, r
 
 
 def _is_swapped(tracer: Tracer, logits: Logits, product: Product, shape: Sequence[int]) -> bool:
-    """Whether the left operand of a product holds the keys: it alone varies along the softmax's axis."""
+    """Whether the left operand of a product holds the keys: only its vectors vary along the softmax's axis."""
     varies = [
         _varies(tracer, product.node, logits, _numbered(product, shape, side)) if len(shape) > 1 else side == 1
         for side in (0, 1)
@@ -89,10 +94,10 @@ def _is_swapped(tracer: Tracer, logits: Logits, product: Product, shape: Sequenc
 
 
 def _is_gathered_swapped(df: Dataflow, groups: Groups, product: Product) -> bool:
-    """Whether the right operand of a product holds the queries: it alone is gathered with the index of the groups.
+    """Whether the right operand of a product holds the queries: only it is gathered with the index of the groups.
 
     Raises:
-        Refused: This is so for both, or for neither.
+        Refused: Both or neither of the operands are.
     """
     left, right = (is_gathered_by(df, operand, groups) for operand in (product.left, product.right))
     if left == right:
@@ -105,7 +110,7 @@ def _is_gathered_swapped(df: Dataflow, groups: Groups, product: Product) -> bool
 
 
 def _numbered(product: Product, shape: Sequence[int], side: int) -> Tensor:
-    """A tensor in the shape of the product's result with a number for each vector of one operand."""
+    """Number the vectors of one operand, in a tensor of the shape of the product's result."""
     if product.form == "matmul":
         summed = len(shape) - (1 if side == 0 else 2)
         sizes = [1 if d == summed else n for d, n in enumerate(shape)]
@@ -117,7 +122,7 @@ def _numbered(product: Product, shape: Sequence[int], side: int) -> Tensor:
 
 
 def _varies(tracer: Tracer, node: Node, logits: Logits, plane: Tensor) -> bool:
-    """Whether the vectors of one operand vary along the softmax's axis."""
+    """Whether the numbered vectors of one operand vary along the softmax's axis."""
     first = tracer.labels.new_features(int(plane.max()) + 1)
     end = tracer.carry(node, (compact(plane) + first).expand(plane.shape), logits.path)[logits.end].label
     if end.stride(logits.axis) == 0 or end.shape[logits.axis] == 1:
@@ -130,10 +135,10 @@ def _varies(tracer: Tracer, node: Node, logits: Logits, plane: Tensor) -> bool:
 
 
 def summed(met: list[Meeting], reader: Vectors) -> tuple[dict[tuple[int, int], None], int] | None:
-    """Pairs of vectors of products that are added up: their vectors are concatenated to one longer vector.
+    """Combine products that are added up: the vectors of the summands are concatenated to one longer vector.
 
     Returns:
-        The pairs and the width of a head; None if no two of the products are added in the same element.
+        The pairs of concatenated vectors and the width of a head; None if no two products are added in one element.
     """
     planes = torch.broadcast_tensors(*(compact(meeting.plane) for meeting in met))
     columns, where = torch.unique(torch.stack(planes).flatten(1), dim=1, return_inverse=True)
@@ -141,7 +146,7 @@ def summed(met: list[Meeting], reader: Vectors) -> tuple[dict[tuple[int, int], N
     for column in columns.t()[in_order(where)].tolist():
         present = [[(i, q, k) for q, k in met[i].sets[label]] for i, label in enumerate(column) if label != NOTHING]
         added.update(dict.fromkeys(frozenset(parts) for parts in product_of(*present)))
-    # Where one of the products is missing (the edge of a shift), the others belong to the same head as elsewhere.
+    # An element that lacks one of the products (the edge of a shift) belongs to the same head as the complete ones.
     whole = [parts for parts in added if parts and not any(parts < other for other in added)]
     if all(len(parts) == 1 for parts in whole):
         return None
@@ -153,7 +158,7 @@ def summed(met: list[Meeting], reader: Vectors) -> tuple[dict[tuple[int, int], N
 
 
 def _width(parts: frozenset[tuple[int, int, int]], reader: Vectors) -> int:
-    """Total width of the products that have no vector in common with an earlier one."""
+    """Total width of the products, without those that share a vector with an earlier one."""
     width, seen = 0, (set[int](), set[int]())
     for _, q, k in sorted(parts):
         if q not in seen[0] and k not in seen[1]:
@@ -164,7 +169,7 @@ def _width(parts: frozenset[tuple[int, int, int]], reader: Vectors) -> int:
 
 
 def in_order(plane: Tensor) -> list[int]:
-    """Distinct values in the order of their first position in the tensor."""
+    """Distinct values of a tensor, in the order of their first position."""
     flat = compact(plane).flatten()
     values, where = torch.unique(flat, return_inverse=True)
     first = torch.full((len(values),), len(flat)).scatter_reduce_(0, where, torch.arange(len(flat)), "amin")

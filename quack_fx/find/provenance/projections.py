@@ -1,10 +1,10 @@
 """Projections: products of data with a weight, and the weight row behind each output feature.
 
-In: a node (matmul, linear, convolution) with a weight among its operands. Out: a `Projection`: for each output feature
-the parameter and the row along one of its axes. They follow from the view ops between the parameter and the product
-(transpose, slice, cat, reshape), so that Linear, Conv1D, fused and three-dimensional weights need no special code.
+In: a node (matmul, linear, convolution) with a weight among its operands. Out: a `Projection`: the parameter and row of
+each output feature. They follow from the view ops between the parameter and the product (transpose, slice, cat,
+reshape), so Linear, Conv1D, fused and three-dimensional weights need no special code.
 
-For each axis of the parameter a *plane* of coordinates goes through the same view ops as the weight. Coordinates that
+For each axis of the parameter, a *plane* of coordinates goes through the same view ops as the weight. Coordinates that
 vary along the contracted axis are summed over; the others identify the output feature.
 """
 
@@ -33,11 +33,11 @@ class Projection:
         x_axis: Axis of `x` that the product sums over.
         first: Label of its first feature; feature i has the label `first + i`.
         names: Parameter of each feature.
-        axes: Axes of the parameter that are not summed over: they index its output features (mostly one axis).
+        axes: Axes of the parameter that index its output features (mostly one axis); the others are summed over.
         rows: Coordinates of each feature along `axes`, int64 [features, len(axes)].
-        gathered: For each axis of the parameter that is summed over in parts (the rows of each head separately, as in
-            absorbed MLA): for the coordinate in `rows`, all coordinates that are summed.
-        biases: Bias parameter of each feature; None if there is none, or its entries are not indexed like the rows.
+        gathered: For each axis of the parameter that is summed over in parts (in absorbed MLA, separately over the rows
+            of each head), a map from a coordinate in `rows` to all coordinates in its sum.
+        biases: Bias parameter of each feature; None if there is none or its entries are not indexed like the rows.
     """
 
     node: Node
@@ -56,7 +56,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class _Coordinates:
-    """Planes of a view of a weight: index into `names`, then one coordinate per axis of the parameter."""
+    """Planes of a view of a weight: the index into `names`, and one coordinate per axis of the parameter."""
 
     names: tuple[str, ...]
     which: Tensor
@@ -78,18 +78,18 @@ class Projections:
         self._weights: dict[Node, _Coordinates | None] = {}
 
     def by_feature(self, feature: int) -> tuple[Projection, int]:
-        """Projection and index within it of a feature label."""
+        """Projection of a feature label, and the feature's index in it."""
         projection = self._in_order[bisect_right(self._firsts, feature) - 1]
         return projection, feature - projection.first
 
     def of(self, node: Node) -> tuple[Projection, Tensor] | None:
-        """The projection that a node is, with the labels of its result; None if its rows cannot be determined."""
+        """Projection of a node, with the labels of its result; None if its rows cannot be determined."""
         if node not in self._of:
             self._of[node] = self._make(node)
         return self._of[node]
 
     def operands(self, node: Node) -> tuple[Node, Node, bool, Node | None] | None:
-        """Data, weight, whether the weight is on the left, and the added bias of a product with a weight."""
+        """Split a product with a weight into data, weight, whether the weight is on the left, and the added bias."""
         df = self._df
         sides = factors_of(df, node)
         if sides is None:
@@ -99,7 +99,7 @@ class Projections:
             if self._spread(right) and not self._spread(left):
                 return right, left, True, bias
             if df.op[node].name == "bmm" and not self._spread(left):
-                return None  # learned queries times a weight, and it is ambiguous which is which
+                return None  # learned queries times a weight: ambiguous which is which
         if df.is_weight(right) and (left in df.activation or not df.is_weight(left) or df.op[node].name != "mv"):
             return left, right, False, bias
         if df.is_weight(left):
@@ -107,7 +107,7 @@ class Projections:
         return None
 
     def _spread(self, weight: Node) -> bool:
-        """Whether a parameter was expanded over the batch: learned queries, which count as data, not as a weight."""
+        """Whether a parameter was expanded over the batch: learned queries, which count as data."""
         while weight not in self._df.weights and weight.all_input_nodes:
             if self._df.op[weight].name in ("expand", "repeat", "expand_as"):
                 return True
@@ -181,12 +181,12 @@ class Projections:
         return projection, label
 
     def _is_thin(self, coordinates: _Coordinates, axis: int) -> bool:
-        """Whether an axis of the parameters has size 1, as the kernel of a 1x1 convolution has."""
+        """Whether an axis of the parameters has size 1, such as the kernel axes of a 1x1 convolution."""
         shapes = self._df.weight_shapes
         return len(coordinates.along) > 1 and all(shapes[name][axis] == 1 for name in coordinates.names)
 
     def add_bias(self, label: Tensor, bias: Node) -> None:
-        """Record a bias that is added to labelled features, if its entries are indexed like the rows."""
+        """Record a bias that is added to labeled features, if its entries are indexed like the rows."""
         coordinates = self._coordinates(bias)
         if coordinates is None or len(coordinates.along) != 1:
             return
@@ -195,7 +195,7 @@ class Projections:
         except RuntimeError:
             return
         added = torch.unique(torch.stack(pairs).flatten(1), dim=1).t().tolist()
-        entries = Counter(feature for feature, _, _ in added)  # one entry per token is not the bias of a feature
+        entries = Counter(feature for feature, _, _ in added)  # a feature with an entry per token has no bias
         for feature, which, entry in added:
             if len(self._labels.members(feature)) != 1 or feature < 2 or which < 0 or entries[feature] > 1:
                 continue
@@ -204,7 +204,7 @@ class Projections:
                 projection.biases[i] = coordinates.names[which]
 
     def pairs(self, projection: Projection, made: Tensor, given: Tensor) -> list[tuple[int, int]]:
-        """Which labels of its data are summed into which feature of a projection.
+        """Pair each feature of a projection with the features of its data that are summed into it.
 
         Arguments:
             projection: The projection.
@@ -212,7 +212,7 @@ class Projections:
             given: Labels of its data.
 
         Returns:
-            Pairs of a feature of the projection and the label of the set of features that are summed into it.
+            Pairs of a feature of the projection and a label of the set of data features.
         """
         if self._df.op[projection.node].kind == "convolution":
             groups = _groups(projection.node)
@@ -230,7 +230,7 @@ class Projections:
     # ---- view ops on a weight ------------------------------------------------------------------------------------
 
     def weight_names(self, node: Node) -> tuple[str, ...]:
-        """Parameters that a weight node is a view or copy of; empty if it is computed from them."""
+        """Parameters that a weight node is a view or copy of; empty if it is computed from them otherwise."""
         coordinates = self._coordinates(node)
         return coordinates.names if coordinates is not None else ()
 
@@ -253,7 +253,7 @@ class Projections:
         inputs = [n for n in node.all_input_nodes if df.is_weight(n)]
         kind, name = df.op[node].kind, df.op[node].name
         if kind == "elementwise" and name in ("mul", "div", "neg") and len(inputs) == 1:
-            # A weight times constants (equalised learning rates, a pruning mask) keeps its rows.
+            # A weight times constants (equalized learning rates, a pruning mask) keeps its rows.
             only = self._coordinates(inputs[0])
             numbers = all(df.is_constant(n) for n in node.all_input_nodes if n is not inputs[0])
             return only if numbers and df.shape(inputs[0]) == df.shape(node) else None
@@ -274,7 +274,7 @@ class Projections:
         return _Coordinates(names, planes[0], tuple(planes[1:]))
 
     def _blanked(self, node: Node) -> _Coordinates | None:
-        """A copy of a weight with some entries overwritten (a bias with zeros for the keys): those have no row."""
+        """Trace a copy of a weight. Its overwritten entries have no row (a bias with zeros for the keys)."""
         df, value = self._df, self._df.value(node)
         writes = df.writes[df.group[node]]
         if df.group[node] is not node or df.op[node].name != "clone" or not value.is_contiguous():
@@ -302,7 +302,7 @@ class Projections:
         return result
 
     def _part(self, node: Node) -> _Coordinates | None:
-        """One piece of a split or unbound weight."""
+        """Trace one piece of a split or unbound weight."""
         whole: Node = node.args[0]  # type: ignore[assignment]
         inputs = [n for n in whole.all_input_nodes if self._df.is_weight(n)]
         source = self._coordinates(inputs[0]) if len(inputs) == 1 and self._df.op[whole].kind == "view" else None
@@ -323,7 +323,7 @@ def _groups(node: Node) -> int:
 
 
 def _parts_along(plane: Tensor, summed: list[int]) -> dict[int, tuple[int, ...]] | None:
-    """Coordinates that are summed together, by the first of them; None where one is summed with others now and then."""
+    """Map the first coordinate of each sum to all coordinates in it; None if a coordinate is in several sums."""
     if len(summed) != 1:
         return None
     parts = torch.unique(compact(plane).movedim(summed[0], -1).flatten(0, -2), dim=0)

@@ -1,12 +1,12 @@
-"""Equal layers are analysed once.
+"""Trace equal layers once.
 
-In: the site of one attention, the nodes it was derived from, and another attention of the same graph. Out: the other's
-site, by renaming, if its nodes are the same ops on the same shapes in the same arrangement; None if anything differs,
-and the attention is then analysed on its own.
+In: the site of one attention, the nodes it was derived from, and another attention of the same graph. Out: the other
+attention's site, by renaming, if its nodes are the same ops on the same shapes, connected in the same way; else None,
+and the other attention is traced too.
 
-The other attention's nodes are those at the same distance from its softmax. Their arguments must correspond one by one:
-to each other, to parameters of equal shape, or to equal constants. So must their users, because a chain of factors
-depends on what else reads a tensor. Attentions that then differ in nothing but names have the same layout.
+Nodes of two attentions correspond if they are at the same distance from the softmax. Their arguments must correspond
+one by one: as nodes, as parameters of equal shape, or as equal constants. So must their users, because a chain of
+projections depends on what else reads a tensor. Attentions that then differ only in names have the same layout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LARGEST = 6000
 
 
 class Repeats:
-    """The attentions understood so far, to recognise equal ones."""
+    """The attentions traced so far, to recognize equal ones."""
 
     def __init__(self, df: Dataflow) -> None:
         self._df = df
@@ -41,7 +41,7 @@ class Repeats:
             self._known.append((logits, site, nodes, basis.alone))
 
     def find(self, logits: Logits) -> AttentionSite | None:
-        """Site of an attention that is equal to a known one, or None."""
+        """Return the site of an attention that equals a known one, or None."""
         for known, site, nodes, alone in reversed(self._known):
             if _arrangement(self._df, known) == _arrangement(self._df, logits):
                 match = _Match(self._df, self._df.index[logits.end] - self._df.index[known.end])
@@ -50,7 +50,7 @@ class Repeats:
         return None
 
     def _with_weights(self, looked_at: set[Node]) -> list[Node]:
-        """The nodes, and those that their weights are computed from."""
+        """Add the nodes from which the weights are computed."""
         df = self._df
         nodes = walk(looked_at, lambda node: filter(df.is_weight, node.all_input_nodes))
         return sorted(nodes, key=df.index.__getitem__)
@@ -63,7 +63,7 @@ def _arrangement(df: Dataflow, logits: Logits) -> tuple[object, ...]:
 
 
 class _Match:
-    """Comparison of two arrangements of nodes at a fixed distance; collects the names that correspond."""
+    """Comparison of two subgraphs at a fixed distance in the graph; collects corresponding names."""
 
     def __init__(self, df: Dataflow, distance: int) -> None:
         self._df = df
@@ -73,16 +73,16 @@ class _Match:
         self.names: dict[str, str] = {}
 
     def all(self, nodes: list[Node]) -> bool:
-        """Whether every node corresponds to the one at the distance."""
+        """Whether every node corresponds to the node at this distance."""
         self._inside = set(nodes)
         return all(self._same_node(node) for node in nodes)
 
     def logits(self, known: Logits, other: Logits) -> bool:
-        """Whether the nodes between products and softmax correspond."""
+        """Whether the nodes between the logit products and the softmax correspond."""
         return {self._image(n) for n in known.path} == set(other.path)
 
     def alone(self, answers: Mapping[Node, bool], other: Logits) -> bool:
-        """Whether what serves one attention alone corresponds to what serves the other alone."""
+        """Whether `serves_alone` has the same answers for the corresponding nodes of the other attention."""
         images = {n: self._image(n) if n in self._inside else self._outside.get(n) for n in answers}
         return all(
             image is not None and serves_alone(self._df, image, other, set()) == answers[n]
@@ -118,7 +118,7 @@ class _Match:
         return self._same_outside(a, b)
 
     def _same_outside(self, a: Node, b: Node) -> bool:
-        """Whether nodes at which the walk stopped correspond: parameters or data of one shape, or equal constants."""
+        """Whether nodes outside the subgraphs correspond: parameters or data of the same shape, or equal constants."""
         df = self._df
         if df.shape(a) != df.shape(b):
             return False
@@ -136,13 +136,13 @@ class _Match:
         return torch.equal(ours, theirs)
 
     def _same_unknown(self, a: Node, b: Node) -> bool:
-        """Whether constants of unknown value correspond: made by the same op, or buffers (caches) of each layer."""
+        """Whether constants of unknown value correspond: results of the same op, or buffers (caches) of each layer."""
         if a.op == b.op == "get_attr":
             return self._pair(str(a.target), str(b.target))
         return a.target == b.target
 
     def _same_users(self, node: Node, image: Node) -> bool:
-        """Whether the users that were looked at correspond, and both nodes have equally many."""
+        """Whether both nodes have the same number of users, and the inspected ones correspond."""
         users = [u for u in node.users if u in self._inside]
         return len(node.users) == len(image.users) and all(self._image(u) in image.users for u in users)
 

@@ -1,6 +1,6 @@
-"""Roles of blocks: plain projections, and the factors of MLA, absorbed or not.
+"""Roles of blocks: plain projections, and the projections of MLA, absorbed or not.
 
-In: the blocks of both sides with their chains. Out: whether the attention is MLA; each block gets its role.
+In: the blocks of both sides with their chains. Out: whether the attention is MLA. Each block's role is set in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quack_fx.layout import Role
 
 
 def give_roles(query: list[Block], key: list[Block]) -> bool:
-    """Give each block its role; returns whether this is MLA."""
+    """Set the role of each block; return whether this is MLA."""
     latent_key = [b for b in key if b.behind is not None and not b.parallel]
     latent_query = [b for b in query if b.behind is not None and not b.parallel]
     mla = bool(latent_key)
@@ -47,10 +47,11 @@ def give_roles(query: list[Block], key: list[Block]) -> bool:
 def absorbed_in(
     tracer: Tracer, logits: Logits, heads: Heads, query: list[Block], key: list[Block]
 ) -> tuple[list[Block], list[Block]] | None:
-    """Absorbed MLA: the keys' up projection is applied to the queries, which then meet the latent that the values are.
+    """Detect absorbed MLA: the keys' up projection is applied to the queries, and the latent is both keys and values.
 
     Returns:
-        The up projections of the keys on the query side, and the latents that they meet; None if it is not absorbed.
+        The keys' up projections, which are on the query side, and the latents that they are multiplied with; None if
+        this is not absorbed MLA.
     """
     if len(heads.key) > 1 or len(heads.query) == 1:
         return None
@@ -62,14 +63,14 @@ def absorbed_in(
 
 
 def _are_of_each_head(blocks: list[Block]) -> bool:
-    """Whether each head's rows of some blocks read different rows: no latent common to all heads lies behind them."""
+    """Whether the heads of some blocks read disjoint upstream rows, and so share no latent."""
     behind = [{(b.behind.param, row) for row in rows} for b in blocks if b.behind is not None for rows in b.behind.rows]
     behind = [rows for rows in behind if rows]
     return len(behind) > 1 and sum(map(len, behind)) == len(set().union(*behind))
 
 
 def give_roles_absorbed(query: list[Block], key: list[Block], absorbed: tuple[list[Block], list[Block]]) -> None:
-    """Give each block of absorbed MLA its role."""
+    """Set the role of each block of absorbed MLA."""
     ups, latents = absorbed
     for block in query:
         roles: tuple[Role, ...] = ("uk", "uq", "dq") if block in ups else ("qr", "dq")

@@ -1,8 +1,8 @@
-"""From an operand of a logit product back to the projections that it depends on.
+"""Trace operands of a logit product to the projections that they depend on.
 
-In: some nodes of a graph. Out: the `Flow` of each: labels that say which projection features every element holds, and
-what lies in between (norms, plain factors, nonlinearities). A backward walk collects the nodes up to the nearest
-projections; they are then run forwards on labels, each by the rule for its kind of op (`rules/`).
+In: nodes of a graph. Out: the `Flow` of each: labels that say which projection features every element holds, and what
+lies in between (norms, factors, nonlinearities). A backward walk collects the nodes up to the nearest projections;
+these nodes are then run forward on labels, each by the rule for its kind of op (`rules/`).
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Tracer:
         self._token_mixing: dict[Node, bool] = {}
 
     def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:
-        """Flows of `targets` and of all nodes between them and the projections behind them.
+        """Compute the flows of `targets` and of all nodes between them and the projections behind them.
 
         Arguments:
             targets: Nodes of interest.
-            outside: Says at which nodes the backward walk stops: they hold unknown data.
+            outside: Predicate of nodes at which the backward walk stops; they hold unknown data.
 
         Returns:
             Flow of every node that was run.
@@ -53,7 +53,7 @@ class Tracer:
         nodes, ends = self._slice(list(targets), outside)
         flows = {end: unknown_flow(self.df, end) for end in ends}
         if outside is not None:
-            # A floating-point input of the model that is added in between is unknown data like any other.
+            # A floating-point model input that is added in between counts as unknown data.
             reads = {n for node in nodes for n in node.all_input_nodes if self.df.is_given(n)}
             added = (n for n in reads if any(self.df.op[user].name in ADDING for user in n.users))
             flows.update((n, unknown_flow(self.df, n)) for n in added)
@@ -64,13 +64,13 @@ class Tracer:
         return self._run(nodes, flows, UNKNOWN)
 
     def carry(self, source: Node, label: Tensor, path: Iterable[Node]) -> dict[Node, Flow]:
-        """Carry given labels from one node forwards.
+        """Carry given labels forward from one node.
 
         Arguments:
             source: Node whose result carries `label`.
             label: Label tensor of its shape.
-            path: Nodes after it through which to carry the labels. Other inputs of these nodes carry none, and products
-                on the path keep the labels of their data (heads mixed after the product).
+            path: Later nodes through which to carry the labels. Other inputs of these nodes carry no labels. Products
+                on the path keep the labels of their data (heads mixed after the logit product).
 
         Returns:
             Flows of the nodes on the path.
@@ -80,7 +80,7 @@ class Tracer:
         return self._run(path, {source: self._window(source, Flow(label))}, NOTHING)
 
     def where_unknown(self, flows: dict[Node, Flow], operands: Iterable[Node]) -> Node | None:
-        """The first node between the projections and some operands at which features were lost."""
+        """Return the first node between the projections and some operands at which features were lost, or None."""
         df, todo, seen = self.df, list(operands), set[Node]()
         lost: list[Node] = []
         while todo:
@@ -89,7 +89,7 @@ class Tracer:
             if node in seen or flow is None:
                 continue
             seen.add(node)
-            several = isinstance(df.value(node), list | tuple)  # its parts are labelled, it is not
+            several = isinstance(df.value(node), list | tuple)  # its results are labeled, it is not
             if several or UNKNOWN in self.labels.features(flow.label):
                 lost += [] if several else [node]
                 todo.extend(df.reads(node))
@@ -97,7 +97,7 @@ class Tracer:
 
     def _run(self, nodes: list[Node], flows: dict[Node, Flow], outside: int) -> dict[Node, Flow]:
         self.basis.inside.update(nodes)
-        trail = self.trail if outside == UNKNOWN else None  # `carry` runs labels that are not weight rows
+        trail = self.trail if outside == UNKNOWN else None  # the labels of `carry` do not stand for weight rows
         for node in nodes:
             step = Step(self.df, self.labels, self.projections, self.mixes_tokens, node, flows, outside)
             flow = flow_of(step)
@@ -110,7 +110,7 @@ class Tracer:
         return flows
 
     def _slice(self, targets: list[Node], outside: Callable[[Node], bool] | None) -> tuple[list[Node], list[Node]]:
-        """The nodes to run, in order, back to the projections; and those at which the walk stopped earlier."""
+        """Nodes to run, in order, starting at the projections; and nodes at which the walk stopped before any."""
         df, todo = self.df, deque(targets)
         needed: set[Node] = set()
         ends: list[Node] = []
@@ -128,7 +128,7 @@ class Tracer:
         return sorted(needed.difference(ends), key=df.index.__getitem__), ends
 
     def _ends_here(self, node: Node) -> bool:
-        """Whether labels begin at this node: projections, table look-ups, and data that cannot be traced."""
+        """Whether the backward walk ends at this node: a projection, a lookup, or data that cannot be traced."""
         kind = self.df.op[node].kind
         if kind in ("lookup", "attention", "input"):
             return True
@@ -143,7 +143,7 @@ class Tracer:
     def mixes_tokens(self, node: Node) -> bool:
         """Whether a product with a weight sums each feature of a projection over tokens (Linformer).
 
-        Its result holds the same features then: keys of fewer tokens depend on the same rows.
+        Its result then holds the same features: the fewer keys depend on the same rows.
         """
         if node not in self._token_mixing:
             self._token_mixing[node] = self._finds_token_mixing(node)
@@ -164,7 +164,7 @@ class Tracer:
         return known and constant_along(label, axis) and not all(constant_along(label, d) for d in others)
 
     def _is_view_of_projection(self, node: Node) -> bool:
-        """Whether a tensor is the result of a projection, with at most view ops and a bias in between."""
+        """Whether a node is the result of a projection, with only view ops and additions of a bias in between."""
         df = self.df
         while df.op[node].kind != "contraction":
             data = [n for n in node.all_input_nodes if n in df.activation]
@@ -175,7 +175,7 @@ class Tracer:
         return self.projections.operands(node) is not None
 
     def _window(self, node: Node, flow: Flow) -> Flow:
-        """Labels of memory that is written in place later must be real views of one tensor of labels."""
+        """Materialize the labels of memory that is later written in place, so that its views can share them."""
         df = self.df
         if df.group[node] is not node or node not in df.writes:
             return flow
@@ -194,7 +194,7 @@ class Tracer:
         if any(
             stride == 0 and size > 1 for size, stride in zip(before.label.shape, before.label.stride(), strict=True)
         ):
-            # The labels of this memory are not views of one tensor: from here on its contents are unknown.
+            # The labels of this memory are expanded and cannot be written to: from here on its contents are unknown.
             for other in flows:
                 if self.df.group[other] is self.df.group[node]:
                     flows[other] = unknown_flow(self.df, other)
@@ -202,7 +202,7 @@ class Tracer:
             return
         before.label.copy_(flow.label)
         flows[node] = replace(flow, label=before.label)
-        # All other views of this memory now hold what was written, with its norms and nonlinearities.
+        # All other views of this memory now hold the written data, with its norms and nonlinearities.
         group = self.df.group[node]
         for other, old in flows.items():
             if other is not node and self.df.group[other] is group:

@@ -1,7 +1,7 @@
-"""A record of what the tracer computed, for explanations.
+"""Record what the tracer computed, for explanations.
 
-In: each node that the tracer runs, with its flow. Out: `Trail`, with a `Held` for each node: its weight rows at that
-moment (in-place writes may change its labels later).
+In: each node that the tracer runs, with its flow. Out: a `Trail`, with a `Held` for each node. It is made at once,
+because in-place writes may change the labels later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quack_fx.layout.walk import Held, RowsOf
 
 
 class Trail:
-    """The nodes walked for one attention."""
+    """The weight rows behind each node walked for one attention."""
 
     def __init__(self, labels: Labels, projections: Projections) -> None:
         self._labels = labels
@@ -28,7 +28,7 @@ class Trail:
         """What each node held when it was first walked."""
 
     def visit(self, node: Node, flow: Flow) -> None:
-        """Note a node; called by the tracer."""
+        """Record a node; called by the tracer."""
         if node not in self.held:
             self.held[node] = self._held(flow)
 
@@ -51,7 +51,7 @@ class Trail:
         return replace(held, features=varying[-1], vectors=len(vectors), axes=tuple(varying[:-1]), first=first)
 
     def _rows(self, features: set[int]) -> tuple[RowsOf, ...]:
-        """The features by parameter, with their rows as ranges along the projection's first axis."""
+        """Group features by parameter, with their rows as ranges along the projection's first axis."""
         found: dict[tuple[str, int], set[int]] = {}
         for projection, i in map(self._projections.by_feature, sorted(features - {UNKNOWN})):
             rows = found.setdefault((projection.names[i], projection.axes[0] if projection.axes else 0), set())

@@ -13,7 +13,7 @@ from quack_fx.graph.walk import walk
 
 
 def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
-    """The values, of all iterations of a loop: the factor of the output that does not depend on the softmax."""
+    """Value operands, of all iterations of a loop: the factor of the output that does not depend on the softmax."""
     if logits.parts:
         return [value for part in logits.parts for value in values_of(tracer, part)]
     df, output = tracer.df, logits.output
@@ -25,7 +25,7 @@ def values_of(tracer: Tracer, logits: Logits) -> list[Node]:
 
 
 def value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int]]:
-    """The features that the values depend on, each with its projection, as far as they are known."""
+    """Known features that the values depend on, each as its projection and index in it."""
     values = values_of(tracer, logits)
     flows = tracer.trace(values)
     features = set().union(*(tracer.labels.features(flows[n].label) for n in values if n in flows)) - {UNKNOWN}
@@ -33,6 +33,5 @@ def value_features(tracer: Tracer, logits: Logits) -> list[tuple[Projection, int
 
 
 def _is_behind(tracer: Tracer, start: Node, node: Node) -> bool:
-    """Whether a node depends on another one."""
     df, first = tracer.df, tracer.df.index[start]
     return start in walk([node], lambda one: (n for n in df.reads(one) if df.index[n] >= first))

@@ -1,4 +1,4 @@
-"""Vectors of features: what an operand of a product holds along the head dimension.
+"""Vectors of features: what an operand of a logit product holds along the head dimension.
 
 In: labels of an operand. Out: an id for each distinct vector, and the rows behind every id.
 """
@@ -25,7 +25,7 @@ Vector = tuple[frozenset[Row], ...]
 
 
 class Vectors:
-    """Ids of the distinct vectors of labels: indices into `vectors`."""
+    """Registry of distinct vectors; the id of a vector is its index in `vectors`."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
@@ -35,7 +35,7 @@ class Vectors:
         self.projection: dict[Row, Projection] = {}
 
     def ids(self, label: Tensor) -> Tensor:
-        """Id of the vector along the last axis, for each index of the other axes."""
+        """Id of the vector along the last axis, at each index of the other axes."""
         width = label.shape[-1]
         small = compact(label[..., :1]) if label.stride(-1) == 0 and width > 1 else compact(label)
         lines, where = torch.unique(small.reshape(-1, small.shape[-1]), dim=0, return_inverse=True)
@@ -47,11 +47,11 @@ class Vectors:
         return self._known(tuple(rows for n in numbers for rows in self.vectors[n]))
 
     def channels(self, numbers: Sequence[int]) -> int:
-        """Id of one vector made of several, each of which is a single feature throughout."""
+        """Id of the vector made of the single feature of each of several channel vectors."""
         return self._known(tuple(self.vectors[n][0] for n in numbers))
 
     def data(self, number: int) -> frozenset[Node]:
-        """The data that the projections behind a vector read."""
+        """Data that the projections behind a vector read."""
         of = self._tracer.df.group
         return frozenset(of[self.projection[row].x] for rows in self.vectors[number] for row in rows)
 
@@ -85,12 +85,12 @@ class Vectors:
 
 
 def operand_planes(df: Dataflow, product: Product, flows: dict[Node, Flow]) -> tuple[Tensor, Tensor]:
-    """Labels of both operands as [*shape of the product's logits, head dimension]."""
+    """Labels of both operands as [*shape of the product's result, head dimension]."""
     left, right = flows[product.left].label, flows[product.right].label
     if product.form == "fused-tokens-first":
         left, right = left.transpose(-3, -2), right.transpose(-3, -2)
     if product.form in ("fused", "fused-tokens-first"):
-        if left.shape[-3] != right.shape[-3]:  # grouped heads inside the op: each key head serves a block of queries
+        if left.shape[-3] != right.shape[-3]:  # GQA inside the op: each key head serves a block of query heads
             right = right.repeat_interleave(left.shape[-3] // right.shape[-3], dim=-3)
         right = right.transpose(-1, -2)
     elif product.form == "bilinear":

@@ -1,8 +1,8 @@
-"""View ops on planes: views, slices, permutations, concatenations, gathers.
+"""Run view ops on planes: views, slices, permutations, concatenations, gathers.
 
-In: a node that only rearranges elements, and for each tensor it reads a *plane* (an int64 tensor of the same shape:
-labels, coordinates of a weight, indices into a logit tensor). Out: the plane of its result, made by the same op, so
-that no arrangement of heads needs special code.
+In: a node that only rearranges elements and, for each tensor it reads, a *plane*: an int64 tensor of the same shape
+(labels, coordinates of a weight, indices into a logit tensor). Out: the plane of its result, computed by the same op,
+so no arrangement of heads needs special code.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ Plane = Callable[[Node], Tensor]
 
 
 def run_view(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool = False) -> Any:
-    """Plane (or list of planes) of the result of a view op.
+    """Compute the plane, or list of planes, of the result of a view op.
 
     Arguments:
         df: The graph's dataflow.
-        node: The node; its op is of kind "view".
-        plane: Returns the plane of each tensor that the node reads.
+        node: Node of kind "view".
+        plane: Returns the plane of a tensor that the node reads.
         unknown: Value for elements whose source depends on data (a gather by computed indices).
-        alias: Return a view of its argument's plane, because something writes through it.
+        alias: Return a true view of the argument's plane, because a later op writes through it.
     """
     name, source = df.op[node].name, node.args[0]
     if alias and name not in ("copy_", "copy", "to"):
         return _run(df, node, plane)
     if name in _SAME and isinstance(source, Node):
         return plane(source)
-    # A view that changes the dtype, and with it the number of elements, is no reshape.
+    # A view that changes the dtype may change the number of elements, and is then no reshape.
     if name in _RESHAPE and isinstance(source, Node) and df.shape(node).numel() == df.shape(source).numel():
         return reshape(plane(source), df.shape(node))
     if name == "as_strided" and isinstance(source, Node):
@@ -83,7 +83,7 @@ def _as_strided(df: Dataflow, node: Node, plane: Tensor) -> Tensor:
 
 
 def _gather(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Tensor:
-    """A gather. Constant indices are used as they are; for computed ones, labels must not vary along the axis."""
+    """Run a gather. For computed indices, the result is known only if the plane is constant along their axes."""
     source: Node = node.args[0]  # type: ignore[assignment]
     given = [n for n in node.all_input_nodes if n is not source]
     if all(df.constant(n) is not None for n in given):

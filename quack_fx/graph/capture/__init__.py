@@ -1,23 +1,23 @@
-"""A model and example inputs -> a torch.fx.GraphModule of ATen ops.
+"""Record one forward pass of a model as a torch.fx.GraphModule of ATen ops.
 
-In: an `nn.Module` (on any device, meta included) and the arguments of one forward call. Out: a `Capture`, whose graph
-holds every ATen op that ran, in order, with `node.meta["val"]` (the value: real where no parameter reached it, a
-meta tensor elsewhere) and `node.meta["nn_module_stack"]` (modules whose forward was running, as in torch.export).
+In: an `nn.Module` (on any device, including meta) and the arguments of one forward call. Out: a `Capture`, whose graph
+holds every ATen op that ran, in order, with `node.meta["val"]` (the value: real if it depends on no parameter, else a
+meta tensor) and `node.meta["nn_module_stack"]` (modules whose forward was running, as in torch.export).
 
-The forward runs once, in Python, with fake weights ("hybrid"): parameters are replaced by meta tensors, so that the
-size of the model does not matter. What depends on no parameter (token ids, masks, positions, RoPE tables) has real
-values, so that control flow and index tensors are right. To Python code, every tensor is on the CPU. If this fails and
-the model is small, the forward runs on real values instead.
+The forward runs once, in Python, in "hybrid" mode: parameters are fake (meta tensors), so the size of the model does
+not matter, while everything that depends on no parameter (token ids, masks, positions, RoPE tables) is real, so control
+flow and index tensors are right. To Python code, every tensor is on the CPU. If this fails and the model is small, the
+forward runs on real values instead.
 
-    recorder.py   the dispatch mode that writes the graph
-    devices.py    to Python code, every tensor is on the CPU
-    hybrid.py     how one op runs when some of its inputs are fake
+    recorder.py   the dispatch mode that builds the graph
+    devices.py    makes every tensor appear to be on the CPU
+    hybrid.py     runs one op when some of its inputs are fake
     executable.py a graph that runs, checked against the model
-    equal.py      which layers differ only in the values of their weights
-    layers.py     equal layers are recorded once, where that is safe
+    equal.py      finds layers that differ only in the values of their weights
+    layers.py     records equal layers once, if that is safe
     memory.py     storages and views
-    isolate.py    the model, its hooks, the RNG and global settings stay as they were
-    wrappers.py   the module inside wrappers, with whole weights
+    isolate.py    leaves the model, its hooks, the RNG and global settings unchanged
+    wrappers.py   the module inside wrappers, with full-shape weights
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ class Capture:
 
     Attributes:
         graph_module: The graph. Parameters and buffers are `get_attr` nodes named by their first fully qualified name,
-            other tensors from outside are `get_attr` nodes `_constant_<n>`, tensor inputs are placeholders.
-        way: "hybrid" or "real": how the forward was run, see above.
-        canned: Ops whose result depends on the values of fake tensors and was made up (routing, for example).
+            other tensors from outside the forward are `get_attr` nodes `_constant_<n>`, tensor inputs are placeholders.
+        way: How the forward was run: "hybrid" or "real".
+        canned: Ops that need the values of fake tensors and returned a made-up result (in routing, for example).
         fallback_reason: Why the hybrid run failed, or None.
-        repeated: Layers that were not run, because they are equal to a recorded one; only with `layers_once`.
+        repeated: Layers that were not run because they equal a recorded layer; only with `layers_once`.
     """
 
     graph_module: torch.fx.GraphModule
@@ -71,7 +71,7 @@ class Capture:
 
     @property
     def made_up(self) -> bool:
-        """Whether the forward was given a made-up number, which it may have used as a factor."""
+        """Whether the forward received a made-up number, which it may have used as a factor."""
         return NUMBER in self.canned
 
 
@@ -86,26 +86,26 @@ def capture(
     executable: bool = False,
     sources: bool = False,
 ) -> Capture:
-    """Record one forward pass of `model` as an ATen graph; nothing in the model is changed.
+    """Record one forward pass of `model` as an ATen graph. The model is left unchanged.
 
     Arguments:
         model: Any module, on any device; on the meta device its size does not matter. If it is wrapped or sharded, the
-            module inside is recorded, under its own names and with whole weights; no rank waits for another.
+            module inside is recorded, with its own names and full-shape weights; no rank waits for another.
         args: Positional arguments of the forward call.
         kwargs: Keyword arguments of the forward call.
-        layers_once: Record only a few of many equal layers, where that is provably safe; see `layers.py`.
-        real: Run on real values only; every node then has them.
-        executable: Make a graph that runs: it is called as the model is, returns what the model returns, has its
-            gradients (both are checked on these arguments) and shares its parameters. The model must have numbers, and
-            what is no tensor among the arguments is written down as it was given.
-        sources: Note for each op the lines of Python that ran it (`Node.stack_trace`).
-        number: Value of a fake tensor that Python converts to a number (`float(x)`); sets `made_up`.
+        layers_once: Record only a few of many equal layers, if that is provably safe; see `layers.py`.
+        real: Run on real values only; every node then has a real value.
+        executable: Return a graph that runs: it is called like the model, shares its parameters and has the same
+            outputs and gradients (both are checked on these arguments). The model must hold real values. Non-tensor
+            arguments are baked into the graph.
+        sources: Record for each op the lines of Python that ran it (`Node.stack_trace`).
+        number: Made-up value of a fake tensor that Python converts to a number (`float(x)`); sets `made_up`.
 
     Returns:
         The recorded pass.
 
     Raises:
-        CaptureError: The forward raised an error, which the message quotes; or no graph can do what it does.
+        CaptureError: The forward raised an error, which the message quotes, or does something no graph can express.
 
     Example:
         >>> lin = nn.Linear(3, 5, device="meta")
@@ -138,10 +138,10 @@ def _capture(
             ) from error
     failures: list[tuple[int, Exception]] = []
     groups = list(equal_groups(model)) if layers_once and not real else []
-    # If the forward fails because layers were left out, it runs again with all of them.
+    # If the forward fails with equal layers left out, run it again with all layers.
     for equal in () if real else [groups, []] if groups else [[]]:
         for _, earlier in failures:
-            traceback.clear_frames(earlier.__traceback__)  # they hold the recording
+            traceback.clear_frames(earlier.__traceback__)  # the frames keep the failed recording alive
         recorder = Recorder(model, "hybrid", equal, number, sources)
         try:
             return _run(model, args, kwargs, recorder)
@@ -165,7 +165,7 @@ def _capture(
         return _run(model, args, kwargs, recorder, reason)
     except Exception as error:
         failures.insert(0, (recorder.entered, error))
-    # The run that got furthest shows what is wrong with the call; the others what is wrong with that way of running.
+    # Report the run that got furthest: it shows what is wrong with the call; the others failed because of their mode.
     _, telling = max(failures, key=lambda failure: failure[0])
     raise CaptureError(
         f"the forward of {type(model).__name__} fails on the example inputs: {first_line(telling)}"

@@ -1,11 +1,11 @@
-"""While a forward is recorded, every tensor reports that it is on the CPU, fake ones as well.
+"""Make every tensor, fake or real, report the CPU as its device while a forward is recorded.
 
-In: a recorder. Out: a context in which Python code sees one device, and so do PyTorch's own checks.
+In: a recorder. Out: a function mode in which the model's code, and PyTorch's own checks, see a single device.
 
-Forwards look at devices: they compare those of token ids and buffers, make tables on the device of an activation, ask
-where the parameters are. In a recording some tensors are fake (on meta) and some real. The model's code must not see
-that: how an op runs is decided later, in `hybrid.py`, by what its tensors really are. (Function modes are off while
-PyTorch's own Python functions run, so those do see the real devices; a few of them are handled here.)
+Forwards read devices: they compare those of token ids and buffers, create tables on the device of an activation, ask
+where the parameters are. A recording mixes fake (meta) and real tensors, which the model's code must not see; how an op
+runs is decided later, in `hybrid.py`, from the actual tensors. Function modes are off inside PyTorch's own Python
+functions, so those do see the actual devices; the few that matter are handled here.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Twins(Protocol):
     """What this file needs from the recorder."""
 
     def twin(self, tensor: Tensor) -> Tensor:
-        """The tensor that ops get instead of a tensor."""
+        """Return the tensor that ops receive instead of `tensor`."""
 
     def stand_in(self, tensor: Tensor, fake: bool) -> Tensor:
-        """A tensor that the graph takes for the given one: its twin or, with `fake`, always a tensor on meta."""
+        """Return a tensor with the same graph node: the twin or, if `fake`, a meta tensor."""
 
     def made_up(self, tensor: Tensor) -> Any:
-        """Made-up values for a fake tensor."""
+        """Return made-up values for a fake tensor."""
 
 
 def _type(tensor: Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
 class OneDevice(TorchFunctionMode):
-    """The context; a mode of torch."""
+    """Function mode that reports the CPU as the device of every tensor."""
 
     def __init__(self, twins: Twins) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class OneDevice(TorchFunctionMode):
         elif func is Tensor.__format__ and not args[0].dim() and (twin := self._twin(args[0])).is_meta:
             return self._twins.made_up(twin).__format__(*args[1:])
         elif func in (torch.tensor, torch.as_tensor) and isinstance((*args, kwargs.get("data"))[0], list | tuple):
-            args, kwargs = tree_map_only(Tensor, self._number, (args, kwargs))  # they would be read unseen
+            args, kwargs = tree_map_only(Tensor, self._number, (args, kwargs))  # torch reads them without an op
         elif func in (Tensor.__getitem__, Tensor.__setitem__) and len(args) > 1:
             index = args[1]
             index = tuple(map(_as_index, index)) if isinstance(index, tuple) else _as_index(index)
@@ -93,12 +93,12 @@ class OneDevice(TorchFunctionMode):
         except RuntimeError as error:
             if "device" not in str(error) or _writes(func, kwargs) or not _on_two_devices((args, kwargs)):
                 raise
-        # It refuses tensors of different devices before any op runs, as attention and the recurrent layers do.
+        # Some functions (attention, recurrent layers) reject tensors on different devices before any op runs.
         args, kwargs = self._on_one_device((args, kwargs))
         return func(*args, **kwargs)
 
     def _on_one_device(self, tree: Any) -> Any:
-        """Arguments with tensors that are all fake where one is, and all real otherwise."""
+        """Make all tensors in the arguments fake if one of them is, else all real."""
 
         def plain(of: Callable[[Tensor], Any]) -> Any:
             return tree_map_only(Tensor, lambda t: of(t) if type(t) in (Tensor, nn.Parameter) else t, tree)
@@ -110,9 +110,9 @@ class OneDevice(TorchFunctionMode):
             return plain(lambda t: self._twins.stand_in(t, fake=True))
 
     def _score(self, query: Tensor, _key: Tensor, _value: Tensor, modify: Callable[..., Any]) -> None:
-        """Call the score_mod of flex attention once, so that the weights in it are recorded."""
+        """Call the score_mod of flex attention once, to record the weights that it uses."""
         index = torch.zeros((), dtype=torch.int32)
-        with self, suppress(Exception):  # what is wrong with it the attention itself will say
+        with self, suppress(Exception):  # an error will surface in the attention itself
             modify(query.new_zeros(()), index, index, index, index)
 
     def _twin(self, tensor: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class OneDevice(TorchFunctionMode):
 
 
 def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a function may write into its arguments; a write into a stand-in would be lost."""
+    """Whether a function may write into its arguments. A write into a stand-in would be lost."""
     name = getattr(func, "__name__", "_")
     return name.endswith("_") or "out" in kwargs or bool(kwargs.get("inplace"))
 
@@ -135,6 +135,6 @@ def _on_two_devices(tree: Any) -> bool:
 
 
 def _as_index(item: Any) -> Any:
-    """Indices given as Python lists, as a tensor on the CPU: on the meta device their values would be lost."""
+    """Turn an index list into a CPU tensor: on the meta device its values would be lost."""
     integers = isinstance(item, list) and bool(item) and all(type(i) is int for i in item)
     return torch.tensor(item, device=_CPU) if integers else item

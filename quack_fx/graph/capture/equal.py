@@ -1,8 +1,8 @@
-"""Which layers of a model differ only in the values of their weights.
+"""Find the layers of a model that differ only in the values of their weights.
 
-In: a model. Out: its `EqualGroup`s: siblings (the layers of a stack) whose module trees have the same classes, shapes
-of parameters and attributes. Attributes in which they do differ are listed (a layer's index, a window size). Whether
-such a difference matters shows only when a layer runs: `layers.py` watches whether it is read.
+In: a model. Out: its `EqualGroup`s: siblings (the layers of a stack) whose module trees have the same classes,
+parameter shapes and attributes. Attributes that do differ (a layer index, a window size) are listed: whether they
+matter shows only when a layer runs, so `layers.py` watches whether they are read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMALLEST_GROUP = 16
 """Smallest group that is worth the checks: the first two layers and the last one are always recorded."""
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
-# What nn.Module keeps for itself; parameters, buffers and children are compared as such.
+# State of nn.Module itself. Parameters, buffers and children are compared separately.
 _INTERNAL = frozenset(vars(nn.Module()))
 
 AttributePath = tuple[str, str]
@@ -33,9 +33,9 @@ class EqualGroup:
     """Layers that differ only in the values of their weights and in the attributes `differing`.
 
     Attributes:
-        members: The layers, in the order of their parent's children.
+        members: The layers, in the order in which their parent holds them.
         trees: All modules of each layer; corresponding modules have the same index.
-        differing: Attributes that are not the same in all members.
+        differing: Attributes that differ between members.
     """
 
     members: list[nn.Module]
@@ -44,7 +44,7 @@ class EqualGroup:
 
 
 def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
-    """Groups of equal layers, outermost first; a layer is in at most one group."""
+    """Yield groups of equal layers, outermost first. A layer is in at most one group."""
     taken: set[nn.Module] = set()
     for parent in model.modules():
         if parent in taken or len(parent._modules) < SMALLEST_GROUP:
@@ -61,21 +61,21 @@ def equal_groups(model: nn.Module) -> Iterator[EqualGroup]:
                 group = EqualGroup(members, trees)
                 for member in members[1:]:
                     group.differing |= _differing(paths, trees[members[0]], trees[member])
-                # Reads of an attribute cannot be watched where the class has one of the same name.
+                # Reads of an attribute cannot be watched if the class has an attribute of the same name.
                 if not any(_in_class(members[0], path) for path in group.differing):
                     yield group
 
 
 def renamed(like: list[nn.Module], layer: list[nn.Module], names: dict[int, str]) -> dict[str, str] | None:
-    """Name in the model of each tensor and module of `like` -> the name of its counterpart in `layer`.
+    """Map the name of each tensor and module of `like` to the name of its counterpart in `layer`.
 
     Arguments:
         like: All modules of a layer.
-        layer: Those of one of the same group.
-        names: Name in the model of parameters, buffers and modules, by identity.
+        layer: All modules of another layer in the same group.
+        names: Names in the model of parameters, buffers and modules, by `id`.
 
     Returns:
-        The names, or None if tensors or modules are shared differently within the two layers.
+        The map, or None if the two layers share tensors or modules differently.
     """
     found: dict[str, str] = {}
     for ours, theirs in zip(_contents(like), _contents(layer), strict=True):
@@ -92,7 +92,7 @@ def _contents(modules: list[nn.Module]) -> Iterator[Any]:
 
 
 def _form(module: nn.Module) -> object | None:
-    """What two layers must have in common to be equal; None if hooks or attributes replace the module's own forward."""
+    """Key that is the same for equal layers; None if hooks or an attribute change the module's forward."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return None
     children = tuple((name, None if c is None else _form(c)) for name, c in module._modules.items())
@@ -110,7 +110,7 @@ def _tensor_form(tensor: Tensor | None) -> object:
 
 
 def _differing(paths: list[str], first: list[nn.Module], other: list[nn.Module]) -> set[AttributePath]:
-    """Attributes in which two layers of one form differ; buffers of different values are listed under their name."""
+    """Attributes, including buffers, whose values differ between two layers of the same form."""
     pairs = {id(a): b for a, b in zip(first, other, strict=False)}
     found: set[AttributePath] = set()
     for path, a, b in zip(paths, first, other, strict=False):
@@ -127,12 +127,12 @@ def _differing(paths: list[str], first: list[nn.Module], other: list[nn.Module])
 
 
 def _same_numbers(a: Tensor, b: Tensor | None) -> bool:
-    # On meta there are no values, so no forward can have read any.
+    # Meta tensors have no values that a forward could read.
     return b is not None and (a is b or a.is_meta or torch.equal(a, b))
 
 
 def _same(a: Any, b: Any, pairs: dict[int, nn.Module]) -> bool:
-    """Whether two values of an attribute are the same to any code; objects of unknown classes only if identical."""
+    """Whether no code can tell two attribute values apart. Objects of unknown classes must be identical."""
     if a is b:
         return True
     if type(a) is not type(b):
@@ -153,7 +153,7 @@ def _same(a: Any, b: Any, pairs: dict[int, nn.Module]) -> bool:
 
 
 def _in_class(layer: nn.Module, attribute: AttributePath) -> bool:
-    """Whether the attribute is not a plain one of the instance, or removing it would uncover one of the class."""
+    """Whether removing the attribute from the instance is impossible or would uncover a class attribute."""
     path, name = attribute
     module = layer.get_submodule(path)
     return name not in vars(module) or hasattr(type(module), name)

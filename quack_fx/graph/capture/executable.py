@@ -1,12 +1,12 @@
-"""A recording that runs: the same forward, as a `GraphModule` that computes, trains, exports and compiles.
+"""Record a forward as a `GraphModule` that computes, trains, exports and compiles.
 
-In: a model with real weights, and the arguments of one forward call. Out: a `GraphModule` with the calling convention
-and the results of the model. Its parameters and buffers are the model's own.
+In: a model with real weights, and the arguments of one forward call. Out: a `GraphModule` with the model's calling
+convention and results, which shares its parameters and buffers.
 
-The forward is recorded on real values with gradients enabled. Results computed under `no_grad` are followed by a
-`detach`. Then the graph and the model run side by side on the example inputs: outputs must be equal bitwise, and
-gradients but for the order of sums, or the capture is refused. (A custom `autograd.Function` has a backward of its own,
-for example, that no graph of its forward knows.)
+The forward is recorded on real values with gradients enabled; a `detach` follows each result computed under `no_grad`.
+Then graph and model run side by side on the example inputs. Outputs must be bitwise equal, and gradients equal up to
+summation order; otherwise the capture fails (for example on a custom `autograd.Function`, whose backward is not in the
+graph).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # packs arguments and results, as torch.export does
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo  # pack arguments and results as torch.export does
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from quack_fx.errors import CaptureError
@@ -36,7 +36,7 @@ _ROUNDING = 1e-5
 
 
 class _WithGradients(Recorder):
-    """A recorder that also records what a forward does to gradients."""
+    """Recorder that also tracks which nodes have gradients, and records where they stop."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, "real")
@@ -46,7 +46,7 @@ class _WithGradients(Recorder):
         self._computed, self._differentiable = set[Node](), set[Node]()
 
     def _contexts(self) -> list[AbstractContextManager[Any]]:
-        return [JaggedWrittenOut()]  # the graph runs where the model does
+        return [JaggedWrittenOut()]  # devices stay as they are: the graph runs where the model does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not isinstance(func, torch._ops.OpOverload):
@@ -77,7 +77,7 @@ class _WithGradients(Recorder):
         return result
 
     def _is_computed(self, node: Node) -> bool:
-        """Whether a node depends on a parameter."""
+        """Whether a node is or depends on a parameter."""
         return node in self._computed or (node.op == "get_attr" and str(node.target) in self.parameter_names)
 
     def _has_gradient(self, node: Node) -> bool:
@@ -101,11 +101,11 @@ def runnable(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """Record a forward as a graph that runs, and check it against the model.
 
     Returns:
-        The graph. What is no tensor among the arguments is written down as it was given, and so is what the forward
-        decided by the numbers of a tensor among them (a mask that is all ones, for example).
+        The graph. Non-tensor arguments are baked in, and so are decisions that the forward made from the values of a
+        tensor argument (a mask that is all ones, for example).
 
     Raises:
-        CaptureError: The graph cannot do what the model does; why.
+        CaptureError: The graph cannot do what the model does. The message says why.
     """
     name = type(model).__name__
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
@@ -119,7 +119,7 @@ def runnable(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
             output = model(*given, **given_by_name)
     names = [*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs]
     if len(names) < len(args) + len(kwargs):
-        names = [*(f"arg_{i}" for i in range(len(args))), *kwargs]  # of *args
+        names = [*(f"arg_{i}" for i in range(len(args))), *kwargs]  # the forward takes *args
     strided = [isinstance(x, Tensor) and not x.is_contiguous() for x in tree_flatten((tuple(args), dict(kwargs)))[0]]
     graph_module = _packed(recorder, names, (given, given_by_name), output, strided)
     graph_module.train(model.training)
@@ -128,9 +128,9 @@ def runnable(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def _packed(recorder: Recorder, names: list[str], given: Any, output: Any, strided: Sequence[bool]) -> GraphModule:
-    """The recorded graph, called as the model is and returning what it returns.
+    """Give the recorded graph the model's calling convention.
 
-    The recording saw contiguous copies of its inputs; those that were not so are made so.
+    The recording saw contiguous copies of its inputs, so the graph makes those in `strided` contiguous.
     """
     graph = recorder.graph
     leaves, in_spec = tree_flatten(given)
@@ -139,7 +139,7 @@ def _packed(recorder: Recorder, names: list[str], given: Any, output: Any, strid
     inputs: dict[Node, Node] = {}
     to_copy: list[tuple[Node, Node]] = []
     with graph.inserting_before(next(iter(graph.nodes))):
-        for i, leaf in enumerate(leaves):  # every leaf is an argument of its own, also numbers and None
+        for i, leaf in enumerate(leaves):  # every leaf is a placeholder, including numbers and None
             made = graph.placeholder(f"leaf_{i}")
             made.meta["val"] = leaf
             node = recorded.pop(id(leaf), None)
@@ -170,7 +170,7 @@ def _packed(recorder: Recorder, names: list[str], given: Any, output: Any, strid
 
 
 def _check(model: nn.Module, graph_module: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Run both on the example inputs and compare what comes out, and the gradients."""
+    """Compare outputs and gradients of model and graph on the example inputs."""
     buffers = {b: b.clone() for b in model.buffers()}
     results: list[tuple[list[Tensor], list[Tensor | None]]] = []
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -187,7 +187,7 @@ def _check(model: nn.Module, graph_module: GraphModule, args: Sequence[Any], kwa
         results.append(([t.detach() for t in made], list(gradients)))
         for buffer, before in buffers.items():
             if not buffer.is_leaf:
-                buffer.detach_()  # what was written into it has a history
+                buffer.detach_()  # the forward wrote a tensor with a grad_fn into it
             with torch.no_grad():
                 buffer.copy_(before)
     (outputs, theirs), (own_outputs, ours) = results
@@ -201,7 +201,7 @@ def _check(model: nn.Module, graph_module: GraphModule, args: Sequence[Any], kwa
 
 
 def _weighed(x: Tensor) -> Tensor:
-    """One number that depends on every element in a way of its own."""
+    """Sum of the elements, each with a different weight."""
     x = x.double() if not x.is_complex() else torch.view_as_real(x).double()
     return (x * torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)).sum().cpu()
 

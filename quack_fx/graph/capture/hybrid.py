@@ -1,12 +1,12 @@
-"""How one op runs when some of its inputs are fake (meta tensors) and some are real.
+"""Run one op whose inputs may be a mix of fake (meta) and real tensors.
 
-In: an op and its arguments. Out: its result. The rules, in this order:
+In: an op and its arguments. Out: its result. The first rule that applies is used:
 
-1. No input is fake: the op runs for real, on the CPU whatever device was asked for, so that masks, positions and tables
-   that depend on no parameter have their real values. Only results that are too large become fake.
-2. The result does not depend on the fake values (`zeros_like`, `new_ones`, ...): it is real.
-3. The op needs the values of a fake tensor (`nonzero`, `item`, boolean indexing): it gets a canned answer, and the
-   recording says so. This is mostly routing; the layout is the same for every route.
+1. No input is fake: the op runs on the CPU, whatever device was requested, so masks, positions and tables that depend
+   on no parameter have their real values. A result that is too large is fake.
+2. The result does not depend on fake values (`zeros_like`, `new_ones`, ...): it is real.
+3. The op needs the values of a fake tensor (`nonzero`, `item`, boolean indexing): it returns a canned answer, which the
+   recording lists. This is mostly routing, and the layout is the same for every route.
 4. Otherwise the op runs on meta tensors, which computes shapes and strides only.
 """
 
@@ -25,7 +25,7 @@ from quack_fx.graph.forward.machine import available_memory
 REAL_LIMIT = 1 << 24
 """Tables of more elements than this are fake in a hybrid recording: no larger one is worth its memory."""
 
-# Uninitialised ones are not among them: they are always about to be filled, mostly with fake values.
+# empty_like and new_empty are left out: their results are about to be filled, mostly with fake values.
 _LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"})
 _NEW = frozenset({"new_zeros", "new_ones", "new_full"})
 _NUMBERS = frozenset({"_local_scalar_dense", "item"})
@@ -47,17 +47,17 @@ def run_mixed(
     """Run `func` by the rules above.
 
     Arguments:
-        func: The op (an OpOverload, or a higher-order op).
-        args: Positional arguments; real and meta tensors may be mixed.
+        func: The op (an OpOverload or a higher-order op).
+        args: Positional arguments, with real and meta tensors in any mix.
         kwargs: Keyword arguments, likewise.
-        taint: Called with a real tensor that is about to receive fake values in place; gives back its fake twin.
-        canned: Names of ops that got a canned answer are appended here.
+        taint: Called with a real tensor that is about to receive fake values in place; returns its fake twin.
+        canned: List to which the names of ops with a canned answer are appended.
         number: Value of a floating-point fake tensor that is converted to a Python number.
-        most: Elements of the largest table that is real; no other result may take more than a part of the memory that
-            is left. None: no limit.
+        most: Largest real result of an op without tensor inputs, in elements. Every real result is also limited to a
+            part of the available memory. None: no limits.
 
     Returns:
-        The op's result; an in-place op returns the very tensor it was given (its twin after `taint`).
+        The op's result. An in-place op returns the tensor it was given (its twin after `taint`).
     """
     name = func.name() if callable(getattr(func, "name", None)) else str(func)
     name = name.split("::")[-1].split(".")[0]
@@ -96,18 +96,18 @@ def _real(
 
 
 def _may_be_large(name: str, leaves: list[Any]) -> bool:
-    """A cheap bound: few results have more elements than the product of all sizes in the arguments."""
+    """Cheap test that rules out most ops: few results have more elements than the product of all argument sizes."""
     sizes = [x.numel() if isinstance(x, Tensor) else x if type(x) is int else 1 for x in leaves]
     return math.prod(max(1, n) for n in sizes) ** (2 if name == "eye" else 1) > REAL_LIMIT
 
 
 def _is_large(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], most: int) -> bool:
-    """Whether a result has more elements than a real table may have, or than this machine can hold."""
+    """Whether a result exceeds the limit for real tables, or what this machine can hold."""
     if func.is_view or func._schema.is_mutable:
         return False
     try:
         made = [t for t in tree_leaves(_on_meta(func, args, kwargs)) if isinstance(t, Tensor)]
-    except Exception:  # its size depends on values: it is at most that of the tensor that holds them
+    except Exception:  # its size depends on the values of an input, and is at most that input's size
         return False
     if not any(isinstance(x, Tensor) for x in leaves) and sum(t.numel() for t in made) > most:
         return True
@@ -121,14 +121,14 @@ def _value_free(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     if size.numel() > REAL_LIMIT:
         fake: Tensor = _on_meta(func, args, kwargs)
         return fake
-    # One element of the right dtype stands for the fake tensor; its numbers are never read.
+    # One element of the right dtype stands for the fake tensor; its values are never read.
     stand_in = torch.zeros((), dtype=like.dtype).expand(like.shape)
     result: Tensor = func(stand_in, *args[1:], **{**kwargs, "device": torch.device("cpu")})
     return result
 
 
 def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-    """A made-up result in a 1-tuple, or None if the op needs none."""
+    """Return a made-up result in a 1-tuple, or None if the op needs none."""
     if not args or not isinstance(args[0], Tensor):
         return None
     x = args[0]
@@ -139,7 +139,7 @@ def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if name == "repeat_interleave":
         return (torch.arange(x.numel()),)  # each once
     if name in ("nonzero", "nonzero_numpy", "argwhere"):
-        return (torch.tensor([[n // 2 for n in x.shape]]).view(1, x.dim()),)  # the middle: borders are often cut off
+        return (torch.tensor([[n // 2 for n in x.shape]]).view(1, x.dim()),)  # the middle: forwards often crop borders
     if name == "masked_select":
         return (x.new_empty((1,)),)
     if name == "bincount":
@@ -155,7 +155,7 @@ def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _host_copies(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], canned: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with what only real tensors can do taken out: copies to the host, boolean masks as indices."""
+    """Adapt arguments that meta tensors cannot take: target devices, boolean masks, split sizes that were made up."""
     if name == "_to_copy" and kwargs.get("device") is not None:
         kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
     if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"):
@@ -183,10 +183,10 @@ def _host_copies(
 
 
 def _check_mask(mask: Tensor, indexed: Tensor, start: int) -> None:
-    """Refuse a boolean mask that torch would refuse: converted to indices, a smaller one would pass.
+    """Raise torch's own error for a mask of the wrong shape: converted to indices, a smaller mask would pass.
 
     Raises:
-        IndexError: It has another shape than what it indexes.
+        IndexError: The mask has another shape than the axes that it indexes.
     """
     for n, size in enumerate(mask.shape):
         if size != indexed.shape[start + n]:
@@ -199,7 +199,7 @@ def _check_mask(mask: Tensor, indexed: Tensor, start: int) -> None:
 def _mutation_targets(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], taint: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Make real tensors that this op writes fake values into fake first."""
+    """Replace the real tensors that this op writes fake values into by fake ones."""
     new_args, new_kwargs = list(args), dict(kwargs)
     for i, spec in enumerate(func._schema.arguments):
         if spec.alias_info is None or not spec.alias_info.is_write:
@@ -217,7 +217,7 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": torch.device("meta")}
     if "grouped_mm" in func.name():
-        # Its meta kernel takes bfloat16 alone, although the op itself takes more on some devices.
+        # Its meta kernel accepts only bfloat16; on some devices the op accepts other dtypes.
         wide = args[0].dtype
         args = tree_map_only(Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, args)
         return func(*args, **kwargs).to(wide)
@@ -225,11 +225,11 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _higher_order(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Any:
-    """Attention written as a higher-order op: its result has the shape of the queries and the width of the values."""
+    """Run flex_attention: its output has the shape of the queries and the width of the values."""
     if name != "flex_attention":
         raise NotImplementedError(f"the higher-order op {name} cannot be recorded")
     if not fake:
-        with torch._C._EnableTorchFunction():  # its masks are indexed with tensors, by a mode of its own
+        with torch._C._EnableTorchFunction():  # it indexes its masks with tensors, in a function mode
             return func(*args, **kwargs)
     query, value = args[0].to("meta"), args[2]
     out = query.new_empty(*query.shape[:-1], value.shape[-1])

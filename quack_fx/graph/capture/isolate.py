@@ -1,8 +1,8 @@
-"""What a recorded forward must leave unchanged: the model's attributes, the random state, global settings.
+"""Undo what a recorded forward changes in the model, the random state and global settings.
 
-In: a model. Out: a context in which its forward may run; afterwards every module has the attributes, buffers, hooks and
-submodules that it had before, and the random generators of torch and Python and torch's fast paths are restored.
-(The *values* of buffers are kept by the recorder, which passes a copy to every op.)
+In: a model. Out: a context in which its forward may run. On exit, every module gets back its attributes, buffers, hooks
+and submodules, and the RNGs of torch and Python and torch's fast-path setting are restored. (The *values* of buffers
+never change: the recorder passes copies to the ops.)
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes  # private: there is no public way out of a mode
+from torch.utils._python_dispatch import _disable_current_modes  # private: there is no public way to leave a mode
 
 from quack_fx.graph.forward.eager import op_by_op
 
 
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Context in which `model`'s forward may run without lasting effects."""
+    """Run `model`'s forward in this context without lasting effects."""
     before = [(module, Snapshot(module)) for module in model.modules()]
     python_rng = random.getstate()
     try:
@@ -38,14 +38,14 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Context in which ops are not recorded, and tensors report their real device."""
+    """Disable recording; tensors report their actual device."""
     with _disable_current_modes(), torch._C.DisableTorchFunction():
         yield
 
 
 @contextmanager
 def no_autocast() -> Iterator[None]:
-    """Context in which autocast does nothing: it would cast real tensors, but not fake ones."""
+    """Disable autocast, which would cast real tensors but not fake ones."""
     original = torch.autocast.__init__
 
     def init(self: torch.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
@@ -56,11 +56,11 @@ def no_autocast() -> Iterator[None]:
 
 
 class Snapshot:
-    """A module's attributes, with what its containers hold."""
+    """A module's attributes and the contents of its containers."""
 
     def __init__(self, module: nn.Module) -> None:
         self._attributes = dict(vars(module))
-        # Most containers of a module are empty, and a large model has millions: nothing is copied for those.
+        # A large model has millions of containers, most of them empty: an empty one is stored as None.
         self._contents = {
             n: (kind(v) if v else None)
             for n, v in self._attributes.items()
@@ -68,7 +68,7 @@ class Snapshot:
         }
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the module still has the very same attributes, and its containers hold the very same things."""
+        """Whether the module's attributes and the contents of its containers are still the same objects."""
         now = vars(module)
         return (
             len(now) == len(self._attributes)
@@ -77,7 +77,7 @@ class Snapshot:
         )
 
     def restore(self, module: nn.Module) -> None:
-        """Give the module back what it had."""
+        """Restore the module's attributes and the contents of its containers."""
         now = vars(module)
         for name in now.keys() - self._attributes.keys():
             del now[name]
@@ -92,12 +92,12 @@ class Snapshot:
 
 @functools.cache
 def _kind_of(kind: type) -> type | None:
-    """The plain container that a class is one of."""
+    """Return which of dict, list and set a class derives from, or None."""
     return next((plain for plain in (dict, list, set) if issubclass(kind, plain)), None)
 
 
 def _same(value: Any, content: Any) -> bool:
-    """Whether a container holds the very same things, in the same order; None is an empty one."""
+    """Whether a container holds the same objects in the same order; a `content` of None means empty."""
     if content is None:
         return not value
     if len(value) != len(content):

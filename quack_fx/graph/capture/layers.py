@@ -1,14 +1,18 @@
-"""Equal layers are recorded once, where that is provably safe.
+"""Record equal layers once, if that is provably safe.
 
-In: a model's equal layers (`equal.py`) and the calls of their forwards. Out: a `RepeatedLayer` for each layer that was
-not run, with a node that stands for it.
+In: a model's equal layers (`equal.py`) and the calls of their forwards. Out: a `RepeatedLayer`, with a node that stands
+for it, for each layer that was not run.
 
-A call is left out if two calls of equal layers were recorded with the same ops, and a third layer is called in the same
-way. The same means: nothing that differs between the layers was read; the inputs are the same objects, or fake tensors
-of one form; nothing was written that outlives the call (no attribute, no input in place, no
-tensor kept somewhere else than in the output), and no data was read that was not given. Anything else runs as usual.
-The last layer of a group is always recorded, and must turn out the same. What is left is code that counts its own calls
-in an object outside the model and changes its mind in the middle of the stack.
+A call is left out once calls of two other layers of the group, made in the same way, have run the same ops. This
+requires that
+
+- the inputs are equal: the same objects, equal values, or fake tensors of the same shape, strides and dtype;
+- the attributes that were read have the same values in these layers;
+- the recorded calls read only inputs, weights and constants;
+- the recorded calls wrote nothing that outlives them: no attribute, no input, no tensor kept outside the output.
+
+Any other call runs as usual. The last layer of a group is always recorded, and must run the same ops. The only thing
+missed is code that counts its calls in an object outside the model and changes what it does in mid-stack.
 """
 
 from __future__ import annotations
@@ -38,14 +42,14 @@ _CONSTANT = (types.FunctionType, types.BuiltinFunctionType, type)
 
 @dataclass(frozen=True)
 class RepeatedLayer:
-    """A layer that was not recorded, because it does what another one did.
+    """A call of a layer that was not recorded because it repeats the recorded call of another layer.
 
     Attributes:
-        node: Stands for the layer in the graph; its results are data of which nothing else is known.
-        nodes: The recorded call that it repeats; the recorded layer may have been called more often.
-        name: The layer.
-        like: The recorded layer.
-        given: Tensors that the recorded layer was called with, and whether this one was called with the very same.
+        node: Node that stands for the layer in the graph. Nothing is known about its results but that they are data.
+        nodes: Nodes of the recorded call (the recorded layer may have been called more than once).
+        name: Name of the layer.
+        like: Name of the recorded layer.
+        given: Nodes of the recorded call's tensor inputs -> whether this call was given the same tensor object.
         names: Name of each parameter, buffer and module of `like` -> the name of its counterpart.
     """
 
@@ -57,29 +61,29 @@ class RepeatedLayer:
     names: Mapping[str, str]
 
     def name_of(self, name: str) -> str:
-        """What has this name in `like` is called so in this layer; other names stay."""
+        """Return the counterpart in this layer of a name in `like`; any other name is returned as it is."""
         return self.names.get(name, name)
 
 
 def equal_layer(*inputs: Any) -> None:
-    """Target of the node that stands for a layer; never called."""
+    """Target of the node that stands for a layer. Never called."""
 
 
 class Tape(Protocol):
-    """What this file asks of the recorder."""
+    """What this file needs from the recorder."""
 
     graph: Graph
     alive: list[Any]
     names: dict[int, str]
 
     def node(self, tensor: Tensor) -> Node:
-        """Node of a tensor."""
+        """Return the node of a tensor."""
 
     def twin(self, tensor: Tensor) -> Tensor:
-        """The tensor that ops get instead of a tensor."""
+        """Return the tensor that ops receive instead of `tensor`."""
 
     def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
-        """Write down one more node with several results."""
+        """Append a node with several results."""
 
 
 @dataclass
@@ -98,7 +102,7 @@ class _Call:
 
 
 class EqualLayers:
-    """The equal layers of one model while its forward is recorded."""
+    """Decides for each call of an equal layer whether it runs, while a forward is recorded."""
 
     def __init__(self, groups: Sequence[EqualGroup], tape: Tape) -> None:
         self._repeated: list[RepeatedLayer] = []
@@ -111,10 +115,10 @@ class EqualLayers:
         self._held: dict[int, dict[str, Any]] = {}
 
     def done(self) -> tuple[RepeatedLayer, ...]:
-        """The layers that were left out.
+        """Return the layers that were left out.
 
         Raises:
-            RuntimeError: A layer that was recorded to make sure did something else than the others.
+            RuntimeError: A layer that was recorded as a check ran other ops than its group.
         """
         if self._contradicted:
             raise RuntimeError("equal layers do different things")
@@ -122,7 +126,7 @@ class EqualLayers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Context in which calls of the layers come here first; for use where the model's attributes are restored."""
+        """Intercept calls of the layers. Use inside `isolated`, which restores the model's attributes."""
         if not self._groups:
             yield
             return
@@ -144,7 +148,7 @@ class EqualLayers:
             yield
 
     def _hold(self, layer: nn.Module, group: EqualGroup) -> None:
-        """Take the attributes that differ out of the instances, so that reading them is noticed."""
+        """Move the differing attributes out of the instances, so that reads go through `__getattr__`."""
         for path, name in group.differing:
             module = layer.get_submodule(path)
             self._held.setdefault(id(module), {})[name] = vars(module).pop(name)
@@ -210,14 +214,14 @@ class EqualLayers:
         return output
 
     def _values_read(self, layer: nn.Module) -> dict[AttributePath, Any] | None:
-        """Values of the attributes that the call read, of those that differ; None if one is of another layer."""
+        """Values of the differing attributes that the call read; None if it read one of another layer."""
         paths = {id(module): path for path, module in layer.named_modules()}
         if any(owner not in paths for owner, _ in self._read):
             return None
         return {(paths[owner], name): self._held[owner][name] for owner, name in self._read}
 
     def _confirm(self, calls: list[_Call], group: EqualGroup, call: _Call) -> None:
-        """Keep a call; mark an earlier one, of another layer, that ran the same ops."""
+        """Mark an earlier call of another layer as confirmed if it ran the same ops; else keep this call."""
         for known in calls:
             same = known.layer is not call.layer and self._same_call(known, group, call.layer, call.given, call.form)
             if same and self._alike(known, call, group):
@@ -232,7 +236,7 @@ class EqualLayers:
         return names is not None and _same_nodes(known, call, names)
 
     def _same_call(self, known: _Call, group: EqualGroup, layer: nn.Module, given: list[Any], form: TreeSpec) -> bool:
-        """Whether a layer is called like the known one, and has the same values of the attributes that were read."""
+        """Whether a layer is called like the known one, and the attributes that call read have the same values."""
         return (
             form == known.form
             and all(self._same_input(a, b) for a, b in zip(known.given, given, strict=True))
@@ -255,7 +259,7 @@ class EqualLayers:
         return ours.is_meta == theirs.is_meta and ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
     def _stand_in(self, call: _Call, layer: nn.Module, given: list[Any], names: Mapping[str, str]) -> Any:
-        """Return what the layer would have returned, as new fake tensors."""
+        """Return the layer's outputs as new fake tensors, without running it."""
         result, made = list(call.result), []
         for i, value in enumerate(call.result):
             if isinstance(value, Tensor):
@@ -277,7 +281,6 @@ class EqualLayers:
 
 
 def _since(graph: Graph, last: Node | None) -> list[Node]:
-    """Nodes added to the graph after `last`."""
     found: list[Node] = []
     for node in reversed(graph.nodes):
         if node is last:
@@ -287,7 +290,7 @@ def _since(graph: Graph, last: Node | None) -> list[Node]:
 
 
 def _results_are_new(call: _Call) -> bool:
-    """Whether the outputs are inputs handed through, plain values, and fake tensors with memory of their own."""
+    """Whether every output is an input, a plain value or a fake tensor with new storage, and not all are inputs."""
     storages: list[int] = [storage_of(x) for x in call.given if isinstance(x, Tensor)]
     for value in call.result:
         if isinstance(value, Tensor):
@@ -302,7 +305,7 @@ def _results_are_new(call: _Call) -> bool:
 
 
 def _only_given(call: _Call) -> bool:
-    """Whether the ops read nothing but inputs, weights and constants, and wrote into nothing that was there before."""
+    """Whether the ops read only inputs, weights and constants, and wrote only into tensors made in the call."""
     inside = set(call.nodes)
     outside = {a for node in call.nodes for a in node.all_input_nodes if a not in inside}
     if any(node.op == "call_function" and node not in call.given_nodes for node in outside):
@@ -319,7 +322,7 @@ def _tensors(node: Node) -> list[Tensor]:
 
 
 def _escaped(calls: list[_Call], alive: list[Any]) -> bool:
-    """Whether a tensor made in the calls is held by anything but the recording, the inputs and the outputs."""
+    """Whether anything other than the recording, the inputs and the outputs holds a tensor made in the calls."""
     told = {id(x) for call in calls for x in (*call.given, *call.result)}
     nodes = [node for call in calls for node in call.nodes]
     made = [tensor for node in nodes for tensor in _tensors(node) if id(tensor) not in told]
@@ -330,14 +333,14 @@ def _escaped(calls: list[_Call], alive: list[Any]) -> bool:
 
 
 def _sharing(values: list[Any]) -> list[int]:
-    """Which of the values are the same tensor."""
+    """For each tensor, the index of its first occurrence."""
     first: dict[int, int] = {}
     return [first.setdefault(id(x), i) for i, x in enumerate(values) if isinstance(x, Tensor)]
 
 
 def _same_nodes(known: _Call, other: _Call, names: Mapping[str, str]) -> bool:
     """Whether two calls ran the same ops on corresponding tensors."""
-    ours, theirs = (  # constants enter the graph where they are first used: mostly in the first layer
+    ours, theirs = (  # without get_attr nodes: a constant enters the graph at its first use, mostly in the first layer
         [n for n in call.nodes if n.op == "call_function"] for call in (known, other)
     )
     if len(ours) != len(theirs):
@@ -368,7 +371,7 @@ def _same_nodes(known: _Call, other: _Call, names: Mapping[str, str]) -> bool:
 
 
 def _same_constant(a: Node, b: Node, names: Mapping[str, str]) -> bool:
-    """Whether two constants that are not parameters have the same values."""
+    """Whether two nodes are constants outside both layers with the same values."""
     x, y = a.meta["val"], b.meta["val"]
     own = str(a.target) in names or str(b.target) in names.values()
     return not own and not x.is_meta and not y.is_meta and x.dtype == y.dtype and torch.equal(x, y)

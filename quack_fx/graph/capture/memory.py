@@ -1,6 +1,6 @@
-"""Storages and the views of them.
+"""Storages and views.
 
-In: a tensor. Out: the identity of its storage, a key of the view that it is, or the same view of another storage.
+In: a tensor. Out: the identity of its storage, a key for its view of that storage, or the same view of another storage.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ Window = tuple[Any, ...]
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Identity of the storage of a tensor and all its views; of the tensor itself if it has none (sparse)."""
+    """Return an id that a tensor shares with all its views; for a tensor without storage (sparse), its own id."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else -id(tensor)
 
 
 def window_of(tensor: Tensor) -> Window:
-    """Equal for two tensors that are the same view of the same storage."""
+    """Return a key that is equal for two tensors that are the same view of the same storage."""
     if tensor.layout != torch.strided:
         return (id(tensor),)
     return (storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def window_on(storage: torch.UntypedStorage, tensor: Tensor) -> Tensor:
-    """A view of a storage, with the offset, shape and strides that `tensor` has in its own."""
+    """Return a view of `storage` with the offset, shape and strides of `tensor`."""
     window = torch.empty(0, dtype=tensor.dtype, device=storage.device)
     return window.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,10 +1,11 @@
-"""The dispatch mode that writes down every ATen op of a forward pass as a torch.fx graph.
+"""Dispatch mode that records every ATen op of a forward pass in a torch.fx graph.
 
-In: a model and the calls of its forward. Out: a `torch.fx.GraphModule`.
+In: a model and a call of its forward. Out: a `torch.fx.GraphModule`.
 
-A tensor is recognised by identity or, if autograd made another tensor object of the same data, by its view of its
-storage. Parameters and buffers are never passed to an op: every op gets their *twin*. The twin of a parameter is a meta
-tensor (hybrid) or, for a parameter on meta, a random tensor (real); the twin of a buffer is a copy.
+A tensor is recognized by identity or, if autograd made another tensor object for the same data, by its view of its
+storage. An op never receives a parameter, a buffer or another tensor from outside the forward, but its *twin*. The twin
+of a parameter is a meta tensor in hybrid mode; in real mode it is a CPU copy, with random values if the parameter is on
+meta. The twin of any other tensor is a CPU copy, or a meta tensor if it is on meta or too large to copy.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ _MOST = 5
 
 
 class Recorder(TorchDispatchMode):
-    """Records the ops that run while it is active; see the file's docstring."""
+    """Records the ops that run while it is active; see the module docstring."""
 
-    # flex_attention and other higher-order ops come to this mode as they are.
+    # Higher-order ops such as flex_attention reach this mode undecomposed.
     supports_higher_order_operators = True
 
     def __init__(
@@ -69,7 +70,7 @@ class Recorder(TorchDispatchMode):
         self._nodes: dict[int, Node] = {}
         self._windows: dict[Window, Node] = {}
         self._twins: dict[int, torch.UntypedStorage] = {}
-        self.alive: list[Any] = []  # identities stay unique only while the tensors live
+        self.alive: list[Any] = []  # an id is unique only while its tensor is alive
         self._stacks: list[dict[str, tuple[str, type]]] = [{}]
         modules = list(model.named_modules())
         parameters = [(_within(path, n), t) for path, m in modules for n, t in m._parameters.items() if t is not None]
@@ -88,10 +89,10 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Ask torch to hand over higher-order ops although this mode is not one of its own."""
+        """Make torch dispatch higher-order ops to this mode, which it does only for infra modes."""
         return True
 
-    # ---- life of the mode ----------------------------------------------------------------------------------------
+    # ---- entering and leaving ------------------------------------------------------------------------------------
 
     def __enter__(self) -> Recorder:
         self._hooks = [
@@ -112,7 +113,7 @@ class Recorder(TorchDispatchMode):
         self._around.__exit__(*exc)
 
     def _contexts(self) -> list[AbstractContextManager[Any]]:
-        """Contexts in which the forward runs; each is described in its own file."""
+        """Contexts in which the forward runs; each is documented in its own file."""
         if self.way == "real":
             return [OnThisMachine(), JaggedWrittenOut(), OneDevice(self)]
         return [no_autocast(), OnThisMachine(), JaggedWrittenOut(), AnyLayout(), OneDevice(self)]
@@ -127,7 +128,7 @@ class Recorder(TorchDispatchMode):
             self._stacks.pop()
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Example inputs as placeholders, on the CPU; those on meta get values (zeros, or ones for masks)."""
+        """Copy example inputs to the CPU as placeholders; those on meta are filled with ones, or zeros for integers."""
 
         placed_before: dict[int, Tensor] = {}
 
@@ -152,12 +153,12 @@ class Recorder(TorchDispatchMode):
         return placed
 
     def finish(self, output: Any) -> GraphModule:
-        """Close the graph with the forward's tensors as its output."""
+        """Close the graph, with the tensors that the forward returned as its output."""
         leaves: list[Node] = []
         seen: set[int] = set()
 
         def collect(value: Any) -> None:
-            # Outputs may be any object (a ModelOutput, a dataclass); only its tensors matter.
+            # The output may be any object (a ModelOutput, a dataclass); only its tensors matter.
             if isinstance(value, Tensor):
                 leaves.append(self.node(value))
             elif isinstance(value, Mapping):
@@ -180,7 +181,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if takes_itself_apart(types):
             return NotImplemented
-        # Whether a tensor is fake or real is decided here; other modes must not change its device.
+        # This mode decides whether a tensor is fake or real; function modes must not change its device.
         with torch._C.DisableTorchFunction():
             return self._run(func, args, kwargs or {})
 
@@ -199,7 +200,7 @@ class Recorder(TorchDispatchMode):
         )
         if isinstance(func, torch._ops.OpOverload) and not func.is_view and not func._schema.is_mutable:
             self._count(result)
-        if not _tensors((args, kwargs, result)):  # no computation: a marker of the profiler, for example
+        if not _tensors((args, kwargs, result)):  # no computation, for example a profiler marker
             return result
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
@@ -208,13 +209,13 @@ class Recorder(TorchDispatchMode):
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
 
     def _bind(self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node) -> Any:
-        """Attach the op's results to its node; return what the model's code expects (its own tensors)."""
+        """Attach the op's results to its node; return them with the model's own tensors in place of twins."""
         given = {
             id(run): own for own, run in zip(_tensors((args, kwargs)), _tensors((run_args, run_kwargs)), strict=True)
         }
         if isinstance(result, Tensor):
             node.meta["val"] = result
-            own = given.get(id(result), result)  # an in-place op returns the tensor that it was given
+            own = given.get(id(result), result)  # an in-place op returns the tensor it was given
             self._remember(own, node)
             return own
         if not isinstance(result, list | tuple):
@@ -224,7 +225,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _count(self, result: Any) -> None:
-        """Count the bytes of real results, which are all kept alive, and stop before memory runs out."""
+        """Count the bytes of real results, which all stay alive, and raise before memory runs out."""
         for made in result if isinstance(result, list | tuple) else (result,):
             if isinstance(made, Tensor) and not made.is_meta:
                 self._left -= made.numel() * made.element_size()
@@ -232,14 +233,14 @@ class Recorder(TorchDispatchMode):
             raise MemoryError(f"what it computes takes more than {self._room / 2**30:.1f} GiB, half of what is left")
 
     def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
-        """Add a node that stands for several ops and returns several tensors."""
+        """Append a node that stands for several ops and returns several tensors."""
         node = self.graph.call_function(target, tuple(inputs))
         node.meta["nn_module_stack"] = self._stacks[-1]
         self._take_apart(node, results)
         return node
 
     def _take_apart(self, node: Node, results: Sequence[Any]) -> None:
-        """One node for each tensor in the results of `node`."""
+        """Append a getitem node for each tensor in the results of `node`."""
         node.meta["val"] = results
         for i, item in enumerate(results):
             if isinstance(item, Tensor):
@@ -248,10 +249,10 @@ class Recorder(TorchDispatchMode):
                 self._remember(item, part)
 
     def _as_written(self, value: Any) -> Any:
-        """An argument as written in the graph.
+        """Return an argument as it appears in the graph.
 
-        Left out are subgraphs of higher-order ops (their tensors are arguments themselves), random number generators,
-        and objects of TorchScript classes (packed weights, process groups), which have no textual form.
+        Replaced by None are subgraphs of higher-order ops (their tensors are arguments too), and random generators and
+        TorchScript objects (packed weights, process groups), which have no textual form.
         """
         if isinstance(value, Tensor):
             return self.node(value)
@@ -266,12 +267,12 @@ class Recorder(TorchDispatchMode):
         self.alive.append(tensor)
 
     def node(self, tensor: Tensor) -> Node:
-        """Node of a tensor: of the op that made it, or one for a tensor from outside."""
+        """Return the node of a tensor: that of the op that made it, or a new one for a tensor from outside."""
         node = self._nodes.get(id(tensor)) or self._windows.get(window_of(tensor))
         return node if node is not None else self._outside(tensor)
 
     def _outside(self, tensor: Tensor) -> Node:
-        """Node of a tensor that no recorded op made: a parameter, a buffer, a view of one, or a constant."""
+        """Add a node for a tensor that no recorded op made: a parameter, a buffer, a view of one, or a constant."""
         self._make_twin(tensor)
         name = self._own.get(id(tensor)) or self._own_windows.get(window_of(tensor))
         if name is None and (owner := self._own_storages.get(storage_of(tensor))) is not None:
@@ -289,14 +290,14 @@ class Recorder(TorchDispatchMode):
         return node
 
     def twin(self, tensor: Tensor) -> Tensor:
-        """The tensor that an op gets instead of `tensor`; see the file's docstring."""
+        """Return the tensor that an op receives instead of `tensor`; see the module docstring."""
         key, storage = storage_of(tensor), None
         while (twin := self._twins.get(key)) is not None and twin is not storage:
             storage, key = twin, int(twin._cdata)  # the real twin of a buffer may have become fake
         return tensor if storage is None else window_on(storage, tensor)
 
     def _make_twin(self, tensor: Tensor) -> None:
-        """Make the twin storage of a tensor from outside the recording; see the file's docstring."""
+        """Make the twin storage of a tensor from outside the forward; see the module docstring."""
         key = storage_of(tensor)
         if key in self._twins or tensor.layout != torch.strided:
             return
@@ -315,14 +316,14 @@ class Recorder(TorchDispatchMode):
         self.alive.append(tensor)
 
     def _taint(self, tensor: Tensor) -> Tensor:
-        """A real tensor is about to be overwritten with fake values: from now on all of its storage is fake."""
+        """Replace the storage of a real tensor that is about to receive fake values by a fake one; return the twin."""
         storage = _fake_storage(tensor.untyped_storage())
         self._twins[storage_of(tensor)] = storage
         self.alive.append(tensor)
         return window_on(storage, tensor)
 
     def stand_in(self, tensor: Tensor, fake: bool) -> Tensor:
-        """A tensor that is the given one in the graph: its twin, or, where `fake`, a tensor on meta in any case."""
+        """Return a tensor with the same graph node: the twin or, if `fake`, a meta tensor."""
         node, twin = self.node(tensor), self.twin(tensor)
         if fake and not twin.is_meta:
             twin = torch.empty_strided(twin.shape, twin.stride(), dtype=twin.dtype, device="meta")
@@ -330,7 +331,7 @@ class Recorder(TorchDispatchMode):
         return twin
 
     def made_up(self, tensor: Tensor) -> Any:
-        """A made-up number in place of each of a fake tensor's, as `tolist` gives them."""
+        """Return made-up values of a fake tensor, nested as `tolist` returns them."""
         numeric = tensor.is_floating_point() or tensor.is_complex()
         self.canned.append(NUMBER if numeric else "tolist")
         value = self._number if numeric else False if tensor.dtype == torch.bool else 1
@@ -342,12 +343,12 @@ class Recorder(TorchDispatchMode):
 
 
 def _getitem(sequence: Sequence[Any], index: int) -> Any:
-    """Element of an op's tuple of results (a function of its own so that generated code can name it)."""
+    """Element of an op's results; a named function, so that generated code can refer to it."""
     return sequence[index]
 
 
 def _own_lines() -> str:
-    """The innermost frames of the model's code, the innermost last, in the form of `Node.stack_trace`."""
+    """Innermost frames of the model's code, innermost last, in the format of `Node.stack_trace`."""
     frame, found = sys._getframe(1), list[traceback.FrameSummary]()
     while frame.f_back is not None and len(found) < _MOST:
         frame = frame.f_back
@@ -372,10 +373,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _check_alone(func: Any) -> None:
-    """Refuse ops that wait for other ranks: those may be busy with something else, and tensors are fake here.
+    """Reject ops that wait for other ranks, which may not be running this forward; and tensors here are fake.
 
     Raises:
-        RuntimeError: It is one.
+        RuntimeError: The op communicates with other ranks.
     """
     home = getattr(func, "namespace", None)
     if home == "c10d" and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -386,5 +387,5 @@ def _check_alone(func: Any) -> None:
 
 
 def _is_code(value: Any) -> bool:
-    """Whether a value is a module or a function, and no op's name."""
+    """Whether a value is a module or a function, and not an op or a class."""
     return callable(value) and not isinstance(value, Node | Tensor | torch._ops.OpOverload | type)

@@ -1,10 +1,10 @@
-"""Wrappers and sharding are removed from a model while a forward is recorded.
+"""Remove wrappers and sharding from a model while a forward is recorded.
 
-In: a model, plain, wrapped, sharded, or with wrapped and sharded layers. Out: a context with the module inside, whose
-forward is that of one process: no wrapper (DistributedDataParallel, torch.compile, activation checkpointing and
-offload, AveragedModel, FSDP1) is left in its tree, no hook and no class of torch.distributed, and what a rank holds a
-part of (a DTensor: FSDP2, tensor parallel; a flat weight of FSDP1) has its whole shape, on meta. So names are those of
-the module inside, it can be copied, and no rank waits for another. Afterwards everything is as it was.
+In: a model that may be wrapped or sharded, as a whole or in some layers. Out: a context with the module inside, whose
+forward runs in a single process. Its tree has no wrappers (DistributedDataParallel, torch.compile, activation
+checkpointing and offload, AveragedModel, FSDP1), and no hooks or classes of torch.distributed. Weights of which a rank
+holds only a part (DTensors of FSDP2 and tensor parallelism, flat weights of FSDP1) have their full shape, on meta. So
+the module has its own names, it can be copied, and no rank waits for another. On exit everything is restored.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _STATE = "__composable_api_state_key"
 
 @contextmanager
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """Context in which a model's forward is that of the module inside, on one process.
+    """Remove a model's wrappers and sharding within this context.
 
     Arguments:
         model: Any module.
 
     Yields:
-        The module inside; the model itself where nothing is wrapped or sharded.
+        The module inside; the model itself if nothing is wrapped or sharded.
 
     Raises:
-        CaptureError: The whole shape of a weight is unknown.
+        CaptureError: The full shape of a weight is unknown.
 
     Example:
         >>> with unwrapped(torch.compile(layer)) as inner:
@@ -63,7 +63,7 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def first_wrapped(model: nn.Module) -> str | None:
-    """What is wrapped or sharded in a model, in words: the first such module, or None.
+    """Describe the first wrapped or sharded module of a model; None if there is none.
 
     Example:
         >>> first_wrapped(torch.compile(torch.nn.Linear(2, 2)))
@@ -76,14 +76,14 @@ def first_wrapped(model: nn.Module) -> str | None:
 
 
 def _is_touched(module: nn.Module) -> bool:
-    """Whether a module is a wrapper, holds a part of a weight, or has hooks of torch.distributed."""
+    """Whether a module is a wrapper, holds a DTensor, or has hooks of torch.distributed."""
     tensors = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return _inside(module) is not module or any(map(is_part, tensors)) or any(map(_is_parallel, hooks))
 
 
 def _inside(module: nn.Module) -> nn.Module:
-    """The module inside a wrapper of torch, or inside several."""
+    """Return the module inside any number of nested torch wrappers."""
     while len(module._modules) == 1 and _is_of_torch(type(module)):
         ((name, inner),) = module._modules.items()
         if name not in _INSIDE or inner is None:
@@ -93,13 +93,13 @@ def _inside(module: nn.Module) -> nn.Module:
 
 
 def _is_of_torch(kind: type) -> bool:
-    """Whether the forward of this class is a wrapper of torch, and not a layer."""
+    """Whether the forward of this class is that of a torch wrapper rather than of a layer."""
     running = next(cls for cls in kind.__mro__ if not vars(cls).keys().isdisjoint({"forward", "__call__"}))
     return running.__module__.startswith("torch.") and not running.__module__.startswith("torch.nn.modules.")
 
 
 def _take_off(modules: list[nn.Module]) -> None:
-    """Change modules to what they were before they were wrapped and sharded, in place."""
+    """Undo wrapping and sharding of modules in place."""
     whole: dict[int, Tensor] = {}  # tied weights stay tied
     for module in modules:
         module.__class__ = _own_class(type(module))
@@ -120,19 +120,19 @@ def _take_off(modules: list[nn.Module]) -> None:
 
 
 def _own_class(kind: type) -> type:
-    """The class that a module had before FSDP2 or `replicate` made one of it and of their own."""
+    """Return the class that a module had before FSDP2 or `replicate` mixed in its own."""
     mixed = len(kind.__bases__) == 2 and kind.__module__.startswith(_PARALLEL)
     return kind.__bases__[1] if mixed and kind.__bases__[0].__module__.startswith(_PARALLEL) else kind
 
 
 def is_part(value: Any) -> bool:
-    """Whether a value is a DTensor. Nothing is imported: there is none unless its module is already imported."""
+    """Whether a value is a DTensor, without importing its module: if that is not yet imported, there are none."""
     home = sys.modules.get("torch.distributed.tensor")
     return home is not None and isinstance(value, home.DTensor)
 
 
 def _whole(tensor: Any) -> Tensor:
-    """A tensor in its whole shape: with its values if every rank has all of them, else on meta."""
+    """Return a DTensor's full-shape counterpart: a replicated buffer with its values, anything else on meta."""
     if isinstance(tensor, nn.Parameter):
         return _on_meta(tensor.shape, tensor.dtype, tensor.requires_grad)
     if all(placement.is_replicate() for placement in tensor.placements):
@@ -146,14 +146,14 @@ def _on_meta(shape: torch.Size, dtype: torch.dtype, requires_grad: bool) -> nn.P
 
 
 def _unflatten(wrapper: nn.Module) -> None:
-    """Give the modules in an FSDP1 wrapper their weights back; only its flat weight knows which were where.
+    """Restore the weights of the modules in an FSDP1 wrapper from the metadata of its flat weight.
 
     Raises:
-        CaptureError: It does not say so (the attributes are private to torch), or the weights are tensor-parallel too.
+        CaptureError: The metadata (private attributes of torch) is missing, or the weights are also tensor-parallel.
     """
     try:
         handle = vars(wrapper)["_handle"]
-        if handle is None:  # all weights belong to wrappers inside
+        if handle is None:  # all weights belong to inner wrappers
             return
         flat = handle.flat_param
         infos, shapes, shared = flat._param_infos, flat._shapes, flat._shared_param_infos
@@ -180,7 +180,7 @@ def _give(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
 
 
 def _is_parallel(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is one of torch's that shard, gather and synchronise."""
+    """Whether a hook belongs to torch.distributed or torch.nn.parallel: these shard, gather and synchronize."""
     while isinstance(hook, partial):
         hook = hook.func
     home = getattr(hook, "__module__", None) or type(hook).__module__

@@ -1,10 +1,8 @@
-"""How the forward of a model runs on this machine.
+"""Contexts in which a model's forward runs on this machine, shared by `capture`, `targets` and `prove`.
 
-Each file is a context manager or a number, used by all folders that run models (`capture`, `targets`, `prove`).
-
-    machine.py    how much memory is left
-    gpus.py       code that asks for a GPU, on a machine without one
-    eager.py      nothing compiled, no fast path, no inference mode
-    fused.py      memory layout of the results of fused attention
-    jagged.py     attention over nested tensors in plain ops
+machine.py    available memory, and limits on its use
+gpus.py       code that requests a GPU, on a machine without one
+eager.py      no compilation, no fast path, no inference mode
+fused.py      memory layout of the results of fused attention
+jagged.py     attention over nested tensors in plain ops
 """

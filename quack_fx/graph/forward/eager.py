@@ -1,8 +1,8 @@
-"""A forward that runs op by op, with ops that can be recorded and differentiated.
+"""Run a forward op by op, with ops that can be recorded and differentiated.
 
-In: nothing. Out: a context for running a model: what it compiles runs eagerly, torch's own attention layers take no
-fast path (one opaque op), and `torch.inference_mode`, as a decorator or a context, is `torch.no_grad`. Tensors made in
-inference mode can be neither viewed nor differentiated outside it.
+Provides a context in which `torch.compile` runs eagerly, torch's attention layers skip their fast path (one opaque op),
+and `torch.inference_mode`, as a decorator or a context, acts as `torch.no_grad`: tensors made in inference mode can be
+neither viewed nor differentiated outside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 @contextmanager
 def op_by_op() -> Iterator[None]:
-    """The context."""
+    """Disable compilation, the attention fast path and inference mode."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,11 +1,9 @@
-"""Memory layout of the results of fused attention.
+"""Let `view` copy where the strides of an attention's result forbid a view.
 
-In: nothing. Out: a context in which a view of an attention's result becomes a copy if its strides forbid a view.
-
-The kernels return [batch, heads, positions, width] with the strides of [batch, positions, heads, width], or those of
-the queries, and forwards rely on it: `y.transpose(1, 2).view(b, s, d)`. Computed by plain ops, as here, the result is
-contiguous, and this view is an error. Other forwards rely on a contiguous result, so no single layout suits all. A copy
-has the same elements in the same order, whatever the layout.
+The fused kernels return [batch, heads, positions, width] with the strides of [batch, positions, heads, width], or with
+those of the queries, and forwards rely on it: `y.transpose(1, 2).view(b, s, d)`. Plain ops, as used here, return a
+contiguous result, for which this view is an error. Other forwards rely on a contiguous result, so no single layout
+works for all. A copy has the same elements in the same order in any layout.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ _REFUSED = "view size is not compatible"
 
 
 def is_flex(func: Any) -> bool:
-    """Whether a function is the op inside `flex_attention`, which has no public name."""
+    """Whether a function is the higher-order op inside `flex_attention`, which has no public name."""
     return getattr(func, "__name__", "") == "flex_attention"
 
 
 class AnyLayout(TorchFunctionMode):
-    """The context. Before the first attention, a view that fails is an error of the model."""
+    """Function mode that replaces a failing view by a copy after the first attention; before it, the model is wrong."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Code that asks for a GPU, on a machine without one.
+"""Run code that requests a GPU on a machine without one.
 
-In: nothing. Out: a function mode in which tensors requested on a GPU are made on `Device.now`: the CPU, or the meta
-device while a model is built there. On a machine with a GPU it changes nothing.
+Provides a function mode in which tensors requested on a GPU are made on `Device.now` instead: the CPU, or the meta
+device while a model is built there. On a machine with a CUDA GPU it changes nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _GPUS = ("cuda", "hip", "npu", "xpu", "mps")
 
 
 class Device:
-    """Device of tensors that are requested on a GPU: "cpu", or "meta" while a model is built there."""
+    """Device that replaces a requested GPU: "cpu", or "meta" while a model is built there."""
 
     now = "cpu"
 
 
 class OnThisMachine(TorchFunctionMode):
-    """Makes tensors that are requested on a GPU on `Device.now`."""
+    """Function mode that makes tensors requested on a GPU on `Device.now`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,12 +42,12 @@ _TO = {torch.Tensor.to, torch.Tensor.type}
 
 
 def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """A tensor on a device; a meta tensor stays as it is."""
+    """Move a tensor to a device; a meta tensor stays as it is."""
     return tensor if tensor.is_meta or tensor.device.type == device else tensor.to(device)
 
 
 def here(device: Any) -> Any:
-    """A device that this machine has."""
+    """Replace a GPU by `Device.now` and a CUDA tensor type by its CPU type; anything else is returned as it is."""
     if isinstance(device, int) and not isinstance(device, bool):
         return Device.now
     if isinstance(device, str):

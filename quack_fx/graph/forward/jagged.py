@@ -1,8 +1,8 @@
-"""Attention over nested tensors in plain ops.
+"""Run attention over nested tensors in plain ops.
 
-In: nothing. Out: a context in which `scaled_dot_product_attention` of jagged nested tensors (sequences of different
-lengths, one behind the other) runs as ordinary attention of all tokens with all, masked to those of the same sequence.
-The kernels that torch has for it hide the logits from a dispatch mode, and do not support the meta device.
+Provides a function mode in which `scaled_dot_product_attention` of jagged nested tensors (concatenated sequences of
+different lengths) runs as dense attention over all tokens, with a mask that keeps sequences apart. Torch's own kernels
+for it hide the logits from a dispatch mode and do not support the meta device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def takes_itself_apart(types: Any) -> bool:
-    """Whether an op is to be dispatched to a nested tensor first, which then runs ops on its parts.
+    """Whether an op must be dispatched to a nested tensor first, which then runs ops on its components.
 
     Arguments:
         types: Classes of the op's tensors, as passed to a dispatch mode.
@@ -26,7 +26,7 @@ def takes_itself_apart(types: Any) -> bool:
 
 
 class JaggedWrittenOut(TorchFunctionMode):
-    """The context; a mode of torch."""
+    """Function mode that runs attention over jagged nested tensors as masked dense attention."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -53,7 +53,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Jagged:
-    """Operands are [sequences, heads, tokens of each, dim], with tokens the ragged axis."""
+    """Masked dense attention of operands [sequences, heads, tokens, dim], whose ragged axis is tokens."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     mask = _sequences(q)[:, None] == _sequences(k)
     if is_causal:
@@ -65,12 +65,12 @@ def _attention(
 
 
 def _sequences(x: Jagged) -> Tensor:
-    """For each token the number of its sequence."""
+    """Index of each token's sequence."""
     lengths = x.offsets().cpu().diff()
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
 def _positions(x: Jagged) -> Tensor:
-    """For each token its position in its sequence."""
+    """Position of each token in its sequence."""
     offsets: Tensor = x.offsets().cpu()
     return torch.arange(int(offsets[-1])) - offsets[:-1][_sequences(x)]

@@ -1,8 +1,8 @@
-"""How much memory this machine can still allocate, and when Python looks for garbage in it.
+"""Available memory, a limit on its use, and a pause of garbage collection.
 
-In: nothing. Out: a number of bytes. Nothing larger than a part of it is built, copied or recorded for real, and unknown
-code runs within `bounded_memory`: an allocation that fails is an error that can be reported, while a process that uses
-up the memory is killed without a message.
+Callers build, copy or record for real only what takes a fraction of `available_memory()`, and run unknown code within
+`bounded_memory`: a failed allocation is an error that can be reported, while a process that exhausts the memory is
+killed without a message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _GROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes that could be allocated now: the least of what the machine, the container and the process have left."""
+    """Return the bytes that can be allocated now: the least of what machine, container and process have left."""
     return max(0, min(_limits(), default=SMALL_MACHINE))
 
 
@@ -29,7 +29,7 @@ def _limits() -> Iterator[int]:
     free = _free()
     if free is not None:
         yield free
-    with suppress(OSError, ValueError):  # "max" where there is no limit
+    with suppress(OSError, ValueError):  # the limit is "max" if there is none
         limit = int((_GROUP / "memory.max").read_text())
         used = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
         yield limit - int(used.get("anon", 0))
@@ -46,9 +46,9 @@ def _limits() -> Iterator[int]:
 
 @contextmanager
 def bounded_memory() -> Iterator[None]:
-    """Context in which an allocation fails if it would use the last eighth of the memory that is left."""
+    """Make allocations fail that would use the last eighth of the available memory."""
     with ExitStack() as stack:
-        with suppress(ImportError, OSError, ValueError):  # macOS does not tell what a process has
+        with suppress(ImportError, OSError, ValueError):  # macOS does not report a process's size
             import resource  # not on Windows
 
             before = resource.getrlimit(resource.RLIMIT_DATA)
@@ -59,8 +59,8 @@ def bounded_memory() -> Iterator[None]:
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
-    """Context without garbage collection: a recording, or an import of torch, makes a million objects that all stay
-    alive, and collecting among them takes longer than the work itself."""
+    """Disable garbage collection: a recording, or an import of torch, makes a million objects that all stay alive, and
+    scanning them takes longer than the work itself."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -71,7 +71,7 @@ def without_collecting() -> Iterator[None]:
 
 
 def _own_data() -> int:
-    """Bytes of this process that count against its limit of data."""
+    """Bytes of this process that count toward RLIMIT_DATA."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmData:"):
             return int(line.split()[1]) << 10
@@ -79,7 +79,7 @@ def _own_data() -> int:
 
 
 def _free() -> int | None:
-    """Free memory of the machine; file caches count as free, as the system can drop them."""
+    """Free memory of the machine, including file caches, which the system can drop; half of all memory if unknown."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) << 10

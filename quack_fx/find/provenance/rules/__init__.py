@@ -2,13 +2,13 @@
 
 In: a `Step`, a node with the flows of its arguments. Out: its `Flow`.
 
-    step.py         a node, as a rule sees it
+    step.py         what a rule is given: a node and the flows of its arguments
     products.py     projections and other products
-    views.py        view ops, single results of several
+    views.py        view ops, and getitem
     reductions.py   reductions and pooling
-    elementwise.py  all other ops, and among them ...
-    norms.py        ... features times a statistic of themselves: norms
-    weights.py      ... features with factors, gains and biases
+    elementwise.py  all other ops, including
+    norms.py          features times a statistic of themselves: norms
+    weights.py        features with factors, gains and biases
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["ADDING", "RULES", "Step", "flow_of"]
 
 
 def _lookup(step: Step) -> Flow:
-    """A table look-up by positions is a parameter, like a slice of it; one by tokens is data."""
+    """A lookup by position is a parameter, like a slice of one; a lookup by token id is unknown data."""
     return step.unknown() if step.node in step.df.from_input else step.nothing()
 
 
 def _input(step: Step) -> Flow:
-    """An input, a parameter, or a buffer before anything is written into it: a cache of keys."""
+    """A buffer (a key cache before anything is written into it) holds no features; any other input is unknown data."""
     is_buffer = step.node.op == "get_attr" and step.node not in step.df.weights
     return step.nothing() if is_buffer else step.unknown()
 
@@ -59,7 +59,7 @@ RULES: Mapping[Kind, Callable[[Step], Flow]] = {
 
 
 def flow_of(step: Step) -> Flow:
-    """Flow of the node of a step."""
+    """Return the flow of a step's node."""
     df, node = step.df, step.node
     if node not in df.activation and df.group[node] not in df.writes:
         return step.unknown() if df.is_given(node) and step.outside == UNKNOWN else step.nothing()

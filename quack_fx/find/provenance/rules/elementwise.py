@@ -1,4 +1,4 @@
-"""Elementwise ops: every element keeps its features; the other operand may be a norm, a factor or a bias."""
+"""Elementwise ops: every element keeps its features; the other operand may be a statistic, a factor or a bias."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BOUNDED = SOFTMAX | frozenset("sin cos polar".split())
 
 
 def elementwise(step: Step) -> Flow:
-    """An op that computes each element from those at the same index; every op that is not listed elsewhere."""
+    """Rule for every op that no other rule handles: each element depends on the elements at the same index."""
     df, node, labels = step.df, step.node, step.labels
     value = df.value(node)
     if isinstance(value, list | tuple):
@@ -42,7 +42,7 @@ def elementwise(step: Step) -> Flow:
     merged = merged_flow(labelled)
     features = [labels.features(f.label) for f in labelled]
     if name in ("mul", "div") and len(labelled) > 1 and any(f != features[0] for f in features):
-        return step.unknown()  # one projection gates another: the result depends on both
+        return step.unknown()  # one projection gates another, so the result depends on both
     result = replace(merged, label=shrink(label))
     if name == "mul" and _is_outer(step, inputs):
         return step.unknown()
@@ -57,7 +57,7 @@ def elementwise(step: Step) -> Flow:
 
 
 def _only_data(step: Step, inputs: list[Node]) -> Node | None:
-    """The one argument that the features of the result come from; None if there are several."""
+    """Return the only argument that holds the result's features, or None if there are several."""
     holds = {n: flow for n in inputs if not (flow := step.input(n)).empty}
     data = [n for n, flow in holds.items() if flow.statistic is None]
     if not data:
@@ -66,7 +66,7 @@ def _only_data(step: Step, inputs: list[Node]) -> Node | None:
 
 
 def _is_outer(step: Step, inputs: list[Node]) -> bool:
-    """Whether a weight spreads one feature over many: an outer product."""
+    """Whether the node is an outer product with a weight, which spreads one feature over many elements."""
     df = step.df
     shapes = [df.shape(n) for n in inputs]
     for other in step.node.all_input_nodes:
@@ -78,13 +78,13 @@ def _is_outer(step: Step, inputs: list[Node]) -> bool:
 
 
 def _without_weights(name: str, flows: list[Flow]) -> list[Flow]:
-    """The flows without rotations and attention weights, which are multiplied with features but are none."""
+    """Drop rotations and attention weights, which multiply features but hold none."""
     others = [f for f in flows if not f.ops & _BOUNDED]
     return others if name == "mul" and others else flows
 
 
 def _told_apart(step: Step, flows: list[Flow]) -> list[Flow]:
-    """The flows, with sums taken for features where they meet a statistic: a statistic is never normalised."""
+    """Treat sums as features if the other operand is a statistic, because a statistic is never normalized."""
     if all(f.statistic is not None for f in flows):
         known = [UNKNOWN not in step.labels.features(f.label) for f in flows]
         if any(known) and not all(known):

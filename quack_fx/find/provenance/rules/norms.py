@@ -1,4 +1,4 @@
-"""Norms: single ops, and features multiplied with a statistic of themselves."""
+"""Norms: single ops, and features multiplied with or divided by a statistic of themselves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BOUNDS = frozenset("clamp clamp_min clamp_max minimum maximum".split())
 
 
 def norm_op(step: Step) -> Flow:
-    """A norm that is one op."""
+    """Rule for a norm that is a single op."""
     df, node = step.df, step.node
     x = step.input(node.args[0])  # type: ignore[arg-type]
     name = df.op[node].name
@@ -41,7 +41,7 @@ def norm_op(step: Step) -> Flow:
 
 
 def of_statistics(step: Step, name: str, flows: list[Flow]) -> Flow:
-    """An op on statistics alone; sums stay features as well."""
+    """Flow of an op on statistics only; a sum may still be used as features."""
     shape = step.df.shape(step.node)
     statistics = [f.statistic for f in flows if f.statistic is not None]
     joined = Statistic(
@@ -60,12 +60,16 @@ def of_statistics(step: Step, name: str, flows: list[Flow]) -> Flow:
 def with_statistics(
     step: Step, name: str, flow: Flow, statistics: list[Statistic], features: frozenset[int], x: Node | None
 ) -> Flow:
-    """Features combined with statistics: with their own it is a norm, or the mean is subtracted; else unknown data."""
+    """Combine features with statistics.
+
+    Multiplying or dividing by their own statistic is a norm, or a clip if the statistic is clamped. Adding or
+    subtracting their own is centering, and another's makes them unknown. Any other op makes the scale unknown.
+    """
     here = NormOp(step.node, x)
     for statistic in statistics:
         own = statistic.features <= features
         if name in ("add", "sub", "rsub") and statistic.ops & {"cumsum", "cumprod"}:
-            flow = replace(flow, label=step.full(UNKNOWN))  # sums of other logits, and no maximum or mean
+            flow = replace(flow, label=step.full(UNKNOWN))  # a running sum of other logits, not a maximum or mean
         elif name in ("add", "sub", "rsub"):
             if own:
                 flow = replace(flow, ops=flow.ops | {"centre"}, centring=(*flow.centring, here))
@@ -84,7 +88,7 @@ def with_statistics(
 
 
 def _clips(step: Step, name: str) -> bool:
-    """Whether a statistic is clamped by more than an epsilon, so that short vectors stay as they are."""
+    """Whether a statistic is clamped by more than an epsilon, so that short vectors are left unchanged."""
     if name not in _BOUNDS:
         return False
     given = [*step.node.args[1:], *step.node.kwargs.values()]
@@ -94,7 +98,7 @@ def _clips(step: Step, name: str) -> bool:
 
 
 def _module_of(step: Step, x: Flow) -> str | None:
-    """Module that computes the norm: the deepest one that does not run the projection as well."""
+    """Module that computes the norm: the innermost one, if it does not also run the projection."""
     df = step.df
     around: set[str] = set()
     for feature in step.labels.features(x.label) - {UNKNOWN}:
@@ -111,7 +115,7 @@ def _weight_name(step: Step, node: Node | None) -> str | None:
 
 
 def _kind(statistic: frozenset[str], ops: frozenset[str]) -> NormKind:
-    """Which norm a division by a statistic is."""
+    """Kind of norm that a product with a statistic is."""
     if statistic & {"var", "std", "var_mean", "std_mean"} or "centre" in ops or "centre" in statistic:
         return "layer"
     if statistic & {"linalg_vector_norm", "norm"}:

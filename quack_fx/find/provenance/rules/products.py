@@ -13,7 +13,7 @@ from quack_fx.graph.dataflow import factors_of, is_depthwise
 
 
 def product(step: Step) -> Flow:
-    """A projection, or a product whose result holds the features of its data (rotation, pooling, mixed heads)."""
+    """Rule for products: a projection, or one that keeps the features of its data (rotation, pooling, mixed heads)."""
     df, node = step.df, step.node
     if step.outside != UNKNOWN:
         return _mixed_heads(step)
@@ -29,7 +29,7 @@ def product(step: Step) -> Flow:
     if step.mixes_tokens(node):
         return _by_matrix(step, left, right)
     if not constants or any(map(df.is_weight, (left, right))):
-        # Positions projected by a weight are a projection like any other.
+        # Position embeddings times a weight are a projection like any other.
         made = step.projections.of(node)
         return step.unknown() if made is None else Flow(made[1])
     if bias is not None and bias in df.activation:
@@ -38,7 +38,7 @@ def product(step: Step) -> Flow:
 
 
 def _by_matrix(step: Step, left: Node, right: Node) -> Flow:
-    """Data times a matrix that is not a projection: constants (rotation, pooling), or a weight that mixes tokens."""
+    """Data times a matrix of constants (rotation, pooling), or times a weight that mixes tokens."""
     df, node = step.df, step.node
     data_left = left in df.activation
     flow = step.input(left if data_left else right)
@@ -54,7 +54,7 @@ def _by_matrix(step: Step, left: Node, right: Node) -> Flow:
 
 
 def _mixed_heads(step: Step) -> Flow:
-    """A product with a weight that keeps the number of logits: heads are mixed, each label stays at its index."""
+    """A product with a weight that mixes heads and keeps the number of logits: each label stays at its index."""
     shape = step.df.shape(step.node)
     for argument in step.node.all_input_nodes:
         flow = step.flows.get(argument)
@@ -64,7 +64,7 @@ def _mixed_heads(step: Step) -> Flow:
 
 
 def _depthwise(step: Step) -> Flow:
-    """A depthwise convolution: a gain for each channel, if the features of the channels are known."""
+    """A depthwise convolution acts as a gain per channel: the channels keep their features, if these are known."""
     df, node = step.df, step.node
     x = step.input(node.args[0])  # type: ignore[arg-type]
     if UNKNOWN in step.labels.features(x.label) or x.empty:

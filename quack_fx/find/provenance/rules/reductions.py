@@ -1,4 +1,4 @@
-"""Reductions over axes and pooling over windows: statistics of features, or sums that are features themselves."""
+"""Reductions over axes and pooling over windows: their results are statistics of features, or features themselves."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _OF_SIZE = frozenset("pow abs square exp".split())
 
 
 def reduction(step: Step, of: Node | None = None, part: int = 0) -> Flow:
-    """A reduction; or, where the node takes one part of the results of a reduction `of`, that part."""
+    """Rule for a reduction. If the node is a getitem, `of` is the reduction and `part` the index of its result."""
     df, node = step.df, of or step.node
     value, source = df.value(step.node), node.args[0]
     x = step.input(source) if isinstance(source, Node) else step.unknown()
     if not isinstance(value, Tensor):
-        return x  # its parts are made by `part`
+        return x  # `views.part` handles its results
     if not value.is_floating_point():
         return step.nothing()  # indices, not features
     unknown = torch.tensor(UNKNOWN).expand(value.shape)
@@ -45,7 +45,7 @@ def reduction(step: Step, of: Node | None = None, part: int = 0) -> Flow:
             if label is not None:
                 return replace(x, label=label)
         elif name in _SUMS:
-            # Either the mean that a norm subtracts, or a rotation by small matrices: its use will show which.
+            # Either the mean that a norm subtracts, or a rotation by small matrices: its use decides.
             label = _without(step.labels.union_along(x.label, dims), dims, value.shape)
     width = x.label.numel() // max(1, value.numel())
     statistic = Statistic(frozenset(features), x.ops | {name}, width)
@@ -53,12 +53,12 @@ def reduction(step: Step, of: Node | None = None, part: int = 0) -> Flow:
 
 
 def pooled(step: Step, of: Node | None = None) -> Flow:
-    """Windows on the last axes: labels that do not vary along those axes stay. `of` as for a reduction."""
+    """Rule for pooling: labels that are constant along the pooled axes stay. `of` as in `reduction`."""
     df, node = step.df, of or step.node
     x = step.input(node.args[0])  # type: ignore[arg-type]
     axes = range(x.label.dim() - pooled_axes(df.op[node]), x.label.dim())
     if isinstance(df.value(step.node), list | tuple):
-        return x  # its parts are made by `part`
+        return x  # `views.part` handles its results
     if x.statistic is not None or not all(constant_along(x.label, d) for d in axes):
         return step.unknown()
     for d in axes:
@@ -67,7 +67,7 @@ def pooled(step: Step, of: Node | None = None) -> Flow:
 
 
 def _without(label: Tensor, dims: list[int], shape: torch.Size) -> Tensor | None:
-    """Labels that vary along none of `dims`, in the shape of a reduction over them; None where it has another."""
+    """Reduce labels that are constant along `dims` to `shape`; None if that has another number of axes."""
     for d in sorted(dims, reverse=True):
         label = label.narrow(d, 0, 1)
         label = label if label.dim() == len(shape) else label.select(d, 0)
@@ -75,7 +75,7 @@ def _without(label: Tensor, dims: list[int], shape: torch.Size) -> Tensor | None
 
 
 def _reduced_dims(node: Node, rank: int) -> list[int] | None:
-    """Axes that a reduction runs over; None where the op does not say so in its second argument."""
+    """Axes that a reduction runs over; None if its second argument does not say."""
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if isinstance(dims, int):
         dims = [dims]

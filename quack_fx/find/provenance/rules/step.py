@@ -1,7 +1,4 @@
-"""What the rule for a kind of op is given: one node and the flows of its arguments.
-
-In: the graph and the flows so far. Out: `Step`.
-"""
+"""What the rule for a kind of op is given: one node and the flows of its arguments."""
 
 from __future__ import annotations
 
@@ -23,13 +20,13 @@ class Step:
     """One node that is run on labels.
 
     Attributes:
-        df: The graph.
-        labels: Sets of features.
-        projections: The projections met so far.
-        mixes_tokens: Whether a product with a weight sums each feature over tokens.
+        df: The graph's dataflow.
+        labels: Registry of labels.
+        projections: Projections of the graph.
+        mixes_tokens: Function that says whether a product with a weight sums each feature over tokens.
         node: The node.
         flows: Flows of the nodes that were run before.
-        outside: Label of arguments that were not run: UNKNOWN, or NOTHING where given labels are carried.
+        outside: Label of arguments that were not run: UNKNOWN, or NOTHING when given labels are carried.
     """
 
     df: Dataflow
@@ -41,15 +38,15 @@ class Step:
     outside: int
 
     def full(self, value: int) -> Tensor:
-        """One label everywhere, in the shape of the node."""
+        """Label tensor of the node's shape, filled with one label."""
         return torch.tensor(value).expand(self.df.shape(self.node))
 
     def nothing(self) -> Flow:
-        """The node holds no features."""
+        """Flow of a node that holds no features."""
         return Flow(self.full(NOTHING))
 
     def unknown(self) -> Flow:
-        """The node holds data of which no row is known."""
+        """Flow of a node that holds data whose rows are unknown."""
         return Flow(self.full(UNKNOWN))
 
     def input(self, node: Node) -> Flow:

@@ -1,4 +1,4 @@
-"""View ops, run on labels, and single results of ops that have several."""
+"""View ops, run on labels, and getitem nodes, which take one of several results."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from quack_fx.find.provenance.views import run_view
 
 
 def view(step: Step) -> Flow:
-    """A view op: the same features at other indices."""
+    """Rule for view ops: the same features at other indices."""
     df, node, labels = step.df, step.node, step.labels
     name = df.op[node].name
-    given = node.all_input_nodes[:1] if name.endswith("_as") else node.all_input_nodes  # the other gives a shape
+    given = node.all_input_nodes[:1] if name.endswith("_as") else node.all_input_nodes  # the other only gives a shape
     sources = [step.input(n) for n in given if _is_data(step, n)]
     if name == "view_as_complex":
         label = step.input(node.args[0]).label  # type: ignore[arg-type]
@@ -29,7 +29,7 @@ def view(step: Step) -> Flow:
     if name in ("real", "imag", "_conj", "conj"):
         return sources[0]
     if isinstance(df.value(node), list | tuple):
-        return replace(merged_flow(sources), label=step.full(NOTHING))  # its parts are made by `part`
+        return replace(merged_flow(sources), label=step.full(NOTHING))  # `part` handles its results
     try:
         alias = df.group[node] in df.writes and df.group[node] is not node
         label = run_view(df, node, lambda n: step.input(n).label, UNKNOWN, alias)
@@ -43,12 +43,12 @@ def view(step: Step) -> Flow:
 
 
 def _is_data(step: Step, node: Node) -> bool:
-    """Whether an argument is the data of a view op, and not an index."""
+    """Whether an argument is the data of a view op rather than an index."""
     return node in step.df.activation or step.df.group[node] in step.df.writes
 
 
 def part(step: Step) -> Flow:
-    """One of several results."""
+    """Rule for getitem: one of several results."""
     df, node = step.df, step.node
     whole: Node = node.args[0]  # type: ignore[assignment]
     i: int = node.args[1]  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The other operand of an elementwise op on features: plain factors, gains of norms, biases."""
+"""The other operand of an elementwise op on features: factors, gains of norms, biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quack_fx.graph.walk import walk
 
 
 def with_weights(step: Step, name: str, flow: Flow, x: Node | None) -> Flow:
-    """Plain factors, gains of norms and added biases; `x` holds the features."""
+    """Apply factors, gains of norms and added biases to the flow; `x` is the node that holds the features."""
     df, node = step.df, step.node
     others = [a for a in node.args if not (isinstance(a, Node) and step.carries(a))]
     if name in ("mul", "div"):
@@ -34,7 +34,7 @@ def with_weights(step: Step, name: str, flow: Flow, x: Node | None) -> Flow:
 
 
 def _is_bias_of(step: Step, norm: NormTag, bias: Node, x: Node | None) -> bool:
-    """Whether a weight that is added to a norm's result is its bias: in its module, or right after a gain."""
+    """Whether a weight added to a norm's result is its bias: added in the norm's module, or right after its gain."""
     df = step.df
     if norm.module is not None:
         return norm.module in df.modules(step.node)
@@ -58,7 +58,7 @@ def _times_node(step: Step, name: str, flow: Flow, other: Node, x: Node | None) 
 
 
 def _is_rotation(step: Step, node: Node) -> bool:
-    """Whether a node is the sine or cosine of angles, also of learned ones: a rotation changes no norm."""
+    """Whether a node is the sine or cosine of (possibly learned) angles: a rotation preserves norms."""
     df = step.df
     while df.op[node].kind == "view" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
@@ -66,7 +66,7 @@ def _is_rotation(step: Step, node: Node) -> bool:
 
 
 def _gain_names(step: Step, node: Node) -> set[str]:
-    """Parameters behind a gain, through (1 + gain) and casts."""
+    """Parameters that a gain is computed from, for example as (1 + gain) or by a cast."""
     df = step.df
     behind = walk([node], lambda n: df.from_weight.intersection(n.all_input_nodes))
     return {df.weights[n] for n in behind if n in df.weights}
