@@ -106,7 +106,7 @@ def find(
     """Build a target and find its layout, or read the layout from `layout_file`.
 
     The environment of the target's files stays open until the command ends. With `real`, for a model that can train,
-    they only stay importable, since compiled code must not depend on stand-ins.
+    the files only stay importable: compiled code must not depend on stand-ins.
 
     Raises:
         QuackError: Bad input, reported in one line.

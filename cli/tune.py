@@ -1,7 +1,7 @@
 """`quack-fx tune TARGET`: short training runs of a model as it is, with QuacK, and with QK norm.
 
-In: a target, and text or batches to train it on. Out: on stdout, the losses on held-out batches and what they say; on
-stderr, the growing table during the runs. Exit status 1 if there is no attention, or no run ended with a finite loss.
+In: a target, and text or batches to train it on. Out: on stdout, the losses on held-out batches and advice; on stderr,
+the growing table during the runs. Exit status 1 if there is no attention, or no run ended with a finite loss.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _try(model: nn.Module, batch: Batch) -> None:
 
 
 def _again(target: str, build: str | None, inputs: str | None) -> nn.Module:
-    """The model once more, with other weights."""
+    """The model once more, with new weights."""
     from quack_fx.targets import resolve
 
     with redirect_stdout(sys.stderr):

@@ -81,7 +81,6 @@ def _is_foreign_bias(evidence: Evidence, side: Side, name: str, head: int, rows:
 
 
 def _claimed_heads(evidence: Evidence) -> Heads:
-    """Rows that the site claims, by query head."""
     return [
         {"query": _claimed_rows(evidence, "query", head), "key": _claimed_rows(evidence, "key", key_head)}
         for head, key_head in enumerate(evidence.site.head_map)

@@ -221,8 +221,8 @@ class Evidence:
     def _met(self, factors: Sequence[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
         """Projections of the claimed chains in a tree, from the logits upstream.
 
-        An unclaimed projection ends the walk. If it is nearest to the logits or a link of the chain, the claim is
-        wrong.
+        An unclaimed projection ends the walk, and refutes the claim if it is nearest to the logits or a link of a
+        chain.
         """
         for factor in factors:
             if self._is_claimed(factor, side):

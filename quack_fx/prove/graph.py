@@ -3,8 +3,7 @@
 In: a `Tape`. Out: its softmaxes; for each, the products of queries and keys that make its logits; for each operand of
 these, a tree of `Factor`s: the projections (products with a weight) that a backward walk from the logits meets.
 
-A backward walk ends at the nearest products, softmaxes and embeddings; the tree continues from the input of each
-projection.
+A backward walk ends at products, softmaxes and embeddings; the tree continues from the inputs of each projection.
 """
 
 from __future__ import annotations
@@ -369,7 +368,7 @@ class Graph:
             return (r for r in self._readers[op] if (r.data or r.weight) and r not in attention)
 
         for count, op in enumerate(walk([start], after), 1):
-            if count > 200 or any(v in self.tape.results for v in op.outputs):  # a path this long has left it
+            if count > 200 or any(v in self.tape.results for v in op.outputs):  # so long a path has left the attention
                 return False
         return True
 

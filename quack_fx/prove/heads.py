@@ -1,8 +1,7 @@
 """The heads in a tensor of logits, and which operand of a logit product holds the keys.
 
-In: the logits of a softmax, replayed with the operands of its products as leaves (`Upper`). Out: candidate labelings of
-the logits by head; the positions of each operand that the logits of a head read; the query and key operand of a
-product.
+In: the logits of a softmax, replayed with the operands of its products as leaves (`Upper`). Out: candidate head labels
+of the logits; the positions of each operand that the logits of a head read; the query and key operand of a product.
 """
 
 from __future__ import annotations
@@ -74,8 +73,7 @@ class Upper:
     def _weights_of_no_shift(self) -> Tensor:
         """Small integers along the softmax's axis that sum to zero.
 
-        As a seed, they give no gradient to a value subtracted from all logits equally, such as the maximum over all
-        heads.
+        As a seed, they give no gradient to a value subtracted from all logits equally, such as a maximum over heads.
         """
         size, dim = self.softmax.shape[self.softmax.dim], self.softmax.dim
         weights = 1.0 - 2.0 * (torch.arange(size) % 2)

@@ -210,7 +210,6 @@ def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]
 
 
 def _reads(evidence: Evidence, module: str | None, param: str) -> bool:
-    """Whether an op that ran in a module reads a parameter."""
     return any(module in op.modules and any(v.param == param for v in op.inputs) for op in evidence.graph.tape.ops)
 
 

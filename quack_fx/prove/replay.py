@@ -88,7 +88,7 @@ class Replay:
         return dict(self._gradients(value, seed, self.params))
 
     def gradients_at(self, value: Value, seed: Tensor, values: Iterable[Value]) -> dict[Value, Tensor]:
-        """Gradient of each of some values, leaves or not, that a seed on a value reaches."""
+        """Gradient of each given value, leaf or not, that a seed on a value reaches."""
         inside = {one: self.start(one) for one in values}
         return dict(self._gradients(value, seed, {p: t for p, t in inside.items() if t.requires_grad}))
 

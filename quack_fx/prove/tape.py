@@ -122,11 +122,11 @@ class Tape:
         return made + tuple(op for op in writers if op is not value.op and (before is None or op.index < before.index))
 
     def is_data(self, value: Value, before: Op | None = None) -> bool:
-        """Whether a value depends on the model's inputs."""
+        """Whether a value is an input of the model or made by an op with `data`, as the op `before` reads it."""
         return value.is_input or any(op.data for op in self.behind(value, before))
 
     def is_weight(self, value: Value, before: Op | None = None) -> bool:
-        """Whether a value depends on parameters alone, and on at least one."""
+        """Whether a value depends on parameters and is not data."""
         if self.is_data(value, before):
             return False
         return value.param is not None or any(op.weight for op in self.behind(value, before))

@@ -123,8 +123,7 @@ def _relative(site: AttentionSite) -> AttentionSite:
 
 
 def local_name(name: str, site: str) -> str:
-    """The name of a parameter or module relative to its site: without the site's prefix, or with relative layer
-    numbers.
+    """A name relative to a site: without the site's prefix, or with layer numbers relative to the site's.
 
     Example:
         >>> local_name("layers.3.attn.q.weight", "layers.3.attn"), local_name("layers.2.kv.weight", "layers.3.attn")

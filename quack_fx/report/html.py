@@ -170,7 +170,6 @@ def _bar(side: Side, a: int, b: int, odd: str, text: str) -> str:
 
 
 def _by_reason(title: str, entries: Iterable[tuple[str, str]]) -> str:
-    """Names grouped by reason."""
     items = "".join(f"<li>{escape(reason)}<ul>{_names(names)}</ul>" for reason, names in g.by_reason(entries))
     return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
 

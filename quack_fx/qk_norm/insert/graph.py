@@ -75,7 +75,6 @@ class _Writing:
             self._norm(operand, names[operand.side])
 
     def done(self) -> GraphModule:
-        """The new graph module."""
         self._graph.lint()
         self._model.recompile()
         return self._model

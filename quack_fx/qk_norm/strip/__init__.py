@@ -51,19 +51,18 @@ def strip_qk_norm(
             that shares its parameters.
         layout: Layout of the model; `qk_norm` of each site lists its norms. A graph needs none.
         gain: What happens to the gain and the bias of a norm. "drop": they are removed with the norm. "keep": only the
-            division by the statistic is removed; gain and bias are still applied. "fold": like "keep", but
-            the gain is multiplied into the weight rows and biases of the projection, once and in place, and the outputs
-            are compared with those of "keep". For modules only.
+            division by the statistic is removed; gain and bias are still applied. "fold": like "keep", but the gain is
+            multiplied into the weight rows and biases of the projection, once and in place, and the outputs are
+            compared with those of "keep". For modules only.
         scale: "restore": if the model relied on the norm to bound its logits (a logit scale above 1/sqrt(head_dim), an
             L2 norm instead of an RMS norm), features are multiplied by a constant that keeps logits at their usual
-            scale. "keep": they are not. `notes` lists each constant.
+            scale; `notes` lists each constant. "keep": no constant is applied.
         inputs: Example inputs of the forward, a tuple or a dict of keyword arguments; `gain="fold"` needs them. The
             report then has the standard deviation of the logits before and after, and a note on each norm of values,
             which stays.
 
     Returns:
-        What was removed and what stays; its `layout` describes the model as it is now. A model without QK norms is not
-        changed.
+        What was removed and what stays, and the layout of the stripped model. A model without QK norms is unchanged.
 
     Raises:
         StripError: The layout names a module that the model does not have, a model is given without a layout, an option

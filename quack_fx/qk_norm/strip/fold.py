@@ -1,8 +1,7 @@
 """Folds gains of norms into the projections before them, which keeps learned gains without a norm.
 
 In: a model, the weight rows before each norm to remove, example inputs. Out: rows and biases, multiplied in place, and
-a check that the outputs equal those of the model with gains but without statistics. `FoldedRows.undo` restores the old
-values.
+a check that the outputs equal those of the model with gains but no statistics. `FoldedRows.undo` reverts the fold.
 """
 
 from __future__ import annotations

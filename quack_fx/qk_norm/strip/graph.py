@@ -219,7 +219,6 @@ class _Rewriting:
         return GraphModule(self._original, self._graph).train(self._original.training)
 
     def _ops(self, norm: GraphNorm) -> tuple[NormOp, ...]:
-        """The ops of a norm to remove."""
         return norm.ops if self._keep_gain else (*norm.ops, *norm.gains)
 
     def _needed(self, operand: Node, path: set[Node], sources: Mapping[Node, tuple[NormOp, float]]) -> list[Node]:

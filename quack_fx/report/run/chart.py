@@ -1,7 +1,7 @@
 """Curves as SVG.
 
 In: `Curves`. Out: an SVG element with axes and a description in words. The browser shows the numbers of the step under
-the pointer. Where a value is not finite, its curve has a gap and the picture a mark.
+the pointer. Where a value is not finite, its curve has a gap, and a cross marks the step.
 """
 
 from __future__ import annotations

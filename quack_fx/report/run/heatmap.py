@@ -42,7 +42,7 @@ class HeatMap:
 
 
 def heat_maps(run: Run) -> list[HeatMap]:
-    """The heat maps of a run, one per block, all with the same steps; their number is limited by the page's size."""
+    """The heat maps of a run, one per block, all with the same steps, few enough for a page of limited size."""
     if run.last is None:
         return []
     names = [name for name in run.last.heads if name[1].endswith(f"/{SCALE}")]

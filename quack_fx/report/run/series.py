@@ -49,7 +49,7 @@ class Growth:
         head: Its index.
         first: The product at the start of the record.
         now: The product at the last step.
-        ratio: `now` divided by `first`; infinite if `first` is zero.
+        ratio: `now` divided by `first`; infinite if only `first` is zero.
         logit: Its largest logit at the last step; None if the record has none.
         way: The product over time.
     """
@@ -135,7 +135,7 @@ def growth(run: Run, limit: int) -> list[Growth]:
 
 
 def _ratio(now: float, first: float) -> float:
-    """`now` divided by `first`; infinite if `first` is zero."""
+    """`now` divided by `first`; infinite if only `first` is zero."""
     if first == 0:
         return 1.0 if now == 0 else math.inf * now
     return now / first
@@ -177,7 +177,7 @@ def fraction(value: float, low: float, high: float) -> float:
 
 
 def number(value: float | None) -> str:
-    """A number with four digits."""
+    """A number with at most four significant digits."""
     if value is None:
         return ""
     if not math.isfinite(value):
