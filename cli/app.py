@@ -1,8 +1,8 @@
 """The program. In: the words of a command line. Out: an exit status.
 
-0: done. 1: the check said no (a proof failed, no attention was found). 2: bad input, told in one line on stderr that
-says what to do; `--debug` adds the traceback and the log. Anything else is a mistake of quack-fx itself and keeps its
-traceback.
+0: done. 1: the check failed (a proof failed, no attention was found). 2: bad input, reported in one line on stderr that
+says what to do; `--debug` adds the traceback and the log. 130: interrupted. Any other error is a bug in quack-fx and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except QuackError as error:
         return _refuse(str(error), 1 if isinstance(error, VerifyError) else 2, "--debug" in words)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # whoever reads stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
@@ -82,20 +82,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
-        # What the parser of the command line says; its class has another home in each version of typer.
+        # An error of the command-line parser, whose class lives elsewhere in each version of typer.
         message = getattr(error, "format_message", None)
         if message is None:
             raise
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "quack-fx"
         if not message():
-            return 2  # no command was named: the help has been shown
+            return 2  # without a command, the help was shown
         return _refuse(f"{message().rstrip('.')}; see {where} --help", 2, debug=False)
 
 
 @contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """Context in which everything that quack-fx logs is shown."""
+    """Show everything that quack-fx logs."""
     logger, handler = logging.getLogger("quack_fx"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     before = logger.level

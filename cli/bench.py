@@ -1,7 +1,7 @@
 """`quack-fx bench TARGET`: times a training step of a model with and without QuacK, on this machine.
 
-In: a target. Out: on stdout the table of all ways to take the step, and the ratios of interest. The ways are timed in
-turn within each round, so that a slower machine affects all of them. Exit status 1 where there is no attention.
+In: a target. Out: on stdout, the table of all ways to take the step, and the ratios of interest. Each round times every
+way once, so that a change in the machine's speed affects all of them. Exit status 1 if there is no attention.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def bench(
 
 
 def _loss(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """The mean square of the model's largest output; any loss would do, since all ways have the same."""
+    """The mean square of the model's largest output; any loss would do, as all ways have the same."""
     from torch import Tensor
     from torch.utils._pytree import tree_leaves
 

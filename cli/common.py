@@ -1,6 +1,6 @@
 """What the commands share: options, progress, from a target to its layout, writing files.
 
-Results go to stdout, everything else to stderr, including what the user's code prints.
+Results go to stdout; everything else, including what the user's code prints, goes to stderr.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _command = ExitStack()
 
 @contextmanager
 def command() -> Iterator[None]:
-    """Context of one command, at whose end the environment of its target closes."""
+    """Context of one command; closes the environment of its target at the end."""
     try:
         yield
     finally:
@@ -90,7 +90,7 @@ def command() -> Iterator[None]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A status line on stderr while something runs; nothing where stderr is not a terminal."""
+    """A status line on stderr while something runs, if stderr is a terminal."""
     console = Console(stderr=True)
     with redirect_stdout(sys.stderr):
         if not console.is_terminal:
@@ -103,13 +103,13 @@ def progress() -> Iterator[Callable[[str], None]]:
 def find(
     target: str, build: str | None, inputs: str | None, layout_file: Path | None = None, real: bool = False
 ) -> Finding:
-    """From what the user typed to the layout, which is found, or read from `layout_file`.
+    """Build a target and find its layout, or read the layout from `layout_file`.
 
-    The environment of the target's files stays open until the command ends, except with `real`, for a model that can
-    train: compiled code must not depend on stand-ins.
+    The environment of the target's files stays open until the command ends. With `real`, for a model that can train,
+    the files only stay importable: compiled code must not depend on stand-ins.
 
     Raises:
-        QuackError: Bad input, in one line.
+        QuackError: Bad input, reported in one line.
     """
     given = read_layout(layout_file) if layout_file else None
     with progress() as say:
@@ -145,7 +145,7 @@ def find(
 
 
 def _graph_text(found: Found) -> str:
-    """How the graph was recorded, with its limits."""
+    """How the graph was recorded, with its limitations."""
     text = f"{found.nodes:,} nodes, recorded with {'fake' if found.way == 'hybrid' else 'real'} weights"
     if found.fallback_reason:
         text += f" (with fake ones: {found.fallback_reason})"
@@ -158,7 +158,7 @@ def read_layout(path: Path) -> QKLayout:
     """A layout from its JSON file.
 
     Raises:
-        LayoutError: There is no such file, or it holds no layout.
+        LayoutError: The file cannot be read, or is not a layout.
     """
     from quack_fx.layout import QKLayout
 
@@ -176,7 +176,7 @@ def check_output(path: Path, force: bool) -> None:
     """Refuse an output file that cannot be written, before the work begins.
 
     Raises:
-        TargetError: It exists, is a folder, or its folder is missing or not writable.
+        TargetError: The file exists, is a folder, or its folder is missing or not writable.
     """
     folder = path.resolve().parent
     if path.is_dir():
@@ -190,12 +190,12 @@ def check_output(path: Path, force: bool) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically, and say so.
+    """Write a file atomically, and report it on stderr.
 
     Raises:
-        TargetError: The file system refuses.
+        TargetError: The file cannot be written.
     """
-    given, path = path, path.resolve()  # write through a link
+    given, path = path, path.resolve()  # keep a symbolic link, and write to its target
     temporary = ""
     try:
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
@@ -213,13 +213,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0o022)  # reading it means setting it
+    mask = os.umask(0o022)  # can only be read by setting it
     os.umask(mask)
     return mask
 
 
 def show(*parts: RenderableType) -> None:
-    """Print results on stdout; as plain text without padding, unless that is a terminal."""
+    """Print results on stdout; unless that is a terminal, as plain text without padding."""
     console = Console()
     if console.is_terminal:
         console.print(*parts, sep="\n")
@@ -232,7 +232,7 @@ def show(*parts: RenderableType) -> None:
 
 
 def note_notes(finding: Finding) -> None:
-    """Print on stderr the notes about how the target was built, for commands without a report."""
+    """Print the notes about how the target was built on stderr, for commands without a report."""
     for about, text in finding.facts.notes:
         note(f"{about}: {text}")
 

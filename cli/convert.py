@@ -1,6 +1,6 @@
 """`quack-fx convert TARGET -o FILE`: a training step that applies QuacK, as one Python file.
 
-In: a target. Out: the file, which needs torch alone, or its text on stdout. Exit status 1 where there is no attention.
+In: a target. Out: the file, which needs only torch, or its text on stdout. Exit status 1 if there is no attention.
 """
 
 from __future__ import annotations

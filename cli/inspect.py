@@ -1,8 +1,8 @@
 """`quack-fx inspect TARGET`: every query/key pair of a model, what was skipped and why, what never ran.
 
-In: a target. Out: on stdout a table with one row per group of equal layers and the tree of one pair, or the layout as
+In: a target. Out: on stdout, a table with one row per group of equal layers and the tree of one pair, or the layout as
 JSON; with --html also a page; with --verify a tick or a dash for each attention; with --explain only how one attention
-was traced, or why it was skipped. Exit status 1 where there is no attention, and where the proof of one is open.
+was traced, or why it was skipped. Exit status 1 if there is no attention, or one could not be proved.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _explain(finding: Finding, name: str, as_json: bool) -> int:
 
 
 def _proof(finding: Finding) -> Proof:
-    """The proof of a finding. Where the model cannot run, it leaves every attention open.
+    """The proof of a finding; if the model cannot run, every attention is undecided.
 
     Raises:
         VerifyError: A claim is wrong.

@@ -1,6 +1,6 @@
-"""The proof of a finding, on the model or on a small version of it, for `verify` and `inspect --verify`.
+"""The proof of a finding, for `verify` and `inspect --verify`.
 
-In: a finding. Out: a `VerifyReport` about its sites, and in words the model that the proof ran on.
+In: a finding. Out: a `VerifyReport` about its sites, and a description of the model that the proof ran on.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, str]:
     """Prove a finding by gradients.
 
-    For a model that is too large to copy, and has a config, the pairs of a smaller model of the same structure are
-    found and proved, and the result is carried over to attentions of the same form.
+    If a model is too large to copy but has a config, a smaller model of the same structure is proved instead, and the
+    result carries over to attentions of the same form.
 
     Arguments:
         finding: The target and its layout.
-        say: Called with a few words before each step that takes time.
+        say: Called with a short message before each step that takes time.
 
     Returns:
         The report, and the model that it ran on: "a copy with random weights".
 
     Raises:
         VerifyError: A claim is wrong.
-        CannotRun: The model cannot run, nor is there a smaller one.
+        CannotRun: The model cannot run, or is too large and has no smaller one.
     """
     from quack_fx.prove import TooLarge, carried_over, verify_qk_pairs
     from quack_fx.prove.copy import SIZE_LIMIT
@@ -59,7 +59,7 @@ def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, s
 
 
 def _small(target: Target, say: Callable[[str], None]) -> tuple[Target, str] | None:
-    """A smaller model of the same structure as a target's, and its size in words; None where there is none."""
+    """A smaller model of the same structure as a target's, and a description of its size; None if there is none."""
     from quack_fx.targets import settle
     from quack_fx.targets.adapters import adapt
 

@@ -1,7 +1,7 @@
-"""`quack-fx report FILE`: a recorded training run, for a person to read.
+"""`quack-fx report FILE`: a summary of a recorded training run.
 
-In: a file that `quack_fx.RunLog` wrote, of a run that ended or goes on. Out: on stdout a summary; with --html a page
-with curves and every head.
+In: a file that `quack_fx.RunLog` wrote, of a run that ended or is still going on. Out: on stdout, a summary; with
+--html also a page with curves and every head.
 """
 
 from __future__ import annotations

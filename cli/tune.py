@@ -1,8 +1,7 @@
-"""`quack-fx tune TARGET`: short training runs of a model, with nothing, with QuacK and with QK norm.
+"""`quack-fx tune TARGET`: short training runs of a model as it is, with QuacK, and with QK norm.
 
-In: a target, and text or batches to train it on. Out: on stdout the losses of the held-out batches and what they say;
-while the runs go on, on stderr, the table as it grows. Exit status 1 where there is no attention, or no
-run ended with a finite loss.
+In: a target, and text or batches to train it on. Out: on stdout, the losses on held-out batches and advice; on stderr,
+the growing table during the runs. Exit status 1 if there is no attention, or no run ended with a finite loss.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def tune(
     lrs, taus = _numbers("--lr", lr or _LRS[optimizer]), _numbers("--tau", tau)
     if output is not None:
         check_output(output, force)
-    # Read when torch is loaded. Threads that wait must not spin: on a busy machine that costs a multiple of the work.
+    # Read when torch is loaded. On a busy machine, waiting threads that spin cost a multiple of the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     source = None if batches is None else _function(batches)
     _sow(0)
@@ -134,13 +133,13 @@ def _task(
     again: Callable[[], nn.Module],
     given: bool,
 ) -> Task:
-    """What is trained: a language model on bytes, or any model on the batches that its user yields.
+    """What is trained: a language model on bytes, or any model on the user's batches.
 
     Arguments:
         finding: The model of the first seed.
         data: A file to read bytes from.
         source: Makes the batches of a seed; None for bytes.
-        again: Makes the model once more.
+        again: Builds the model once more.
         given: Whether the user gave example inputs.
     """
     from itertools import islice
@@ -188,7 +187,7 @@ def _try(model: nn.Module, batch: Batch) -> None:
 
 
 def _again(target: str, build: str | None, inputs: str | None) -> nn.Module:
-    """The model once more, with weights of its own."""
+    """The model once more, with new weights."""
     from quack_fx.targets import resolve
 
     with redirect_stdout(sys.stderr):
@@ -196,14 +195,14 @@ def _again(target: str, build: str | None, inputs: str | None) -> nn.Module:
 
 
 def _sow(seed: int) -> None:
-    """Weights that are made from here on depend on the seed."""
+    """Seed the weights that are created from here on."""
     import torch
 
     torch.manual_seed(seed)
 
 
 def _outcomes(task: Task, plan: Plan, models: Models) -> list[Outcome]:
-    """All runs, while their table grows on a terminal."""
+    """Do all runs, with a growing table on a terminal."""
     from quack_fx.bench.tune import tune as train
     from quack_fx.bench.tune_advice import table
 
@@ -221,7 +220,7 @@ def _outcomes(task: Task, plan: Plan, models: Models) -> list[Outcome]:
 
 
 def _left(outcomes: Sequence[Outcome], plan: Plan) -> str:
-    """How far the runs are, and the time that they will still take at most."""
+    """How many runs are done, and at most how much time is left."""
     done, planned = len(outcomes), len(list(plan.points()))
     spent = sum(outcome.seconds for outcome in outcomes)
     left = min(plan.seconds - spent, spent / done * (planned - done))
@@ -229,7 +228,7 @@ def _left(outcomes: Sequence[Outcome], plan: Plan) -> str:
 
 
 def _numbers(option: str, typed: str) -> list[float]:
-    """Positive numbers, as typed, each once."""
+    """The positive numbers of an option, each once."""
     found = []
     for word in typed.split(","):
         try:
@@ -243,7 +242,7 @@ def _numbers(option: str, typed: str) -> list[float]:
 
 
 def _function(typed: str) -> Callable[[int], Iterator[Batch]]:
-    """What --batches names, as a function of a seed that yields arguments.
+    """The function that --batches names: from a seed to call arguments.
 
     Raises:
         TargetError: There is no such function, or it raises.
@@ -276,13 +275,13 @@ def _module(place: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{place} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # classes of it look their module up
+    sys.modules[path.stem] = module  # its classes look it up there
     spec.loader.exec_module(module)
     return module
 
 
 def _arguments(batch: Any) -> Batch:
-    """A batch as positional and named arguments: a tuple, a dict, a pair of both, or the one argument."""
+    """Positional and keyword arguments of a batch: a tuple, a dict, a pair of both, or the one argument."""
     if isinstance(batch, dict):
         return (), batch
     if isinstance(batch, list | tuple):

@@ -1,7 +1,7 @@
 """`quack-fx verify TARGET`: proof of a layout by gradients on random weights.
 
-In: a target, and an optional layout to check instead of the one that is found. Out: on stdout what was proved. Exit
-status 1 where a claim is wrong or could not be decided, and where there is no attention.
+In: a target, and optionally a layout to check instead of the one that is found. Out: on stdout, what was proved. Exit
+status 1 if a claim is wrong or undecided, or there is no attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`quack-fx watch FILE`: a training run in the terminal while it is recorded.
 
-In: a file that `quack_fx.RunLog` writes, or will write. Out: the summary of `quack-fx report`, drawn again as the file
-grows, until Ctrl-C. Nothing is asked of the training process.
+In: a file that `quack_fx.RunLog` writes, or will write. Out: the summary of `quack-fx report`, redrawn as the file
+grows, until Ctrl-C. The training process is not involved.
 """
 
 from __future__ import annotations

@@ -1,26 +1,25 @@
-"""Proof of a layout by gradients on real numbers.
+"""Proves a layout by gradients on real numbers.
 
-In: a model, a layout, example inputs. Out: a `VerifyReport`, or `VerifyError` for the first claim that is wrong.
+In: a model, a layout, example inputs. Out: a `VerifyReport`, or `VerifyError` for the first wrong claim.
 
-The proof has nothing in common with the finder but the layout, and what lets a forward run on this machine
-(`graph/forward`), which knows nothing about rows. A copy of the model runs once on random weights, and every op is
-recorded on a tape. Before each softmax there is a product of queries and keys; the slice of the tape that computes its
-operands from the input of the attention runs again with gradients. A gradient seeded on one head of the query operand
-must reach exactly the claimed query rows, and one on the key operand exactly the claimed key rows. What cannot be
-decided, for example because the logits are computed inside a fused kernel, is listed as not proved; it never passes
-silently.
+The proof is independent of the finder: they share only the layout and helpers in `graph/` that know nothing about
+weight rows. A copy of the model with random weights runs once, and every op is recorded on a tape. The logits of a
+softmax are a product of queries and keys; the slice of the tape that computes one operand of this product from the
+attention's input is replayed with gradients. A gradient seeded on one head of the query operand must reach exactly
+the claimed query rows, and one seeded on the key operand exactly the claimed key rows. A site that gradients cannot
+decide, for example because a fused kernel hides its logits, is reported as not proved.
 
-    copy.py       a copy of the model on random weights
-    tape.py       a record of every op that runs
+    copy.py       a copy of the model with random weights
+    tape.py       a record of every op that ran
     opaque.py     fused attention as plain ops
     ops.py        which ops are products, softmaxes, norms
-    graph.py      products before a softmax, products with weights before their operands
+    graph.py      the products before each softmax, and the projections upstream of their operands
     owners.py     which softmaxes belong to a site
-    replay.py     a slice of the tape run again, with gradients
-    heads.py      heads in a tensor of logits; queries and keys
-    loops.py      Python loops over heads, with a softmax for each
-    evidence.py   seeds of gradients, and the rows they reach
-    compare.py    a site against the evidence: rows and heads ...
+    replay.py     a slice of the tape run again with gradients
+    heads.py      the head of each logit; the query and key operand of a product
+    loops.py      Python loops over heads, with one softmax per iteration
+    evidence.py   gradient seeds and the rows they reach
+    compare.py    checks a site against the evidence: rows and heads ...
     norms.py      ... norms ...
     terms.py      ... and terms
     report.py     what was proved
@@ -61,24 +60,24 @@ __all__ = ["CannotRun", "NotProved", "SiteProof", "TooLarge", "VerifyReport", "c
 def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: Any) -> VerifyReport:
     """Prove a layout by gradients: each head's logits depend on exactly the rows that the layout claims.
 
-    A copy of the model runs once, in evaluation mode and on random weights, so zero-initialised or trained weights
-    hide nothing (a model in training mode that attends more often there runs in that, without dropout); the model
-    itself is left as it is. A model on meta is filled with random numbers when it is small. Of a model that is wrapped
-    or sharded the module inside is proved, on this process alone: no rank waits for another.
+    A copy of the model runs once, in evaluation mode and with random weights: zero-initialised or trained weights could
+    hide a dependence. A model in training mode that attends more often there is run in training mode, without dropout.
+    The model itself is unchanged. A small model on meta is filled with random numbers. For a wrapped or sharded model,
+    the inner module is proved, on this process alone: no rank waits for another.
 
     Arguments:
         model: Model the layout belongs to, plain, wrapped or sharded.
         layout: Claims to check, from `find_qk_pairs` or from JSON.
-        *args: Inputs of the model's forward, real tensors; a few positions and two sequences are enough.
-        **kwargs: The same by keyword.
+        *args: Positional arguments of the model's forward, real tensors; two sequences of a few positions suffice.
+        **kwargs: Keyword arguments of the forward.
 
     Returns:
-        The sites that were proved and those that could not be, with reasons. Look at `complete`.
+        The sites that were proved, and those that could not be decided, with reasons. Check `complete`.
 
     Raises:
         LayoutError: The layout does not fit the model.
         VerifyError: A claim is wrong (the message names site, head, side, parameter and rows), or the model is too
-            large or cannot be run.
+            large or cannot run.
 
     Example:
         >>> import torch
@@ -106,11 +105,16 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
 
 
 def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Graph:
-    """Run a copy of a model on random weights, in evaluation mode; with `training`, in its own mode except for dropout
-    and batch norms.
+    """Record a forward of a copy of the model with random weights.
+
+    Arguments:
+        model: The model.
+        args: Positional arguments of the forward.
+        kwargs: Keyword arguments of the forward.
+        training: Run in the model's own mode, except for dropout and batch norms, instead of in evaluation mode.
 
     Raises:
-        CannotRun: It cannot be copied or run.
+        CannotRun: The model cannot be copied or run.
     """
     copy = random_copy(model, torch.Generator().manual_seed(0))
     if training:
@@ -127,7 +131,7 @@ def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 
 def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
-    """Check every site of a layout on a given run; `verify_qk_pairs` without the run.
+    """Check every site of a layout on a recorded run.
 
     Raises:
         VerifyError: A claim is wrong.
@@ -162,13 +166,13 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
                     if claimed[softmax] == 1 and not (len(softmaxes) > site.calls and is_told_of(layout, softmax)):
                         raise
                     if claimed[softmax] == 1:
-                        continue  # an attention of this module that the layout skips; calls are counted below
+                        continue  # an attention of this module that the layout skips; _check_calls counts the others
                     wrong[softmax] = error
                     refuted.setdefault(softmax, error)
                 if softmax in checks:
                     runs.update(heads or range(site.query_heads))
             if idle and len(idle) == len(checks):
-                raise next(iter(idle.values()))  # otherwise the other calls have proved the rows
+                raise next(iter(idle.values()))  # no other call proves the rows
             if taken := [s.modules[-1] for s in checks if s in settled]:
                 raise VerifyError(f"site {site.name!r}: another site has the attention in module {taken[0]!r} already")
             settled |= checks.keys()
@@ -183,7 +187,7 @@ def prove(layout: QKLayout, graph: Graph) -> VerifyReport:
 
 
 def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], errors: Sequence[VerifyError]) -> None:
-    """Every head of a site runs as often as the site says, and at least once."""
+    """Check that every head of a site runs as often as the layout claims."""
     if all(runs.get(head, 0) == site.calls for head in range(site.query_heads)):
         return
     if not runs and errors:
@@ -203,7 +207,7 @@ def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], err
 
 
 def _check_names(model: nn.Module, layout: QKLayout) -> None:
-    """Check that a model has the layout's parameters under the layout's names."""
+    """Check that the layout fits the model and uses its parameter names."""
     check_layout(layout, model)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for site in layout.sites:
@@ -216,9 +220,9 @@ def _check_names(model: nn.Module, layout: QKLayout) -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Leave the process's random state and threads as they were."""
+    """Restore the process's random state and thread count at the end."""
     threads = torch.get_num_threads()
-    # A proof is hundreds of tiny backward passes, which a second thread makes slower.
+    # A second thread slows down hundreds of tiny backward passes.
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):

@@ -1,7 +1,7 @@
-"""The claims of a site against the evidence.
+"""Checks the claims of a site against the evidence.
 
-In: a site of the layout and a softmax that ran in it. Out: the number of checks that held; `VerifyError` for the first
-that did not; `CannotTell` where the gradients cannot decide.
+In: the evidence about a site on one of its softmaxes. Out: the number of checks that held; `VerifyError` for the first
+that did not; `CannotTell` if gradients cannot decide.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from quack_fx.prove.terms import check_terms
 
 
 def check_site(evidence: Evidence) -> int:
-    """Compare a site with the evidence.
+    """Check a site against the evidence.
 
     Returns:
-        Number of comparisons of one parameter on one side of one head, of one norm, of one term.
+        Number of comparisons.
 
     Raises:
         VerifyError: The claim is wrong.
-        CannotTell: It can be neither proved nor refuted.
+        CannotTell: The claim can be neither proved nor refuted.
     """
     return _check_rows(evidence) + _check_head_dim(evidence) + check_norms(evidence) + check_terms(evidence)
 
@@ -40,7 +40,7 @@ Heads = list[dict[Side, dict[str, Rows]]]
 
 
 def _check_rows(evidence: Evidence) -> int:
-    """Each head's logits depend on exactly the claimed rows of each side."""
+    """Check that each head's logits depend on exactly the claimed rows of each side."""
     checks = 0
     claimed = _claimed_heads(evidence)
     for head, found in enumerate(_find_heads(evidence, claimed)):
@@ -59,7 +59,7 @@ def _check_rows(evidence: Evidence) -> int:
 
 
 def _side_by_side(claimed: Mapping[str, Rows], found: Mapping[str, Rows]) -> Iterator[tuple[str, Rows, Rows]]:
-    """Each parameter with its claimed rows and those that were found."""
+    """Each parameter with its claimed rows and the rows that were found."""
     for name in sorted(claimed.keys() | found.keys()):
         yield name, claimed.get(name, frozenset()), found.get(name, frozenset())
 
@@ -67,8 +67,8 @@ def _side_by_side(claimed: Mapping[str, Rows], found: Mapping[str, Rows]) -> Ite
 def _is_foreign_bias(evidence: Evidence, side: Side, name: str, head: int, rows: Rows) -> bool:
     """Whether a parameter is a bias of other blocks, added here at entries that are not numbered like the rows.
 
-    A block cannot name those (MultiheadAttention with widths of their own for keys: entries 16.. for rows 0..; weights
-    laid side by side, with one bias for all).
+    A block cannot name such a bias: MultiheadAttention with `kdim` adds bias entries 16.. to the features of key rows
+    0.., and concatenated weights may have one bias for all.
     """
     index = head if side == "query" else evidence.site.head_map[head]
     forgotten = [b for b in evidence.blocks[side] if b.bias is None and name in evidence.added[side][b.param]]
@@ -81,7 +81,6 @@ def _is_foreign_bias(evidence: Evidence, side: Side, name: str, head: int, rows:
 
 
 def _claimed_heads(evidence: Evidence) -> Heads:
-    """Rows that the site claims, by query head."""
     return [
         {"query": _claimed_rows(evidence, "query", head), "key": _claimed_rows(evidence, "key", key_head)}
         for head, key_head in enumerate(evidence.site.head_map)
@@ -102,8 +101,8 @@ def _claimed_rows(evidence: Evidence, side: Side, *heads: int) -> dict[str, Rows
 def _find_heads(evidence: Evidence, claimed: Heads) -> Heads:
     """Rows that receive a gradient, by head and side, for a division of the logits that separates the heads.
 
-    If two do (key heads on one axis and their query heads on another, in either order), the one that fits the claim is
-    taken: in both, each head's queries and keys are those of one slice of the logits.
+    If two divisions do (key heads on one axis and their query heads on another, in either order), the one that fits the
+    claim is used: in both, a head's queries and keys are those of one slice of the logits.
     """
     heads, softmax = evidence.site.query_heads, evidence.softmax
     best: Heads = []
@@ -133,7 +132,7 @@ def _find_heads(evidence: Evidence, claimed: Heads) -> Heads:
 
 
 def _check_together(evidence: Evidence) -> None:
-    """All heads together read the rows that they are claimed to read, however heads are arranged in the logits."""
+    """Check that all heads together read the rows claimed for all, however heads are arranged in the logits."""
     everything = torch.zeros([1] * len(evidence.softmax.shape), dtype=torch.long)
     found = evidence.rows_of_head(evidence.softmax.logits, everything, 0)
     for side in SIDES:
@@ -150,10 +149,10 @@ def _check_together(evidence: Evidence) -> None:
 def _is_finest(
     evidence: Evidence, cut: Value, labels: Tensor, first: Mapping[Side, Mapping[str, Rows]]
 ) -> tuple[bool, bool]:
-    """Whether no other axis splits the rows of head 0, as it would if two heads were counted as one.
+    """Whether no other axis splits the rows of head 0, which would mean that several heads were counted as one.
 
     Returns:
-        That, and whether an axis splits them into channels, which are no heads.
+        That, and whether an axis splits the rows into channels, which are not heads.
     """
     channels = False
     for axis, length in enumerate(cut.tensor.shape):
@@ -162,7 +161,7 @@ def _is_finest(
         part = _at_index(evidence, cut, labels, axis, 0)
         split = [side for side in SIDES if _is_less(part[side], first[side])]
         if split and not all(_is_channel(evidence, part, first, side) for side in split):
-            # The sine of position 0 is 0, which hides features at that position: another position reads all of them.
+            # The sine of position 0 is 0, which hides features there; the last position reads all of them.
             last = _at_index(evidence, cut, labels, axis, length - 1)
             if any(_is_less(last[side], first[side]) for side in SIDES):
                 return False, False
@@ -172,12 +171,12 @@ def _is_finest(
 
 
 def _is_less(part: Mapping[str, Rows], whole: Mapping[str, Rows]) -> bool:
-    """Whether a part of the logits reads other rows of some parameter than all logits do."""
+    """Whether some logits of a head read other rows of a parameter than all its logits do."""
     return any(whole.get(name) != rows for name, rows in part.items())
 
 
 def _at_index(evidence: Evidence, cut: Value, labels: Tensor, axis: int, index: int) -> dict[Side, dict[str, Rows]]:
-    """Rows that the logits of head 0 at an index of an axis read."""
+    """Rows that the logits of head 0 at one index of an axis read."""
     shape = cut.tensor.shape
     outside = torch.ones(shape[axis], dtype=torch.bool)
     outside[index] = False
@@ -191,9 +190,9 @@ def _is_channel(
     whole: Mapping[Side, Mapping[str, Rows]],
     side: Side,
 ) -> bool:
-    """Whether a part of a head's logits reads one row on a side, at many positions, and all rows of the other side.
+    """Whether some logits of a head read one row on a side, at many positions, and all rows of the other side.
 
-    Such logits compare channels over tokens: a head is all channels that its softmax compares.
+    Such logits compare channels over tokens; a head is then all channels that its softmax compares.
     """
     other: Side = "key" if side == "query" else "query"
     wide = all(p.operand[side].value.tensor.shape[p.operand[side].axis] > 1 for p in evidence.parts)
@@ -204,7 +203,7 @@ def _is_channel(
 
 
 def _check_head_dim(evidence: Evidence) -> int:
-    """Queries and keys of a head meet in as many features as the site says."""
+    """Check that a head's queries and keys are contracted over as many features as claimed."""
     claimed = evidence.site.head_dim
     if evidence.channels:
         return _check_channels(evidence)
@@ -217,7 +216,7 @@ def _check_head_dim(evidence: Evidence) -> int:
 
 
 def _check_channels(evidence: Evidence) -> int:
-    """A head that compares channels has as many channels as rows, and its keys are channels as well."""
+    """Check that a head that compares channels has as many as claimed, and that its keys are channels as well."""
     cut, labels = evidence.reading
     whole = evidence.rows_of_head(cut, labels, 0)
     for side in SIDES:
@@ -231,7 +230,7 @@ def _check_channels(evidence: Evidence) -> int:
 
 
 def _live_features(evidence: Evidence, index: int) -> int:
-    """Number of features of an operand that depend on weights on both sides."""
+    """Number of contracted features of a product that depend on weights on both sides."""
     part = evidence.parts[index]
     count = 0
     for feature in range(part.operand["query"].value.tensor.shape[part.operand["query"].axis]):
@@ -246,7 +245,7 @@ def _live_features(evidence: Evidence, index: int) -> int:
 
 
 def _spell(rows: Rows) -> str:
-    """Rows as ranges: 'rows 0-15, 32-47'."""
+    """Rows as ranges: "rows 0-15, 32-47"."""
     if not rows:
         return "no row"
     ordered = sorted(rows)

@@ -1,6 +1,6 @@
-"""A copy of a model that a proof can run: real float32 numbers, random weights.
+"""A copy of a model that a proof can run, with random weights in float32.
 
-In: a model, on meta or not, and its inputs. Out: the copy, in evaluation mode; the inputs in its precision.
+In: a model, possibly on meta, and its inputs. Out: the copy in evaluation mode, and the inputs in float32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in evaluation mode, on real float32 tensors, with random weights."""
     total = sum(p.numel() for p in model.parameters())
     tensors = list(chain(model.parameters(), model.buffers()))
-    # A copy in the model's precision becomes one in float32, which then runs; half of the memory is left for the run.
+    # deepcopy keeps the precision of the model, then float() copies again; half of the memory is left for the run.
     needed = sum(t.numel() * (t.element_size() + 4) for t in tensors)
     room = available_memory() // 2
     if total > SIZE_LIMIT or needed > room:
@@ -55,10 +55,10 @@ def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
         for buffer in copy.buffers():
             buffer.copy_(_plausible(buffer, generator))
     for module in copy.modules():
-        for name, value in vars(module).items():  # tables that are no buffers
+        for name, value in vars(module).items():  # tensors that are plain attributes
             if isinstance(value, Tensor) and value.is_meta:
                 setattr(module, name, _plausible(value, generator))
-    copy = copy.float()  # complex numbers (rotations) stay complex
+    copy = copy.float()  # complex tensors (rotations) stay complex
     kernels = {id(m.weight) for m in copy.modules() if isinstance(m, _ConvNd)}
     with torch.no_grad():
         for parameter in copy.parameters():
@@ -68,7 +68,7 @@ def random_copy(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _random(parameter: Tensor, kernel: bool, generator: torch.Generator) -> Tensor:
-    """Weights of a size that keeps activations near one; gains, biases and scalars between 0.5 and 1.5."""
+    """Weights scaled by 1/sqrt(fan-in) to keep activations near 1; gains, biases and scalars between 0.5 and 1.5."""
     if parameter.ndim < 2:
         return torch.rand(parameter.shape, generator=generator) + 0.5
     fan_in = parameter[0].numel() if kernel or parameter.ndim > 3 else parameter.shape[-1]
@@ -76,7 +76,7 @@ def _random(parameter: Tensor, kernel: bool, generator: torch.Generator) -> Tens
 
 
 def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
-    """Values for a buffer that was on meta: positive numbers, a count of 1, index 0, a mask that hides nothing."""
+    """Values for a buffer on meta: positive numbers, complex rotations, 1 for a scalar, index 0, a mask of all True."""
     if buffer.is_complex():
         angles = torch.rand(buffer.shape, generator=generator)
         return torch.polar(torch.ones(buffer.shape), angles).to(buffer.dtype)
@@ -86,7 +86,7 @@ def _plausible(buffer: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def as_float32(value: Any) -> Any:
-    """Inputs in the copy's precision."""
+    """Cast a leaf of the inputs to float32 if it is a floating-point tensor."""
     if isinstance(value, Tensor) and value.is_meta:
         raise CannotRun("an example input is on meta; a proof on real numbers needs real inputs")
     if isinstance(value, Tensor) and value.is_floating_point():

@@ -1,8 +1,8 @@
-"""What the gradients show about one site on one softmax.
+"""What gradients show about one site on one softmax.
 
-In: a site of the layout, a softmax that ran in it. Out: `Evidence`: the logit products with their operands, the factors
-behind those, and the rows of each parameter that a seed on an operand reaches. It raises `VerifyError` if
-other weights than claimed lie before the logits, `CannotTell` if that cannot be decided.
+In: a site of the layout, and a softmax that ran in it. Out: `Evidence`: the logit products and their operands, the
+projections upstream of these, and the rows of each parameter that a seed (a gradient put on an operand) reaches. Raises
+`VerifyError` if weights other than the claimed ones are upstream of the logits, `CannotTell` if that is unclear.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _ELEMENTS_TRIED = 4
 
 
 class CannotTell(Exception):
-    """The gradients neither prove nor refute the claim; the message says why."""
+    """Gradients neither prove nor refute the claim; the message says why."""
 
 
 class NothingWeighed(CannotTell):
-    """The output of this call depends on none of its logits."""
+    """The output of this call does not depend on its logits."""
 
 
 @dataclass(eq=False, repr=False)
@@ -45,10 +45,10 @@ class Part:
     Attributes:
         product: The product.
         operand: Its operand on each side.
-        around: The products with weights behind each operand, those of other heads too, whose features share a norm.
-        factors: Those whose features the operand reads.
-        followed: Those of them, near and far, that the site claims.
-        lower: For each side the slice that makes the operand, norms with constant statistics.
+        around: The projections upstream of each operand, including those of other heads whose features share a norm.
+        factors: Those of `around` that are claimed or that the operand depends on.
+        followed: The projections of the claimed chains, at any depth.
+        lower: For each side, the slice that computes the operand, with constant norm statistics.
     """
 
     product: Product
@@ -65,13 +65,13 @@ class Evidence:
     Arguments:
         graph: The graph of the run.
         site: The claim.
-        softmax: The attention to hold it against.
-        attention: The products of all attentions of the site.
+        softmax: The softmax to check the claim on.
+        attention: The logit and value products of all softmaxes of the site.
         generator: Source of the random seeds.
 
     Raises:
-        VerifyError: Other weights than the claimed ones lie behind the logits.
-        CannotTell: The weights before the logits cannot be determined.
+        VerifyError: Weights other than the claimed ones are upstream of the logits.
+        CannotTell: The weights upstream of the logits cannot be determined.
     """
 
     def __init__(
@@ -105,20 +105,17 @@ class Evidence:
     # -- seeds -------------------------------------------------------------------------------------------------------
 
     def noise(self, operand: Operand) -> Tensor:
-        """Random numbers in an operand's shape, so that no rows cancel."""
+        """Random numbers in an operand's shape: a seed under which the gradients of different rows do not cancel."""
         value = operand.value.tensor
         return torch.randn(value.shape, generator=self.generator).to(value)
 
     def rows_of_head(self, cut: Value, labels: Tensor, head: int) -> dict[Side, dict[str, Rows]]:
-        """Rows that make a head's queries and keys.
+        """Rows that make a head's queries and keys, by side and parameter.
 
         Arguments:
             cut: The tensor of logits that the labels are for.
             labels: Head of each logit.
             head: The head.
-
-        Returns:
-            By side and parameter.
         """
         gradients: dict[Side, dict[str, Tensor]] = {side: {} for side in SIDES}
         for part in self.parts:
@@ -134,12 +131,12 @@ class Evidence:
         return self._rows(gradients, side)
 
     def _send(self, part: Part, side: Side, seed: Tensor, gradients: dict[str, Tensor]) -> None:
-        """Send a seed on an operand to the parameters, and add the size of what arrives to `gradients`."""
+        """Propagate a seed on an operand to the parameters, and add the absolute gradients to `gradients`."""
         for name, gradient in part.lower[side].gradients(part.operand[side].value, seed).items():
             gradients[name] = gradients[name] + gradient.abs() if name in gradients else gradient.abs()
 
     def _rows(self, gradients: Mapping[str, Tensor], side: Side) -> dict[str, Rows]:
-        """Rows with a gradient, of the parameters and biases that the site names or should."""
+        """Rows with a gradient, of the parameters and biases that the site names or should name."""
         biases = {b.bias for _, b in self.site.blocks() if b.bias is not None}
         rows = {}
         for name in (self._axes.keys() | biases | self.unnamed[side]) & gradients.keys():
@@ -150,13 +147,13 @@ class Evidence:
         return {name: r for name, r in rows.items() if r}
 
     def by_row(self, name: str, gradient: Tensor) -> Tensor:
-        """A parameter's gradient, row by row, summed in size."""
+        """Size of a parameter's gradient in each row."""
         return gradient.movedim(self._axes.get(name, 0), 0).flatten(1).abs().sum(1) if gradient.ndim > 1 else gradient
 
     # -- what lies before the logits ---------------------------------------------------------------------------------
 
     def _checked_axes(self) -> dict[str, int]:
-        """For each claimed parameter the axis that counts output features."""
+        """For each claimed parameter, the axis that counts output features."""
         axes: dict[str, int] = {}
         for _, block in self.site.blocks():
             if block.axis != axes.setdefault(block.param, block.axis):
@@ -164,7 +161,7 @@ class Evidence:
         return axes
 
     def _find_parts(self) -> list[Part]:
-        """The logit products of content with content; those with a table of positions or a bias are left out."""
+        """The logit products of queries with keys, without those with a position table or a bias."""
         everything = self.claimed["query"] | self.claimed["key"]
         behind: dict[Value, list[Factor]] = {}
         products = []
@@ -176,7 +173,7 @@ class Evidence:
                 products.append((product, all(ours)))
         if not products:
             raise self.error("no product of queries and keys stands before the softmax that runs there")
-        # Beside a product of claimed weights, one with unclaimed weights is a relative position bias.
+        # Next to a product of claimed weights, one with unclaimed weights is a relative position bias.
         products = [p for p in products if p[1]] or products
         self.upper = Upper(self.graph, self.softmax, [p for p, _ in products], self.generator)
         parts = []
@@ -192,7 +189,7 @@ class Evidence:
         return parts
 
     def _check_chains(self, side: Side) -> None:
-        """Every product with a weight before the logits is claimed, and every claimed weight is met."""
+        """Check that the chains upstream of the logits consist of exactly the claimed weights."""
         if not any(part.around[side] for part in self.parts):
             raise CannotTell(f"its {side} side comes out of no product with a weight")
         for part in self.parts:
@@ -208,23 +205,24 @@ class Evidence:
         return bool(factor.params & self.claimed[side])
 
     def _reaches(self, part: Part, side: Side, factor: Factor) -> bool:
-        """Whether an operand depends on a product at all: on the same path there may be other tokens."""
+        """Whether an operand depends on a projection at all; the path to it may carry only other tokens."""
         operand = part.operand[side]
         slice_ = Replay(
             self.graph.tape,
             [(operand.value, operand.reader)],
             stops=self.graph.barriers,
             leaves={factor.result: factor.result.tensor.detach()},
-            statistics=self.graph.statistics,  # through those of a norm over all heads, every head's weights reach it
+            statistics=self.graph.statistics,  # constant, or every head's weights would pass a norm over all heads
             through_detach=True,
         )
         arrived = slice_.gradients_at(operand.value, self.noise(operand), [factor.result])
         return any(bool(gradient.any()) for gradient in arrived.values())
 
     def _met(self, factors: Sequence[Factor], side: Side, *, nearest: bool = True) -> Iterator[Factor]:
-        """Claimed factors of a tree, from the logits outwards, as far as the claim goes.
+        """Projections of the claimed chains in a tree, from the logits upstream.
 
-        A factor that is not claimed ends the walk, unless it is a link of the chain: then the claim is incomplete.
+        An unclaimed projection ends the walk, and refutes the claim if it is nearest to the logits or a link of a
+        chain.
         """
         for factor in factors:
             if self._is_claimed(factor, side):
@@ -243,10 +241,11 @@ class Evidence:
                 raise self.error(f"its {side} side comes out of {names}, {what}")
 
     def _is_link(self, factor: Factor) -> bool:
-        """Whether a factor behind another one belongs to the chain.
+        """Whether an unclaimed projection upstream of a claimed one belongs to the chain.
 
-        It does not if other sources are added to it, a nonlinear function follows it, it runs outside the site's module
-        or its weight is computed (a rotation made of parameters), so that none of its features is made by a row.
+        It does not if its result is added to something or used outside this attention, a nonlinearity follows it, it
+        runs outside the site's module, or its weight is computed (a rotation made of parameters), so that no row makes
+        a feature. A layer before the attention does not belong either.
         """
         inside = self.site.name in factor.product.op.modules
         if not (factor.linear and factor.sole and inside) or self.graph.is_computed(factor):
@@ -254,9 +253,9 @@ class Evidence:
         return not self._is_layer_before(factor)
 
     def _is_layer_before(self, factor: Factor) -> bool:
-        """Whether queries, keys and values are all made of a product's features, which are no fewer than the queries.
+        """Whether a projection feeds queries, keys and values alike, and has no fewer features than the queries.
 
-        A latent of MLA makes keys and values alone; one of all three is narrower than what is made of it.
+        MLA's key-value latent feeds no queries, and a latent that feeds all three is narrower than the queries.
         """
         features = self.graph.features(factor)
         queries = max(len(set().union(*map(indices, block.heads))) for block in self.site.query)
@@ -266,12 +265,12 @@ class Evidence:
 
     @cached_property
     def _behind_all(self) -> Set[Op]:
-        """Products with weights behind queries, keys and values alike."""
+        """Projections upstream of queries, keys and values alike."""
         behind = ({f.product.op for part in self.parts for f in all_factors(part.around[side])} for side in SIDES)
         return set.intersection(*behind, set(self.graph.values_behind(self.softmax)))
 
     def _keeps_features(self, factor: Factor, side: Side) -> bool:
-        """Whether a product with a weight sums claimed features over tokens: each element depends on one feature."""
+        """Whether a projection sums claimed features over tokens: each of its elements depends on one claimed row."""
         if not factor.outer or not all(self._is_claimed(f, side) and f.linear for f in factor.outer):
             return False
         slice_ = Replay(
@@ -299,7 +298,7 @@ class Evidence:
         return added
 
     def _unnamed_biases(self, side: Side) -> frozenset[str]:
-        """Parameters added to a claimed product, one entry for each row, where its block names none of them."""
+        """Biases of claimed projections, with one entry per row, whose block names no bias."""
         params, found = self.graph.tape.params, set()
         for block in self.blocks[side]:
             added, rows = self.added[side][block.param], params[block.param].shape[block.axis]
@@ -308,18 +307,18 @@ class Evidence:
         return frozenset(found - {b.bias for b in self.blocks[side]})
 
     def from_results(self, part: Part, side: Side, length: float) -> tuple[Replay, Replay]:
-        """The slice from the results of the nearest products on, with live statistics and with fixed ones.
+        """The slices from the results of the nearest projections to an operand, with live and with constant statistics.
 
         Arguments:
             part: The logit product.
-            side: Its side.
-            length: Results are random numbers that make the vectors of a head about as long; biases are smaller.
+            side: The side of the operand.
+            length: Length of a head's vectors: the results are random numbers of that scale, and biases are smaller.
         """
-        # An epsilon is small beside a hundredth, whatever the width of a norm.
+        # At 0.02, the epsilon of a norm is still negligible, whatever its width.
         size = max(length / math.sqrt(self.site.head_dim), 0.02)
         tensors = {f.result: f.result.tensor for f in part.around[side]}
         noise = {v: size * torch.randn(t.shape, generator=self.generator) for v, t in tensors.items()}
-        results = {v: torch.empty_like(t).copy_(noise[v]) for v, t in tensors.items()}  # laid out as they were
+        results = {v: torch.empty_like(t).copy_(noise[v]) for v, t in tensors.items()}  # with the same strides
         live, fixed = (self._slice(part, side, results, live=on, biases=min(1.0, 0.1 * size)) for on in (True, False))
         return live, fixed
 
@@ -332,7 +331,7 @@ class Evidence:
         live: bool = False,
         biases: float = 1.0,
     ) -> Replay:
-        """The slice that makes an operand out of what enters the site: the inputs of its outermost claimed products."""
+        """The slice that computes an operand from the inputs of its outermost claimed projections."""
         followed, operand, graph = part.followed[side], part.operand[side], self.graph
 
         def replay(*, through_detach: bool) -> Replay:
@@ -355,10 +354,10 @@ class Evidence:
 
 
 def all_factors(factors: Sequence[Factor]) -> list[Factor]:
-    """These factors and all behind them, each once: many paths through a deep model lead to the same one."""
+    """Some factors and all upstream of them, each once: a deep model has many paths to the same one."""
     return list(walk(factors, lambda factor: factor.outer))
 
 
 def indices(ranges: Ranges) -> Rows:
-    """Rows of some ranges."""
+    """The rows of some ranges."""
     return frozenset(i for start, stop in ranges for i in range(start, stop))

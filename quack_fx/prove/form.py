@@ -1,8 +1,8 @@
-"""Attentions of one form: what a proof on a small copy of a model implies for the model itself.
+"""What a proof on a small copy of a model implies for the model itself.
 
-In: the layout of a model, and the layout and the proof of a smaller model of the same architecture. Out: a report about
-the first. Two sites are of one form if they differ only in sizes and in the indices of their layers: the same
-parameters in the same roles, the same arrangement of rows, the same terms, head maps, norms and biases.
+In: the layout of a model, and layout and proof of a smaller model of the same architecture. Out: a report about the
+first. A proof carries over between sites of one form: they differ only in sizes and layer indices, and agree in the
+parameters of each role, the arrangement of rows, terms, head maps, norms and biases.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Form = tuple[Any, ...]
 
 
 def carried_over(layout: QKLayout, small: QKLayout, proof: VerifyReport) -> VerifyReport:
-    """What the proof of a small copy proves about the model.
+    """The report about a model that follows from the proof of a small copy.
 
     Arguments:
         layout: Layout of the model.
         small: Layout of the copy.
-        proof: Proof of that.
+        proof: Proof of `small`.
 
     Returns:
-        A site is proved where every site of its form is proved on the copy, and there is one.
+        A report in which a site is proved if the copy has sites of its form and all of them are proved.
     """
     reasons = {entry.name: entry.reason for entry in proof.not_proved}
     proofs = {entry.name: entry for entry in proof.proved}
@@ -49,7 +49,7 @@ def carried_over(layout: QKLayout, small: QKLayout, proof: VerifyReport) -> Veri
 
 
 def form(site: AttentionSite) -> Form:
-    """A site without its sizes and the indices of its layers; equal for sites of one form."""
+    """A site without its sizes and layer indices; equal for sites of one form."""
     return (
         _pattern(site.name),
         site.cross,
@@ -80,7 +80,7 @@ def _map_form(site: AttentionSite) -> str:
 
 
 def _arrangement(heads: Sequence[tuple[tuple[int, int], ...]]) -> str:
-    """How the rows of the heads are arranged."""
+    """How the rows of the heads are arranged in the parameter."""
     used = [ranges for ranges in heads if ranges]
     some = "" if len(used) == len(heads) else "some heads, "
     if len(set(used)) <= 1:
@@ -92,7 +92,7 @@ def _arrangement(heads: Sequence[tuple[tuple[int, int], ...]]) -> str:
 
 
 def _order(site: AttentionSite) -> tuple[int, ...]:
-    """The blocks in the order in which their rows begin, parameter by parameter."""
+    """Indices of the blocks, sorted by parameter and first row."""
     blocks = [block for _, block in site.blocks()]
     starts = [min((r[0] for ranges in b.heads for r in ranges), default=0) for b in blocks]
     return tuple(sorted(range(len(blocks)), key=lambda i: (_pattern(blocks[i].param), starts[i], i)))

@@ -1,9 +1,9 @@
-"""Where a tape makes logits, and which products with weights lie before their operands.
+"""The logits on a tape, and the projections upstream of their operands.
 
-In: a `Tape`. Out: its softmaxes; for each the products of queries and keys before it; for each operand of those a tree
-of `Factor`s: the products with weights that a backward walk meets, starting at the logits.
+In: a `Tape`. Out: its softmaxes; for each, the products of queries and keys that make its logits; for each operand of
+these, a tree of `Factor`s: the projections (products with a weight) that a backward walk from the logits meets.
 
-The backward walk ends where the attention begins: at a tensor that is also used elsewhere, such as the residual stream.
+A backward walk ends at products, softmaxes and embeddings; the tree continues from the inputs of each projection.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from quack_fx.prove.tape import Op, Tape, Value
 
 @dataclass(eq=False, repr=False)
 class Factor:
-    """A product with a weight behind an operand.
+    """A projection upstream of an operand.
 
     Attributes:
-        product: The product.
-        result: The product with its bias.
-        weights: Those of its factors that parameters alone reach.
-        sources: The others.
-        params: Names of the parameters behind `weights`.
-        biases: Names of the parameters that are added to it before anything else happens.
-        linear: Whether only norms and changes of shape lie between it and the factor nearer to the logits.
-        sole: Whether nothing is added to it in between.
+        product: The product with a weight.
+        result: The product with its bias added.
+        weights: The factors of the product that only parameters reach.
+        sources: The other factors.
+        params: Names of the parameters upstream of `weights`.
+        biases: Names of the parameters that are added to the product before any op but reshapes.
+        linear: Whether no nonlinearity lies between it and the next factor towards the logits; True for the nearest.
+        sole: Whether nothing is added to it in between, and only this attention uses it.
         norms: Norms in between.
-        outer: Factors behind it.
+        outer: The next factors upstream.
     """
 
     product: Product
@@ -62,7 +62,7 @@ class Factor:
 
 @dataclass(repr=False)
 class _BackwardWalk:
-    """What a backward walk met."""
+    """The products and softmaxes where a backward walk ended, and the ops it passed."""
 
     products: list[Product] = field(default_factory=list)
     softmaxes: list[Op] = field(default_factory=list)
@@ -72,7 +72,7 @@ class _BackwardWalk:
 
 
 def _may_have(product: Product, heads: int) -> bool:
-    """Whether a product of queries and keys can have this many heads."""
+    """Whether a logit product can have this many heads."""
     shape = product.op.out.tensor.shape
     return heads in shape or heads <= max(shape[0], math.sqrt(shape.numel()))
 
@@ -111,7 +111,7 @@ class Graph:
     # -- logits --------------------------------------------------------------------------------------------------------
 
     def logit_products(self, softmax: Softmax) -> list[Product]:
-        """The products whose sum, scaled and masked, is a softmax's input; those of heads mixed afterwards included."""
+        """The products whose sum, scaled and masked, is a softmax's input, including those whose heads get mixed."""
         products = (product for back in self._walks_behind(softmax) for product in back.products)
         return [product for product in dict.fromkeys(products) if self._mixed(product) is None]
 
@@ -120,12 +120,12 @@ class Graph:
         return [p for p in self._walk_back(softmax.logits, softmax.op).products if self._mixed(p) is not None]
 
     def between(self, softmax: Softmax) -> Iterator[Op]:
-        """Ops between the products of queries and keys and the softmax, heads mixed or not, the last one first."""
+        """Ops between the logit products and the softmax, last one first, also those before heads are mixed."""
         for back in self._walks_behind(softmax):
             yield from sorted(back.passed, key=lambda op: -op.index)
 
     def _walks_behind(self, softmax: Softmax) -> Iterator[_BackwardWalk]:
-        """The walk back from a softmax, and those from the logits whose heads are mixed afterwards."""
+        """The backward walks from a softmax, and from the logits before each mixing of heads."""
 
         def mixed(read: tuple[Value, Op]) -> Iterator[tuple[Value, Op]]:
             products = self._walk_back(*read).products
@@ -134,20 +134,20 @@ class Graph:
         return (self._walk_back(*read) for read in walk([(softmax.logits, softmax.op)], mixed))
 
     def is_attention(self, softmax: Softmax) -> bool:
-        """Whether a product of two projections feeds a softmax that weighs values: data, or projected parameters."""
+        """Whether a softmax of a product of two projections multiplies values: data, or projected parameters."""
         weighs = any(map(self._has_values, self._weighs.get(softmax, ())))
         return weighs and any(map(self._of_two_sides, self.logit_products(softmax)))
 
     def weighs(self, softmax: Softmax) -> bool:
-        """Whether a softmax weighs anything."""
+        """Whether any values are multiplied by a softmax's result."""
         return bool(self._weighs.get(softmax))
 
     def attention_ops(self, softmaxes: Iterable[Softmax]) -> frozenset[Op]:
-        """The logit products and the value products of some softmaxes."""
+        """The logit products and value products of some softmaxes."""
         return frozenset(p.op for s in softmaxes for p in (*self.logit_products(s), *self._weighs.get(s, ())))
 
     def params_behind(self, softmax: Softmax) -> set[str]:
-        """Names of the parameters in the products with weights that are nearest to a softmax's logits."""
+        """Names of the parameters in the projections nearest to a softmax's logits."""
         return {
             name
             for product in self.logit_products(softmax)
@@ -157,7 +157,7 @@ class Graph:
         }
 
     def opaque_ops(self, params: Set[str]) -> list[Op]:
-        """Ops of unknown meaning that read what products with some parameters made."""
+        """Ops of unknown meaning that read results of projections with some parameters."""
         found = []
         for op in self.tape.ops:
             if op.data and is_opaque(op.func):
@@ -167,7 +167,7 @@ class Graph:
         return found
 
     def values_behind(self, softmax: Softmax) -> Set[Op]:
-        """The products with weights behind what a softmax weighs, near and far."""
+        """The projections upstream of the values of a softmax, at any depth."""
         weighed = [
             (value, product.reader)
             for product in self._weighs.get(softmax, ())
@@ -183,7 +183,7 @@ class Graph:
         return {product.op for product in walk(nearest, before)}
 
     def features(self, factor: Factor) -> int | None:
-        """How many features a product with a weight makes, or None where it does not sum over one axis of each."""
+        """Number of features that a projection makes; None unless it contracts one axis of one weight."""
         product = factor.product
         if product.axes is None or len(factor.weights) != 1:
             return None
@@ -191,7 +191,7 @@ class Graph:
         return factor.weights[0].tensor.numel() // factor.weights[0].tensor.shape[axis]
 
     def _of_two_sides(self, product: Product) -> bool:
-        """Whether a product multiplies data with data, or with what a projection makes of parameters alone."""
+        """Whether a product multiplies data with data, or with a projection of parameters alone."""
         data = [self.tape.is_data(v, product.reader) for v in product.factors]
         if all(data) or not any(data):
             return all(data)
@@ -210,20 +210,20 @@ class Graph:
         return False
 
     def _is_read(self, op: Op) -> bool:
-        """Whether an op's results are used: something is computed from them, or the model returns them."""
+        """Whether an op's results are used by more than reshapes, or returned by the model."""
         if any(v in self.tape.results for v in op.outputs):
             return True
         return any(not keeps_numbers(reader) or self._is_read(reader) for reader in self._readers[op])
 
     def _mixed(self, product: Product) -> Value | None:
-        """The logits that a product with a weight mixes head by head, or None if it mixes none."""
+        """The logits whose heads a product with a weight mixes; None if it mixes none."""
         sources = [v for v in product.factors if self.tape.is_data(v, product.reader)]
         weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
         if len(sources) != 1 or len(weights) != 1 or sources[0].tensor.numel() != product.op.out.tensor.numel():
             return None
         back = self._walk_back(sources[0], product.reader)
         normed = any(op in self.statistics and op.name != "amax" for op in back.passed)
-        if back.softmaxes or back.joined or normed:  # a layer of its own, and not logits
+        if back.softmaxes or back.joined or normed:  # a layer of its own, whose input is not logits
             return None
         heads = max(weights[0].tensor.shape)
         mixed = [p for p in back.products if _may_have(p, heads)]
@@ -231,7 +231,7 @@ class Graph:
 
     @cached_property
     def _weighs(self) -> dict[Softmax, list[Product]]:
-        """For each softmax the products that weigh values with it."""
+        """For each softmax, the products of its result with values."""
         by_op = {s.op: s for s in self.softmaxes}
         weighs: dict[Softmax, list[Product]] = defaultdict(list)
         for product in self._products.values():
@@ -246,7 +246,7 @@ class Graph:
         return {s: [p for p in products if p not in gated[s]] for s, products in weighs.items()}
 
     def _is_gated(self, product: Product, softmax: Softmax, weighs: Mapping[Softmax, Sequence[Product]]) -> bool:
-        """Whether a softmax gates features (of keys that it chose), which another attention then reads."""
+        """Whether a softmax gates features (of keys that it selects), which another attention then reads."""
         weights = [v for v in product.factors if softmax.op in self._walk_back(v, product.reader).softmaxes]
         if not weights or any(v.tensor.numel() <= math.prod(softmax.shape) for v in weights):
             return False
@@ -255,14 +255,14 @@ class Graph:
         return weighed or any(product in self.logit_products(s) for s in later)
 
     def _has_values(self, product: Product) -> bool:
-        """Whether no factor of a product is a bare weight, as that of a layer which reads attention maps is."""
+        """Whether no factor of a product is a bare weight; a layer that reads attention maps has one."""
         return all(
             self.tape.is_data(v, product.reader) or bool(self._walk_back(v, product.reader).products)
             for v in product.factors
         )
 
     def _behind_weights(self, value: Value, reader: Op) -> Set[Op]:
-        """Softmaxes behind a factor; where their heads are mixed afterwards, behind the mixing product."""
+        """Softmaxes upstream of a factor, also through a product that mixes their heads."""
         back = self._walk_back(value, reader)
         found = set(back.softmaxes)
         for product in back.products:
@@ -274,7 +274,7 @@ class Graph:
     # -- chains --------------------------------------------------------------------------------------------------------
 
     def factors(self, operand: Value, reader: Op, attention: Set[Op]) -> list[Factor]:
-        """The tree of products with weights behind an operand; empty where none lies behind it.
+        """The tree of projections upstream of an operand; empty if there are none.
 
         Arguments:
             operand: The operand.
@@ -286,7 +286,7 @@ class Graph:
     def _factors(
         self, value: Value, reader: Op, attention: Set[Op], known: dict[tuple[int, int], list[Factor]], *, nearest: bool
     ) -> list[Factor]:
-        # Many paths lead to a residual stream: what lies before a value is computed once.
+        # Many paths lead to a residual stream, so the factors of a value are computed once.
         key = (id(value), id(reader))
         if not nearest and key in known:
             return known[key]
@@ -307,11 +307,11 @@ class Graph:
         return found
 
     def _factor(self, product: Product) -> Factor:
-        """A product as a factor that stands alone."""
+        """A product as a factor, without its neighbours."""
         weights = [v for v in product.factors if self.tape.is_weight(v, product.reader)]
         if len(weights) == 2:
-            # The input is made of parameters as well (learned queries): the weight is the one made by no product. Where
-            # that is both, either may be it: the claim has to say.
+            # The input depends on parameters alone, too (learned queries). The weight is the factor that no product
+            # makes; if that is both or neither, the claim decides.
             plain = [v for v in weights if not self._walk_back(v, product.reader).products]
             weights = plain if len(plain) == 1 else weights
         sources = tuple(v for v in product.factors if v not in weights)
@@ -320,23 +320,23 @@ class Graph:
         return Factor(product, result, tuple(weights), sources, params, biases)
 
     def is_computed(self, factor: Factor) -> bool:
-        """Whether no weight of a factor is a parameter, or a part of one, whose numbers are used as they are."""
+        """Whether every weight of a factor is computed from parameters by more than reshapes, casts and scaling."""
         return all(
             any(not keeps_numbers(op) and not self._scales(op) for op in self._weight_ops(v, factor.product.reader))
             for v in factor.weights
         )
 
     def _scales(self, op: Op) -> bool:
-        """Whether an op multiplies something that parameters alone reach with something else."""
+        """Whether an op multiplies or divides by exactly one weight."""
         return base_name(op) in ("mul", "div") and sum(self.tape.is_weight(v, op) for v in op.inputs) == 1
 
     def _weight_ops(self, value: Value, reader: Op) -> Iterator[Op]:
-        """The ops on parameters behind a value."""
+        """The ops on parameters upstream of a value."""
         made = (op for op in self.tape.behind(value, reader) if op.weight)
         return walk(made, lambda op: (source for source in op.reads if source.weight))
 
     def _biases(self, product: Product) -> tuple[frozenset[str], Value]:
-        """Parameters added to a product before more than its shape is changed, and the sum."""
+        """Parameters added to a product before any op but reshapes, and the sum."""
         found = set(self._params(product.added, product.op)) if product.added is not None else set()
         result = product.op.out
         todo = [product.op]
@@ -352,12 +352,12 @@ class Graph:
         return frozenset(found), result
 
     def _multiplied(self, value: Value, reader: Op) -> bool:
-        """Whether a product with anything, constants too, lies behind a value that parameters alone reach."""
+        """Whether a product, even with constants, lies upstream of a value that only parameters reach."""
         behind = walk(self.tape.behind(value, reader), lambda op: op.reads if op.weight else ())
         return any(product_of(op) is not None for op in behind)
 
     def _params(self, value: Value, reader: Op) -> Set[str]:
-        """Names of the parameters behind a value that parameters alone reach."""
+        """Names of the parameters upstream of a value that only parameters reach."""
         inputs = (v for op in self._weight_ops(value, reader) for v in op.inputs)
         return {v.param for v in (value, *inputs) if v.param is not None}
 
@@ -368,14 +368,14 @@ class Graph:
             return (r for r in self._readers[op] if (r.data or r.weight) and r not in attention)
 
         for count, op in enumerate(walk([start], after), 1):
-            if count > 200 or any(v in self.tape.results for v in op.outputs):  # a path this long has left it
+            if count > 200 or any(v in self.tape.results for v in op.outputs):  # so long a path has left the attention
                 return False
         return True
 
     # -- backward walk -------------------------------------------------------------------------------------------------
 
     def _walk_back(self, value: Value, reader: Op) -> _BackwardWalk:
-        """Walk from a value back to the nearest products of two things that inputs or parameters reach."""
+        """Walk from a value back to the nearest products of factors that inputs or parameters reach."""
         known = self._walks.get((value, reader))
         if known is not None:
             return known
@@ -398,7 +398,7 @@ class Graph:
                 back.joined = True
                 continue
             if makes_rotation(op) or op.name == "logsumexp":
-                continue  # angles, learned or not, and log-sums of rows of logits hold no features
+                continue  # angles, learned or not, and logsumexp of logits hold no features
             back.linear &= is_linear(op) or product_of(op) is not None  # a product with constants is linear
             back.passed.append(op)
             back.joined |= any(v.is_input and v.is_numeric for v in op.inputs)
@@ -409,7 +409,7 @@ class Graph:
     def _multiplies(self, product: Product) -> bool:
         """Whether both factors depend on inputs or parameters, or one is a weight that projects a table of constants.
 
-        Any other product with constants is a change of shape.
+        A backward walk passes any other product with constants like a reshape.
         """
         known = [
             self.tape.is_data(v, product.reader) or self.tape.is_weight(v, product.reader) for v in product.factors

@@ -1,8 +1,7 @@
-"""Heads in a tensor of logits, and which operand of their product holds the keys.
+"""The heads in a tensor of logits, and which operand of a logit product holds the keys.
 
-In: the logits of a softmax, computed again with the operands of its products as leaves (`Upper`). Out: for every axis
-that may count heads, the head of each logit; for a head, the positions of each operand that its logits read; and which
-of two operands the softmax runs over.
+In: the logits of a softmax, replayed with the operands of its products as leaves (`Upper`). Out: candidate head labels
+of the logits; the positions of each operand that the logits of a head read; the query and key operand of a product.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from quack_fx.prove.tape import Op, Value
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Operand:
-    """One side of a logit product: its value, the op that reads it, and its contracted axis, counted from the end."""
+    """One operand of a logit product: its value, the op that reads it, its contracted axis counted from the end."""
 
     value: Value
     reader: Op
@@ -31,7 +30,7 @@ class Operand:
 
 
 class Upper:
-    """From the operands of logit products to the softmax."""
+    """Replay of the slice from the operands of logit products, with random values, to the softmax."""
 
     def __init__(self, graph: Graph, softmax: Softmax, products: Sequence[Product], generator: torch.Generator) -> None:
         self.softmax = softmax
@@ -46,7 +45,7 @@ class Upper:
             graph.tape,
             [(softmax.logits, softmax.op), *((v, None) for v in self.cuts if v is not softmax.logits)],
             stops=graph.barriers - {p.op for p in (*products, *mixing)},
-            # Random: zeros or equal values on one side would hide what the logits read on the other.
+            # Random: zeros or equal values in one operand would hide what the logits read of the other.
             leaves={
                 v: torch.randn(v.tensor.shape, generator=generator).to(v.tensor) for p in products for v in p.factors
             },
@@ -54,12 +53,12 @@ class Upper:
         )
 
     def touched(self, cut: Value, seed: Tensor, values: Sequence[Value]) -> list[Tensor]:
-        """Where some operands receive a gradient from a seed on a tensor of logits."""
+        """Mask of the elements of some operands that receive a gradient from a seed on a tensor of logits."""
         arrived = self._replay.gradients_at(cut, seed.to(cut.tensor.dtype), values)
         return [arrived[v] != 0 if v in arrived else torch.zeros_like(v.tensor, dtype=torch.bool) for v in values]
 
     def positions(self, cut: Value, labels: Tensor, head: int, operands: Sequence[Operand]) -> list[Tensor]:
-        """For each operand the positions that the logits of a head read, each with all its features."""
+        """For each operand, mask of the positions that the logits of a head read; the contracted axis has size 1."""
         mask = (labels.to(cut.tensor.device) == head).to(torch.float32).expand(cut.tensor.shape)
         if cut is self.softmax.logits:
             mask = mask * self._weights_of_no_shift().to(mask.device)
@@ -67,14 +66,14 @@ class Upper:
         return [t.any(o.axis, keepdim=True) for t, o in zip(touched, operands, strict=True)]
 
     def shifts_only(self, product: Product) -> bool:
-        """Whether a product shifts all logits of a query alike, such as the maximum over earlier keys."""
+        """Whether a product only shifts all logits of a query equally, like one in the maximum over earlier keys."""
         seed = self._weights_of_no_shift().expand(self.softmax.shape).to(self.softmax.logits.tensor.device)
         return not any(t.any() for t in self.touched(self.softmax.logits, seed, product.factors))
 
     def _weights_of_no_shift(self) -> Tensor:
-        """Small whole numbers along the softmax's axis whose sum is zero.
+        """Small integers along the softmax's axis that sum to zero.
 
-        A value subtracted from all logits alike, such as the maximum over all heads, then has no gradient.
+        As a seed, they give no gradient to a value subtracted from all logits equally, such as a maximum over heads.
         """
         size, dim = self.softmax.shape[self.softmax.dim], self.softmax.dim
         weights = 1.0 - 2.0 * (torch.arange(size) % 2)
@@ -83,11 +82,10 @@ class Upper:
         return weights.view([-1 if axis == dim else 1 for axis in range(len(self.softmax.shape))])
 
     def operands(self, product: Product) -> dict[Side, Operand] | None:
-        """Query and key operand of a product; None if that cannot be determined.
+        """The query and key operand of a product; None if they cannot be told apart.
 
-        The softmax shows it: it runs over the keys of one query. So a gradient on all logits of two keys touches few
-        positions of the key operand, and as many of the query operand as there are queries; one on all logits of one
-        query touches few positions of the query operand.
+        The softmax runs over the keys of one query. So a gradient on all logits of two keys reaches few positions of
+        the key operand and every query; one on all logits of one query reaches few positions of the query operand.
         """
         if product.axes is None:
             return None
@@ -100,45 +98,45 @@ class Upper:
         return {"query": right if key is left else left, "key": key}
 
     def _changes_within(self, groups: Tensor, operands: Sequence[Operand]) -> int | None:
-        """Which of two operands alone has different vectors within a group: that one holds the keys."""
+        """Index of the only operand whose vectors differ within a group, which holds the keys; else None."""
         changes = []
         for operand in operands:
             vectors = operand.value.tensor.movedim(self.softmax.dim, 0)
             if len(vectors) % len(groups):
                 return None
-            vectors = vectors.reshape(len(groups), -1)  # heads may be folded into the axis of the entries
+            vectors = vectors.reshape(len(groups), -1)  # heads may be folded into this axis
             first = {int(group): i for i, group in reversed(list(enumerate(groups.tolist())))}
             like = vectors[torch.tensor([first[group] for group in groups.tolist()], device=vectors.device)]
             changes.append(not torch.equal(vectors, like))
         return changes.index(True) if sum(changes) == 1 else None
 
     def _touched_least(self, operands: Sequence[Operand]) -> int | None:
-        """Which of two operands the keys are in."""
+        """Index of the operand that holds the keys; None if undecided."""
         shape, dim = self.softmax.shape, self.softmax.dim
 
         def read(seed: Tensor) -> list[Tensor]:
-            """Places of each operand that a gradient on the logits touches."""
+            """Positions of each operand that a gradient on the logits reaches."""
             seed = seed.to(self.softmax.logits.tensor.device)
             touched = self.touched(self.softmax.logits, seed, [o.value for o in operands])
             return [t.any(o.axis) for t, o in zip(touched, operands, strict=True)]
 
-        # Not all positions are read: a table of relative positions has more of them than there are tokens.
+        # Some positions are never read: a table of relative positions has more of them than there are tokens.
         ever = [float(t.sum()) for t in read(torch.rand(shape, generator=torch.Generator().manual_seed(0)))]
 
         def fraction(*slices: tuple[int, int, float]) -> list[float]:
-            """Fraction of each operand's positions that a seed on slices (axis, index, value) of the logits reaches."""
+            """Fraction of each operand's positions that a seed on (axis, index, value) slices of the logits reaches."""
             seed = torch.zeros(shape)
             for axis, index, value in slices:
                 seed.select(axis, index).fill_(value)
             return [float(t.sum()) / max(1.0, e) for t, e in zip(read(seed), ever, strict=True)]
 
         last = shape[dim] - 1
-        # One key up and another down: some models subtract the largest logit first, which such a seed does not see.
+        # +1 on one key and -1 on another: gradients through a maximum that the model subtracts first cancel.
         seeds = [((dim, i, 1.0), (dim, j, -1.0)) for i, j in [(0, last), *((i, i + 1) for i in range(min(last, 8)))]]
         few: list[tuple[tuple[int, int, float], ...]] = [((dim, i, 1.0),) for i in range(min(last + 1, 3))]
         for seed in [*seeds, *few] if last else []:
             fractions = fraction(*seed)
-            # If one softmax runs over all pairs of queries and keys, both fractions are small, and nothing is decided.
+            # If the softmax runs over all pairs of queries and keys, both fractions are small, which decides nothing.
             if 0 < 2 * min(fractions) <= max(fractions) >= 0.5:
                 return fractions.index(min(fractions))
         for axis in range(1, len(shape)):
@@ -149,15 +147,15 @@ class Upper:
 
 
 def head_labels(cut: Value, heads: int, without: int | None) -> Iterator[Tensor]:
-    """Ways to divide the logits into heads: int tensors that broadcast to their shape, with the head of each logit.
+    """Candidate divisions of the logits into heads: int tensors of head indices that broadcast to the logits.
 
-    The usual position of the head axis comes first; then any other axis of that size, a pair of axes (key heads, and
-    query heads that share one), and an axis that folds heads and batch.
+    The usual head axis comes first; then other axes of that size, pairs of axes (key heads, and the query heads of
+    each), and axes that fold heads and batch.
 
     Arguments:
         cut: The logits.
         heads: Number of heads.
-        without: An axis that counts something else, the softmax's; None where that is not known.
+        without: The softmax's axis, which does not count heads; None if unknown.
     """
     shape = cut.tensor.shape
     ndim = len(shape)

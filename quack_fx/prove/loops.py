@@ -1,7 +1,7 @@
-"""Python loops over heads: each softmax of a site has some of its heads.
+"""Python loops over heads, where each softmax of a site computes only some of its heads.
 
-In: a site and one of the softmaxes that run in it. Out: the query heads whose claimed rows all lie before that softmax,
-and the site reduced to them, which is then checked like any other.
+In: a site and one of its softmaxes. Out: the query heads whose claimed rows are all upstream of that softmax, and the
+site restricted to them, which is then checked like any other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quack_fx.prove.tape import Op
 def heads_behind(
     graph: Graph, site: AttentionSite, softmax: Softmax, attention: Set[Op], generator: torch.Generator
 ) -> tuple[int, ...]:
-    """Query heads whose claimed rows, on both sides, lie behind a softmax."""
+    """Query heads whose claimed rows, on both sides, are upstream of a softmax."""
     reached = _rows_behind(graph, site, softmax, attention, generator)
 
     def lies_behind(blocks: Sequence[WeightBlock], head: int) -> bool:
@@ -32,7 +32,7 @@ def heads_behind(
 
 
 def with_heads(site: AttentionSite, heads: Sequence[int]) -> AttentionSite:
-    """The site of some of the query heads alone."""
+    """A site restricted to some of its query heads."""
     key_heads = sorted({site.head_map[h] for h in heads})
     query, query_numbers = _cut(site.query, heads)
     key, key_numbers = _cut(site.key, key_heads)
@@ -53,7 +53,7 @@ def with_heads(site: AttentionSite, heads: Sequence[int]) -> AttentionSite:
 
 
 def _cut(blocks: Sequence[WeightBlock], heads: Sequence[int]) -> tuple[tuple[WeightBlock, ...], dict[int, int]]:
-    """Blocks of some heads, without those that none of them reads, and the new number of each."""
+    """Blocks restricted to some heads, without those that none of them reads, and the new index of each kept block."""
     kept = [i for i, b in enumerate(blocks) if any(b.heads[h] for h in heads)]
     cut = tuple(replace(blocks[i], heads=tuple(blocks[i].heads[h] for h in heads)) for i in kept)
     return cut, {old: new for new, old in enumerate(kept)}

@@ -1,10 +1,11 @@
-"""The norms of a site against the evidence.
+"""Checks the norms of a site against the evidence.
 
-In: the evidence about a site. Out: the number of norms confirmed; `VerifyError` for the first claim that is wrong.
+In: the evidence about a site. Out: the number of norms confirmed; `VerifyError` for the first wrong claim.
 
-After a norm, the logits do not depend on the norm of the weights before it (Euler's rule: the gradient of the operand
-along the product is zero), and if the mean is subtracted as well, the gradients of the features sum to zero. The width
-of a norm is the number of features that go into one statistic. Only here do statistics carry gradients.
+After a norm, the logits do not depend on the size of the weights before it: the gradient along the projection's result
+is zero (Euler's theorem for homogeneous functions). If the norm also subtracts the mean, the gradients of its input
+features sum to zero. The width of a norm is the number of features that share a statistic. Statistics carry gradients
+in this file only.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ _SHORT, _BLIND_WHEN_SHORT = 0.2, 0.3
 
 
 def check_norms(evidence: Evidence) -> int:
-    """QK norms are where they are claimed and nowhere else, and so are norms between factors.
+    """Check that QK norms, and norms between factors, are exactly where they are claimed.
 
     Returns:
         Number of comparisons.
 
     Raises:
-        VerifyError: A norm is missing, is not there, or is of another kind or width.
+        VerifyError: A norm is missing, does not exist, or has another kind or width.
     """
     for side in SIDES:
         claimed = [norm for norm in evidence.site.qk_norm if norm.side == side]
-        # A batch norm's statistics are constants outside training: it is linear there, and no gradient shows it.
+        # In evaluation mode, a batch norm has constant statistics: it is linear, and no gradient shows it.
         if all(norm.kind in ("rms", "l2", "layer") for norm in claimed):
             _check_qk_norm(evidence, side, claimed)
         for norm in claimed:
@@ -69,32 +70,32 @@ def _check_qk_norm(evidence: Evidence, side: Side, claimed: list[Norm]) -> None:
 
 
 def _absorbed(evidence: Evidence, side: Side) -> bool:
-    """Whether the keys' up projection is multiplied to the queries: what those meet is then the latent itself."""
+    """Whether the keys' up projection is applied to the queries, which are then multiplied with the latent itself."""
     return side == "key" and any(block.role == "uk" for block in evidence.blocks["query"])
 
 
 def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, bool]]) -> set[tuple[int, bool]]:
-    """Widths of the norms between the nearest products and the logits, and whether each takes the mean away.
+    """The norms between the nearest projections and the logits: their widths, and whether they subtract the mean.
 
     Arguments:
         evidence: The evidence.
         part: The logit product.
         side: The side.
-        expected: Norms that are assumed where no gradient can decide.
+        expected: Norms to assume where no gradient can decide.
     """
     ops = sorted({op for factor in part.around[side] for op in factor.norms}, key=lambda op: op.index)
     long, short = _Probe(evidence, part, side, _LONG), _Probe(evidence, part, side, _SHORT)
     normed = torch.zeros_like(part.operand[side].value.tensor, dtype=torch.bool)
     found: dict[int, bool] = {}
     for op in ops:
-        # A norm may be over some of the features alone, or over those of some of the tokens.
+        # A norm may cover only some of the features or tokens.
         positions = long.positions(op)
         normed |= positions
-        # A clip is a norm for long vectors only.
+        # Clipping acts as a norm on long vectors only.
         if not long.is_blind(positions, _BLIND) or not short.is_blind(positions, _BLIND_WHEN_SHORT):
             continue
         width = op.inputs[0].tensor.numel() // max(1, op.outputs[-1].tensor.numel())
-        # One feature, or two minus their mean, is only a sign after the norm: there is no gradient.
+        # Of one feature, or two minus their mean, the norm leaves only the sign, without a gradient.
         unclear = width <= 2 or long.is_saturated(positions)
         found.setdefault(width, (width, True) in expected if unclear else long.takes_the_mean(positions, op))
     if long.is_blind(~normed, _BLIND):
@@ -104,13 +105,13 @@ def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, 
 
 
 class _Probe:
-    """Seeds on an operand that is computed from vectors of one length, and the gradients that arrive at those.
+    """Seeds on an operand computed from vectors of a given length, and the gradients at these vectors.
 
     Arguments:
         evidence: The evidence.
         part: The logit product.
         side: The side.
-        length: Length of the vectors that the results make.
+        length: Length of a head's vectors in the results of the projections.
     """
 
     def __init__(self, evidence: Evidence, part: Part, side: Side, length: float) -> None:
@@ -124,50 +125,52 @@ class _Probe:
 
     @cached_property
     def _growth(self) -> Tensor:
-        """The operand's change if the results grew and there were no norm: a seed along it sees any change of size."""
+        """The operand's change if the results grow and statistics are constant; a seed that shows changes of size."""
         fixed = self._replays[1]
         return fixed.changes(self._operand.value, {out: fixed.start(out).detach() for out in self._outs})
 
     def positions(self, norm: Op) -> Tensor:
-        """Positions of the operand that depend on a statistic."""
-        # Away from zero: one in ten million of normal numbers is none, and a large model has as many.
+        """Mask of the elements of the operand that depend on a norm's statistic."""
+        # Bounded away from zero: among ten million normal numbers one may be zero, and large models have as many.
         noise = (0.5 + torch.rand(norm.out.tensor.shape, generator=self._evidence.generator)).to(norm.out.tensor)
         return self._replays[0].changes(self._operand.value, {norm.out: noise}) != 0
 
     def is_blind(self, positions: Tensor, limit: float) -> bool:
-        """Whether some positions do not depend on the size of what the products with weights make."""
+        """Whether the operand at some positions does not depend on the size of the projections' results."""
         return bool(positions.any()) and all(
             abs(sum(float(gain.sum()) for gain in self._gains(seed))) < limit * float((seed * self._growth).sum())
             for seed in self._seeds(positions)
         )
 
     def is_saturated(self, positions: Tensor) -> bool:
-        """Whether these positions depend on nothing else of it, either."""
+        """Whether the operand at some positions does not depend on the projections' results at all."""
         return all(
             sum(float(gain.abs().sum()) for gain in self._gains(seed)) < _BLIND * float((seed * self._growth).sum())
             for seed in self._seeds(positions)
         )
 
     def takes_the_mean(self, positions: Tensor, norm: Op) -> bool:
-        """Whether the gradients of the features that go into a norm sum to zero."""
+        """Whether a norm subtracts the mean: the gradients of its input features sum to zero."""
         live, source, statistic = self._replays[0], norm.inputs[0], norm.outputs[-1].tensor
         found = [live.gradients_at(self._operand.value, seed, [source]) for seed in self._seeds(positions)]
         return all(source in arrived and sums_to_zero(arrived[source], statistic.shape) for arrived in found)
 
     def _seeds(self, positions: Tensor) -> Iterator[Tensor]:
-        for _ in range(3):  # without a norm, one seed may happen to show none of the size
+        for _ in range(3):  # a single seed may miss the dependence on the size by chance
             yield self._growth * (0.5 + self._evidence.noise(self._operand).abs()) * positions
 
     def _gains(self, seed: Tensor) -> list[Tensor]:
-        """What arrives of a seed at each number of the results, times that number."""
+        """For a seed, the gradient of each element of the results times that element."""
         live = self._replays[0]
         arrived = live.gradients_at(self._operand.value, seed, self._outs)
         return [arrived[out] * live.start(out).detach() for out in self._outs if out in arrived]
 
 
 def sums_to_zero(gradient: Tensor, statistic: Sequence[int]) -> bool:
-    """Whether the gradients of the features of each statistic sum to zero: of most, since where the features are nearly
-    equal rounding is as large as their differences. Of all together, where the statistic's shape does not tell them.
+    """Whether the gradients of the features that share a statistic sum to zero.
+
+    The median over statistics decides: if features are nearly equal, rounding is as large as their differences. If the
+    shape of the statistic does not show which features share one, the sum is over all features.
     """
     told = len(statistic) == gradient.dim()
     told = told and all(n in (1, size) for n, size in zip(statistic, gradient.shape, strict=True))
@@ -177,7 +180,7 @@ def sums_to_zero(gradient: Tensor, statistic: Sequence[int]) -> bool:
 
 
 def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]) -> None:
-    """The module that is claimed to compute a norm computes one on this side, and the claimed gain is applied."""
+    """Check that the claimed module computes a norm on this side, and that the claimed gain is applied."""
     both_sides = norm.module in {other.module for other in evidence.site.qk_norm if other.side != side}
     ran = {
         module
@@ -187,7 +190,7 @@ def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]
         or _Probe(evidence, part, side, _LONG).positions(op).any()  # queries and keys may share a tensor
         for module in op.modules
     }
-    # Tied stacks are one site with several calls, each with norm modules of its own.
+    # Layers with tied weights are one site with several calls, each of which may have its own norm modules.
     elsewhere = evidence.site.calls > 1 and norm.module in evidence.graph.tape.ran and norm.module not in ran
     if norm.weight is not None and not (elsewhere and _reads(evidence, norm.module, norm.weight)):
         reached: set[str] = set()
@@ -207,12 +210,11 @@ def _check_names(evidence: Evidence, side: Side, norm: Norm, claimed: list[Norm]
 
 
 def _reads(evidence: Evidence, module: str | None, param: str) -> bool:
-    """Whether an op that ran in a module reads a parameter."""
     return any(module in op.modules and any(v.param == param for v in op.inputs) for op in evidence.graph.tape.ops)
 
 
 def _check_latent_norm(evidence: Evidence, side: Side) -> None:
-    """There is a norm between two factors exactly where one is claimed."""
+    """Check that a norm stands between two factors exactly where one is claimed."""
     claimed = [norm for norm in evidence.site.latent_norm if norm.side == side]
     found = {
         module

@@ -1,8 +1,7 @@
 """Fused attention as plain ops, so that its logits are on the tape.
 
-In: an op that is about to run. Out: a function of the same arguments made of plain ATen ops, or None if the op needs
-none or has none. `F.scaled_dot_product_attention` is not here, as PyTorch itself can run it as plain ops; but a model
-may call its flash kernel by name.
+In: an op that is about to run. Out: an equivalent function of plain ATen ops, or None. PyTorch itself runs
+`F.scaled_dot_product_attention` as plain ops; its flash kernel is here because models may call it directly.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _OWN_NAMESPACES = frozenset({"aten", "prims", "prim", "_c10d_functional", "torch
 
 
 def written_out(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """The function to run instead of an op."""
+    """The function to run instead of an op; None to run the op itself."""
     if isinstance(func, torch._ops.HigherOrderOperator):
         return _flex_attention if func.name() == "flex_attention" else None
     if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
@@ -25,14 +24,14 @@ def written_out(func: Any, args: tuple[Any, ...]) -> Callable[..., Any] | None:
     if str(func) == "torch_attn._varlen_attn.default":  # registered when `varlen_attn` is first imported
         return _packed_attention
     if func.namespace in _OWN_NAMESPACES:
-        # Composite ops are not decomposed where autograd is off, as inside one of these functions.
+        # PyTorch does not decompose composite ops below autograd, where these functions run.
         composite = func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
         return func.decompose if composite else None
     return _python_of_custom_op(f"{func.namespace}::{func.overloadpacket.__name__}", args)
 
 
 def is_opaque(func: Any) -> bool:
-    """Whether nothing is known about what an op computes."""
+    """Whether it is unknown what an op computes."""
     namespace = getattr(func, "namespace", "higher_order")
     return namespace not in _OWN_NAMESPACES or "attention" in str(func)
 
@@ -70,7 +69,7 @@ def _flash_attention(
     attn_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The CPU's flash kernel, with its logits; without dropout, as in evaluation."""
+    """The CPU flash kernel in plain ops, without dropout."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -98,7 +97,7 @@ def _packed_attention(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`varlen_attn` as its documentation defines it: concatenated sequences, [tokens, heads, features]."""
+    """`varlen_attn` as its documentation defines it, on concatenated sequences [tokens, heads, features]."""
     if seqused_k is not None or block_table is not None:
         raise NotImplementedError("varlen_attn with a cache of pages is not written out here")
     groups = query.shape[1] // key.shape[1]
@@ -108,7 +107,7 @@ def _packed_attention(
     of_q, of_k = (
         torch.searchsorted(e, torch.arange(len(t)), right=True) for e, t in zip(ends, (q[0], k[0]), strict=True)
     )
-    # Positions are counted from a sequence's end: its last query and last key have the same position.
+    # Positions count from a sequence's end: its last query and last key have the same position.
     from_end_q, from_end_k = (e[of] - torch.arange(len(of)) for e, of in zip(ends, (of_q, of_k), strict=True))
     later = from_end_q[:, None] - from_end_k
     left, right = window_size or (-1, -1)
@@ -122,7 +121,7 @@ def _packed_attention(
 
 
 def _over_all(function: Callable[..., Tensor], first: tuple[int, ...], buffers: int) -> Callable[..., Tensor]:
-    """A function of one (batch, head, query, key), over all of them; `first` is (0,) if it takes a score first."""
+    """Vectorise a function of one (batch, head, query, key); `first` is (0,) if it takes the score first, else ()."""
     for axis in reversed(range(4)):
         dims = tuple(0 if axis == i else None for i in range(4))
         function = torch.vmap(function, in_dims=(*first, *dims, *(None,) * buffers), out_dims=0)
@@ -130,8 +129,8 @@ def _over_all(function: Callable[..., Tensor], first: tuple[int, ...], buffers: 
 
 
 def _python_of_custom_op(name: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
-    """The Python function behind an op of `torch.library.custom_op`."""
-    try:  # private: where it is gone, the op stays opaque
+    """The Python implementation of an op made by `torch.library.custom_op`."""
+    try:  # private; without it, the op stays opaque
         from torch._library.custom_ops import OPDEFS
     except ImportError:
         return None

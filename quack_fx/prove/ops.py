@@ -1,7 +1,7 @@
-"""Which ops of a tape are products, softmaxes, changes of shape, norms and their statistics.
+"""Which ops of a tape are products, softmaxes, reshapes, norms and the statistics of norms.
 
-In: an op and, where it takes several to tell, the ops that read it. Out: `Product`, `Softmax`, or sets of names. ATen's
-names are the only ones here; a model's are asked for nowhere.
+In: an op and, for patterns of several ops, the ops that read its results. Out: `Product`, `Softmax`, or sets of ops.
+Only names of ATen ops are matched, never names of a model.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class Product:
 
     Attributes:
         op: The op whose first result is the product.
-        factors: What it multiplies, left and right.
-        added: What the op adds, or None.
+        factors: The left and the right factor.
+        added: What the op adds to the product, or None.
         reader: The op that reads the factors: `op`, or the multiplication before a sum.
-        axes: The axis of each factor that is summed over, counted from the end; None where it is not one axis of each.
+        axes: The contracted axis of each factor, counted from the end; None unless each has exactly one.
     """
 
     op: Op
@@ -92,10 +92,10 @@ class Softmax:
     """A softmax.
 
     Attributes:
-        op: The op; the exponential of one written by hand.
+        op: The softmax op, or the exponential of a softmax written by hand.
         logits: Its input.
         dim: The axis it runs over.
-        groups: Set where it runs over groups of entries of that axis, each for itself: the group of each, int64.
+        groups: The group of each entry of that axis, int64, if it runs over each group separately; else None.
     """
 
     op: Op
@@ -125,17 +125,17 @@ def is_linear(op: Op) -> bool:
 
 
 def makes_rotation(op: Op) -> bool:
-    """Whether an op computes a rotation from angles, which holds no features itself."""
+    """Whether an op computes a rotation from angles; its result holds no features."""
     return base_name(op) in ("sin", "cos", "polar")
 
 
 def keeps_numbers(op: Op) -> bool:
-    """Whether an op changes nothing but the shape or the type."""
+    """Whether an op only changes shape or dtype."""
     return base_name(op) in _SAME_NUMBERS
 
 
 def product_of(op: Op) -> Product | None:
-    """The product that an op is: one of matrices, a convolution, or a sum over an elementwise product."""
+    """The product that an op computes: a matrix product, a convolution, or the sum of an elementwise product."""
     if op.name in _PRODUCTS:
         left, right, added = _PRODUCTS[op.name]
         summand = op.args[added] if added is not None and added < len(op.args) else None
@@ -152,7 +152,7 @@ def product_of(op: Op) -> Product | None:
     axis = dims[0] - op.inputs[0].tensor.ndim
     shapes = [v.tensor.shape for v in mul.inputs]
     if any(len(s) < 2 or len(s) + axis < 0 or s[axis] == 1 for s in shapes):
-        return None  # a factor that is not summed over only scales
+        return None  # a factor without the summed axis only scales
     return Product(op, (mul.inputs[0], mul.inputs[1]), None, mul, (axis, axis))
 
 
@@ -162,7 +162,7 @@ def _is_depthwise(op: Op) -> bool:
 
 
 def softmax_of(op: Op, readers: Readers) -> Softmax | None:
-    """The softmax that an op is: the op itself, or an exponential that is divided by its own sum."""
+    """The softmax that an op computes: a softmax op, or an exponential divided by its own sum."""
     if not (op.data or op.weight) or not op.inputs or not op.inputs[0].tensor.ndim:
         return None
     logits = op.inputs[0]
@@ -185,7 +185,7 @@ def softmax_of(op: Op, readers: Readers) -> Softmax | None:
 
 
 def _softmax_over_groups(op: Op, logits: Value, readers: Readers) -> Softmax | None:
-    """An exponential that is divided by sums over groups of its entries."""
+    """The softmax of an exponential divided by sums over groups of its entries."""
     if not any(base_name(reader) in ("div", "mul") for reader in readers[op]):
         return None
     for reader in readers[op]:
@@ -196,7 +196,7 @@ def _softmax_over_groups(op: Op, logits: Value, readers: Readers) -> Softmax | N
 
 
 def weighs_by_groups(softmax: Softmax, readers: Readers) -> Iterator[Product]:
-    """Elementwise products of attention weights with data, whose entries are then added up by groups."""
+    """Elementwise products of attention weights with values that are then summed by group."""
     todo, seen = [softmax.op], set[Op]()
     while todo:
         for reader in readers[todo.pop()]:
@@ -242,7 +242,7 @@ def _comes_back(tape: Tape, readers: Readers, reduction: Op) -> bool:
 
 
 def _near(tape: Tape, reader: Op, values: Set[Value]) -> set[Value]:
-    """Values that some values are computed from by a few elementwise ops."""
+    """Some values, and those they are computed from by a few elementwise ops."""
     found, todo = set(values), [(v, reader) for v in values]
     while todo and len(found) < _NEAR:
         value, before = todo.pop(0)

@@ -1,6 +1,6 @@
 """Which softmaxes of a run belong to a site.
 
-In: a layout and the graph of a run. Out: for each site its softmaxes; `VerifyError` where an attention belongs to none.
+In: a layout and the graph of a run. Out: the softmaxes of each site; `VerifyError` for an attention without a site.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from quack_fx.prove.ops import Softmax
 
 
 def softmaxes_of(layout: QKLayout, graph: Graph) -> dict[AttentionSite, list[Softmax]]:
-    """The attentions on which each site's claims are checked.
+    """The softmaxes on which each site's claims are checked.
 
-    An attention belongs to the site that names the innermost running module. Where several sites share a name, none
-    names a running module (tied layers) or a site's module never ran through hooks, it belongs to the sites that claim
-    a parameter behind its logits; among several of one name, to those with both sides of a term there.
+    A softmax belongs to the site that names its innermost running module. If the layout has several sites of that name,
+    it belongs to those with both sides of a term upstream. If no site names a running module (tied layers), or a site's
+    module never ran through hooks, it belongs to the sites that claim a parameter upstream of its logits.
     """
     names = {site.name for site in layout.sites}
     found: dict[AttentionSite, list[Softmax]] = {site: [] for site in layout.sites}
@@ -35,8 +35,8 @@ def softmaxes_of(layout: QKLayout, graph: Graph) -> dict[AttentionSite, list[Sof
                     found[site].append(softmax)
             elif claims and (inside is None or site.name not in graph.tape.ran):
                 found[site].append(softmax)
-    # A second softmax of the same logits that weighs no values selects tokens. A softmax that depends on no input
-    # (learned tokens alone) weighs values that depend on none either.
+    # A second softmax over the same logits whose output multiplies no values only selects tokens. If a softmax depends
+    # on no input (learned tokens only), its values depend on none either, and `weighs` does not see them.
     return {
         site: [s for s in of_site if graph.weighs(s) or not s.op.data] or of_site for site, of_site in found.items()
     }
@@ -48,7 +48,7 @@ def _has_a_term_of(site: AttentionSite, params: Set[str]) -> bool:
 
 
 def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite, Sequence[Softmax]]) -> None:
-    """Refuse a layout that neither has nor skips an attention of the model."""
+    """Refuse a layout in which an attention of the model is neither a site nor skipped."""
     known = {softmax for softmaxes in claims.values() for softmax in softmaxes}
     for softmax in graph.softmaxes:
         if softmax not in known and not is_told_of(layout, softmax) and graph.is_attention(softmax):
@@ -59,11 +59,11 @@ def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite
 
 
 def is_told_of(layout: QKLayout, softmax: Softmax) -> bool:
-    """Whether the layout says that it skips this softmax."""
+    """Whether the layout lists this softmax as skipped."""
     return any(_is_about(entry.name, softmax) for entry in layout.skipped)
 
 
 def _is_about(name: str, softmax: Softmax) -> bool:
-    """Whether a skipped entry is about this softmax: it names its module, the one around it, or a sibling."""
+    """Whether a skipped entry names this softmax's module, the module around it, or a sibling."""
     around = softmax.modules[-2:]
     return name in around or (name.rpartition(".")[0] in around and name.rpartition(".")[0] != "")

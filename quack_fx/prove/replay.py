@@ -1,13 +1,13 @@
 """A slice of the tape, run again with gradients.
 
 In: a tape, the wanted values, and where the slice begins. Out: a `Replay`: the same values, computed by the same ops,
-with every parameter and every chosen value a leaf of autograd. What a model hides from autograd (`no_grad`, the forward
-of an autograd.Function) has gradients here, and no gradient flows past the beginning of the slice.
+with every parameter and every chosen value a leaf of autograd. Code that a model hides from autograd (`no_grad`, the
+forward of an autograd.Function) has gradients here, and no gradient flows past the beginning of the slice.
 
-The statistics of norms are constants here by default: a mean or a root mean square of many features is one number per
-position, through which every feature would depend on every other. With constant statistics a norm scales and shifts
-each feature separately, so that a seed on one head reaches only the rows of this head's features. This cannot hide a
-wrong row: a row that acts only through a statistic is not a row of that head.
+By default, the statistics of norms are constants. A mean or a root mean square over many features would make every
+feature depend on every other. With constant statistics, a norm scales and shifts each feature separately, and a seed on
+one head reaches only the rows of that head's features. This hides no wrong row: a row that acts through a statistic
+alone is not a row of that head.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Replay:
         tape: The tape.
         targets: Values to compute again.
         cuts: Values at which the slice begins; they are constants.
-        stops: Ops that are not run again; their results are constant.
+        stops: Ops that do not run again; their results are constants.
         leaves: Further cuts, with given values, whose gradients are wanted.
         statistics: Reductions and norms whose statistics are constants.
-        live: Whether those statistics carry gradients instead.
-        biases: Factor on one-dimensional parameters: biases, and gains, which only change by the same factor.
+        live: Whether these statistics carry gradients instead.
+        biases: Factor on one-dimensional parameters, which shrinks biases; gains only change by the same factor.
         through_detach: Whether gradients pass `detach`.
     """
 
@@ -80,25 +80,25 @@ class Replay:
         return self._tensors[value]
 
     def start(self, value: Value) -> Tensor:
-        """A value as it was before anything was written into it, if it is a leaf."""
+        """A value before any in-place write to it, if it is a leaf."""
         return self._leaves.get(value, self[value])
 
     def gradients(self, value: Value, seed: Tensor) -> dict[str, Tensor]:
-        """Gradient of every parameter of the slice that a seed on a value reaches."""
+        """Gradient of each parameter of the slice that a seed on a value reaches."""
         return dict(self._gradients(value, seed, self.params))
 
     def gradients_at(self, value: Value, seed: Tensor, values: Iterable[Value]) -> dict[Value, Tensor]:
-        """Gradient of each of some values, leaves or not, that a seed on a value reaches."""
+        """Gradient of each given value, leaf or not, that a seed on a value reaches."""
         inside = {one: self.start(one) for one in values}
         return dict(self._gradients(value, seed, {p: t for p, t in inside.items() if t.requires_grad}))
 
     def changes(self, value: Value, directions: Mapping[Value, Tensor]) -> Tensor:
-        """How a value changes with others: its Jacobian times their change."""
+        """Jacobian-vector product: how a value changes for given changes of others."""
         root = self[value]
         sources = {on: self.start(on) for on in directions if self[on].requires_grad}
         if not root.requires_grad or not sources:
             return torch.zeros_like(root)
-        # The gradient is linear in the seed, so its own gradient is the transposed Jacobian.
+        # The vector-Jacobian product is linear in the seed; its derivative by the seed is the Jacobian-vector product.
         seed = torch.zeros_like(root, requires_grad=True)
         arrived = torch.autograd.grad([root], list(sources.values()), [seed], create_graph=True, allow_unused=True)
         linear = [(g, directions[on]) for on, g in zip(sources, arrived, strict=True) if g is not None]
@@ -120,8 +120,8 @@ class Replay:
     def _slice(self, targets: Iterable[Target]) -> list[Op]:
         """The ops to run, in order.
 
-        Ops that depend on neither inputs nor parameters are constant, unless their results are written in place later:
-        then the storage has to be computed again.
+        An op that depends on neither inputs nor parameters is constant, unless its result is written in place later:
+        the storage then has to be computed again.
         """
         chosen: set[Op] = set()
         idle: set[Op] = set()
@@ -146,7 +146,7 @@ class Replay:
     # -- running them --------------------------------------------------------------------------------------------------
 
     def _constant(self, value: Value) -> Tensor:
-        """A value at which the slice begins."""
+        """The tensor of a value at which the slice begins; a parameter becomes a leaf."""
         if value.param is not None and value not in self._cuts:
             tensor = value.tensor.detach()
             if self._biases != 1.0 and tensor.ndim == 1:
@@ -176,7 +176,7 @@ class Replay:
             self.opaque.append(op)
 
     def _is_of_statistics(self, op: Op) -> bool:
-        """Whether an op makes statistics that carry gradients, or computes with them alone."""
+        """Whether an op makes statistics that carry gradients, or computes with such statistics alone."""
         if op in self._statistics:
             return self._live and op.name not in NORM_OPS
         rest = [v for v in op.inputs if v not in self._of_statistics]
@@ -192,7 +192,7 @@ class Replay:
 
 
 def _held(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A reduction whose result is a constant."""
+    """A reduction with a constant result."""
     with torch.no_grad():
         return func(*args, **kwargs)
 
@@ -230,7 +230,7 @@ def _batch_norm(
     func: Callable[..., Any], x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any, **kwargs: Any
 ) -> Any:
     _, mean, rstd, *more = _held(func, x, weight, bias, *rest, **kwargs)
-    if not mean.numel():  # evaluation mode: the statistics are buffers, the op is affine already
+    if not mean.numel():  # evaluation mode: the statistics are buffers, so the op is affine
         return func(x, weight, bias, *rest, **kwargs)
 
     def by_channel(p: Tensor) -> Tensor:
@@ -242,11 +242,11 @@ def _batch_norm(
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
-    return (x if bias is None else x + bias).contiguous()  # as the op itself makes it, for a view that follows
+    return (x if bias is None else x + bias).contiguous()  # like the op's own result: a view op may follow
 
 
 def _unclipped(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A function of each feature by itself, with the derivative 1: what it clips belongs to its head as well."""
+    """An elementwise function with derivative 1: a feature that it clips still belongs to its head."""
     with torch.no_grad():
         change: Tensor = func(x.clone(), *args, **kwargs) - x
     return x + change

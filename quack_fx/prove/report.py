@@ -1,4 +1,4 @@
-"""The report of a proof: the sites that were proved, and those that could not be decided.
+"""The report of a proof: which sites were proved and which could not be decided.
 
 In: plain values. Out: `VerifyReport`.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class SiteProof:
-    """A site whose claims were confirmed.
+    """A site whose claims were all confirmed.
 
     Attributes:
         name: Name of the site.
@@ -28,7 +28,7 @@ class SiteProof:
 
 @dataclass(frozen=True, slots=True)
 class NotProved:
-    """A site that the gradients neither prove nor refute, and why."""
+    """A site that gradients can neither prove nor refute, and why."""
 
     name: str
     reason: str
@@ -36,11 +36,11 @@ class NotProved:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was proved about a layout, and what was not.
+    """What was proved about a layout.
 
     Attributes:
-        proved: Sites whose rows, heads and terms were all confirmed.
-        not_proved: Sites that could not be decided, each with its reason.
+        proved: Sites whose claims were all confirmed.
+        not_proved: Sites that could not be decided, with reasons.
     """
 
     proved: tuple[SiteProof, ...]

@@ -1,11 +1,10 @@
 """A record of a forward pass on real values: every ATen op that ran, in order, with its operands.
 
 In: a model and its inputs. Out: a `Tape` of `Op`s over `Value`s. Each op knows which earlier ops it depends on,
-in-place writes included, so that a slice of the tape can run again (`replay.py`), and whether it depends on the
+including in-place writes, so that a slice of the tape can run again (`replay.py`), and whether it depends on the
 model's inputs (`data`) and on parameters (`weight`).
 
-The ops are recorded below autograd, by a TorchDispatchMode, so that what runs under `no_grad` or inside an
-autograd.Function is recorded as well. No module class or name is looked at.
+A TorchDispatchMode records the ops below autograd, and so also those under `no_grad` or inside an autograd.Function.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
+from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to intercept ATen ops
 from torch.utils._pytree import tree_leaves
 
 from quack_fx.graph.forward.eager import op_by_op
@@ -35,7 +34,7 @@ class Value:
     """One tensor of the forward pass.
 
     Attributes:
-        tensor: The tensor; kept alive by the tape, so that no address is used twice.
+        tensor: The tensor; the tape keeps it alive, so that no address is reused.
         op: The op that made it; None for inputs, parameters and buffers.
         param: Its name if it is a parameter, or None.
         is_input: Whether it is an input of the model.
@@ -50,7 +49,7 @@ class Value:
 
     @property
     def is_numeric(self) -> bool:
-        """Whether it holds floating-point values, not indices or masks."""
+        """Whether it holds floating-point or complex numbers, as opposed to indices or masks."""
         return self.tensor.is_floating_point() or self.tensor.is_complex()
 
 
@@ -65,13 +64,13 @@ class Op:
         args: Its arguments, with a `Value` for each tensor.
         kwargs: Its keyword arguments, likewise.
         inputs: All values among the arguments.
-        outputs: All values among the results; an argument that is written in place is one of them.
-        reads: The earlier ops whose results it depends on: those that made its inputs, and those that wrote to them.
+        outputs: All values among the results, including arguments that are written in place.
+        reads: The earlier ops that its results depend on: those that made its inputs or wrote to them.
         modules: Names of the modules that were running, outermost first.
         given: Whether its results depend on the model's inputs.
-        weight: Whether they depend on parameters.
-        data: Whether its results are floating-point values that depend on inputs; what depends on integers alone
-            (masks, positions, tables looked up by them) is constant.
+        weight: Whether its results depend on parameters.
+        data: Whether its results depend on the model's inputs, and on floating-point inputs or parameters; what integer
+            inputs alone determine (masks, positions, buffers indexed by them) counts as constant.
     """
 
     index: int
@@ -101,11 +100,11 @@ class Tape:
     """One forward pass.
 
     Attributes:
-        ops: Everything that ran, in order.
+        ops: All ops that ran, in order.
         ran: Names of the modules whose forward was called through hooks.
         writes: For each storage, the ops that wrote to it in place.
-        results: What the model returned.
-        params: The parameters, by name.
+        results: The tensors that the model returned.
+        params: The parameters by name.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -115,7 +114,7 @@ class Tape:
     params: dict[str, Tensor] = field(default_factory=dict)
 
     def behind(self, value: Value, before: Op | None = None) -> tuple[Op, ...]:
-        """The ops that produced the contents of a value as an op reads it: its op and all earlier in-place writes."""
+        """The ops that made the contents of a value as the op `before` reads it: its op and earlier in-place writes."""
         made = (value.op,) if value.op is not None else ()
         writers = self.writes.get(value.storage)
         if not writers:
@@ -123,21 +122,18 @@ class Tape:
         return made + tuple(op for op in writers if op is not value.op and (before is None or op.index < before.index))
 
     def is_data(self, value: Value, before: Op | None = None) -> bool:
-        """Whether a value depends on the model's inputs."""
+        """Whether a value is an input of the model or made by an op with `data`, as the op `before` reads it."""
         return value.is_input or any(op.data for op in self.behind(value, before))
 
     def is_weight(self, value: Value, before: Op | None = None) -> bool:
-        """Whether a value depends on parameters alone, and on at least one."""
+        """Whether a value depends on parameters and is not data."""
         if self.is_data(value, before):
             return False
         return value.param is not None or any(op.weight for op in self.behind(value, before))
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
-    """Run the model once and record it.
-
-    Fused attention is replaced by plain ops, so that the logits are a tensor like any other.
-    """
+    """Run a model once and record it, with fused attention replaced by plain ops, which make the logits a tensor."""
     try:
         with torch.no_grad():
             return _record(model, args, kwargs)
@@ -152,7 +148,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
     watch = _Watch(model)
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings(action="ignore"))  # of running uncompiled, for one
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # for example about running uncompiled
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(op_by_op())
         stack.enter_context(OnThisMachine())
@@ -169,7 +165,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 class _Watch(TorchDispatchMode):
-    """The mode that records the tape."""
+    """The dispatch mode that records the tape."""
 
     supports_higher_order_operators = True
 
@@ -185,15 +181,15 @@ class _Watch(TorchDispatchMode):
             self.tape.params[name] = parameter
 
     def value(self, tensor: Tensor, op: Op | None = None) -> Value:
-        """The `Value` of a tensor; a new one if it was not seen before."""
+        """The `Value` of a tensor, made on first use."""
         known = self._values.get(id(tensor))
         if known is not None:
             return known
         storage = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-        storage = storage or -id(tensor)  # an empty tensor has no address, and so no views
+        storage = storage or -id(tensor)  # an empty tensor has no address
         view = (storage, tensor.storage_offset() if storage > 0 else 0, tensor.shape, tensor.stride(), tensor.dtype)
         if op is None and (known := self._same.get(view)) is not None:
-            # The same memory in a new tensor object, as `.data` makes it without an op.
+            # A new tensor object for the same memory: `.data` makes one without an op.
             self._alive.append(tensor)
             value = known
         else:
@@ -242,7 +238,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors of an output: nested containers, and the attributes of objects that pytree does not know."""
+    """All tensors of an output, also in attributes of objects that pytree does not know."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf

@@ -1,10 +1,10 @@
-"""The terms of a site against the evidence: which blocks are multiplied with which.
+"""Checks the terms of a site against the evidence: which blocks are multiplied with which.
 
-In: the evidence about a site. Out: the number of terms confirmed; `VerifyError` for the first thing that is wrong.
+In: the evidence about a site. Out: the number of terms confirmed; `VerifyError` for the first wrong one.
 
-A term has three parts. The blocks of a chain follow one another: checked on the products with weights before an
-operand. A chain reaches certain features of its operand: checked with seeds on those features. A query chain and a key
-chain that reach the same feature are multiplied there.
+A term is a chain of blocks on the query side times one on the key side. The order of a chain is checked on the
+projections upstream of the operands. Seeds on single features of an operand show which chains reach them; a query chain
+and a key chain that reach the same feature are multiplied there.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _Names = tuple[str, ...]
 
 
 def check_terms(evidence: Evidence) -> int:
-    """Blocks meet in head dimensions exactly as the terms say; checked for one head of each pattern of blocks.
+    """Check that blocks meet in head dimensions exactly as the terms say, for one head of each pattern of blocks.
 
     Returns:
         Number of terms.
 
     Raises:
-        VerifyError: A term is missing, is not there, or is a product of other blocks.
+        VerifyError: A term is missing, does not occur, or multiplies other blocks.
     """
     site = evidence.site
     twice = [t for t, n in Counter((frozenset(t.query), frozenset(t.key)) for t in site.terms).items() if n > 1]
@@ -61,14 +61,14 @@ def check_terms(evidence: Evidence) -> int:
 
 
 def _check_order(evidence: Evidence, side: Side) -> None:
-    """The claimed chains are those of the products with weights behind the operands."""
+    """Check that the claimed chains are the paths through the projections upstream of the operands."""
     blocks = evidence.blocks[side]
     claimed = {tuple(sorted(blocks[i].param for i in getattr(term, side))) for term in evidence.site.terms}
     found: set[_Names] = set()
     for part in evidence.parts:
         for path in _paths(part.factors[side], part.followed[side]):
             if any(len(f.params & evidence.claimed[side]) > 1 for f in path):
-                return  # weights merged before they meet the input: the features alone say what is multiplied
+                return  # the weights are multiplied with each other first: only the features show the terms
             found.add(tuple(sorted(name for f in path for name in f.params & evidence.claimed[side])))
     for chain in sorted(claimed ^ found):
         what = "no term has it" if chain in found else "no operand of its logits comes out of it"
@@ -76,7 +76,7 @@ def _check_order(evidence: Evidence, side: Side) -> None:
 
 
 def _paths(factors: Sequence[Factor], followed: Sequence[Factor]) -> Iterator[tuple[Factor, ...]]:
-    """Products with claimed weights that follow one another, from the logits outwards."""
+    """Chains of claimed projections, starting at the logits."""
     for factor in factors:
         if factor in followed:
             outer = list(_paths(factor.outer, followed))
@@ -87,7 +87,7 @@ def _paths(factors: Sequence[Factor], followed: Sequence[Factor]) -> Iterator[tu
 def _meetings(
     evidence: Evidence, part: Part, features: range, index: Mapping[Side, int]
 ) -> Iterator[dict[Side, frozenset[int]]]:
-    """Sets of blocks that meet in one contracted feature; every such set is one of these or lies inside one."""
+    """Sets of blocks that meet in a contracted feature; the set of any other feature is a subset of one of them."""
     first = {side: _blocks_at(evidence, part, side, features[:1], index[side]) for side in SIDES}
     whole = {side: _blocks_at(evidence, part, side, features, index[side]) for side in SIDES}
     if whole == first or len(features) == 1:
@@ -99,7 +99,7 @@ def _meetings(
 
 
 def _blocks_at(evidence: Evidence, part: Part, side: Side, features: range, index: int) -> frozenset[int]:
-    """Blocks of one head that reach some contracted features of an operand."""
+    """Blocks of one head that reach any of some contracted features of an operand."""
     operand = part.operand[side]
     seed = torch.zeros_like(operand.value.tensor)
     seed.narrow(operand.axis, features.start, len(features)).fill_(1.0)
@@ -109,7 +109,7 @@ def _blocks_at(evidence: Evidence, part: Part, side: Side, features: range, inde
 
 
 def _terms_at(evidence: Evidence, query: frozenset[int], key: frozenset[int]) -> set[_Term]:
-    """The claimed terms that meet in a feature; they must be all products of the chains that do."""
+    """The claimed terms that meet in a feature; checks that they pair every query chain there with every key chain."""
     terms = evidence.site.terms
     met = {(t.query, t.key) for t in terms if query.issuperset(t.query) and key.issuperset(t.key)}
     chains = {q for q, _ in met}, {k for _, k in met}

@@ -1,4 +1,7 @@
-"""What users give: example inputs, as the call arguments that they stand for, and models, which must not be wrapped."""
+"""Checks and conversions of what users pass.
+
+In: example inputs, a model. Out: call arguments; `StripError` for a wrapped model.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ Inputs = Sequence[Any] | Mapping[str, Any]
 
 
 def call_of(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments."""
+    """Example inputs as positional and keyword arguments."""
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse a model that is wrapped or sharded: what holds its parameters would not see that they change.
+    """Refuse a wrapped or sharded model: its wrapper holds the parameters and would not see them change.
 
     Raises:
-        StripError: It is.
+        StripError: The model is wrapped or sharded.
     """
     if where := first_wrapped(model):
         raise StripError(f"{where}; take QK norms out, or put them in, before the model is wrapped or sharded")

@@ -1,12 +1,12 @@
-"""A backend of torch.compile that removes QK norms from Dynamo's graphs.
+"""A torch.compile backend that removes QK norms from Dynamo's graphs.
 
-In: a graph of Dynamo and its example inputs. Out: the graph without its QK norms, compiled by another backend (Inductor
-by default). Installed as a `torch_dynamo_backends` entry point:
+In: a Dynamo graph and its example inputs. Out: the graph without its QK norms, compiled by another backend (Inductor by
+default). Installed as a `torch_dynamo_backends` entry point:
 
     torch.compile(model, backend="quack_fx")
     torch.compile(model, backend="quack_fx", options={"backend": "aot_eager", "gain": "keep", "scale": "keep"})
 
-A graph without QK norm is passed on unchanged. The logger "quack_fx" logs what was removed from each graph.
+A graph without QK norms is passed on unchanged. The logger "quack_fx" logs what was removed from each graph.
 """
 
 from __future__ import annotations
@@ -32,20 +32,19 @@ _log = logging.getLogger("quack_fx")
 def quack_fx(
     graph_module: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """Compile a graph of Dynamo without its QK norms.
+    """Compile a Dynamo graph without its QK norms.
 
     Arguments:
         graph_module: The graph; weights are among its inputs.
         example_inputs: Its inputs.
-        options: "backend": the one to pass the graph on to, "inductor" by default. "gain" and "scale": as in
-            `strip_qk_norm`. All others are that backend's.
+        options: "backend": the backend that compiles the graph, "inductor" by default. "gain" and "scale": as in
+            `strip_qk_norm`. All others are passed to that backend.
 
     Returns:
         The compiled graph.
 
     Raises:
-        StripError: An option is not known, or the graph cannot be analysed; an undetected norm would make it another
-            model.
+        StripError: An option is unknown, or the graph cannot be analysed, so that a norm could go undetected.
     """
     rest = dict(options or {})
     backend = rest.pop("backend", "inductor")
@@ -65,11 +64,11 @@ def quack_fx(
 
 
 def _strip(graph_module: GraphModule, example_inputs: Sequence[Any], chosen: Mapping[str, str]) -> StripReport:
-    """The graph without its norms, in ATen ops, before autograd."""
+    """Trace a graph to ATen ops, before autograd, and remove its norms."""
     if any(isinstance(x, torch.SymInt) for x in example_inputs):
         raise StripError("the backend quack_fx needs fixed shapes; use torch.compile(..., dynamic=False)")
     try:
-        # Dynamo's own fake tensors: new ones would be given symbols for their sizes.
+        # Dynamo's own fake tensors: new ones would have symbolic sizes.
         fakes = [
             n.meta.get("example_value", x) for n, x in zip(_placeholders(graph_module), example_inputs, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""The reports of a removal and of an insertion of QK norms, and what both ways of removal share.
+"""Reports about removing and adding QK norms, and what removal from modules and from graphs shares.
 
 In: what was done to modules or a graph. Out: `StripReport`, `InsertReport`.
 """
@@ -15,7 +15,7 @@ from quack_fx.layout import QKLayout
 
 
 def _nothing() -> None:
-    """`restore` of a rewritten graph: the original was not changed."""
+    """The `restore` of a rewritten graph, whose original is unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class RemovedNorm:
     """A removed norm.
 
     Attributes:
-        module: Name of its module; None for one that was written inline.
-        kind: What it computed, as in the layout.
-        width: Number of features that shared one statistic.
+        module: Name of its module; None for an inline norm.
+        kind: What it computes, as in the layout.
+        width: Number of features that share a statistic.
         sites: Names of its attentions.
         keys: Entries of the model's `state_dict` that were removed with it.
     """
@@ -39,7 +39,7 @@ class RemovedNorm:
 
 @dataclass(frozen=True, slots=True)
 class LeftSite:
-    """An attention whose QK norms stay, and why."""
+    """An attention that is left unchanged, and why."""
 
     site: str
     reason: str
@@ -50,9 +50,9 @@ class LogitChange:
     """The logits of an attention on the example inputs, before and after the removal.
 
     Attributes:
-        site: Its name.
-        before: Their standard deviation with the norms.
-        after: Their standard deviation without.
+        site: Name of the attention.
+        before: Standard deviation of the logits with the norms.
+        after: Standard deviation of the logits without them.
     """
 
     site: str
@@ -62,15 +62,15 @@ class LogitChange:
 
 @dataclass(frozen=True, slots=True)
 class StripReport:
-    """What was removed, what stays and why.
+    """What was removed, and what stays and why.
 
     Attributes:
         removed: The removed norms.
         left: The sites whose norms stay.
         notes: Decisions about logit scales, and what the user should check.
-        layout: The layout of the model as it is now; its stripped sites have no QK norm and take part in QuacK.
+        layout: Layout of the stripped model; QuacK now scales the stripped sites.
         logits: Standard deviations of the logits of stripped sites; empty without example inputs.
-        model: The stripped model: the one that was given, or a new graph that shares its parameters.
+        model: The stripped model: the given one, or a new graph that shares its parameters.
     """
 
     removed: tuple[RemovedNorm, ...]
@@ -87,7 +87,7 @@ class StripReport:
         return tuple(dict.fromkeys(key for norm in self.removed for key in norm.keys))
 
     def restore(self) -> None:
-        """Put the norms back; the model then computes bitwise the same as before. Does nothing for a graph, a copy."""
+        """Put the norms back: the model then computes bitwise the same as before. No effect on a graph (a copy)."""
         self._restore()
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,10 +106,10 @@ class InsertReport:
     """Where norms were added, and where not and why.
 
     Attributes:
-        inserted: Names of the norm modules; in a graph, names of the modules that hold the gains.
+        inserted: Names of the norm modules; in a graph, of the modules that hold the gains.
         left: The sites without new norms, and why.
-        layout: The layout of the model as it is now.
-        model: The model with norms: the one that was given, or a new graph that shares its parameters.
+        layout: Layout of the model with norms.
+        model: The model with norms: the given one, or a new graph that shares its parameters.
     """
 
     inserted: tuple[str, ...]
@@ -119,23 +119,19 @@ class InsertReport:
     _restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
 
     def restore(self) -> None:
-        """Remove the norms; the model then computes bitwise the same as before. Does nothing for a graph, which is a
-        copy."""
+        """Remove the norms: the model then computes bitwise the same as before. No effect on a graph (a copy)."""
         self._restore()
 
 
 def with_sharers(
     reasons: Mapping[int, str], uses: Sequence[tuple[int, Hashable, str]], layout: QKLayout
 ) -> dict[int, str]:
-    """The reasons of sites that keep their norms, and of all sites that share a norm with one that does.
+    """Extend the reasons to keep norms to all sites that share a norm with a site that keeps its norms.
 
     Arguments:
         reasons: By index of a site, why it keeps its norms.
-        uses: Index of a site, the module or node of a norm that it uses, and what to call that norm.
+        uses: Index of a site, module or node of a norm that it uses, and what to call that norm.
         layout: The layout.
-
-    Returns:
-        The reasons of all sites that keep their norms.
     """
     reasons = dict(reasons)
     spreading = True
@@ -154,8 +150,8 @@ def without_norms(layout: QKLayout, stripped: Mapping[int, float], vanished: Ite
     """The layout of the stripped model.
 
     Arguments:
-        layout: The one with norms.
-        stripped: By index of each site without norms, the factor of its logits.
+        layout: The layout with norms.
+        stripped: By index of each stripped site, the factor of its logits.
         vanished: Parameters that were removed.
     """
     gone, sites = set(vanished), list(layout.sites)

@@ -1,15 +1,15 @@
 """Reports about a layout: rich text for a terminal, a self-contained HTML page.
 
 In: a `QKLayout` and `Facts` about how it was found. Out: `overview` and `pair` (rich renderables), `html` (a string).
-The JSON form is the layout's own (`QKLayout.to_dict`). No torch is imported, so a saved layout can be shown anywhere.
+The JSON form is the layout's own (`QKLayout.to_dict`). Imports no torch, so a saved layout can be shown anywhere.
 
     facts.py      the model, its inputs and its graph; counts of weights
     groups.py     equal layers as one group; rows, scales, norms, head maps and learning-rate factors as text
     terminal.py   the table of groups, lists of what was skipped, the trees of one attention and of `--explain`
-    graph.py      the pair graph, and its drawing
+    graph.py      the pair graph and its drawing
     html.py       the page
-    style.py      the frame and the look of all pages
-    run/          a training run that was recorded, by the same ways
+    style.py      what all pages share
+    run/          the same for a recorded training run
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def find_site(layout: QKLayout, name: str) -> AttentionSite:
     """The site with this name, or the only one whose name ends with it.
 
     Raises:
-        LayoutError: No site has this name, or several have.
+        LayoutError: There is no such site, or more than one.
     """
     found = find_name([site.name for site in layout.sites], name)
     return next(site for site in layout.sites if site.name == found)

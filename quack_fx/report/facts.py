@@ -1,6 +1,6 @@
-"""What a report says besides the layout: the model, its inputs, its graph, a proof.
+"""What a report shows besides the layout: the model, its inputs, its graph, a proof.
 
-In: plain values. Out: `Facts`. Imports no torch, so that a saved layout can be reported on.
+In: plain values. Out: `Facts`. Imports no torch, so a saved layout can be shown anywhere.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ class Proof:
 
     Attributes:
         where: The model that it ran on: "a copy with random weights".
-        open: Names of the attentions that it could not decide, each with the reason; all others are proved.
+        open: Names of the attentions that it could not decide, with reasons; all others are proved.
     """
 
     where: str
     open: Mapping[str, str] = field(default_factory=dict)
 
     def text(self, names: Sequence[str]) -> str:
-        """The result for some attentions: "✓", "-", or how many of each."""
+        """The result for some attentions: "✓", "-", or the number of each."""
         wrong = sum(name in self.open for name in names)
         right = len(names) - wrong
         return f"✓ {right}  - {wrong}" if wrong and right else "-" if wrong else "✓"
 
     def summary(self, names: Sequence[str]) -> str:
-        """How many attentions are proved, on which model."""
+        """How many attentions are proved, and on which model."""
         right = sum(name not in self.open for name in names)
         return f"{right} of {len(names)} proved by gradients on {self.where}"
 
@@ -45,7 +45,7 @@ class Facts:
         seconds: Time from the target to the layout.
         shapes: Shape of every parameter by name.
         proof: The result of a proof, if one was run.
-        notes: Further lines about how the model was built: pairs of a heading and a sentence.
+        notes: More lines about how the model was built: pairs of a heading and a sentence.
     """
 
     title: str
@@ -58,12 +58,12 @@ class Facts:
 
     @property
     def parameters(self) -> int:
-        """Number of weights in all parameters."""
+        """Total number of elements of all parameters."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def count_text(n: int) -> str:
-    """ "405.9 G": a count with three or four digits."""
+    """A count as text, in units of k, M or G if it is large: "405.9 G"."""
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if n >= size:
             return f"{n / size:.1f} {unit}"

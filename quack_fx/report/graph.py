@@ -1,7 +1,7 @@
 """The pair graph of one attention, as a networkx graph and as inline SVG.
 
-In: a site. Out: `pair_graph`, from the inputs through weights and norms to the products and their sum, the logits;
-`svg`, the same drawn in columns. Colours are in the style sheet of the page.
+In: a site. Out: `pair_graph`, which leads from the inputs through weights and norms to the products and their sum, the
+logits; `svg`, the same drawn in columns. Colours are in the style sheet of the page.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def pair_graph(site: AttentionSite) -> nx.DiGraph:
 
     Returns:
         Graph whose nodes have `kind` ("input", "block", "norm", "product" or "logits"), `side` ("query", "key" or "")
-        and `lines`, the text to show. An edge leads from what is multiplied first to what is multiplied next.
+        and `lines`, the text to show. Edges follow the computation.
     """
     graph, names = nx.DiGraph(), g.labels(site)
     inputs: dict[Side, str] = {"query": "x", "key": "y" if site.cross else "x"}
@@ -67,7 +67,7 @@ def svg(site: AttentionSite) -> str:
     level = {n: i for i, layer in enumerate(nx.topological_generations(graph)) for n in layer}
     way: dict[tuple[str, str], list[str]] = {}
     for a, b in list(graph.edges):
-        # An edge across several columns gets a point in each, so that it does not cross boxes.
+        # An edge across several columns passes a point in each, so that it does not cross boxes.
         stops = [f"{a} > {b} @ {i}" for i in range(level[a] + 1, level[b])]
         for stop, i in zip(stops, range(level[a] + 1, level[b]), strict=True):
             graph.add_node(stop, kind="stop", side=graph.nodes[a]["side"], lines=())
@@ -106,7 +106,7 @@ def _size(lines: tuple[str, ...]) -> tuple[float, float]:
 
 
 def _ends(place: tuple[float, float], size: tuple[float, float]) -> tuple[float, float, float]:
-    """Left end, right end and middle height of a box."""
+    """Left end, right end and vertical middle of a box."""
     return place[0], place[0] + size[0], place[1] + size[1] / 2
 
 

@@ -1,4 +1,4 @@
-"""Equal layers as one group, and rows of heads as a formula: the short texts of all reports.
+"""The short texts of all reports: equal layers as one group, rows of heads as a formula.
 
 In: sites and names of a layout. Out: `Group`s with names such as "model.layers.{0..125}.self_attn", and rows such as
 "128h:128h+128": head h has the rows from 128 h up to, but not including, 128 h + 128.
@@ -19,10 +19,10 @@ Indices = tuple[frozenset[int], ...]
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that are equal but for the numbers in their names.
+    """Sites that are equal except for the numbers in their names.
 
     Attributes:
-        name: Their names in one, with the numbers in braces.
+        name: Their common name, with the numbers in braces.
         sites: The sites, in the layout's order.
     """
 
@@ -36,7 +36,7 @@ class Group:
 
     @property
     def remarks(self) -> list[str]:
-        """What is not true of each attention: several of them, cross-attention, several calls."""
+        """Remarks, if they apply: the number of sites, cross-attention, several calls."""
         several = [f"x{len(self.sites)}"] if len(self.sites) > 1 else []
         return several + ["cross"] * self.first.cross + [f"{self.first.calls} calls"] * (self.first.calls > 1)
 
@@ -48,7 +48,7 @@ def group_sites(sites: Sequence[AttentionSite]) -> list[Group]:
         alike.setdefault(_relative(site), []).append(site)
     groups = []
     for members in alike.values():
-        # Two attentions of one module have the same name.
+        # Two attentions of one module share a name.
         named: dict[str, list[AttentionSite]] = {}
         for site in members:
             named.setdefault(site.name, []).append(site)
@@ -59,7 +59,7 @@ def group_sites(sites: Sequence[AttentionSite]) -> list[Group]:
 
 
 def group_names(names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """Names that differ only in numbers, as one pattern where the numbers form a full grid.
+    """Group names that differ only in numbers, as one pattern if the numbers form a full grid.
 
     Example:
         >>> group_names(["h.0.q", "h.1.q", "h.2.q", "head"])
@@ -79,7 +79,7 @@ def group_names(names: Iterable[str]) -> list[tuple[str, list[str]]]:
 
 
 def by_reason(entries: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
-    """Names under the reason that they share, as `group_names` gives them; entries are pairs of a name and a reason."""
+    """Group (name, reason) pairs by reason; each comes with its names as from `group_names`."""
     reasons: dict[str, list[str]] = {}
     for name, reason in entries:
         reasons.setdefault(reason, []).append(name)
@@ -87,7 +87,7 @@ def by_reason(entries: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[tu
 
 
 def _grids(indices: Sequence[tuple[int, ...]]) -> list[Indices]:
-    """Index tuples as few full grids, merged along one axis after the other, from the last."""
+    """Index tuples merged into few full grids, along one axis at a time, the last one first."""
     grids: list[Indices] = [tuple(frozenset((n,)) for n in i) for i in indices]
     for axis in reversed(range(len(indices[0]))):
         merged: dict[tuple[Any, ...], frozenset[int]] = {}
@@ -99,7 +99,7 @@ def _grids(indices: Sequence[tuple[int, ...]]) -> list[Indices]:
 
 
 def _braces(values: frozenset[int]) -> str:
-    """Numbers as in a shell: 3, {0..125}, {0..10..2}, {0..2,7}."""
+    """Numbers in shell notation: 3, {0..125}, {0..10..2}, {0..2,7}."""
     numbers = sorted(values)
     if len(numbers) == 1:
         return str(numbers[0])
@@ -117,13 +117,13 @@ def _braces(values: frozenset[int]) -> str:
 
 
 def _relative(site: AttentionSite) -> AttentionSite:
-    """The site with names relative to its own, so that equal layers become equal."""
+    """A site with names relative to its own, so that equal layers become equal."""
     relative = renamed(site, lambda name: local_name(name, site.name))
     return replace(relative, name="".join(split_name(site.name)[0]))
 
 
 def local_name(name: str, site: str) -> str:
-    """The name of a parameter or module relative to its site: without the site's prefix, or with its numbers as {i}.
+    """A name relative to a site: without the site's prefix, or with layer numbers relative to the site's.
 
     Example:
         >>> local_name("layers.3.attn.q.weight", "layers.3.attn"), local_name("layers.2.kv.weight", "layers.3.attn")
@@ -147,7 +147,7 @@ def local_name(name: str, site: str) -> str:
 
 
 def rows_text(heads: Sequence[Ranges], letter: str = "h") -> str:
-    """Rows of all heads as one formula in the head's number.
+    """Rows of all heads as one formula in the head index.
 
     Example:
         >>> rows_text([((0, 64),), ((64, 128),), ((128, 192),)])
@@ -191,7 +191,7 @@ def _slices(ranges: Ranges) -> str:
 
 
 def _collapse(ranges: Ranges) -> list[tuple[int, int, str]]:
-    """Ranges as slices; single rows at equal distances (interleaved heads) become one slice with a step."""
+    """Ranges as slices; equally spaced single rows (interleaved heads) become one slice with a step."""
     widths = {b - a for a, b in ranges}
     steps = {b[0] - a[0] for a, b in pairwise(ranges)}
     if len(ranges) > 2 and widths == {1} and len(steps) == 1 and (step := steps.pop()) > 0:
@@ -200,7 +200,7 @@ def _collapse(ranges: Ranges) -> list[tuple[int, int, str]]:
 
 
 def total_rows(block: WeightBlock) -> Ranges:
-    """The rows of all heads of a block, as disjoint ranges in order."""
+    """The rows of all heads of a block as disjoint ranges in order."""
     return merged(r for ranges in block.heads for r in ranges)
 
 
@@ -208,14 +208,14 @@ def total_rows(block: WeightBlock) -> Ranges:
 
 
 def kind_text(site: AttentionSite) -> str:
-    """ "GQA 128/8": kind, query heads and, where they differ, key heads."""
+    """ "GQA 128/8": kind, query heads and, if their number differs, key heads."""
     kind = "Attention" if site.kind == "other" else site.kind.upper()
     heads = str(site.query_heads)
     return f"{kind} {heads}" if site.query_heads == site.key_heads else f"{kind} {heads}/{site.key_heads}"
 
 
 def scale_text(site: AttentionSite) -> str:
-    """ "1/√128" where it is that, else the number."""
+    """ "1/√128" if the scale has this form, else the number."""
     scale = site.logit_scale
     if scale is None:
         return "not a number"
@@ -233,7 +233,7 @@ def norms_text(norms: Sequence[Norm]) -> str:
 
 
 def map_text(site: AttentionSite) -> str:
-    """Which key head a query head reads, as a formula where there is one."""
+    """Which key head each query head reads, as a formula if there is one."""
     n, k, heads = site.query_heads, site.key_heads, site.head_map
     pattern = map_pattern(heads, k)
     if pattern == "own":
@@ -251,17 +251,17 @@ def chains(site: AttentionSite) -> list[dict[Side, list[WeightBlock]]]:
 
 
 def key_letter(site: AttentionSite) -> str:
-    """Letter for the index of a key head: h where it equals that of the query head, else g."""
+    """Letter for the index of a key head: h if it equals that of the query head, else g."""
     return "h" if site.head_map == tuple(range(site.key_heads)) else "g"
 
 
 def block_rows(site: AttentionSite, side: Side, block: WeightBlock) -> str:
-    """Rows of all heads of a block of a site."""
+    """Rows of all heads of a block of a site, as text."""
     return rows_text(block.heads, "h" if side == "query" else key_letter(site))
 
 
 def labels(site: AttentionSite) -> dict[int, str]:
-    """A short name for each block, by `id`: its role, with a number where several blocks have the role."""
+    """A short name for each block, by `id`: its role, numbered if several blocks have it."""
     blocks = [b for _, b in site.blocks()]
     seen: dict[str, int] = {}
     names = {}
@@ -273,12 +273,12 @@ def labels(site: AttentionSite) -> dict[int, str]:
 
 
 def per_head(block: WeightBlock) -> bool:
-    """Whether heads use different rows of a block."""
+    """Whether the rows of a block depend on the head; True if there is one head."""
     return len(set(block.heads)) > 1 or len(block.heads) == 1
 
 
 def rule_texts(site: AttentionSite) -> list[tuple[str, str]]:
-    """The learning-rate factor of each block: the least of 1 / (product of the other norms), over its terms.
+    """The learning-rate factor of each block: the minimum, over its terms, of 1 / (product of the other norms).
 
     Returns:
         Pairs of a block's label and its factor, such as ("uq_h", "1 / (‖dq‖ ‖uk_h‖ ‖dkv‖)").
@@ -295,7 +295,7 @@ def rule_texts(site: AttentionSite) -> list[tuple[str, str]]:
             product = [*chain["query"], *chain["key"]]
             if (mine := next((i for i, b in enumerate(product) if b is block), None)) is not None:
                 others = [b for i, b in enumerate(product) if i != mine]
-                # a block of several query heads follows the largest of them
+                # a block that several query heads share follows the largest of them
                 largest = "max_h " if letters[id(block)] != "h" and any(letters[id(b)] == "h" for b in others) else ""
                 options.append((largest, " ".join(f"‖{shown[id(b)]}‖" for b in others), len(others)))
         texts = [f"1 / {m}{t}" if n == 1 else f"1 / {m}({t})" for m, t, n in dict.fromkeys(options)]

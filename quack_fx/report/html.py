@@ -1,8 +1,8 @@
-"""Layout -> one self-contained HTML page.
+"""A layout as one self-contained HTML page.
 
-In: a layout and the facts of its finding. Out: the page as a string: sums, the table of groups, and for each group its
-pair graph, a map of the rows that every head owns, head map, norms and QuacK's factors; then what was skipped and what
-never ran. Nothing is loaded from anywhere; it is light or dark as the reader's system is.
+In: a layout and facts about how it was found. Out: the page as a string: totals, the table of groups, and for each
+group its pair graph, the rows of every head, head map, norms and QuacK's factors; then what was skipped and what never
+ran. The page loads nothing and follows the reader's light or dark mode.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _norm(what: str, norm: Norm) -> str:
 
 
 def _row_maps(site: AttentionSite, facts: Facts) -> str:
-    """A strip for each parameter: where along it each head's rows lie."""
+    """A bar for each parameter that shows the rows of each head."""
     params: dict[tuple[str, int], list[tuple[Side, WeightBlock]]] = {}
     for side, block in site.blocks():
         params.setdefault((block.param, block.axis), []).append((side, block))
@@ -170,7 +170,6 @@ def _bar(side: Side, a: int, b: int, odd: str, text: str) -> str:
 
 
 def _by_reason(title: str, entries: Iterable[tuple[str, str]]) -> str:
-    """Names under the reason that they share."""
     items = "".join(f"<li>{escape(reason)}<ul>{_names(names)}</ul>" for reason, names in g.by_reason(entries))
     return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
 

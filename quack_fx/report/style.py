@@ -1,7 +1,7 @@
-"""What all pages share: the frame of an HTML document, and how it looks.
+"""What all pages share: the frame of an HTML document, and its style.
 
-In: a title and the parts of a body. Out: the document as a string. Nothing is loaded from anywhere; it is light or dark
-as the reader's system is.
+In: a title and the parts of a body. Out: the document as a string. It loads nothing and follows the reader's light or
+dark mode.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def document(title: str, body: Iterable[str], style: str = "") -> str:
     Arguments:
         title: Its title, for the browser.
         body: Its parts as HTML; empty ones are left out.
-        style: CSS of this page alone.
+        style: CSS for this page only.
     """
     return "\n".join(
         [
@@ -75,7 +75,7 @@ def document(title: str, body: Iterable[str], style: str = "") -> str:
 
 
 def sums(cards: Iterable[tuple[str, str]]) -> str:
-    """Numbers in a row of cards, each over what it counts."""
+    """A row of cards, each with a number above its label."""
     return (
         '<div class="sums">'
         + "".join(f"<div><b>{escape(n)}</b><span>{escape(t)}</span></div>" for n, t in cards)

@@ -1,8 +1,8 @@
 """A layout as rich renderables for a terminal.
 
 In: a layout and its facts. Out: the overview (the model, a table with one row per group of equal layers, what was
-skipped, what never ran), the tree of one attention, and the tree of an explanation. Plain text says as much: no colour
-has a meaning of its own.
+skipped, what never ran), the tree of one attention, and the tree of an explanation. Colours carry no meaning of their
+own, so plain text says as much.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _BY_DEPTH = (HEAD, "bold cyan", DIM, "")
 
 @dataclass(frozen=True)
 class Overview:
-    """Everything that was found, one row per group of equal layers; for `rich.console.Console.print`.
+    """Everything that was found, one row per group of equal layers, as a rich renderable.
 
-    A rich renderable, which chooses the form of its table by the width that it is given.
+    The form of its table depends on the width that it is given.
     """
 
     layout: QKLayout
@@ -83,7 +83,7 @@ def header(layout: QKLayout, facts: Facts) -> RenderableType:
 
 
 def pair_table(layout: QKLayout, proof: Proof | None, narrow: bool) -> Table:
-    """The table with one row per group; a narrow one has the weights under the name."""
+    """The table with one row per group; a narrow one has the weights below the name."""
     table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False, padding=(0, 1), show_edge=False, leading=1)
     if proof is not None:
         table.add_column("Proof", no_wrap=True)
@@ -110,7 +110,7 @@ def pair_table(layout: QKLayout, proof: Proof | None, narrow: bool) -> Table:
 
 
 def _weights(site: AttentionSite) -> Table:
-    """Role, parameter and rows of each block, aligned."""
+    """Role, parameter and rows of each block, in columns."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
@@ -136,7 +136,7 @@ def notes(layout: QKLayout) -> Text:
 
 
 def _listing(title: str, entries: Iterable[tuple[str, str]]) -> RenderableType:
-    """A list of names by remark, with equal names as one pattern."""
+    """Names grouped by remark, with similar names as one pattern."""
     tree = Tree(Text(title, HEAD), guide_style=DIM)
     for remark, patterns in g.by_reason(entries):
         branch = tree.add(Text(remark)) if remark else tree
@@ -211,7 +211,7 @@ def _side(tree: Tree, site: AttentionSite, side: Side, facts: Facts) -> None:
 
 
 def explanation(one: Explanation) -> RenderableType:
-    """How an attention was traced, as a tree with the lines of its outline."""
+    """How an attention was traced, as a tree."""
     lines = list(one.outline())
     branches = [Tree(Text(lines[0][1], _BY_DEPTH[0]), guide_style=DIM)]
     for depth, line in lines[1:]:

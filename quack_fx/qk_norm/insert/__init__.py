@@ -1,10 +1,10 @@
-"""Adds QK norm to a model without one, to compare QuacK with it on one's own model.
+"""Adds QK norms to a model without them, as a baseline for QuacK.
 
-In: a model and its layout, or a graph. Out: an `InsertReport`. Queries and keys then pass an RMS norm with a gain, head
-by head, as in Qwen3. `InsertReport.restore` removes the norms again, and so does `strip_qk_norm`.
+In: a model and its layout, or a graph. Out: an `InsertReport`. An RMS norm with a gain then normalises the queries and
+keys of each head, as in Qwen3. `InsertReport.restore` removes the norms again, and so does `strip_qk_norm`.
 
     modules.py    norms after the projections of a model, in place
-    graph.py      norms before the query-key products of a graph, in a copy of it; for heads of any kind
+    graph.py      norms before the query-key products of a graph, in a copy of it; for all kinds of heads
     operands.py   the nodes at which they are inserted
 """
 
@@ -29,15 +29,15 @@ def insert_qk_norm(
     """Add an RMS norm with a gain to the queries and to the keys of each attention.
 
     In a model, the norms follow the projections, as in Qwen3: they are submodules `q_norm` and `k_norm` of the modules
-    that hold the weights, and forward hooks of those call them, so that no parameter is renamed. In a graph, they
-    precede the query-key product, where each head's features are one tensor however they were computed.
+    that hold the weights, called by forward hooks of these modules, so that no parameter is renamed. In a graph, they
+    directly precede the query-key product, where all features of a head are in one tensor, however they were computed.
 
-    Call it before the optimizer is made: the gains are parameters of the model.
+    Call it before creating the optimizer: the gains are parameters of the model.
 
     Arguments:
-        model: The model that the layout was found on; or an ATen-level `GraphModule` (of torch.export, of make_fx, of
-            `quack_fx.capture(..., executable=True)`). A graph is not changed: the report's `model` has the norms, and
-            its other parameters are those of the original.
+        model: The model that the layout was found on; or an ATen-level `GraphModule` (from torch.export, make_fx, or
+            `quack_fx.capture(..., executable=True)`). A graph is not changed: the report's `model` is a copy with norms
+            that shares its other parameters.
         layout: Layout of the model. A graph needs none.
         eps: Added to the mean square by the norms.
         inputs: Example inputs of the forward, a tuple or a dict of keyword arguments. Joint attention, where each kind
@@ -46,10 +46,10 @@ def insert_qk_norm(
     Returns:
         The new norms, and the layout with them. A site that has a QK norm is left as it is. In a model, so is a site
         where several projections make the heads of one token (MLA, LoRA), or whose weight does not belong to a module
-        that multiplies with it (`nn.MultiheadAttention`); use a graph of the model for those.
+        that multiplies by it (`nn.MultiheadAttention`); use a graph of the model for those.
 
     Raises:
-        StripError: The layout names a parameter that the model does not have, or a model comes without a layout. The
+        StripError: The layout names a parameter that the model does not have, or a model is given without a layout. The
             model is then unchanged.
 
     Example:

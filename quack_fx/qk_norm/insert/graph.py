@@ -1,7 +1,7 @@
 """Adds QK norms to an ATen graph, before the product of queries and keys.
 
-In: a `GraphModule` of ATen ops. Out: an `InsertReport` whose `model` is a copy of the graph with norms in it; it shares
-its parameters with the original, which is not changed.
+In: a `GraphModule` of ATen ops. Out: an `InsertReport` whose `model` is a copy of the graph with norms; it shares its
+other parameters with the original, which is not changed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def insert_in_graph(graph_module: GraphModule, eps: float) -> InsertReport:
 
 
 def _unseen(layout: QKLayout, found: QKLayout, norms: Mapping[str, int]) -> set[int]:
-    """Indices of sites whose new norms the finder does not see as QK norms."""
+    """Indices of sites whose new norms the finder does not recognise as QK norms."""
     sites = {pairs_of(site): {norm.weight for norm in site.qk_norm} for site in found.sites}
     return {
         place
@@ -75,7 +75,6 @@ class _Writing:
             self._norm(operand, names[operand.side])
 
     def done(self) -> GraphModule:
-        """The new graph module."""
         self._graph.lint()
         self._model.recompile()
         return self._model
@@ -94,7 +93,8 @@ class _Writing:
     def _norm(self, operand: Operand, name: str) -> None:
         """Insert a norm before one node.
 
-        It is written in elementwise ops: unlike the fused op, these keep the strides that a later view relies on.
+        It is written in elementwise ops: they keep the strides that a later view op may rely on, which the fused op
+        does not.
         """
         aten, axis, x = torch.ops.aten, operand.axis, self._copy[operand.x]
         value, reader = operand.x.meta["val"], self._copy[operand.reader]

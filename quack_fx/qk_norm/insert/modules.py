@@ -26,8 +26,8 @@ class NormHeads:
     """Forward hook of a projection that normalises some of its features, head by head.
 
     Arguments:
-        name: The norm, a submodule of the projection.
-        weight: The projection's weight.
+        name: Name of the norm, a submodule of the projection.
+        weight: Name of the projection's weight.
         rows: Features of each head, [heads, head_dim].
         axis: Axis of the output that counts features.
     """
@@ -38,14 +38,14 @@ class NormHeads:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The output with these features normalised."""
-        if output.is_nested:  # jagged: sequences of different lengths, joined to one row
+        if output.is_nested:  # jagged layout: sequences of different lengths, concatenated
             values = self._normed(module, output.values())
             return torch.nested.nested_tensor_from_jagged(values, output.offsets(), output.lengths())  # type: ignore[attr-defined]
         return self._normed(module, output)
 
     def _normed(self, module: nn.Module, output: Tensor) -> Tensor:
         norm, x = module.get_submodule(self.name), output.movedim(self.axis, -1)
-        if self._slice is not None:  # cheaper than gathering them
+        if self._slice is not None:  # cheaper than indexing
             start, stop = self._slice
             heads = norm(x[..., start:stop].unflatten(-1, self.rows.shape)).flatten(-2)
             put = torch.cat((x[..., :start], heads.to(x.dtype), x[..., stop:]), -1)
@@ -56,7 +56,7 @@ class NormHeads:
 
 
 def _slice(rows: Tensor) -> tuple[int, int] | None:
-    """Start and stop of the features of all heads, if these are contiguous; else None."""
+    """Start and stop of the features of all heads if these are contiguous, else None."""
     in_order = rows[rows[:, 0].argsort()]
     start = int(in_order[0, 0])
     stop = start + rows.numel()
@@ -65,9 +65,6 @@ def _slice(rows: Tensor) -> tuple[int, int] | None:
 
 def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: Inputs | None) -> InsertReport:
     """Add norms after the projections of queries and keys, in place.
-
-    Returns:
-        The report.
 
     Raises:
         StripError: The layout names a parameter that the model does not have.
@@ -95,8 +92,11 @@ def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: In
 
 
 def _sides_of_streams(model: nn.Module, inputs: Inputs) -> set[tuple[Pairs, Side]]:
-    """Attentions and sides where the features of each token come from one projection, as in joint attention, where each
-    kind of token has its own. Those of several are otherwise summed (low-rank adapters) or concatenated (MLA)."""
+    """Attentions and sides where one projection makes all features of a token.
+
+    If such a side has several projections, these belong to different kinds of tokens (joint attention). Otherwise,
+    several projections are summed (low-rank adapters) or concatenated (MLA).
+    """
     found: set[tuple[Pairs, Side]] = set()
     for _, site, heads in attentions_of(model, *call_of(inputs)).understood():
         for side, of_heads in zip(SIDES, (heads.query, heads.key), strict=True):
@@ -138,7 +138,7 @@ def _planned(
 
 
 def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock) -> tuple[str, NormHeads] | str:
-    """Name and hook of the norm for one projection, or the reason why there can be none."""
+    """Name and hook of the norm for one projection, or the reason why there is none."""
     owner, _, weight = block.param.rpartition(".")
     try:
         module, parameter = model.get_submodule(owner), model.get_parameter(block.param)
@@ -175,7 +175,7 @@ def _sharing(model: nn.Module, parameter: nn.Parameter) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _feature_axis(module: nn.Module, weight: str, block: WeightBlock, parameter: Tensor) -> int | None:
-    """Axis of a projection's output that counts features; None for a module that is not a projection."""
+    """Axis of a projection's output that counts features; None if the module is not a projection."""
     if getattr(module, weight, None) is None or len(list(module.children())) > 0:
         return None
     if isinstance(module, _ConvNd):

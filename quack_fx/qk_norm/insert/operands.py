@@ -1,7 +1,7 @@
 """The nodes of a graph at which the queries and keys of an attention are complete.
 
-In: an ATen-level graph. Out: its layout, and for every attention the operands of its query-key products before scaling:
-there all features of a head are in one tensor, also for MLA, joint attention and low-rank adapters. Or the reason why
+In: an ATen-level graph. Out: its layout, and for each attention the operands of its query-key products before scaling,
+where all features of a head are in one tensor, also for MLA, joint attention and low-rank adapters; or the reason why
 there is no such node.
 """
 
@@ -41,11 +41,11 @@ def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[
     """Layout of an ATen-level graph, and the operands of its attentions.
 
     Arguments:
-        graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
+        graph_module: The graph, from torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
 
     Returns:
-        The layout, and for the index of each site its operands, of all its calls and products, or the reason why there
-        is no node with all features of a head.
+        The layout, and by index of each site its operands, of all its calls and products, or the reason why no node has
+        all features of a head.
     """
     finding, layout = find_each(graph_module)
     places, found = indices_of_sites(layout), dict[int, tuple[Operand, ...] | str]()
@@ -62,7 +62,7 @@ def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[
 
 
 def _without_shared(found: dict[int, tuple[Operand, ...] | str]) -> dict[int, tuple[Operand, ...] | str]:
-    """Refuses attentions that share an operand: cross-attention in both directions has one product for two."""
+    """Refuse attentions that share an operand, like the two of a cross-attention in both directions."""
     places: dict[tuple[Node, Node], set[int]] = {}
     for place, operands in found.items():
         for one in operands if not isinstance(operands, str) else ():
@@ -72,7 +72,7 @@ def _without_shared(found: dict[int, tuple[Operand, ...] | str]) -> dict[int, tu
 
 
 class _NoOperand(Exception):
-    """The reason why no node has all features of a head."""
+    """Why no node has all features of a head."""
 
 
 def _operands(attentions: Attentions, one: Logits, heads: Heads) -> Iterator[Operand]:
@@ -124,7 +124,7 @@ def _is_shared(df: Dataflow, factor: object, axis: int) -> bool:
 
 
 def _source_of(df: Dataflow, node: Node, axis: int) -> tuple[Node, int] | None:
-    """The node before a view op or a factor, and the axis of features there; None for other ops."""
+    """The node before a view op or a factor, and its axis of features; None for other ops."""
     name, args = op_of(node).name, node.args
     if df.group[node] in df.writes:
         return None

@@ -1,4 +1,4 @@
-"""Removes the QK norms of a model: from its module tree, in place, or from an ATen graph of it.
+"""Removes the QK norms of a model: from its modules, in place, or from a copy of its ATen graph.
 
 In: a model and its layout, or a graph. Out: a `StripReport`: the removed norms, those that stay and why, what the user
 should check, the new layout, and `restore`.
@@ -7,7 +7,7 @@ should check, the new layout, and `restore`.
     fold.py      multiplies gains into the weight rows before them
     gains.py     finds these rows
     graph.py     removes norms from a copy of a graph, inline ones too
-    norms.py     finds them there
+    norms.py     finds the norms of a graph
     scale.py     the logit scale without the norm
     spread.py    standard deviation of the logits, before and after
 """
@@ -42,32 +42,31 @@ def strip_qk_norm(
 ) -> StripReport:
     """Remove the QK norms of a model: from its modules in place, or from a copy of its graph.
 
-    Call it before the optimizer is made: the gains of the norms are no longer parameters of the model.
+    Call it before creating the optimizer: the gains of the norms are then no longer parameters of the model.
 
     Arguments:
-        model: The model that the layout was found on; or an ATen-level `GraphModule` (of torch.export, of make_fx, of
-            `quack_fx.capture(..., executable=True)`), whose norms may be inline. Where a norm of a graph is used
-            outside the logits, too, it stays there. A graph is not changed: the report's `model` is the stripped one,
-            with the parameters of the original.
-        layout: Layout of the model; `qk_norm` of each site says which norms there are. A graph needs none.
-        gain: What happens to the gain and the bias of a norm. "drop": removed with the norm. "keep": features are still
-            multiplied with the gain, and only the division by the statistic is removed. "fold": as "keep", but the
-            weight rows and biases of the projection are multiplied with it, once and in place; the outputs are compared
-            with those of "keep". For modules only.
-        scale: "restore": where logits would grow because the model relied on the norm to bound them (a logit scale
-            above 1/sqrt(head_dim), an L2 norm in place of an RMS norm), features are multiplied with a constant that
-            keeps logits at their usual scale. "keep": nothing is multiplied. `notes` lists each constant.
-        inputs: Example inputs of the forward, a tuple or a dict of keyword arguments. `gain="fold"` needs them. With
-            them, the report has the standard deviation of the logits before and after, and the norms on values, which
-            stay.
+        model: The model that the layout was found on; or an ATen-level `GraphModule` (from torch.export, make_fx, or
+            `quack_fx.capture(..., executable=True)`), whose norms may be inline. A norm of a graph whose result is also
+            used outside the logits stays for that use. A graph is not changed: the report's `model` is a stripped copy
+            that shares its parameters.
+        layout: Layout of the model; `qk_norm` of each site lists its norms. A graph needs none.
+        gain: What happens to the gain and the bias of a norm. "drop": they are removed with the norm. "keep": only the
+            division by the statistic is removed; gain and bias are still applied. "fold": like "keep", but the gain is
+            multiplied into the weight rows and biases of the projection, once and in place, and the outputs are
+            compared with those of "keep". For modules only.
+        scale: "restore": if the model relied on the norm to bound its logits (a logit scale above 1/sqrt(head_dim), an
+            L2 norm instead of an RMS norm), features are multiplied by a constant that keeps logits at their usual
+            scale; `notes` lists each constant. "keep": no constant is applied.
+        inputs: Example inputs of the forward, a tuple or a dict of keyword arguments; `gain="fold"` needs them. The
+            report then has the standard deviation of the logits before and after, and a note on each norm of values,
+            which stays.
 
     Returns:
-        What was removed and what stays; its `layout` describes the model as it is now. A model without QK norm is not
-        changed.
+        What was removed and what stays, and the layout of the stripped model. A model without QK norms is unchanged.
 
     Raises:
         StripError: The layout names a module that the model does not have, a model is given without a layout, an option
-            is not known, or folding changes the outputs of the model. The model is then unchanged.
+            is unknown, or folding changes the outputs of the model. The model is then unchanged.
 
     Example:
         >>> from quack_fx.layout import QKLayout
@@ -109,7 +108,7 @@ def _spread(model: nn.Module, inputs: Inputs | None) -> dict[Pairs, Spread]:
 
 
 def _with_numbers(report: StripReport, before: dict[Pairs, Spread], after: dict[Pairs, Spread]) -> StripReport:
-    """The report with the measured logits, and notes on norms of values, which stay."""
+    """The report with the measured logits, and with notes on norms of values."""
     stripped = {name for norm in report.removed for name in norm.sites}
     changes, notes = [], list(report.notes)
     for site in report.layout.sites:

@@ -1,8 +1,7 @@
-"""Folds gains of norms into the projections before them, so that learned gains are kept without a norm.
+"""Folds gains of norms into the projections before them, which keeps learned gains without a norm.
 
-In: a model, the weight rows before each norm that is removed, example inputs. Out: rows and biases, multiplied in
-place; and a check that the outputs are those of the model with its gains and without its statistics. `FoldedRows.undo`
-restores the old values.
+In: a model, the weight rows before each norm to remove, example inputs. Out: rows and biases, multiplied in place, and
+a check that the outputs equal those of the model with gains but no statistics. `FoldedRows.undo` reverts the fold.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 @dataclass
 class FoldedRows:
-    """The multiplied rows, with their old values."""
+    """The multiplied rows, and the old values of their parameters."""
 
     before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @torch.no_grad()
     def multiply(self, model: nn.Module, rows: Mapping[Place, RowGain], divided: float) -> None:
-        """Multiply rows with their gains, and add the norm's bias, divided by a number, to their biases."""
+        """Multiply rows and biases by the gains, and add the norm's bias, divided by `divided`, to the biases."""
         for (name, axes, at), gain in rows.items():
             weight = model.get_parameter(name)
             self._keep(weight)
@@ -90,10 +89,10 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def check(expected: Sequence[Tensor], found: Sequence[Tensor], undo: Callable[[], None]) -> None:
-    """Refuse a folding that has changed the outputs of the model.
+    """Refuse folding that has changed the outputs of the model.
 
     Raises:
-        StripError: It has; the old values are restored.
+        StripError: It has; `undo` was called.
     """
     for a, b in zip(expected, found, strict=True):
         bound = _ROUNDING.get(a.dtype, 2e-2) * float(a.abs().max())

@@ -1,7 +1,7 @@
-"""The gain of each QK norm, row by row of the projection before it.
+"""The gain of each QK norm, per row of the projection before it.
 
-In: a model and example inputs. Out: for every norm module, for each weight row before it, the factor and the offset
-that replace the gain and the bias of the norm; or the reason why there are none.
+In: a model and example inputs. Out: for each norm module, the factor and the offset that its gain and bias apply to the
+feature of each weight row; or the reason why there are none.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class RowGain:
 
     Attributes:
         factor: Multiplied with the feature.
-        offset: Added to it.
-        bias: Bias of the projection, None where it has none.
+        offset: Added to the feature.
+        bias: Bias of the projection, or None.
     """
 
     factor: float
@@ -39,17 +39,13 @@ class RowGain:
 
 
 class _NotByRow(Exception):
-    """The reason why a gain cannot be given row by row."""
+    """Why a gain cannot be given per row."""
 
 
 def gain_rows(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, dict[Place, RowGain] | str]:
-    """The gains of every QK norm module, by weight row.
-
-    Returns:
-        For each norm module its gains by row, or the reason why there are none.
-    """
+    """The gains of every QK norm module by weight row, or the reason why a module has none."""
     attentions, found = attentions_of(model, args, kwargs), dict[str, dict[Place, RowGain] | str]()
     for _, _, heads in attentions.understood():
         for tags in heads.norms:
@@ -73,7 +69,7 @@ def _add(known: dict[Place, RowGain], rows: dict[Place, RowGain]) -> None:
 
 
 def _rows(attentions: Attentions, df: Dataflow, tag: NormTag) -> dict[Place, RowGain]:
-    """The rows whose features a norm normalises, each with its gain."""
+    """The rows whose features a norm normalises, and the gain of each."""
     last = tag.ops[-1]
     if last.x is None:
         raise _NotByRow("its features come from several tensors")
@@ -108,7 +104,7 @@ def _rows(attentions: Attentions, df: Dataflow, tag: NormTag) -> dict[Place, Row
 
 
 def _applied(df: Dataflow, last: NormOp, gains: Sequence[NormOp], shape: torch.Size) -> list[tuple[str, Tensor]]:
-    """The operations on features after the division by the statistic, in order: "mul", "div" or "add", and a tensor."""
+    """The ops ("mul", "div", "add") on features after the division by the statistic, each with its other operand."""
     done: list[tuple[str, Tensor]] = []
     node = last.node
     if df.op[node].kind == "norm":

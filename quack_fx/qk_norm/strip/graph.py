@@ -3,10 +3,10 @@
 In: a `GraphModule` of ATen ops. Out: a `StripReport` whose `model` is a copy of the graph without the norms; it shares
 its parameters with the original, which is not changed.
 
-`find_norms` matches, `_reason_to_stay` checks, `_Rewriting` rewrites. Where a norm is used for logits only, all its
-users read its input instead. Where it is used otherwise, too (a batch norm after a fused projection of queries, keys
-and values; keys that are also the values), it stays for those uses, and the nodes from the norm to the logits are
-copied, starting from its input.
+`find_norms` matches, `_reason_to_stay` checks, `_Rewriting` rewrites. If only logits depend on a norm's result, all its
+users read its input instead. If it has other uses, too (a batch norm after a fused projection of queries, keys and
+values; keys that are also the values), it stays for those, and the nodes from the norm to the logits are copied,
+starting from its input.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def strip_graph(
 
     Arguments:
         graph_module: The graph; its nodes carry `meta["val"]`.
-        weights: Names of the nodes that are parameters; those of the graph module by default.
+        weights: Names of the nodes that are parameters; by default those of the graph module.
         keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied with the factors of `scale_back`.
+        restore_scale: Whether features are multiplied by the factors of `scale_back`.
 
     Returns:
-        The report, with the new graph as its `model`; the graph itself if it has no QK norm.
+        The report, with the new graph as its `model`, or with the graph itself if no norm can be removed.
     """
     layout, norms = find_norms(graph_module, weights)
     reasons = _reasons_to_stay(layout, norms)
@@ -79,7 +79,7 @@ def strip_graph(
 
 
 def _reasons_to_stay(layout: QKLayout, norms: Sequence[GraphNorm]) -> dict[int, str]:
-    """The reason why the norms of a site cannot be removed, by index of the site."""
+    """Why the norms of a site cannot be removed, by index of the site."""
     reasons: dict[int, str] = {}
     for norm in norms:
         if reason := _reason_to_stay(norm):
@@ -89,7 +89,7 @@ def _reasons_to_stay(layout: QKLayout, norms: Sequence[GraphNorm]) -> dict[int, 
 
 
 def _reason_to_stay(norm: GraphNorm) -> str | None:
-    """The reason why a norm cannot be removed; None if it can."""
+    """Why a norm cannot be removed; None if it can."""
     if any(op.x is None for op in (*norm.ops, *norm.gains)):
         return f"its {norm.norm.side} norm mixes several tensors in one op"
     if norm.alone:
@@ -104,7 +104,7 @@ def _reason_to_stay(norm: GraphNorm) -> str | None:
 
 
 def _reason_against(path: Path) -> str | None:
-    """The reason why the nodes from a norm to a product cannot be copied; None if they can."""
+    """Why the nodes from a norm to a product cannot be copied; None if they can."""
     if op_of(path.reader).kind == "attention" and path.operand not in path.reader.args[:2]:
         return f"{op_of(path.reader).name!r} takes it by name"
     if path.written:
@@ -118,7 +118,7 @@ def _reason_against(path: Path) -> str | None:
 
 
 def _passes_another(norm: GraphNorm, norms: Iterable[GraphNorm]) -> bool:
-    """Whether another norm of the same side follows: the factor of a side is applied once, at the last one."""
+    """Whether another norm of the same side follows: only the last one applies the factor of the side."""
     ahead = {node for path in norm.paths for node in path.nodes} - {r for op in norm.ops for r in results_of(op.node)}
     sides = (other for other in norms if (other.site, other.norm.side) == (norm.site, norm.norm.side))
     return any(not ahead.isdisjoint(results_of(other.ops[-1].node)) for other in sides)
@@ -129,7 +129,7 @@ _Going = tuple[GraphNorm, float]
 
 
 def _by_end(norms: Iterable[_Going]) -> dict[tuple[Node, Node], list[_Going]]:
-    """For each operand of a product, the norms before it."""
+    """The norms before each operand of a product."""
     found: dict[tuple[Node, Node], list[_Going]] = {}
     for norm, factor in norms:
         for path in norm.paths:
@@ -173,7 +173,7 @@ class _Rewriting:
         self._gone: set[Node] = set()
 
     def take_out(self, norm: GraphNorm, factor: float) -> None:
-        """Remove a norm: its users read its input. An op of several norms is removed once."""
+        """Remove a norm: its users read its input. An op that belongs to several norms is removed once."""
         ops = [op for op in self._ops(norm) if op.node not in self._instead]
         for op in ops:
             assert op.x is not None  # checked by _reason_to_stay
@@ -184,7 +184,7 @@ class _Rewriting:
             self._instead.update(dict.fromkeys((op.node, *results_of(op.node)), instead))
 
     def pass_by(self, norms: Sequence[_Going], reader: Node, operand: Node) -> None:
-        """Compute an operand of a product without norms, by copies of the nodes after them, for this product only."""
+        """Compute an operand of a product without norms, from copies of the nodes after them, for this product only."""
         sources: dict[Node, tuple[NormOp, float]] = {}
         path = set[Node]()
         for norm, factor in norms:
@@ -202,7 +202,7 @@ class _Rewriting:
                 with self._graph.inserting_before(self._copy[node]):
                     laid[node] = self._graph.node_copy(node, lambda n: laid.get(n) or self._copy[n])
         product, old, new = self._copy[reader], self._copy[operand], laid[operand]
-        operands = 2 if op_of(reader).kind == "attention" else len(product.args)  # its values come after them
+        operands = 2 if op_of(reader).kind == "attention" else len(product.args)  # the values follow
         product.args = (
             *map_arg(product.args[:operands], lambda n: new if n is old else n),
             *product.args[operands:],
@@ -219,11 +219,10 @@ class _Rewriting:
         return GraphModule(self._original, self._graph).train(self._original.training)
 
     def _ops(self, norm: GraphNorm) -> tuple[NormOp, ...]:
-        """The ops of a norm to remove."""
         return norm.ops if self._keep_gain else (*norm.ops, *norm.gains)
 
     def _needed(self, operand: Node, path: set[Node], sources: Mapping[Node, tuple[NormOp, float]]) -> list[Node]:
-        """The nodes of a path that its operand depends on without the norms, in graph order."""
+        """The nodes of a path that its operand still depends on without the norms, in graph order."""
 
         def before(node: Node) -> set[Node]:
             source = sources[node][0].x if node in sources else None
@@ -233,7 +232,7 @@ class _Rewriting:
         return [node for node in self._original.graph.nodes if node in needed]
 
     def _put_instead(self, original: Node, x: Node, factor: float) -> Node:
-        """The replacement for the result of a norm: its input times a factor, in the dtype of the result."""
+        """The replacement for a norm's result: its input times a factor, in the dtype of the result."""
         node = self._copy[original]
         value = original.meta["val"]
         value = value if isinstance(value, Tensor) else value[0]
@@ -268,7 +267,7 @@ class _Rewriting:
     def _erase(self, node: Node, also_writes: bool = False) -> None:
         """Remove an unused node, and the nodes that only it uses."""
         for part in [user for user in node.users if not user.users and op_of(user).name == "getitem"]:
-            self._remove(part)  # of several results
+            self._remove(part)  # one of several results
         kept = node.users or node.op in ("placeholder", "output") or (node.is_impure() and not also_writes)
         if node in self._gone or kept:
             return

@@ -1,4 +1,4 @@
-"""Removes QK norms from a module tree, and restores them.
+"""Removes QK norms from a model's modules, and restores them.
 
 In: a model and its layout. Out: a `StripReport`. Norm modules between projections and logits are replaced, in place, by
 modules that return their input; `StripReport.restore` puts the norms back.
@@ -28,10 +28,10 @@ from quack_fx.qk_norm.strip.scale import Scales, scale_back
 
 
 class PassThrough(nn.Module):
-    """Takes the place of a norm: accepts its arguments and returns its input tensors, times a factor.
+    """Replaces a norm: takes its arguments and returns the tensors that it normalised, times a factor.
 
     Arguments:
-        tensors: How many of the norm's arguments are returned: those that it normalised; several as a tuple.
+        tensors: Number of tensors to return, the first arguments; several are returned as a tuple.
         factor: Multiplied with them.
     """
 
@@ -51,11 +51,11 @@ class PassThrough(nn.Module):
 
 
 class Gain(nn.Module):
-    """Takes the place of a norm whose gain and bias stay, under their names.
+    """Replaces a norm whose gain and bias stay, under their names.
 
     Arguments:
         parameters: The norm's parameters by name: the gain, then the bias if it has one.
-        offset: Added to the gain: 1 where the norm multiplies with (1 + gain).
+        offset: Added to the gain: 1 if the norm multiplies by (1 + gain).
         factor: A further factor of the features.
     """
 
@@ -77,11 +77,11 @@ class Plan:
     """What a removal will do.
 
     Attributes:
-        stand_ins: By the name of each norm module to remove, the module that takes its place.
+        stand_ins: By name of each norm module to remove, the module that replaces it.
         norms: By the same names, the norm in the layout, and the names of its attentions.
         left: The sites whose norms stay, and why.
         notes: Decisions about logit scales.
-        scales: The factor of the logits, by index of each site that will have no norms.
+        scales: By index of each site to be stripped, the factor of its logits.
     """
 
     stand_ins: dict[str, PassThrough | Gain]
@@ -103,14 +103,14 @@ def plan_strip(
     restore_scale: bool = True,
     against: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Decide which norm modules of a model can be removed, and what takes their place.
+    """Decide which norm modules of a model can be removed, and what replaces them.
 
     Arguments:
         model: Model the layout was found on.
         layout: Its layout.
         keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied with the factors of `scale_back`.
-        against: Reasons to keep some norm modules, by name.
+        restore_scale: Whether features are multiplied by the factors of `scale_back`.
+        against: Reasons to keep norm modules, by their name.
 
     Raises:
         StripError: The layout names a module that the model does not have.
@@ -140,9 +140,6 @@ def strip_modules(
     model: nn.Module, layout: QKLayout, *, keep_gain: bool, restore_scale: bool, fold_with: Inputs | None = None
 ) -> StripReport:
     """Remove the QK norms of a model, in place.
-
-    Returns:
-        The report.
 
     Raises:
         StripError: The layout names a module that the model does not have, or folding would change the model.
@@ -174,7 +171,7 @@ def strip_modules(
             model.set_submodule(name, PassThrough(gain.tensors, gain.factor).train(originals[first].training))
         for first in originals:
             gains = rows[first]
-            assert not isinstance(gains, str)  # a reason, and the norm stayed
+            assert not isinstance(gains, str)  # a norm with such a reason stays
             folded.multiply(model, gains, plan.stand_ins[first].factor)
         check(expected, outputs(model, fold_with), restore)
     after = model.state_dict(keep_vars=True).keys()
@@ -204,7 +201,7 @@ def _reasons_to_stay(
     against: Mapping[str, str],
     layout: QKLayout,
 ) -> dict[int, str]:
-    """The reason why the norms of a site stay, by index of the site; fills in the stand-ins of all others."""
+    """Why the norms of a site stay, by index of the site; adds the replacements of all others to `stand_ins`."""
     reasons: dict[int, str] = {}
     for place, site in sites.items():
         for norm in site.qk_norm:
@@ -223,7 +220,7 @@ def _reasons_to_stay(
 
 
 def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool) -> PassThrough | Gain | str:
-    """The module that can take the place of a norm, or the reason why none can."""
+    """The module that replaces a norm, or the reason why the norm must stay."""
     if norm.module is None:
         return (
             f"its {norm.side} norm is no module of its own (it is written inline, or its module serves more than the "
@@ -270,7 +267,7 @@ def _all_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def _norms_each(module: nn.Module, width: int) -> bool:
-    """Whether a module of two tensors returns both, in order, each normalised and independent of the other."""
+    """Whether a module of two tensors returns both, in order, each normalised independently of the other."""
     like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), torch.zeros(()))
     if like.is_meta:
         return False
@@ -301,7 +298,7 @@ class _Form:
 
 @torch.no_grad()
 def _form(module: nn.Module, norm: Norm) -> _Form | None:
-    """The form of a norm module, from its output for features of mean 0 and RMS 1; None for any other form."""
+    """The form of a norm module, from its output for features of mean 0 and RMS 1; None if it has another form."""
     own = dict(module.named_parameters())
     gain = next((n for n in own if norm.weight is not None and norm.weight.endswith(f".{n}")), None)
     if (gain is None and own) or len(own) > 2 or any("." in n or p.is_meta for n, p in own.items()):
@@ -344,7 +341,7 @@ def _callers(sites: Iterable[AttentionSite]) -> dict[str, tuple[Norm, tuple[str,
 
 
 def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | Gain]) -> Scales:
-    """Scales that undo the constant factors of the stand-ins, so that these return their input."""
+    """Scales that cancel the constant factors of the replacements, so that these return their input."""
     sides: dict[Side, float] = {"query": 1.0, "key": 1.0}
     for norm in site.qk_norm:
         sides[norm.side] = 1 / stand_ins[str(norm.module)].factor
@@ -354,7 +351,7 @@ def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | 
 def _factors(
     sites: dict[int, AttentionSite], callers: dict[str, tuple[Norm, tuple[str, ...]]], scales: dict[int, Scales]
 ) -> tuple[dict[str, float], list[str]]:
-    """Factor of each stand-in, and a note for each without one, since its attentions need different factors."""
+    """Factor of each replacement; a note on each without one, whose attentions need different factors."""
     wanted: dict[str, set[float]] = {name: set() for name in callers}
     for place, site in sites.items():
         for norm in site.qk_norm:

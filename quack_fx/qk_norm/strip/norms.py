@@ -1,6 +1,6 @@
 """Finds the nodes of a graph that compute QK norms, and the paths from them to the logits.
 
-In: an ATen-level graph. Out: its layout, and a `GraphNorm` for each norm of each call of an attention.
+In: an ATen-level graph. Out: its layout, and a `GraphNorm` for each norm in each call of an attention.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Path:
 
     Attributes:
         reader: The node that multiplies queries with keys.
-        operand: The operand of it that depends on the norm.
+        operand: Its operand that depends on the norm.
         nodes: All nodes from the norm's result to the operand, both included.
         written: Whether one of them is written in place.
     """
@@ -42,7 +42,7 @@ class GraphNorm:
         site: Index of its attention in the layout.
         norm: The norm in the layout.
         ops: Nodes that normalise features, each with the node of its input.
-        gains: The nodes after those that apply its gain and its bias.
+        gains: The nodes that then apply its gain and its bias.
         alone: Whether its result is used for attention logits only.
         paths: Paths from it to the products of its call.
     """
@@ -61,7 +61,7 @@ def find_norms(
     """Layout of an ATen-level graph, and its QK norms.
 
     Arguments:
-        graph_module: The graph, one of torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
+        graph_module: The graph, from torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
         weights: As for `find_in_graph`.
 
     Returns:
@@ -87,7 +87,7 @@ def _norms(attentions: Attentions, one: Logits, place: int, site: AttentionSite,
 
 
 def results_of(node: Node) -> list[Node]:
-    """The nodes of a norm's result: the node itself, or those that take the first of its several results."""
+    """The nodes of a norm's result: the node itself, or the getitem nodes of its first result if it has several."""
     return [node] if isinstance(node.meta["val"], Tensor) else [user for user in node.users if user.args[1] == 0]
 
 
@@ -103,5 +103,5 @@ def _paths(df: Dataflow, ops: Sequence[NormOp], readers: Iterable[Node], operand
     for reader, operand in zip(readers, operands, strict=True):
         above = set(walk([operand], lambda node: (n for n in node.all_input_nodes if df.index[n] >= first)))
         nodes = frozenset(walk(above.intersection(results), lambda node: above.intersection(node.users)))  # noqa: B023
-        if nodes:  # otherwise the norm is before another product
+        if nodes:  # otherwise the norm precedes another product
             yield Path(reader, operand, nodes, any(df.group[node] in df.writes for node in nodes))

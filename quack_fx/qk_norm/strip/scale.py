@@ -1,10 +1,10 @@
 """The factors that keep logits at their usual scale when QK norms are removed.
 
-In: a site with QK norm. Out: a factor for the features of each side, and a sentence for each factor.
+In: a site with QK norms. Out: a factor for the features of each side, and a note on each factor.
 
-An RMS or layer norm does not change features of RMS 1, so removing it keeps the usual scale of the logits. An L2 norm
-also divides by sqrt(width). And some models omit the factor 1/sqrt(head_dim), as their norms bound the logits: without
-the norms they need it again.
+An RMS or layer norm does not change features of RMS 1, so the logits keep their usual scale without it. An L2 norm also
+divides by sqrt(width). Some models omit the factor 1/sqrt(head_dim) because their norms bound the logits; without the
+norms they need it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SLACK = 1.01
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """Factors of the features of both sides without norms, and the notes on them."""
+    """Factors of the features of both sides without norms, and notes on them."""
 
     query: float = 1.0
     key: float = 1.0
@@ -32,13 +32,13 @@ class Scales:
 
 
 def scale_back(site: AttentionSite) -> Scales:
-    """The factors of a site's features without its norms; 1 where none is needed.
+    """The factors of a site's features without its norms; 1 if none is needed.
 
     Arguments:
         site: The site, with its norms.
 
     Returns:
-        The factors, and a note for each that is not 1 or not known.
+        The factors, and a note on each that is unknown or differs from 1.
     """
     width = {norm.side: norm.width for norm in site.qk_norm if norm.kind == "l2"}
     scales = Scales(1 / math.sqrt(width.get("query", 1)), 1 / math.sqrt(width.get("key", 1)))

@@ -1,7 +1,7 @@
-"""The standard deviation of each attention's logits, and the norms on its values.
+"""The standard deviation of each attention's logits, and the norms of its values.
 
-In: a model, not on meta, and example inputs. Out: for each attention the standard deviation of its unmasked logits, and
-the norms between the value projection and the attention's output.
+In: a model that is not on meta, and example inputs. Out: for each attention, the standard deviation of its unmasked
+logits, and the norms between the value projection and the attention's output.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Spread:
     """One attention on given inputs.
 
     Attributes:
-        std: Standard deviation of its logits over all heads and tokens, in its first call; NaN where none were seen.
-        value_norms: Kinds of the norms on its values, each with the module that computes it, or None.
+        std: Standard deviation of its logits over all heads and tokens, in its first call; NaN if there are none.
+        value_norms: Kinds of the norms of its values, each with the module that computes it, or None.
     """
 
     std: float
@@ -35,7 +35,7 @@ class Spread:
 
 
 def logit_spread(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Pairs, Spread]:
-    """Spread of the logits of every attention."""
+    """The spread of each attention's logits."""
     attentions, found = attentions_of(model, args, kwargs, real=True), dict[Pairs, Spread]()
     for one, site, _ in attentions.understood():
         norms = {(tag.kind, tag.module): None for tag in attentions.value_norms(one)}
@@ -51,7 +51,7 @@ def _std(df: Dataflow, one: Logits) -> float:
 
 
 def _seen(df: Dataflow, one: Logits) -> Tensor | None:
-    """The logits of one softmax; for fused attention computed from its operands."""
+    """The logits of one softmax; for fused attention, computed from its operands."""
     first = one.products[0]
     if not first.form.startswith("fused"):
         return _numbers(df, one.end)

@@ -1,4 +1,4 @@
-"""A recorded training run -> what a person reads: rich text for a terminal, a self-contained HTML page.
+"""Reports about a recorded training run: rich text for a terminal, a self-contained HTML page.
 
 In: a file that `quack_fx.RunLog` writes, complete or still growing. Out: `read` and `RunFile` (the run as data),
 `summary` (a rich renderable), `html` (a string).

@@ -1,7 +1,7 @@
 """Curves as SVG.
 
-In: `Curves`. Out: an SVG element with axes, that says in words what it shows. Where the pointer rests, the numbers of
-that step are shown by the browser. A curve has a gap, and the axis a mark, where a value is not finite.
+In: `Curves`. Out: an SVG element with axes and a description in words. The browser shows the numbers of the step under
+the pointer. Where a value is not finite, its curve has a gap, and a cross marks the step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def in_words(curves: Curves) -> str:
 
 
 class _Across:
-    """Steps -> places from left to right."""
+    """Steps -> x coordinates."""
 
     def __init__(self, low: int, high: int) -> None:
         self.low, self.high = low, high
@@ -73,12 +73,12 @@ class _Across:
 
 
 class _Up:
-    """Values -> places from bottom to top; by their logarithm where they are positive and span more than 50 times."""
+    """Values -> y coordinates; logarithmic if they are positive and span more than a factor of 50."""
 
     def __init__(self, values: Sequence[float]) -> None:
         low, high = (min(values), max(values)) if values else (0.0, 1.0)
         self.log = low > 0 and high / low > 50
-        if low == high:  # a constant, which is drawn in the middle
+        if low == high:  # a constant is drawn in the middle
             low, high = low - (abs(low) * 0.05 or 1.0), high + (abs(high) * 0.05 or 1.0)
         self.low, self.high = (math.log10(low), math.log10(high)) if self.log else (low, high)
 
@@ -93,7 +93,7 @@ class _Up:
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers between two, about so many."""
+    """About as many round numbers between two values as asked for."""
     rough = high / about - low / about
     if rough == 0 or not math.isfinite(rough):
         return [low]
@@ -117,7 +117,7 @@ def _y_axis(y: _Up) -> list[str]:
 
 
 def _line(points: Sequence[Point], x: _Across, y: _Up, look: str) -> str:
-    """One curve; in pieces where it is not finite, a dot where a piece is one point."""
+    """One curve, with gaps where it is not finite; a single point between gaps is a dot."""
     pieces: list[list[Point]] = [[]]
     for point in points:
         if math.isfinite(point[1]):
@@ -136,7 +136,7 @@ def _line(points: Sequence[Point], x: _Across, y: _Up, look: str) -> str:
 
 
 def _hits(curves: Curves, x: _Across) -> list[str]:
-    """Columns that show the numbers of their step under the pointer."""
+    """Columns that show the numbers of a step under the pointer."""
     values: dict[int, list[str]] = {}
     for name, points in curves.lines.items():
         for step, value in points:
@@ -151,7 +151,7 @@ def _hits(curves: Curves, x: _Across) -> list[str]:
 
 
 def sparkline(points: Sequence[Point]) -> str:
-    """A small curve without axes, for a cell of a table that has its numbers."""
+    """A small curve without axes, for a table cell."""
     finite = [(step, value) for step, value in thinned(points, 40) if math.isfinite(value)]
     if len(finite) < 2:
         return ""

@@ -1,8 +1,8 @@
 """Learning-rate scales of all heads over time as a picture.
 
-In: the samples of a run. Out: for each block (q, k, uq, ...) an SVG element: one row a head, time from left to right,
-the colour says how far the scale is from the head's first one. The cells are a PNG inside, made here, so that a
-thousand heads take some kilobytes; its neutral colour is transparent, which suits a light page and a dark one.
+In: the samples of a run. Out: for each block (q, k, uq, ...) an SVG element with one row per head and time from left to
+right; the colour shows the ratio of a scale to the head's first one. The cells are an embedded PNG, so that a thousand
+heads take a few kilobytes; its neutral colour is transparent, which suits light and dark pages.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class HeatMap:
     """The scales of one block in all attentions.
 
     Attributes:
-        block: Its name.
-        sites: For each attention its name and the scales of its heads at every sample, [samples][heads].
+        block: Name of the block.
+        sites: For each attention, its name and the scales of its heads at every sample, [samples][heads].
         steps: The steps of the samples.
     """
 
@@ -42,12 +42,12 @@ class HeatMap:
 
 
 def heat_maps(run: Run) -> list[HeatMap]:
-    """The pictures of a run, one a block, all with the same steps; few enough steps for a page of limited size."""
+    """The heat maps of a run, one per block, all with the same steps, few enough for a page of limited size."""
     if run.last is None:
         return []
     names = [name for name in run.last.heads if name[1].endswith(f"/{SCALE}")]
     sizes = {name: len(run.last.heads[name]) for name in names}
-    # Before the size of the model changed, or a metric was there, a row has no cells.
+    # Only samples with all metrics, in their present size, have a cell for every row.
     known = [s for s in run.samples if all(len(s.heads.get(name, ())) == size for name, size in sizes.items())]
     if not known or known[-1] is not run.last:
         known.append(run.last)
@@ -63,14 +63,14 @@ def _heat_map(block: str, sites: Sequence[str], samples: Sequence[Sample]) -> He
 
 
 def reach(maps: Sequence[HeatMap]) -> float:
-    """The largest distance of any scale from its first one, in powers of two; at least 0.05."""
+    """The largest distance of any scale from its first one, in octaves (powers of two); at least 0.05."""
     samples = ((values, scales[0]) for heat in maps for _, scales in heat.sites for values in scales)
     found = (abs(_octaves(now, first)) for values, firsts in samples for now, first in zip(values, firsts, strict=True))
     return max([0.05, *(one for one in found if math.isfinite(one))])
 
 
 def picture(heat: HeatMap, most: float) -> str:
-    """The SVG element of a heat map; `most` octaves from the first scale have the full colour."""
+    """The SVG element of a heat map; the colour is full at a distance of `most` octaves from the first scale."""
     rows = sum(len(scales[0]) for _, scales in heat.sites)
     height = max(1.0, min(14.0, 560 / rows)) * rows if rows < 1200 else 1200.0
     height = max(height, 14.0 * min(len(heat.sites), _MOST_LABELS))
@@ -134,14 +134,14 @@ def _site_in_words(site: str, scales: Sequence[Sequence[float]]) -> str:
 
 
 def _octaves(now: float, first: float) -> float:
-    """How far a scale is from the first one, in powers of two; NaN where one of them is not finite or zero."""
+    """Distance of a scale from the first one, in powers of two; NaN unless both are positive and finite."""
     if now > 0 and first > 0 and math.isfinite(now) and math.isfinite(first):
         return math.log2(now) - math.log2(first)
     return math.nan
 
 
 def _cells(heat: HeatMap, most: float) -> list[bytes]:
-    """Numbers of colours, one row a head."""
+    """Colour indices, one row per head."""
     rows = []
     for _, scales in heat.sites:
         for head, first in enumerate(scales[0]):
@@ -159,7 +159,7 @@ def _alpha(level: int) -> float:
 
 
 def _png(rows: Sequence[bytes]) -> str:
-    """A PNG of colour numbers, as base64; the palette has the transparency of every colour."""
+    """A PNG of colour indices, as base64; its palette includes transparency."""
     levels = range(-_LEVELS, _LEVELS + 2)
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 3, 0, 0, 0)),

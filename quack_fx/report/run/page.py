@@ -1,8 +1,8 @@
-"""A recorded run -> one self-contained HTML page.
+"""A recorded run as one self-contained HTML page.
 
-In: a run that was read, and its name. Out: the page as a string: sums, curves, the heads that grew most, learning-rate
-scales over time, and a table of every head. Behind each picture stands a table of its numbers. A long run is thinned,
-so that the page stays below 2 MB.
+In: a run that was read, and its name. Out: the page as a string: totals, curves, the heads that grew most,
+learning-rate scales over time, and a table of every head. Each picture comes with a table of its numbers. Long runs are
+thinned, so that the page stays below 2 MB.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _figure(picture: Curves) -> str:
 
 
 def _key(i: int, name: str) -> str:
-    """A piece of a curve, and its name."""
+    """A sample of a curve, and its name."""
     return (
         f'<span class="curve"><svg class="chart" viewBox="0 0 26 8" aria-hidden="true">'
         f'<polyline class="c{i % 3}" points="0,4 26,4"/></svg> {escape(name)}</span>'
@@ -102,7 +102,7 @@ def _key(i: int, name: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls, by the keyboard as well; its cells are HTML-safe numbers, its head is any text."""
+    """A table that scrolls, also by keyboard; its cells are HTML-safe numbers, its head is any text."""
     titles = "".join(f'<th scope="col">{escape(title)}' for title in head)
     lines = "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows)
     return f'<div class="scroll" tabindex="0"><table><tr>{titles}{lines}</table></div>'
@@ -146,14 +146,14 @@ def _heat_maps(maps: Sequence[heatmap.HeatMap]) -> str:
 
 
 def _heat_table(heat: heatmap.HeatMap) -> str:
-    """Smallest and largest scale of each attention, at a few steps; every head at the last one is further down."""
+    """Smallest and largest scale of each attention at a few steps; another table has every head at the last step."""
     at = spread(range(len(heat.steps)), 5)
     rows = [[escape(site_name(site)), *(extent(scales[i]) for i in at)] for site, scales in heat.sites]
     return _table(["attention", *(f"step {heat.steps[i]:,}" for i in at)], rows)
 
 
 def _every_head(run: Run) -> str:
-    """For every attention a table: a row for each metric, a column for each head."""
+    """For every attention, a table with a row for each metric and a column for each head."""
     if run.last is None:
         return ""
     first = run.samples[0]
@@ -179,7 +179,7 @@ def _heads_of(site: str, metrics: Sequence[str], first: Sample, last: Sample) ->
 
 
 def _head_row(title: str, values: Sequence[float], count: int) -> str:
-    """One metric; a key head that several query heads read stands under all of them."""
+    """One metric; the cell of a key head spans the query heads that read it."""
     span = f" colspan={count // len(values)}" if count % len(values) == 0 and len(values) < count else ""
     cells = "".join(f"<td{span}>{number(value)}" for value in values)
     return f'<tr><th scope="row">{escape(title)}{cells}'

@@ -1,7 +1,7 @@
 """JSON lines of a training run -> a `Run`, as far as the file goes.
 
-In: a file that `quack_fx.RunLog` writes, maybe at this moment. Out: for every step its numbers and what follows from
-the heads' numbers; the heads' numbers themselves for at most a few hundred steps, so that a long run fits in memory.
+In: a file that `quack_fx.RunLog` may still be writing. Out: for every step, its numbers and summaries of the heads'
+numbers; the heads' numbers themselves for at most a few hundred steps, so that a long run fits in memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Record:
 
     Attributes:
         step: Its number.
-        time: When it was recorded, in seconds since 1970; NaN where the file does not say.
+        time: When it was recorded, in seconds since 1970; NaN if unknown.
         own: The numbers that the user gave.
-        attention: Over all heads of all sites: "max_attn_logit/max", "lr_scale/min" and so on.
+        attention: Summaries over all heads of all sites: "max_attn_logit/max", "lr_scale/min" and so on.
     """
 
     step: int
@@ -58,8 +58,8 @@ class Run:
     """A recorded run.
 
     Attributes:
-        records: The steps in order; what was recorded again after a restart takes the place of what was there.
-        samples: The heads' numbers of some steps, the first and evenly spread others.
+        records: The steps in order; steps recorded again after a restart replace the old ones.
+        samples: The heads' numbers of the first step and of others, evenly spaced.
         last: The heads' numbers at the last step that has them.
         restarts: Steps from which a resumed run went on.
     """
@@ -71,7 +71,7 @@ class Run:
     _stride: int = 1
 
     def add(self, record: Record, heads: dict[HeadName, list[float]]) -> None:
-        """Take one more step in; one that is there already is added to, and one before it starts over from there."""
+        """Add a step. The last step, given again, is merged; an earlier one discards all steps from there on."""
         if self.records and record.step < self.records[-1].step:
             self.restarts.append(record.step)
             self.records = [known for known in self.records if known.step < record.step]
@@ -107,7 +107,7 @@ class RunFile:
 
     Attributes:
         run: What was read so far.
-        unfinished: Whether the file ends in the middle of a line, which is not read.
+        unfinished: Whether the file ends in an incomplete line, which is not read.
 
     Example:
         >>> file = RunFile(Path("run.jsonl"))
@@ -125,13 +125,13 @@ class RunFile:
         self._identity: tuple[int, int] | None = None
 
     def update(self) -> bool:
-        """Read what was added; from the start where the file is another one, or shorter, than before.
+        """Read what was added; from the start if the file was replaced or truncated.
 
         Returns:
             Whether there was something new.
 
         Raises:
-            RunError: The file cannot be read, or a line is no record.
+            RunError: The file cannot be read, or a line is not a record.
         """
         try:
             with self.path.open("rb") as file:
@@ -173,7 +173,7 @@ def read(path: Path) -> RunFile:
         path: The file.
 
     Raises:
-        RunError: There is no such file, a line of it is no record, or it has no whole line yet.
+        RunError: There is no such file, a line of it is not a record, or it has no complete line yet.
     """
     file = RunFile(path)
     if not file.update():
@@ -187,7 +187,7 @@ def _record(line: object) -> tuple[Record, dict[HeadName, list[float]]]:
     """The step of a line, and the numbers of its heads.
 
     Raises:
-        RunError: It is something else.
+        RunError: The line is not a record of a step.
     """
     step = line.get("step") if isinstance(line, dict) else None
     if not isinstance(line, dict) or isinstance(step, bool) or not isinstance(step, int) or step < 0:
@@ -216,7 +216,7 @@ def _record(line: object) -> tuple[Record, dict[HeadName, list[float]]]:
 
 
 def printable(name: str) -> str:
-    """A name that a terminal and a page can show: what cannot be printed is escaped."""
+    """A name with its unprintable characters escaped, for a terminal or a page."""
     return name if name.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
@@ -235,7 +235,7 @@ def _short(value: object) -> str:
 
 
 def _head_name(name: str) -> HeadName:
-    """Site and metric of a name in the file; a metric of a block has the block's name before it."""
+    """Site and metric of a name in the file; the metric of a block includes the block's name."""
     parts = name.split("/")[1:]
     size = 2 if parts[-1] in _OF_BLOCKS else 1
     return "/".join(parts[:-size]), "/".join(parts[-size:])
@@ -254,21 +254,21 @@ def _of_heads(heads: Mapping[HeadName, Sequence[float]]) -> dict[str, float]:
 
 
 def _of_summaries(summaries: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:
-    """The same where a record has them by site; of medians there is no median of all heads."""
+    """The same from summaries by site; a median over all heads cannot be computed from medians."""
     ways = {"min": least, "max": most}
     return {f"{kind}/{how}": ways[how](values) for (kind, how), values in summaries.items() if how in ways}
 
 
 def least(values: Sequence[float]) -> float:
-    """The minimum; NaN where a value is."""
+    """The minimum; NaN if a value is."""
     return math.nan if any(map(math.isnan, values)) else min(values)
 
 
 def most(values: Sequence[float]) -> float:
-    """The maximum; NaN where a value is."""
+    """The maximum; NaN if a value is."""
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def middle(values: Sequence[float]) -> float:
-    """The median; NaN where a value is."""
+    """The median; NaN if a value is."""
     return math.nan if any(map(math.isnan, values)) else median(values)

@@ -1,7 +1,7 @@
-"""A `Run` -> curves over steps, and the growth of every head.
+"""A `Run` as curves over steps, and the growth of every head.
 
-In: a run. Out: `Curves` that belong in one picture, thinned so that no extreme is lost, and `Growth` of heads, the
-largest first. What to remark on a record, and numbers as text, for all reports of a run.
+In: a run. Out: the `Curves` of each picture, and the `Growth` of heads, the largest first; also, for all reports of a
+run, remarks on the record, and numbers as text.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Curves:
 
 @dataclass(frozen=True)
 class Growth:
-    """What became of one query head.
+    """How the norm product of one query head has grown.
 
     Attributes:
         site: Its attention.
-        head: Its number.
-        first: The product of its norms when the record begins.
+        head: Its index.
+        first: The product at the start of the record.
         now: The product at the last step.
-        ratio: How many times the first product that is; infinite where the first is zero.
-        logit: Its largest logit at the last step; None where the record has none.
+        ratio: `now` divided by `first`; infinite if only `first` is zero.
+        logit: Its largest logit at the last step; None if the record has none.
         way: The product over time.
     """
 
@@ -97,10 +97,7 @@ def curves(run: Run) -> list[Curves]:
 
 
 def thinned(points: Sequence[Point], limit: int) -> list[Point]:
-    """At most about `limit` points with the smallest and largest value of each stretch, and all that are not finite.
-
-    Of values that are not finite one a stretch is kept.
-    """
+    """About `limit` points: the ends, and of each stretch the smallest and largest value and one that is not finite."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil(len(points) / (limit // 3))
@@ -116,14 +113,14 @@ def thinned(points: Sequence[Point], limit: int) -> list[Point]:
 
 
 def spread(items: Sequence[_T], limit: int) -> list[_T]:
-    """At most `limit` of some things, evenly spread, the first and the last among them."""
+    """At most `limit` of some items, evenly spaced, including the first and the last."""
     if len(items) <= limit:
         return list(items)
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def growth(run: Run, limit: int) -> list[Growth]:
-    """The `limit` query heads whose product of norms grew most, the first of them most; NaN counts as more than all."""
+    """The `limit` query heads whose norm product grew most, in descending order; NaN comes first."""
     if run.last is None:
         return []
     samples = [*run.samples, *([run.last] if run.samples[-1] is not run.last else [])]
@@ -138,7 +135,7 @@ def growth(run: Run, limit: int) -> list[Growth]:
 
 
 def _ratio(now: float, first: float) -> float:
-    """How many times the first product the last one is; infinite where the first is zero."""
+    """`now` divided by `first`; infinite if only `first` is zero."""
     if first == 0:
         return 1.0 if now == 0 else math.inf * now
     return now / first
@@ -151,7 +148,7 @@ def _growth(ratio: float, site: str, head: int, samples: Sequence[Sample], last:
 
 
 def remarks(file: RunFile) -> list[str]:
-    """What a reader should know of a record: its extent, restarts, a line cut short, values that are not finite."""
+    """What a reader should know about a record: extent, restarts, an incomplete line, values that are not finite."""
     run, said = file.run, []
     records = run.records
     times = [record.time for record in records if math.isfinite(record.time)]
@@ -175,12 +172,12 @@ def remarks(file: RunFile) -> list[str]:
 
 
 def fraction(value: float, low: float, high: float) -> float:
-    """Where a value is between two others, from 0 to 1; halves, because the difference of two may be infinite."""
+    """Where a value is between two others, from 0 to 1. Halves are subtracted, since a difference may overflow."""
     return (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
 
 
 def number(value: float | None) -> str:
-    """A number with four digits."""
+    """A number with at most four significant digits."""
     if value is None:
         return ""
     if not math.isfinite(value):
@@ -189,11 +186,11 @@ def number(value: float | None) -> str:
 
 
 def extent(values: Sequence[float]) -> str:
-    """Smallest and largest of some numbers, as text; NaN where one is NaN."""
+    """Smallest and largest of some numbers, as text; NaN if one is NaN."""
     low, high = number(least(values)), number(most(values))
     return low if low == high else f"{low} to {high}"
 
 
 def site_name(site: str) -> str:
-    """The name of an attention, also of the one that is the model itself."""
+    """The name of an attention, "(root)" if it is the model itself."""
     return site or "(root)"

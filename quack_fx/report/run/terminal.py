@@ -1,8 +1,8 @@
-"""A recorded run -> rich renderables for a terminal.
+"""A recorded run as rich renderables for a terminal.
 
-In: a run as far as it was read. Out: one summary, which `quack-fx report` prints once and `quack-fx watch` again and
-again: loss and the user's other numbers, the largest logit, norm products, learning-rate scales, the heads that grew
-most. Colours carry no meaning of their own.
+In: a run as far as it was read. Out: a summary, which `quack-fx report` prints once and `quack-fx watch` repeatedly:
+loss and the user's other numbers, the largest logit, norm products, learning-rate scales, the heads that grew most.
+Colours carry no meaning of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_GROWN, _MOST_WIDTH, _MOST_TITLE = 8, 48, 40
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few lines; a rich renderable that fits the width it is given, and the height of a screen.
+    """A run in a few lines, as a rich renderable that fits the width it is given; a live one also fits the height.
 
     Attributes:
         file: What was read.
@@ -81,7 +81,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a table: what it is about, numbers as text, its course."""
+    """A row of a table: its title, numbers as text, its curve."""
 
     title: str
     numbers: Sequence[str]
@@ -89,7 +89,7 @@ class _Row:
 
 
 def _table(title: str, names: Sequence[str], rows: Sequence[_Row], width: int) -> Table:
-    """A table whose numbers are whole at any width: the course takes what is left, then titles are cut."""
+    """A table that never cuts numbers: curves get the width that is left; if that is too little, titles are cut."""
     each = [max([len(name), *(len(row.numbers[i]) for row in rows)]) for i, name in enumerate(names)]
     left = width - sum(each) - _GAP * len(names)
     longest = min(_MOST_TITLE, max([len(title), *(len(row.title) for row in rows)]))
@@ -108,7 +108,7 @@ def _table(title: str, names: Sequence[str], rows: Sequence[_Row], width: int) -
 
 
 def spark(points: Sequence[Point], width: int) -> str:
-    """A curve in characters: each is the mean of some steps, or "!" where one of them is not finite.
+    """A curve in characters: each shows the mean of some steps, or "!" if one of them is not finite.
 
     Example:
         >>> spark([(0, 1.0), (1, 2.0), (2, float("nan")), (3, 8.0)], 4)
