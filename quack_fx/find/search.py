@@ -255,7 +255,7 @@ class Attentions:
         self.tracer = Tracer(df)
         self.explaining = explaining
         self.explanations: list[Explanation] = []
-        """Of those that were looked at while `explaining` was set."""
+        """Explanations of the attentions that `look_at` traced while `explaining` was set."""
         self.uses = Uses(self.tracer, logits)
         self._todo = [*reversed(logits)]
 
@@ -359,7 +359,7 @@ def attentions_of(
 
 
 Pairs = tuple[tuple[WeightBlock, ...], tuple[WeightBlock, ...], tuple[LogitTerm, ...]]
-"""Identity of an attention: its query blocks, key blocks and terms. Norms are left out, so that they can change."""
+"""Identity of an attention: query blocks, key blocks and terms, but not norms, which may be removed."""
 
 
 def pairs_of(site: AttentionSite) -> Pairs:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
-"""Segments that torch.compile and activation checkpointing insert into names of parameters, anywhere."""
+"""Segments that torch.compile and activation checkpointing insert anywhere in parameter names."""
 
 
 def check_layout(layout: QKLayout, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ _SEGMENT = re.compile(r"(?<![^.])(\d+)(?![^.])")
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 
 MapPattern = Literal["own", "blocks", "cycle"]
-"""Query head h reads key head h; or h // n, for n query heads to a key head; or h % n, for n key heads."""
+"""Key head of query head h: h; or h // n, with n query heads per key head; or h % n, with n key heads."""
 
 
 @dataclass(frozen=True, slots=True)

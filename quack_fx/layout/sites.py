@@ -82,7 +82,7 @@ class Json:
 
 _NAMES = {"WeightBlock": "block", "LogitTerm": "term", "Norm": "norm", "AttentionSite": "site"}
 _NAMES |= {"Skipped": "skipped entry", "QKLayout": "layout"}
-"""What errors call an object of each class."""
+"""Name of each class in error messages."""
 
 
 @lru_cache

@@ -72,4 +72,4 @@ def serves_alone(df: Dataflow, node: Node, logits: Logits, walked: set[Node]) ->
 
 
 _MAKES_MORE = ("contraction", "convolution", "attention", "softmax", "layer")
-"""Ops that show that a tensor is used for more than the attention."""
+"""Kinds of op that, if they run after the attention, show that a tensor is used for more than the attention."""

@@ -12,7 +12,7 @@ Rows = set[tuple[int, ...]]
 """Coordinates of rows along the axes of a projection."""
 
 MAX_CHAIN = 4
-"""Most projections of a chain, its first not counted."""
+"""Maximum number of projections in a chain after the first."""
 
 
 @dataclass(eq=False)

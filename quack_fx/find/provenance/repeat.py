@@ -24,7 +24,7 @@ from quack_fx.graph.walk import walk
 from quack_fx.layout import AttentionSite, renamed
 
 _LARGEST = 6000
-"""Most nodes for which the comparison is made; an attention that needs more is analysed again."""
+"""Maximum number of nodes to compare; an attention with more nodes is traced again."""
 
 
 class Repeats:

@@ -24,7 +24,7 @@ from quack_fx.find.provenance.trail import Trail
 from quack_fx.graph.dataflow import Dataflow, factors_of, is_depthwise
 
 _LARGEST_SLICE = 3000
-"""Most nodes of one backward walk, which would reach the model's inputs if there were no projections."""
+"""Maximum number of nodes of one backward walk, which without projections would reach the model's inputs."""
 
 
 class Tracer:
@@ -37,7 +37,7 @@ class Tracer:
         self.basis = Basis()
         """The nodes that the results depend on; replaced for each attention."""
         self.trail: Trail | None = None
-        """Set to record what each node holds, for an explanation."""
+        """If set, records the weight rows behind each node, for an explanation."""
         self._token_mixing: dict[Node, bool] = {}
 
     def trace(self, targets: Iterable[Node], outside: Callable[[Node], bool] | None = None) -> dict[Node, Flow]:

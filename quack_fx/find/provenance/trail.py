@@ -25,7 +25,7 @@ class Trail:
         self._labels = labels
         self._projections = projections
         self.held: dict[Node, Held] = {}
-        """What each node held when it was first walked."""
+        """The weight rows behind each node when it was first walked."""
 
     def visit(self, node: Node, flow: Flow) -> None:
         """Record a node; called by the tracer."""

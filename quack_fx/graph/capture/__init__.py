@@ -46,8 +46,8 @@ __all__ = ["Capture", "RepeatedLayer", "capture", "first_wrapped", "unwrapped"]
 _log = logging.getLogger(__name__)
 
 REAL_LIMIT_BYTES = 4 << 30
-"""Largest model, in bytes of parameters, for which the real run is tried when the hybrid run failed; less on a machine
-that has less than four times as much memory left."""
+"""Largest model, in bytes of parameters, that is run on real values after the hybrid run failed. The limit is lower if
+less than four times as much memory is available."""
 
 
 @dataclass(frozen=True)

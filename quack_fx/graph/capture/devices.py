@@ -56,7 +56,7 @@ _CLAIMS: dict[Any, Callable[..., Any]] = {
         if hasattr(Tensor, f"is_{kind}")
     },
 }
-"""Attributes that say on which device a tensor is, with the answer."""
+"""Tensor attributes and functions that report the device, and what they report instead."""
 
 _READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 """Methods by which Python reads values without running an op."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST_GROUP = 16
-"""Smallest group that is worth the checks: the first two layers and the last one are always recorded."""
+"""Smallest group worth checking, since the first two layers and the last one are always recorded."""
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
 # State of nn.Module itself. Parameters, buffers and children are compared separately.

@@ -29,10 +29,10 @@ from quack_fx.graph.capture.recorder import Recorder
 from quack_fx.graph.forward.jagged import JaggedWrittenOut
 
 _DECIDES = frozenset({"_local_scalar_dense", "is_nonzero", "equal"})
-"""Ops by which a forward reads values: what it decides by them is fixed in the graph."""
+"""Ops by which a forward reads values. A decision based on them is baked into the graph."""
 
 _ROUNDING = 1e-5
-"""Largest difference of gradients, relative to the largest entry: terms may be summed in another order."""
+"""Largest allowed gradient difference, relative to the largest entry: terms may be summed in another order."""
 
 
 class _WithGradients(Recorder):

@@ -23,14 +23,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from quack_fx.graph.forward.machine import available_memory
 
 REAL_LIMIT = 1 << 24
-"""Tables of more elements than this are fake in a hybrid recording: no larger one is worth its memory."""
+"""Largest real table in a hybrid recording, in elements. Larger ones are fake, to save memory."""
 
 # empty_like and new_empty are left out: their results are about to be filled, mostly with fake values.
 _LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"})
 _NEW = frozenset({"new_zeros", "new_ones", "new_full"})
 _NUMBERS = frozenset({"_local_scalar_dense", "item"})
 NUMBER = "a number out of a tensor"
-"""Entry of `canned` for a Python number that was made up, and may have become a factor."""
+"""Entry of `canned` for a made-up Python number, which the forward may have used as a factor."""
 _UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
 
 

@@ -37,10 +37,10 @@ from quack_fx.graph.forward.jagged import JaggedWrittenOut, takes_itself_apart
 from quack_fx.graph.forward.machine import available_memory
 
 LITTLE = 1 << 26
-"""Bytes that a recording may always hold."""
+"""Memory that a recording may always use, in bytes."""
 _FOREIGN = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
 _MOST = 5
-"""Innermost frames of the model's own code that are noted for an op: neither torch's nor ours."""
+"""Number of innermost frames of the model's own code (neither torch's nor ours) recorded for an op."""
 
 
 class Recorder(TorchDispatchMode):

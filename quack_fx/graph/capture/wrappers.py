@@ -22,13 +22,13 @@ from quack_fx.errors import CaptureError
 from quack_fx.graph.capture.isolate import Snapshot
 
 _INSIDE = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Attributes in which wrappers of torch hold the module that they wrap."""
+"""Attributes in which torch wrappers hold the wrapped module."""
 
 _PARALLEL = ("torch.distributed.", "torch.nn.parallel.")
-"""Packages whose hooks shard, gather and synchronise."""
+"""Packages whose hooks shard, gather and synchronize."""
 
 _STATE = "__composable_api_state_key"
-"""How the attributes begin in which FSDP2 and `replicate` keep their groups of processes; private to torch."""
+"""Prefix of the attributes in which FSDP2 and `replicate` keep their process groups; private to torch."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _REFUSED = "view size is not compatible"
-"""Text of PyTorch's error if the strides, and not the number of elements, forbid a view."""
+"""Text of PyTorch's error if the strides, rather than the number of elements, forbid a view."""
 
 
 def is_flex(func: Any) -> bool:

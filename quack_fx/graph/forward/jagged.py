@@ -40,7 +40,7 @@ def _is_jagged(x: Any) -> bool:
 
 
 Jagged = Any
-"""A nested tensor; its own methods (`values`, `offsets`) are not known to type checkers."""
+"""A nested tensor, whose methods (`values`, `offsets`) type checkers do not know."""
 
 
 def _attention(

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 SMALL_MACHINE = 8 << 30
-"""Assumed where the system does not say (Windows)."""
+"""Available memory in bytes, assumed if the system does not report it (Windows)."""
 
 _GROUP = Path("/sys/fs/cgroup")
-"""Files in which Linux says how much memory a container may use."""
+"""Folder in which Linux reports a container's memory limit."""
 
 
 def available_memory() -> int:

@@ -15,10 +15,10 @@ from quack_fx.graph.ops import pooled_axes
 
 _SUMS = frozenset("sum mean nansum".split())
 _PICKS = frozenset("amax amin max min cumsum cumprod".split())
-"""Reductions whose (first) result depends on some of the elements only."""
+"""Reductions whose (first) result depends on only some of the elements."""
 
 _OF_SIZE = frozenset("pow abs square exp".split())
-"""Ops whose mean is a statistic of features and not their average."""
+"""Ops after which a mean or sum is a statistic of the features rather than their average."""
 
 
 def reduction(step: Step, of: Node | None = None, part: int = 0) -> Flow:
