@@ -50,6 +50,18 @@ class Block(nn.Module):
             scores = scores.masked_fill(mask == 0, -1e9)
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
+class Windows(Block):
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.of_windows = size, nn.Linear(8, 8)
+    def forward(self, x):
+        windows = x[:, : x.shape[1] // self.size * self.size].unflatten(1, (-1, self.size)).mean(2)
+        k, v = self.k(x), self.v(x)
+        if windows.shape[1]:
+            k, v = torch.cat((k, self.of_windows(windows)), 1), torch.cat((v, windows), 1)
+        q, k, v = self.split(self.q(x)), self.split(k), self.split(v)
+        return (torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2)
+
 class Mlp(nn.Module):
     def __init__(self, width, out=8):
         super().__init__()
@@ -487,6 +499,31 @@ CASES: dict[str, tuple[str, str, str, str | None]] = {
         "x",
         "return self.b(self.l(x))",
         "x=bfloat16[2, 4, 5]",
+    ),
+    # ---- long sequences, where parts of an attention run on those only -----------------------------------------------
+    "keys of windows": (
+        "self.e, self.b, self.blocks = nn.Embedding(50, 8), Block(), nn.ModuleList([Windows(100), Windows(100)])",
+        "idx",
+        "return self.blocks[1](self.blocks[0](self.b(self.e(idx))))",
+        "idx=int64[2, 512]",
+    ),
+    "keys of windows, few positions": (
+        "self.e, self.p, self.b = nn.Embedding(50, 8), nn.Parameter(torch.zeros(128, 8)), Windows(16)",
+        "idx, mask=None",
+        "return self.b(self.e(idx) + self.p[: idx.shape[1]].expand(idx.shape[1], 8))",
+        "idx=int64[2, 64]",
+    ),
+    "parameters that no length reaches": (
+        "self.e, self.b = nn.Embedding(50, 8), Windows(5000)",
+        "idx",
+        "return self.b(self.e(idx))",
+        "idx=int64[2, 4]",
+    ),
+    "parameters outside attention": (
+        "self.e, self.b, self.rest = nn.Embedding(50, 8), Block(), nn.Linear(8, 8)",
+        "idx",
+        "return self.b(self.e(idx)) if idx.shape[1] < 64 else self.rest(self.b(self.e(idx)))",
+        "idx=int64[2, 4]",
     ),
 }  # fmt: skip
 

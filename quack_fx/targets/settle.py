@@ -28,6 +28,7 @@ from quack_fx.graph.forward.machine import available_memory
 from quack_fx.targets.adapters.base import Examples
 from quack_fx.targets.files import Namespace, evaluate, kind_of, one_line, without
 from quack_fx.targets.inputs import Attempts, Budget, Inputs, infer, with_optional
+from quack_fx.targets.inputs.longer import long_enough
 from quack_fx.targets.inputs.made import set_up
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.sizes.ready import plainly
@@ -235,6 +236,8 @@ def _with_inputs(
         raise StandInUsed(model.stands_for)
     prepared = _prepared(model, device, world)
     chosen, origin, recording, cast = _try(model, inputs, say, world, recipe.made)
+    if origin == "inferred":
+        chosen, recording = long_enough(model, chosen, recording, partial(_record, model))
     where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
     source, call = inputs.namespace.source, recipe.call
     return Target(
@@ -422,14 +425,14 @@ def _try(
         say(f"recording the forward of {name} on {candidate.text}")
         try:
             try:
-                return candidate, origin, capture(model, candidate.args, candidate.kwargs, layers_once=True), cast
+                return candidate, origin, _record(model, candidate), cast
             except CaptureError as error:
                 if keep or cast or not _is_about_dtypes(model, error):
                     raise
                 # Layers of several dtypes run under autocast only; cast to one dtype they compute the same function.
                 model.float()
                 cast = " and cast to float32, since its layers have several types"
-                return candidate, origin, capture(model, candidate.args, candidate.kwargs, layers_once=True), cast
+                return candidate, origin, _record(model, candidate), cast
         except CaptureError as error:
             attempts.failed(candidate, error)
             reason = error.__cause__ or error
@@ -457,6 +460,10 @@ def _try(
         f"the forward of {name} fails on every input inferred for it (tried {tried}): {reason_text}; "
         f'give them, for example --inputs "{candidates[0].expression()}"'
     ) from first
+
+
+def _record(model: nn.Module, inputs: Inputs) -> Capture:
+    return capture(model, inputs.args, inputs.kwargs, layers_once=True)
 
 
 def _is_about_dtypes(model: nn.Module, error: CaptureError) -> bool:

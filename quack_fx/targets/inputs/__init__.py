@@ -2,9 +2,9 @@
 
 In: a model. Out: candidates (`Inputs`), most likely first. The caller tries them through `Attempts`, which adds further
 candidates from the errors of failed ones, and keeps the first for which the forward runs. They are tiny: 2 sequences of
-4 tokens. Parameters with a default keep it, so optional targets and labels are left out. What an argument must be
-follows from the layer that the forward passes it to; where the source does not show that, the first argument is assumed
-to be the input of the model's first layer.
+4 tokens, or more if only those reach all of an attention. Parameters with a default keep it, so optional targets and
+labels are left out. What an argument must be follows from the layer that the forward passes it to; where the source
+does not show that, the first argument is assumed to be the input of the model's first layer.
 
     reading.py    reads the source of a forward: what it does with each argument
     calls.py      calls and operators while reading
@@ -15,6 +15,7 @@ to be the input of the model's first layer.
     repair.py     from the error of a forward to inputs that avoid it
     measure.py    from a size that does not fit to the size of the inputs that does
     changes.py    changes of shape for all tensors of the inputs
+    longer.py     longer sequences, if parts of an attention run on those only
     values.py     the values, and Python expressions for them
 """
 
