@@ -43,7 +43,7 @@ def about(layout: QKLayout, kinds: Sequence[Kind], title: str, optimizers: Seque
             f"QuacK (arXiv 2511.21377, {algorithm}): the learning rate of each head's query and key rows is divided by "
             "the norms of the weights that they are multiplied with, relative to the start of training, so that "
             "attention logits change at the same pace however large the weights grow. quack-fx wrote this file from "
-            "the model's graph; it needs torch alone."
+            "the model's graph; it needs only torch."
         ),
         "",
         *(["    strip_qk_norm(model)  # QuacK takes the place of its QK norms"] if strips else []),

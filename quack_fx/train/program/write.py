@@ -98,7 +98,7 @@ def _weights_lines(kind: Kind, low: str, variables: Sequence[str]) -> list[str]:
     letters = ", ".join(f"{letter}: int" for letter in _LETTERS[: len(rows[0])])
     texts = [tensor.name.format(*fields) for tensor in kind.tensors]
     lines = [f"def {low}_weights({letters}) -> dict[str, tuple[str, int]]:"]
-    lines += [f'{INDENT}"""Names of the weights and biases of one attention, and how many rows each has."""']
+    lines += [f'{INDENT}"""Name and number of rows of each weight and bias of one attention."""']
 
     def entries() -> list[str]:
         each = zip(variables, texts, kind.tensors, strict=True)
@@ -113,7 +113,7 @@ def _weights_lines(kind: Kind, low: str, variables: Sequence[str]) -> list[str]:
 
 def _rows_lines(kind: Kind, name: str, variables: Sequence[str], blocks: Sequence[str], tables: Tables) -> list[str]:
     lines = [f"def {name.lower()}_rows() -> {name}:"]
-    lines += [f'{INDENT}"""The rows of the heads of each block, [heads, rows of a head], and where they lie."""']
+    lines += [f'{INDENT}"""The rows of the heads of each block, [heads, rows of a head], and their weights."""']
     entries = []
     for block, own in zip(blocks, kind.blocks, strict=True):
         where = ", ".join(quoted(variables[t]) for t in own.tensors)
@@ -123,7 +123,7 @@ def _rows_lines(kind: Kind, name: str, variables: Sequence[str], blocks: Sequenc
 
 def _factors_lines(kind: Kind, name: str, blocks: Sequence[str], tables: Tables) -> list[str]:
     latent = any(len(term.factors) > 2 for term in kind.terms)
-    summary = f"Algorithm {2 if latent else 1} of the paper, for all heads at once; n are the norms of the blocks."
+    summary = f"Algorithm {2 if latent else 1} of the paper, for all heads at once; n has the norms of the blocks."
     lines = [f"def {name.lower()}_factors(n: {name}) -> {name}:", f'{INDENT}"""{summary}"""']
     lines.append(f"{INDENT}return {name}(")
     for factor in factors_of(kind, blocks, tables):

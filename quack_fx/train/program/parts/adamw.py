@@ -14,9 +14,9 @@ from quack_fx.train.program.parts.change import Number, Scales, Tensors, change_
 
 
 def adamw(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
-    """AdamW (Loshchilov & Hutter, 2019, Alg. 2), or Adam, which adds the decay to the gradient: its step and new state.
+    """AdamW (Loshchilov & Hutter, 2019, Alg. 2), or Adam, which adds the decay to the gradient: step and new state.
 
-    Weight w, gradient g and the state (means of g, of its square, with amsgrad the peak of that) are [rows, ...] each.
+    Weight w, gradient g and the state (means of g and of g**2; for amsgrad, the latter's maximum) are [rows, ...].
     """
     clip, added, decay, rest1, beta2, rest2, eps, rate, unbias = numbers
     g = clip * g + added * w
@@ -28,7 +28,7 @@ def adamw(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tenso
 
 
 def step_adamw(optimizer: Optimizer, scales: Scales, clip: Number, finite: Tensor | None, compiled: Any) -> None:
-    """One step: weights without heads take torch's own fused kernel, which is as fast."""
+    """One step; weights without query or key rows take torch's own fused kernel, which is as fast."""
     for group in optimizer.param_groups:
         headed, plain = list[list[Any]](), list[list[Any]]()
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]

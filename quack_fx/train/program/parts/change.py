@@ -1,4 +1,4 @@
-"""How weights are changed, whatever the optimizer: large ones by compiled code, small ones in stacks."""
+"""Updates weights, for every optimizer: large ones in compiled code, small ones in stacks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from quack_fx.train.program.parts.sharded import local
 Tensors = Sequence[Tensor]
 Number = float | Tensor
 Scales = Mapping[Tensor, Tensor]
-SMALL = 8192  # numbers; eight times as many are worth compiled code  # if small
+SMALL = 8192  # elements of a weight; a stack of eight times as many is worth compiled code  # if small
 
 
 def change(rule: Any, numbers: Tensor, finite: Tensor | None, scale: Tensor, weight: Tensor, *others: Tensor) -> None:
-    """Change a weight, w - scale * step, and its state in place, by the rule of the optimizer; this is compiled.
+    """Update a weight, w - scale * step, and its state in place, by the optimizer's rule; this function is compiled.
 
-    Shapes: weight and others, its gradient and state, [rows, ...] each; scale, [rows, 1, ...]; numbers, those of the
-    rule, [n]. In a stack of weights each has one more axis in front, and numbers are [n, weights, 1, ...].
+    Shapes: weight and others (its gradient and state) [rows, ...]; scale [rows, 1, ...]; numbers, the arguments of the
+    rule, [n]. A stack of weights has one more axis in front, and numbers are [n, weights, 1, ...].
     """
     w, g, *state = (tensor.to(scale.dtype) for tensor in (weight, *others))
     step, new = rule(w, g, state, numbers.unbind())
@@ -29,7 +29,7 @@ def change(rule: Any, numbers: Tensor, finite: Tensor | None, scale: Tensor, wei
 
 
 def change_all(rule: Any, numbers: Sequence[Number], finite: Tensor | None, jobs: Any, code: Any) -> None:
-    """Change the weight of each job, (scale, weight, gradient, *state); numbers are the same for all, or own [jobs]."""
+    """Update the weight of each job, (scale, weight, gradient, *state); each number is one for all jobs, or [jobs]."""
     kind: dict[str, Any] = {"dtype": torch.float64, "device": jobs[0][1].device}
     each = [n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in numbers]
     table = torch.stack([number.expand(len(jobs)) for number in each], 1)  # [jobs, n]
@@ -40,7 +40,7 @@ def change_all(rule: Any, numbers: Sequence[Number], finite: Tensor | None, jobs
             key = scale.shape, weight.shape, weight.stride(), weight.dtype, others[0].dtype, weight.device  # if small
             alike.setdefault(key, []).append((i, scale, weight, *others))  # if small
             continue  # if small
-        # No views: for each place that one may have in its memory, torch.compile would compile anew.
+        # No views: torch.compile would recompile for each storage offset.
         code(rule, table[i].to(scale, copy=True), finite, scale, *(t.data for t in (weight, *others)))
         torch.autograd.graph.increment_version([weight, *others[1:]])
     for some in alike.values():  # if small
@@ -49,13 +49,13 @@ def change_all(rule: Any, numbers: Sequence[Number], finite: Tensor | None, jobs
 
 
 def ones_of(weight: Tensor) -> Tensor:
-    """The scale of a weight without heads, [rows, 1, ...]."""
+    """The scale of a weight without query or key rows, [rows, 1, ...]."""
     exact = torch.promote_types(weight.dtype, torch.float32)
     return weight.new_ones(weight.shape[:1] + (1,) * (weight.dim() - 1), dtype=exact)
 
 
 def change_stacked(rule: Any, numbers: Tensor, finite: Tensor | None, columns: Any, code: Any) -> None:
-    """Change small weights that look alike in few calls; columns: their scales, weights, gradients, state."""
+    """Update small weights of the same shape and type at once; columns: their scales, weights, gradients, state."""
     scale, weight, *others = (torch.stack(column) for column in columns)
     numbers = numbers.to(scale).T.reshape(-1, len(scale), *[1] * (scale.dim() - 1))
     (code if weight.numel() > 8 * SMALL else change)(rule, numbers, finite, scale, weight, *others)
@@ -64,7 +64,7 @@ def change_stacked(rule: Any, numbers: Tensor, finite: Tensor | None, columns: A
 
 
 def norms_of_rows(weights: list[Tensor], dims: list[int], exact: torch.dtype) -> list[Tensor]:
-    """The norms of the rows of weights, [rows] each; of small weights that look alike in one call."""
+    """The row norms of each weight, [rows]; small weights of the same shape take one call."""
     if weights[0].numel() > SMALL or len({weight.shape for weight in weights}) > 1:
         return [torch.linalg.vector_norm(weight.unsqueeze(-1), dim=dims, dtype=exact) for weight in weights]
     stack = torch.stack(weights).unsqueeze(-1)
@@ -72,7 +72,7 @@ def norms_of_rows(weights: list[Tensor], dims: list[int], exact: torch.dtype) ->
 
 
 def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: Scales) -> list[Any]:
-    """A weight's scale (None if it has no heads), itself, its gradient, and its state, made where it lacks."""
+    """A weight's scale (None without query or key rows), the weight, its gradient and its state, zeros if missing."""
     scale, grad = scales.get(weight), weight.grad
     assert grad is not None
     weight = state.get("master_param", weight)  # if masters

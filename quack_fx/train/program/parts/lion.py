@@ -11,12 +11,12 @@ from quack_fx.train.program.parts.change import Number, Scales, Tensors, change_
 
 
 class Lion(Optimizer):
-    """Groups and state of Lion, which torch.optim does not have; the steps are `TrainStep`'s.
+    """Parameter groups and state of Lion, which torch.optim does not have; `TrainStep` takes its steps.
 
     Arguments:
         params: Parameters or groups of them.
         lr: Learning rate.
-        betas: What is kept of the momentum for the step, and what for the next one.
+        betas: Share of the old momentum in the step, and in the new momentum.
         weight_decay: Decoupled weight decay.
     """
 
@@ -26,12 +26,12 @@ class Lion(Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Steps are taken by `TrainStep`."""
+        """Not available; `TrainStep` takes the steps."""
         raise NotImplementedError("call the TrainStep: it takes the steps of Lion")
 
 
 def lion(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
-    """Lion (Chen et al., 2023, Alg. 2): its step and new state.
+    """Lion (Chen et al., 2023, Alg. 2): step and new state.
 
     Weight w, gradient g and the state (the momentum) are [rows, ...] each.
     """

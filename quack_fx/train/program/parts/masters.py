@@ -1,4 +1,4 @@
-"""Weights in half precision that are updated as fp32 copies of them, their masters."""
+"""Updates half-precision parameters through fp32 copies, their masters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class Masters:
     """The masters of an optimizer's parameters, kept in its state as "master_param"; the moments are fp32 as well.
 
-    Make them before a checkpoint is loaded: Optimizer.load_state_dict rounds state to the type of its parameter.
+    Create it before loading a checkpoint, because Optimizer.load_state_dict casts state to the dtype of its parameter.
 
     Arguments:
         optimizer: The optimizer.
@@ -26,14 +26,14 @@ class Masters:
         optimizer.register_load_state_dict_post_hook(self.after_load)
 
     def refresh(self) -> None:
-        """Make masters, and copy parameters that somebody else has written to since the last step."""
+        """Create missing masters, and copy parameters that were written to since the last step."""
         for param in self.params():
             state = self.optimizer.state[param]
             master = state.get("master_param")
             if master is None or master.dtype != torch.float32:
                 state["master_param"] = param.detach().float()
             elif self.seen.get(param) != (param._version, param.data_ptr()):
-                # A master that still rounds to its parameter stays as it is.
+                # Elements that still round to the parameter stay as they are.
                 master.copy_(torch.where(master.to(param.dtype) == param, master, param.float()))
 
     def round(self) -> None:
@@ -48,14 +48,14 @@ class Masters:
         return [p for p in params if p.dtype in (torch.bfloat16, torch.float16) and p.grad is not None]
 
     def before_load(self, optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """Keep the exact state, which loading will round."""
+        """Remember the exact state, because loading casts it."""
         groups = zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
         pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=False)]
         exact = ((param, state_dict["state"].get(key, {})) for param, key in pairs)
         self.loading = {param: state for param, state in exact if "master_param" in state}
 
     def after_load(self, optimizer: torch.optim.Optimizer) -> None:
-        """Replace the rounded state by the exact one."""
+        """Restore the exact state."""
         for param, exact in self.loading.items():
             state, fp32 = optimizer.state[param], torch.float32
             kept = {k: x for k, x in exact.items() if isinstance(x, Tensor) and x.dtype == fp32 and k in state}

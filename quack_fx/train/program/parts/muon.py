@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # a copy would drift from torch's
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # private, but a copy could drift from it
 
 from quack_fx.train.program.parts.change import Number, Scales, Tensors, change_all, job_of
 from quack_fx.train.program.parts.sharded import local
 
 
 def muon(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
-    """Muon (Jordan et al., 2024): its step, where g is the direction, that of the whole matrix before any scale.
+    """Muon (Jordan et al., 2024): its step, where g is the orthogonalised momentum of the whole matrix.
 
-    Weight w and direction g are [rows, inputs] each.
+    Weight w and g are [rows, inputs].
     """
     lr, decay, shape = numbers
     return lr * shape * g + lr * decay * w, ()

@@ -23,7 +23,7 @@ class PassThrough(nn.Module):
 
 
 def strip_qk_norm(model: nn.Module) -> nn.Module:
-    """Remove the QK norms from the model, in place; call it on each new model, before its optimizer is made."""
+    """Remove the QK norms from the model, in place; call it on every new model before creating its optimizer."""
     for name, stand_in in qk_norms():
         model.set_submodule(name, stand_in)
     return model
@@ -38,5 +38,5 @@ def check_stripped(model: nn.Module) -> None:
 
 
 def qk_norms() -> Iterator[tuple[str, PassThrough]]:
-    """The QK norms and their replacements; this one is replaced by what is written for the model."""
+    """The QK norms and their replacements; the generator writes this function for the model."""
     yield from ()

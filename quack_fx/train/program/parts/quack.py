@@ -16,25 +16,25 @@ from quack_fx.train.program.parts.change import norms_of_rows
 from quack_fx.train.program.parts.norms import check_stripped
 from quack_fx.train.program.parts.sharded import add_up, held, local, meshes_of, spread
 
-# Attentions that differ in nothing but the `numbers` in the names of their weights. weights(*numbers) gives the name of
-# each weight and how many rows it has; rows() the rows of each block's heads, [heads, rows of a head], and the weights
-# that have them; factors(norms) the rule, from the norms of the blocks, [attentions, heads] each. `mark` tells saved
-# factors of this kind from those of others; `axes` has the weights whose rows are along another axis than 0, `ends` the
-# number of rows before the values in weights that end with those.
+# Attentions that differ only in the `numbers` in the names of their weights. weights(*numbers) has the name and number
+# of rows of each weight; rows() the rows of the heads of each block, [heads, rows of a head], and the weights with
+# them; factors(norms) is the rule, a function of the norms of all blocks, [attentions, heads] each. `mark` identifies
+# saved factors of this kind; `axes` has the axis of the rows where it is not 0; `ends` the number of rows before the
+# values where these are the last rows of a weight.
 Kind = namedtuple("Kind", ["numbers", "weights", "rows", "factors", "mark", "axes", "ends"], defaults=[{}, {}])
 
 KINDS: tuple[Kind, ...] = ()
 
 
 class QuacK:
-    """The scale on the learning rate of each query and key row; at the start it is `tau`, which you may change."""
+    """Scales the learning rate of each query and key row; the scale starts at `tau`, which may be changed."""
 
     def __init__(self, model: nn.Module, tau: float | Tensor = 1.0, optimizers: Iterable[Optimizer] = ()) -> None:
         self.tau = tau
-        self.kept: dict[Tensor, Tensor] = {}  # the initial factors in the state of each weight
+        self.kept: dict[Tensor, Tensor] = {}  # the initial factors stored in the state of each weight
         self.find(model)
-        self.first, self.saved = list[Any](), list[Tensor]()  # initial factors, by block, and as saved
-        # A run that goes on has initial factors in its state; heads of it may be zero, because they were pruned.
+        self.first, self.saved = list[Any](), list[Tensor]()  # initial factors by block, and as stored
+        # A resumed run has initial factors in its state; its heads may be zero, because they were pruned.
         begun = {self.home.get(w) for o in optimizers for w, state in o.state.items() if "quack_init" in state}
         for k, (kind, factors) in enumerate(zip(KINDS, self.factors(), strict=True)):
             for i, (numbers, *own) in enumerate(zip(kind.numbers, *factors, strict=True)):
@@ -45,15 +45,15 @@ class QuacK:
             self.first.append(type(factors)(*torch.split(self.saved[-1][:, 1:], [f.shape[1] for f in factors], 1)))
 
     def find(self, model: nn.Module) -> None:
-        """Look the weights up by name; again after some were replaced."""
+        """Look up the weights by name; called again if parameters were replaced."""
         check_stripped(model)  # if norms
         params = dict(model.named_parameters(remove_duplicate=False))
         wrapper = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module)\.")
         params |= {wrapper.sub("", name).removeprefix("module."): weight for name, weight in params.items()}
-        self.stacks: list[dict[str, tuple[list[Tensor], int]]] = []  # for each kind its weights in all attentions, axis
+        self.stacks: list[dict[str, tuple[list[Tensor], int]]] = []  # of each kind: the weights of all attentions, axis
         self.rows: list[Any] = []
         self.ends: dict[Tensor, int] = {}  # if ends
-        self.home: dict[Tensor, tuple[int, int]] = {}  # of each weight the number of its kind, and of its attention
+        self.home: dict[Tensor, tuple[int, int]] = {}  # index of each weight's kind, and of its attention
         for k, kind in enumerate(KINDS):
             every = [kind.weights(*numbers) for numbers in kind.numbers]
             for w, (name, rows) in (entry for own in every for entry in own.items()):
@@ -62,7 +62,7 @@ class QuacK:
             self.home |= {params[name]: (k, i) for i, own in enumerate(every) for name, _ in own.values()}
             self.stacks.append({w: ([params[own[w][0]] for own in every], kind.axes.get(w, 0)) for w in every[0]})
             self.ends |= {params[own[w][0]]: end for own in every for w, end in kind.ends.items()}  # if ends
-            with next(iter(self.home)).device:  # whatever the default
+            with next(iter(self.home)).device:  # not the default device
                 self.rows.append(kind.rows())
         stacks = [stack for own in self.stacks for stack in own.values()]  # if sharded
         self.held = {w: held(w, axis) for weights, axis in stacks for w in weights}  # if sharded
@@ -70,7 +70,7 @@ class QuacK:
 
     @torch.no_grad()
     def norms(self) -> list[Any]:
-        """The norms of the blocks now, [attentions, heads] for each block; the same on every rank."""
+        """The current norms of the heads of each block, [attentions, heads]; the same on every rank."""
         squares = []
         for stacks, rows in zip(self.stacks, self.rows, strict=True):
             of = {}
@@ -82,7 +82,7 @@ class QuacK:
                 norms = [torch.linalg.vector_norm(w.unsqueeze(-1), dim=dims, dtype=exact) for w in own]  # if not small
                 norms = norms_of_rows(own, dims, exact)  # if small
                 norms = spread(norms, weights, self.held, axis, self.meshes)  # if sharded
-                # In double: products of four norms must not overflow.
+                # In double precision, because products of four norms could overflow.
                 of[name] = torch.stack(norms, -2).double().square()
             squares.append([torch.stack([of[n][..., index].sum(-1) for n in names]).sum(0) for index, *names in rows])
         exact = reduce(torch.promote_types, {weight.dtype for weight in self.home}, torch.float32)  # if sharded
@@ -90,16 +90,16 @@ class QuacK:
         return [type(rows)(*(x.sqrt() for x in own)) for rows, own in zip(self.rows, squares, strict=True)]
 
     def factors(self) -> list[Any]:
-        """The factors of the blocks now, by the rule."""
+        """The current factors of each block, by the rule."""
         return [kind.factors(norms) for kind, norms in zip(KINDS, self.norms(), strict=True)]
 
     def scales(self) -> dict[Tensor, Tensor]:
-        """Scales of the rows of each weight, [rows, 1, ...]: tau * factor / initial factor; 1 for rows of values."""
+        """The scale of each row of a weight, [rows, 1, ...]: tau * factor / initial factor; 1 for rows of values."""
         found: dict[Tensor, Tensor] = {}
         for stacks, rows, now, first in zip(self.stacks, self.rows, self.factors(), self.first, strict=True):
             scale = {n: now[0].new_full((len(w), w[0].shape[axis]), torch.inf) for n, (w, axis) in stacks.items()}
             for (index, *names), factor, start in zip(rows, now, first, strict=True):
-                # Rows that meet a head of norm zero (it was pruned) give logits of zero, whatever their learning rate.
+                # Rows multiplied with a pruned head (norm zero) give logits of zero at any learning rate.
                 relative = torch.where(factor.isinf(), 1.0, factor / start).unsqueeze(-1)
                 by_row = relative.expand(-1, *index.shape).flatten(1)
                 for name in names:
@@ -114,16 +114,16 @@ class QuacK:
         return found
 
     def keep(self, optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
-        """Save the initial factors of the whole attention in the optimizer's state of each of some weights."""
+        """Store the initial factors of its attention in the optimizer's state of each weight."""
         for weight in weights:
             if "quack_init" not in optimizer.state[weight]:
                 kind, attention = self.home[weight]
-                # As bytes: load_state_dict would round other numbers to the type of the weight.
+                # As bytes, because load_state_dict casts floating-point state to the dtype of the weight.
                 self.kept[weight] = self.saved[kind][attention].view(torch.uint8).clone()
                 optimizer.state[weight]["quack_init"] = self.kept[weight]
 
     def take_over(self, optimizer: Optimizer) -> None:
-        """Use the initial factors of an optimizer state that was loaded."""
+        """Take the initial factors from an optimizer state that was loaded."""
         for weight, (kind, attention) in self.home.items():
             state = optimizer.state.get(weight)
             if state and (saved := state.get("quack_init")) is not self.kept.get(weight):
@@ -136,11 +136,11 @@ class QuacK:
 
 
 def largest(numbers: Tensor, heads: list[int], count: int) -> Tensor:
-    """The largest number of each of `count` heads, where number i is of head heads[i]: [..., n] -> [..., count]."""
+    """The maximum of each head, where number i belongs to head heads[i]: [..., n] -> [..., count]."""
     index = torch.tensor(heads, device=numbers.device).expand_as(numbers)
     return numbers.new_zeros(*numbers.shape[:-1], count).scatter_reduce(-1, index, numbers, "amax")
 
 
 def smallest(*factors: Tensor) -> Tensor:
-    """The smallest of several factors."""
+    """The elementwise minimum of several factors."""
     return reduce(torch.minimum, factors)

@@ -12,9 +12,9 @@ from quack_fx.train.program.parts.change import Number, Scales, Tensors, change_
 
 
 def sgd(w: Tensor, g: Tensor, state: Tensors, numbers: Tensors) -> tuple[Tensor, Tensors]:
-    """SGD as torch.optim has it, with momentum, dampening, Nesterov's form and coupled decay: its step and new state.
+    """SGD as in torch.optim, with momentum, dampening, Nesterov momentum and coupled weight decay: step and new state.
 
-    Weight w, gradient g and the state (the momentum, if there is any) are [rows, ...] each.
+    Weight w, gradient g and the state (the momentum, if any) are [rows, ...].
     """
     clip, lr, decay, momentum, nesterov, rest = numbers
     g = clip * g + decay * w

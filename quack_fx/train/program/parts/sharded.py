@@ -1,4 +1,4 @@
-"""Weights of which each rank holds a part: FSDP2, tensor parallel, both."""
+"""Weights that are sharded over ranks: FSDP2, tensor parallel, both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
+    """This rank's part of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -26,7 +26,7 @@ def held(weight: Tensor, axis: int) -> Tensor:
             raise ValueError(f"a weight is placed as {placement}; it can be sharded or replicated")
         if getattr(placement, "dim", None) == axis:
             ranks, rank = weight.device_mesh.size(dim), weight.device_mesh.get_local_rank(dim)
-            # FSDP2 over a tensor-parallel axis shards each of that axis' shards: its placement says how many.
+            # FSDP2 over tensor parallel shards each tensor-parallel shard; split_factor is their number.
             shards = rows.chunk(getattr(placement, "split_factor", 1))
             chunks = [shard.chunk(ranks) for shard in shards]
             rows = torch.cat([own[rank] if rank < len(own) else rows[:0] for own in chunks])
@@ -41,9 +41,9 @@ def meshes_of(weights: Iterable[Tensor]) -> list[DeviceMesh]:
 def spread(
     norms: list[Tensor], weights: list[Tensor], held: Mapping[Tensor, Tensor], axis: int, meshes: list[DeviceMesh]
 ) -> list[Tensor]:
-    """Norms of this rank's rows in a tensor for all rows, [1 + meshes, rows]; of replicas on several ranks one counts.
+    """This rank's row norms in tensors for all rows, [1 + meshes, rows]; only one rank counts a replica.
 
-    Index 0 is for weights that are not sharded: nothing is added to them from other ranks.
+    Index 0 is for weights that are not sharded, to which other ranks add nothing.
     """
     found = []
     for own, weight in zip(norms, weights, strict=True):
@@ -59,11 +59,11 @@ def spread(
 
 
 def add_up(squares: Sequence[list[Tensor]], meshes: Sequence[DeviceMesh], exact: torch.dtype) -> None:
-    """Add up the squared norms of all ranks, in place, [1 + meshes, attentions, heads] each to [attentions, heads].
+    """Sum the squared norms over ranks, in place: [1 + meshes, attentions, heads] each become [attentions, heads].
 
-    They are sent as `exact`, the type of the weights. Where a mesh has all ranks, they go to all in one message, to
-    which each copy of a smaller mesh (FSDP2's, of weights without tensor parallel) adds its share; else in one for each
-    axis of each mesh.
+    They are sent as `exact`, the dtype of the weights. If a mesh has all ranks, one all_reduce is enough: each copy of
+    a smaller mesh (FSDP2's, for weights without tensor parallel) adds its share. Otherwise there is one for each axis
+    of each mesh.
     """
     if not squares:
         return

@@ -19,16 +19,16 @@ STEPS: dict[type[Optimizer], Callable[..., None]] = {}
 
 
 class TrainStep:
-    """Trains on a batch, gives its loss; the optimizers stay yours. Make it while the model has its first weights."""
+    """Trains on one batch per call. Create it while the model has its initial weights; the optimizers stay yours."""
 
     def __init__(
         self,
         model: nn.Module,
         *optimizers: Optimizer,  # of the classes in STEPS
-        loss_fn: Callable[..., Any] | None = None,  # loss_fn(model, *batch); else the model gives the loss
+        loss_fn: Callable[..., Any] | None = None,  # loss_fn(model, *batch); by default the model returns the loss
         tau: float | Tensor = 1.0,  # learning rate of query and key rows at the start, relative to the others
-        clip_grad_norm: float | None = None,  # largest total norm of the gradients
-        skip_nonfinite: bool = False,  # whether a step whose gradients are not finite changes nothing
+        clip_grad_norm: float | None = None,  # maximum total norm of the gradients
+        skip_nonfinite: bool = False,  # whether to skip a step if its gradients are not finite
         compile: bool = True,  # whether to use torch.compile
     ) -> None:
         self.model, self.optimizers, self.loss_fn = model, optimizers, loss_fn
@@ -39,28 +39,28 @@ class TrainStep:
         self.quack, self.seen = QuacK(model, tau, optimizers), list[int]()
         self.masters = [Masters(optimizer) for optimizer in optimizers]  # if masters
         self.loss = torch.compile(self.loss_of) if compile else self.loss_of
-        # All of a weight in one pass over memory: nothing in between is worth a buffer.
+        # One pass over memory for each weight, without buffers for intermediate results.
         one_pass: dict[str, Any] = {f"realize_{what}_threshold": 999 for what in ("reads", "acc_reads", "opcount")}
         self.change = torch.compile(change, dynamic=True, options=one_pass) if compile else change
 
     def __call__(self, *batch: Any, **named: Any) -> Tensor:
-        """Train on one batch; gives its loss."""
+        """Train on one batch and return its loss."""
         try:
             loss = self.loss(*batch, **named)
             if loss is None:
                 raise ValueError("the model gives no loss, or several; give it targets, or pass loss_fn")
             torch.autograd.backward(loss)
             self.update()
-        finally:  # what an exception leaves behind is not added to the next batch
+        finally:  # so that gradients left by an exception are not added to the next batch's
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
         return loss.detach()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Change the weights by the gradients that are there."""
+        """Update the weights with their gradients."""
         weights = [weight for o in self.optimizers for group in o.param_groups for weight in group["params"]]
-        if self.seen != (seen := list(map(id, weights))):  # some were added, or replaced
+        if self.seen != (seen := list(map(id, weights))):  # parameters were added or replaced
             self.quack.find(self.model)
             self.seen = seen
         for optimizer in self.optimizers:
@@ -81,12 +81,12 @@ class TrainStep:
         for optimizer, step in zip(self.optimizers, self.steps, strict=True):
             step(optimizer, scales, clip, finite, self.change)
             self.quack.keep(optimizer, [weight for weight in self.quack.home if weight in optimizer.state])
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers warn of one that never stepped
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # otherwise schedulers warn
         for masters in self.masters:  # if masters
             masters.round()  # if masters
 
     def loss_of(self, *batch: Any, **named: Any) -> Tensor | None:
-        """The loss of a batch: a scalar, the attribute or entry `loss`, or the only scalar of a tuple."""
+        """The loss in the model's output: a scalar, the attribute or entry `loss`, or the only scalar of a tuple."""
         output = self.loss_fn(self.model, *batch, **named) if self.loss_fn else self.model(*batch, **named)
         output = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
         parts = output if isinstance(output, (tuple, list)) else (output,)
