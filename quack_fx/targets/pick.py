@@ -1,20 +1,18 @@
 """Chooses the model among the names of a file.
 
-In: a `Namespace` and an optional name. Out: `Recipe`s that build the model, the likeliest first. Without a name, the
-first of these that the file has is taken: a factory without arguments, a module that the file has built, the one
-nn.Module class that no other class contains, a factory with arguments. Among several the one is taken that the
-repository uses most; if none stands out, the target is refused. `sizes` finds or assumes required arguments.
+In: a `Namespace` and an optional name. Out: `Recipe`s that build the model, likeliest first. Without a name, the first
+of these that the file has is taken: a factory without arguments, a module that the file has built, the one nn.Module
+class that no other class contains, a factory with arguments. Among several, the one that the repository uses most.
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 import sys
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -23,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.files import Namespace, kind_of, without
+from quack_fx.targets.files import Namespace, kind_of, nearest, without
 from quack_fx.targets.outline import (
     contains,
     instances,
@@ -35,13 +33,14 @@ from quack_fx.targets.outline import (
     sizes_of_one,
     varied,
 )
-from quack_fx.targets.packages import python_files, repository_of, walk
+from quack_fx.targets.packages import files_of, python_files, repository_of
 from quack_fx.targets.sizes import Call, calls
 from quack_fx.targets.sizes.plans import needs_nothing
 from quack_fx.targets.sizes.ready import named_in
 from quack_fx.targets.sizes.signatures import required
-from quack_fx.targets.sizes.sources import DATA_FILES, PARSED, read
-from quack_fx.targets.world import TrainingBegins, World
+from quack_fx.targets.sizes.sources import DATA_FILES
+from quack_fx.targets.source import text_of
+from quack_fx.targets.world import STOPS, World
 
 _FACTORY = re.compile(
     r"(build|make|create|get|init|load)(_\w+)?_(model|net|network|transformer|lm)|(build|model|make_model)"
@@ -54,10 +53,10 @@ class Recipe:
     """How the model is built.
 
     Attributes:
-        text: The expression that builds it, for reports; empty where reports show the name of its class instead.
+        text: The expression that builds it, for reports; "" where they show the name of its class.
         make: Builds it.
-        made: Whether `make` returns a model that the file has already built.
-        call: The call that builds it, where its arguments were found or assumed.
+        made: Whether the model exists already, so that `make` only returns it.
+        call: The call that builds it, where arguments were found or assumed.
         note: What the report says about the choice.
     """
 
@@ -69,12 +68,7 @@ class Recipe:
 
 
 def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recipe]:
-    """Recipes for the model of a file, the likeliest first.
-
-    Arguments:
-        namespace: Of the target's file.
-        name: The name after the colon; None to choose one.
-        world: The environment of the file.
+    """Recipes for the model of a file, likeliest first; `name` is the name after the colon.
 
     Raises:
         TargetError: There is no such name, no model, or more than one.
@@ -97,10 +91,7 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
         if names and alike:
             chosen = chosen[:1]
         if len(chosen) == 1:
-            others = [n for n in names if n != chosen[0]]
-            note = (
-                f"{chosen[0]} was taken of the models in {namespace.source}; others: {_list(others)}" if others else ""
-            )
+            note = _taken(chosen[0], f"models in {namespace.source}", names)
             yield from _recipes(namespace, chosen[0], namespace.names[chosen[0]], world, note)
             yield from _by_makers(namespace, chosen[0])
             yield from _by_makers_elsewhere(namespace, chosen[0], world)
@@ -119,8 +110,8 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
 
 
 def _by_others(namespace: Namespace, first: str, factories: list[str], world: World) -> Iterator[Recipe]:
-    """Recipes with the factory that has required arguments, in case `first`, which has none, does not work: it may read
-    weights or data that are not there."""
+    """Recipes with the factory that has required arguments. `first`, which has none, may need weights or data that do
+    not exist here."""
     chosen = factories if len(factories) < 2 else _most_used(namespace, factories, world)
     if len(chosen) == 1:
         note = f"{chosen[0]} was taken, since {first} does not work here"
@@ -128,19 +119,24 @@ def _by_others(namespace: Namespace, first: str, factories: list[str], world: Wo
 
 
 _MAKERS_TRIED = 3
-"""Functions that return a model of the chosen class, of which so many are tried."""
+"""How many functions that return a model of the chosen class are tried."""
 
 
 def _by_makers(namespace: Namespace, name: str) -> Iterator[Recipe]:
     """Recipes with functions of the file that return a model of a class and have no required arguments, the most used
-    first: the class may need arguments other than its defaults."""
+    first: the class may need other arguments than its defaults.
+    """
     able = [n for n in makers(namespace, name) if not required(namespace.names[n])]
     used = _uses_elsewhere(namespace, able) if len(able) > 1 else {}
     for maker in sorted(able, key=lambda n: -used.get(n, 0))[:_MAKERS_TRIED]:
-        others = [n for n in able if n != maker]
-        note = f"{maker} was taken of the functions that make a {name}; others: {_list(others)}" if others else ""
-        value = namespace.names[maker]
-        yield Recipe(f"{maker}()", partial(_checked, value, maker, namespace), note=note)
+        note = _taken(maker, f"functions that make a {name}", able)
+        yield Recipe(f"{maker}()", partial(_checked, namespace.names[maker], maker, namespace), note=note)
+
+
+def _taken(chosen: str, among: str, names: Sequence[str]) -> str:
+    """A note on the choice of one of several names; "" where there was none."""
+    others = [name for name in names if name != chosen]
+    return f"{chosen} was taken of the {among}; others: {_list(others)}" if others else ""
 
 
 def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Iterator[Recipe]:
@@ -148,14 +144,14 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
     if namespace.file is None:
         return
     count = 0
-    for path in python_files(repository_of(namespace.file, namespace.file.parent), namespace.file)[:PARSED]:
-        text = read(path) if path != namespace.file else ""
+    for path in python_files(repository_of(namespace.file), namespace.file):
+        text = text_of(path) if path != namespace.file else ""
         module = world.module_of(path) if f"{name}(" in text and namespace.file.stem in text else ""
         for maker in makers_in(text, name) if module else ():
             try:
                 with world.building("cpu"):
                     function = getattr(world.import_own(module), maker)
-            except (Exception, SystemExit, TrainingBegins):  # the file may read data or need a GPU
+            except STOPS:  # the file may read data or need a GPU
                 break
             shown = named_in(module, maker)
             note = f"{name} is made by {maker} of {path.name}"
@@ -167,7 +163,8 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
 
 
 def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[str]:
-    """The base class of all candidates, if the repository uses it as often as any of them; else those chosen so far."""
+    """The base class of all candidates, if the repository uses it as often as any of them; else the names chosen so
+    far."""
     bases = varied(namespace, whole)
     if not bases:
         return chosen
@@ -180,9 +177,8 @@ def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[st
 def _lookup(namespace: Namespace, name: str) -> Any:
     first, *rest = name.split(".")
     if first not in namespace.names:
-        close = difflib.get_close_matches(first, [n for n in namespace.names if not n.startswith("_")], 3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise TargetError(f"no name {first!r} in {namespace.source}{hint}")
+        hint = nearest(first, (n for n in namespace.names if not n.startswith("_")))
+        raise TargetError(f"no name {first!r} in {namespace.source}{'; ' if hint else ''}{hint}")
     value = namespace.names[first]
     for part in rest:
         if not hasattr(value, part):
@@ -192,7 +188,7 @@ def _lookup(namespace: Namespace, name: str) -> Any:
 
 
 def _recipes(namespace: Namespace, name: str, value: Any, world: World, note: str = "") -> Iterator[Recipe]:
-    """Recipes for one name, with a note on the choice: a module, a model class or a factory."""
+    """Recipes for a module, a model class or a factory."""
     if isinstance(value, nn.Module):
         yield Recipe(name, lambda: value, made=True, note=note)
         return
@@ -209,7 +205,7 @@ def _recipes(namespace: Namespace, name: str, value: Any, world: World, note: st
 
 
 def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:
-    """The model that a class or factory makes; refuses anything else."""
+    """The model that a class or factory makes."""
     model = make()
     if not isinstance(model, nn.Module):
         raise TargetError(f"{name}() of {namespace.source} gives a {type(model).__name__}, not an nn.Module")
@@ -217,8 +213,8 @@ def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:
 
 
 def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str]:
-    """The model among several that has the name of the file, or else is used in most files of the repository, or else
-    contains most classes of the file. Those that are equal in all three."""
+    """The names that are left after preferring one like the name of the file, then the one that most files of the
+    repository use, then the one that contains most definitions of the file."""
     stem = namespace.file.stem if namespace.file is not None else ""
     used = _uses_elsewhere(namespace, names)
 
@@ -243,15 +239,15 @@ def _plain(name: str) -> str:
 
 
 def _uses_elsewhere(namespace: Namespace, names: list[str]) -> Counter[str]:
-    """In how many other files of the repository each name occurs, among Python files and configs."""
+    """In how many other Python files and configs of the repository each name occurs."""
     found: Counter[str] = Counter()
     if namespace.file is None:
         return found
     words = {name: re.compile(rf"\b{re.escape(name)}\b") for name in names}
-    repository = repository_of(namespace.file, namespace.file.parent)
-    others = itertools.islice(walk(repository, (".yaml", ".yml", ".json", ".gin")), DATA_FILES)
-    for path in (*python_files(repository, namespace.file)[:PARSED], *others):
-        text = read(path) if path != namespace.file else ""
+    repository = repository_of(namespace.file)
+    others = itertools.islice(files_of(repository, ".yaml", ".yml", ".json", ".gin"), DATA_FILES)
+    for path in (*python_files(repository, namespace.file), *others):
+        text = text_of(path) if path != namespace.file else ""
         if namespace.file.stem in text:
             found.update(name for name, word in words.items() if word.search(text))
     return found

@@ -1,14 +1,9 @@
-"""What an adapter is, and what adapters share: package imports, suggestions of names.
-
-In: what a user typed. Out: `Adapted`: the names that expressions may use, how the model is built, and example inputs
-where the source of the model has better ones than can be inferred.
-"""
+"""What an adapter is, and what adapters share."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +16,7 @@ from quack_fx.targets.inputs.values import Inputs
 from quack_fx.targets.pick import Recipe
 
 Examples = Callable[[nn.Module], list[Inputs]]
-"""Gives inputs for a model, most likely first; none where they are to be inferred."""
+"""Gives inputs for a model, likeliest first; none where they are to be inferred."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Adapted:
         namespace: The names for --build and --inputs: the package, and what the adapter made of the target.
         recipe: How the model is built.
         examples: Gives inputs for the model; None to infer them.
-        smaller: Gives small targets of the same structure, the smallest first, each with its size in words ("2 layers,
+        smaller: Gives small targets of the same structure, smallest first, each with its size in words ("2 layers,
             width 64"): a proof for a large model runs on one of them. None where there are none.
     """
 
@@ -47,9 +42,9 @@ class Adapter:
     """A way to write a target.
 
     Attributes:
-        form: How such a target is written: "timm:NAME".
+        form: What such a target looks like: "timm:NAME".
         open: Makes an `Adapted` of what follows the prefix and, for errors, the target as typed.
-        prefix: What precedes the colon; empty for targets without a prefix.
+        prefix: What precedes the colon; "" for targets without a prefix.
         takes: Whether the adapter takes a target without a prefix; None if it takes none.
     """
 
@@ -60,11 +55,7 @@ class Adapter:
 
 
 def package(name: str, typed: str) -> ModuleType:
-    """Import a package that a target needs.
-
-    Arguments:
-        name: The package or a module in it; the distribution on PyPI has the name of the package.
-        typed: The target, for the error.
+    """Import a package, or a module in one, that a target needs; the package has the same name on PyPI.
 
     Raises:
         TargetError: It is not installed, or its import fails; with what to type.
@@ -73,21 +64,17 @@ def package(name: str, typed: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == root:
+        if not isinstance(error, ModuleNotFoundError):
+            raise TargetError(f"{typed!r} needs {root}, whose import fails: {name_and_text(error)}") from error
+        if error.name == root:
             raise TargetError(f"{typed!r} needs {root}: pip install {root}") from error
-        if isinstance(error, ModuleNotFoundError):
-            raise TargetError(
-                f"{typed!r} needs the module {error.name!r}, which {name} imports and is not installed; install it, too"
-            ) from error
-        raise TargetError(f"{typed!r} needs {root}, whose import fails: {name_and_text(error)}") from error
+        raise TargetError(
+            f"{typed!r} needs the module {error.name!r}, which {name} imports and is not installed; install it, too"
+        ) from error
 
 
 def saved_file(rest: str, typed: str) -> Path:
-    """The path of a saved file that a target names; a name after a colon is refused, as the file holds one model.
-
-    Raises:
-        TargetError: There is no such file, or a name follows it.
-    """
+    """The path of a saved file that a target names; it holds one model, so a name after a colon is refused."""
     path = Path(rest).expanduser()
     place, _, name = rest.rpartition(":")
     if place and not path.is_file():
@@ -95,9 +82,3 @@ def saved_file(rest: str, typed: str) -> Path:
     if not path.is_file():
         raise TargetError(f"{typed!r} is a folder" if path.is_dir() else f"no file {rest!r} (seen from {Path.cwd()})")
     return path
-
-
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """A hint for an unknown name: the nearest known ones, or else `otherwise`."""
-    close = difflib.get_close_matches(name, list(known), 3)
-    return f"did you mean {' or '.join(close)}?" if close else otherwise

@@ -28,12 +28,12 @@ from typing import Any
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets import hf
 from quack_fx.targets.failure import cause_of
 from quack_fx.targets.inputs.arguments import LIMIT, TIME, Context, options, signature
 from quack_fx.targets.inputs.changes import LARGEST
 from quack_fx.targets.inputs.made import maker_of
 from quack_fx.targets.inputs.measure import Budget
+from quack_fx.targets.inputs.pretrained import is_pretrained, pretrained_inputs
 from quack_fx.targets.inputs.reading import read_uses
 from quack_fx.targets.inputs.repair import Attempts, asks_for_more, failing_names, retry, unmet_names
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
@@ -58,8 +58,8 @@ def infer(model: nn.Module, name: str) -> list[Inputs]:
     Raises:
         TargetError: Nothing can be inferred.
     """
-    if hf.is_pretrained(model):
-        return [named((), kwargs) for kwargs in hf.inputs(model, BATCH, TOKENS)]
+    if is_pretrained(model):
+        return [named((), kwargs) for kwargs in pretrained_inputs(model, BATCH, TOKENS)]
     wanted = _wanted(model)
     if not wanted:
         return [named((), {})]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs.uses import UNKNOWN, Data, Dim, Items, Known, Rank, Shape, Value
+from quack_fx.targets.source import ARITHMETIC
 
 _SAME = set(
     "float double half bfloat16 to cuda cpu type type_as contiguous clone detach requires_grad_ abs clamp clamp_min "
@@ -35,14 +36,6 @@ _PURE: set[Any] = {len, int, float, max, min, abs, round, range, list, tuple, su
 _PURE |= {enumerate, zip, reversed, sorted, type, callable, math.sqrt, math.ceil, math.floor, math.prod, math.log2}
 
 
-_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.truediv,
-    ast.Mod: operator.mod,
-}
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -219,7 +212,7 @@ def computed(op: ast.operator, left: Any, right: Any) -> Value:
     """The result of an arithmetic operator on numbers or tuples."""
     numbers = isinstance(left, int | float | tuple) and isinstance(right, int | float | tuple)
     try:
-        return Known(_ARITHMETIC[type(op)](left, right)) if numbers else UNKNOWN
+        return Known(ARITHMETIC[type(op)](left, right)) if numbers else UNKNOWN
     except Exception:
         return UNKNOWN
 

@@ -144,7 +144,7 @@ Spec = Array | Constant | Group | CausalBlocks
 
 
 def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of a kind, made without touching the global random state."""
+    """A tensor of a kind. The global random state is not used."""
     if kind == "ids":
         return torch.arange(1, math.prod(shape) + 1).remainder(max(high, 1)).view(shape)
     if kind == "count":
@@ -157,10 +157,12 @@ def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> T
         return torch.full(shape, kind == "bool")
     if kind in ("ones", "zeros"):
         return torch.full(shape, int(kind == "ones"), dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    if kind == "complex":
-        return torch.polar(torch.ones(shape), torch.randn(shape, generator=generator))
-    return torch.randn(shape, generator=generator).to(dtype)
+    return torch.polar(torch.ones(shape), noise(*shape)) if kind == "complex" else noise(*shape).to(dtype)
+
+
+def noise(*shape: int) -> Tensor:
+    """Standard normal numbers, the same in every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True, eq=False)

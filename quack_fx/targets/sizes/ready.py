@@ -1,8 +1,4 @@
-"""Config objects and module classes that the target's files define.
-
-In: the names of a file; the fields that the code reads of a config, or the annotated class of a submodule. Out: the
-object or class that fits, with the expression for it.
-"""
+"""Config objects and module classes that the target's files define, each with the expression for it."""
 
 from __future__ import annotations
 
@@ -47,16 +43,12 @@ class Ready:
 
 
 def ready_made(names: Mapping[str, Any], wanted: Wanted) -> Ready | None:
-    """The object with most of the wanted fields: at least two, and half of them.
+    """The first object with most of the wanted fields: at least two, and half of them.
 
-    Candidates are objects of the file, results of its functions without arguments whose name contains "config", and the
-    first that fits in a dict of objects (`CONFIGS["small"]`).
+    Candidates are objects of the file, results of its functions without arguments whose name contains "config", and of
+    a dict of objects (`CONFIGS["small"]`) the first that fits.
     """
-    best = None
-    for ready in _sharing(names, wanted):
-        if best is None or len(ready.fields) > len(best.fields):
-            best = ready
-    return best
+    return max(_sharing(names, wanted), key=lambda ready: len(ready.fields), default=None)
 
 
 def _sharing(names: Mapping[str, Any], wanted: Wanted) -> Iterator[Ready]:
@@ -83,17 +75,17 @@ def _objects(names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def part_class(kind: type, is_own: Callable[[str], bool]) -> type | None:
-    """The class for a submodule by its annotated class: that class, or, if it is abstract, the subclass in the user's
-    files that has the fewest required arguments. None for a class of torch, or where several are equal."""
+    """The class to build a submodule from: its annotated class or, if that is abstract, the subclass in the user's
+    files with the fewest required arguments. None for a class of torch, or where several subclasses have as few."""
     if kind.__module__.split(".")[0] == "torch":
         return None
     if not _is_abstract(kind):
         return kind
     derived: Iterator[type] = walk(kind.__subclasses__(), type.__subclasses__)
     below = {c.__qualname__: c for c in derived if not _is_abstract(c) and is_own(_file(c))}
-    needs = {name: len(required(made)) for name, made in below.items()}
-    simplest = [name for name, count in needs.items() if count == min(needs.values())]
-    return below[simplest[0]] if len(simplest) == 1 else None
+    needs = {made: len(required(made)) for made in below.values()}
+    simplest = [made for made, count in needs.items() if count == min(needs.values())]
+    return simplest[0] if len(simplest) == 1 else None
 
 
 def _is_abstract(made: type) -> bool:

@@ -1,7 +1,6 @@
 """Parameters and annotations of a class or factory.
 
-In: a callable. Out: its parameters, including those of a base class to whose constructor it passes `*args` and
-`**kwargs`; the names of those without a default; their annotations.
+Parameters include those of a base class to whose constructor it passes `*args` and `**kwargs`.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def _passed_on(made: type) -> tuple[int, set[str]] | None:
-    """Arguments that a constructor passes to the one of its base class beside its own `**kwargs`: the number of
-    positional ones, and the names of the others. None where it does not pass `**kwargs` on."""
+    """What a constructor passes to that of its base class beside its own `**kwargs`: the number of positional
+    arguments, and the names of the others. None where it does not pass `**kwargs` on."""
     owner = next(base for base in made.__mro__ if "__init__" in vars(base))
     for node in ast.walk(tree_of_function(vars(owner)["__init__"])):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "__init__"):
@@ -69,7 +68,7 @@ def own_methods(model: nn.Module) -> dict[str, Callable[..., Any]]:
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of a function, or of a class's constructor; empty where some name in them is not defined."""
+    """Annotations of a function, or of a class's constructor; empty where a name in them is not defined."""
     made = inspect.getattr_static(function, "__init__", None) if isinstance(function, type) else function
     for owner in (made, function):
         try:
@@ -85,7 +84,8 @@ _COMMON = frozenset("builtins types typing collections torch argparse pathlib en
 
 
 def is_users_class(option: Any) -> bool:
-    """Whether an annotation is a class of the user's: no module, no tensor, none of Python, torch or numpy."""
+    """Whether an annotation is a class that may be a config: no module or tensor, and none of Python, torch or
+    numpy."""
     plain = (
         isinstance(option, type) and typing.get_origin(option) is None and not issubclass(option, nn.Module | Tensor)
     )

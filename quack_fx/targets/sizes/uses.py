@@ -1,4 +1,4 @@
-"""How the source uses parameters and config fields: as a flag, as a string to compare with, as a list.
+"""How source uses parameters and config fields: as a flag, as a string to compare with, as a list.
 
 In: syntax trees of the user's files. Out: `Uses`, by name; equal names in different places count as one.
 """
@@ -6,16 +6,19 @@ In: syntax trees of the user's files. Out: `Uses`, by name; equal names in diffe
 from __future__ import annotations
 
 import ast
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+
+from quack_fx.targets.source import assignments, read_name
 
 
 class Uses:
     """What the code of some files does with names.
 
     Attributes:
-        words: For each name the strings that it is compared with, or that are keys of a dict it indexes, in order.
-        flags: Names that are used as a condition.
+        words: For each name the strings that it is compared with, or the keys of a dict that it indexes, in order.
+        flags: Names that are conditions.
         lists: Names that are iterated over, or whose length is taken.
         needed: Names that are asserted not to be None.
     """
@@ -70,26 +73,11 @@ def asserted(tree: ast.AST) -> list[str]:
     return [name for test in tests for part in _tested(test) if (name := _not_none(part))]
 
 
-def read_name(node: ast.AST | None) -> str:
-    """The name that an expression reads: `x`, `config.x`, `self.config.x`, `config["x"]`; "" for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
-        return node.slice.value
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("lower", "upper"):
-        return read_name(node.func.value)
-    return ""
-
-
 def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
     """Dicts that are assigned to a name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            for target in node.targets:
-                if name := read_name(target):
-                    yield name, node.value
+    for target, value in itertools.chain.from_iterable(map(assignments, ast.walk(tree))):
+        if isinstance(value, ast.Dict) and (name := read_name(target)):
+            yield name, value
 
 
 def _tested(test: ast.expr) -> Iterator[ast.expr]:
