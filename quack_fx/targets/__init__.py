@@ -16,7 +16,7 @@ from quack_fx.graph.forward.machine import bounded_memory
 from quack_fx.targets.adapters import adapt
 from quack_fx.targets.files import load
 from quack_fx.targets.pick import pick
-from quack_fx.targets.settle import ForwardFails, Target, given, settle
+from quack_fx.targets.settle import Target, given, settle, to_report
 from quack_fx.targets.world import StandInUsed, World
 
 __all__ = ["Target", "opened", "resolve", "settle"]
@@ -73,7 +73,8 @@ def opened(
     packages whose absence its files handle.
     """
     say = progress or (lambda _: None)
-    worlds, first = [World()], None
+    worlds = [World()]
+    first: TargetError | None = None
     for world in worlds:
         with ExitStack() as stack:
             stack.enter_context(world.open())
@@ -81,10 +82,8 @@ def opened(
                 with bounded_memory():
                     resolved = _in_world(target, build, inputs, real, say, world)
             except TargetError as error:
-                # The first error is reported, but an error of the code itself rather than one about a stand-in, and an
-                # error of the forward rather than one of the constructor before it.
-                further = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
-                first = error if first is None or isinstance(first, StandInUsed) or further else first
+                # An error of the code itself says more than one about a stand-in.
+                first = error if isinstance(first, StandInUsed) else to_report(first, error)
                 worlds += world.others()
                 if world is worlds[-1] or len(worlds) > 4:
                     raise first from first.__cause__

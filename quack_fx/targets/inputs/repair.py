@@ -38,7 +38,7 @@ from quack_fx.targets.failure import (
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.changes import LARGEST, Change, changed, only, refilled, reshape, resize, sizes, with_rank
 from quack_fx.targets.inputs.measure import Answer, Budget, Search, mismatch
-from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks, named
+from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks
 
 FIRST, REPAIRS, EACH = 3, 12, 4
 """How many candidates are tried before any repair; the most repairs in all; the most repairs of one failure."""
@@ -202,9 +202,7 @@ def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
     if wanted is None:
         return []
     mask = causal_blocks(int(wanted[1]), int(wanted[2]))
-    args = tuple(mask if is_blocks(value) else value for value in inputs.args)
-    kwargs = {name: mask if is_blocks(value) else value for name, value in inputs.kwargs.items()}
-    return [named(args, kwargs, inputs.names)]
+    return [inputs.map(lambda value: mask if is_blocks(value) else value)]
 
 
 def asks_for_more(error: BaseException) -> bool:

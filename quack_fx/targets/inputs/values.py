@@ -1,17 +1,15 @@
-"""Specs of example values, the values, and Python expressions for them.
+"""Specs of example values, the values themselves, and Python expressions for them.
 
-In: a `Spec` of one argument (an `Array` of some kind and shape, a `Constant`, a `Group` of others), and the `Sizes`
-that all arguments of a call share. Out: the value. `shown` describes a value in a few words, `expression` writes Python
-that makes it.
+In: a `Spec` of one argument, and the `Sizes` that all arguments of a call share. Out: the value. `shown` describes a
+value in a few words, `expression` writes Python that makes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
@@ -42,17 +40,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Array:
-    """A tensor or, with `numpy`, an array.
+    """A tensor or, with `numpy`, an array of which the forward makes a tensor.
 
     Attributes:
         kind: "float" is noise, "ids" are below `high`, "index" counts along the last axis, "bool" is all true, "half"
-            is true in every other entry of the last axis, "padding" is all false, "count" is the number of tokens
-            everywhere.
+            is true in every other entry of the last axis, "padding" is all false, "count" is the number of tokens.
         shape: Its sizes.
         high: Number of different ids.
         dtype: Its dtype, where the kind does not determine it.
-        numpy: Whether it is a numpy array, of which the forward makes a tensor.
-        tokens: The number of tokens, where it must not be that of other arguments.
+        numpy: Whether it is a numpy array.
+        tokens: The number of tokens, where it must differ from that of other arguments.
     """
 
     kind: Kind
@@ -108,7 +105,7 @@ class Group:
         made = {name: spec.make(sizes) for name, spec in self.parts}
         if self.form == "namespace":
             return SimpleNamespace(**made)
-        return made if self.form == "dict" else (tuple if self.form == "tuple" else list)(made.values())
+        return made if self.form == "dict" else tuple(made.values()) if self.form == "tuple" else list(made.values())
 
 
 @dataclass(frozen=True)
@@ -175,6 +172,11 @@ class Inputs:
     names: tuple[str, ...] = field(default=(), kw_only=True)
     """Parameters of the positional arguments, "" where not known."""
 
+    def map(self, change: Callable[[Any], Any]) -> Inputs:
+        """These inputs with every argument changed."""
+        args = tuple(map(change, self.args))
+        return named(args, {name: change(value) for name, value in self.kwargs.items()}, self.names)
+
     def expression(self) -> str:
         """A Python expression for inputs like these, which a user may edit."""
         args = ", ".join(expression(value) for value in self.args)
@@ -238,9 +240,8 @@ def _compound(value: Any, write: Callable[[Any], str], namespace: str) -> str | 
     """A namespace, dataclass, dict, tuple or list as text, with `write` for each part; None for any other value."""
     if isinstance(value, SimpleNamespace) or has_fields(value):
         name = namespace if isinstance(value, SimpleNamespace) else type(value).__name__
-        names = (
-            vars(value) if isinstance(value, SimpleNamespace) else [field.name for field in dataclasses.fields(value)]
-        )
+        fields = [field.name for field in dataclasses.fields(value)] if has_fields(value) else []
+        names = [*vars(value)] if isinstance(value, SimpleNamespace) else fields
         return f"{name}({', '.join(f'{part}={write(getattr(value, part))}' for part in names)})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {write(part)}" for key, part in value.items()) + "}"
@@ -261,7 +262,7 @@ def _is_array(value: Any) -> bool:
 
 
 def cheapest_first(choices: list[list[_T]], limit: int) -> list[tuple[_T, ...]]:
-    """Combinations of one entry of each list, those with the smallest sum of indices first; at most `limit`."""
+    """Combinations of one entry of each list, at most `limit`; those with the smallest sum of indices first."""
     found: list[tuple[_T, ...]] = []
     for total in range(sum(len(options) - 1 for options in choices) + 1):
         for indices in _indices([len(options) for options in choices], total):
@@ -271,11 +272,9 @@ def cheapest_first(choices: list[list[_T]], limit: int) -> list[tuple[_T, ...]]:
     return found
 
 
-def _indices(lengths: list[int], total: int) -> Iterable[tuple[int, ...]]:
+def _indices(lengths: list[int], total: int) -> Iterator[tuple[int, ...]]:
     """Indices into lists of these lengths that add up to `total`."""
-    if not lengths:
-        return [()] if total == 0 else []
-    return itertools.chain.from_iterable(
-        ((index, *rest) for rest in _indices(lengths[1:], total - index))
-        for index in range(min(lengths[0] - 1, total), -1, -1)
-    )
+    if not lengths and total == 0:
+        yield ()
+    for index in range(min(lengths[0] - 1, total), -1, -1) if lengths else ():
+        yield from ((index, *rest) for rest in _indices(lengths[1:], total - index))
