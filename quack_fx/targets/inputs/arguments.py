@@ -1,7 +1,7 @@
 """Candidates for one argument of a forward.
 
-In: its name and annotation, its `Use`, the model, and the spec of the leading argument (the data). Out: `Spec`s, most
-likely first. The layer that an argument is passed to decides, where there is one; otherwise its name does: a mask, a
+In: its name and annotation, its `Use`, the model, and the spec of the leading argument (the data). Out: `Spec`s,
+likeliest first. The layer that an argument is passed to decides, where there is one; otherwise its name does: a mask, a
 time step, positions, a class, rotary embeddings, a cache. An argument of which nothing is known becomes more data.
 """
 
@@ -32,7 +32,12 @@ from quack_fx.targets.inputs.values import (
 
 Numbers = Literal["", "int", "float", "bool"]
 
-_NUMBERS: dict[str, Numbers] = {"long": "int", "int": "int", "short": "int", "uint": "int", "bool": "bool"}
+_NUMBERS: dict[str, Numbers] = {**dict.fromkeys(("long", "int", "short", "uint"), "int"), "bool": "bool"}
+_KINDS: dict[str, Numbers] = {
+    **dict.fromkeys(("ids", "index", "count"), "int"),
+    **dict.fromkeys(("bool", "half", "padding"), "bool"),
+}
+"""Kinds of dtype by the kind of an array; "float" for the others."""
 _TENSOR = re.compile(r"\b(Long|Int|Short|Bool|Float|Half|BFloat16|Double)Tensor\b")
 _WITH_AXES = re.compile(r"\b(U?Int|Bool|Float|BFloat|Shaped|Num|Complex)\d*\[[^\[\],]+, *['\"]([^'\"]*)['\"]\]")
 """As jaxtyping writes them: `Float[Tensor, "batch tokens width"]`."""
@@ -57,19 +62,14 @@ _NUMBER = re.compile(r"(.*_)?(num|number|size|len|n|count|height|width|h|w|depth
 
 @dataclass(frozen=True)
 class Context:
-    """What is known for all arguments of a call.
-
-    Attributes:
-        model: The model.
-        data: Spec of the leading argument; None while its own candidates are made.
-    """
+    """The model, and the spec of the leading argument; None while its own candidates are made."""
 
     model: nn.Module
     data: Spec | None = None
 
 
 def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec]:
-    """Candidates for an argument, most likely first.
+    """Candidates for an argument, likeliest first.
 
     Arguments:
         name: Its name, or its key or attribute where it is part of another argument.
@@ -85,9 +85,8 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
     lower = name.lower()
     if "BlockMask" in str(annotation):
         return [CausalBlocks()]
-    plain = (
-        [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
-    )
+    has_parts_only = use.parts and not use.taken and use.rank is None
+    plain = [] if has_parts_only else _plain(lower, hint, str(annotation), use, context)
     if (told.numbers or told.axes) and all(isinstance(spec, Array) for spec in plain):
         plain = [*told.first([spec for spec in plain if isinstance(spec, Array)], use.rank)]
     groups = _groups(use, context)
@@ -124,8 +123,7 @@ class Hint:
         """Whether an array has such a dtype."""
         if array.kind in ("zeros", "ones"):
             return self.numbers in ("", "float" if array.dtype.is_floating_point else "int")
-        kinds = {"ids": "int", "index": "int", "count": "int", "bool": "bool", "half": "bool", "padding": "bool"}
-        return self.numbers in ("", kinds.get(array.kind, "float"))
+        return self.numbers in ("", _KINDS.get(array.kind, "float"))
 
     def first(self, found: list[Array], rank: int | None) -> list[Array]:
         """The arrays, those that fit first; where none fits, with a new one of this rank."""
@@ -177,11 +175,8 @@ def _plain(name: str, hint: str, annotation: str, use: Use, context: Context) ->
     if "ids" in use.marks:
         told = [_ids_like(array) for array in data[:1]]
     if told and told[0].kind == "float" and use.rank is None:
-        told.sort(
-            key=lambda a: (
-                a.kind == "float" and bool(re.match(r"pooled|vec|cond$|global|y$", name)) != (len(a.shape) == 2)
-            )
-        )
+        is_vector = re.match(r"pooled|vec|cond$|global|y$", name) is not None
+        told.sort(key=lambda a: a.kind == "float" and is_vector != (len(a.shape) == 2))
     rest = [array for array in layers.any_layer(context.model, LIMIT) if array not in data][:3]
     return [*_fitted([*told, *data, *rest], use)]
 
@@ -221,13 +216,11 @@ def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
 def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Array]:
     """Candidates for the leading argument, most likely first."""
     found = [*layers.any_layer(model, LIMIT), *layers.own_parameters(model)]
-    kind = "ids" if _IDS.fullmatch(name) else "float" if _IMAGE.fullmatch(name) else ""
+    # Sorting is stable, so the order is otherwise that of the model.
     if _IMAGE.fullmatch(name):
-        found.sort(
-            key=lambda a: not (a.kind == "float" and len(a.shape) == 4)
-        )  # stable: the model's own order otherwise
-    elif kind:
-        found.sort(key=lambda a: a.kind != kind)
+        found.sort(key=lambda a: not (a.kind == "float" and len(a.shape) == 4))
+    elif _IDS.fullmatch(name):
+        found.sort(key=lambda a: a.kind != "ids")
     if "numpy" in use.marks:
         found.sort(key=lambda a: a.kind != "ids")
     # Some forwards take one sequence, without a batch axis.
@@ -261,7 +254,7 @@ def _group(form: Any, parts: list[tuple[str, Use]], context: Context) -> list[Sp
         return []
     choices: list[list[tuple[str, Spec]]] = []
     data = context.data
-    # The part that is passed to a layer leads: the sizes of the others follow it.
+    # The part that is passed to a layer leads: it sets the sizes of the others.
     order = sorted(parts, key=lambda part: not part[1].taken or bool(re.search("mask|time|label|target", part[0])))
     for name, use in order:
         specs = options(name, "", use, replace(context, data=data))[:4] or [Constant(None)]
@@ -286,11 +279,8 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
         return [Constant(False)]
     if re.search(r"start_pos|offset|start_index", name) or (hint == "int" and not _NUMBER.fullmatch(name)):
         return [Constant(0)]
-    if (
-        hint == "int"
-        or "number" in use.marks
-        or (_NUMBER.fullmatch(name) and not (use.taken or use.marks or use.steps))
-    ):
+    unused = not (use.taken or use.marks or use.steps)
+    if hint == "int" or "number" in use.marks or (_NUMBER.fullmatch(name) and unused):
         if re.search("Tensor", annotation):
             return [Array("ones", (), dtype=torch.int64)]
         return [Constant(TOKENS if re.search(r"len|size|seq", name) or hint != "int" else 1), Constant(1)]
@@ -338,13 +328,13 @@ def _times(use: Use, told: list[Array], data: Spec | None) -> list[Spec]:
     wide = [array for array in told if array.kind == "float" and array not in narrow]
     if wide and use.rank is None and not narrow:
         steps = [*steps, *[array for array in wide if len(array.shape) == 2]]
-        if any(array.shape[-1] == 1 for array in wide):  # passed to a Linear as it is
+        if any(array.shape[-1] == 1 for array in wide):  # it is passed to a Linear as it is
             return [Array("ones", ("B", 1)), *steps]
     return [steps[1], steps[0]] if ids else steps
 
 
 def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec]:
-    """Masks of the dtype and shape that fit the use; None first where the forward runs without."""
+    """Masks of the dtype and shape that fit the use; None first where the forward also runs without one."""
     number = "number-mask" in use.marks and "bool" not in use.marks
     if "index" in use.marks and not number and not told:
         # A mask that selects: as many entries in each sequence, but neither all nor none.
@@ -371,13 +361,9 @@ def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec
         found.insert(2, Array("zeros", ("T", "T")))
     found = [Array("index", shape) for shape in (("B", "T"), ("T",))] + found if "long" in use.marks else found
     tensor = re.fullmatch(r"(torch\.)?(Tensor|BoolTensor|LongTensor)|<class 'torch\.Tensor'>", annotation)
-    needed = (
-        tensor
-        or "needed" in use.marks
-        or (({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks)
-    )
+    used = ({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks
     found = list(dict.fromkeys(found))[:4]
-    return [*found, Constant(None)] if needed else [Constant(None), *found]
+    return [*found, Constant(None)] if tensor or "needed" in use.marks or used else [Constant(None), *found]
 
 
 def _rotations(name: str, model: nn.Module) -> list[Spec]:

@@ -1,4 +1,4 @@
-"""Single operations while reading a forward: attributes, indexing, operators, methods of tensors, layers, functions.
+"""Single operations while a forward is read: attributes, indexing, operators, methods of tensors, layers, functions.
 
 In: an operation and the values of its operands. Out: its value, as long as that is an argument of the forward behind
 view ops or a known object; else `UNKNOWN`. What the operation requires of an argument is recorded in its `Use`.
@@ -12,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ _KEPT_BY = (
 _PURE: set[Any] = {len, int, float, max, min, abs, round, range, list, tuple, sum, bool, isinstance, getattr, hasattr}
 _PURE |= {enumerate, zip, reversed, sorted, type, callable, math.sqrt, math.ceil, math.floor, math.prod, math.log2}
 
-
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -58,10 +58,8 @@ def is_none(value: Value) -> bool:
 def attribute(value: Value, name: str) -> Value:
     """An attribute of a value."""
     if isinstance(value, Known):
-        try:
+        with suppress(Exception):
             return Known(getattr(value.value, name))
-        except Exception:
-            return UNKNOWN
     if not isinstance(value, Data):
         return UNKNOWN
     if name == "shape":
@@ -96,13 +94,11 @@ def subscript(value: Value, node: ast.expr, of: Callable[[ast.expr], Value]) -> 
         index.taken_by(value.value, "rows")
         return UNKNOWN
     if isinstance(value.value, nn.ModuleList | nn.ParameterList | nn.ModuleDict | list | tuple | Mapping):
-        try:
-            if isinstance(node, ast.Slice):
-                return value  # the slice may begin with another element, which will do here
-            key: Any = index.value if isinstance(index, Known) else 0
+        if isinstance(node, ast.Slice):
+            return value  # its elements are as good as those of the slice
+        key: Any = index.value if isinstance(index, Known) else 0
+        with suppress(Exception):
             return Known(value.value[key])
-        except Exception:
-            return UNKNOWN
     return UNKNOWN
 
 
@@ -210,19 +206,17 @@ def combined(op: ast.operator, left: Value, right: Value) -> Value:
 
 def computed(op: ast.operator, left: Any, right: Any) -> Value:
     """The result of an arithmetic operator on numbers or tuples."""
-    numbers = isinstance(left, int | float | tuple) and isinstance(right, int | float | tuple)
-    try:
-        return Known(ARITHMETIC[type(op)](left, right)) if numbers else UNKNOWN
-    except Exception:
-        return UNKNOWN
+    if isinstance(left, int | float | tuple) and isinstance(right, int | float | tuple):
+        with suppress(Exception):
+            return Known(ARITHMETIC[type(op)](left, right))
+    return UNKNOWN
 
 
 def compared(op: ast.cmpop, left: Any, right: Any) -> Value:
     """The result of a comparison."""
-    try:
+    with suppress(Exception):
         return Known(bool(_COMPARE[type(op)](left, right)))
-    except Exception:
-        return UNKNOWN
+    return UNKNOWN
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
@@ -264,10 +258,9 @@ def function(called: Any, args: list[Value], kwargs: dict[str, Value]) -> Value 
     every = [*args, *kwargs.values()]
     data = [value for value in every if isinstance(value, Data)]
     if _is_pure(called) and every and not kwargs and all(isinstance(value, Known) for value in every):
-        try:
+        with suppress(Exception):
             return Known(called(*(value.value for value in every if isinstance(value, Known))))
-        except Exception:
-            return UNKNOWN
+        return UNKNOWN
     if module == "builtins" or called in (math.sqrt, math.ceil, math.floor):
         return _builtin(name, args)
     if module == "numpy" or (module == "torch" and name.endswith("Tensor")) or name in ("from_numpy", "as_tensor"):
@@ -283,10 +276,9 @@ def function(called: Any, args: list[Value], kwargs: dict[str, Value]) -> Value 
 
 
 def _is_pure(called: Any) -> bool:
-    try:
+    with suppress(Exception):  # it may be not hashable, or compared element by element
         return called in _PURE
-    except Exception:  # not hashable, or compared element by element
-        return False
+    return False
 
 
 def _builtin(name: str, args: list[Value]) -> Value:
@@ -318,10 +310,8 @@ def _first(value: Value) -> Value:
     if isinstance(value, Items) and value.values:
         return value.values[0]
     if isinstance(value, Known):
-        try:
+        with suppress(Exception):
             return Known(next(iter(value.value)))
-        except Exception:
-            return UNKNOWN
     return UNKNOWN
 
 

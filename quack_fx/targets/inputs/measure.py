@@ -1,9 +1,8 @@
 """Finds the input size for which two sizes in a forward become equal, by measuring how they grow with it.
 
-In: inputs for which a forward failed, and the sizes that differed (`Mismatch`). Out: inputs to try; the caller answers
-each with its mismatch. After convolutions and patches the sizes in an error are not sizes of the inputs. But two
-failures of one statement, for two sizes of one input axis, show how fast the sizes grow with that axis, and so for
-which size of it they are equal. Sizes are assumed to grow linearly, or quadratically as the area of an image does.
+After convolutions and patches the sizes in an error are not sizes of the inputs. But two failures of one statement, for
+two sizes of one input axis, show how fast the sizes (`Mismatch`) grow with that axis, and so for which size of it they
+are equal: linearly, or quadratically as the area of an image does.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ class Mismatch:
 def mismatch(error: BaseException) -> Mismatch | None:
     """The sizes that differ where a forward failed; None for an error that is not about sizes."""
     cause = cause_of(error)
-    found = users_frame(cause)
-    if found is None:
+    if (found := users_frame(cause)) is None:
         return None
     frame, line = found
     text = str(cause)
@@ -80,18 +78,15 @@ def mismatch(error: BaseException) -> Mismatch | None:
     condition = condition_of(statements_at(frame, line))
     if condition is not None and (sides := _sides(condition[0], evaluator(frame))) is not None:
         return _of_pairs(place, sides) if sides else None
-    mask = re.search(r"shape of the mask \[(.*?)\] at index (\d+) .*indexed tensor \[(.*?)\] at index (\d+)", text)
-    if mask:
+    if mask := re.search(r"shape of the mask \[(.*?)\] at index (\d+) .*indexed tensor \[(.*?)\] at index (\d+)", text):
         numbers = tuple(int(mask[n].split(",")[int(mask[n + 1])]) for n in (1, 3))
         return Mismatch((*place[:2], f"sizes [{mask[4]}]"), numbers, ((0, 1),))
-    if not isinstance(cause, RuntimeError | ValueError | AssertionError):
-        return None
-    if re.search(r"values to unpack|satisfy the constraint", text):  # numbers that are not sizes
+    about_sizes = isinstance(cause, RuntimeError | ValueError | AssertionError)
+    if not about_sizes or re.search(r"values to unpack|satisfy the constraint", text):
         return None
     if (factors := factors_in(text)) is not None:
         return Mismatch(place, factors, ((0, 1),))
-    one = re.search(r"tensor a \((\d+)\) must match .*tensor b \((\d+)\) at non-singleton dimension (\d+)", text)
-    if one:
+    if one := re.search(r"tensor a \((\d+)\) must match .*tensor b \((\d+)\) at non-singleton dimension (\d+)", text):
         return Mismatch((*place[:2], f"sizes [{one[3]}]"), (int(one[1]), int(one[2])), ((0, 1),))
     shapes = shapes_in(text)
     if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
@@ -197,7 +192,7 @@ Answer = Mismatch | None
 
 
 class Search:
-    """The search for sizes that fit: inputs to measure with, and the solutions."""
+    """The search for sizes that fit: it yields inputs to measure with, and solutions."""
 
     def __init__(self, model: nn.Module, budget: Budget) -> None:
         self._lengths = declared_lengths(model)
@@ -212,7 +207,7 @@ class Search:
         self._known[inputs.text] = answer
 
     def start(self, inputs: Inputs, sizes: Mismatch, depth: int = 0) -> None:
-        """Add inputs to start from, if they are the first that fail at their place."""
+        """Add inputs to start from, if they are the first to fail at their place."""
         if sizes.place not in self._places and depth < DEPTH:
             self._places.add(sizes.place)
             self._starts.append((inputs, sizes, depth))
@@ -220,8 +215,7 @@ class Search:
     def run(self) -> Generator[Inputs, Answer, None]:
         """Yields inputs to try; each is answered with its mismatch."""
         while self._starts and self._may_try():
-            inputs, sizes, depth = self._starts.popleft()
-            yield from self._around(inputs, sizes, depth)
+            yield from self._around(*self._starts.popleft())
 
     def _around(self, inputs: Inputs, sizes: Mismatch, depth: int) -> Generator[Inputs, Answer, None]:
         """Measure along each axis."""
@@ -276,15 +270,8 @@ class Search:
 
 
 def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: bool) -> Iterator[int]:
-    """Sizes of an axis for which a pair of numbers becomes equal, by its values at `size` and at `other`.
-
-    Arguments:
-        one: The mismatch at `size`.
-        two: The mismatch at `other`.
-        size: The first size of the axis.
-        other: The second.
-        is_area: Whether quadratic growth is tried before linear growth.
-    """
+    """Sizes of an axis for which a pair of numbers becomes equal, by the mismatches at its sizes `size` and `other`;
+    with `is_area`, quadratic growth is tried before linear growth."""
     seen = {size, other}
     if len(one.numbers) != len(two.numbers):
         return
@@ -303,7 +290,7 @@ def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: boo
 
 
 def _differences(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
-    """Differences of a pair before and after; an error may list the pair in either order."""
+    """Differences of a pair before and after; an error may list it in either order."""
     if one[0] != two[0] and one[1] != two[1] and set(one) & set(two):
         two = two[::-1]
     return one[0] - one[1], two[0] - two[1]
