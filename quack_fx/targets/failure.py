@@ -49,10 +49,11 @@ def statements_at(frame: FrameType, line: int) -> list[ast.stmt]:
 
 def condition_of(statements: list[ast.stmt]) -> tuple[ast.expr, bool] | None:
     """The condition that the innermost statement checks, and the value it should have: `assert X`, or `if X: raise`."""
-    if statements and isinstance(statements[-1], ast.Assert):
-        return statements[-1].test, True
-    if len(statements) > 1 and isinstance(statements[-1], ast.Raise) and isinstance(statements[-2], ast.If):
-        return statements[-2].test, False
+    match statements[-2:]:
+        case [*_, ast.Assert(test=test)]:
+            return test, True
+        case [ast.If(test=test), ast.Raise()]:
+            return test, False
     return None
 
 

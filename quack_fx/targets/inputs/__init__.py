@@ -24,7 +24,7 @@ from quack_fx.targets.inputs.measure import Budget
 from quack_fx.targets.inputs.pretrained import is_pretrained, pretrained_inputs
 from quack_fx.targets.inputs.reading import read_uses
 from quack_fx.targets.inputs.repair import Attempts, asks_for_more, failing_names, retry, unmet_names
-from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Sizes, Spec, cheapest_first, named
+from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Spec, cheapest_first, named
 
 __all__ = ["LIMIT", "Attempts", "Budget", "Inputs", "infer", "retry", "with_optional"]
 
@@ -118,16 +118,16 @@ def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: in
     room = ROOM
     for data in options(first.name, first.annotation, uses[first.name], Context(model)):
         leading = _array(data)
-        sizes = Sizes(tokens=(leading.tokens if isinstance(leading, Array) else None) or TOKENS)
+        tokens = (leading.tokens if isinstance(leading, Array) else None) or TOKENS
         context = Context(model, leading)
         others = [options(p.name, p.annotation, uses[p.name], context) for p in inferred if p is not first]
         for combined in cheapest_first([[data], *others], max(limit // 2, limit - len(found))):
-            count = sum(spec.count(sizes) for spec in combined)
+            count = sum(spec.count(tokens) for spec in combined)
             if count > min(LARGEST, room):
                 continue
             room -= count
             chosen = iter(combined[1:])
-            made = {p.name: (combined[0] if p is first else next(chosen)).make(sizes) for p in inferred}
+            made = {p.name: (combined[0] if p is first else next(chosen)).make(tokens) for p in inferred}
             try:
                 made |= {name: make(made) for name, make in makers.items()}
             except Exception:  # the method does not take these values

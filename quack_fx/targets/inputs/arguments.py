@@ -25,9 +25,9 @@ from quack_fx.targets.inputs.values import (
     Constant,
     Group,
     Size,
-    Sizes,
     Spec,
     cheapest_first,
+    numbers,
 )
 
 Numbers = Literal["", "int", "float", "bool"]
@@ -199,7 +199,7 @@ def _fitted(found: list[Array], use: Use) -> list[Array]:
 
 def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
     """An array whose size along an axis is equal to a number ("=="), a multiple of it ("%") or at most it ("<=")."""
-    count = Sizes(tokens=array.tokens or TOKENS).of(array.shape)[axis]
+    count = numbers(array.shape, array.tokens or TOKENS)[axis]
     fits = {"==": count == number, "%": count % number == 0, "<=": count <= number}
     if fits[relation]:
         return array

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs.uses import Taken, Use
-from quack_fx.targets.inputs.values import Array, Size, Sizes
+from quack_fx.targets.inputs.values import Array, Size, numbers
 
 _SIDES = ("img_size", "image_size", "input_size")
 
@@ -198,14 +198,14 @@ def _before_einops(shape: list[Size], pattern: str, lengths: tuple[tuple[str, in
         if len(names) == 1:
             known.setdefault(names[0], size)
         elif isinstance(size, int) and len(unknown) == 1:
-            others = math.prod(Sizes().of(known[name] for name in names if name in known))
+            others = math.prod(numbers(known[name] for name in names if name in known))
             if size % others:
                 return None
             known[unknown[0]] = size // others
     made: list[Size] = []
     for names in left:
         sizes: list[Size] = [known.get(name, "T") for name in names]
-        made.append(sizes[0] if len(sizes) == 1 else math.prod(Sizes().of(sizes)))
+        made.append(sizes[0] if len(sizes) == 1 else math.prod(numbers(sizes)))
     return made
 
 

@@ -37,7 +37,7 @@ from quack_fx.targets.failure import (
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.changes import LARGEST, Change, changed, only, refilled, reshape, resize, sizes, with_rank
 from quack_fx.targets.inputs.measure import Answer, Budget, Search, mismatch
-from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks
+from quack_fx.targets.inputs.values import TOKENS, Inputs, causal_blocks, is_blocks
 from quack_fx.targets.source import names_in
 
 FIRST, REPAIRS, EACH = 3, 12, 4
@@ -316,9 +316,9 @@ def _layer(model: nn.Module, error: BaseException) -> Iterator[Change]:
         if isinstance(layer, nn.Embedding) and not given.is_floating_point():
             yield _below(layer.num_embeddings)
         for array in layers.taken_by(layer, model):
-            if array.count(Sizes()) > LARGEST:
+            if array.count(TOKENS) > LARGEST:
                 continue
-            made = array.make(Sizes())
+            made = array.make(TOKENS)
             same_rank = made.dim() == given.dim()
             if same_rank and made.dim() < 4 and array.kind == "float":
                 # Change only the width, and keep the number of tokens.

@@ -1,7 +1,7 @@
 """Specs of example values, the values themselves, and Python expressions for them.
 
-In: a `Spec` of one argument, and the `Sizes` that all arguments of a call share. Out: the value. `shown` describes a
-value in a few words, `expression` writes Python that makes it.
+In: a `Spec` of one argument, and the number of tokens that all arguments of a call share. Out: the value. `shown`
+describes a value in a few words, `expression` writes Python that makes it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
 
@@ -25,17 +25,10 @@ Size = int | str
 """A number, or "B" or "T": the batch size and the number of tokens that all arguments of a call share."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes that the arguments of one call share."""
-
-    batch: int = BATCH
-    tokens: int = TOKENS
-
-    def of(self, shape: Iterable[Size]) -> tuple[int, ...]:
-        """The shape in numbers."""
-        known = {"B": self.batch, "T": self.tokens}
-        return tuple(known[size] if isinstance(size, str) else size for size in shape)
+def numbers(shape: Iterable[Size], tokens: int = TOKENS) -> tuple[int, ...]:
+    """A shape in numbers."""
+    known = {"B": BATCH, "T": tokens}
+    return tuple(known[size] if isinstance(size, str) else size for size in shape)
 
 
 @dataclass(frozen=True)
@@ -59,18 +52,17 @@ class Array:
     numpy: bool = False
     tokens: int | None = None
 
-    def count(self, sizes: Sizes) -> int:
+    def count(self, tokens: int) -> int:
         """Its number of elements."""
-        return math.prod(replace(sizes, tokens=self.tokens or sizes.tokens).of(self.shape))
+        return math.prod(numbers(self.shape, self.tokens or tokens))
 
-    def make(self, sizes: Sizes) -> Any:
+    def make(self, tokens: int) -> Any:
         """The value."""
-        sizes = replace(sizes, tokens=self.tokens or sizes.tokens)
-        high = sizes.tokens if self.kind == "count" else self.high
-        value = fill(self.kind, sizes.of(self.shape), high, self.dtype)
+        tokens = self.tokens or tokens
+        value = fill(self.kind, numbers(self.shape, tokens), tokens if self.kind == "count" else self.high, self.dtype)
         if not self.numpy:
             return value
-        # without numpy a list, which torch.LongTensor takes as well
+        # Without numpy a list, which torch.LongTensor takes as well.
         return value.numpy() if importlib.util.find_spec("numpy") else value.tolist()
 
 
@@ -80,11 +72,11 @@ class Constant:
 
     value: Any
 
-    def count(self, sizes: Sizes) -> int:
+    def count(self, tokens: int) -> int:
         """Its number of elements."""
         return 1
 
-    def make(self, sizes: Sizes) -> Any:
+    def make(self, tokens: int) -> Any:
         """The value."""
         return self.value
 
@@ -96,13 +88,13 @@ class Group:
     form: Literal["dict", "namespace", "tuple", "list"]
     parts: tuple[tuple[str, Spec], ...]
 
-    def count(self, sizes: Sizes) -> int:
+    def count(self, tokens: int) -> int:
         """Its number of elements."""
-        return sum(spec.count(sizes) for _, spec in self.parts)
+        return sum(spec.count(tokens) for _, spec in self.parts)
 
-    def make(self, sizes: Sizes) -> Any:
+    def make(self, tokens: int) -> Any:
         """The value."""
-        made = {name: spec.make(sizes) for name, spec in self.parts}
+        made = {name: spec.make(tokens) for name, spec in self.parts}
         if self.form == "namespace":
             return SimpleNamespace(**made)
         return made if self.form == "dict" else tuple(made.values()) if self.form == "tuple" else list(made.values())
@@ -112,13 +104,13 @@ class Group:
 class CausalBlocks:
     """A causal `BlockMask` of torch's flex attention."""
 
-    def count(self, sizes: Sizes) -> int:
+    def count(self, tokens: int) -> int:
         """Its number of elements."""
-        return sizes.tokens**2
+        return tokens**2
 
-    def make(self, sizes: Sizes) -> Any:
+    def make(self, tokens: int) -> Any:
         """The value."""
-        return causal_blocks(sizes.tokens, sizes.tokens)
+        return causal_blocks(tokens, tokens)
 
 
 def causal_blocks(queries: int, keys: int) -> Any:

@@ -19,7 +19,6 @@ import inspect
 import itertools
 import re
 import typing
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,12 +30,12 @@ from quack_fx.errors import TargetError
 from quack_fx.targets.packages import repository_of
 from quack_fx.targets.sizes.call import Account, Call, Value, evaluated, written
 from quack_fx.targets.sizes.made_up import by_name, made_up
-from quack_fx.targets.sizes.ready import Wanted, naming, part_class, ready_made
+from quack_fx.targets.sizes.ready import naming, part_class, ready_made
 from quack_fx.targets.sizes.settings import Guess, Settings
 from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_users_class, parameters, plain_type, required
 from quack_fx.targets.sizes.sources import Source, sources
 from quack_fx.targets.sizes.uses import Uses
-from quack_fx.targets.source import read_name, tree_of
+from quack_fx.targets.source import tree_of
 
 _CONFIG = re.compile(r"(\w*_)?(config|configs|cfg|conf|args|arguments|opts?|options|hparams?|hps?|params|settings)$")
 _MANY = 6
@@ -265,43 +264,25 @@ class Planner:
         told = name in self._with_fields or bool(_CONFIG.fullmatch(name))
         return told or bool(self._fields_read(name)) or hint is dict
 
-    def _fields_read(self, name: str, kind: Any = ast.Attribute | ast.Subscript) -> set[str]:
-        """Attributes or keys that the files read of variables with this name."""
-        found = {field for read, field in self._reads.get(name, ()) if isinstance(read, kind) and field}
+    def _fields_read(self, name: str) -> set[str]:
+        """Attributes and keys that the files read of variables with this name; none where they are all methods."""
+        found = self._uses.attributes[name] | self._uses.keys[name]
         return found if not found <= _METHODS else set()
-
-    @cached_property
-    def _reads(self) -> dict[str, list[tuple[ast.expr, str]]]:
-        """For each name the attributes and keys that the files read of it."""
-        found: dict[str, list[tuple[ast.expr, str]]] = defaultdict(list)
-        for node in itertools.chain.from_iterable(map(ast.walk, self._trees)):
-            if isinstance(node, ast.Attribute | ast.Subscript):
-                found[read_name(node.value)].append((node, read_name(node)))
-        return found
-
-    @cached_property
-    def _unpackings(self) -> list[tuple[ast.Call, str]]:
-        """All calls with `**name`, each with that name."""
-        nodes = itertools.chain.from_iterable(map(ast.walk, self._trees))
-        found = (node for node in nodes if isinstance(node, ast.Call))
-        return [(node, read_name(k.value)) for node in found for k in node.keywords if k.arg is None]
 
     def _unpacked(self, name: str) -> list[str]:
         """Required parameters of the class that a config is unpacked into: `Config(**config)`."""
-        targets = (self._names.get(read_name(call.func)) for call, given in self._unpackings if given == name)
+        targets = map(self._names.get, self._uses.unpacked[name])
         return next((required(target) for target in targets if isinstance(target, type)), [])
 
     def _ready(self, name: str, account: Account, change: Change) -> Value | None:
         """A config object of the file, unless some source in the repository has more of the fields."""
-        unpacked = set(self._unpacked(name))
-        read = {kind: self._fields_read(name, kind) - _METHODS for kind in (ast.Attribute, ast.Subscript)}
-        wanted = Wanted(read[ast.Attribute], read[ast.Subscript] | unpacked)
-        ready = ready_made(self._names, wanted) if len(wanted) and not change else None
+        attributes = self._uses.attributes[name] - _METHODS
+        keys = self._uses.keys[name] - _METHODS | set(self._unpacked(name))
+        ready = None if change else ready_made(self._names, attributes, keys)
         if ready is None:
             return None
-        every = wanted.attributes | wanted.keys
-        source = self._best_source(every, self._sources)
-        if source is not None and len(source.has(every)) > len(ready.fields):
+        source = self._best_source(attributes | keys, self._sources)
+        if source is not None and len(source.has(attributes | keys)) > len(ready.fields):
             return None
         where = f"{ready.text} in {self._file.name}" if self._file else ready.text
         plain = (bool, int, float, str, list, tuple)

@@ -21,6 +21,9 @@ class Uses:
         flags: Names that are conditions.
         lists: Names that are iterated over, or whose length is taken.
         needed: Names that are asserted not to be None.
+    attributes: For each name its attributes that are read.
+    keys: For each name the strings that it is indexed with.
+    unpacked: For each name the functions that are called with `**name`.
     """
 
     def __init__(self, trees: Iterable[ast.Module]) -> None:
@@ -28,12 +31,21 @@ class Uses:
         self.flags: set[str] = set()
         self.lists: set[str] = set()
         self.needed: set[str] = set()
+        self.attributes: dict[str, set[str]] = defaultdict(set)
+        self.keys: dict[str, set[str]] = defaultdict(set)
+        self.unpacked: dict[str, list[str]] = defaultdict(list)
         for tree in trees:
             tables = dict(_tables(tree))
             for node in ast.walk(tree):
                 self._look_at(node, tables)
 
     def _look_at(self, node: ast.AST, tables: dict[str, ast.Dict]) -> None:
+        if isinstance(node, ast.Attribute | ast.Subscript) and (field := read_name(node)):
+            read = self.attributes if isinstance(node, ast.Attribute) else self.keys
+            read[read_name(node.value)].add(field)
+        if isinstance(node, ast.Call):
+            for given in (keyword.value for keyword in node.keywords if keyword.arg is None):
+                self.unpacked[read_name(given)].append(read_name(node.func))
         if isinstance(node, ast.Compare):
             self._compare(node)
         elif isinstance(node, ast.Subscript):
@@ -69,8 +81,13 @@ class Uses:
 
 def asserted(tree: ast.AST) -> list[str]:
     """Names that the code asserts not to be None, in order."""
-    tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-    return [name for test in tests for part in _tested(test) if (name := _not_none(part))]
+    found = []
+    for test in (node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)):
+        for part in _tested(test):
+            match part:
+                case ast.Compare(left=left, ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]):
+                    found.append(read_name(left))
+    return [name for name in found if name]
 
 
 def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
@@ -89,12 +106,3 @@ def _tested(test: ast.expr) -> Iterator[ast.expr]:
         yield from _tested(test.operand)
     else:
         yield test
-
-
-def _not_none(test: ast.expr) -> str:
-    """The name x of a condition `x is not None`; "" for another condition."""
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.IsNot):
-        right = test.comparators[0]
-        if isinstance(right, ast.Constant) and right.value is None:
-            return read_name(test.left)
-    return ""

@@ -208,9 +208,10 @@ def _guards(file: str) -> tuple[tuple[int, int], ...]:
 
 def _suppresses(context: ast.expr) -> bool:
     """Whether a context is `contextlib.suppress` of import errors."""
-    if not isinstance(context, ast.Call) or read_name(context.func) != "suppress":
-        return False
-    return any(read_name(kind) in _CAUGHT for kind in context.args)
+    match context:
+        case ast.Call(func=function, args=kinds) if read_name(function) == "suppress":
+            return any(read_name(kind) in _CAUGHT for kind in kinds)
+    return False
 
 
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
@@ -225,9 +226,9 @@ def _handles(handler: ast.ExceptHandler) -> bool:
 
 
 def _ends(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.Raise):
-        return True
-    call = statement.value if isinstance(statement, ast.Expr) else None
-    if not isinstance(call, ast.Call):
-        return False
-    return read_name(call.func) in ("exit", "quit", "_exit")
+    match statement:
+        case ast.Raise():
+            return True
+        case ast.Expr(value=ast.Call(func=function)):
+            return read_name(function) in ("exit", "quit", "_exit")
+    return False

@@ -47,7 +47,7 @@ def old_names() -> Iterator[None]:
 _strict_dataclass = dataclasses.dataclass
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
@@ -58,7 +58,7 @@ def _dataclass(cls: Any = None, /, **options: Any) -> Any:
     for name, value in list(vars(cls).items()) if isinstance(cls, type) else ():
         plain = isinstance(value, list | dict | set | dataclasses.Field) or name.startswith("__")
         if not plain and type(value).__hash__ is None and name in vars(cls).get("__annotations__", {}):
-            setattr(cls, name, dataclasses.field(default_factory=functools.partial(_same, value)))
+            setattr(cls, name, dataclasses.field(default_factory=functools.partial(_identity, value)))
     return _strict_dataclass(cls, **options)
 
 
