@@ -78,7 +78,6 @@ def load(target: str, world: World) -> tuple[Namespace, str | None]:
 
 
 def _file(path: Path, typed: str, world: World) -> Namespace:
-    """Import a Python file as a module of its package."""
     path = path.resolve()
     try:
         tree = ast.parse(path.read_bytes(), typed)

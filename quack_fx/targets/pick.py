@@ -21,18 +21,8 @@ from typing import Any
 from torch import nn
 
 from quack_fx.errors import TargetError
+from quack_fx.targets import outline
 from quack_fx.targets.files import Namespace, kind_of, nearest, without
-from quack_fx.targets.outline import (
-    contains,
-    instances,
-    is_model_class,
-    makers,
-    makers_in,
-    own_names,
-    roots,
-    sizes_of_one,
-    varied,
-)
 from quack_fx.targets.packages import files_of, python_files, repository_of
 from quack_fx.targets.sizes import Call, calls
 from quack_fx.targets.sizes.plans import needs_nothing
@@ -76,18 +66,18 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
     if name is not None:
         yield from _recipes(namespace, name, _lookup(namespace, name), world)
         return
-    own = own_names(namespace)
+    own = outline.own_names(namespace)
     factories = [n for n, v in own.items() if isinstance(v, FunctionType) and _makes_model(n, v)]
     ready = [n for n in factories if not required(own[n])]
-    whole = roots(namespace)
+    whole = outline.roots(namespace)
     ready_roots = [n for n in whole if needs_nothing(n, own[n], namespace.names)] or whole
-    made = makers(namespace)
+    made = outline.makers(namespace)
     unnamed = [n for n in made if not required(namespace.names[n])] or list(made)
-    for names in (ready, instances(namespace), ready_roots, factories, unnamed):
+    for names in (ready, outline.instances(namespace), ready_roots, factories, unnamed):
         chosen = names if len(names) < 2 else _most_used(namespace, names, world)
         if names is ready_roots:
             chosen = _meant(namespace, whole, chosen)
-        alike = len({made[n] for n in chosen}) == 1 if names is unnamed else sizes_of_one(namespace, chosen)
+        alike = len({made[n] for n in chosen}) == 1 if names is unnamed else outline.sizes_of_one(namespace, chosen)
         if names and alike:
             chosen = chosen[:1]
         if len(chosen) == 1:
@@ -101,7 +91,9 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
         if names:
             typed = " or ".join(f"{namespace.source}:{n}" for n in names[:4])
             raise TargetError(f"{namespace.source} has {len(names)} models ({_list(names)}); type {typed}")
-    foreign = [n for n, v in namespace.names.items() if is_model_class(v) and v.__module__.split(".")[0] != "torch"]
+    foreign = [
+        n for n, v in namespace.names.items() if outline.is_model_class(v) and v.__module__.split(".")[0] != "torch"
+    ]
     hint = f"it imports {_list(foreign)}: type {namespace.source}:{foreign[0]}" if foreign else "type --build EXPR"
     raise TargetError(
         f"no model in {namespace.source}: neither a zero-argument factory (build_model) nor an nn.Module"
@@ -126,7 +118,7 @@ def _by_makers(namespace: Namespace, name: str) -> Iterator[Recipe]:
     """Recipes with functions of the file that return a model of a class and have no required arguments, the most used
     first: the class may need other arguments than its defaults.
     """
-    able = [n for n in makers(namespace, name) if not required(namespace.names[n])]
+    able = [n for n in outline.makers(namespace, name) if not required(namespace.names[n])]
     used = _uses_elsewhere(namespace, able) if len(able) > 1 else {}
     for maker in sorted(able, key=lambda n: -used.get(n, 0))[:_MAKERS_TRIED]:
         note = _taken(maker, f"functions that make a {name}", able)
@@ -147,7 +139,7 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
     for path in python_files(repository_of(namespace.file), namespace.file):
         text = text_of(path) if path != namespace.file else ""
         module = world.module_of(path) if f"{name}(" in text and namespace.file.stem in text else ""
-        for maker in makers_in(text, name) if module else ():
+        for maker in outline.makers_in(text, name) if module else ():
             try:
                 with world.building("cpu"):
                     function = getattr(world.import_own(module), maker)
@@ -165,7 +157,7 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
 def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[str]:
     """The base class of all candidates, if the repository uses it as often as any of them; else the names chosen so
     far."""
-    bases = varied(namespace, whole)
+    bases = outline.varied(namespace, whole)
     if not bases:
         return chosen
     used = _uses_elsewhere(namespace, [*whole, *bases])
@@ -192,7 +184,7 @@ def _recipes(namespace: Namespace, name: str, value: Any, world: World, note: st
     if isinstance(value, nn.Module):
         yield Recipe(name, lambda: value, made=True, note=note)
         return
-    if not callable(value) or (isinstance(value, type) and not is_model_class(value)):
+    if not callable(value) or (isinstance(value, type) and not outline.is_model_class(value)):
         raise TargetError(
             f"{name!r} of {namespace.source} is {kind_of(value)}, not an nn.Module, a class of one or a factory"
         )
@@ -220,7 +212,7 @@ def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str
 
     def parts(name: str) -> int:
         value = namespace.names[name]
-        return len(contains(namespace, name)) if isinstance(value, type) else 0
+        return len(outline.contains(namespace, name)) if isinstance(value, type) else 0
 
     def called_alike(name: str) -> bool:
         return _plain(name) == _plain(stem)
@@ -257,7 +249,7 @@ def _makes_model(name: str, function: FunctionType) -> bool:
     if _FACTORY.fullmatch(name):
         return True
     try:
-        return is_model_class(typing.get_type_hints(function).get("return"))
+        return outline.is_model_class(typing.get_type_hints(function).get("return"))
     except Exception:
         return False
 

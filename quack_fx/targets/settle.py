@@ -208,7 +208,6 @@ class _Task:
 
 
 def _settled(recipe: Recipe, devices: Devices, task: _Task) -> Target:
-    """The target of one recipe."""
     refusal: TargetError | None = None
     settled: Target | None = None
     try:

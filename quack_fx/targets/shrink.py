@@ -162,7 +162,6 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> 
 
 
 def _is_square(part: dict[str, Any], by_width: int, by_heads: int) -> bool:
-    """Whether the head width would equal the number of heads."""
     heads = {n // by_heads for n in _numbers_of([part], _is_heads)}
     return any(width // by_width in heads for width in _head_widths(part))
 
@@ -193,7 +192,6 @@ def _is_heads(key: str) -> bool:
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A value, or each value of a list, changed."""
     return [_each(v, change) for v in value] if isinstance(value, list | tuple) else change(value)
 
 

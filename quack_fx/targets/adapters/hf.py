@@ -93,7 +93,6 @@ def build_model(cls: Any, config: Any) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Context in which transformers logs errors only."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()

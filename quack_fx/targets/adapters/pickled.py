@@ -43,7 +43,6 @@ ADAPTER = Adapter("FILE.pt", _open, takes=lambda target: re.search(r"\.(pt|pth)(
 
 
 def _refuse_other_archives(path: Path, typed: str) -> None:
-    """Refuse archives with the same ending that hold no pickled module."""
     if not zipfile.is_zipfile(path):
         return  # the format before torch 1.6, or no file of torch at all
     with zipfile.ZipFile(path) as archive:

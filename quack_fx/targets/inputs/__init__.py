@@ -100,7 +100,6 @@ def _wanted(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def _is_variable(parameter: inspect.Parameter) -> bool:
-    """Whether a parameter is `*args` or `**kwargs`."""
     return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
 
 

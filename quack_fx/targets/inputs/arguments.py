@@ -229,7 +229,6 @@ def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Arra
 
 
 def _ids_like(array: Array) -> Array:
-    """Ids for the tokens of an array."""
     if array.kind == "ids":
         return array
     return Array("ids", array.shape[:-1] if len(array.shape) < 4 else array.shape[:1])

@@ -303,7 +303,6 @@ def _builtin(name: str, args: list[Value]) -> Value:
 
 
 def _first(value: Value) -> Value:
-    """The first element of an iterable."""
     if isinstance(value, Data):
         value.use.marks.add("iterated")
         return value.then("drop", 0, 0)

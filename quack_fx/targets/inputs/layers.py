@@ -51,7 +51,6 @@ def _width(module: nn.Module) -> Any:
 
 
 def _dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
-    """The dtype of a layer's weights."""
     for source in (module, model):
         weight = next((p for p in source.parameters() if p.is_floating_point()), None)
         if weight is not None:

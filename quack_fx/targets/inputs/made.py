@@ -77,7 +77,6 @@ def set_up(model: nn.Module) -> list[str]:
 
 
 def _setter(model: nn.Module, attribute: str) -> Callable[..., Any] | None:
-    """The method of a model that sets an attribute."""
     for name, function in own_methods(model).items():
         nodes = ast.walk(tree_of_function(function))
         targets = (target for node in nodes for target, _ in assignments(node))

@@ -19,15 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quack_fx.targets.failure import (
-    cause_of,
-    condition_of,
-    evaluator,
-    factors_in,
-    shapes_in,
-    statements_at,
-    users_frame,
-)
+from quack_fx.targets import failure
 from quack_fx.targets.inputs.changes import LARGEST, changed, refilled, tensors
 from quack_fx.targets.inputs.values import Inputs
 
@@ -68,15 +60,15 @@ class Mismatch:
 
 def mismatch(error: BaseException) -> Mismatch | None:
     """The sizes that differ where a forward failed; None for an error that is not about sizes."""
-    cause = cause_of(error)
-    if (found := users_frame(cause)) is None:
+    cause = failure.cause_of(error)
+    if (found := failure.users_frame(cause)) is None:
         return None
     frame, line = found
     text = str(cause)
     without_numbers = re.sub(r"-?\d+", "#", text)
     place = (frame.f_code.co_filename, line, f"{type(cause).__name__}: {without_numbers}")
-    condition = condition_of(statements_at(frame, line))
-    if condition is not None and (sides := _sides(condition[0], evaluator(frame))) is not None:
+    condition = failure.condition_of(failure.statements_at(frame, line))
+    if condition is not None and (sides := _sides(condition[0], failure.evaluator(frame))) is not None:
         return _of_pairs(place, sides) if sides else None
     if mask := re.search(r"shape of the mask \[(.*?)\] at index (\d+) .*indexed tensor \[(.*?)\] at index (\d+)", text):
         numbers = tuple(int(mask[n].split(",")[int(mask[n + 1])]) for n in (1, 3))
@@ -84,11 +76,11 @@ def mismatch(error: BaseException) -> Mismatch | None:
     about_sizes = isinstance(cause, RuntimeError | ValueError | AssertionError)
     if not about_sizes or re.search(r"values to unpack|satisfy the constraint", text):
         return None
-    if (factors := factors_in(text)) is not None:
+    if (factors := failure.factors_in(text)) is not None:
         return Mismatch(place, factors, ((0, 1),))
     if one := re.search(r"tensor a \((\d+)\) must match .*tensor b \((\d+)\) at non-singleton dimension (\d+)", text):
         return Mismatch((*place[:2], f"sizes [{one[3]}]"), (int(one[1]), int(one[2])), ((0, 1),))
-    shapes = shapes_in(text)
+    shapes = failure.shapes_in(text)
     if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
         return _of_pairs(place, list(zip(*shapes, strict=True)))
     numbers = tuple(
@@ -218,7 +210,6 @@ class Search:
             yield from self._around(*self._starts.popleft())
 
     def _around(self, inputs: Inputs, sizes: Mismatch, depth: int) -> Generator[Inputs, Answer, None]:
-        """Measure along each axis."""
         for axes, size in _axes(inputs):
             yield from self._along(inputs, axes, size, sizes, depth)
 

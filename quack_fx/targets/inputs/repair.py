@@ -23,17 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quack_fx.targets.failure import (
-    cause_of,
-    condition_of,
-    evaluator,
-    factors_in,
-    frames_of,
-    none_names,
-    shapes_in,
-    statements_at,
-    users_frame,
-)
+from quack_fx.targets import failure
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.changes import LARGEST, Change, changed, only, refilled, reshape, resize, sizes, with_rank
 from quack_fx.targets.inputs.measure import Answer, Budget, Search, mismatch
@@ -164,7 +154,7 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
 
     The error, or the error that it was raised from, must still have its traceback.
     """
-    cause = cause_of(error)
+    cause = failure.cause_of(error)
     found: dict[str, Inputs] = {}
     with suppress(Exception):  # the user's expressions may raise anything
         for change in itertools.islice(_changes(model, candidate, cause), 12):
@@ -175,7 +165,7 @@ def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inp
 
 
 def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Iterator[Change]:
-    if (found := users_frame(error)) is not None:
+    if (found := failure.users_frame(error)) is not None:
         yield from _statement(*found, str(error))
     yield from _layer(model, error)
     yield from _message(str(error), sizes(candidate))
@@ -183,7 +173,7 @@ def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Itera
 
 def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
     """Inputs with block masks of the sizes that an error of flex attention names."""
-    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(cause_of(error)))
+    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(failure.cause_of(error)))
     if wanted is None:
         return []
     mask = causal_blocks(int(wanted[1]), int(wanted[2]))
@@ -192,21 +182,21 @@ def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
 
 def asks_for_more(error: BaseException) -> bool:
     """Whether a forward failed because an argument is None, by the message or by the condition that it checks."""
-    cause = cause_of(error)
+    cause = failure.cause_of(error)
     return "None" in str(cause) or bool(unmet_names(cause))
 
 
 def unmet_names(error: BaseException) -> set[str]:
     """Names that are None in the condition with which a forward checks its arguments, and refuses them."""
-    for frame, line in list(frames_of(error))[-1:]:
-        if (condition := condition_of(statements_at(frame, line))) is not None:
+    for frame, line in list(failure.frames_of(error))[-1:]:
+        if (condition := failure.condition_of(failure.statements_at(frame, line))) is not None:
             return {name for name in names_in(condition[0]) if frame.f_locals.get(name, 0) is None}
     return set()
 
 
 def failing_names(error: BaseException) -> set[str]:
     """Names that are None in the line where a forward failed, and in the lines that called it."""
-    return {name for frame, line in frames_of(error) for name in none_names(frame, line)}
+    return {name for frame, line in failure.frames_of(error) for name in failure.none_names(frame, line)}
 
 
 # ---- the statement ---------------------------------------------------------------------------------------------------
@@ -236,14 +226,14 @@ def _of_named(named: list[Tensor], message: str) -> Iterator[Change]:
 
 def _statement(frame: FrameType, line: int, message: str) -> Iterator[Change]:
     """Changes that the failed statement asks for."""
-    around, value = statements_at(frame, line), evaluator(frame)
+    around, value = failure.statements_at(frame, line), failure.evaluator(frame)
     if not around:
         return
     statement = around[-1]
     if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
         read = [frame.f_locals.get(n.id) for n in ast.walk(statement) if isinstance(n, ast.Name)]
         yield from _of_named([v for v in read if isinstance(v, Tensor)], message)
-    if (condition := condition_of(around)) is not None:
+    if (condition := failure.condition_of(around)) is not None:
         yield from _condition(*condition, value)
     elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         source = statement.value.func if isinstance(statement.value, ast.Call) else statement.value
@@ -305,7 +295,7 @@ def _multiple(node: ast.BinOp, value: Callable[[ast.expr], Any]) -> Iterator[Cha
 
 def _layer(model: nn.Module, error: BaseException) -> Iterator[Change]:
     """Inputs of the layer that failed, in place of each argument of the shape that it got."""
-    for frame, _ in reversed(list(frames_of(error))):
+    for frame, _ in reversed(list(failure.frames_of(error))):
         layer = frame.f_locals.get("self")
         if frame.f_code.co_name != "forward" or not isinstance(layer, nn.Module):
             continue
@@ -339,10 +329,10 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
     """Changes for the sizes and dtypes in a message."""
     yield from _dtypes(text)
     yield from _viewed(text)
-    for given, wanted in itertools.pairwise(shapes_in(text)):
+    for given, wanted in itertools.pairwise(failure.shapes_in(text)):
         if len(given) == len(wanted):
             yield reshape(given, wanted)
-    if (factors := factors_in(text)) is not None:
+    if (factors := failure.factors_in(text)) is not None:
         old, new = factors
         yield resize(old, new, last=True)
         yield resize(old, new)

@@ -100,7 +100,6 @@ class Planner:
 
     @cached_property
     def _trees(self) -> list[ast.Module]:
-        """Syntax trees of the imported files of the repository."""
         return [tree_of(path) for path in self._own_files]
 
     @cached_property
@@ -151,12 +150,17 @@ class Planner:
     def _plain(
         self, name: str, hint: Any, account: Account, change: Change, given: Mapping[str, tuple[Any, str]]
     ) -> Value:
-        """A number, a string or a flag."""
         if name in given and name not in change:
             value, _ = account.found[name] = given[name]
         else:
-            value = account.assumed[name] = change[name] if name in change else self._made_up(name, hint)
+            value = self._assumed(name, account, change, hint)
         return Value(lambda: value, lambda: repr(value))
+
+    def _assumed(self, name: str, account: Account, change: Change, hint: Any = None) -> Any:
+        """The changed value of a name, or a made-up one."""
+        value = change.get(name, WITHOUT)
+        value = account.assumed[name] = self._made_up(name, hint) if value is WITHOUT else value
+        return value
 
     def _made_up(self, name: str, hint: Any = None) -> Any:
         """A made-up value for a name, by how the code uses it."""
@@ -204,7 +208,6 @@ class Planner:
         return found[0] if len(found) == 1 else None
 
     def _config_classes(self) -> list[type]:
-        """The config classes of the required parameters."""
         return [config[1] for config in map(self.config_class, self._required) if config is not None]
 
     def _constructed(self, name: str, config: type, account: Account, change: Change) -> Value:
@@ -218,10 +221,8 @@ class Planner:
         for entry in dict.fromkeys([*needed, *(n for n in change if n in defaults)]):
             if source is not None and entry in source.values and entry not in change:
                 arguments[entry], _ = account.found[entry] = (source.values[entry], source.where)
-                continue
-            value = change.get(entry, WITHOUT)
-            value = self._made_up(entry, inner_hint(hints.get(entry))) if value is WITHOUT else value
-            arguments[entry] = account.assumed[entry] = value
+            else:
+                arguments[entry] = self._assumed(entry, account, change, inner_hint(hints.get(entry)))
         text = f"{name}({', '.join(f'{n}={v!r}' for n, v in arguments.items())})"
         return Value(lambda: config(**arguments), lambda: text)
 
@@ -239,20 +240,19 @@ class Planner:
         return None
 
     def _changed(self, text: str, make: Callable[[], Any], account: Account, change: Change) -> Value:
-        """A default config with some fields changed."""
         made: dict[str, Any] = {}
 
         def build() -> Any:
             config = make()
-            for name, value in change.items():
+            for name in change:
                 if hasattr(config, name):
-                    made[name] = account.assumed[name] = self._made_up(name) if value is WITHOUT else value
+                    made[name] = self._assumed(name, account, change)
                     setattr(config, name, made[name])
             return config
 
         def shown() -> str:
-            fields = ", ".join(f"{n}={v!r}" for n, v in made.items())
-            return f"changed({text}, {fields})" if fields else text
+            fields = "".join(f", {n}={v!r}" for n, v in made.items())
+            return f"changed({text}{fields})" if fields else text
 
         return Value(build, shown)
 
@@ -278,7 +278,7 @@ class Planner:
         """A config object of the file, unless some source in the repository has more of the fields."""
         attributes = self._uses.attributes[name] - _METHODS
         keys = self._uses.keys[name] - _METHODS | set(self._unpacked(name))
-        ready = None if change else ready_made(self._names, attributes, keys)
+        ready = ready_made(self._names, attributes, keys) if attributes | keys and not change else None
         if ready is None:
             return None
         source = self._best_source(attributes | keys, self._sources)

@@ -12,6 +12,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
@@ -210,7 +211,6 @@ def _pairs(node: ast.Dict | ast.Call, scope: Mapping[str, Any]) -> dict[str, Any
 
 
 def _dicts(tree: ast.Module, scope: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Dicts that a file assigns to names."""
     found = {}
     for target, value in itertools.chain.from_iterable(map(assignments, ast.walk(tree))):
         if isinstance(target, ast.Name) and isinstance(value, ast.Dict | ast.Call) and (values := _pairs(value, scope)):
@@ -248,34 +248,31 @@ _SAME = ("int", "float", "FieldReference")
 
 def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
     """The value of a constant expression; else `UNKNOWN`."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, bool | int | float | str | None) else UNKNOWN
-    if isinstance(node, ast.Attribute) and read_name(node.value) == "torch":
-        kind = getattr(torch, node.attr, UNKNOWN)
-        return kind if isinstance(kind, torch.dtype) else UNKNOWN
-    if isinstance(node, ast.Name | ast.Attribute):
-        return scope.get(read_name(node), UNKNOWN)
-    if isinstance(node, ast.Subscript) and (name := read_name(node)):
-        return scope.get(name, UNKNOWN)
-    if isinstance(node, ast.List | ast.Tuple):
-        items = [value_of(item, scope) for item in node.elts]
-        return UNKNOWN if UNKNOWN in items else items if isinstance(node, ast.List) else tuple(items)
-    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-        values = [value_of(value, scope) for value in node.values]
-        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-        return UNKNOWN if UNKNOWN in values else dict(zip(keys, values, strict=True))
-    if isinstance(node, ast.Call) and len(node.args) == 1 and read_name(node.func) in _SAME:
-        return value_of(node.args[0], scope)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = value_of(node.operand, scope)
-        return -value if isinstance(value, int | float) else UNKNOWN
-    if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
-        left, right = value_of(node.left, scope), value_of(node.right, scope)
-        if all(isinstance(v, int | float) and abs(v) < 1 << 40 for v in (left, right)):
-            try:
-                return ARITHMETIC[type(node.op)](left, right)
-            except ArithmeticError:
-                return UNKNOWN
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            return value
+        case ast.Attribute(attr=name) if read_name(node.value) == "torch":
+            kind = getattr(torch, name, UNKNOWN)
+            return kind if isinstance(kind, torch.dtype) else UNKNOWN
+        case ast.Name() | ast.Attribute() | ast.Subscript():
+            return scope.get(read_name(node), UNKNOWN)
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            items = [value_of(item, scope) for item in elements]
+            return UNKNOWN if UNKNOWN in items else items if isinstance(node, ast.List) else tuple(items)
+        case ast.Dict() if all(isinstance(key, ast.Constant) for key in node.keys):
+            values = [value_of(value, scope) for value in node.values]
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            return UNKNOWN if UNKNOWN in values else dict(zip(keys, values, strict=True))
+        case ast.Call(args=[argument]) if read_name(node.func) in _SAME:
+            return value_of(argument, scope)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            value = value_of(operand, scope)
+            return -value if isinstance(value, int | float) else UNKNOWN
+        case ast.BinOp() if type(node.op) in ARITHMETIC:
+            left, right = value_of(node.left, scope), value_of(node.right, scope)
+            if all(isinstance(v, int | float) and abs(v) < 1 << 40 for v in (left, right)):
+                with suppress(ArithmeticError):
+                    return ARITHMETIC[type(node.op)](left, right)
     return UNKNOWN
 
 

@@ -91,14 +91,12 @@ def asserted(tree: ast.AST) -> list[str]:
 
 
 def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
-    """Dicts that are assigned to a name."""
     for target, value in itertools.chain.from_iterable(map(assignments, ast.walk(tree))):
         if isinstance(value, ast.Dict) and (name := read_name(target)):
             yield name, value
 
 
 def _tested(test: ast.expr) -> Iterator[ast.expr]:
-    """The parts of a condition."""
     if isinstance(test, ast.BoolOp):
         for value in test.values:
             yield from _tested(value)

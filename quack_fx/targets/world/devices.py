@@ -33,7 +33,8 @@ def no_gpu() -> Iterator[None]:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         stack.enter_context(patch.object(torch, "set_default_device", lambda device: default(here(device))))
         stack.enter_context(patch.object(torch, "set_default_tensor_type", _set_default_tensor_type))
-        stack.enter_context(patch.multiple(nn.Module, to=_to(nn.Module.to), to_empty=_to_empty(nn.Module.to_empty)))
+        to, to_empty = _to(nn.Module.to, only_numbers=True), _to(nn.Module.to_empty, only_numbers=False)
+        stack.enter_context(patch.multiple(nn.Module, to=to, to_empty=to_empty))
         yield
 
 
@@ -44,25 +45,17 @@ def _set_default_tensor_type(kind: Any) -> None:
     torch.set_default_dtype(next((t for n, t in types.items() if n in name), torch.float32))
 
 
-def _to(original: Any) -> Any:
-    """`nn.Module.to`, where a device may be given as a number."""
+def _to(original: Any, only_numbers: bool) -> Any:
+    """`nn.Module.to` or `to_empty` on a device that this machine has; with `only_numbers`, for one given as a number."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         args = tuple(here(a) if isinstance(a, int) else a for a in args)
-        if isinstance(kwargs.get("device"), int):
+        if "device" in kwargs and (isinstance(kwargs["device"], int) or not only_numbers):
             kwargs = {**kwargs, "device": here(kwargs["device"])}
         result: nn.Module = original(self, *args, **kwargs)
         return result
 
     return to
-
-
-def _to_empty(original: Any) -> Any:
-    def to_empty(self: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
-        result: nn.Module = original(self, device=here(device), recurse=recurse)
-        return result
-
-    return to_empty
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -157,7 +157,6 @@ class Imports:
         return proxy
 
     def _quietly(self, name: str) -> Any:
-        """An installed module; None where it cannot be imported."""
         try:
             return self._import_module(name)
         except Exception:
@@ -207,7 +206,6 @@ def _guards(file: str) -> tuple[tuple[int, int], ...]:
 
 
 def _suppresses(context: ast.expr) -> bool:
-    """Whether a context is `contextlib.suppress` of import errors."""
     match context:
         case ast.Call(func=function, args=kinds) if read_name(function) == "suppress":
             return any(read_name(kind) in _CAUGHT for kind in kinds)
