@@ -31,14 +31,9 @@ from quack_fx.targets.world import STOPS, TrainingBegins, World, before_training
 
 @dataclass(frozen=True)
 class Namespace:
-    """The global names of a target, which --build and --inputs may use.
-
-    Attributes:
-        source: The file, module or config as typed, without the name after the colon.
-        names: The names and their values.
-        file: The Python file, if there is one.
-        module: `__module__` of the classes that the file defines.
-    """
+    """The global names of a target, which --build and --inputs may use: of a file, module or config (`source`, as typed
+    without the name after the colon). `file` is the Python file, if there is one, and `module` the `__module__` of its
+    classes."""
 
     source: str
     names: dict[str, Any] = field(repr=False)
@@ -47,11 +42,7 @@ class Namespace:
 
 
 def load(target: str, world: World) -> tuple[Namespace, str | None]:
-    """The namespace of "file.py[:NAME]" or "package.module[:NAME]", and the name.
-
-    Raises:
-        TargetError: There is no such file or module, or it raises before it has defined a class.
-    """
+    """The namespace of "file.py[:NAME]" or "package.module[:NAME]", and the name."""
     source, colon, name = target.rpartition(":") if ":" in target else (target, "", "")
     if colon and not all(part.isidentifier() for part in name.split(".")):
         if not name or not Path(target).exists():
@@ -234,11 +225,8 @@ def without(world: World) -> str:
 
 
 def evaluate(expression: str, option: str, namespace: Namespace, extra: Mapping[str, Any] | None = None) -> Any:
-    """The value of an expression from the command line, which may also use torch, nn and a few helpers.
-
-    Raises:
-        TargetError: It is not a Python expression. Errors of evaluating it are not caught.
-    """
+    """The value of an expression from the command line, which may also use torch, nn and a few helpers. Errors of
+    evaluating it are not caught."""
     helpers = {"torch": torch, "nn": torch.nn, "SimpleNamespace": SimpleNamespace, "changed": changed}
     names = {**helpers, **namespace.names, **(extra or {})}
     try:

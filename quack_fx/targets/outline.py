@@ -43,10 +43,8 @@ def instances(namespace: Namespace) -> list[str]:
 
 
 def roots(namespace: Namespace) -> list[str]:
-    """Model classes that have a forward and that no other class of the file uses or derives from.
-
-    Classes without a constructor of their own count only where there are no others.
-    """
+    """Model classes that have a forward and that no other class of the file uses or derives from. Classes without a
+    constructor of their own count only where there are no others."""
     own = own_names(namespace)
     classes = {n for n, v in own.items() if is_model_class(v) and v.__name__ == n}
     uses = _class_uses(namespace)

@@ -170,10 +170,8 @@ def paths_of(module: ModuleType) -> list[str]:
 
 @lru_cache(maxsize=256)
 def moved(module: str, name: str) -> str | None:
-    """The module in which an installed package defines a name today that older code imports from `module`.
-
-    Its folder is searched, then the folders above; None where no file or several files define the name.
-    """
+    """The module in which an installed package defines a name today that older code imports from `module`. Its folder
+    is searched, then the folders above; None where no file or several files define the name."""
     top = sys.modules.get(module.split(".")[0])
     roots = [Path(p) for p in getattr(top, "__path__", ())]
     if not roots:
@@ -191,12 +189,7 @@ def moved(module: str, name: str) -> str | None:
 
 
 class LocalImports:
-    """Import finder for the modules of a repository.
-
-    Arguments:
-        location: Location of the target's file.
-        is_own: Whether a file belongs to the repository. Only imports in such files are served.
-    """
+    """Import finder for the modules of a repository. It serves only imports in files that are `is_own`."""
 
     def __init__(self, location: Location, is_own: Callable[[str], bool]) -> None:
         self._location, self._is_own = location, is_own

@@ -58,11 +58,7 @@ class Recipe:
 
 
 def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recipe]:
-    """Recipes for the model of a file, likeliest first; `name` is the name after the colon.
-
-    Raises:
-        TargetError: There is no such name, no model, or more than one.
-    """
+    """Recipes for the model of a file, likeliest first; `name` is the name after the colon."""
     if name is not None:
         yield from _recipes(namespace, name, _lookup(namespace, name), world)
         return
@@ -74,7 +70,7 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
     made = outline.makers(namespace)
     unnamed = [n for n in made if not required(namespace.names[n])] or list(made)
     for names in (ready, outline.instances(namespace), ready_roots, factories, unnamed):
-        chosen = names if len(names) < 2 else _most_used(namespace, names, world)
+        chosen = _most_used(namespace, names)
         if names is ready_roots:
             chosen = _meant(namespace, whole, chosen)
         alike = len({made[n] for n in chosen}) == 1 if names is unnamed else outline.sizes_of_one(namespace, chosen)
@@ -91,9 +87,8 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
         if names:
             typed = " or ".join(f"{namespace.source}:{n}" for n in names[:4])
             raise TargetError(f"{namespace.source} has {len(names)} models ({_list(names)}); type {typed}")
-    foreign = [
-        n for n, v in namespace.names.items() if outline.is_model_class(v) and v.__module__.split(".")[0] != "torch"
-    ]
+    models = {n: v for n, v in namespace.names.items() if outline.is_model_class(v)}
+    foreign = [n for n, v in models.items() if v.__module__.split(".")[0] != "torch"]
     hint = f"it imports {_list(foreign)}: type {namespace.source}:{foreign[0]}" if foreign else "type --build EXPR"
     raise TargetError(
         f"no model in {namespace.source}: neither a zero-argument factory (build_model) nor an nn.Module"
@@ -104,7 +99,7 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
 def _by_others(namespace: Namespace, first: str, factories: list[str], world: World) -> Iterator[Recipe]:
     """Recipes with the factory that has required arguments. `first`, which has none, may need weights or data that do
     not exist here."""
-    chosen = factories if len(factories) < 2 else _most_used(namespace, factories, world)
+    chosen = _most_used(namespace, factories)
     if len(chosen) == 1:
         note = f"{chosen[0]} was taken, since {first} does not work here"
         yield from _recipes(namespace, chosen[0], namespace.names[chosen[0]], world, note)
@@ -188,7 +183,6 @@ def _recipes(namespace: Namespace, name: str, value: Any, world: World, note: st
         raise TargetError(
             f"{name!r} of {namespace.source} is {kind_of(value)}, not an nn.Module, a class of one or a factory"
         )
-
     if not required(value):
         yield Recipe(f"{name}()", partial(_checked, value, name, namespace), note=note)
         return
@@ -204,7 +198,7 @@ def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:
     return model
 
 
-def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str]:
+def _most_used(namespace: Namespace, names: list[str]) -> list[str]:
     """The names that are left after preferring one like the name of the file, then the one that most files of the
     repository use, then the one that contains most definitions of the file."""
     stem = namespace.file.stem if namespace.file is not None else ""
@@ -215,19 +209,15 @@ def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str
         return len(outline.contains(namespace, name)) if isinstance(value, type) else 0
 
     def called_alike(name: str) -> bool:
-        return _plain(name) == _plain(stem)
+        return name.replace("_", "").lower() == stem.replace("_", "").replace("-", "").lower()
 
-    for measure in (called_alike, used.__getitem__, parts):
+    for measure in (called_alike, used.__getitem__, parts) if names else ():
         best = max(map(measure, names))
         first = [n for n in names if measure(n) == best]
         if len(first) == 1 and best:
             return first
         names = first
     return names
-
-
-def _plain(name: str) -> str:
-    return name.replace("_", "").replace("-", "").lower()
 
 
 def _uses_elsewhere(namespace: Namespace, names: list[str]) -> Counter[str]:

@@ -187,10 +187,8 @@ def _with_devices(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recip
 
 @dataclass(frozen=True)
 class _Task:
-    """What is known when a target is settled.
-
-    Inputs come from an expression, or else from the adapter's examples, or else they are inferred.
-    """
+    """What is known when a target is settled. Inputs come from an expression, or else from the adapter's examples, or
+    else they are inferred."""
 
     namespace: Namespace
     expression: str | None
@@ -398,10 +396,8 @@ _FACTORIES |= {torch.ops.aten.empty_strided.default, torch.ops.aten.randn.defaul
 
 
 def _try(model: nn.Module, task: _Task, keep: bool) -> tuple[Inputs, str, Capture, str]:
-    """The first inputs for which the forward runs, their origin, the recording, and in words how the model was cast.
-
-    With `keep` it is not cast to one dtype.
-    """
+    """The first inputs for which the forward runs, their origin, the recording, and in words how the model was cast;
+    with `keep` it is not."""
     name, world, cast = type(model).__name__, task.world, ""
     try:
         origin, candidates = task.candidates(model)

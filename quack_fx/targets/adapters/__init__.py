@@ -24,11 +24,7 @@ ADAPTERS: tuple[Adapter, ...] = (
 
 
 def adapt(target: str) -> Adapted | None:
-    """What the adapter for a target makes of it; None where no adapter takes it.
-
-    Raises:
-        TargetError: The adapter refuses it.
-    """
+    """What the adapter for a target makes of it; None where no adapter takes it."""
     prefix, colon, rest = target.partition(":")
     for adapter in ADAPTERS:
         if colon and adapter.prefix and prefix == adapter.prefix:

@@ -55,11 +55,7 @@ class Adapter:
 
 
 def package(name: str, typed: str) -> ModuleType:
-    """Import a package, or a module in one, that a target needs; the package has the same name on PyPI.
-
-    Raises:
-        TargetError: It is not installed, or its import fails; with what to type.
-    """
+    """Import a package, or a module in one, that a target needs; the package has the same name on PyPI."""
     root = name.partition(".")[0]
     try:
         return importlib.import_module(name)

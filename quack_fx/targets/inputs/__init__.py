@@ -36,11 +36,8 @@ ROOM = 8 * LARGEST
 
 
 def infer(model: nn.Module, name: str) -> list[Inputs]:
-    """Example inputs that the forward may take, likeliest first; at least one. `name` is that of the model, for errors.
-
-    Raises:
-        TargetError: Nothing can be inferred.
-    """
+    """Example inputs that the forward may take, likeliest first; at least one. `name` is that of the model, for
+    errors."""
     if is_pretrained(model):
         return [named((), kwargs) for kwargs in pretrained_inputs(model, BATCH, TOKENS)]
     wanted = _wanted(model)

@@ -69,14 +69,8 @@ class Context:
 
 
 def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec]:
-    """Candidates for an argument, likeliest first.
-
-    Arguments:
-        name: Its name, or its key or attribute where it is part of another argument.
-        annotation: Its annotation.
-        use: What the forward does with it.
-        context: The model and the leading argument.
-    """
+    """Candidates for an argument, likeliest first; `name` is its key or attribute where it is part of another
+    argument."""
     told = hint_of(use.name or name, annotation)
     name = told.name
     if use.rank is None and told.axes:
@@ -107,13 +101,8 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
 
 @dataclass(frozen=True)
 class Hint:
-    """What a name and an annotation state.
-
-    Attributes:
-        name: The name without the letters of its axes.
-        numbers: Kind of dtype; "" where it is not stated.
-        axes: A letter or word for each axis; empty where they are not stated.
-    """
+    """What a name and an annotation state: the name without the letters of its axes, the kind of dtype ("" where it is
+    not stated), and a letter or word for each axis."""
 
     name: str
     numbers: Numbers = ""

@@ -41,10 +41,8 @@ class Budget:
 class Mismatch:
     """Sizes that should be equal and are not.
 
-    Attributes:
-        place: File and line of the statement, and the error's message without numbers, or which axes differ.
-        numbers: The sizes in the message or the statement.
-        pairs: Indices in `numbers` of two that should be equal, likeliest first.
+    `place` is the file and line of the statement, and the error's message without numbers, or which axes differ.
+    `pairs` are indices in `numbers` of two that should be equal, likeliest first.
     """
 
     place: tuple[str, int, str]

@@ -42,13 +42,8 @@ More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
 class Attempts:
     """Inputs in the order in which to try them: the likeliest, those that measure sizes, repairs, the others.
 
-    Where the forward fails on inputs that were yielded, call `failed` before the next ones.
-
-    Arguments:
-        model: The model.
-        candidates: The inferred inputs, likeliest first.
-        more: Gives inputs with one more argument, for a model, inputs that it failed on, and the error.
-        budget: How many may be tried for measuring; shared by all models that are built for a target.
+    Where the forward fails on inputs that were yielded, call `failed` before the next ones. `more` gives inputs with
+    one more argument for a failure; `budget` is shared by all models that are built for a target.
     """
 
     def __init__(
@@ -60,7 +55,7 @@ class Attempts:
         self.inferred = {candidate.text for candidate in candidates}
         self.seen = set(self.inferred)
         self.left, self.added = REPAIRS, 0
-        self._more = more
+        self._more: More = more or (lambda *_: [])
         self._search = Search(model, budget or Budget())
         self._running: Generator[Inputs, Answer, None] | None = None
         self._measured: Answer = None
@@ -119,11 +114,11 @@ class Attempts:
             self._missed[sizes.place][sizes.numbers] = ratio
         if self.measuring:
             self._measured = sizes
-            self._add(self._more(self.model, inputs, error) if self._more is not None and sizes is None else [])
+            self._add(self._more(self.model, inputs, error) if sizes is None else [])
             return
         if sizes is not None:
             self._search.start(inputs, sizes)
-        more = self._more(self.model, inputs, error) if self._more is not None else []
+        more = self._more(self.model, inputs, error)
         certain = asks_for_more(error)
         self._add([*_with_blocks(inputs, error), *(more if certain else [])])
         found: list[Inputs] = []
@@ -150,10 +145,8 @@ class Attempts:
 
 
 def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:
-    """Inputs that avoid the error of a forward, likeliest first; none where nothing follows from the error.
-
-    The error, or the error that it was raised from, must still have its traceback.
-    """
+    """Inputs that avoid the error of a forward, likeliest first; none where nothing follows from the error. It, or the
+    error that it was raised from, must still have its traceback."""
     cause = failure.cause_of(error)
     found: dict[str, Inputs] = {}
     with suppress(Exception):  # the user's expressions may raise anything

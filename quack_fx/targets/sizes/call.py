@@ -22,13 +22,8 @@ class Account:
 
 
 class Call:
-    """A call of a class or factory.
-
-    Arguments:
-        name: Its name in the target's file.
-        function: The class or factory.
-        plan: Gives a value for each parameter, and fills in the account.
-    """
+    """A call of a class or factory, of which `name` is the name in the target's file. `plan` gives a value for each
+    parameter, and fills in the account."""
 
     def __init__(self, name: str, function: Callable[..., Any], plan: Callable[[Account], dict[str, Value]]) -> None:
         self._name, self.function, self._plan = name, function, plan

@@ -48,12 +48,8 @@ def calls(
 ) -> Iterator[Call]:
     """Calls of a class or factory, likeliest first.
 
-    Arguments:
-        name: Its name in the target's file.
-        function: The class or factory.
-        names: The global names of that file.
-        file: The file.
-        own_files: Imported files of the repository.
+    `name` is its name in the target's `file`, `names` are the global names there, and `own_files` are the imported
+    files of the repository.
     """
     planner = Planner(name, function, names, file, own_files)
     for change in itertools.islice(planner.changes(), _TRIES):

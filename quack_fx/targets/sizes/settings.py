@@ -17,12 +17,8 @@ Give = Callable[[str], Any]
 
 
 class Settings:
-    """A config that has every field that is read.
-
-    Arguments:
-        give: Gives the value of a field.
-        given: Fields that exist from the start: only these count for `hasattr`, `in` and `**config`.
-    """
+    """A config that has every field that is read: `give` gives its value. Fields in `given` exist from the start; only
+    these count for `hasattr`, `in` and `**config`."""
 
     def __init__(self, give: Give, given: dict[str, Any]) -> None:
         self.__dict__.update(_give=give, _given=given, _read={}, _by_key=False, _by_name=False, _counted=False)

@@ -59,14 +59,11 @@ class Source:
 def sources(
     repository: Path, near: Path, callee: str, callees: Mapping[str, tuple[str, ...]], words: set[str]
 ) -> list[Source]:
-    """All sources of a repository, those of the nearest files first.
+    """All sources of a repository, those of the files nearest to `near` first.
 
-    Arguments:
-        repository: Its folder.
-        near: The target's file.
-        callee: Name of the class or function that is to be called.
-        callees: Parameters, in order, of that and of its config classes, by name.
-        words: Names for which values are wanted; a file that has less than two of them, and no callee, is skipped.
+    `callee` is the class or function that is to be called; `callees` has the parameters, in order, of that and of its
+    config classes, by name. A file that names no callee and less than two of the `words`, for which values are wanted,
+    is skipped.
     """
 
     def shown(path: Path) -> str:

@@ -36,12 +36,8 @@ PATIENCE = 90.0
 
 
 class World:
-    """The environment of one target's files.
-
-    Arguments:
-        guarded: Whether failed imports inside a `try` of the user's get stand-ins, too.
-        group: Whether a process group of one rank exists from the start.
-    """
+    """The environment of one target's files. With `guarded`, failed imports inside a `try` of the user's get stand-ins,
+    too; with `group`, a process group of one rank exists from the start."""
 
     def __init__(self, guarded: bool = False, group: bool = False) -> None:
         self._guarded, self._group = guarded, group

@@ -46,7 +46,7 @@ def _set_default_tensor_type(kind: Any) -> None:
 
 
 def _to(original: Any, only_numbers: bool) -> Any:
-    """`nn.Module.to` or `to_empty` on a device that this machine has; with `only_numbers`, for one given as a number."""
+    """`nn.Module.to` or `to_empty` on a device that this machine has; with `only_numbers`, of numbers only."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         args = tuple(here(a) if isinstance(a, int) else a for a in args)

@@ -29,10 +29,8 @@ from quack_fx.targets.world.old_names import today
 class Imports:
     """The imports of the user's files while the world is open.
 
-    Arguments:
-        is_own: Whether a file is the user's; "" is not.
-        elsewhere: Called with a module name that is not found; makes it importable if the repository has it.
-        guarded: Whether imports inside a `try` get stand-ins, too.
+    `is_own` tells whether a file is the user's; `elsewhere` makes a module importable that is not found, if the
+    repository has it. With `guarded`, imports inside a `try` get stand-ins, too.
     """
 
     def __init__(self, is_own: Callable[[str], bool], elsewhere: Callable[[str], bool], guarded: bool = False) -> None:
