@@ -141,7 +141,8 @@ def _execute(module: ModuleType, tree: ast.Module, location: Location, world: Wo
         with OnThisMachine(), before_training():
             exec(compile(tree, file, "exec"), names)
     except STOPS as error:
-        line = _line_in(file, error)
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in frames if frame.filename == file), 0) or 0
         wanted = _names_of_classes(tree)
         rest = [node for node in tree.body if node.lineno > line and (defines(node) or _assigned_names(node) & wanted)]
         for node in rest:
@@ -152,12 +153,6 @@ def _execute(module: ModuleType, tree: ast.Module, location: Location, world: Wo
             raise
         what = "training begins" if isinstance(error, TrainingBegins) else name_and_text(error)
         world.notes.append(f"{location.file.name} stops at line {line} ({what}); what it defines was used")
-
-
-def _line_in(file: str, error: BaseException) -> int:
-    """The line of the top-level statement of a file in which an error was raised; 0 where none was."""
-    lines = (frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file)
-    return next(lines, 0) or 0
 
 
 def defines(node: ast.stmt) -> bool:

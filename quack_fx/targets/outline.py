@@ -15,7 +15,7 @@ import networkx as nx
 from torch import nn
 
 from quack_fx.targets.files import Namespace, defines
-from quack_fx.targets.source import assignments, names_in, parsed, read_name, tree_of, tree_of_function
+from quack_fx.targets.source import assignments_in, names_in, parsed, read_name, tree_of, tree_of_function
 from quack_fx.targets.world.inert import Inert, InertModule
 
 
@@ -133,8 +133,7 @@ def _returns_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
     """Names of callables whose result a function returns: `return Net(...)`, or `net = Net(...); return net`."""
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
     names = {value.id for value in returned if isinstance(value, ast.Name)}
-    for node in ast.walk(function):
-        returned += [v for target, v in assignments(node) if isinstance(target, ast.Name) and target.id in names]
+    returned += [v for name, v in assignments_in(function) if isinstance(name, ast.Name) and name.id in names]
     return {v.func.id for v in returned if isinstance(v, ast.Call) and isinstance(v.func, ast.Name)}
 
 

@@ -150,8 +150,7 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
 
 
 def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[str]:
-    """The base class of all candidates, if the repository uses it as often as any of them; else the names chosen so
-    far."""
+    """The base class of all candidates, if the repository uses it as often as any of them; else the names so far."""
     bases = outline.varied(namespace, whole)
     if not bases:
         return chosen
@@ -201,6 +200,8 @@ def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:
 def _most_used(namespace: Namespace, names: list[str]) -> list[str]:
     """The names that are left after preferring one like the name of the file, then the one that most files of the
     repository use, then the one that contains most definitions of the file."""
+    if len(names) < 2:
+        return names
     stem = namespace.file.stem if namespace.file is not None else ""
     used = _uses_elsewhere(namespace, names)
 
@@ -211,7 +212,7 @@ def _most_used(namespace: Namespace, names: list[str]) -> list[str]:
     def called_alike(name: str) -> bool:
         return name.replace("_", "").lower() == stem.replace("_", "").replace("-", "").lower()
 
-    for measure in (called_alike, used.__getitem__, parts) if names else ():
+    for measure in (called_alike, used.__getitem__, parts):
         best = max(map(measure, names))
         first = [n for n in names if measure(n) == best]
         if len(first) == 1 and best:

@@ -172,8 +172,8 @@ Devices = tuple[Literal["meta", "cpu"], ...]
 
 
 def _with_devices(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recipe, Devices]]:
-    """Recipes, each with its devices. Those with assumed arguments are all tried on meta, which is fast, before any is
-    tried on the CPU."""
+    """Recipes, each with its devices. Those with assumed arguments are all tried on meta, which is fast, before the
+    CPU."""
     again: list[Recipe] = []
     for recipe in recipes:
         if recipe.made or recipe.call is None or real:
@@ -320,18 +320,17 @@ def _builds(recipe: Recipe, devices: Devices, task: _Task) -> Iterator[tuple[str
             yield "meta", model
             if sum(p.numel() * p.element_size() for p in model.parameters()) > RETRY_LIMIT_BYTES:
                 return
-    if "cpu" not in devices:
-        return
-    task.say(f"building {what} for real")
-    try:
-        with _build_errors(recipe, task), world.building("cpu"), _AtMost(limit := available_memory() // 4):
-            model = recipe.make()
-    except _TooLarge as error:
-        raise TargetError(
-            f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB{on_meta_fails}; "
-            "build a smaller one with --build"
-        ) from error
-    yield "cpu", model
+    if "cpu" in devices:
+        task.say(f"building {what} for real")
+        try:
+            with _build_errors(recipe, task), world.building("cpu"), _AtMost(limit := available_memory() // 4):
+                model = recipe.make()
+        except _TooLarge as error:
+            raise TargetError(
+                f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB{on_meta_fails}; "
+                "build a smaller one with --build"
+            ) from error
+        yield "cpu", model
 
 
 @contextmanager

@@ -129,9 +129,6 @@ def _is_ascending(value: Any) -> bool:
     return isinstance(value, list) and value == sorted(set(_numbers(value)))
 
 
-# ---- widths ----------------------------------------------------------------------------------------------------------
-
-
 def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> tuple[int, int]:
     """The divisors of head widths, if they may be `narrow`, and of numbers of heads, if there may be `fewer`. With
     `apart`, the head width must differ from the number of heads, so that axes can be told apart."""
@@ -201,9 +198,6 @@ def _divided(value: Any, by: int) -> Any:
 def _inner(value: Any, by: int) -> Any:
     """A smaller width on which no other depends."""
     return max(1, value // (by * 8)) * 8 if type(value) is int and value > 8 else value
-
-
-# ---- one config ------------------------------------------------------------------------------------------------------
 
 
 def _shrunk(fields: dict[str, Any], factors: tuple[int, int], images: bool, tables: bool) -> dict[str, Any]:

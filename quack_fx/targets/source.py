@@ -95,3 +95,9 @@ def assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
                 yield target, node.value
     elif isinstance(node, ast.AnnAssign) and node.value is not None:
         yield node.target, node.value
+
+
+def assignments_in(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """The targets of all assignments in a tree, each with its value."""
+    for node in ast.walk(tree):
+        yield from assignments(node)

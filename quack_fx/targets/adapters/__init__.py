@@ -13,14 +13,7 @@ from quack_fx.targets.adapters.base import Adapted, Adapter
 
 __all__ = ["ADAPTERS", "Adapted", "Adapter", "adapt"]
 
-ADAPTERS: tuple[Adapter, ...] = (
-    hf.ADAPTER,
-    timm.ADAPTER,
-    litgpt.ADAPTER,
-    torchtitan.ADAPTER,
-    exported.ADAPTER,
-    pickled.ADAPTER,
-)
+ADAPTERS: tuple[Adapter, ...] = tuple(module.ADAPTER for module in (hf, timm, litgpt, torchtitan, exported, pickled))
 
 
 def adapt(target: str) -> Adapted | None:

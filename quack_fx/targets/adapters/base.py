@@ -39,13 +39,10 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A way to write a target.
+    """A way to write a target, such as "timm:NAME" (`form`).
 
-    Attributes:
-        form: What such a target looks like: "timm:NAME".
-        open: Makes an `Adapted` of what follows the prefix and, for errors, the target as typed.
-        prefix: What precedes the colon; "" for targets without a prefix.
-        takes: Whether the adapter takes a target without a prefix; None if it takes none.
+    `open` makes an `Adapted` of what follows the prefix and, for errors, the target as typed; `prefix` is what precedes
+    the colon. `takes` tells whether the adapter takes a target without a prefix.
     """
 
     form: str

@@ -93,10 +93,9 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
     if "iterated" in use.marks and groups == [] and is_tuple:
         several = [spec for spec in ordered[:2] if not (isinstance(spec, Group) and spec.form == "list")]
         ordered = [Group("list", (("0", spec), ("1", spec))) for spec in several] + ordered
-    return list(dict.fromkeys(_as_numpy(spec, use) for spec in ordered))
-
-
-# ---- what a name or an annotation states: Python checks neither, so what fits a hint is only tried first -------------
+    if "numpy" in use.marks:
+        ordered = [replace(spec, numpy=True) if isinstance(spec, Array) else spec for spec in ordered]
+    return list(dict.fromkeys(ordered))
 
 
 @dataclass(frozen=True)
@@ -121,11 +120,8 @@ class Hint:
             shape = shape[:rank] if rank in (None, 0, 1, 2) else found[0].shape if found else shape
             found = [Array("ids" if self.numbers == "int" else "bool", shape), *found]
         found = sorted(found, key=lambda a: not self.fits(a))
-        return [self._of_batch(array) for array in found]
-
-    def _of_batch(self, array: Array) -> Array:
-        only: tuple[Size, ...] = ("T",)
-        return replace(array, shape=("B",)) if self.axes == ("B",) and array.shape == only else array
+        of_batch = self.axes == ("B",)
+        return [replace(a, shape=("B",)) if of_batch and a.shape == ("T",) else a for a in found]
 
 
 def hint_of(name: str, annotation: Any) -> Hint:
@@ -144,10 +140,6 @@ def hint_of(name: str, annotation: Any) -> Hint:
         if words and not any(re.search(r"\.\.\.|^\*", word) for word in words):
             axes = tuple(words)
     return Hint(name, numbers, axes)
-
-
-def _as_numpy(spec: Spec, use: Use) -> Spec:
-    return replace(spec, numpy=True) if isinstance(spec, Array) and "numpy" in use.marks else spec
 
 
 def _plain(name: str, hint: str, annotation: str, use: Use, context: Context) -> list[Spec]:
@@ -199,9 +191,6 @@ def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
     return replace(array, shape=tuple(changed))
 
 
-# ---- the data --------------------------------------------------------------------------------------------------------
-
-
 def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Array]:
     """Candidates for the leading argument, most likely first."""
     found = [*layers.any_layer(model, LIMIT), *layers.own_parameters(model)]
@@ -221,9 +210,6 @@ def _ids_like(array: Array) -> Array:
     if array.kind == "ids":
         return array
     return Array("ids", array.shape[:-1] if len(array.shape) < 4 else array.shape[:1])
-
-
-# ---- groups ----------------------------------------------------------------------------------------------------------
 
 
 def _groups(use: Use, context: Context) -> list[Spec]:
@@ -253,9 +239,6 @@ def _group(form: Any, parts: list[tuple[str, Use]], context: Context) -> list[Sp
         Group(form, tuple(sorted(combined, key=lambda part: places[part[0]])))
         for combined in cheapest_first(choices, 8)
     ]
-
-
-# ---- what names say --------------------------------------------------------------------------------------------------
 
 
 def _special(name: str, hint: str, annotation: str, use: Use, context: Context, told: list[Array]) -> list[Spec]:

@@ -105,8 +105,7 @@ def subscript(value: Value, node: ast.expr, of: Callable[[ast.expr], Value]) -> 
 def _of_shape(shape: Shape, node: ast.expr, of: Callable[[ast.expr], Value]) -> Value:
     if isinstance(node, ast.Slice):
         start = of(node.lower) if node.lower is not None else Known(0)
-        known = isinstance(start, Known) and isinstance(start.value, int) and node.step is None
-        if not known or not isinstance(start, Known):
+        if not isinstance(start, Known) or not isinstance(start.value, int) or node.step is not None:
             return UNKNOWN
         # Axes that count from the end stay negative.
         return Shape(shape.data, shape.start + start.value, shape.whole and node.upper is None and start.value >= 0)
@@ -170,10 +169,10 @@ def method(data: Data, name: str, args: list[Value]) -> Value:
     integers = all(isinstance(n, int) for n in numbers)
     if name in ("transpose", "swapaxes", "swapdims") and len(numbers) == 2 and integers:
         return data.then("swap", *numbers)
-    if name in ("t", "permute", "movedim") and integers:
-        if name == "permute":
-            data.known_rank(len(numbers))
-            return data.then("permute", tuple(numbers))
+    if name == "permute" and integers:
+        data.known_rank(len(numbers))
+        return data.then("permute", tuple(numbers))
+    if name in ("t", "movedim") and integers:
         return data.then("swap", 0, 1) if name == "t" else data.then("reshape")
     if name == "unsqueeze" and len(numbers) == 1 and integers:
         return data.then("new", numbers[0])
@@ -217,9 +216,6 @@ def compared(op: ast.cmpop, left: Any, right: Any) -> Value:
     with suppress(Exception):
         return Known(bool(_COMPARE[type(op)](left, right)))
     return UNKNOWN
-
-
-# ---- layers ----------------------------------------------------------------------------------------------------------
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quack_fx.targets.inputs.values import TOKENS, Inputs, has_fields
+from quack_fx.targets.inputs.values import TOKENS, Inputs, has_fields, is_array
 
 Change = Callable[[Tensor], Tensor | None]
 """Gives the new tensor for an old one; None to keep it."""
@@ -99,7 +98,7 @@ def each_in(value: Any, change: Change) -> Any:
         return {name: each_in(part, change) for name, part in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(each_in(part, change) for part in value)
-    if type(value).__module__ == "numpy" and importlib.util.find_spec("numpy"):
+    if is_array(value):
         return each_in(torch.from_numpy(value), change).numpy()
     return value
 

@@ -231,9 +231,6 @@ def with_rank(array: Array, shape: list[Size], rank: int | None) -> tuple[Size, 
     return (*shape[:1], *shape[len(shape) - rank + 1 :]) if rank else None
 
 
-# ---- sizes of images -------------------------------------------------------------------------------------------------
-
-
 def sides(model: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> list[int]:
     """Side lengths of a square image: declared ones, those that fit learned positions, and common ones."""
     stride = conv.stride[-1]

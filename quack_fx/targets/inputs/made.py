@@ -21,7 +21,7 @@ from quack_fx.targets.inputs.values import BATCH, TOKENS
 from quack_fx.targets.sizes.made_up import made_up
 from quack_fx.targets.sizes.signatures import hints_of, is_users_class, own_methods, required
 from quack_fx.targets.sizes.uses import asserted
-from quack_fx.targets.source import assignments, tree_of_function
+from quack_fx.targets.source import assignments_in, tree_of_function
 
 _MAKES = (
     r"_*(get_|make_|create_|generate_|build_|allocate_)?"
@@ -78,8 +78,7 @@ def set_up(model: nn.Module) -> list[str]:
 
 def _setter(model: nn.Module, attribute: str) -> Callable[..., Any] | None:
     for name, function in own_methods(model).items():
-        nodes = ast.walk(tree_of_function(function))
-        targets = (target for node in nodes for target, _ in assignments(node))
+        targets = [target for target, _ in assignments_in(tree_of_function(function))]
         if any(isinstance(target, ast.Attribute) and target.attr == attribute for target in targets):
             return getattr(model, name)  # type: ignore[no-any-return]
     return None

@@ -106,11 +106,10 @@ def _sides(test: ast.expr, value: Callable[[ast.expr], Any]) -> list[tuple[int, 
     found: list[tuple[int, int]] = []
     try:
         for part in test.values if isinstance(test, ast.BoolOp) else [test]:
-            if not isinstance(part, ast.Compare) or not isinstance(part.ops[0], ast.Eq | ast.NotEq):
-                continue
-            sides = value(part.left), value(part.comparators[0])
-            # In `x % 8 == 0` the two sides are no sizes.
-            found += [] if isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod) else _pairs(*sides)
+            if isinstance(part, ast.Compare) and isinstance(part.ops[0], ast.Eq | ast.NotEq):
+                sides = value(part.left), value(part.comparators[0])
+                is_remainder = isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod)
+                found += [] if is_remainder else _pairs(*sides)
     except Exception:  # the user's expression may raise anything
         return None
     return found
@@ -124,14 +123,12 @@ def _pairs(have: Any, want: Any) -> list[tuple[int, int]]:
     return []
 
 
-# ---- changes of the inputs -------------------------------------------------------------------------------------------
-
 Axes = frozenset[tuple[int, int]]
-"""Axes of one size that change together: pairs of (index of the tensor, axis)."""
+"""Axes of one size: pairs of (index of the tensor, axis)."""
 
 
 def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
-    """Axes whose size may be changed, with that size: single axes, both sides of an image, all axes of one size, the
+    """Axes that change together, with their size: single axes, both sides of an image, all axes of one size, the
     batch."""
     shapes = [tuple(x.shape) for x in tensors(inputs)]
     found: dict[Axes, int] = {}
@@ -141,12 +138,11 @@ def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
             found[frozenset({(number, len(shape) - 1), (number, len(shape) - 2)})] = shape[-1]
         for axis in range(max(0, min(1, len(shape) - 1)), len(shape) - (2 if is_image else 0)):
             found[frozenset({(number, axis)})] = shape[axis]
-    inner = [(number, axis) for number, shape in enumerate(shapes) for axis in range(1, len(shape))]
-    for size in dict.fromkeys(shapes[number][axis] for number, axis in inner):
-        found.setdefault(frozenset(place for place in inner if shapes[place[0]][place[1]] == size), size)
-    batch = [(number, 0) for number, shape in enumerate(shapes) if shape]
-    for size in dict.fromkeys(shapes[number][0] for number, _ in batch):
-        found.setdefault(frozenset(place for place in batch if shapes[place[0]][0] == size), size)
+    inner = {(n, axis): size for n, shape in enumerate(shapes) for axis, size in enumerate(shape) if axis}
+    batch = {(n, 0): shape[0] for n, shape in enumerate(shapes) if shape}
+    for places in (inner, batch):
+        for size in dict.fromkeys(places.values()):
+            found.setdefault(frozenset(place for place, other in places.items() if other == size), size)
     return [(axes, size) for axes, size in found.items() if size > 0]
 
 
@@ -175,8 +171,6 @@ def declared_lengths(model: nn.Module) -> list[int]:
             found += [v for n, v in owner.items() if _LENGTH.fullmatch(n) and type(v) is int and v < 4096]
     return list(dict.fromkeys(found))
 
-
-# ---- the search ------------------------------------------------------------------------------------------------------
 
 Answer = Mismatch | None
 

@@ -95,8 +95,7 @@ class Attempts:
         return one
 
     def _is_hopeless(self) -> bool:
-        """Whether a view fails with the same ratio of elements for all sizes, since the model's own sizes do not
-        fit."""
+        """Whether a view fails with the same ratio of elements whatever the sizes: the model's own sizes do not fit."""
         missed = self._missed.values()
         return any(len(found) >= SAME_RATIO and len(set(found.values())) == 1 for found in missed)
 
@@ -192,9 +191,6 @@ def failing_names(error: BaseException) -> set[str]:
     return {name for frame, line in failure.frames_of(error) for name in failure.none_names(frame, line)}
 
 
-# ---- the statement ---------------------------------------------------------------------------------------------------
-
-
 def _replaced(given: Tensor, new: Callable[[Tensor], Tensor], exact: bool = True) -> Change:
     """A change of the tensors with the shape and dtype of one; unless `exact`, with a dtype of the same kind."""
 
@@ -283,9 +279,6 @@ def _multiple(node: ast.BinOp, value: Callable[[ast.expr], Any]) -> Iterator[Cha
         yield resize(size, math.ceil(size / factor) * factor)
 
 
-# ---- the layer -------------------------------------------------------------------------------------------------------
-
-
 def _layer(model: nn.Module, error: BaseException) -> Iterator[Change]:
     """Inputs of the layer that failed, in place of each argument of the shape that it got."""
     for frame, _ in reversed(list(failure.frames_of(error))):
@@ -313,9 +306,6 @@ def _layer(model: nn.Module, error: BaseException) -> Iterator[Change]:
 def _below(number: int) -> Change:
     """Ids below a number."""
     return lambda x: None if x.is_floating_point() or x.dtype == torch.bool else x % number
-
-
-# ---- the message -----------------------------------------------------------------------------------------------------
 
 
 def _message(text: str, known: set[int]) -> Iterator[Change]:

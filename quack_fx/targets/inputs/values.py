@@ -192,7 +192,7 @@ def expression(value: Any) -> str:
     """A Python expression for a value like this one; it may use torch and SimpleNamespace."""
     if (text := _compound(value, expression, "SimpleNamespace")) is not None:
         return text
-    if _is_array(value):
+    if is_array(value):
         return f"{expression(torch.from_numpy(value))}.numpy()"
     if is_blocks(value):
         flex = "__import__('torch.nn.attention.flex_attention', fromlist=['*'])"
@@ -221,7 +221,7 @@ def shown(value: Any) -> str:
         return f"[{shown(value[0])}] * {len(value)}"
     if (text := _compound(value, shown, "namespace")) is not None:
         return text
-    if _is_array(value):
+    if is_array(value):
         return f"numpy {value.dtype}{list(value.shape)}"
     if is_blocks(value):
         return f"BlockMask{list(value.seq_lengths)}"
@@ -249,7 +249,8 @@ def has_fields(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of numpy."""
     return type(value).__module__ == "numpy" and hasattr(value, "shape")
 
 

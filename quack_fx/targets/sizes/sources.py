@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from quack_fx.targets.packages import files_of, python_files
-from quack_fx.targets.source import ARITHMETIC, assignments, parsed, read_name, text_of
+from quack_fx.targets.source import ARITHMETIC, assignments, assignments_in, parsed, read_name, text_of
 
 DATA_FILES, READ_ME = 300, 20
 """The most data files and the most Markdown files that are read."""
@@ -37,12 +37,8 @@ one object (`config.n_layer = 12`) or to the names of a file; a JSON or YAML fil
 class Source:
     """Values by name that stand in one place of a repository.
 
-    Attributes:
-        kind: What contains them.
-        where: File and line for reports: "run.py:12".
-        values: The values by name.
-        mentions: Whether the file names the class or function that is to be called.
-        of: Name of the class, object or callee.
+    `where` is file and line, for reports ("run.py:12"). `mentions` tells whether the file names the class or function
+    that is to be called; `of` is the name of the class, object or callee.
     """
 
     kind: Kind
@@ -83,9 +79,6 @@ def sources(
     for path in itertools.islice(files_of(repository, ".json", ".yaml", ".yml"), DATA_FILES):
         found += _in_data(path, shown(path), callee)
     return found
-
-
-# ---- Python ----------------------------------------------------------------------------------------------------------
 
 
 def _in_python(
@@ -146,7 +139,7 @@ def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
         for target, value in assignments(node):
             if isinstance(target, ast.Name):
                 _set(found[""], target.id, value, found[""])
-    for target, value in itertools.chain.from_iterable(map(assignments, ast.walk(tree))):
+    for target, value in assignments_in(tree):
         owner = read_name(target.value) if isinstance(target, ast.Attribute) else ""
         if isinstance(target, ast.Attribute) and owner not in ("", "self", "torch"):
             known = value_of(value, found[""])
@@ -208,11 +201,8 @@ def _pairs(node: ast.Dict | ast.Call, scope: Mapping[str, Any]) -> dict[str, Any
 
 
 def _dicts(tree: ast.Module, scope: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for target, value in itertools.chain.from_iterable(map(assignments, ast.walk(tree))):
-        if isinstance(target, ast.Name) and isinstance(value, ast.Dict | ast.Call) and (values := _pairs(value, scope)):
-            found[target.id] = values
-    return found
+    found = [(name, value) for name, value in assignments_in(tree) if isinstance(value, ast.Dict | ast.Call)]
+    return {n.id: values for n, v in found if isinstance(n, ast.Name) and (values := _pairs(v, scope))}
 
 
 def _arguments(
@@ -271,9 +261,6 @@ def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
                 with suppress(ArithmeticError):
                     return ARITHMETIC[type(node.op)](left, right)
     return UNKNOWN
-
-
-# ---- data files ------------------------------------------------------------------------------------------------------
 
 
 def _in_data(path: Path, shown: str, callee: str) -> Iterator[Source]:

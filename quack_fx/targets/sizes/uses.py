@@ -6,11 +6,10 @@ In: syntax trees of the user's files. Out: `Uses`, by name; equal names in diffe
 from __future__ import annotations
 
 import ast
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
-from quack_fx.targets.source import assignments, read_name
+from quack_fx.targets.source import assignments_in, read_name
 
 
 class Uses:
@@ -35,7 +34,7 @@ class Uses:
         self.keys: dict[str, set[str]] = defaultdict(set)
         self.unpacked: dict[str, list[str]] = defaultdict(list)
         for tree in trees:
-            tables = dict(_tables(tree))
+            tables = {read_name(name): value for name, value in assignments_in(tree) if isinstance(value, ast.Dict)}
             for node in ast.walk(tree):
                 self._look_at(node, tables)
 
@@ -88,12 +87,6 @@ def asserted(tree: ast.AST) -> list[str]:
                 case ast.Compare(left=left, ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]):
                     found.append(read_name(left))
     return [name for name in found if name]
-
-
-def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
-    for target, value in itertools.chain.from_iterable(map(assignments, ast.walk(tree))):
-        if isinstance(value, ast.Dict) and (name := read_name(target)):
-            yield name, value
 
 
 def _tested(test: ast.expr) -> Iterator[ast.expr]:

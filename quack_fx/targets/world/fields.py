@@ -16,10 +16,8 @@ class Fields(dict[str, Any]):
     """A dict whose keys are also attributes; dicts in it become such dicts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = args[0] if args and args[0] is not None else {}
         super().__init__()
-        for name, value in {**dict(given), **kwargs}.items():
-            self[name] = value
+        self.update(args[0] if args and args[0] is not None else {}, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
         plain = isinstance(value, Mapping) and not isinstance(value, Fields)

@@ -121,13 +121,14 @@ def _using(result: Callable[[], Any] | None = None) -> Callable[..., Any]:
 
 
 _ARITHMETIC = "add sub mul truediv floordiv mod pow lshift rshift and xor matmul".split()
-for _name in [*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), "neg", "pos", "abs", "invert", "getitem", "enter"]:
-    setattr(Inert, f"__{_name}__", _using())
-for _name in "lt le gt ge contains".split():
-    setattr(Inert, f"__{_name}__", _using(bool))
-_RESULTS: dict[str, Callable[[], Any]] = {"len": int, "bool": lambda: True, "iter": lambda: iter(()), "setitem": dict}
-for _name, _made in _RESULTS.items():
-    setattr(Inert, f"__{_name}__", _using(_made))
+_OTHERS = "neg pos abs invert getitem enter".split()
+_RESULTS: dict[str, Callable[[], Any] | None] = {
+    **dict.fromkeys([*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), *_OTHERS]),
+    **dict.fromkeys("lt le gt ge contains".split(), bool),
+    **{"len": int, "bool": lambda: True, "iter": lambda: iter(()), "setitem": dict},
+}
+for _name, _result in _RESULTS.items():
+    setattr(Inert, f"__{_name}__", _using(_result))
 
 
 class _WithForward(ABCMeta):
