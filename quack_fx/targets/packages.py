@@ -198,7 +198,7 @@ class LocalImports:
         self._bases = list(dict.fromkeys([location.base, *above, *below, Path.cwd()]))
         self._extra: dict[str, Path] = {}
         self.asked = ""
-        """The top-level module that `World.import_own` imports, which no file of the repository need import."""
+        """A top-level module that is served although no file of the repository imports it."""
 
     @contextmanager
     def active(self) -> Iterator[None]:

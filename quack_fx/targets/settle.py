@@ -395,8 +395,8 @@ _FACTORIES |= {torch.ops.aten.empty_strided.default, torch.ops.aten.randn.defaul
 
 
 def _try(model: nn.Module, task: _Task, keep: bool) -> tuple[Inputs, str, Capture, str]:
-    """The first inputs for which the forward runs, their origin, the recording, and in words how the model was cast;
-    with `keep` it is not."""
+    """The first inputs for which the forward runs, their origin, the recording, and how the model was cast, in words.
+    With `keep` it is not cast."""
     name, world, cast = type(model).__name__, task.world, ""
     try:
         origin, candidates = task.candidates(model)

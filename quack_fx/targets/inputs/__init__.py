@@ -25,6 +25,7 @@ from quack_fx.targets.inputs.pretrained import is_pretrained, pretrained_inputs
 from quack_fx.targets.inputs.reading import read_uses
 from quack_fx.targets.inputs.repair import Attempts, asks_for_more, failing_names, retry, unmet_names
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Array, Group, Inputs, Spec, cheapest_first, named
+from quack_fx.targets.sizes.signatures import is_variable
 
 __all__ = ["LIMIT", "Attempts", "Budget", "Inputs", "infer", "retry", "with_optional"]
 
@@ -78,7 +79,7 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
     failed = [p for p in optional if p.name in failing]
     if not failed and not asks_for_more(cause):
         return []
-    filled = [p for p in parameters if (p.default is p.empty or p.name in given.kwargs) and not _is_variable(p)]
+    filled = [p for p in parameters if (p.default is p.empty or p.name in given.kwargs) and not is_variable(p)]
     # Reading stopped at the check that failed, so all arguments are inferred again.
     return [
         inputs if unmet else named(given.args, {**given.kwargs, p.name: inputs.kwargs[p.name]}, given.names)
@@ -91,13 +92,9 @@ def with_optional(model: nn.Module, given: Inputs, error: BaseException) -> list
 def _wanted(model: nn.Module) -> list[inspect.Parameter]:
     """Parameters that get an argument: the required ones, or else the first whose default is None."""
     parameters = signature(model)
-    if required := [p for p in parameters if p.default is p.empty and not _is_variable(p)]:
+    if required := [p for p in parameters if p.default is p.empty and not is_variable(p)]:
         return required
-    return [p for p in parameters if p.default is None or _is_variable(p)][:1]
-
-
-def _is_variable(parameter: inspect.Parameter) -> bool:
-    return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return [p for p in parameters if p.default is None or is_variable(p)][:1]
 
 
 def _candidates(model: nn.Module, parameters: list[inspect.Parameter], limit: int) -> list[Inputs]:

@@ -101,7 +101,7 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
 @dataclass(frozen=True)
 class Hint:
     """What a name and an annotation state: the name without the letters of its axes, the kind of dtype ("" where it is
-    not stated), and a letter or word for each axis."""
+    not stated), and a letter or word for each axis. Python checks neither, so what fits is only tried first."""
 
     name: str
     numbers: Numbers = ""
@@ -192,7 +192,7 @@ def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
 
 
 def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Array]:
-    """Candidates for the leading argument, most likely first."""
+    """Candidates for the leading argument, likeliest first."""
     found = [*layers.any_layer(model, LIMIT), *layers.own_parameters(model)]
     # Sorting is stable, so the order is otherwise that of the model.
     if _IMAGE.fullmatch(name):

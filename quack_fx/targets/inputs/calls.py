@@ -371,25 +371,22 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
 
 def spread_of(
     function: Any, spread: list[Value], spread_names: list[Value], given: int, named: set[str]
-) -> tuple[list[str], list[Value]]:
+) -> dict[str, Value]:
     """The required parameters that `*args` and `**batch` fill, with their values."""
     data = [v for v in spread if isinstance(v, Data)]
     data_names = [v for v in spread_names if isinstance(v, Data)]
     if not data and not data_names:
-        return [], []
+        return {}
     target = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = list(inspect.signature(target).parameters.values())[given:]
     except (TypeError, ValueError):
-        return [], []
-    left = [
-        p.name
-        for p in parameters
-        if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    if data:
-        parts = [data[0].use.part("at", number) for number in range(len(left))]
-        for part, name in zip(parts, left, strict=True):
-            part.name = part.name or name
-        return left, [Data(part) for part in parts]
-    return left, [Data(data_names[0].use.part("key", name)) for name in left]
+        return {}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    left = [p.name for p in parameters if p.name not in named and p.default is p.empty and p.kind in kinds]
+    if not data:
+        return {name: Data(data_names[0].use.part("key", name)) for name in left}
+    parts = {name: data[0].use.part("at", number) for number, name in enumerate(left)}
+    for name, part in parts.items():
+        part.name = part.name or name
+    return {name: Data(part) for name, part in parts.items()}

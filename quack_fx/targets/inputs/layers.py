@@ -107,8 +107,9 @@ def evidence(use: Use, model: nn.Module) -> list[Array]:
 
 def _may_be_image(array: Array, taken: Taken) -> bool:
     """Whether an argument may be an image: where the layer takes tokens, only if it is reshaped into patches before."""
-    is_patches = len(array.shape) == 4 and _width(taken.by) is not None if isinstance(taken.by, nn.Module) else False
-    return not is_patches or any(step in ("reshape", "einops") for step, *_ in taken.views)
+    takes_tokens = isinstance(taken.by, nn.Module) and _width(taken.by) is not None
+    reshaped = any(step in ("reshape", "einops") for step, *_ in taken.views)
+    return len(array.shape) != 4 or not takes_tokens or reshaped
 
 
 def _of(taken: Taken, model: nn.Module) -> list[Array]:

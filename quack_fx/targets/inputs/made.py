@@ -1,8 +1,8 @@
 """Methods of the model that prepare a call of its forward.
 
 `maker_of` finds a method that makes an argument (`model.init_hidden(2)`), by its return annotation or its name.
-`set_up` calls a method that sets an attribute which the forward asserts not to be None
-(`setup_caches(max_batch_size)`), with arguments made up from their names.
+`set_up` calls methods that set attributes which the forward asserts not to be None (`setup_caches(max_batch_size)`),
+with arguments made up from their names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from quack_fx.targets.inputs.changes import each_in
 from quack_fx.targets.inputs.values import BATCH, TOKENS
 from quack_fx.targets.sizes.made_up import made_up
-from quack_fx.targets.sizes.signatures import hints_of, is_users_class, own_methods, required
+from quack_fx.targets.sizes.signatures import hints_of, is_users_class, is_variable, own_methods, required
 from quack_fx.targets.sizes.uses import asserted
 from quack_fx.targets.source import assignments_in, tree_of_function
 
@@ -33,7 +33,7 @@ Maker = Callable[[Mapping[str, Any]], Any]
 
 def maker_of(model: nn.Module, parameter: inspect.Parameter) -> Maker | None:
     """The function that makes an argument from the others; None where no method of the model does."""
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    if is_variable(parameter):
         return None
     wanted = hints_of(type(model).forward).get(parameter.name)
     stem = re.escape(parameter.name.lower().rstrip("s"))

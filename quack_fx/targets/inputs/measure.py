@@ -81,9 +81,8 @@ def mismatch(error: BaseException) -> Mismatch | None:
     shapes = failure.shapes_in(text)
     if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
         return _of_pairs(place, list(zip(*shapes, strict=True)))
-    numbers = tuple(
-        map(int, re.findall(r"(?<![\w.])-?\d+(?![.\w]*[a-wyzA-Z])", re.sub(r"dim(ension)? -?\d+", "", text)))
-    )
+    without_axes = re.sub(r"dim(ension)? -?\d+", "", text)
+    numbers = tuple(map(int, re.findall(r"(?<![\w.])-?\d+(?![.\w]*[a-wyzA-Z])", without_axes)))
     if len(numbers) < 2:
         return None
     if "is invalid for input of size" in text:

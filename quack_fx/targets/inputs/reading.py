@@ -156,7 +156,8 @@ class Frame:
             return self.block(node.body if test.value else node.orelse)
         if any(isinstance(inner, ast.Raise) for inner in node.body):
             self.require(node.test, False)
-            return self.block(node.orelse) and False
+            self.block(node.orelse)
+            return False
         before = dict(self.scope)
         one = self.block(node.body)
         after, self.scope = self.scope, before
@@ -420,8 +421,8 @@ class Frame:
             return UNKNOWN
         for value in spread:
             args += list(value.values) if isinstance(value, Items) else []
-        names, values = calls.spread_of(function.value, spread, spread_names, len(args), set(kwargs))
-        return self.apply(function.value, args, {**kwargs, **dict(zip(names, values, strict=True))})
+        spread_out = calls.spread_of(function.value, spread, spread_names, len(args), set(kwargs))
+        return self.apply(function.value, args, {**kwargs, **spread_out})
 
     def apply(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
         """Call a known function."""
@@ -465,8 +466,8 @@ class Frame:
         bound: Scope = {}
         for name, value in call.arguments.items():
             kind = call.signature.parameters[name].kind
-            bound[name] = Items(tuple(value)) if kind is inspect.Parameter.VAR_POSITIONAL else value
-            bound[name] = UNKNOWN if kind is inspect.Parameter.VAR_KEYWORD else bound[name]
+            several = Items(tuple(value)) if kind is inspect.Parameter.VAR_POSITIONAL else value
+            bound[name] = UNKNOWN if kind is inspect.Parameter.VAR_KEYWORD else several
         return self.reader.run(plain, owner, bound)
 
 

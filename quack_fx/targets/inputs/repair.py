@@ -329,13 +329,12 @@ def _message(text: str, known: set[int]) -> Iterator[Change]:
         for length, batch in itertools.permutations(map(int, beside.groups())):
             ids = torch.empty(batch, dtype=torch.int64, device="meta")
             yield _replaced(ids, partial(refilled, shape=(batch, length)), exact=False)
-    numbers = list(
-        dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
-    )
-    for old, new in itertools.islice(itertools.permutations(numbers, 2), 12):
+    written = re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))
+    pairs = list(itertools.islice(itertools.permutations(dict.fromkeys(map(int, written)), 2), 12))
+    for old, new in pairs:
         if old in known and 0 < new < 1 << 16:
             yield resize(old, new)
-    for old, new in itertools.islice(itertools.permutations(numbers, 2), 6):
+    for old, new in pairs[:6]:
         yield from _scaled(old, new, known)
 
 

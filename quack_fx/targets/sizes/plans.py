@@ -227,11 +227,12 @@ class Planner:
         if not isinstance(self._function, type):
             return None
         for name, method in inspect.getmembers(self._function, callable):
-            bound = inspect.isfunction(inspect.getattr_static(self._function, name))
+            needs_object = inspect.isfunction(inspect.getattr_static(self._function, name))
             owner = next(cls for cls in self._function.__mro__ if name in vars(cls))
             if owner.__module__.split(".")[0] != self._function.__module__.split(".")[0]:
                 continue  # of a base class in another package
-            if not bound and re.search(r"default_?(config|cfg|args|params)|get_config", name) and not required(method):
+            is_default = re.search(r"default_?(config|cfg|args|params)|get_config", name) and not needs_object
+            if is_default and not required(method):
                 return f"{self._name}.{name}()", method
         return None
 

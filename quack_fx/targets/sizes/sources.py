@@ -223,11 +223,8 @@ def _arguments(
     return found | {n: v for n, node in given if (v := value_of(node, scope)) is not UNKNOWN}
 
 
-class _Unknown:
-    """A value that is not a constant."""
-
-
-UNKNOWN: Any = _Unknown()
+UNKNOWN: Any = object()
+"""Stands for a value that is not a constant."""
 
 _SAME = ("int", "float", "FieldReference")
 """Calls whose result is their argument, as far as sizes are concerned."""
