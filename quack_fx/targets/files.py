@@ -268,7 +268,7 @@ def kind_of(value: Any) -> str:
 
 
 def name_and_text(error: BaseException) -> str:
-    """ "ValueError: 7 is odd": the class of an error, and its message up to the first line that does not end in a
+    """ "ValueError: 7 is odd": the class of an error, and its message to the first line that does not end in a
     colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     announced = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines))

@@ -87,8 +87,7 @@ def contains(namespace: Namespace, name: str) -> set[str]:
 
 
 def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
-    """Functions of the file that build and return a model of the class `of`, or of any class, each with that class's
-    name."""
+    """Functions of the file that build and return a model of the class `of`, or of any, each with the class's name."""
     made = {n: v for n, v in namespace.names.items() if _is_own_model(n, v, namespace) and of in (None, n)}
     found: dict[str, str] = {}
     if namespace.file is None:
@@ -108,8 +107,7 @@ def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
 
 
 def makers_in(text: str, of: str) -> list[str]:
-    """Top-level functions of another file that return a model of this class; none where importing that file does more
-    than define names."""
+    """Top-level functions of another file that return a model of this class; none where importing it may run more."""
     tree = parsed(text)
     if not all(defines(node) or _is_idle(node) for node in tree.body):
         return []

@@ -42,12 +42,9 @@ _FACTORY = re.compile(
 class Recipe:
     """How the model is built.
 
-    Attributes:
-        text: The expression that builds it, for reports; "" where they show the name of its class.
-        make: Builds it.
-        made: Whether the model exists already, so that `make` only returns it.
-        call: The call that builds it, where arguments were found or assumed.
-        note: What the report says about the choice.
+    `text` is the expression for it, "" where reports show the name of its class. `made` tells whether the model exists
+    already, so that `make` only returns it. `call` is the call that builds it, where arguments were found or assumed;
+    `note` is what the report says about the choice.
     """
 
     text: str

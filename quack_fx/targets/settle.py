@@ -99,10 +99,9 @@ class Target:
     def check_sizes(self, allow: str) -> None:
         """Refuse a model whose sizes were assumed; `allow` is the option that allows it, for the error."""
         if self.assumed:
-            sizes = _listed(self.assumed)
             raise TargetError(
-                f"the sizes {sizes} of {self.title} are assumed, so what is written would fit no model of yours; give "
-                f"them with --build {shlex.quote(self.build)}, or add {allow}"
+                f"the sizes {_listed(self.assumed)} of {self.title} are assumed, so what is written would fit no model "
+                f"of yours; give them with --build {shlex.quote(self.build)}, or add {allow}"
             )
 
 
@@ -172,8 +171,7 @@ Devices = tuple[Literal["meta", "cpu"], ...]
 
 
 def _with_devices(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recipe, Devices]]:
-    """Recipes, each with its devices. Those with assumed arguments are all tried on meta, which is fast, before the
-    CPU."""
+    """Recipes with their devices. Those with assumed arguments are all tried on meta, which is fast, before the CPU."""
     again: list[Recipe] = []
     for recipe in recipes:
         if recipe.made or recipe.call is None or real:
@@ -395,8 +393,8 @@ _FACTORIES |= {torch.ops.aten.empty_strided.default, torch.ops.aten.randn.defaul
 
 
 def _try(model: nn.Module, task: _Task, keep: bool) -> tuple[Inputs, str, Capture, str]:
-    """The first inputs for which the forward runs, their origin, the recording, and how the model was cast, in words.
-    With `keep` it is not cast."""
+    """The first inputs for which the forward runs, their origin, the recording, and in words how the model was cast,
+    which `keep` forbids."""
     name, world, cast = type(model).__name__, task.world, ""
     try:
         origin, candidates = task.candidates(model)

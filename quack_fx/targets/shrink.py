@@ -130,8 +130,8 @@ def _is_ascending(value: Any) -> bool:
 
 
 def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> tuple[int, int]:
-    """The divisors of head widths, if they may be `narrow`, and of numbers of heads, if there may be `fewer`. With
-    `apart`, the head width must differ from the number of heads, so that axes can be told apart."""
+    """The divisors of head widths, which may become `narrow`, and of numbers of heads, of which there may be `fewer`.
+    With `apart`, the head width must differ from the number of heads, so that axes can be told apart."""
     parts = list(_parts(fields))
     counts = [(key, n) for part in parts for key, value in part.items() if _is_heads(key) for n in _numbers(value)]
     heads = {n for _, n in counts if n > 1}

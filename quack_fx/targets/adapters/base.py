@@ -21,14 +21,11 @@ Examples = Callable[[nn.Module], list[Inputs]]
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an adapter makes of a target.
+    """What an adapter makes of a target: names for --build and --inputs, and how the model is built.
 
-    Attributes:
-        namespace: The names for --build and --inputs: the package, and what the adapter made of the target.
-        recipe: How the model is built.
-        examples: Gives inputs for the model; None to infer them.
-        smaller: Gives small targets of the same structure, smallest first, each with its size in words ("2 layers,
-            width 64"): a proof for a large model runs on one of them. None where there are none.
+    `examples` gives inputs for the model, unless they are to be inferred. `smaller` gives small targets of the same
+    structure, smallest first, each with its size in words ("2 layers, width 64"): a proof for a large model runs on one
+    of them.
     """
 
     namespace: Namespace

@@ -37,8 +37,7 @@ ROOM = 8 * LARGEST
 
 
 def infer(model: nn.Module, name: str) -> list[Inputs]:
-    """Example inputs that the forward may take, likeliest first; at least one. `name` is that of the model, for
-    errors."""
+    """Example inputs that the forward may take, likeliest first; at least one. Errors call the model `name`."""
     if is_pretrained(model):
         return [named((), kwargs) for kwargs in pretrained_inputs(model, BATCH, TOKENS)]
     wanted = _wanted(model)

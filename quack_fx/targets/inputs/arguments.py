@@ -69,8 +69,7 @@ class Context:
 
 
 def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec]:
-    """Candidates for an argument, likeliest first; `name` is its key or attribute where it is part of another
-    argument."""
+    """Candidates for an argument, likeliest first; `name` is its key or attribute where it is part of another one."""
     told = hint_of(use.name or name, annotation)
     name = told.name
     if use.rank is None and told.axes:

@@ -65,8 +65,7 @@ def only(number: int, change: Change) -> Change:
 
 
 def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of another shape with the same elements, repeated; the same tensor where the new one would be too
-    large."""
+    """A tensor of another shape with the same elements, repeated; the same tensor where that would be too large."""
     if tuple(x.shape) == shape or not x.numel() or math.prod(shape) > LARGEST:
         return x
     if x.dtype == torch.bool and len(shape) == x.dim():

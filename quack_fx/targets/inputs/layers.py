@@ -76,8 +76,7 @@ WIDEST = 1 << 20
 
 
 def own_parameters(model: nn.Module) -> list[Array]:
-    """Inputs for a model that multiplies with parameters of its own: an axis may count features, and rows may be
-    ids."""
+    """Inputs for a model that multiplies with parameters of its own: axes may count features, and rows may be ids."""
     dtype = _dtype(model, model)
     found: list[Array] = []
     for rows, columns in [p.shape for p in model.parameters() if p.dim() == 2 and min(p.shape) > 1][:2]:
@@ -216,8 +215,7 @@ def _fields(use: Use, number: int, axis: int) -> int:
 
 
 def with_rank(array: Array, shape: list[Size], rank: int | None) -> tuple[Size, ...] | None:
-    """A shape with the rank that the forward requires, by adding or dropping axes of tokens; None where that cannot
-    be."""
+    """A shape with the rank that the forward requires, by adding or dropping axes of tokens; None if impossible."""
     if rank is None or rank == len(shape):
         return tuple(shape)
     if array.kind == "ids":

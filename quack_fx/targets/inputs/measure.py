@@ -127,8 +127,7 @@ Axes = frozenset[tuple[int, int]]
 
 
 def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
-    """Axes that change together, with their size: single axes, both sides of an image, all axes of one size, the
-    batch."""
+    """Axes that change together, with their size: one axis, both sides of an image, all axes of one size, the batch."""
     shapes = [tuple(x.shape) for x in tensors(inputs)]
     found: dict[Axes, int] = {}
     for number, shape in enumerate(shapes):

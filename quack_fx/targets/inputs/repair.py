@@ -144,8 +144,7 @@ class Attempts:
 
 
 def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:
-    """Inputs that avoid the error of a forward, likeliest first; none where nothing follows from the error. It, or the
-    error that it was raised from, must still have its traceback."""
+    """Inputs that avoid the error of a forward, likeliest first. It, or its cause, must still have its traceback."""
     cause = failure.cause_of(error)
     found: dict[str, Inputs] = {}
     with suppress(Exception):  # the user's expressions may raise anything

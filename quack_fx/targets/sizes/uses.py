@@ -16,13 +16,12 @@ class Uses:
     """What the code of some files does with names.
 
     Attributes:
-        words: For each name the strings that it is compared with, or the keys of a dict that it indexes, in order.
+        words: The strings that a name is compared with, or the keys of a dict that it indexes, in order.
         flags: Names that are conditions.
         lists: Names that are iterated over, or whose length is taken.
         needed: Names that are asserted not to be None.
-    attributes: For each name its attributes that are read.
-    keys: For each name the strings that it is indexed with.
-    unpacked: For each name the functions that are called with `**name`.
+        attributes, keys: The attributes of a name that are read, and the strings that it is indexed with.
+        unpacked: The functions that are called with `**name`.
     """
 
     def __init__(self, trees: Iterable[ast.Module]) -> None:
