@@ -308,7 +308,7 @@ def _builds(recipe: Recipe, devices: Devices, task: _Task) -> Iterator[tuple[str
         try:
             with _build_errors(recipe, task), world.building("meta"), torch.device("meta"):
                 model = recipe.make()
-        except _BuildFails as error:
+        except BuildFails as error:
             # A constructor that reads values fails on meta only; the build on the CPU shows whether there is an error.
             if "cpu" not in devices:
                 raise
@@ -333,7 +333,7 @@ def _builds(recipe: Recipe, devices: Devices, task: _Task) -> Iterator[tuple[str
 
 @contextmanager
 def _build_errors(recipe: Recipe, task: _Task) -> Iterator[None]:
-    """Context in which errors of a constructor become a `_BuildFails`."""
+    """Context in which errors of a constructor become a `BuildFails`."""
     try:
         yield
     except (TargetError, _TooLarge):
@@ -342,10 +342,10 @@ def _build_errors(recipe: Recipe, task: _Task) -> Iterator[None]:
         what, reason = _short(recipe) or "the model", one_line(error, task.namespace)
         hint = f"; say what it is: --build {shlex.quote(recipe.call.text)}" if recipe.call else ""
         source = task.namespace.source
-        raise _BuildFails(f"building {what} of {source} fails: {reason}{without(task.world)}{hint}") from error
+        raise BuildFails(f"building {what} of {source} fails: {reason}{without(task.world)}{hint}") from error
 
 
-class _BuildFails(TargetError):
+class BuildFails(TargetError):
     """A constructor raised."""
 
 
