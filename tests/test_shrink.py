@@ -12,7 +12,8 @@ import torch
 
 from quack_fx import find_qk_pairs
 from quack_fx.layout import QKLayout
-from quack_fx.targets import hf
+from quack_fx.targets.adapters.hf import build_model
+from quack_fx.targets.inputs.pretrained import pretrained_inputs
 from quack_fx.targets.shrink import shrunk
 
 transformers = pytest.importorskip("transformers")
@@ -25,11 +26,11 @@ def small_model(config: Any, cls: str) -> tuple[Any, dict[str, Any]]:
     failures = []
     for small in shrunk(config):
         try:
-            model = hf.build_model(getattr(transformers, cls), small).eval()
+            model = build_model(getattr(transformers, cls), small).eval()
         except (ValueError, TypeError) as error:
             failures.append(error)
             continue
-        for kwargs in hf.inputs(model, 2, 5):
+        for kwargs in pretrained_inputs(model, 2, 5):
             try:
                 with torch.no_grad():
                     model(**kwargs)
@@ -114,7 +115,7 @@ def test_a_model_with_few_layers_has_the_sites_that_its_small_copy_has(name: str
     layers = 4 if getattr(config, "layer_types", None) else 2
     config = type(config).from_dict({**config.to_dict(), **fewer, "num_hidden_layers": layers, "layer_types": None})
     with torch.device("meta"):
-        large = hf.build_model(getattr(transformers, cls), config).eval()
+        large = build_model(getattr(transformers, cls), config).eval()
     ids = torch.arange(1, 11).view(2, 5)
     small, _ = small_model(config, cls)
     assert kinds(find_qk_pairs(large, input_ids=ids)) == kinds(find_qk_pairs(small, input_ids=ids))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quack_fx.targets import hf
+from quack_fx.targets.inputs.pretrained import pretrained_inputs
 
 BATCH, TOKENS = 2, 5
 Inputs = dict[str, Any]
@@ -32,7 +32,7 @@ def inputs(model: nn.Module) -> Iterator[Inputs]:
     if "pixel_values" in names and "image_grid_thw" in names and "input_ids" not in names:
         yield _patches(config, "pixel_values", "image_grid_thw")
     yield from _with_pictures(model, names)
-    guesses = hf.inputs(model, BATCH, TOKENS)
+    guesses = pretrained_inputs(model, BATCH, TOKENS)
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "model_type"))]
     if all(_first(part, "image_size") is None for part in parts):  # any image size works: use a small one
         yield from (guess | {"pixel_values": noise(BATCH, 3, 64, 96)} for guess in guesses if "pixel_values" in guess)
@@ -84,7 +84,7 @@ def _with_pictures(model: nn.Module, names: Any) -> Iterator[Inputs]:
     if "image_grid_thw" in names:
         seen = [_patches(config, "pixel_values", "image_grid_thw")]
     else:
-        seen = [guess for guess in hf.inputs(model, BATCH, TOKENS) if "pixel_values" in guess]
+        seen = [guess for guess in pretrained_inputs(model, BATCH, TOKENS) if "pixel_values" in guess]
         seen = [{"pixel_values": guess["pixel_values"]} for guess in seen][:2]
         seen += [{"pixel_values": _picture(config, BATCH, 1)}]  # each image as a list of tiles
     for pictures in seen:

@@ -20,7 +20,7 @@ from benchmarks.sweeping.count import chooses
 from benchmarks.sweeping.transformers_configs import config_of
 from benchmarks.sweeping.transformers_inputs import Inputs, inputs
 from benchmarks.sweeping.transformers_videos import Tracking, follows_objects, video
-from quack_fx.targets import hf
+from quack_fx.targets.adapters.hf import build_model
 from quack_fx.targets.shrink import shrunk
 
 _CANNOT_RUN = {
@@ -86,7 +86,7 @@ def _working(cls: Any, config: Any) -> tuple[nn.Module, tuple[Any, ...], dict[st
     if size > PARAMETERS:
         raise ValueError(f"{size:,} parameters in the smallest form found")
     torch.manual_seed(0)
-    model: nn.Module = hf.build_model(cls, config).eval()
+    model: nn.Module = build_model(cls, config).eval()
     if cls.forward is nn.Module.forward:
         whole = InParts(model)
         if not whole.parts:

@@ -1,32 +1,8 @@
 """From what a user types to a model and example inputs for one call of its forward.
 
-In: a target, one of
-
-    path/model.py               the file's model: a factory without arguments (`build_model`), a module that the file
-                                built, or the one nn.Module class that no other class of the file contains
-    path/model.py:NAME          that factory, module or class
-    package.module[:NAME]       the same for anything importable
-    path/config.json            a Hugging Face config, or the folder that holds it
-    path/model.pt2, model.pt    a program of torch.export, or a pickled module
-    timm:NAME and the like      a model of another library, by its name there
-
-and optional expressions that build the model or its inputs. Out: a `Target`. A model is built on the meta device where
-that works, so its size does not matter. Packages and devices that this machine lacks have stand-ins as long as the
-target is open. An ambiguous target is refused with what to type instead.
-
-    packages.py  the module name of a file, and where its imports are found
-    world/       the environment of the user's files: stand-ins for what is not installed, no GPU, one rank
-    files.py     imports a Python file or module; puts its errors into one line
-    source.py    text and syntax trees of the user's files and functions
-    failure.py   where the user's code failed, and what the traceback and the message say
-    outline.py   what a file defines, and which definition uses which
-    pick.py      chooses the model among the names of a file
-    sizes/       arguments for constructors: found in the repository, or assumed
-    settle.py    builds the model and finds inputs for which its forward runs
-    adapters/    all other kinds of target, one a file
-    hf.py        models of transformers: how they are built, and their inputs
-    shrink.py    a small config with the structure of a large one
-    inputs/      example inputs, from the forward's signature, its source and its layers
+In: a target as docs/targets.md describes it, and optional expressions for the model and its inputs. Out: a `Target`.
+`files.py` imports the file in a `world`, `pick.py` chooses a model there, `sizes` finds arguments for its constructor;
+`adapters` opens all other targets. `settle.py` builds the model and finds `inputs` for which its forward runs.
 """
 
 from __future__ import annotations
@@ -40,7 +16,7 @@ from quack_fx.graph.forward.machine import bounded_memory
 from quack_fx.targets.adapters import adapt
 from quack_fx.targets.files import load
 from quack_fx.targets.pick import pick
-from quack_fx.targets.settle import ForwardFails, Target, given, settle
+from quack_fx.targets.settle import Target, given, settle, to_report
 from quack_fx.targets.world import StandInUsed, World
 
 __all__ = ["Target", "opened", "resolve", "settle"]
@@ -57,13 +33,14 @@ def resolve(
     """The model and the example inputs of a target.
 
     Arguments:
-        target: A file or a module, with or without a name, or what an adapter takes (a Hugging Face config,
-            timm:NAME); see the docstring of this package.
+        target: `path/model.py` or `package.module`, each with or without `:NAME`, or what an adapter takes (a Hugging
+            Face config, a .pt2 or .pt file, `timm:NAME`).
         build: Expression that makes the model. It may use the file's names, torch, nn, SimpleNamespace and
             `changed(config, field=value)`.
         inputs: Expression that makes the inputs; it may also use `model`. A tuple is positional arguments, a dict
             keyword arguments, a pair of a tuple and a dict both; anything else is the only argument.
-        real: Whether to build the model on the CPU with initialised weights, as training needs it.
+        real: Whether to build the model on the CPU with initialised weights, as training needs it. By default it is
+            built on the meta device where that works, so that its size does not matter.
         progress: Called with a few words before each step that takes time.
 
     Returns:
@@ -96,7 +73,8 @@ def opened(
     packages whose absence its files handle.
     """
     say = progress or (lambda _: None)
-    worlds, first = [World()], None
+    worlds = [World()]
+    first: TargetError | None = None
     for world in worlds:
         with ExitStack() as stack:
             stack.enter_context(world.open())
@@ -104,10 +82,8 @@ def opened(
                 with bounded_memory():
                     resolved = _in_world(target, build, inputs, real, say, world)
             except TargetError as error:
-                # The first error is reported, but an error of the code itself rather than one about a stand-in, and an
-                # error of the forward rather than one of the constructor before it.
-                further = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
-                first = error if first is None or isinstance(first, StandInUsed) or further else first
+                # An error of the code itself says more than one about a stand-in.
+                first = error if isinstance(first, StandInUsed) else to_report(first, error)
                 worlds += world.others()
                 if world is worlds[-1] or len(worlds) > 4:
                     raise first from first.__cause__

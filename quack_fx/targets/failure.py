@@ -1,7 +1,6 @@
-"""Where the user's code failed: frames, the statement, the condition that did not hold, the sizes in the message.
+"""What an error of the user's code tells: where it was raised, the condition that failed, the sizes in its message.
 
-In: an exception with its traceback. Out: what can be read off it. The frames are still there, so that expressions of
-the failed statement can be evaluated in them.
+In: an exception with its traceback. The frames are still alive, so expressions can be evaluated in them.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+from quack_fx.targets.source import parsed
 
 _NOT_THE_USERS = ("torch.", "quack_fx.", "importlib", "einops")
 
@@ -40,31 +41,29 @@ def none_names(frame: FrameType, line: int) -> set[str]:
 
 
 def statements_at(frame: FrameType, line: int) -> list[ast.stmt]:
-    """The statements that a line belongs to, outermost first; none where there is no source."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
-    except SyntaxError:
-        return []
+    """The statements that contain a line, outermost first; none where there is no source."""
+    tree = parsed("".join(linecache.getlines(frame.f_code.co_filename, frame.f_globals)))
     statements = (node for node in ast.walk(tree) if isinstance(node, ast.stmt))
     return [node for node in statements if node.lineno <= line <= (node.end_lineno or node.lineno)]
 
 
 def condition_of(statements: list[ast.stmt]) -> tuple[ast.expr, bool] | None:
-    """The condition that the innermost statement checks, and whether it should hold: `assert X`, or `if X: raise`."""
-    if statements and isinstance(statements[-1], ast.Assert):
-        return statements[-1].test, True
-    if len(statements) > 1 and isinstance(statements[-1], ast.Raise) and isinstance(statements[-2], ast.If):
-        return statements[-2].test, False
+    """The condition that the innermost statement checks, and the value it should have: `assert X`, or `if X: raise`."""
+    match statements[-2:]:
+        case [*_, ast.Assert(test=test)]:
+            return test, True
+        case [ast.If(test=test), ast.Raise()]:
+            return test, False
     return None
 
 
 def evaluator(frame: FrameType) -> Callable[[ast.expr], Any]:
-    """A function that evaluates expressions where a frame stopped. Whatever they raise comes through."""
+    """A function that evaluates expressions in a frame; it raises what they raise."""
     return lambda node: eval(compile(ast.Expression(node), "<condition>", "eval"), frame.f_globals, frame.f_locals)
 
 
 def factors_in(text: str) -> tuple[int, int] | None:
-    """The inner sizes of a product of matrices that a message of torch names: 3 and 4 of "(2x3 and 4x5)"."""
+    """The inner sizes of a product of matrices in a message of torch: 3 and 4 of "(2x3 and 4x5)"."""
     found = re.search(r"\(\d+x(\d+) and (\d+)x\d+\)|\[[\d, ]*?(\d+)\] X \[(\d+), ", text)
     if found is None:
         return None
@@ -73,6 +72,6 @@ def factors_in(text: str) -> tuple[int, int] | None:
 
 
 def shapes_in(text: str) -> list[tuple[int, ...]]:
-    """Shapes of two axes or more that a message names, in brackets or parentheses."""
+    """Shapes with at least two axes in a message, in brackets or parentheses."""
     written = re.findall(r"[\[(](\d+(?:, \d+)+)[\])]", text)
     return [tuple(map(int, re.findall(r"\d+", shape))) for shape in written]

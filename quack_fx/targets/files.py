@@ -1,18 +1,18 @@
-"""Imports the target's Python file or module; puts errors of the user's code into one line.
+"""Imports the Python file or module of a target, and puts errors of the user's code into one line.
 
-In: the target as typed, and the `World` to import it in. Out: a `Namespace`, and the name after the colon, if any.
-`packages.py` finds the module name of a file.
+In: a target as typed, and the `World` to import it in. Out: a `Namespace`, and the name after the colon, if any.
 """
 
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,19 +25,15 @@ from quack_fx.errors import TargetError
 from quack_fx.graph.forward.gpus import OnThisMachine
 from quack_fx.graph.walk import walk
 from quack_fx.targets.packages import Location, locate, repository_of
-from quack_fx.targets.world import TrainingBegins, World, before_training
+from quack_fx.targets.source import assignments, names_in
+from quack_fx.targets.world import STOPS, TrainingBegins, World, before_training
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """The global names of a target, which --build and --inputs may use.
-
-    Attributes:
-        source: The file, module or config as typed, without the name after the colon.
-        names: The names and their values.
-        file: Path of the Python file; None where there is none.
-        module: Name of the module, which its classes have as `__module__`.
-    """
+    """The global names of a target, which --build and --inputs may use: of a file, module or config (`source`, as typed
+    without the name after the colon). `file` is the Python file, if there is one, and `module` the `__module__` of its
+    classes."""
 
     source: str
     names: dict[str, Any] = field(repr=False)
@@ -46,15 +42,7 @@ class Namespace:
 
 
 def load(target: str, world: World) -> tuple[Namespace, str | None]:
-    """The namespace of "file.py[:NAME]" or "package.module[:NAME]", and the name.
-
-    Arguments:
-        target: As typed.
-        world: The environment to import it in.
-
-    Raises:
-        TargetError: There is no such file or module, or it raises before it has defined a class.
-    """
+    """The namespace of "file.py[:NAME]" or "package.module[:NAME]", and the name."""
     source, colon, name = target.rpartition(":") if ":" in target else (target, "", "")
     if colon and not all(part.isidentifier() for part in name.split(".")):
         if not name or not Path(target).exists():
@@ -81,7 +69,6 @@ def load(target: str, world: World) -> tuple[Namespace, str | None]:
 
 
 def _file(path: Path, typed: str, world: World) -> Namespace:
-    """Import a Python file as a module of its package."""
     path = path.resolve()
     try:
         tree = ast.parse(path.read_bytes(), typed)
@@ -93,7 +80,7 @@ def _file(path: Path, typed: str, world: World) -> Namespace:
     world.enter(location)
     try:
         module = _run(location, tree, world)
-    except (Exception, SystemExit, TrainingBegins) as error:
+    except STOPS as error:
         raise TargetError(_does_not_run(typed, error, Namespace(typed, {}, path), world)) from error
     return Namespace(typed, vars(module), path, module.__name__)
 
@@ -104,12 +91,13 @@ def _run(location: Location, tree: ast.Module, world: World) -> ModuleType:
     Where the import of such a package fails, empty packages take its place: the file may not need its contents.
     """
     package, _, leaf = location.name.rpartition(".")
-    if package or location.file.name == "__init__.py":
+    is_package = location.file.name == "__init__.py"
+    if package or is_package:
         try:
             with OnThisMachine():
-                importlib.import_module(location.name if location.file.name == "__init__.py" else package)
-        except (Exception, SystemExit, TrainingBegins) as error:
-            if location.file.name == "__init__.py":
+                importlib.import_module(location.name if is_package else package)
+        except STOPS as error:
+            if is_package:
                 raise
             world.notes.append(f"package {package} left out, since it fails: {name_and_text(error)}")
             _empty_packages(location)
@@ -131,19 +119,20 @@ def _run(location: Location, tree: ast.Module, world: World) -> ModuleType:
 
 def _empty_packages(location: Location) -> None:
     """Put the packages that contain a file into sys.modules without running their files."""
-    parts = location.name.split(".")[:-1]
-    for i in range(1, len(parts) + 1):
-        name = ".".join(parts[:i])
+    folder, parent, name = location.base, None, ""
+    for part in location.name.split(".")[:-1]:
+        folder, name = folder / part, f"{name}.{part}".lstrip(".")
         package = ModuleType(name)
-        package.__path__ = [str(location.base.joinpath(*parts[:i]))]
-        package.__file__ = str(location.base.joinpath(*parts[:i], "__init__.py"))
+        package.__path__ = [str(folder)]
+        package.__file__ = str(folder / "__init__.py")
         sys.modules[name] = package
-        if i > 1:
-            setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], package)
+        if parent is not None:
+            setattr(parent, part, package)
+        parent = package
 
 
 def _execute(module: ModuleType, tree: ast.Module, location: Location, world: World) -> None:
-    """Run the statements of a file; after one that fails, run the definitions that follow it.
+    """Run the statements of a file; after one that fails, run only the definitions that follow it.
 
     So a script that reads data or trains at its top level still defines its model.
     """
@@ -151,24 +140,19 @@ def _execute(module: ModuleType, tree: ast.Module, location: Location, world: Wo
     try:
         with OnThisMachine(), before_training():
             exec(compile(tree, file, "exec"), names)
-    except (Exception, SystemExit, TrainingBegins) as error:
-        line = _line_in(file, error)
+    except STOPS as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((frame.lineno for frame in frames if frame.filename == file), 0) or 0
         wanted = _names_of_classes(tree)
         rest = [node for node in tree.body if node.lineno > line and (defines(node) or _assigned_names(node) & wanted)]
         for node in rest:
             # A definition that depends on the failed statement may fail, too.
-            with OnThisMachine(), suppress(Exception, SystemExit, TrainingBegins):
+            with OnThisMachine(), suppress(*STOPS):
                 exec(compile(ast.Module([node], []), file, "exec"), names)
         if not any(isinstance(v, type) and v.__module__ == module.__name__ for v in names.values()):
             raise
         what = "training begins" if isinstance(error, TrainingBegins) else name_and_text(error)
         world.notes.append(f"{location.file.name} stops at line {line} ({what}); what it defines was used")
-
-
-def _line_in(file: str, error: BaseException) -> int:
-    """The line of the top-level statement of a file in which an error was raised."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return (frames[0].lineno or 0) if frames else 0
 
 
 def defines(node: ast.stmt) -> bool:
@@ -190,18 +174,12 @@ def _names_of_classes(tree: ast.Module) -> set[str]:
         node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     made |= {name: node for node in tree.body for name in _assigned_names(node)}
-
-    def used_in(node: ast.AST) -> set[str]:
-        return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & made.keys()
-
-    start = (name for node in tree.body if isinstance(node, ast.ClassDef) for name in used_in(node))
-    return set(walk(start, lambda name: used_in(made[name])))
+    start = set[str]().union(*(names_in(node) for node in tree.body if isinstance(node, ast.ClassDef)))
+    return set(walk(start & made.keys(), lambda name: names_in(made[name]) & made.keys()))
 
 
 def _assigned_names(node: ast.stmt) -> set[str]:
-    """The names that a statement assigns."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return {name for target, _ in assignments(node) for name in names_in(target)}
 
 
 def _module(name: str, world: World) -> Namespace:
@@ -209,13 +187,12 @@ def _module(name: str, world: World) -> Namespace:
         sys.path.insert(0, str(Path.cwd()))
     space = Namespace(name, {})
     try:
-        spec = importlib.util.find_spec(name)
+        if (spec := importlib.util.find_spec(name)) is None:
+            raise ModuleNotFoundError(name)
     except ModuleNotFoundError as error:
         raise TargetError(f"no file and no module {name!r} (seen from {Path.cwd()})") from error
-    except (Exception, SystemExit) as error:
+    except STOPS as error:
         raise TargetError(_does_not_run(name, error, space, world)) from error
-    if spec is None:
-        raise TargetError(f"no file and no module {name!r} (seen from {Path.cwd()})")
     if spec.origin is not None and spec.origin.endswith(".py"):
         file = Path(spec.origin).resolve()
         parts = name.split(".") + (["__init__"] if file.name == "__init__.py" else [])
@@ -224,7 +201,7 @@ def _module(name: str, world: World) -> Namespace:
     try:
         with OnThisMachine():
             module = importlib.import_module(name)
-    except (Exception, SystemExit, TrainingBegins) as error:
+    except STOPS as error:
         raise TargetError(_does_not_run(name, error, space, world)) from error
     origin = getattr(module, "__file__", None)
     return Namespace(name, vars(module), Path(origin).resolve() if origin else None, module.__name__)
@@ -236,18 +213,15 @@ def _does_not_run(typed: str, error: BaseException, space: Namespace, world: Wor
 
 
 def without(world: World) -> str:
-    """What an error message adds about missing packages and about code that did not run; "" for nothing."""
+    """What an error message adds about missing packages and code that was not run; "" where there is nothing to add."""
     stops = [note for note in world.notes if " stops at line " in note or " left out" in note]
     missing = [f"not importable here, and stood in for: {', '.join(world.missing)}"] if world.missing else []
     return f" ({'; '.join(missing + stops)})" if missing + stops else ""
 
 
 def evaluate(expression: str, option: str, namespace: Namespace, extra: Mapping[str, Any] | None = None) -> Any:
-    """The value of an expression from the command line; torch, nn and a few helpers are defined beside the namespace.
-
-    Raises:
-        TargetError: It is not a Python expression. What evaluating it raises comes through.
-    """
+    """The value of an expression from the command line, which may also use torch, nn and a few helpers. Errors of
+    evaluating it are not caught."""
     helpers = {"torch": torch, "nn": torch.nn, "SimpleNamespace": SimpleNamespace, "changed": changed}
     names = {**helpers, **namespace.names, **(extra or {})}
     try:
@@ -265,24 +239,27 @@ def changed(config: Any, **fields: Any) -> Any:
 
 
 def one_line(error: BaseException, namespace: Namespace) -> str:
-    """An error of the user's code in one line, with its file and line.
-
-    The line is the innermost one in the target's file, or else in a file in the same folder or below.
-    """
+    """An error of the user's code in one line, with the innermost line in the target's file, or else in its folder."""
     if isinstance(error, SyntaxError):
         return _syntax(error, namespace.source)
     said = name_and_text(error)
     if namespace.file is None:
         return said
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
+    frames = traceback.extract_tb(error.__traceback__)[::-1]
+    for frame in frames:
         if frame.filename == str(namespace.file):
             return f"{namespace.source}:{frame.lineno}: {said}"
-    for frame in reversed(frames):
+    for frame in frames:
         path = Path(frame.filename)
         if path.is_relative_to(namespace.file.parent) and "site-packages" not in path.parts:
             return f"{os.path.relpath(path)}:{frame.lineno}: {said}"
     return said
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint for an unknown name: the nearest known ones, or else `otherwise`."""
+    close = difflib.get_close_matches(name, list(known), 3)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
 
 
 def kind_of(value: Any) -> str:
@@ -291,7 +268,8 @@ def kind_of(value: Any) -> str:
 
 
 def name_and_text(error: BaseException) -> str:
-    """ "ValueError: 7 is odd": the class of an error and its first line, with the next where that only announces it."""
+    """ "ValueError: 7 is odd": the class of an error, and its message to the first line that does not end in a
+    colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     announced = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines))
     text = " ".join(lines[: announced + 1])
@@ -302,10 +280,6 @@ def name_and_text(error: BaseException) -> str:
 def _syntax(error: Exception, typed: str) -> str:
     if not isinstance(error, SyntaxError):
         return f"{typed} is not Python source: {error}"
-    file = (
-        typed
-        if error.filename in (None, typed) or Path(str(error.filename)).name == Path(typed).name
-        else error.filename
-    )
+    is_target = error.filename in (None, typed) or Path(str(error.filename)).name == Path(typed).name
     line = f":{error.lineno}" if error.lineno else ""
-    return f"{file}{line}: {type(error).__name__}: {error.msg}"
+    return f"{typed if is_target else error.filename}{line}: {type(error).__name__}: {error.msg}"

@@ -1,7 +1,6 @@
-"""What a Python file defines, and which definition uses which.
+"""What a Python file defines, and which of its definitions use which.
 
-In: a `Namespace`. Out: the model classes that no other class contains (`roots`), the models that those derive from
-(`varied`), and the functions that return a model (`makers`). Uses are read from the source, values from the namespace.
+In: a `Namespace`. Out: names of model classes (`roots`, `varied`) and of functions that return a model (`makers`).
 """
 
 from __future__ import annotations
@@ -16,18 +15,17 @@ import networkx as nx
 from torch import nn
 
 from quack_fx.targets.files import Namespace, defines
-from quack_fx.targets.sizes.uses import read_name
-from quack_fx.targets.source import tree_of, tree_of_function
+from quack_fx.targets.source import assignments_in, names_in, parsed, read_name, tree_of, tree_of_function
 from quack_fx.targets.world.inert import Inert, InertModule
 
 
 def defined_here(value: Any, namespace: Namespace) -> bool:
-    """Whether a class or function was defined by the file itself."""
+    """Whether the file itself defines a class or function."""
     return getattr(value, "__module__", None) == namespace.module
 
 
 def is_model_class(value: Any) -> bool:
-    """Whether a value is a class of modules."""
+    """Whether a value is a subclass of nn.Module."""
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
@@ -45,10 +43,8 @@ def instances(namespace: Namespace) -> list[str]:
 
 
 def roots(namespace: Namespace) -> list[str]:
-    """Model classes that have a forward, and that no other class of the file uses or derives from.
-
-    Classes without a constructor of their own count only where all are such.
-    """
+    """Model classes that have a forward and that no other class of the file uses or derives from. Classes without a
+    constructor of their own count only where there are no others."""
     own = own_names(namespace)
     classes = {n for n, v in own.items() if is_model_class(v) and v.__name__ == n}
     uses = _class_uses(namespace)
@@ -59,7 +55,7 @@ def roots(namespace: Namespace) -> list[str]:
 
 
 def varied(namespace: Namespace, names: list[str]) -> list[str]:
-    """Base classes of these classes that the file defines and that are models themselves."""
+    """Models of the file from which these classes derive."""
     own = own_names(namespace)
     bases = {base for name in names if isinstance(own.get(name), type) for base in own[name].__mro__[1:]}
     return [n for n, v in own.items() if is_model_class(v) and v in bases and _runs(v)]
@@ -91,12 +87,7 @@ def contains(namespace: Namespace, name: str) -> set[str]:
 
 
 def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
-    """Functions of the file that build a model and return it, each with the name of the model's class.
-
-    Arguments:
-        namespace: Of the file.
-        of: Name of the class; None for any model class.
-    """
+    """Functions of the file that build and return a model of the class `of`, or of any, each with the class's name."""
     made = {n: v for n, v in namespace.names.items() if _is_own_model(n, v, namespace) and of in (None, n)}
     found: dict[str, str] = {}
     if namespace.file is None:
@@ -116,12 +107,8 @@ def makers(namespace: Namespace, of: str | None = None) -> dict[str, str]:
 
 
 def makers_in(text: str, of: str) -> list[str]:
-    """Top-level functions of another file that return a model of this class; none for a file that does more than define
-    names when it is imported."""
-    try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError):
-        return []
+    """Top-level functions of another file that return a model of this class; none where importing it may run more."""
+    tree = parsed(text)
     if not all(defines(node) or _is_idle(node) for node in tree.body):
         return []
     return [n for n, node in _definitions(tree.body) if not isinstance(node, ast.ClassDef) and of in _returns_of(node)]
@@ -130,7 +117,7 @@ def makers_in(text: str, of: str) -> list[str]:
 def _is_idle(node: ast.stmt) -> bool:
     """Whether a statement does nothing on import: a docstring, or `if __name__ == "__main__"`."""
     if isinstance(node, ast.If):
-        return any(isinstance(part, ast.Name) and part.id == "__name__" for part in ast.walk(node.test))
+        return "__name__" in names_in(node.test)
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
@@ -144,9 +131,7 @@ def _returns_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
     """Names of callables whose result a function returns: `return Net(...)`, or `net = Net(...); return net`."""
     returned = [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
     names = {value.id for value in returned if isinstance(value, ast.Name)}
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id in names for t in node.targets):
-            returned.append(node.value)
+    returned += [v for name, v in assignments_in(function) if isinstance(name, ast.Name) and name.id in names]
     return {v.func.id for v in returned if isinstance(v, ast.Call) and isinstance(v.func, ast.Name)}
 
 
@@ -180,8 +165,8 @@ def _definitions(body: list[ast.stmt]) -> Iterator[tuple[str, Definition]]:
     for node in body:
         if isinstance(node, Definition):
             yield node.name, node
-        for field in ("body", "orelse", "finalbody"):
-            if isinstance(node, ast.If | ast.Try | ast.With):
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            for field in ("body", "orelse", "finalbody"):
                 yield from _definitions(getattr(node, field, []))
 
 

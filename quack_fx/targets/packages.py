@@ -1,11 +1,8 @@
-"""The module name of a Python file, and the folders in which its imports are looked for.
+"""The module name of a Python file, and the folders in which its imports are looked up.
 
-In: a file, in a package or in none; the current folder may be any. Out: its `Location` (module name, import root,
-repository), and `LocalImports`, an import finder for modules of the same repository. sys.path stays as it is, so a
-folder of the repository never hides an installed package of the same name from other packages.
-
-The module name follows from the file's imports: `from tower.models.parts import x` in a/tower/models/tower.py shows
-that the import root is a. Relative imports and `__init__.py` files set the least number of folders in the name.
+In: a file, in a package or not. Out: its `Location`, and `LocalImports`, an import finder for the modules of its
+repository. The name follows from the file's imports: `from tower.models.parts import x` in a/tower/models/tower.py
+shows that the import root is a. sys.path is not changed, so no folder hides an installed package from other packages.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 from quack_fx.targets.source import text_of, tree_of
@@ -30,23 +28,16 @@ _INSTALLED = tuple(
     str(Path(p).resolve()) for p in {sysconfig.get_path(n) for n in ("stdlib", "platstdlib", "purelib", "platlib")} if p
 )
 _ROOT_MARKS = (".git", "pyproject.toml", "setup.py", "setup.cfg", "requirements.txt", "environment.yml", "LICENSE")
-_SKIPPED = frozenset({".git", "node_modules", "__pycache__", "site-packages", "build", "dist", ".venv", "venv"})
+_SKIPPED = frozenset({"node_modules", "__pycache__", "site-packages", "build", "dist", "venv"})
 EXPRESSIONS = ("--build", "--inputs")
 """File names of code that was typed on the command line; its imports are those of the target's file."""
-_FILES = 4000
-"""The most files of a repository that are looked at."""
+_FILES, PARSED = 4000, 300
+"""The most files of a repository that are listed, and the most Python files that are read."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """Where a Python file is, as an import sees it.
-
-    Attributes:
-        file: The file.
-        base: Its import root, the folder that contains the first part of its module name.
-        name: Its module name: "tower.models.tower".
-        repository: The folder of the repository that it belongs to.
-    """
+    """Where a Python file is: its import root `base`, its module name below that, and the folder of its repository."""
 
     file: Path
     base: Path
@@ -55,11 +46,9 @@ class Location:
 
 
 def locate(file: Path, tree: ast.Module) -> Location:
-    """The location of a file, inferred from its imports and from the folders above it.
+    """The location of a file (an absolute path without links), by its imports and the folders above it.
 
-    Arguments:
-        file: The file, an absolute path without links.
-        tree: Its syntax tree.
+    Relative imports and `__init__.py` files set the least number of folders in the module name.
     """
     above = [file.parent, *file.parent.parents]
     inside = next((i for i, folder in enumerate(above) if not (folder / "__init__.py").exists()), 0)
@@ -73,8 +62,9 @@ def locate(file: Path, tree: ast.Module) -> Location:
     return Location(file, above[depth], ".".join(parts), repository_of(file, above[depth]))
 
 
-def repository_of(file: Path, base: Path) -> Path:
-    """The folder of a file's repository: the outermost one above it that has a .git, a pyproject.toml or the like."""
+def repository_of(file: Path, base: Path | None = None) -> Path:
+    """The folder of a file's repository: the outermost above its import root with a .git, a pyproject.toml or such."""
+    base = base or file.parent
     if is_installed(str(file)):
         return file.parent if base == file.parent else base / file.relative_to(base).parts[0]
     home, candidates = Path.home(), [base]
@@ -91,17 +81,20 @@ def repository_of(file: Path, base: Path) -> Path:
 
 
 def python_files(repository: Path, near: Path) -> Sequence[Path]:
-    """Python files of a repository, by their distance from a file in folders."""
-    files = _python_files(repository)
-    return sorted(files, key=lambda f: (_distance(f, near), str(f)))
+    """The `PARSED` Python files of a repository that are nearest to a file, nearest first."""
+
+    def distance(file: Path) -> int:
+        return len(Path(os.path.relpath(file.parent, near.parent)).parts)
+
+    return sorted(_python_files(repository), key=lambda f: (distance(f), str(f)))[:PARSED]
 
 
 @lru_cache(maxsize=8)
 def _python_files(repository: Path) -> tuple[Path, ...]:
-    return tuple(walk(repository, (".py",)))
+    return tuple(files_of(repository, ".py"))
 
 
-def walk(repository: Path, endings: tuple[str, ...]) -> Iterator[Path]:
+def files_of(repository: Path, *endings: str) -> Iterator[Path]:
     """Files of a repository with these endings, breadth first, without those that tools generate."""
     level, count = [repository], 0
     while level:
@@ -122,11 +115,6 @@ def walk(repository: Path, endings: tuple[str, ...]) -> Iterator[Path]:
                     if count >= _FILES:
                         return
         level = following
-
-
-def _distance(one: Path, other: Path) -> int:
-    """Number of folders on the path from one file to another."""
-    return len(Path(os.path.relpath(one.parent, other.parent)).parts)
 
 
 def _absolute(tree: ast.Module) -> set[str]:
@@ -157,12 +145,11 @@ def _lies_in(base: Path, name: str) -> bool:
 
 
 def _is_taken(name: str, folder: Path) -> bool:
-    """Whether an installed package or one of the standard library has the name of a folder of the repository."""
+    """Whether the standard library or an installed package has the name of a folder of the repository."""
     if name in sys.stdlib_module_names:
         return True
-    loaded = sys.modules.get(name)
-    if loaded is not None:
-        folders = [*map(str, getattr(loaded, "__path__", ()))]
+    if (loaded := sys.modules.get(name)) is not None:
+        _, *folders = paths_of(loaded)
         return bool(folders) and str(folder) not in folders
     try:
         spec = PathFinder.find_spec(name)
@@ -176,12 +163,15 @@ def is_installed(file: str) -> bool:
     return "site-packages" in file or "dist-packages" in file or file.startswith(_INSTALLED)
 
 
+def paths_of(module: ModuleType) -> list[str]:
+    """The file of a module, "" where it has none, and the search path of a package."""
+    return [str(getattr(module, "__file__", None) or ""), *map(str, getattr(module, "__path__", None) or ())]
+
+
 @lru_cache(maxsize=256)
 def moved(module: str, name: str) -> str | None:
-    """The module in which an installed package defines a name today that older code imports from `module`.
-
-    Modules in the same folder are searched, then in the folders above; None where none or several define it.
-    """
+    """The module in which an installed package defines a name today that older code imports from `module`. Its folder
+    is searched, then the folders above; None where no file or several files define the name."""
     top = sys.modules.get(module.split(".")[0])
     roots = [Path(p) for p in getattr(top, "__path__", ())]
     if not roots:
@@ -192,21 +182,14 @@ def moved(module: str, name: str) -> str | None:
         folder = roots[0].joinpath(*inner[:depth])
         files = sorted(folder.glob("*.py")) if folder.is_dir() else []
         found = [f for f in files if defines.search(text_of(f))]
-        if len(found) == 1:
-            stem = [] if found[0].stem == "__init__" else [found[0].stem]
-            return ".".join([module.split(".")[0], *inner[:depth], *stem])
         if found:
-            return None
+            stem = [] if found[0].stem == "__init__" else [found[0].stem]
+            return ".".join([module.split(".")[0], *inner[:depth], *stem]) if len(found) == 1 else None
     return None
 
 
 class LocalImports:
-    """Import finder for the modules of a repository; it serves imports in the repository's own files only.
-
-    Arguments:
-        location: Of the target's file.
-        is_own: Whether a file belongs to the repository.
-    """
+    """Import finder for the modules of a repository. It serves only imports in files that are `is_own`."""
 
     def __init__(self, location: Location, is_own: Callable[[str], bool]) -> None:
         self._location, self._is_own = location, is_own
@@ -215,7 +198,7 @@ class LocalImports:
         self._bases = list(dict.fromkeys([location.base, *above, *below, Path.cwd()]))
         self._extra: dict[str, Path] = {}
         self.asked = ""
-        """A top-level module of the repository that `World.import_own` imports, though no file of it does."""
+        """A top-level module that is served although no file of the repository imports it."""
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -236,18 +219,18 @@ class LocalImports:
             importer = str(self._location.file)
         if not first and (importer is None or not self._is_own(importer)):
             return None
-        wanted = _imported_by(importer, name) if importer else set()
+        imported = _imports_of(importer) if importer else ()
+        wanted = [other for other in imported if other.startswith(f"{name}.")]
         found = None
         for base in [self._extra[name]] if name in self._extra else [self._location.base] if first else self._bases:
             spec = PathFinder.find_spec(name, [str(base)])
             if spec is None:
                 continue
             if spec.loader is None:  # a folder without __init__.py
-                full = any(_lies_in(base, w) for w in wanted if "." in w)
-                if not first and not full:
-                    continue
-                return spec
-            if first or all(_lies_in(base, w) for w in wanted if "." in w):
+                if first or any(_lies_in(base, w) for w in wanted):
+                    return spec
+                continue
+            if first or all(_lies_in(base, w) for w in wanted):
                 return None if not first and self._is_better_elsewhere(name, base) else spec
             found = found or spec
         if found is not None and name not in sys.stdlib_module_names and not _is_taken(name, Path("/")):
@@ -255,7 +238,7 @@ class LocalImports:
         return None
 
     def _is_better_elsewhere(self, name: str, base: Path) -> bool:
-        """Whether a module that the repository has means the standard library's or an installed one all the same."""
+        """Whether a name of the repository means a module of the standard library or an installed one all the same."""
         beside = base in (self._location.base, self._location.file.parent, Path.cwd())
         return name in sys.stdlib_module_names or (not beside and _is_taken(name, base / name))
 
@@ -279,7 +262,7 @@ class LocalImports:
 
 def _importer() -> str | None:
     """The file of the running import statement; None for `importlib.util.find_spec`, which imports nothing."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
         if file == importlib.util.__file__:
@@ -287,8 +270,6 @@ def _importer() -> str | None:
         machinery = file.startswith("<frozen importlib") or file in (__file__, importlib.__file__)
         if not machinery and not frame.f_globals.get("__name__", "").startswith("quack_fx.targets"):
             return file
-        if frame.f_back is None:
-            return None
         frame = frame.f_back
     return None
 
@@ -296,8 +277,3 @@ def _importer() -> str | None:
 @lru_cache(maxsize=512)
 def _imports_of(file: str) -> frozenset[str]:
     return frozenset(_absolute(tree_of(Path(file))))
-
-
-def _imported_by(file: str, first: str) -> set[str]:
-    """Modules of one top-level package that a file imports."""
-    return {name for name in _imports_of(file) if name.split(".")[0] == first}

@@ -1,20 +1,18 @@
 """Chooses the model among the names of a file.
 
-In: a `Namespace` and an optional name. Out: `Recipe`s that build the model, the likeliest first. Without a name, the
-first of these that the file has is taken: a factory without arguments, a module that the file has built, the one
-nn.Module class that no other class contains, a factory with arguments. Among several the one is taken that the
-repository uses most; if none stands out, the target is refused. `sizes` finds or assumes required arguments.
+In: a `Namespace` and an optional name. Out: `Recipe`s that build the model, likeliest first. Without a name, the first
+of these that the file has is taken: a factory without arguments, a module that the file has built, the one nn.Module
+class that no other class contains, a factory with arguments. Among several, the one that the repository uses most.
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
 import sys
 import typing
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -23,25 +21,16 @@ from typing import Any
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.files import Namespace, kind_of, without
-from quack_fx.targets.outline import (
-    contains,
-    instances,
-    is_model_class,
-    makers,
-    makers_in,
-    own_names,
-    roots,
-    sizes_of_one,
-    varied,
-)
-from quack_fx.targets.packages import python_files, repository_of, walk
+from quack_fx.targets import outline
+from quack_fx.targets.files import Namespace, kind_of, nearest, without
+from quack_fx.targets.packages import files_of, python_files, repository_of
 from quack_fx.targets.sizes import Call, calls
 from quack_fx.targets.sizes.plans import needs_nothing
 from quack_fx.targets.sizes.ready import named_in
 from quack_fx.targets.sizes.signatures import required
-from quack_fx.targets.sizes.sources import DATA_FILES, PARSED, read
-from quack_fx.targets.world import TrainingBegins, World
+from quack_fx.targets.sizes.sources import DATA_FILES
+from quack_fx.targets.source import text_of
+from quack_fx.targets.world import STOPS, World
 
 _FACTORY = re.compile(
     r"(build|make|create|get|init|load)(_\w+)?_(model|net|network|transformer|lm)|(build|model|make_model)"
@@ -53,12 +42,9 @@ _FACTORY = re.compile(
 class Recipe:
     """How the model is built.
 
-    Attributes:
-        text: The expression that builds it, for reports; empty where reports show the name of its class instead.
-        make: Builds it.
-        made: Whether `make` returns a model that the file has already built.
-        call: The call that builds it, where its arguments were found or assumed.
-        note: What the report says about the choice.
+    `text` is the expression for it, "" where reports show the name of its class. `made` tells whether the model exists
+    already, so that `make` only returns it. `call` is the call that builds it, where arguments were found or assumed;
+    `note` is what the report says about the choice.
     """
 
     text: str
@@ -69,38 +55,26 @@ class Recipe:
 
 
 def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recipe]:
-    """Recipes for the model of a file, the likeliest first.
-
-    Arguments:
-        namespace: Of the target's file.
-        name: The name after the colon; None to choose one.
-        world: The environment of the file.
-
-    Raises:
-        TargetError: There is no such name, no model, or more than one.
-    """
+    """Recipes for the model of a file, likeliest first; `name` is the name after the colon."""
     if name is not None:
         yield from _recipes(namespace, name, _lookup(namespace, name), world)
         return
-    own = own_names(namespace)
+    own = outline.own_names(namespace)
     factories = [n for n, v in own.items() if isinstance(v, FunctionType) and _makes_model(n, v)]
     ready = [n for n in factories if not required(own[n])]
-    whole = roots(namespace)
+    whole = outline.roots(namespace)
     ready_roots = [n for n in whole if needs_nothing(n, own[n], namespace.names)] or whole
-    made = makers(namespace)
+    made = outline.makers(namespace)
     unnamed = [n for n in made if not required(namespace.names[n])] or list(made)
-    for names in (ready, instances(namespace), ready_roots, factories, unnamed):
-        chosen = names if len(names) < 2 else _most_used(namespace, names, world)
+    for names in (ready, outline.instances(namespace), ready_roots, factories, unnamed):
+        chosen = _most_used(namespace, names)
         if names is ready_roots:
             chosen = _meant(namespace, whole, chosen)
-        alike = len({made[n] for n in chosen}) == 1 if names is unnamed else sizes_of_one(namespace, chosen)
+        alike = len({made[n] for n in chosen}) == 1 if names is unnamed else outline.sizes_of_one(namespace, chosen)
         if names and alike:
             chosen = chosen[:1]
         if len(chosen) == 1:
-            others = [n for n in names if n != chosen[0]]
-            note = (
-                f"{chosen[0]} was taken of the models in {namespace.source}; others: {_list(others)}" if others else ""
-            )
+            note = _taken(chosen[0], f"models in {namespace.source}", names)
             yield from _recipes(namespace, chosen[0], namespace.names[chosen[0]], world, note)
             yield from _by_makers(namespace, chosen[0])
             yield from _by_makers_elsewhere(namespace, chosen[0], world)
@@ -110,7 +84,8 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
         if names:
             typed = " or ".join(f"{namespace.source}:{n}" for n in names[:4])
             raise TargetError(f"{namespace.source} has {len(names)} models ({_list(names)}); type {typed}")
-    foreign = [n for n, v in namespace.names.items() if is_model_class(v) and v.__module__.split(".")[0] != "torch"]
+    models = {n: v for n, v in namespace.names.items() if outline.is_model_class(v)}
+    foreign = [n for n, v in models.items() if v.__module__.split(".")[0] != "torch"]
     hint = f"it imports {_list(foreign)}: type {namespace.source}:{foreign[0]}" if foreign else "type --build EXPR"
     raise TargetError(
         f"no model in {namespace.source}: neither a zero-argument factory (build_model) nor an nn.Module"
@@ -119,28 +94,33 @@ def pick(namespace: Namespace, name: str | None, world: World) -> Iterator[Recip
 
 
 def _by_others(namespace: Namespace, first: str, factories: list[str], world: World) -> Iterator[Recipe]:
-    """Recipes with the factory that has required arguments, in case `first`, which has none, does not work: it may read
-    weights or data that are not there."""
-    chosen = factories if len(factories) < 2 else _most_used(namespace, factories, world)
+    """Recipes with the factory that has required arguments. `first`, which has none, may need weights or data that do
+    not exist here."""
+    chosen = _most_used(namespace, factories)
     if len(chosen) == 1:
         note = f"{chosen[0]} was taken, since {first} does not work here"
         yield from _recipes(namespace, chosen[0], namespace.names[chosen[0]], world, note)
 
 
 _MAKERS_TRIED = 3
-"""Functions that return a model of the chosen class, of which so many are tried."""
+"""How many functions that return a model of the chosen class are tried."""
 
 
 def _by_makers(namespace: Namespace, name: str) -> Iterator[Recipe]:
     """Recipes with functions of the file that return a model of a class and have no required arguments, the most used
-    first: the class may need arguments other than its defaults."""
-    able = [n for n in makers(namespace, name) if not required(namespace.names[n])]
+    first: the class may need other arguments than its defaults.
+    """
+    able = [n for n in outline.makers(namespace, name) if not required(namespace.names[n])]
     used = _uses_elsewhere(namespace, able) if len(able) > 1 else {}
     for maker in sorted(able, key=lambda n: -used.get(n, 0))[:_MAKERS_TRIED]:
-        others = [n for n in able if n != maker]
-        note = f"{maker} was taken of the functions that make a {name}; others: {_list(others)}" if others else ""
-        value = namespace.names[maker]
-        yield Recipe(f"{maker}()", partial(_checked, value, maker, namespace), note=note)
+        note = _taken(maker, f"functions that make a {name}", able)
+        yield Recipe(f"{maker}()", partial(_checked, namespace.names[maker], maker, namespace), note=note)
+
+
+def _taken(chosen: str, among: str, names: Sequence[str]) -> str:
+    """A note on the choice of one of several names; "" where there was none."""
+    others = [name for name in names if name != chosen]
+    return f"{chosen} was taken of the {among}; others: {_list(others)}" if others else ""
 
 
 def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Iterator[Recipe]:
@@ -148,14 +128,14 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
     if namespace.file is None:
         return
     count = 0
-    for path in python_files(repository_of(namespace.file, namespace.file.parent), namespace.file)[:PARSED]:
-        text = read(path) if path != namespace.file else ""
+    for path in python_files(repository_of(namespace.file), namespace.file):
+        text = text_of(path) if path != namespace.file else ""
         module = world.module_of(path) if f"{name}(" in text and namespace.file.stem in text else ""
-        for maker in makers_in(text, name) if module else ():
+        for maker in outline.makers_in(text, name) if module else ():
             try:
                 with world.building("cpu"):
                     function = getattr(world.import_own(module), maker)
-            except (Exception, SystemExit, TrainingBegins):  # the file may read data or need a GPU
+            except STOPS:  # the file may read data or need a GPU
                 break
             shown = named_in(module, maker)
             note = f"{name} is made by {maker} of {path.name}"
@@ -167,8 +147,8 @@ def _by_makers_elsewhere(namespace: Namespace, name: str, world: World) -> Itera
 
 
 def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[str]:
-    """The base class of all candidates, if the repository uses it as often as any of them; else those chosen so far."""
-    bases = varied(namespace, whole)
+    """The base class of all candidates, if the repository uses it as often as any of them; else the names so far."""
+    bases = outline.varied(namespace, whole)
     if not bases:
         return chosen
     used = _uses_elsewhere(namespace, [*whole, *bases])
@@ -180,9 +160,8 @@ def _meant(namespace: Namespace, whole: list[str], chosen: list[str]) -> list[st
 def _lookup(namespace: Namespace, name: str) -> Any:
     first, *rest = name.split(".")
     if first not in namespace.names:
-        close = difflib.get_close_matches(first, [n for n in namespace.names if not n.startswith("_")], 3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise TargetError(f"no name {first!r} in {namespace.source}{hint}")
+        hint = nearest(first, (n for n in namespace.names if not n.startswith("_")))
+        raise TargetError(f"no name {first!r} in {namespace.source}{'; ' if hint else ''}{hint}")
     value = namespace.names[first]
     for part in rest:
         if not hasattr(value, part):
@@ -192,15 +171,14 @@ def _lookup(namespace: Namespace, name: str) -> Any:
 
 
 def _recipes(namespace: Namespace, name: str, value: Any, world: World, note: str = "") -> Iterator[Recipe]:
-    """Recipes for one name, with a note on the choice: a module, a model class or a factory."""
+    """Recipes for a module, a model class or a factory."""
     if isinstance(value, nn.Module):
         yield Recipe(name, lambda: value, made=True, note=note)
         return
-    if not callable(value) or (isinstance(value, type) and not is_model_class(value)):
+    if not callable(value) or (isinstance(value, type) and not outline.is_model_class(value)):
         raise TargetError(
             f"{name!r} of {namespace.source} is {kind_of(value)}, not an nn.Module, a class of one or a factory"
         )
-
     if not required(value):
         yield Recipe(f"{name}()", partial(_checked, value, name, namespace), note=note)
         return
@@ -209,25 +187,27 @@ def _recipes(namespace: Namespace, name: str, value: Any, world: World, note: st
 
 
 def _checked(make: Callable[[], Any], name: str, namespace: Namespace) -> Any:
-    """The model that a class or factory makes; refuses anything else."""
+    """The model that a class or factory makes."""
     model = make()
     if not isinstance(model, nn.Module):
         raise TargetError(f"{name}() of {namespace.source} gives a {type(model).__name__}, not an nn.Module")
     return model
 
 
-def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str]:
-    """The model among several that has the name of the file, or else is used in most files of the repository, or else
-    contains most classes of the file. Those that are equal in all three."""
+def _most_used(namespace: Namespace, names: list[str]) -> list[str]:
+    """The names that are left after preferring one like the name of the file, then the one that most files of the
+    repository use, then the one that contains most definitions of the file."""
+    if len(names) < 2:
+        return names
     stem = namespace.file.stem if namespace.file is not None else ""
     used = _uses_elsewhere(namespace, names)
 
     def parts(name: str) -> int:
         value = namespace.names[name]
-        return len(contains(namespace, name)) if isinstance(value, type) else 0
+        return len(outline.contains(namespace, name)) if isinstance(value, type) else 0
 
     def called_alike(name: str) -> bool:
-        return _plain(name) == _plain(stem)
+        return name.replace("_", "").lower() == stem.replace("_", "").replace("-", "").lower()
 
     for measure in (called_alike, used.__getitem__, parts):
         best = max(map(measure, names))
@@ -238,20 +218,16 @@ def _most_used(namespace: Namespace, names: list[str], world: World) -> list[str
     return names
 
 
-def _plain(name: str) -> str:
-    return name.replace("_", "").replace("-", "").lower()
-
-
 def _uses_elsewhere(namespace: Namespace, names: list[str]) -> Counter[str]:
-    """In how many other files of the repository each name occurs, among Python files and configs."""
+    """In how many other Python files and configs of the repository each name occurs."""
     found: Counter[str] = Counter()
     if namespace.file is None:
         return found
     words = {name: re.compile(rf"\b{re.escape(name)}\b") for name in names}
-    repository = repository_of(namespace.file, namespace.file.parent)
-    others = itertools.islice(walk(repository, (".yaml", ".yml", ".json", ".gin")), DATA_FILES)
-    for path in (*python_files(repository, namespace.file)[:PARSED], *others):
-        text = read(path) if path != namespace.file else ""
+    repository = repository_of(namespace.file)
+    others = itertools.islice(files_of(repository, ".yaml", ".yml", ".json", ".gin"), DATA_FILES)
+    for path in (*python_files(repository, namespace.file), *others):
+        text = text_of(path) if path != namespace.file else ""
         if namespace.file.stem in text:
             found.update(name for name, word in words.items() if word.search(text))
     return found
@@ -261,7 +237,7 @@ def _makes_model(name: str, function: FunctionType) -> bool:
     if _FACTORY.fullmatch(name):
         return True
     try:
-        return is_model_class(typing.get_type_hints(function).get("return"))
+        return outline.is_model_class(typing.get_type_hints(function).get("return"))
     except Exception:
         return False
 

@@ -1,7 +1,7 @@
 """Builds the model, and finds inputs for which its forward runs.
 
-In: recipes, the likeliest first, and the namespace of expressions. Out: a `Target`. Each recipe is tried on the meta
-device and then, if memory allows, on the CPU with real numbers. The first recipe whose forward runs is taken.
+In: recipes, likeliest first, and the namespace of expressions. Out: a `Target`. Each recipe is tried on the meta device
+and then, if memory allows, on the CPU with real numbers. The first recipe whose forward runs is taken.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from quack_fx.errors import CaptureError, TargetError
 from quack_fx.graph.capture import Capture, capture
 from quack_fx.graph.forward.machine import available_memory
 from quack_fx.targets.adapters.base import Examples
+from quack_fx.targets.failure import cause_of
 from quack_fx.targets.files import Namespace, evaluate, kind_of, one_line, without
 from quack_fx.targets.inputs import Attempts, Budget, Inputs, infer, with_optional
 from quack_fx.targets.inputs.longer import long_enough
@@ -38,11 +39,9 @@ from quack_fx.targets.world.inert import InertModule
 RETRY_LIMIT_BYTES = 1 << 30
 """Bytes of parameters above which a model whose forward fails on the meta device is not built for real."""
 
-STAND_INS_USED = 3
-"""How many inputs may lead to an inert stand-in before no others are tried."""
-
-SAME_FAILURES = 12
-"""How many inputs may fail with the same error before nothing but measured sizes is tried."""
+STAND_INS_USED, SAME_FAILURES = 3, 12
+"""How many inputs may need an inert stand-in before no others are tried; how many may fail with the same error before
+only inputs for measuring sizes are tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +79,7 @@ class Target:
 
     @contextmanager
     def importable(self) -> Iterator[None]:
-        """Context in which its files are in sys.modules, where torch.compile looks modules up."""
+        """Context in which the target's files are in sys.modules, where torch.compile looks modules up."""
         added = {name: module for name, module in self.modules.items() if name not in sys.modules}
         sys.modules.update(added)
         try:
@@ -99,19 +98,11 @@ class Target:
             return self.model
 
     def check_sizes(self, allow: str) -> None:
-        """Refuse a model whose sizes were assumed.
-
-        Arguments:
-            allow: The option that allows it, for the error.
-
-        Raises:
-            TargetError: Sizes were assumed.
-        """
+        """Refuse a model whose sizes were assumed; `allow` is the option that allows it, for the error."""
         if self.assumed:
-            sizes = ", ".join(f"{n}={v!r}" for n, v in self.assumed.items())
             raise TargetError(
-                f"the sizes {sizes} of {self.title} are assumed, so what is written would fit no model of yours; give "
-                f"them with --build {shlex.quote(self.build)}, or add {allow}"
+                f"the sizes {_listed(self.assumed)} of {self.title} are assumed, so what is written would fit no model "
+                f"of yours; give them with --build {shlex.quote(self.build)}, or add {allow}"
             )
 
 
@@ -140,7 +131,7 @@ def settle(
     """Build the model, on the meta device if that works, and find inputs for which its forward runs.
 
     Arguments:
-        recipes: How the model may be built, the likeliest first.
+        recipes: How the model may be built, likeliest first.
         namespace: The names for expressions.
         inputs: Expression for the inputs; None to infer them.
         real: Whether to build on the CPU only.
@@ -154,17 +145,15 @@ def settle(
     Raises:
         TargetError: The model cannot be built, or no inputs fit.
     """
-    world = world or World()
+    task = _Task(namespace, inputs, examples, say, world or World())
     first: TargetError | None = None
-    known = Given(namespace, inputs, examples)
     try:
         for recipe, devices in _with_devices(recipes, real):
             try:
-                return _settled(recipe, devices, known, say, world)
+                return _settled(recipe, devices, task)
             except TargetError as error:
-                furthest = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
-                first = error if first is None or furthest else first
-                if world.is_late():
+                first = to_report(first, error)
+                if task.world.is_late():
                     break
     except TargetError as error:  # no recipe is left, or there was none
         first = first or error
@@ -172,13 +161,18 @@ def settle(
     raise first
 
 
+def to_report(first: TargetError | None, error: TargetError) -> TargetError:
+    """The error to report: the first, but one of a forward rather than one of the constructor before it."""
+    is_further = isinstance(error, ForwardFails) and not isinstance(first, ForwardFails)
+    return error if first is None or is_further else first
+
+
 Devices = tuple[Literal["meta", "cpu"], ...]
 """Devices on which a model is built, one after the other until its forward runs."""
 
 
 def _with_devices(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recipe, Devices]]:
-    """Recipes, each with its devices. Those with assumed arguments are all tried on meta, which is fast, before any is
-    tried on the CPU."""
+    """Recipes with their devices. Those with assumed arguments are all tried on meta, which is fast, before the CPU."""
     again: list[Recipe] = []
     for recipe in recipes:
         if recipe.made or recipe.call is None or real:
@@ -191,12 +185,15 @@ def _with_devices(recipes: Iterable[Recipe], real: bool) -> Iterator[tuple[Recip
 
 
 @dataclass(frozen=True)
-class Given:
-    """Where inputs come from: an expression and its names, or examples of the adapter, or else they are inferred."""
+class _Task:
+    """What is known when a target is settled. Inputs come from an expression, or else from the adapter's examples, or
+    else they are inferred."""
 
     namespace: Namespace
     expression: str | None
     examples: Examples | None
+    say: Callable[[str], None]
+    world: World
     budget: Budget = field(default_factory=Budget)
 
     def candidates(self, model: nn.Module) -> tuple[str, list[Inputs]]:
@@ -207,14 +204,13 @@ class Given:
         return ("its own", own) if own else ("inferred", infer(model, type(model).__name__))
 
 
-def _settled(recipe: Recipe, devices: Devices, inputs: Given, say: Callable[[str], None], world: World) -> Target:
-    """The target of one recipe."""
+def _settled(recipe: Recipe, devices: Devices, task: _Task) -> Target:
     refusal: TargetError | None = None
     settled: Target | None = None
     try:
-        for device, model in _builds(recipe, devices, inputs.namespace, say, world):
+        for device, model in _builds(recipe, devices, task):
             try:
-                settled = _with_inputs(model, device, recipe, inputs, say, world)
+                settled = _with_inputs(model, device, recipe, task)
             except TargetError as error:
                 refusal = error  # the error of the last build is reported: it had real numbers
                 continue
@@ -228,30 +224,28 @@ def _settled(recipe: Recipe, devices: Devices, inputs: Given, say: Callable[[str
     raise refusal
 
 
-def _with_inputs(
-    model: nn.Module, device: str, recipe: Recipe, inputs: Given, say: Callable[[str], None], world: World
-) -> Target:
+def _with_inputs(model: nn.Module, device: str, recipe: Recipe, task: _Task) -> Target:
     """The target of one build, with inputs for which its forward runs."""
     if isinstance(model, InertModule):
         raise StandInUsed(model.stands_for)
-    prepared = _prepared(model, device, world)
-    chosen, origin, recording, cast = _try(model, inputs, say, world, recipe.made)
+    prepared = _prepared(model, device, task.world)
+    chosen, origin, recording, cast = _try(model, task, recipe.made)
     if origin == "inferred":
         chosen, recording = long_enough(model, chosen, recording, partial(_record, model))
-    where = "as the file made it" if recipe.made else "on the meta device" if device == "meta" else "for real"
-    source, call = inputs.namespace.source, recipe.call
+    where = {"meta": "on the meta device", "cpu": "for real"}[device]
+    source, call = task.namespace.source, recipe.call
     return Target(
         model=model,
         args=chosen.args,
         kwargs=chosen.kwargs,
         title=f"{_short(recipe) or type(model).__name__} of {source}",
         source=source,
-        how=f"built {where}{prepared}{cast}; inputs {chosen.text} ({origin})",
+        how=f"built {'as the file made it' if recipe.made else where}{prepared}{cast}; inputs {chosen.text} ({origin})",
         recording=recording,
         assumed=call.account.assumed if call else {},
         build=call.text if call and (call.account.assumed or call.account.found) else "",
-        notes=tuple(_notes(recipe, world)),
-        again=None if recipe.made else partial(_for_real, recipe, world, bool(prepared), bool(cast)),
+        notes=tuple(_notes(recipe, task.world)),
+        again=None if recipe.made else partial(_for_real, recipe, task.world, bool(prepared), bool(cast)),
     )
 
 
@@ -265,14 +259,17 @@ def _for_real(recipe: Recipe, world: World, prepared: bool, cast: bool) -> nn.Mo
 
 
 def _prepared(model: nn.Module, device: str, world: World) -> str:
-    """Call what the model needs before its forward; returns that as text for the report."""
+    """Call what the model needs before its forward; returns the calls for the report."""
     try:
-        where = "meta" if device == "meta" else "cpu"
-        with world.building(where), torch.device(where):
+        with world.building(device), torch.device(device):
             done = set_up(model)
     except Exception:  # the error of its forward is reported then
         return ""
     return f", {', '.join(done)} called" if done else ""
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 def _short(recipe: Recipe) -> str:
@@ -285,7 +282,7 @@ def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
     """Lines of the report about how the model was built."""
     call = recipe.call
     if call is not None and call.account.assumed:
-        yield "assumed", ", ".join(f"{n}={v!r}" for n, v in call.account.assumed.items())
+        yield "assumed", _listed(call.account.assumed)
     if call is not None and call.account.found:
         places: dict[str, list[str]] = {}
         for name, (value, where) in call.account.found.items():
@@ -299,58 +296,60 @@ def _notes(recipe: Recipe, world: World) -> Iterator[tuple[str, str]]:
         yield "loaded", text
 
 
-def _builds(
-    recipe: Recipe, devices: Devices, namespace: Namespace, say: Callable[[str], None], world: World
-) -> Iterator[tuple[str, nn.Module]]:
-    """The model on each of these devices, with the device: "meta" or "real"."""
+def _builds(recipe: Recipe, devices: Devices, task: _Task) -> Iterator[tuple[str, nn.Module]]:
+    """The model on each of these devices, with the device."""
+    namespace, world = task.namespace, task.world
     if recipe.made:
         with world.building("cpu"):
             model = recipe.make()
-        yield "real", model
+        yield "cpu", model
         return
     what = _short(recipe) or "the model"
-    on_meta, on_meta_fails = None, ""
+    on_meta_fails = ""
     if "meta" in devices:
-        say(f"building {what} on the meta device")
+        task.say(f"building {what} on the meta device")
         try:
-            with world.building("meta"), torch.device("meta"):
-                on_meta = recipe.make()
-        except TargetError:
-            raise
-        except (Exception, SystemExit) as error:
+            with _build_errors(recipe, task), world.building("meta"), torch.device("meta"):
+                model = recipe.make()
+        except BuildFails as error:
             # A constructor that reads values fails on meta only; the build on the CPU shows whether there is an error.
             if "cpu" not in devices:
-                raise TargetError(_build_fails(recipe, namespace, world, error)) from error
-            on_meta_fails = (
-                f", and on the meta device, where size does not matter, it fails: {one_line(error, namespace)}"
-            )
-    if on_meta is not None:
-        yield "meta", on_meta
-        if sum(p.numel() * p.element_size() for p in on_meta.parameters()) > RETRY_LIMIT_BYTES:
-            return
-    if "cpu" not in devices:
-        return
-    say(f"building {what} for real")
+                raise
+            reason = one_line(error.__cause__ or error, namespace)
+            on_meta_fails = f", and on the meta device, where size does not matter, it fails: {reason}"
+        else:
+            yield "meta", model
+            if sum(p.numel() * p.element_size() for p in model.parameters()) > RETRY_LIMIT_BYTES:
+                return
+    if "cpu" in devices:
+        task.say(f"building {what} for real")
+        try:
+            with _build_errors(recipe, task), world.building("cpu"), _AtMost(limit := available_memory() // 4):
+                model = recipe.make()
+        except _TooLarge as error:
+            raise TargetError(
+                f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB{on_meta_fails}; "
+                "build a smaller one with --build"
+            ) from error
+        yield "cpu", model
+
+
+@contextmanager
+def _build_errors(recipe: Recipe, task: _Task) -> Iterator[None]:
+    """Context in which errors of a constructor become a `BuildFails`."""
     try:
-        with world.building("cpu"), _AtMost(limit := available_memory() // 4):
-            model = recipe.make()
-    except TargetError:
+        yield
+    except (TargetError, _TooLarge):
         raise
-    except _TooLarge as error:
-        raise TargetError(
-            f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB{on_meta_fails}; "
-            "build a smaller one with --build"
-        ) from error
     except (Exception, SystemExit) as error:
-        raise TargetError(_build_fails(recipe, namespace, world, error)) from error
-    yield "real", model
+        what, reason = _short(recipe) or "the model", one_line(error, task.namespace)
+        hint = f"; say what it is: --build {shlex.quote(recipe.call.text)}" if recipe.call else ""
+        source = task.namespace.source
+        raise BuildFails(f"building {what} of {source} fails: {reason}{without(task.world)}{hint}") from error
 
 
-def _build_fails(recipe: Recipe, namespace: Namespace, world: World, error: BaseException) -> str:
-    """The error for a constructor that raised."""
-    hint = f"; say what it is: --build {shlex.quote(recipe.call.text)}" if recipe.call else ""
-    what = _short(recipe) or "the model"
-    return f"building {what} of {namespace.source} fails: {one_line(error, namespace)}{without(world)}{hint}"
+class BuildFails(TargetError):
+    """A constructor raised."""
 
 
 class ForwardFails(TargetError):
@@ -392,37 +391,24 @@ class _AtMost(TorchDispatchMode):
 _UNSEEN = 1 << 28
 """Bytes of results after which free memory is checked."""
 
-
 _FACTORIES = {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}
 _FACTORIES |= {torch.ops.aten.empty_strided.default, torch.ops.aten.randn.default, torch.ops.aten.full.default}
 
 
-def _try(
-    model: nn.Module, inputs: Given, say: Callable[[str], None], world: World, keep: bool
-) -> tuple[Inputs, str, Capture, str]:
-    """The first inputs for which the forward runs, their origin, the recording, and in words how the model was cast.
-
-    Arguments:
-        model: The model.
-        inputs: Where inputs come from.
-        say: Called with a few words before each recording.
-        world: The environment of the model's files.
-        keep: Whether the model must not be cast to one dtype.
-
-    Raises:
-        ForwardFails: The forward runs on none of the inputs.
-    """
-    name, cast = type(model).__name__, ""
+def _try(model: nn.Module, task: _Task, keep: bool) -> tuple[Inputs, str, Capture, str]:
+    """The first inputs for which the forward runs, their origin, the recording, and in words how the model was cast,
+    which `keep` forbids."""
+    name, world, cast = type(model).__name__, task.world, ""
     try:
-        origin, candidates = inputs.candidates(model)
+        origin, candidates = task.candidates(model)
     except TargetError as error:
         raise TargetError(f"{error}{without(world)}") from error
     first: BaseException | None = None
     failures: Counter[str] = Counter()
     stand_ins = 0
-    attempts = Attempts(model, candidates, with_optional, inputs.budget)
+    attempts = Attempts(model, candidates, with_optional, task.budget)
     for candidate in attempts if origin == "inferred" else candidates:
-        say(f"recording the forward of {name} on {candidate.text}")
+        task.say(f"recording the forward of {name} on {candidate.text}")
         try:
             try:
                 return candidate, origin, _record(model, candidate), cast
@@ -435,10 +421,10 @@ def _try(
                 return candidate, origin, _record(model, candidate), cast
         except CaptureError as error:
             attempts.failed(candidate, error)
-            reason = error.__cause__ or error
+            reason = cause_of(error)
             if first is None or isinstance(reason, StandInUsed):
                 first = reason
-            failures[one_line(reason, inputs.namespace)] += not attempts.measuring
+            failures[one_line(reason, task.namespace)] += not attempts.measuring
             stand_ins += isinstance(reason, StandInUsed)
             for failure in filter(None, (error, error.__cause__)):
                 traceback.clear_frames(failure.__traceback__)  # the frames keep the recording and its tensors alive
@@ -449,11 +435,11 @@ def _try(
     assert first is not None  # there is at least one candidate
     if isinstance(first, StandInUsed):
         raise StandInUsed(first.name) from first
-    reason_text = str(first) if isinstance(first, CaptureError) else one_line(first, inputs.namespace)
+    reason_text = str(first) if isinstance(first, CaptureError) else one_line(first, task.namespace)
     reason_text += without(world)
     tried = "; ".join(c.text for c in candidates[:3]) + (f"; {len(candidates) - 3} more" if len(candidates) > 3 else "")
     if origin == "given":
-        raise ForwardFails(f"the forward of {name} fails on --inputs {inputs.expression!r}: {reason_text}") from first
+        raise ForwardFails(f"the forward of {name} fails on --inputs {task.expression!r}: {reason_text}") from first
     if origin == "its own":
         raise ForwardFails(f"the forward of {name} fails on its own inputs ({tried}): {reason_text}") from first
     raise ForwardFails(

@@ -1,13 +1,12 @@
 """Small configs with the structure of a large one.
 
-In: a transformers config. Out: configs of the same class, the smallest first: fewer layers but every kind of layer,
-fewer and narrower heads, fewer experts, a small vocabulary, small images. A model built from one has the same modules,
-the same parameter names and the same arrangement of weight rows as the large one.
+In: a transformers config. Out: configs of the same class, smallest first: fewer layers but every kind of layer, fewer
+and narrower heads, fewer experts, a small vocabulary, small images. A model built from one has the same modules, the
+same parameter names and the same arrangement of weight rows as the large one.
 
-All sizes are divided by common factors, so that they stay multiples of each other: head widths by `narrow`, numbers of
-heads by `fewer`, and sizes that span all heads (the hidden size) by both. The shortest prefix of the layers is kept
-that contains every kind. The role of a field is inferred from its name. Where that is wrong and a model cannot be
-built, the next config is closer to the original.
+Sizes are divided by common factors, so that they stay multiples of each other: head widths by `narrow`, numbers of
+heads by `fewer`, and sizes that span all heads (the hidden size) by both. The role of a field is inferred from its
+name.
 """
 
 from __future__ import annotations
@@ -17,25 +16,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-VOCABULARY = 512
-LAYERS = 2
-MOST_LAYERS = 12
-EXPERTS = 8
-HEAD_WIDTH = 8
-"""Least head width; partial and sectioned rotary embeddings need as much."""
-QUERY_HEADS = 4
-SPAN = 16
-"""Least hidden size."""
-CHANNELS = 32
-"""Least number of channels, which group norms divide into as many groups."""
+VOCABULARY, LAYERS, MOST_LAYERS, EXPERTS, QUERY_HEADS = 512, 2, 12, 8, 4
 
-QUERIES = 12
-"""Most learned queries; a small image has few positions to attend to."""
+SPAN, HEAD_WIDTH, CHANNELS = 16, 8, 32
+"""The least hidden size; the least head width, which partial and sectioned rotary embeddings need; the least number of
+channels, which group norms divide into as many groups."""
 
-PATCHES = 4
-"""Height and width of an image, in patches."""
-IMAGE_TOKENS = 4
-"""Tokens of an image: two rows of two."""
+QUERIES, PATCHES, IMAGE_TOKENS = 12, 4, 4
+"""The most learned queries, since a small image has few positions to attend to; patches along a side of an image;
+tokens of an image, two rows of two."""
 
 _LAYERS = re.compile(
     r"^(num_|n_)?(hidden_|encoder_|decoder_|text_|vision_|speech_|adapter_|feature_)?(layers?|blocks|n_layer)$"
@@ -46,8 +35,8 @@ _HEADS = re.compile(r"^(num_|n_)?(\w*_)?(heads|head|n_head)$|^(num_|n_)\w*heads\
 _KEY_HEADS = re.compile(r"kv|key_value|query_groups|mamba|linear|index")
 _PER_HEAD = re.compile(
     r"(^|_)(head_dim|dim_head|head_size|kv_channels|d_kv|d_head|rope_head_dim|nope_head_dim|rotary_dim)$"
+    r"|^(global_head_dim|index_head_dim|v_head_dim|qk_\w*dim|attention_head_\w*dim|key_length)$"
 )
-_PER_HEAD_TOO = re.compile(r"^(global_head_dim|index_head_dim|v_head_dim|qk_\w*dim|attention_head_\w*dim|key_length)$")
 _SPAN = re.compile(
     r"^((\w+_)?hidden_sizes?|d_model|d_latents|n_embd|dim|(encoder_)?embed_dims?|embedding_size|hidden_dim|q_dim)$"
 )
@@ -77,13 +66,9 @@ _STATE_SPACE = re.compile(r"mamba|ssm|linear|conv")
 
 
 def shrunk(config: Any) -> Iterator[Any]:
-    """Smaller configs of the same structure, the smallest first, the most faithful last.
+    """Smaller configs (`PretrainedConfig`) of the same class, the smallest first, the most faithful last.
 
-    Arguments:
-        config: A `PretrainedConfig` of transformers.
-
-    Yields:
-        Configs of the same class. If building a model from one fails, try the next.
+    If a model cannot be built from one, since the role of a field is not what its name says, try the next.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -109,8 +94,7 @@ def shrunk(config: Any) -> Iterator[Any]:
             seen.append(small)
             try:
                 made = type(config).from_dict(small)
-            except Exception:
-                # the class refuses this combination of fields
+            except Exception:  # the class refuses this combination of fields
                 continue
             made.architectures = getattr(config, "architectures", None)
             yield made
@@ -125,15 +109,14 @@ def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _is_part(value: Any) -> bool:
-    """Whether a field is a sub-config: no table of labels, and no model that another package builds by name."""
+    """Whether a field is a sub-config: neither a table of labels, nor a model that another package builds by name."""
     if not isinstance(value, dict) or any(isinstance(value.get(key), str) for key in _NAME_OF_A_MODEL):
         return False
     return all(isinstance(key, str) for key in value)
 
 
 def _numbers(value: Any) -> list[int]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
+    return [v for v in (value if isinstance(value, list | tuple) else [value]) if type(v) is int]
 
 
 def _numbers_of(parts: Iterable[dict[str, Any]], wanted: Callable[[str], object]) -> list[int]:
@@ -146,18 +129,9 @@ def _is_ascending(value: Any) -> bool:
     return isinstance(value, list) and value == sorted(set(_numbers(value)))
 
 
-# ---- widths ----------------------------------------------------------------------------------------------------------
-
-
 def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> tuple[int, int]:
-    """The divisors of head widths and of numbers of heads.
-
-    Arguments:
-        fields: Of the config.
-        narrow: Whether heads may become narrower.
-        fewer: Whether there may be fewer heads.
-        apart: Whether the head width must differ from the number of heads, so that axes can be told apart.
-    """
+    """The divisors of head widths, which may become `narrow`, and of numbers of heads, of which there may be `fewer`.
+    With `apart`, the head width must differ from the number of heads, so that axes can be told apart."""
     parts = list(_parts(fields))
     counts = [(key, n) for part in parts for key, value in part.items() if _is_heads(key) for n in _numbers(value)]
     heads = {n for _, n in counts if n > 1}
@@ -165,7 +139,7 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> 
     by_heads = max(n for n in range(1, max(1, most) + 1) if n == 1 or (fewer and math.gcd(*heads) % n == 0))
     spans = set(_numbers_of(parts, _SPAN.search))
     widths = {width for part in parts for width in _head_widths(part)}
-    states = set(_numbers_of(parts, lambda key: _is_per_head(key) and _STATE_SPACE.search(key)))
+    states = set(_numbers_of(parts, lambda key: _PER_HEAD.search(key) and _STATE_SPACE.search(key)))
     sections = [sum(value) for part in parts for key, value in part.items() if key == "mrope_section" and value]
     least = HEAD_WIDTH if widths else CHANNELS
     measured = (widths | states) or spans  # a model without attention has channels only
@@ -182,14 +156,13 @@ def _factors(fields: dict[str, Any], narrow: bool, fewer: bool, apart: bool) -> 
 
 
 def _is_square(part: dict[str, Any], by_width: int, by_heads: int) -> bool:
-    """Whether the head width would equal the number of heads."""
     heads = {n // by_heads for n in _numbers_of([part], _is_heads)}
     return any(width // by_width in heads for width in _head_widths(part))
 
 
 def _head_widths(part: dict[str, Any]) -> Iterator[int]:
     """Head widths of one config: as its fields say, or else its widths divided by its numbers of heads."""
-    per_head = _numbers_of([part], lambda key: _is_per_head(key) and not _STATE_SPACE.search(key))
+    per_head = _numbers_of([part], lambda key: _PER_HEAD.search(key) and not _STATE_SPACE.search(key))
     own = [n for n in per_head if n > 0]
     yield from own
     if own:
@@ -202,36 +175,29 @@ def _head_widths(part: dict[str, Any]) -> Iterator[int]:
 
 
 def _by_stage(spans: list[int], heads: list[int]) -> list[tuple[int, int]]:
-    """Pairs of a width and a number of heads, stage by stage; one width is that of the first stage."""
+    """Pairs of a width and a number of heads, stage by stage; a single width is that of the first stage."""
     if len(spans) == 1:
         return [(spans[0] * heads[i] // heads[0], h) for i, h in enumerate(heads) if heads[0]]
     return list(zip(spans, heads * len(spans) if len(heads) == 1 else heads, strict=False))
 
 
 def _is_heads(key: str) -> bool:
-    return bool(_HEADS.search(key)) and not _is_per_head(key)
+    return bool(_HEADS.search(key)) and not _PER_HEAD.search(key)
 
 
-def _is_per_head(key: str) -> bool:
-    return bool(_PER_HEAD.search(key) or _PER_HEAD_TOO.search(key))
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    return [_each(v, change) for v in value] if isinstance(value, list | tuple) else change(value)
 
 
 def _divided(value: Any, by: int) -> Any:
-    if isinstance(value, list | tuple):
-        return [_divided(v, by) for v in value]
-    if not isinstance(value, int) or isinstance(value, bool) or value < 2 * by or by == 1:
+    if type(value) is not int or value < 2 * by or by == 1:
         return value
     return value // by if value % by == 0 else max(8, value // by // 8 * 8)
 
 
 def _inner(value: Any, by: int) -> Any:
-    """A smaller width on which no other depends, or a list of such, one a layer."""
-    if isinstance(value, list | tuple):
-        return [_inner(v, by) for v in value]
+    """A smaller width on which no other depends."""
     return max(1, value // (by * 8)) * 8 if type(value) is int and value > 8 else value
-
-
-# ---- one config ------------------------------------------------------------------------------------------------------
 
 
 def _shrunk(fields: dict[str, Any], factors: tuple[int, int], images: bool, tables: bool) -> dict[str, Any]:
@@ -261,11 +227,11 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], images: bool, tabl
         elif key.endswith("layer_id") and type(value) is int:
             small[key] = min(value, layers - 1)
         elif _is_heads(key):
-            small[key] = _divided(value, fewer)
+            small[key] = _each(value, lambda v: _divided(v, fewer))
         elif key == "mrope_section":
             small[key] = _sections(value, narrow)
-        elif _is_per_head(key):
-            small[key] = _divided(value, narrow)
+        elif _PER_HEAD.search(key):
+            small[key] = _each(value, lambda v: _divided(v, narrow))
         elif _EXPERTS.search(key) and isinstance(value, int) and value > 0:
             small[key] = _experts(fields, value)
         elif key == "vocab_size" and vocabulary:
@@ -274,7 +240,7 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], images: bool, tabl
             small[key] = min(value, VOCABULARY)
         elif images and _QUERIES.search(key) and _numbers(value) == [value]:
             small[key] = min(value, QUERIES)
-        elif key.endswith("token_id") or key.endswith("token_index"):
+        elif key.endswith(("token_id", "token_index")):
             small[key] = _within(value, vocabulary, sum(map(ord, key)))
         elif images and key == "mm_tokens_per_image" and isinstance(value, int):
             small[key] = min(value, IMAGE_TOKENS)
@@ -283,9 +249,9 @@ def _shrunk(fields: dict[str, Any], factors: tuple[int, int], images: bool, tabl
         elif "channels" in key and not _NO_WIDTH.search(key) and isinstance(value, int):
             small[key] = max(value // (narrow * fewer), min(value, CHANNELS))
         elif _INNER.search(key):
-            small[key] = _inner(value, narrow * fewer)
+            small[key] = _each(value, lambda v: _inner(v, narrow * fewer))
         elif (_WIDTH.search(key) and not _NO_WIDTH.search(key)) or _is_group_a_feature(key, value, fields):
-            small[key] = _divided(value, narrow * fewer)
+            small[key] = _each(value, lambda v: _divided(v, narrow * fewer))
         else:
             small[key] = value
     return small
@@ -302,7 +268,7 @@ def _is_group_a_feature(key: str, value: Any, fields: dict[str, Any]) -> bool:
 
 
 def _lengths_of_stacks(fields: dict[str, Any]) -> set[int]:
-    """Lengths of lists with one entry a layer; lists with one entry a stage stay as they are."""
+    """Lengths of lists with one entry a layer. Lists with one entry a stage stay as they are."""
     return {v for key, v in fields.items() if _LAYERS.search(key) and type(v) is int} - _stages(fields)
 
 
@@ -346,10 +312,10 @@ def _experts(fields: dict[str, Any], count: int) -> int:
 
 
 def _within(value: Any, vocabulary: int | None, seed: int) -> Any:
-    """The id of a special token inside a smaller vocabulary, mostly different for different tokens."""
+    """The id of a special token inside a smaller vocabulary, in most cases different for different tokens."""
     if isinstance(value, list):
         return [_within(v, vocabulary, seed + i) for i, v in enumerate(value)]
-    if not isinstance(value, int) or isinstance(value, bool) or not vocabulary or value < vocabulary:
+    if type(value) is not int or not vocabulary or value < vocabulary:
         return value
     return vocabulary - 1 - seed % max(1, vocabulary // 4)
 

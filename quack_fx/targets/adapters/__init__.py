@@ -1,21 +1,8 @@
-"""Targets that are neither a Python file nor a module: one adapter a file, and this registry.
+"""Targets that are neither a Python file nor a module; each file but `base.py` is the `Adapter` of one form.
 
-In: a target as typed. Out: `Adapted` (a `Namespace`, a `Recipe`, optional example inputs), or None for a Python file or
-module.
-
-    hf.py           hf:CONFIG, or a config.json or its folder as it stands: a model of transformers
-    timm.py         timm:NAME
-    litgpt.py       litgpt:NAME
-    torchtitan.py   torchtitan:MODEL/FLAVOR
-    exported.py     model.pt2: a program that torch.export saved
-    pickled.py      model.pt, model.pth: a module that torch.save saved; reading it runs code, as running a .py does
-    base.py         what an adapter is, and what they share
-
-To add one, write a file that defines an `Adapter` named ADAPTER and add it to `ADAPTERS` below, a line above, and rows
-to tests/test_adapters.py. Its `open` gets what follows the prefix, and the whole target. It imports its package with
-`base.package`, so that other targets do not; puts the package and what it made of the target into the namespace, for
---build and --inputs; and lets the recipe build the model, which runs with meta as the default device first, and on the
-CPU where that fails. What it cannot open it refuses with a `TargetError` that quotes the target and says what to type.
+In: a target as typed. Out: `Adapted`, or None for a Python file or module. To add a form, write a file with an ADAPTER,
+list it in `ADAPTERS`, and add rows to tests/test_adapters.py. It imports its package with `base.package`, only when
+needed, and refuses what it cannot open with a `TargetError` that quotes the target and says what to type.
 """
 
 from __future__ import annotations
@@ -26,29 +13,16 @@ from quack_fx.targets.adapters.base import Adapted, Adapter
 
 __all__ = ["ADAPTERS", "Adapted", "Adapter", "adapt"]
 
-ADAPTERS: tuple[Adapter, ...] = (
-    hf.ADAPTER,
-    timm.ADAPTER,
-    litgpt.ADAPTER,
-    torchtitan.ADAPTER,
-    exported.ADAPTER,
-    pickled.ADAPTER,
-)
+ADAPTERS: tuple[Adapter, ...] = tuple(module.ADAPTER for module in (hf, timm, litgpt, torchtitan, exported, pickled))
 
 
 def adapt(target: str) -> Adapted | None:
-    """The result of the adapter for a target; None where no adapter takes it.
-
-    Raises:
-        TargetError: The adapter refuses it.
-    """
+    """What the adapter for a target makes of it; None where no adapter takes it."""
     prefix, colon, rest = target.partition(":")
     for adapter in ADAPTERS:
         if colon and adapter.prefix and prefix == adapter.prefix:
             if not rest.strip():
                 raise TargetError(f"{target!r} names nothing; type {adapter.form}")
             return adapter.open(rest.strip(), target)
-    for adapter in ADAPTERS:
-        if adapter.takes is not None and adapter.takes(target):
-            return adapter.open(target, target)
-    return None
+    taking = (adapter for adapter in ADAPTERS if adapter.takes is not None and adapter.takes(target))
+    return next((adapter.open(target, target) for adapter in taking), None)

@@ -1,14 +1,9 @@
-"""What an adapter is, and what adapters share: package imports, suggestions of names.
-
-In: what a user typed. Out: `Adapted`: the names that expressions may use, how the model is built, and example inputs
-where the source of the model has better ones than can be inferred.
-"""
+"""What an adapter is, and what adapters share."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,19 +16,16 @@ from quack_fx.targets.inputs.values import Inputs
 from quack_fx.targets.pick import Recipe
 
 Examples = Callable[[nn.Module], list[Inputs]]
-"""Gives inputs for a model, most likely first; none where they are to be inferred."""
+"""Gives inputs for a model, likeliest first; none where they are to be inferred."""
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What an adapter makes of a target.
+    """What an adapter makes of a target: names for --build and --inputs, and how the model is built.
 
-    Attributes:
-        namespace: The names for --build and --inputs: the package, and what the adapter made of the target.
-        recipe: How the model is built.
-        examples: Gives inputs for the model; None to infer them.
-        smaller: Gives small targets of the same structure, the smallest first, each with its size in words ("2 layers,
-            width 64"): a proof for a large model runs on one of them. None where there are none.
+    `examples` gives inputs for the model, unless they are to be inferred. `smaller` gives small targets of the same
+    structure, smallest first, each with its size in words ("2 layers, width 64"): a proof for a large model runs on one
+    of them.
     """
 
     namespace: Namespace
@@ -44,13 +36,10 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A way to write a target.
+    """A way to write a target, such as "timm:NAME" (`form`).
 
-    Attributes:
-        form: How such a target is written: "timm:NAME".
-        open: Makes an `Adapted` of what follows the prefix and, for errors, the target as typed.
-        prefix: What precedes the colon; empty for targets without a prefix.
-        takes: Whether the adapter takes a target without a prefix; None if it takes none.
+    `open` makes an `Adapted` of what follows the prefix and, for errors, the target as typed; `prefix` is what precedes
+    the colon. `takes` tells whether the adapter takes a target without a prefix.
     """
 
     form: str
@@ -60,34 +49,22 @@ class Adapter:
 
 
 def package(name: str, typed: str) -> ModuleType:
-    """Import a package that a target needs.
-
-    Arguments:
-        name: The package or a module in it; the distribution on PyPI has the name of the package.
-        typed: The target, for the error.
-
-    Raises:
-        TargetError: It is not installed, or its import fails; with what to type.
-    """
+    """Import a package, or a module in one, that a target needs; the package has the same name on PyPI."""
     root = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == root:
+        if not isinstance(error, ModuleNotFoundError):
+            raise TargetError(f"{typed!r} needs {root}, whose import fails: {name_and_text(error)}") from error
+        if error.name == root:
             raise TargetError(f"{typed!r} needs {root}: pip install {root}") from error
-        if isinstance(error, ModuleNotFoundError):
-            raise TargetError(
-                f"{typed!r} needs the module {error.name!r}, which {name} imports and is not installed; install it, too"
-            ) from error
-        raise TargetError(f"{typed!r} needs {root}, whose import fails: {name_and_text(error)}") from error
+        raise TargetError(
+            f"{typed!r} needs the module {error.name!r}, which {name} imports and is not installed; install it, too"
+        ) from error
 
 
 def saved_file(rest: str, typed: str) -> Path:
-    """The path of a saved file that a target names; a name after a colon is refused, as the file holds one model.
-
-    Raises:
-        TargetError: There is no such file, or a name follows it.
-    """
+    """The path of a saved file that a target names; it holds one model, so a name after a colon is refused."""
     path = Path(rest).expanduser()
     place, _, name = rest.rpartition(":")
     if place and not path.is_file():
@@ -95,9 +72,3 @@ def saved_file(rest: str, typed: str) -> Path:
     if not path.is_file():
         raise TargetError(f"{typed!r} is a folder" if path.is_dir() else f"no file {rest!r} (seen from {Path.cwd()})")
     return path
-
-
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """A hint for an unknown name: the nearest known ones, or else `otherwise`."""
-    close = difflib.get_close_matches(name, list(known), 3)
-    return f"did you mean {' or '.join(close)}?" if close else otherwise

@@ -1,7 +1,6 @@
-"""`model.pt2` -> the program that torch.export.save wrote, as a module, and its own example inputs.
+"""`model.pt2` -> the program that torch.export.save wrote, as a module, and the example inputs it was exported with.
 
-In: the file. Out: `Adapted`. Modules and parameters have the names of the model that was exported, and the inputs are
-those it was exported with. The program may have been exported on the meta device.
+Modules and parameters have the names of the exported model. It may have been exported on the meta device.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def _tell_apart(state: dict[str, Any]) -> None:
-    """Give every meta tensor a storage of its own. torch.export.load gives all of them one storage, and `unflatten`
-    takes weights with one storage for tied weights."""
+    """Give every meta tensor a storage of its own. torch.export.load gives all of them the same one, and `unflatten`
+    takes weights that share a storage for tied weights."""
     for name, tensor in state.items():
         if tensor.is_meta:
             own = torch.empty_like(tensor)

@@ -1,21 +1,22 @@
 """A Hugging Face config -> its model at full size on meta, or a small one of the same structure.
 
-In: a config.json or the folder that holds it, with or without the prefix `hf:`. Out: `Adapted`. The class is the one
-that the config's `architectures` names, so that parameters have the names they have in its checkpoints. No weights are
-read, nothing is downloaded, and no code that a config points at is run.
+In: a config.json or its folder, with or without the prefix `hf:`. The class is the one that its `architectures` names,
+so parameters are named as in its checkpoints. No weights are read, nothing is downloaded, and no code that a config
+points at is run.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quack_fx.errors import TargetError
 from quack_fx.targets.adapters.base import Adapted, Adapter
 from quack_fx.targets.files import Namespace, name_and_text
-from quack_fx.targets.hf import build_model, quiet
+from quack_fx.targets.inputs.pretrained import config_parts
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.shrink import shrunk
 
@@ -59,7 +60,7 @@ def _names(path: Path, typed: str) -> dict[str, Any]:
             "build the model in a Python file and give that"
         )
     try:
-        with quiet(transformers):
+        with _quiet(transformers):
             config = transformers.CONFIG_MAPPING[kind].from_dict(fields)
     except Exception as error:
         raise TargetError(f"{typed!r} is refused by transformers: {name_and_text(error)}") from error
@@ -72,6 +73,33 @@ def _adapted(names: dict[str, Any], typed: str) -> Adapted:
     cls = getattr(transformers, named, None)
     recipe = Recipe(named if cls is not None else "", lambda: build_model(cls or transformers.AutoModel, config))
     return Adapted(Namespace(typed, names), recipe)
+
+
+def build_model(cls: Any, config: Any) -> Any:
+    """The model of a config, of a class of transformers or `AutoModel`, with an attention kernel that is installed."""
+    import transformers
+
+    make = cls.from_config if cls is transformers.AutoModel else cls
+    for part in config_parts(config):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False  # training does not use the key-value cache
+    with _quiet(transformers):
+        try:
+            return make(config)
+        except (ValueError, ImportError, NotImplementedError):
+            config._attn_implementation = "eager"  # the default kernel is not installed
+            return make(config)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _size(config: Any) -> str:

@@ -1,13 +1,10 @@
-"""`litgpt:pythia-14m` -> the GPT of that config of LitGPT, without its weights.
-
-In: a name that `litgpt.Config.from_name` knows. Out: `Adapted`. Token ids are inferred from the model.
-"""
+"""`litgpt:pythia-14m` -> the GPT of that config of LitGPT, without its weights. Its inputs are inferred."""
 
 from __future__ import annotations
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.adapters.base import Adapted, Adapter, nearest, package
-from quack_fx.targets.files import Namespace
+from quack_fx.targets.adapters.base import Adapted, Adapter, package
+from quack_fx.targets.files import Namespace, nearest
 from quack_fx.targets.pick import Recipe
 
 
@@ -19,10 +16,7 @@ def _open(name: str, typed: str) -> Adapted:
     except ValueError as error:
         hint = nearest(name, known, "litgpt.config.name_to_config lists them")
         raise TargetError(f"litgpt has no config {name!r}; {hint}") from error
-    return Adapted(
-        Namespace(typed, {"litgpt": litgpt, "config": config}),
-        Recipe("", lambda: litgpt.GPT(config)),
-    )
+    return Adapted(Namespace(typed, {"litgpt": litgpt, "config": config}), Recipe("", lambda: litgpt.GPT(config)))
 
 
 ADAPTER = Adapter("litgpt:NAME", _open, prefix="litgpt")

@@ -1,7 +1,7 @@
 """`model.pt` or `model.pth` -> the nn.Module that torch.save wrote into it.
 
-In: the file. Out: `Adapted`. Reading a pickled module runs code that the file names, as running a .py does, so give
-only files that you trust. A file with weights alone is recognised without running code, and refused.
+Reading a pickled module runs code that the file names, as running a .py does, so give only files that you trust. A file
+with weights alone is recognised without running code, and refused.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ ADAPTER = Adapter("FILE.pt", _open, takes=lambda target: re.search(r"\.(pt|pth)(
 
 
 def _refuse_other_archives(path: Path, typed: str) -> None:
-    """Refuse archives with the same ending that are not pickles."""
     if not zipfile.is_zipfile(path):
         return  # the format before torch 1.6, or no file of torch at all
     with zipfile.ZipFile(path) as archive:
@@ -54,25 +54,20 @@ def _refuse_other_archives(path: Path, typed: str) -> None:
 
 
 def _loaded(path: Path, typed: str) -> Any:
-    """What the file holds, on the CPU. Whatever torch reads without running code is read that way."""
-    zipped = zipfile.is_zipfile(path)
+    """What the file holds, on the CPU; read without running code where torch can."""
+    load = partial(torch.load, path, map_location="cpu", mmap=zipfile.is_zipfile(path))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError:
-        pass  # it contains more than weights
+        try:
+            return load(weights_only=True)
+        except pickle.UnpicklingError:  # it contains more than weights
+            for folder in (str(path.resolve().parent), str(Path.cwd())):  # the module's own file may be there
+                if folder not in sys.path:
+                    sys.path.insert(0, folder)
+            return load(weights_only=False)
     except Exception as error:
-        raise _unreadable(typed, error) from error
-    for folder in (str(path.resolve().parent), str(Path.cwd())):  # the module's own file may be there
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False, mmap=zipped)
-    except Exception as error:
-        raise _unreadable(typed, error) from error
-
-
-def _unreadable(typed: str, error: Exception) -> TargetError:
-    return TargetError(f"{typed!r} cannot be read by torch.load: {name_and_text(error)}; {_TYPE_THE_SOURCE}")
+        raise TargetError(
+            f"{typed!r} cannot be read by torch.load: {name_and_text(error)}; {_TYPE_THE_SOURCE}"
+        ) from error
 
 
 def _what(loaded: Any) -> str:

@@ -1,17 +1,13 @@
-"""`timm:vit_base_patch16_224` -> that model of timm, without its weights, and an image of its size.
-
-In: a name that `timm.list_models()` knows. Out: `Adapted`; the image has the `input_size` of the model's `default_cfg`.
-"""
+"""`timm:vit_base_patch16_224` -> that model of timm, without its weights, and an image of its `input_size`."""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.adapters.base import Adapted, Adapter, nearest, package
-from quack_fx.targets.files import Namespace
-from quack_fx.targets.inputs.values import BATCH, Inputs, named
+from quack_fx.targets.adapters.base import Adapted, Adapter, package
+from quack_fx.targets.files import Namespace, nearest
+from quack_fx.targets.inputs.values import BATCH, Inputs, named, noise
 from quack_fx.targets.pick import Recipe
 
 
@@ -26,7 +22,7 @@ def _open(name: str, typed: str) -> Adapted:
 
 def _images(model: nn.Module) -> list[Inputs]:
     size = (getattr(model, "default_cfg", None) or {}).get("input_size")
-    return [named((torch.randn(BATCH, *size, generator=torch.Generator().manual_seed(0)),), {})] if size else []
+    return [named((noise(BATCH, *size),), {})] if size else []
 
 
 ADAPTER = Adapter("timm:NAME", _open, prefix="timm")

@@ -1,8 +1,7 @@
-"""`torchtitan:llama3/debugmodel` -> that flavor of that model of torchtitan, and tokens with its masks.
+"""`torchtitan:llama3/debugmodel` -> that flavor of that model of torchtitan 0.3, and tokens with its masks.
 
-In: the names that `--module` and the model registries of torchtitan 0.3 know. Out: `Adapted`. The attention is flex
-attention, which every language model there supports; other kernels use the same weights. The model makes the block
-mask, for one document a sequence.
+The attention is flex attention, which every language model there supports; other kernels use the same weights. The
+model makes the block mask, for one document a sequence.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.adapters.base import Adapted, Adapter, nearest, package
-from quack_fx.targets.files import Namespace, name_and_text
+from quack_fx.targets.adapters.base import Adapted, Adapter, package
+from quack_fx.targets.files import Namespace, name_and_text, nearest
 from quack_fx.targets.inputs.values import BATCH, TOKENS, Inputs, named
 from quack_fx.targets.pick import Recipe
 
@@ -28,15 +27,17 @@ def _open(rest: str, typed: str) -> Adapted:
     name, _, flavor = rest.partition("/")
     known = [m.name for m in pkgutil.iter_modules(models.__path__) if m.ispkg and m.name != "common"]
     if name not in known:
-        raise TargetError(f"torchtitan has no model {name!r}; {nearest(name, known, f'it has {_list(known)}')}")
+        hint = nearest(name, known, f"it has {', '.join(known)}")
+        raise TargetError(f"torchtitan has no model {name!r}; {hint}")
     module = package(f"torchtitan.models.{name}", typed)
     if not hasattr(module, "model_registry"):
         raise TargetError(f"{typed!r} needs the model_registry of torchtitan 0.3: pip install --upgrade torchtitan")
     flavors = _flavors(module)
+    every = ", ".join(flavors)
     if not flavor:
-        raise TargetError(f"{typed!r} names no flavor of {name}, which has {_list(flavors)}; type {_FORM}")
+        raise TargetError(f"{typed!r} names no flavor of {name}, which has {every}; type {_FORM}")
     if flavor not in flavors:
-        hint = nearest(flavor, flavors, f"it has {_list(flavors)}")
+        hint = nearest(flavor, flavors, f"it has {every}")
         raise TargetError(f"torchtitan's {name} has no flavor {flavor!r}; {hint}")
     try:
         backends = inspect.signature(module.model_registry).parameters.keys() & {"attn_backend"}
@@ -51,7 +52,7 @@ ADAPTER = Adapter(_FORM, _open, prefix="torchtitan")
 
 
 def _flavors(module: ModuleType) -> list[str]:
-    """Flavors of a model, from the table `*_configs` in the module of its `model_registry`."""
+    """Flavors of a model, from the tables `*_configs` in the module of its `model_registry`."""
     tables = [v for n, v in vars(module).items() if n.endswith("_configs") and isinstance(v, dict)]
     return [flavor for table in tables for flavor in table]
 
@@ -64,7 +65,7 @@ def _built(config: Any) -> Any:
 
 
 def _tokens(model: Any) -> list[Inputs]:
-    """Token ids of one document a sequence, and the other arguments that torchtitan's trainer passes."""
+    """Token ids, one document a sequence, and the other arguments that torchtitan's trainer passes."""
     parameters = inspect.signature(model.forward).parameters
     if not {"tokens", "positions", "attention_masks"} <= {*parameters}:
         return []
@@ -78,7 +79,3 @@ def _tokens(model: Any) -> list[Inputs]:
             f"the masks of {type(model).__name__} cannot be made: {name_and_text(error)}; give inputs with --inputs"
         ) from error
     return [named((tokens,), {"positions": positions, "attention_masks": masks})]
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names)

@@ -1,7 +1,7 @@
 """Candidates for one argument of a forward.
 
-In: its name and annotation, its `Use`, the model, and the spec of the leading argument (the data). Out: `Spec`s, most
-likely first. The layer that an argument is passed to decides, where there is one; otherwise its name does: a mask, a
+In: its name and annotation, its `Use`, the model, and the spec of the leading argument (the data). Out: `Spec`s,
+likeliest first. The layer that an argument is passed to decides, where there is one; otherwise its name does: a mask, a
 time step, positions, a class, rotary embeddings, a cache. An argument of which nothing is known becomes more data.
 """
 
@@ -25,14 +25,19 @@ from quack_fx.targets.inputs.values import (
     Constant,
     Group,
     Size,
-    Sizes,
     Spec,
     cheapest_first,
+    numbers,
 )
 
 Numbers = Literal["", "int", "float", "bool"]
 
-_NUMBERS: dict[str, Numbers] = {"long": "int", "int": "int", "short": "int", "uint": "int", "bool": "bool"}
+_NUMBERS: dict[str, Numbers] = {**dict.fromkeys(("long", "int", "short", "uint"), "int"), "bool": "bool"}
+_KINDS: dict[str, Numbers] = {
+    **dict.fromkeys(("ids", "index", "count"), "int"),
+    **dict.fromkeys(("bool", "half", "padding"), "bool"),
+}
+"""Kinds of dtype by the kind of an array; "float" for the others."""
 _TENSOR = re.compile(r"\b(Long|Int|Short|Bool|Float|Half|BFloat16|Double)Tensor\b")
 _WITH_AXES = re.compile(r"\b(U?Int|Bool|Float|BFloat|Shaped|Num|Complex)\d*\[[^\[\],]+, *['\"]([^'\"]*)['\"]\]")
 """As jaxtyping writes them: `Float[Tensor, "batch tokens width"]`."""
@@ -57,26 +62,14 @@ _NUMBER = re.compile(r"(.*_)?(num|number|size|len|n|count|height|width|h|w|depth
 
 @dataclass(frozen=True)
 class Context:
-    """What is known for all arguments of a call.
-
-    Attributes:
-        model: The model.
-        data: Spec of the leading argument; None while its own candidates are made.
-    """
+    """The model, and the spec of the leading argument; None while its own candidates are made."""
 
     model: nn.Module
     data: Spec | None = None
 
 
 def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec]:
-    """Candidates for an argument, most likely first.
-
-    Arguments:
-        name: Its name, or its key or attribute where it is part of another argument.
-        annotation: Its annotation.
-        use: What the forward does with it.
-        context: The model and the leading argument.
-    """
+    """Candidates for an argument, likeliest first; `name` is its key or attribute where it is part of another one."""
     told = hint_of(use.name or name, annotation)
     name = told.name
     if use.rank is None and told.axes:
@@ -85,9 +78,8 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
     lower = name.lower()
     if "BlockMask" in str(annotation):
         return [CausalBlocks()]
-    plain = (
-        [] if use.parts and not use.taken and use.rank is None else _plain(lower, hint, str(annotation), use, context)
-    )
+    has_parts_only = use.parts and not use.taken and use.rank is None
+    plain = [] if has_parts_only else _plain(lower, hint, str(annotation), use, context)
     if (told.numbers or told.axes) and all(isinstance(spec, Array) for spec in plain):
         plain = [*told.first([spec for spec in plain if isinstance(spec, Array)], use.rank)]
     groups = _groups(use, context)
@@ -100,21 +92,15 @@ def options(name: str, annotation: Any, use: Use, context: Context) -> list[Spec
     if "iterated" in use.marks and groups == [] and is_tuple:
         several = [spec for spec in ordered[:2] if not (isinstance(spec, Group) and spec.form == "list")]
         ordered = [Group("list", (("0", spec), ("1", spec))) for spec in several] + ordered
-    return list(dict.fromkeys(_as_numpy(spec, use) for spec in ordered))
-
-
-# ---- what a name or an annotation states: Python checks neither, so what fits a hint is only tried first -------------
+    if "numpy" in use.marks:
+        ordered = [replace(spec, numpy=True) if isinstance(spec, Array) else spec for spec in ordered]
+    return list(dict.fromkeys(ordered))
 
 
 @dataclass(frozen=True)
 class Hint:
-    """What a name and an annotation state.
-
-    Attributes:
-        name: The name without the letters of its axes.
-        numbers: Kind of dtype; "" where it is not stated.
-        axes: A letter or word for each axis; empty where they are not stated.
-    """
+    """What a name and an annotation state: the name without the letters of its axes, the kind of dtype ("" where it is
+    not stated), and a letter or word for each axis. Python checks neither, so what fits is only tried first."""
 
     name: str
     numbers: Numbers = ""
@@ -124,8 +110,7 @@ class Hint:
         """Whether an array has such a dtype."""
         if array.kind in ("zeros", "ones"):
             return self.numbers in ("", "float" if array.dtype.is_floating_point else "int")
-        kinds = {"ids": "int", "index": "int", "count": "int", "bool": "bool", "half": "bool", "padding": "bool"}
-        return self.numbers in ("", kinds.get(array.kind, "float"))
+        return self.numbers in ("", _KINDS.get(array.kind, "float"))
 
     def first(self, found: list[Array], rank: int | None) -> list[Array]:
         """The arrays, those that fit first; where none fits, with a new one of this rank."""
@@ -134,11 +119,8 @@ class Hint:
             shape = shape[:rank] if rank in (None, 0, 1, 2) else found[0].shape if found else shape
             found = [Array("ids" if self.numbers == "int" else "bool", shape), *found]
         found = sorted(found, key=lambda a: not self.fits(a))
-        return [self._of_batch(array) for array in found]
-
-    def _of_batch(self, array: Array) -> Array:
-        only: tuple[Size, ...] = ("T",)
-        return replace(array, shape=("B",)) if self.axes == ("B",) and array.shape == only else array
+        of_batch = self.axes == ("B",)
+        return [replace(a, shape=("B",)) if of_batch and a.shape == ("T",) else a for a in found]
 
 
 def hint_of(name: str, annotation: Any) -> Hint:
@@ -159,10 +141,6 @@ def hint_of(name: str, annotation: Any) -> Hint:
     return Hint(name, numbers, axes)
 
 
-def _as_numpy(spec: Spec, use: Use) -> Spec:
-    return replace(spec, numpy=True) if isinstance(spec, Array) and "numpy" in use.marks else spec
-
-
 def _plain(name: str, hint: str, annotation: str, use: Use, context: Context) -> list[Spec]:
     """Candidates that are one value and not a group."""
     told = layers.evidence(use, context.model)
@@ -177,11 +155,8 @@ def _plain(name: str, hint: str, annotation: str, use: Use, context: Context) ->
     if "ids" in use.marks:
         told = [_ids_like(array) for array in data[:1]]
     if told and told[0].kind == "float" and use.rank is None:
-        told.sort(
-            key=lambda a: (
-                a.kind == "float" and bool(re.match(r"pooled|vec|cond$|global|y$", name)) != (len(a.shape) == 2)
-            )
-        )
+        is_vector = re.match(r"pooled|vec|cond$|global|y$", name) is not None
+        told.sort(key=lambda a: a.kind == "float" and is_vector != (len(a.shape) == 2))
     rest = [array for array in layers.any_layer(context.model, LIMIT) if array not in data][:3]
     return [*_fitted([*told, *data, *rest], use)]
 
@@ -204,7 +179,7 @@ def _fitted(found: list[Array], use: Use) -> list[Array]:
 
 def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
     """An array whose size along an axis is equal to a number ("=="), a multiple of it ("%") or at most it ("<=")."""
-    count = Sizes(tokens=array.tokens or TOKENS).of(array.shape)[axis]
+    count = numbers(array.shape, array.tokens or TOKENS)[axis]
     fits = {"==": count == number, "%": count % number == 0, "<=": count <= number}
     if fits[relation]:
         return array
@@ -215,19 +190,14 @@ def _with_size(array: Array, axis: int, relation: str, number: int) -> Array:
     return replace(array, shape=tuple(changed))
 
 
-# ---- the data --------------------------------------------------------------------------------------------------------
-
-
 def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Array]:
-    """Candidates for the leading argument, most likely first."""
+    """Candidates for the leading argument, likeliest first."""
     found = [*layers.any_layer(model, LIMIT), *layers.own_parameters(model)]
-    kind = "ids" if _IDS.fullmatch(name) else "float" if _IMAGE.fullmatch(name) else ""
+    # Sorting is stable, so the order is otherwise that of the model.
     if _IMAGE.fullmatch(name):
-        found.sort(
-            key=lambda a: not (a.kind == "float" and len(a.shape) == 4)
-        )  # stable: the model's own order otherwise
-    elif kind:
-        found.sort(key=lambda a: a.kind != kind)
+        found.sort(key=lambda a: not (a.kind == "float" and len(a.shape) == 4))
+    elif _IDS.fullmatch(name):
+        found.sort(key=lambda a: a.kind != "ids")
     if "numpy" in use.marks:
         found.sort(key=lambda a: a.kind != "ids")
     # Some forwards take one sequence, without a batch axis.
@@ -236,13 +206,9 @@ def _data(name: str, told: list[Array], use: Use, model: nn.Module) -> list[Arra
 
 
 def _ids_like(array: Array) -> Array:
-    """Ids for the tokens of an array."""
     if array.kind == "ids":
         return array
     return Array("ids", array.shape[:-1] if len(array.shape) < 4 else array.shape[:1])
-
-
-# ---- groups ----------------------------------------------------------------------------------------------------------
 
 
 def _groups(use: Use, context: Context) -> list[Spec]:
@@ -261,7 +227,7 @@ def _group(form: Any, parts: list[tuple[str, Use]], context: Context) -> list[Sp
         return []
     choices: list[list[tuple[str, Spec]]] = []
     data = context.data
-    # The part that is passed to a layer leads: the sizes of the others follow it.
+    # The part that is passed to a layer leads: it sets the sizes of the others.
     order = sorted(parts, key=lambda part: not part[1].taken or bool(re.search("mask|time|label|target", part[0])))
     for name, use in order:
         specs = options(name, "", use, replace(context, data=data))[:4] or [Constant(None)]
@@ -274,9 +240,6 @@ def _group(form: Any, parts: list[tuple[str, Use]], context: Context) -> list[Sp
     ]
 
 
-# ---- what names say --------------------------------------------------------------------------------------------------
-
-
 def _special(name: str, hint: str, annotation: str, use: Use, context: Context, told: list[Array]) -> list[Spec]:
     """Candidates by name and annotation; none where those say nothing."""
     data = context.data
@@ -286,11 +249,8 @@ def _special(name: str, hint: str, annotation: str, use: Use, context: Context, 
         return [Constant(False)]
     if re.search(r"start_pos|offset|start_index", name) or (hint == "int" and not _NUMBER.fullmatch(name)):
         return [Constant(0)]
-    if (
-        hint == "int"
-        or "number" in use.marks
-        or (_NUMBER.fullmatch(name) and not (use.taken or use.marks or use.steps))
-    ):
+    unused = not (use.taken or use.marks or use.steps)
+    if hint == "int" or "number" in use.marks or (_NUMBER.fullmatch(name) and unused):
         if re.search("Tensor", annotation):
             return [Array("ones", (), dtype=torch.int64)]
         return [Constant(TOKENS if re.search(r"len|size|seq", name) or hint != "int" else 1), Constant(1)]
@@ -338,13 +298,13 @@ def _times(use: Use, told: list[Array], data: Spec | None) -> list[Spec]:
     wide = [array for array in told if array.kind == "float" and array not in narrow]
     if wide and use.rank is None and not narrow:
         steps = [*steps, *[array for array in wide if len(array.shape) == 2]]
-        if any(array.shape[-1] == 1 for array in wide):  # passed to a Linear as it is
+        if any(array.shape[-1] == 1 for array in wide):  # it is passed to a Linear as it is
             return [Array("ones", ("B", 1)), *steps]
     return [steps[1], steps[0]] if ids else steps
 
 
 def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec]:
-    """Masks of the dtype and shape that fit the use; None first where the forward runs without."""
+    """Masks of the dtype and shape that fit the use; None first where the forward also runs without one."""
     number = "number-mask" in use.marks and "bool" not in use.marks
     if "index" in use.marks and not number and not told:
         # A mask that selects: as many entries in each sequence, but neither all nor none.
@@ -371,13 +331,9 @@ def _masks(name: str, annotation: str, use: Use, told: list[Array]) -> list[Spec
         found.insert(2, Array("zeros", ("T", "T")))
     found = [Array("index", shape) for shape in (("B", "T"), ("T",))] + found if "long" in use.marks else found
     tensor = re.fullmatch(r"(torch\.)?(Tensor|BoolTensor|LongTensor)|<class 'torch\.Tensor'>", annotation)
-    needed = (
-        tensor
-        or "needed" in use.marks
-        or (({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks)
-    )
+    used = ({"tensor", "bool"} & use.marks or use.steps) and "checked" not in use.marks
     found = list(dict.fromkeys(found))[:4]
-    return [*found, Constant(None)] if needed else [Constant(None), *found]
+    return [*found, Constant(None)] if tensor or "needed" in use.marks or used else [Constant(None), *found]
 
 
 def _rotations(name: str, model: nn.Module) -> list[Spec]:

@@ -1,4 +1,4 @@
-"""Single operations while reading a forward: attributes, indexing, operators, methods of tensors, layers, functions.
+"""Single operations while a forward is read: attributes, indexing, operators, methods of tensors, layers, functions.
 
 In: an operation and the values of its operands. Out: its value, as long as that is an argument of the forward behind
 view ops or a known object; else `UNKNOWN`. What the operation requires of an argument is recorded in its `Use`.
@@ -12,12 +12,14 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs.uses import UNKNOWN, Data, Dim, Items, Known, Rank, Shape, Value
+from quack_fx.targets.source import ARITHMETIC
 
 _SAME = set(
     "float double half bfloat16 to cuda cpu type type_as contiguous clone detach requires_grad_ abs clamp clamp_min "
@@ -34,15 +36,6 @@ _KEPT_BY = (
 _PURE: set[Any] = {len, int, float, max, min, abs, round, range, list, tuple, sum, bool, isinstance, getattr, hasattr}
 _PURE |= {enumerate, zip, reversed, sorted, type, callable, math.sqrt, math.ceil, math.floor, math.prod, math.log2}
 
-
-_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.truediv,
-    ast.Mod: operator.mod,
-}
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -65,10 +58,8 @@ def is_none(value: Value) -> bool:
 def attribute(value: Value, name: str) -> Value:
     """An attribute of a value."""
     if isinstance(value, Known):
-        try:
+        with suppress(Exception):
             return Known(getattr(value.value, name))
-        except Exception:
-            return UNKNOWN
     if not isinstance(value, Data):
         return UNKNOWN
     if name == "shape":
@@ -103,21 +94,18 @@ def subscript(value: Value, node: ast.expr, of: Callable[[ast.expr], Value]) -> 
         index.taken_by(value.value, "rows")
         return UNKNOWN
     if isinstance(value.value, nn.ModuleList | nn.ParameterList | nn.ModuleDict | list | tuple | Mapping):
-        try:
-            if isinstance(node, ast.Slice):
-                return value  # the slice may begin with another element, which will do here
-            key: Any = index.value if isinstance(index, Known) else 0
+        if isinstance(node, ast.Slice):
+            return value  # its elements are as good as those of the slice
+        key: Any = index.value if isinstance(index, Known) else 0
+        with suppress(Exception):
             return Known(value.value[key])
-        except Exception:
-            return UNKNOWN
     return UNKNOWN
 
 
 def _of_shape(shape: Shape, node: ast.expr, of: Callable[[ast.expr], Value]) -> Value:
     if isinstance(node, ast.Slice):
         start = of(node.lower) if node.lower is not None else Known(0)
-        known = isinstance(start, Known) and isinstance(start.value, int) and node.step is None
-        if not known or not isinstance(start, Known):
+        if not isinstance(start, Known) or not isinstance(start.value, int) or node.step is not None:
             return UNKNOWN
         # Axes that count from the end stay negative.
         return Shape(shape.data, shape.start + start.value, shape.whole and node.upper is None and start.value >= 0)
@@ -181,10 +169,10 @@ def method(data: Data, name: str, args: list[Value]) -> Value:
     integers = all(isinstance(n, int) for n in numbers)
     if name in ("transpose", "swapaxes", "swapdims") and len(numbers) == 2 and integers:
         return data.then("swap", *numbers)
-    if name in ("t", "permute", "movedim") and integers:
-        if name == "permute":
-            data.known_rank(len(numbers))
-            return data.then("permute", tuple(numbers))
+    if name == "permute" and integers:
+        data.known_rank(len(numbers))
+        return data.then("permute", tuple(numbers))
+    if name in ("t", "movedim") and integers:
         return data.then("swap", 0, 1) if name == "t" else data.then("reshape")
     if name == "unsqueeze" and len(numbers) == 1 and integers:
         return data.then("new", numbers[0])
@@ -217,22 +205,17 @@ def combined(op: ast.operator, left: Value, right: Value) -> Value:
 
 def computed(op: ast.operator, left: Any, right: Any) -> Value:
     """The result of an arithmetic operator on numbers or tuples."""
-    numbers = isinstance(left, int | float | tuple) and isinstance(right, int | float | tuple)
-    try:
-        return Known(_ARITHMETIC[type(op)](left, right)) if numbers else UNKNOWN
-    except Exception:
-        return UNKNOWN
+    if isinstance(left, int | float | tuple) and isinstance(right, int | float | tuple):
+        with suppress(Exception):
+            return Known(ARITHMETIC[type(op)](left, right))
+    return UNKNOWN
 
 
 def compared(op: ast.cmpop, left: Any, right: Any) -> Value:
     """The result of a comparison."""
-    try:
+    with suppress(Exception):
         return Known(bool(_COMPARE[type(op)](left, right)))
-    except Exception:
-        return UNKNOWN
-
-
-# ---- layers ----------------------------------------------------------------------------------------------------------
+    return UNKNOWN
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -271,10 +254,9 @@ def function(called: Any, args: list[Value], kwargs: dict[str, Value]) -> Value 
     every = [*args, *kwargs.values()]
     data = [value for value in every if isinstance(value, Data)]
     if _is_pure(called) and every and not kwargs and all(isinstance(value, Known) for value in every):
-        try:
+        with suppress(Exception):
             return Known(called(*(value.value for value in every if isinstance(value, Known))))
-        except Exception:
-            return UNKNOWN
+        return UNKNOWN
     if module == "builtins" or called in (math.sqrt, math.ceil, math.floor):
         return _builtin(name, args)
     if module == "numpy" or (module == "torch" and name.endswith("Tensor")) or name in ("from_numpy", "as_tensor"):
@@ -290,10 +272,9 @@ def function(called: Any, args: list[Value], kwargs: dict[str, Value]) -> Value 
 
 
 def _is_pure(called: Any) -> bool:
-    try:
+    with suppress(Exception):  # it may be not hashable, or compared element by element
         return called in _PURE
-    except Exception:  # not hashable, or compared element by element
-        return False
+    return False
 
 
 def _builtin(name: str, args: list[Value]) -> Value:
@@ -318,17 +299,14 @@ def _builtin(name: str, args: list[Value]) -> Value:
 
 
 def _first(value: Value) -> Value:
-    """The first element of an iterable."""
     if isinstance(value, Data):
         value.use.marks.add("iterated")
         return value.then("drop", 0, 0)
     if isinstance(value, Items) and value.values:
         return value.values[0]
     if isinstance(value, Known):
-        try:
+        with suppress(Exception):
             return Known(next(iter(value.value)))
-        except Exception:
-            return UNKNOWN
     return UNKNOWN
 
 
@@ -393,25 +371,22 @@ def _torch(name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
 
 def spread_of(
     function: Any, spread: list[Value], spread_names: list[Value], given: int, named: set[str]
-) -> tuple[list[str], list[Value]]:
+) -> dict[str, Value]:
     """The required parameters that `*args` and `**batch` fill, with their values."""
     data = [v for v in spread if isinstance(v, Data)]
     data_names = [v for v in spread_names if isinstance(v, Data)]
     if not data and not data_names:
-        return [], []
+        return {}
     target = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = list(inspect.signature(target).parameters.values())[given:]
     except (TypeError, ValueError):
-        return [], []
-    left = [
-        p.name
-        for p in parameters
-        if p.name not in named and p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    ]
-    if data:
-        parts = [data[0].use.part("at", number) for number in range(len(left))]
-        for part, name in zip(parts, left, strict=True):
-            part.name = part.name or name
-        return left, [Data(part) for part in parts]
-    return left, [Data(data_names[0].use.part("key", name)) for name in left]
+        return {}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    left = [p.name for p in parameters if p.name not in named and p.default is p.empty and p.kind in kinds]
+    if not data:
+        return {name: Data(data_names[0].use.part("key", name)) for name in left}
+    parts = {name: data[0].use.part("at", number) for number, name in enumerate(left)}
+    for name, part in parts.items():
+        part.name = part.name or name
+    return {name: Data(part) for name, part in parts.items()}

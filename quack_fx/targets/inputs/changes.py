@@ -1,14 +1,9 @@
-"""Changes of all tensors in the arguments of a call: other sizes, another rank.
-
-In: inputs, and a `Change`, a function of one tensor. Out: inputs in which every tensor, also inside dicts and lists, is
-replaced by its result.
-"""
+"""Changes of all tensors in the inputs of a call: other sizes, another rank."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -17,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quack_fx.targets.inputs.values import TOKENS, Inputs, has_fields, named
+from quack_fx.targets.inputs.values import TOKENS, Inputs, has_fields, is_array
 
 Change = Callable[[Tensor], Tensor | None]
 """Gives the new tensor for an old one; None to keep it."""
@@ -43,7 +38,7 @@ def reshape(given: tuple[int, ...], wanted: tuple[int, ...]) -> Change:
 
 
 def with_rank(rank: int, wanted: int) -> Change:
-    """Another rank for tensors of one rank: axes of tokens are added or dropped after the batch."""
+    """Another rank for tensors of one rank: axes of tokens are added or dropped after that of the batch."""
 
     def change(x: Tensor) -> Tensor | None:
         if x.dim() != rank:
@@ -58,7 +53,7 @@ def with_rank(rank: int, wanted: int) -> Change:
 
 
 def only(number: int, change: Change) -> Change:
-    """A change applied to one only of the tensors that it would change, by index."""
+    """A change of only one of the tensors that it would change, by index."""
     changed: list[Tensor] = []
 
     def one(x: Tensor) -> Tensor | None:
@@ -70,11 +65,11 @@ def only(number: int, change: Change) -> Change:
 
 
 def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A tensor of another shape with the same elements, repeated; the same tensor where it would be too large."""
+    """A tensor of another shape with the same elements, repeated; the same tensor where that would be too large."""
     if tuple(x.shape) == shape or not x.numel() or math.prod(shape) > LARGEST:
         return x
     if x.dtype == torch.bool and len(shape) == x.dim():
-        # along each axis, so that a mask still selects as many entries in each sequence
+        # Repeat along each axis, so that a mask still selects as many entries in each sequence.
         for axis, size in enumerate(shape):
             x = x.index_select(axis, torch.arange(size) % x.shape[axis])
         return x
@@ -83,8 +78,7 @@ def refilled(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def changed(inputs: Inputs, change: Change) -> Inputs:
     """Inputs with every tensor in them changed."""
-    args = tuple(each_in(value, change) for value in inputs.args)
-    return named(args, {name: each_in(value, change) for name, value in inputs.kwargs.items()}, inputs.names)
+    return inputs.map(lambda value: each_in(value, change))
 
 
 def each_in(value: Any, change: Change) -> Any:
@@ -95,23 +89,17 @@ def each_in(value: Any, change: Change) -> Any:
     if isinstance(value, SimpleNamespace):
         return SimpleNamespace(**{name: each_in(part, change) for name, part in vars(value).items()})
     if has_fields(value):
-        parts = {field.name: each_in(getattr(value, field.name), change) for field in dataclasses.fields(value)}
-        return _with_parts(value, parts)
+        made = copy.copy(value)  # its class, which may compute other fields, is not called
+        for field in dataclasses.fields(value):
+            object.__setattr__(made, field.name, each_in(getattr(value, field.name), change))
+        return made
     if isinstance(value, Mapping):
         return {name: each_in(part, change) for name, part in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(each_in(part, change) for part in value)
-    if type(value).__module__ == "numpy" and importlib.util.find_spec("numpy"):
+    if is_array(value):
         return each_in(torch.from_numpy(value), change).numpy()
     return value
-
-
-def _with_parts(value: Any, parts: dict[str, Any]) -> Any:
-    """A copy of an object with other values of its fields, without calling its class."""
-    made = copy.copy(value)
-    for name, part in parts.items():
-        object.__setattr__(made, name, part)
-    return made
 
 
 def tensors(inputs: Inputs) -> list[Tensor]:

@@ -1,7 +1,6 @@
 """The inputs that layers take: ids for an Embedding, features for a Linear, images for a convolution.
 
-In: a layer, and the model for the sizes of images. Out: `Array`s, most likely first. `before` inverts the view ops
-between an argument of the forward and the layer that takes it.
+`evidence` gives those of the layers that an argument is passed to; `before` inverts the view ops between the two.
 """
 
 from __future__ import annotations
@@ -17,33 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.targets.inputs.uses import Taken, Use
-from quack_fx.targets.inputs.values import Array, Size, Sizes
+from quack_fx.targets.inputs.values import Array, Size, numbers
 
 _SIDES = ("img_size", "image_size", "input_size")
 
 
 def taken_by(module: nn.Module, model: nn.Module) -> Iterator[Array]:
-    """Inputs that a layer takes, by its type or by the attributes with its width."""
-    dtype = _dtype(module, model)
+    """Inputs that a layer takes, by its type or by the attributes with its width; `model` has the sizes of images."""
+    shapes: list[tuple[Size, ...]] = []
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         yield Array("ids", ("B", "T"), module.num_embeddings)
-    elif isinstance(module, nn.Conv2d):
-        for side in sides(model, module):
-            yield Array("float", ("B", module.in_channels, side, side), dtype=dtype)
     elif isinstance(module, nn.Conv1d):
-        for length in ("T", 64, 1024):
-            yield Array("float", ("B", module.in_channels, length), dtype=dtype)
+        shapes = [("B", module.in_channels, length) for length in ("T", 64, 1024)]
+    elif isinstance(module, nn.Conv2d):
+        shapes = [("B", module.in_channels, side, side) for side in sides(model, module)]
     elif isinstance(module, nn.Conv3d):
         frames = max(4, int(module.kernel_size[0]))
-        for side in sides(model, module):
-            yield Array("float", ("B", module.in_channels, frames, side, side), dtype=dtype)
+        shapes = [("B", module.in_channels, frames, side, side) for side in sides(model, module)]
     elif isinstance(width := _width(module), int):
         patch = math.isqrt(width // 3)
-        if width == 3 * patch**2 and patch > 1:  # a Linear that takes flattened patches
-            for side in declared_sides(model):
-                yield Array("float", ("B", 3, side, side), dtype=dtype)
-        yield Array("float", ("B", "T", width), dtype=dtype)
-        yield Array("float", ("B", width), dtype=dtype)
+        takes_patches = width == 3 * patch**2 and patch > 1
+        shapes = [("B", 3, side, side) for side in declared_sides(model)] if takes_patches else []
+        shapes += [("B", "T", width), ("B", width)]
+    dtype = _dtype(module, model) if shapes else torch.float32
+    yield from (Array("float", shape, dtype=dtype) for shape in shapes)
 
 
 def _width(module: nn.Module) -> Any:
@@ -55,11 +51,10 @@ def _width(module: nn.Module) -> Any:
 
 
 def _dtype(module: nn.Module, model: nn.Module) -> torch.dtype:
-    """The dtype of a layer's weights."""
     for source in (module, model):
         weight = next((p for p in source.parameters() if p.is_floating_point()), None)
         if weight is not None:
-            # weights of one byte are quantized, their inputs are not
+            # Weights of one byte are quantized, their inputs are not.
             return weight.dtype if weight.element_size() > 1 else torch.float32
     return torch.float32
 
@@ -77,11 +72,11 @@ def any_layer(model: nn.Module, limit: int) -> list[Array]:
 
 
 WIDEST = 1 << 20
-"""The widest token that is tried for a parameter of the model itself: a wider one is a table, such as a vocabulary."""
+"""The widest token that is tried for a parameter of the model itself. Wider ones are tables, such as a vocabulary."""
 
 
 def own_parameters(model: nn.Module) -> list[Array]:
-    """Inputs for a model that multiplies with its own parameters: an axis may count features, and rows may be ids."""
+    """Inputs for a model that multiplies with parameters of its own: axes may count features, and rows may be ids."""
     dtype = _dtype(model, model)
     found: list[Array] = []
     for rows, columns in [p.shape for p in model.parameters() if p.dim() == 2 and min(p.shape) > 1][:2]:
@@ -111,8 +106,9 @@ def evidence(use: Use, model: nn.Module) -> list[Array]:
 
 def _may_be_image(array: Array, taken: Taken) -> bool:
     """Whether an argument may be an image: where the layer takes tokens, only if it is reshaped into patches before."""
-    is_patches = len(array.shape) == 4 and _width(taken.by) is not None if isinstance(taken.by, nn.Module) else False
-    return not is_patches or any(step in ("reshape", "einops") for step, *_ in taken.views)
+    takes_tokens = isinstance(taken.by, nn.Module) and _width(taken.by) is not None
+    reshaped = any(step in ("reshape", "einops") for step, *_ in taken.views)
+    return len(array.shape) != 4 or not takes_tokens or reshaped
 
 
 def _of(taken: Taken, model: nn.Module) -> list[Array]:
@@ -127,18 +123,18 @@ def _of(taken: Taken, model: nn.Module) -> list[Array]:
     if "mask" in taken.how:
         padding = "padding" in taken.how
         return [Array("padding" if padding else "bool", ("B", "T") if padding else ("T", "T"))]
-    if isinstance(by, nn.RNNBase) and taken.how == "input":
-        return [Array("float", ("B", "T", by.input_size), dtype=_dtype(by, model))]
-    if isinstance(by, nn.RNNBase) or taken.how in ("hx", "output_size", "offsets"):
+    if taken.how in ("hx", "output_size", "offsets") or (isinstance(by, nn.RNNBase) and taken.how != "input"):
         return []
-    if isinstance(by, nn.Bilinear):
+    if isinstance(by, nn.RNNBase):
+        width = by.input_size
+    elif isinstance(by, nn.Bilinear):
         width = by.in1_features if taken.how == "input1" else by.in2_features
-        return [Array("float", ("B", "T", width), dtype=_dtype(by, model))]
-    if isinstance(by, nn.MultiheadAttention):
+    elif isinstance(by, nn.MultiheadAttention):
         width = {"key": by.kdim, "value": by.vdim}.get(taken.how, by.embed_dim)
-        return [Array("float", ("B", "T", width), dtype=_dtype(by, model))]
-    layers = by.modules() if type(by).forward.__module__.startswith("torch.nn.modules.transformer") else [by]
-    return next((found for layer in layers if (found := list(taken_by(layer, model)))), [])
+    else:
+        layers = by.modules() if type(by).forward.__module__.startswith("torch.nn.modules.transformer") else [by]
+        return next((found for layer in layers if (found := list(taken_by(layer, model)))), [])
+    return [Array("float", ("B", "T", width), dtype=_dtype(by, model))]
 
 
 def before(array: Array, views: tuple[tuple[Any, ...], ...], use: Use) -> tuple[Size, ...] | None:
@@ -201,14 +197,14 @@ def _before_einops(shape: list[Size], pattern: str, lengths: tuple[tuple[str, in
         if len(names) == 1:
             known.setdefault(names[0], size)
         elif isinstance(size, int) and len(unknown) == 1:
-            others = math.prod(Sizes().of(known[name] for name in names if name in known))
+            others = math.prod(numbers(known[name] for name in names if name in known))
             if size % others:
                 return None
             known[unknown[0]] = size // others
     made: list[Size] = []
     for names in left:
         sizes: list[Size] = [known.get(name, "T") for name in names]
-        made.append(sizes[0] if len(sizes) == 1 else math.prod(Sizes().of(sizes)))
+        made.append(sizes[0] if len(sizes) == 1 else math.prod(numbers(sizes)))
     return made
 
 
@@ -219,7 +215,7 @@ def _fields(use: Use, number: int, axis: int) -> int:
 
 
 def with_rank(array: Array, shape: list[Size], rank: int | None) -> tuple[Size, ...] | None:
-    """A shape with the rank that the forward requires, with or without axes of tokens; None where there is none."""
+    """A shape with the rank that the forward requires, by adding or dropping axes of tokens; None if impossible."""
     if rank is None or rank == len(shape):
         return tuple(shape)
     if array.kind == "ids":
@@ -232,9 +228,6 @@ def with_rank(array: Array, shape: list[Size], rank: int | None) -> tuple[Size, 
         extra = rank - len(shape)
         return (*shape[:1], *["T"] * extra, *shape[1:])
     return (*shape[:1], *shape[len(shape) - rank + 1 :]) if rank else None
-
-
-# ---- sizes of images -------------------------------------------------------------------------------------------------
 
 
 def sides(model: nn.Module, conv: nn.Conv2d | nn.Conv3d) -> list[int]:

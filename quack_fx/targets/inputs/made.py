@@ -1,9 +1,8 @@
-"""Methods of the model that prepare a call of its forward: they make arguments, or set attributes.
+"""Methods of the model that prepare a call of its forward.
 
-In: a model and a parameter of its forward. Out: a function from the other arguments to this one, which calls the method
-that makes it: `model.initial_carry(batch)`, `model.init_hidden(2)`. The method is recognised by its return annotation
-or name. Where the forward asserts that an attribute of the model is not None and it still is, the method that sets it
-is called first, such as `setup_caches(max_batch_size, max_seq_length)`, with arguments made up from their names.
+`maker_of` finds a method that makes an argument (`model.init_hidden(2)`), by its return annotation or its name.
+`set_up` calls methods that set attributes which the forward asserts not to be None (`setup_caches(max_batch_size)`),
+with arguments made up from their names.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from torch import nn
 from quack_fx.targets.inputs.changes import each_in
 from quack_fx.targets.inputs.values import BATCH, TOKENS
 from quack_fx.targets.sizes.made_up import made_up
-from quack_fx.targets.sizes.signatures import hints_of, is_users_class, own_methods, required
+from quack_fx.targets.sizes.signatures import hints_of, is_users_class, is_variable, own_methods, required
 from quack_fx.targets.sizes.uses import asserted
-from quack_fx.targets.source import tree_of_function
+from quack_fx.targets.source import assignments_in, tree_of_function
 
 _MAKES = (
     r"_*(get_|make_|create_|generate_|build_|allocate_)?"
@@ -34,7 +33,7 @@ Maker = Callable[[Mapping[str, Any]], Any]
 
 def maker_of(model: nn.Module, parameter: inspect.Parameter) -> Maker | None:
     """The function that makes an argument from the others; None where no method of the model does."""
-    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    if is_variable(parameter):
         return None
     wanted = hints_of(type(model).forward).get(parameter.name)
     stem = re.escape(parameter.name.lower().rstrip("s"))
@@ -78,10 +77,8 @@ def set_up(model: nn.Module) -> list[str]:
 
 
 def _setter(model: nn.Module, attribute: str) -> Callable[..., Any] | None:
-    """The method of a model, other than its constructor and forward, that sets an attribute."""
     for name, function in own_methods(model).items():
-        for node in ast.walk(tree_of_function(function)):
-            targets = node.targets if isinstance(node, ast.Assign) else []
-            if any(isinstance(t, ast.Attribute) and t.attr == attribute for t in targets):
-                return getattr(model, name)  # type: ignore[no-any-return]
+        targets = [target for target, _ in assignments_in(tree_of_function(function))]
+        if any(isinstance(target, ast.Attribute) and target.attr == attribute for target in targets):
+            return getattr(model, name)  # type: ignore[no-any-return]
     return None

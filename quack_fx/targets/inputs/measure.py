@@ -1,9 +1,8 @@
 """Finds the input size for which two sizes in a forward become equal, by measuring how they grow with it.
 
-In: inputs for which a forward failed, and the sizes that differed (`Mismatch`). Out: inputs to try; the caller answers
-each with its mismatch. After convolutions and patches the sizes in an error are not sizes of the inputs. But two
-failures of one statement, for two sizes of one input axis, show how fast the sizes grow with that axis, and so for
-which size of it they are equal. Sizes are assumed to grow linearly, or quadratically as the area of an image does.
+After convolutions and patches the sizes in an error are not sizes of the inputs. But two failures of one statement, for
+two sizes of one input axis, show how fast the sizes (`Mismatch`) grow with that axis, and so for which size of it they
+are equal: linearly, or quadratically as the area of an image does.
 """
 
 from __future__ import annotations
@@ -20,15 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from quack_fx.targets.failure import (
-    cause_of,
-    condition_of,
-    evaluator,
-    factors_in,
-    shapes_in,
-    statements_at,
-    users_frame,
-)
+from quack_fx.targets import failure
 from quack_fx.targets.inputs.changes import LARGEST, changed, refilled, tensors
 from quack_fx.targets.inputs.values import Inputs
 
@@ -50,10 +41,8 @@ class Budget:
 class Mismatch:
     """Sizes that should be equal and are not.
 
-    Attributes:
-        place: File and line of the statement, and the error's message without numbers, or which axes differ.
-        numbers: The sizes in the message or the statement.
-        pairs: Indices in `numbers` of two that should be equal, likeliest first.
+    `place` is the file and line of the statement, and the error's message without numbers, or which axes differ.
+    `pairs` are indices in `numbers` of two that should be equal, likeliest first.
     """
 
     place: tuple[str, int, str]
@@ -69,36 +58,31 @@ class Mismatch:
 
 def mismatch(error: BaseException) -> Mismatch | None:
     """The sizes that differ where a forward failed; None for an error that is not about sizes."""
-    cause = cause_of(error)
-    found = users_frame(cause)
-    if found is None:
+    cause = failure.cause_of(error)
+    if (found := failure.users_frame(cause)) is None:
         return None
     frame, line = found
     text = str(cause)
     without_numbers = re.sub(r"-?\d+", "#", text)
     place = (frame.f_code.co_filename, line, f"{type(cause).__name__}: {without_numbers}")
-    condition = condition_of(statements_at(frame, line))
-    if condition is not None and (sides := _sides(condition[0], evaluator(frame))) is not None:
+    condition = failure.condition_of(failure.statements_at(frame, line))
+    if condition is not None and (sides := _sides(condition[0], failure.evaluator(frame))) is not None:
         return _of_pairs(place, sides) if sides else None
-    mask = re.search(r"shape of the mask \[(.*?)\] at index (\d+) .*indexed tensor \[(.*?)\] at index (\d+)", text)
-    if mask:
+    if mask := re.search(r"shape of the mask \[(.*?)\] at index (\d+) .*indexed tensor \[(.*?)\] at index (\d+)", text):
         numbers = tuple(int(mask[n].split(",")[int(mask[n + 1])]) for n in (1, 3))
         return Mismatch((*place[:2], f"sizes [{mask[4]}]"), numbers, ((0, 1),))
-    if not isinstance(cause, RuntimeError | ValueError | AssertionError):
+    about_sizes = isinstance(cause, RuntimeError | ValueError | AssertionError)
+    if not about_sizes or re.search(r"values to unpack|satisfy the constraint", text):
         return None
-    if re.search(r"values to unpack|satisfy the constraint", text):  # numbers that are not sizes
-        return None
-    if (factors := factors_in(text)) is not None:
+    if (factors := failure.factors_in(text)) is not None:
         return Mismatch(place, factors, ((0, 1),))
-    one = re.search(r"tensor a \((\d+)\) must match .*tensor b \((\d+)\) at non-singleton dimension (\d+)", text)
-    if one:
+    if one := re.search(r"tensor a \((\d+)\) must match .*tensor b \((\d+)\) at non-singleton dimension (\d+)", text):
         return Mismatch((*place[:2], f"sizes [{one[3]}]"), (int(one[1]), int(one[2])), ((0, 1),))
-    shapes = shapes_in(text)
+    shapes = failure.shapes_in(text)
     if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
         return _of_pairs(place, list(zip(*shapes, strict=True)))
-    numbers = tuple(
-        map(int, re.findall(r"(?<![\w.])-?\d+(?![.\w]*[a-wyzA-Z])", re.sub(r"dim(ension)? -?\d+", "", text)))
-    )
+    without_axes = re.sub(r"dim(ension)? -?\d+", "", text)
+    numbers = tuple(map(int, re.findall(r"(?<![\w.])-?\d+(?![.\w]*[a-wyzA-Z])", without_axes)))
     if len(numbers) < 2:
         return None
     if "is invalid for input of size" in text:
@@ -121,11 +105,10 @@ def _sides(test: ast.expr, value: Callable[[ast.expr], Any]) -> list[tuple[int, 
     found: list[tuple[int, int]] = []
     try:
         for part in test.values if isinstance(test, ast.BoolOp) else [test]:
-            if not isinstance(part, ast.Compare) or not isinstance(part.ops[0], ast.Eq | ast.NotEq):
-                continue
-            sides = value(part.left), value(part.comparators[0])
-            # In `x % 8 == 0` the two sides are no sizes.
-            found += [] if isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod) else _pairs(*sides)
+            if isinstance(part, ast.Compare) and isinstance(part.ops[0], ast.Eq | ast.NotEq):
+                sides = value(part.left), value(part.comparators[0])
+                is_remainder = isinstance(part.left, ast.BinOp) and isinstance(part.left.op, ast.Mod)
+                found += [] if is_remainder else _pairs(*sides)
     except Exception:  # the user's expression may raise anything
         return None
     return found
@@ -139,15 +122,12 @@ def _pairs(have: Any, want: Any) -> list[tuple[int, int]]:
     return []
 
 
-# ---- changes of the inputs -------------------------------------------------------------------------------------------
-
 Axes = frozenset[tuple[int, int]]
-"""Axes of one size that change together: pairs of (index of the tensor, axis)."""
+"""Axes of one size: pairs of (index of the tensor, axis)."""
 
 
 def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
-    """Axes whose size may be changed, with that size: single axes, both sides of an image, all axes of one size, the
-    batch."""
+    """Axes that change together, with their size: one axis, both sides of an image, all axes of one size, the batch."""
     shapes = [tuple(x.shape) for x in tensors(inputs)]
     found: dict[Axes, int] = {}
     for number, shape in enumerate(shapes):
@@ -156,12 +136,11 @@ def _axes(inputs: Inputs) -> list[tuple[Axes, int]]:
             found[frozenset({(number, len(shape) - 1), (number, len(shape) - 2)})] = shape[-1]
         for axis in range(max(0, min(1, len(shape) - 1)), len(shape) - (2 if is_image else 0)):
             found[frozenset({(number, axis)})] = shape[axis]
-    inner = [(number, axis) for number, shape in enumerate(shapes) for axis in range(1, len(shape))]
-    for size in dict.fromkeys(shapes[number][axis] for number, axis in inner):
-        found.setdefault(frozenset(place for place in inner if shapes[place[0]][place[1]] == size), size)
-    batch = [(number, 0) for number, shape in enumerate(shapes) if shape]
-    for size in dict.fromkeys(shapes[number][0] for number, _ in batch):
-        found.setdefault(frozenset(place for place in batch if shapes[place[0]][0] == size), size)
+    inner = {(n, axis): size for n, shape in enumerate(shapes) for axis, size in enumerate(shape) if axis}
+    batch = {(n, 0): shape[0] for n, shape in enumerate(shapes) if shape}
+    for places in (inner, batch):
+        for size in dict.fromkeys(places.values()):
+            found.setdefault(frozenset(place for place, other in places.items() if other == size), size)
     return [(axes, size) for axes, size in found.items() if size > 0]
 
 
@@ -191,13 +170,11 @@ def declared_lengths(model: nn.Module) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-# ---- the search ------------------------------------------------------------------------------------------------------
-
 Answer = Mismatch | None
 
 
 class Search:
-    """The search for sizes that fit: inputs to measure with, and the solutions."""
+    """The search for sizes that fit: it yields inputs to measure with, and solutions."""
 
     def __init__(self, model: nn.Module, budget: Budget) -> None:
         self._lengths = declared_lengths(model)
@@ -212,7 +189,7 @@ class Search:
         self._known[inputs.text] = answer
 
     def start(self, inputs: Inputs, sizes: Mismatch, depth: int = 0) -> None:
-        """Add inputs to start from, if they are the first that fail at their place."""
+        """Add inputs to start from, if they are the first to fail at their place."""
         if sizes.place not in self._places and depth < DEPTH:
             self._places.add(sizes.place)
             self._starts.append((inputs, sizes, depth))
@@ -220,11 +197,9 @@ class Search:
     def run(self) -> Generator[Inputs, Answer, None]:
         """Yields inputs to try; each is answered with its mismatch."""
         while self._starts and self._may_try():
-            inputs, sizes, depth = self._starts.popleft()
-            yield from self._around(inputs, sizes, depth)
+            yield from self._around(*self._starts.popleft())
 
     def _around(self, inputs: Inputs, sizes: Mismatch, depth: int) -> Generator[Inputs, Answer, None]:
-        """Measure along each axis."""
         for axes, size in _axes(inputs):
             yield from self._along(inputs, axes, size, sizes, depth)
 
@@ -276,15 +251,8 @@ class Search:
 
 
 def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: bool) -> Iterator[int]:
-    """Sizes of an axis for which a pair of numbers becomes equal, by its values at `size` and at `other`.
-
-    Arguments:
-        one: The mismatch at `size`.
-        two: The mismatch at `other`.
-        size: The first size of the axis.
-        other: The second.
-        is_area: Whether quadratic growth is tried before linear growth.
-    """
+    """Sizes of an axis for which a pair of numbers becomes equal, by the mismatches at its sizes `size` and `other`;
+    with `is_area`, quadratic growth is tried before linear growth."""
     seen = {size, other}
     if len(one.numbers) != len(two.numbers):
         return
@@ -303,7 +271,7 @@ def _solutions(one: Mismatch, two: Mismatch, size: int, other: int, is_area: boo
 
 
 def _differences(one: tuple[int, int], two: tuple[int, int]) -> tuple[int, int]:
-    """Differences of a pair before and after; an error may list the pair in either order."""
+    """Differences of a pair before and after; an error may list it in either order."""
     if one[0] != two[0] and one[1] != two[1] and set(one) & set(two):
         two = two[::-1]
     return one[0] - one[1], two[0] - two[1]

@@ -1,12 +1,9 @@
 """Reads the source of a forward, without running it, for what it does with its arguments.
 
 In: a model. Out: a `Use` for each parameter of its forward. The reader interprets the statements of the forward and of
-the functions that it calls. Attributes of the model are looked up in the model itself: so
+the functions that it calls (`calls.py`: single operations), and looks attributes up in the model itself: so
 `self.layers[0].proj(x.transpose(1, 2))` shows which layer takes `x`, and `assert T <= self.block_size` the largest T.
 Where the condition of an `if` is not known, both branches are read; of a loop, the first and the last iteration.
-
-    calls.py    calls of torch, methods of tensors, indexing, operators
-    uses.py     what is recorded
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ import functools
 import inspect
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -33,17 +31,14 @@ Scope = dict[str, Value]
 def read_uses(model: nn.Module, given: list[str]) -> dict[str, Use]:
     """What the forward of a model does with its parameters of these names, as far as its source can be read."""
     uses = {name: Use() for name in given}
-    try:
-        reader = Reader()
+    with suppress(Exception):  # what was recorded until then still holds
         forward = inspect.unwrap(model.forward)
         function = forward if isinstance(forward, types.FunctionType) else forward.__func__
         for name, parameter in inspect.signature(model.forward).parameters.items():
             if name in uses and parameter.kind is parameter.VAR_POSITIONAL:
                 uses[name].marks.add("iterated")
         bound: Scope = {name: Data(use) for name, use in uses.items()}
-        reader.run(function, model if forward is not function or function is not model.forward else None, bound)
-    except Exception:
-        pass  # the uses that were recorded until here still hold
+        Reader().run(function, model if forward is not function or function is not model.forward else None, bound)
     return uses
 
 
@@ -161,7 +156,8 @@ class Frame:
             return self.block(node.body if test.value else node.orelse)
         if any(isinstance(inner, ast.Raise) for inner in node.body):
             self.require(node.test, False)
-            return self.block(node.orelse) and False
+            self.block(node.orelse)
+            return False
         before = dict(self.scope)
         one = self.block(node.body)
         after, self.scope = self.scope, before
@@ -204,7 +200,7 @@ class Frame:
     def elements(self, value: Value) -> list[Value]:
         """Values of a loop variable: the first element and the last."""
         if isinstance(value, Items):
-            return [value.values[0], value.values[-1]][: len(value.values)] if value.values else []
+            return [*value.values[:1], *value.values[1:][-1:]]
         if isinstance(value, Data):
             value.use.marks.add("iterated")
             return [value.then("drop", 0, 0)]
@@ -213,7 +209,7 @@ class Frame:
                 found = list(value.value)[:4096]
             except Exception:
                 return [UNKNOWN]
-            return [Known(found[0]), *([Known(found[-1])] if len(found) > 1 else [])] if found else []
+            return [*map(Known, found[:1]), *map(Known, found[1:][-1:])]
         return [UNKNOWN]
 
     # ---- conditions --------------------------------------------------------------------------------------------------
@@ -406,11 +402,8 @@ class Frame:
         """A call of a method, a layer, a function of torch, or a function whose source is read."""
         if isinstance(node.func, ast.Name) and node.func.id == "super" and "__class__" in self.outer:
             owner = self.scope[next(iter(self.scope))]
-            return (
-                Known(super(self.outer["__class__"].cell_contents, owner.value))
-                if isinstance(owner, Known)
-                else UNKNOWN
-            )
+            own_class = self.outer["__class__"].cell_contents
+            return Known(super(own_class, owner.value)) if isinstance(owner, Known) else UNKNOWN
         receiver = self.of(node.func.value) if isinstance(node.func, ast.Attribute) else UNKNOWN
         args = [self.of(a) for a in node.args if not isinstance(a, ast.Starred)]
         kwargs = {k.arg: self.of(k.value) for k in node.keywords if k.arg is not None}
@@ -420,19 +413,16 @@ class Frame:
             return calls.method(receiver, node.func.attr, args)
         if isinstance(receiver, Items | Shape | Dim | Rank):
             return UNKNOWN
-        function = (
-            calls.attribute(receiver, node.func.attr) if isinstance(node.func, ast.Attribute) else self.of(node.func)
-        )
-        if isinstance(function, Data):
-            return UNKNOWN
+        method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        function = calls.attribute(receiver, method) if method else self.of(node.func)
         if not isinstance(function, Known):
-            if isinstance(node.func, ast.Attribute):
-                calls.note(node.func.attr, args, kwargs)
+            if method and not isinstance(function, Data):
+                calls.note(method, args, kwargs)
             return UNKNOWN
         for value in spread:
             args += list(value.values) if isinstance(value, Items) else []
-        names, values = calls.spread_of(function.value, spread, spread_names, len(args), set(kwargs))
-        return self.apply(function.value, args, {**kwargs, **dict(zip(names, values, strict=True))})
+        spread_out = calls.spread_of(function.value, spread, spread_names, len(args), set(kwargs))
+        return self.apply(function.value, args, {**kwargs, **spread_out})
 
     def apply(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
         """Call a known function."""
@@ -441,10 +431,8 @@ class Frame:
         if calls.runs_another(function) and args and isinstance(args[0], Known):
             return self.apply(args[0].value, args[1:], {})
         if isinstance(function, functools.partial):
-            given = [Known(a) for a in function.args]
-            return self.apply(
-                function.func, [*given, *args], {**{k: Known(v) for k, v in function.keywords.items()}, **kwargs}
-            )
+            by_name = {name: Known(value) for name, value in function.keywords.items()}
+            return self.apply(function.func, [*map(Known, function.args), *args], {**by_name, **kwargs})
         if isinstance(function, nn.Module):
             pattern, lengths = getattr(function, "pattern", None), getattr(function, "axes_lengths", None)
             if isinstance(pattern, str) and isinstance(lengths, Mapping) and args:  # a layer of einops
@@ -458,9 +446,7 @@ class Frame:
                 return calls.layer(function, args, kwargs)
             return self.follow(function.forward, args, kwargs)
         known = calls.function(function, args, kwargs)
-        if known is not None:
-            return known
-        return self.follow(function, args, kwargs)
+        return known if known is not None else self.follow(function, args, kwargs)
 
     def follow(self, function: Any, args: list[Value], kwargs: dict[str, Value]) -> Value:
         """Read a function of the user's, if an argument of the forward is passed to it."""
@@ -471,17 +457,17 @@ class Frame:
         plain = inspect.unwrap(function.__func__ if isinstance(function, types.MethodType) else function)
         if not isinstance(plain, types.FunctionType) or plain.__module__.split(".")[0] in ("torch", "numpy", "einops"):
             return UNKNOWN
+        if owner is not None:
+            args = [Known(owner), *args]
         try:
-            call = inspect.signature(plain).bind_partial(
-                *([Known(owner)] if owner is not None else []), *args, **kwargs
-            )
+            call = inspect.signature(plain).bind_partial(*args, **kwargs)
         except TypeError:
             return UNKNOWN
         bound: Scope = {}
         for name, value in call.arguments.items():
             kind = call.signature.parameters[name].kind
-            bound[name] = Items(tuple(value)) if kind is inspect.Parameter.VAR_POSITIONAL else value
-            bound[name] = UNKNOWN if kind is inspect.Parameter.VAR_KEYWORD else bound[name]
+            several = Items(tuple(value)) if kind is inspect.Parameter.VAR_POSITIONAL else value
+            bound[name] = UNKNOWN if kind is inspect.Parameter.VAR_KEYWORD else several
         return self.reader.run(plain, owner, bound)
 
 

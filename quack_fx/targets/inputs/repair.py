@@ -1,70 +1,49 @@
 """From the error of a forward to inputs that avoid it.
 
-In: a model, inputs for which its forward failed, and the error. Out: changed inputs, most likely first. Changes come
-from three sources: the failed statement (an `assert`, an `if` with a raise, an unpacked shape), whose sides are
-evaluated in its frame, so that `T % self.block == 0` gives the multiple; the layer that failed, by what it takes; and
-the message, in which torch writes the two sizes that differ.
-
-A change applies to all arguments: where a size is wrong, every axis of that size changes.
+In: a model, inputs for which its forward failed, and the error. Out: changed inputs, likeliest first. What to change
+follows from the failed statement, whose sides are evaluated in its frame (`T % self.block == 0` gives the multiple),
+from the layer that failed, and from the message, in which torch writes the two sizes that differ. A wrong size changes
+on every axis that has it, in all arguments.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
 import itertools
 import math
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quack_fx.targets.failure import (
-    cause_of,
-    condition_of,
-    evaluator,
-    factors_in,
-    frames_of,
-    none_names,
-    shapes_in,
-    statements_at,
-    users_frame,
-)
+from quack_fx.targets import failure
 from quack_fx.targets.inputs import layers
 from quack_fx.targets.inputs.changes import LARGEST, Change, changed, only, refilled, reshape, resize, sizes, with_rank
 from quack_fx.targets.inputs.measure import Answer, Budget, Search, mismatch
-from quack_fx.targets.inputs.values import TOKENS, Inputs, Sizes, causal_blocks, is_blocks, named
+from quack_fx.targets.inputs.values import TOKENS, Inputs, causal_blocks, is_blocks
+from quack_fx.targets.source import names_in
 
 FIRST, REPAIRS, EACH = 3, 12, 4
 """How many candidates are tried before any repair; the most repairs in all; the most repairs of one failure."""
 
-More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
 SAME_RATIO = 3
 """How many inputs of different sizes may fail in one view with the same ratio of elements before trying ends."""
 
+More = Callable[[nn.Module, Inputs, BaseException], list[Inputs]]
+
 
 class Attempts:
-    """Inputs in the order in which they are to be tried: the likeliest, those that measure sizes, repairs, the others.
+    """Inputs in the order in which to try them: the likeliest, those that measure sizes, repairs, the others.
 
-    Arguments:
-        model: The model.
-        candidates: The inferred inputs, most likely first.
-        more: Gives inputs with one more argument, for a model, inputs that it failed on, and the error.
-        budget: How many may be tried for measuring; shared by all models that are built for a target.
-
-    Example:
-        >>> attempts = Attempts(model, infer(model, "GPT"))
-        >>> for inputs in attempts:
-        ...     try:
-        ...         model(*inputs.args, **inputs.kwargs)
-        ...         break
-        ...     except Exception as error:
-        ...         attempts.failed(inputs, error)
+    Where the forward fails on inputs that were yielded, call `failed` before the next ones. `more` gives inputs with
+    one more argument for a failure; `budget` is shared by all models that are built for a target.
     """
 
     def __init__(
@@ -76,7 +55,7 @@ class Attempts:
         self.inferred = {candidate.text for candidate in candidates}
         self.seen = set(self.inferred)
         self.left, self.added = REPAIRS, 0
-        self._more = more
+        self._more: More = more or (lambda *_: [])
         self._search = Search(model, budget or Budget())
         self._running: Generator[Inputs, Answer, None] | None = None
         self._measured: Answer = None
@@ -86,34 +65,29 @@ class Attempts:
 
     def __iter__(self) -> Iterator[Inputs]:
         given: set[str] = set()
-        for inputs in self._in_order():
+        while not self._is_hopeless():
+            self.measuring = False
+            if self.likely:
+                inputs = self.likely.popleft()
+            elif (measure := self._measurement()) is not None:
+                inputs = measure
+            elif self.repairs and self.left > 0:
+                self.left -= 1
+                inputs = self.repairs.popleft()
+            elif self.others:
+                inputs = self.others.popleft()
+            else:
+                return
             if inputs.text not in given:
                 given.add(inputs.text)
                 yield inputs
 
-    def _in_order(self) -> Iterator[Inputs]:
-        while not self._is_hopeless():
-            self.measuring = False
-            if self.likely:
-                yield self.likely.popleft()
-            elif (measure := self._measurement()) is not None:
-                yield measure
-            elif self.repairs and self.left > 0:
-                self.left -= 1
-                yield self.repairs.popleft()
-            elif self.others:
-                yield self.others.popleft()
-            else:
-                return
-
     def _measurement(self) -> Inputs | None:
         """Inputs for measuring; `failed` has recorded the result of the last ones."""
+        if self._running is None:
+            self._running, self._measured = self._search.run(), None
         try:
-            if self._running is None:
-                self._running = self._search.run()
-                one = next(self._running)
-            else:
-                one = self._running.send(self._measured)
+            one = self._running.send(self._measured)
         except StopIteration:
             self._running = None
             return None
@@ -121,7 +95,7 @@ class Attempts:
         return one
 
     def _is_hopeless(self) -> bool:
-        """Whether a view fails with the same ratio of elements for all sizes: then the model's own sizes do not fit."""
+        """Whether a view fails with the same ratio of elements whatever the sizes: the model's own sizes do not fit."""
         missed = self._missed.values()
         return any(len(found) >= SAME_RATIO and len(set(found.values())) == 1 for found in missed)
 
@@ -139,14 +113,14 @@ class Attempts:
             self._missed[sizes.place][sizes.numbers] = ratio
         if self.measuring:
             self._measured = sizes
-            self._add(self._more(self.model, inputs, error) if self._more is not None and sizes is None else [])
+            self._add(self._more(self.model, inputs, error) if sizes is None else [])
             return
         if sizes is not None:
             self._search.start(inputs, sizes)
-        found: list[Inputs] = []
-        more = self._more(self.model, inputs, error) if self._more is not None else []
+        more = self._more(self.model, inputs, error)
         certain = asks_for_more(error)
         self._add([*_with_blocks(inputs, error), *(more if certain else [])])
+        found: list[Inputs] = []
         for repaired in [*retry(self.model, inputs, error), *([] if certain else more)]:
             if repaired.text not in self.seen:
                 self.seen.add(repaired.text)
@@ -161,7 +135,7 @@ class Attempts:
         """Put inputs at the front, in this order."""
         new: list[Inputs] = []
         for one in more:
-            # inferred inputs may be among the others still
+            # Inferred inputs may still be among the others.
             if (one.text not in self.seen or one.text in self.inferred) and self.added < REPAIRS:
                 self.seen.add(one.text)
                 self.added += 1
@@ -170,27 +144,19 @@ class Attempts:
 
 
 def retry(model: nn.Module, candidate: Inputs, error: BaseException) -> list[Inputs]:
-    """Inputs that avoid the error of a forward, most likely first; none where nothing follows from the error.
-
-    Arguments:
-        model: The model.
-        candidate: The inputs for which it failed.
-        error: What the forward raised, or an error raised from that; with its traceback.
-    """
-    cause = cause_of(error)
+    """Inputs that avoid the error of a forward, likeliest first. It, or its cause, must still have its traceback."""
+    cause = failure.cause_of(error)
     found: dict[str, Inputs] = {}
-    try:
+    with suppress(Exception):  # the user's expressions may raise anything
         for change in itertools.islice(_changes(model, candidate, cause), 12):
             made = changed(candidate, change)
             if made.text != candidate.text:
                 found.setdefault(made.text, made)
-    except Exception:  # the user's expressions may raise anything
-        pass
     return list(found.values())[:EACH]
 
 
 def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Iterator[Change]:
-    if (found := users_frame(error)) is not None:
+    if (found := failure.users_frame(error)) is not None:
         yield from _statement(*found, str(error))
     yield from _layer(model, error)
     yield from _message(str(error), sizes(candidate))
@@ -198,85 +164,64 @@ def _changes(model: nn.Module, candidate: Inputs, error: BaseException) -> Itera
 
 def _with_blocks(inputs: Inputs, error: BaseException) -> list[Inputs]:
     """Inputs with block masks of the sizes that an error of flex attention names."""
-    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(cause_of(error)))
+    wanted = re.search(r"got q_len=(\d+) and kv_len=(\d+)", str(failure.cause_of(error)))
     if wanted is None:
         return []
     mask = causal_blocks(int(wanted[1]), int(wanted[2]))
-    args = tuple(mask if is_blocks(value) else value for value in inputs.args)
-    kwargs = {name: mask if is_blocks(value) else value for name, value in inputs.kwargs.items()}
-    return [named(args, kwargs, inputs.names)]
+    return [inputs.map(lambda value: mask if is_blocks(value) else value)]
 
 
 def asks_for_more(error: BaseException) -> bool:
     """Whether a forward failed because an argument is None, by the message or by the condition that it checks."""
-    cause = cause_of(error)
+    cause = failure.cause_of(error)
     return "None" in str(cause) or bool(unmet_names(cause))
 
 
 def unmet_names(error: BaseException) -> set[str]:
-    """Names that are None in the condition by which a forward checks its arguments, and refuses them."""
-    for frame, line in list(frames_of(error))[-1:]:
-        if (condition := condition_of(statements_at(frame, line))) is not None:
-            names = {part.id for part in ast.walk(condition[0]) if isinstance(part, ast.Name)}
-            return {name for name in names if frame.f_locals.get(name, 0) is None}
+    """Names that are None in the condition with which a forward checks its arguments, and refuses them."""
+    for frame, line in list(failure.frames_of(error))[-1:]:
+        if (condition := failure.condition_of(failure.statements_at(frame, line))) is not None:
+            return {name for name in names_in(condition[0]) if frame.f_locals.get(name, 0) is None}
     return set()
 
 
 def failing_names(error: BaseException) -> set[str]:
     """Names that are None in the line where a forward failed, and in the lines that called it."""
-    return {name for frame, line in frames_of(error) for name in none_names(frame, line)}
+    return {name for frame, line in failure.frames_of(error) for name in failure.none_names(frame, line)}
 
 
-# ---- the statement ---------------------------------------------------------------------------------------------------
+def _replaced(given: Tensor, new: Callable[[Tensor], Tensor], exact: bool = True) -> Change:
+    """A change of the tensors with the shape and dtype of one; unless `exact`, with a dtype of the same kind."""
 
+    def change(x: Tensor) -> Tensor | None:
+        same = x.dtype == given.dtype if exact else x.is_floating_point() == given.is_floating_point()
+        return new(x) if same and x.shape == given.shape else None
 
-def _as_number(given: Tensor) -> Change:
-    """A single integer in place of a tensor that is used as a condition."""
-    shape = tuple(given.shape)
-    return lambda x: torch.ones((), dtype=torch.int64) if tuple(x.shape) == shape and x.dtype == given.dtype else None
-
-
-def _as_index(given: Tensor) -> Change:
-    """Integers in place of a floating-point tensor."""
-    shape = tuple(given.shape)
-    return lambda x: (
-        torch.zeros(shape, dtype=torch.int64) if x.is_floating_point() and tuple(x.shape) == shape else None
-    )
-
-
-def _with_axes(given: Tensor, rank: int) -> Change:
-    """More axes of size 1 after those of a tensor."""
-    shape = tuple(given.shape)
-    wider = (*shape, *[1] * (rank - len(shape)))
-    return lambda x: x.view(wider) if tuple(x.shape) == shape and x.dtype == given.dtype else None
-
-
-def _of_tokens(length: int, batch: int) -> Change:
-    """An integer for each token in place of one for each sequence."""
-    return lambda x: refilled(x, (batch, length)) if tuple(x.shape) == (batch,) and not x.is_floating_point() else None
+    return change
 
 
 def _of_named(named: list[Tensor], message: str) -> Iterator[Change]:
     """Changes of the tensors in the failed statement."""
     if "Boolean value of Tensor with more" in message:
-        yield from map(_as_number, named)
+        yield from (_replaced(v, lambda x: torch.ones((), dtype=torch.int64)) for v in named)
     if re.search(r"dtype int32/int64 for index|tensors used as indices", message):
-        yield from (_as_index(v) for v in named if v.is_floating_point())
+        floats = [v for v in named if v.is_floating_point()]
+        yield from (_replaced(v, lambda x: torch.zeros(x.shape, dtype=torch.int64), exact=False) for v in floats)
     if "same number of dimensions" in message and named:
         rank = max(v.dim() for v in named)
-        yield from (_with_axes(v, rank) for v in named if v.dim() < rank)
+        yield from (_replaced(v, lambda x: x[(..., *[None] * (rank - x.dim()))]) for v in named if v.dim() < rank)
 
 
 def _statement(frame: FrameType, line: int, message: str) -> Iterator[Change]:
     """Changes that the failed statement asks for."""
-    around, value = statements_at(frame, line), evaluator(frame)
+    around, value = failure.statements_at(frame, line), failure.evaluator(frame)
     if not around:
         return
     statement = around[-1]
     if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
         read = [frame.f_locals.get(n.id) for n in ast.walk(statement) if isinstance(n, ast.Name)]
         yield from _of_named([v for v in read if isinstance(v, Tensor)], message)
-    if (condition := condition_of(around)) is not None:
+    if (condition := failure.condition_of(around)) is not None:
         yield from _condition(*condition, value)
     elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         source = statement.value.func if isinstance(statement.value, ast.Call) else statement.value
@@ -306,7 +251,7 @@ def _condition(test: ast.expr, holds: bool, value: Callable[[ast.expr], Any]) ->
         if len(have) == len(want):
             for old, new in zip(have, want, strict=True):
                 yield resize(old, new)
-            # the inputs may have this size times a stride or a patch
+            # The inputs may have this size times a stride or a patch.
             for old, new in zip(have, want, strict=True):
                 if isinstance(old, int) and isinstance(new, int) and old != new and old > 0:
                     yield from (resize(old * times, new * times) for times in (2, 4, 8))
@@ -333,12 +278,9 @@ def _multiple(node: ast.BinOp, value: Callable[[ast.expr], Any]) -> Iterator[Cha
         yield resize(size, math.ceil(size / factor) * factor)
 
 
-# ---- the layer -------------------------------------------------------------------------------------------------------
-
-
 def _layer(model: nn.Module, error: BaseException) -> Iterator[Change]:
     """Inputs of the layer that failed, in place of each argument of the shape that it got."""
-    for frame, _ in reversed(list(frames_of(error))):
+    for frame, _ in reversed(list(failure.frames_of(error))):
         layer = frame.f_locals.get("self")
         if frame.f_code.co_name != "forward" or not isinstance(layer, nn.Module):
             continue
@@ -349,56 +291,49 @@ def _layer(model: nn.Module, error: BaseException) -> Iterator[Change]:
         if isinstance(layer, nn.Embedding) and not given.is_floating_point():
             yield _below(layer.num_embeddings)
         for array in layers.taken_by(layer, model):
-            if array.count(Sizes()) > LARGEST:
+            if array.count(TOKENS) > LARGEST:
                 continue
-            made = array.make(Sizes())
+            made = array.make(TOKENS)
             same_rank = made.dim() == given.dim()
             if same_rank and made.dim() < 4 and array.kind == "float":
-                # change the width only, and keep the number of tokens
+                # Change only the width, and keep the number of tokens.
                 made = refilled(made, (*given.shape[:-1], array.shape[-1]))  # type: ignore[arg-type]
-            yield _instead(given, made)
+            yield _replaced(given, lambda x, made=made: made, exact=False)  # type: ignore[misc]
         return
 
 
 def _below(number: int) -> Change:
+    """Ids below a number."""
     return lambda x: None if x.is_floating_point() or x.dtype == torch.bool else x % number
-
-
-def _instead(given: Tensor, made: Tensor) -> Change:
-    return lambda x: made if x.shape == given.shape and x.is_floating_point() == given.is_floating_point() else None
-
-
-# ---- the message -----------------------------------------------------------------------------------------------------
 
 
 def _message(text: str, known: set[int]) -> Iterator[Change]:
     """Changes for the sizes and dtypes in a message."""
     yield from _dtypes(text)
     yield from _viewed(text)
-    for given, wanted in itertools.pairwise(shapes_in(text)):
+    for given, wanted in itertools.pairwise(failure.shapes_in(text)):
         if len(given) == len(wanted):
             yield reshape(given, wanted)
-    if (factors := factors_in(text)) is not None:
+    if (factors := failure.factors_in(text)) is not None:
         old, new = factors
         yield resize(old, new, last=True)
         yield resize(old, new)
         yield from _scaled(old, new, known)
-    rank = re.search(r"[Ee]xpected (\d)D.*?got (\d)D", text)
-    if rank:
-        yield with_rank(int(rank.group(2)), int(rank.group(1)))
-    padded = re.search(r"Padding size \d+ is not supported for (\d)D input", text)
-    if padded:
+    if rank := re.search(r"[Ee]xpected (\d)D.*?got (\d)D", text):
+        yield with_rank(int(rank[2]), int(rank[1]))
+    if padded := re.search(r"Padding size \d+ is not supported for (\d)D input", text):
         yield with_rank(int(padded[1]), int(padded[1]) - 1)
-    beside = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\).*dimension 1", text)
-    if beside:  # an embedding for each sequence is added to those of tokens
-        yield from (_of_tokens(a, b) for a, b in (map(int, beside.groups()), map(int, beside.groups()[::-1])))
-    numbers = list(
-        dict.fromkeys(map(int, re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))))
-    )
-    for old, new in itertools.islice(itertools.permutations(numbers, 2), 12):
+    if beside := re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\).*dimension 1", text):
+        # An embedding for each sequence is added to those of tokens: give an integer for each token.
+        for length, batch in itertools.permutations(map(int, beside.groups())):
+            ids = torch.empty(batch, dtype=torch.int64, device="meta")
+            yield _replaced(ids, partial(refilled, shape=(batch, length)), exact=False)
+    written = re.findall(r"(?<![\w.])\d+(?![\w.]*[a-zA-Z])", re.sub(r"dimension -?\d+", "", text))
+    pairs = list(itertools.islice(itertools.permutations(dict.fromkeys(map(int, written)), 2), 12))
+    for old, new in pairs:
         if old in known and 0 < new < 1 << 16:
             yield resize(old, new)
-    for old, new in itertools.islice(itertools.permutations(numbers, 2), 6):
+    for old, new in pairs[:6]:
         yield from _scaled(old, new, known)
 
 
@@ -410,14 +345,14 @@ def _viewed(text: str) -> Iterator[Change]:
     wanted, count = [int(n) for n in found[1].split(",")], int(found[2])
     for lead in (2, 1):
 
-        def change(x: Tensor, lead: int = lead, flat: bool = True) -> Tensor | None:
+        def change(x: Tensor, inner: list[int], lead: int = lead) -> Tensor | None:
             if x.numel() != count or (x.dim() <= lead and lead > 1):
                 return None
-            inner = [n for n in wanted[1:] if n > 0]
-            return refilled(x, (*x.shape[:lead], *([math.prod(inner)] if flat else inner)))
+            return refilled(x, (*x.shape[:lead], *inner))
 
-        yield change
-        yield functools.partial(change, flat=False)
+        inner = [n for n in wanted[1:] if n > 0]
+        yield partial(change, inner=[math.prod(inner)])
+        yield partial(change, inner=inner)
 
 
 def _dtypes(text: str) -> Iterator[Change]:

@@ -1,8 +1,8 @@
-"""What the forward does with one argument: the layers that take it, its rank and sizes, its parts.
+"""What a forward does with one argument: the layers that take it, its rank and sizes, its parts.
 
-In: what `reading.py` finds while it reads a forward. Out: a `Use` for each parameter, with one inside it for each part
-of a dict, a namespace or a tuple. The values of expressions during reading are defined here, too: an argument (`Data`),
-its sizes (`Shape`, `Dim`, `Rank`), existing objects (`Known`), and all else (`UNKNOWN`).
+`Use` is the record for a parameter; it has one inside for each part of a dict, a namespace or a tuple. `Value` is what
+an expression may be while a forward is read: an argument (`Data`), its sizes (`Shape`, `Dim`, `Rank`), an existing
+object (`Known`), a tuple (`Items`), or anything else (`UNKNOWN`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Taken:
     by: Any
     views: tuple[View, ...]
     how: str = ""
-    """Name of the layer's parameter. For a matrix: "rows" if the argument indexes its rows, "matrix" for `x @ matrix`,
-    "columns" for `x @ matrix.T`."""
+    """Name of the layer's parameter. For a matrix: "rows" if the argument is an index of its rows, "matrix" for
+    `x @ matrix`, "columns" for `x @ matrix.T`."""
 
 
 @dataclass(eq=False)

@@ -1,18 +1,16 @@
-"""Specs of example values, the values, and Python expressions for them.
+"""Specs of example values, the values themselves, and Python expressions for them.
 
-In: a `Spec` of one argument (an `Array` of some kind and shape, a `Constant`, a `Group` of others), and the `Sizes`
-that all arguments of a call share. Out: the value. `shown` describes a value in a few words, `expression` writes Python
-that makes it.
+In: a `Spec` of one argument, and the number of tokens that all arguments of a call share. Out: the value. `shown`
+describes a value in a few words, `expression` writes Python that makes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
 
@@ -27,32 +25,24 @@ Size = int | str
 """A number, or "B" or "T": the batch size and the number of tokens that all arguments of a call share."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes that the arguments of one call share."""
-
-    batch: int = BATCH
-    tokens: int = TOKENS
-
-    def of(self, shape: Iterable[Size]) -> tuple[int, ...]:
-        """The shape in numbers."""
-        known = {"B": self.batch, "T": self.tokens}
-        return tuple(known[size] if isinstance(size, str) else size for size in shape)
+def numbers(shape: Iterable[Size], tokens: int = TOKENS) -> tuple[int, ...]:
+    """A shape in numbers."""
+    known = {"B": BATCH, "T": tokens}
+    return tuple(known[size] if isinstance(size, str) else size for size in shape)
 
 
 @dataclass(frozen=True)
 class Array:
-    """A tensor or, with `numpy`, an array.
+    """A tensor or, with `numpy`, an array of which the forward makes a tensor.
 
     Attributes:
         kind: "float" is noise, "ids" are below `high`, "index" counts along the last axis, "bool" is all true, "half"
-            is true in every other entry of the last axis, "padding" is all false, "count" is the number of tokens
-            everywhere.
+            is true in every other entry of the last axis, "padding" is all false, "count" is the number of tokens.
         shape: Its sizes.
         high: Number of different ids.
         dtype: Its dtype, where the kind does not determine it.
-        numpy: Whether it is a numpy array, of which the forward makes a tensor.
-        tokens: The number of tokens, where it must not be that of other arguments.
+        numpy: Whether it is a numpy array.
+        tokens: The number of tokens, where it must differ from that of other arguments.
     """
 
     kind: Kind
@@ -62,18 +52,17 @@ class Array:
     numpy: bool = False
     tokens: int | None = None
 
-    def count(self, sizes: Sizes) -> int:
+    def count(self, tokens: int) -> int:
         """Its number of elements."""
-        return math.prod(replace(sizes, tokens=self.tokens or sizes.tokens).of(self.shape))
+        return math.prod(numbers(self.shape, self.tokens or tokens))
 
-    def make(self, sizes: Sizes) -> Any:
+    def make(self, tokens: int) -> Any:
         """The value."""
-        sizes = replace(sizes, tokens=self.tokens or sizes.tokens)
-        high = sizes.tokens if self.kind == "count" else self.high
-        value = fill(self.kind, sizes.of(self.shape), high, self.dtype)
+        tokens = self.tokens or tokens
+        value = fill(self.kind, numbers(self.shape, tokens), tokens if self.kind == "count" else self.high, self.dtype)
         if not self.numpy:
             return value
-        # without numpy a list, which torch.LongTensor takes as well
+        # Without numpy a list, which torch.LongTensor takes as well.
         return value.numpy() if importlib.util.find_spec("numpy") else value.tolist()
 
 
@@ -83,11 +72,11 @@ class Constant:
 
     value: Any
 
-    def count(self, sizes: Sizes) -> int:
+    def count(self, tokens: int) -> int:
         """Its number of elements."""
         return 1
 
-    def make(self, sizes: Sizes) -> Any:
+    def make(self, tokens: int) -> Any:
         """The value."""
         return self.value
 
@@ -99,29 +88,29 @@ class Group:
     form: Literal["dict", "namespace", "tuple", "list"]
     parts: tuple[tuple[str, Spec], ...]
 
-    def count(self, sizes: Sizes) -> int:
+    def count(self, tokens: int) -> int:
         """Its number of elements."""
-        return sum(spec.count(sizes) for _, spec in self.parts)
+        return sum(spec.count(tokens) for _, spec in self.parts)
 
-    def make(self, sizes: Sizes) -> Any:
+    def make(self, tokens: int) -> Any:
         """The value."""
-        made = {name: spec.make(sizes) for name, spec in self.parts}
+        made = {name: spec.make(tokens) for name, spec in self.parts}
         if self.form == "namespace":
             return SimpleNamespace(**made)
-        return made if self.form == "dict" else (tuple if self.form == "tuple" else list)(made.values())
+        return made if self.form == "dict" else tuple(made.values()) if self.form == "tuple" else list(made.values())
 
 
 @dataclass(frozen=True)
 class CausalBlocks:
     """A causal `BlockMask` of torch's flex attention."""
 
-    def count(self, sizes: Sizes) -> int:
+    def count(self, tokens: int) -> int:
         """Its number of elements."""
-        return sizes.tokens**2
+        return tokens**2
 
-    def make(self, sizes: Sizes) -> Any:
+    def make(self, tokens: int) -> Any:
         """The value."""
-        return causal_blocks(sizes.tokens, sizes.tokens)
+        return causal_blocks(tokens, tokens)
 
 
 def causal_blocks(queries: int, keys: int) -> Any:
@@ -144,7 +133,7 @@ Spec = Array | Constant | Group | CausalBlocks
 
 
 def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> Tensor:
-    """A tensor of a kind, made without touching the global random state."""
+    """A tensor of a kind. The global random state is not used."""
     if kind == "ids":
         return torch.arange(1, math.prod(shape) + 1).remainder(max(high, 1)).view(shape)
     if kind == "count":
@@ -157,10 +146,12 @@ def fill(kind: Kind, shape: tuple[int, ...], high: int, dtype: torch.dtype) -> T
         return torch.full(shape, kind == "bool")
     if kind in ("ones", "zeros"):
         return torch.full(shape, int(kind == "ones"), dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    if kind == "complex":
-        return torch.polar(torch.ones(shape), torch.randn(shape, generator=generator))
-    return torch.randn(shape, generator=generator).to(dtype)
+    return torch.polar(torch.ones(shape), noise(*shape)) if kind == "complex" else noise(*shape).to(dtype)
+
+
+def noise(*shape: int) -> Tensor:
+    """Standard normal numbers, the same in every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +163,11 @@ class Inputs:
     text: str
     names: tuple[str, ...] = field(default=(), kw_only=True)
     """Parameters of the positional arguments, "" where not known."""
+
+    def map(self, change: Callable[[Any], Any]) -> Inputs:
+        """These inputs with every argument changed."""
+        args = tuple(map(change, self.args))
+        return named(args, {name: change(value) for name, value in self.kwargs.items()}, self.names)
 
     def expression(self) -> str:
         """A Python expression for inputs like these, which a user may edit."""
@@ -196,7 +192,7 @@ def expression(value: Any) -> str:
     """A Python expression for a value like this one; it may use torch and SimpleNamespace."""
     if (text := _compound(value, expression, "SimpleNamespace")) is not None:
         return text
-    if _is_array(value):
+    if is_array(value):
         return f"{expression(torch.from_numpy(value))}.numpy()"
     if is_blocks(value):
         flex = "__import__('torch.nn.attention.flex_attention', fromlist=['*'])"
@@ -225,7 +221,7 @@ def shown(value: Any) -> str:
         return f"[{shown(value[0])}] * {len(value)}"
     if (text := _compound(value, shown, "namespace")) is not None:
         return text
-    if _is_array(value):
+    if is_array(value):
         return f"numpy {value.dtype}{list(value.shape)}"
     if is_blocks(value):
         return f"BlockMask{list(value.seq_lengths)}"
@@ -236,9 +232,8 @@ def _compound(value: Any, write: Callable[[Any], str], namespace: str) -> str | 
     """A namespace, dataclass, dict, tuple or list as text, with `write` for each part; None for any other value."""
     if isinstance(value, SimpleNamespace) or has_fields(value):
         name = namespace if isinstance(value, SimpleNamespace) else type(value).__name__
-        names = (
-            vars(value) if isinstance(value, SimpleNamespace) else [field.name for field in dataclasses.fields(value)]
-        )
+        fields = [field.name for field in dataclasses.fields(value)] if has_fields(value) else []
+        names = [*vars(value)] if isinstance(value, SimpleNamespace) else fields
         return f"{name}({', '.join(f'{part}={write(getattr(value, part))}' for part in names)})"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {write(part)}" for key, part in value.items()) + "}"
@@ -254,12 +249,13 @@ def has_fields(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of numpy."""
     return type(value).__module__ == "numpy" and hasattr(value, "shape")
 
 
 def cheapest_first(choices: list[list[_T]], limit: int) -> list[tuple[_T, ...]]:
-    """Combinations of one entry of each list, those with the smallest sum of indices first; at most `limit`."""
+    """Combinations of one entry of each list, at most `limit`; those with the smallest sum of indices first."""
     found: list[tuple[_T, ...]] = []
     for total in range(sum(len(options) - 1 for options in choices) + 1):
         for indices in _indices([len(options) for options in choices], total):
@@ -269,11 +265,9 @@ def cheapest_first(choices: list[list[_T]], limit: int) -> list[tuple[_T, ...]]:
     return found
 
 
-def _indices(lengths: list[int], total: int) -> Iterable[tuple[int, ...]]:
+def _indices(lengths: list[int], total: int) -> Iterator[tuple[int, ...]]:
     """Indices into lists of these lengths that add up to `total`."""
-    if not lengths:
-        return [()] if total == 0 else []
-    return itertools.chain.from_iterable(
-        ((index, *rest) for rest in _indices(lengths[1:], total - index))
-        for index in range(min(lengths[0] - 1, total), -1, -1)
-    )
+    if not lengths and total == 0:
+        yield ()
+    for index in range(min(lengths[0] - 1, total), -1, -1) if lengths else ():
+        yield from ((index, *rest) for rest in _indices(lengths[1:], total - index))

@@ -1,8 +1,7 @@
-"""Small made-up values for sizes that are not known, so that a model of the right structure can be built.
+"""Small made-up values for unknown sizes, so that a model of the right structure can be built.
 
-In: the name of a parameter or of a config's field, and its annotation. Out: a value. Values are consistent: widths are
-multiples of the number of heads, image sizes of the patch size, and so on. They say nothing about the size of the real
-model, so reports list them as assumed.
+In: the name of a parameter or of a config's field, and its annotation. Values fit each other: widths are multiples of
+the number of heads, image sizes of the patch size. They say nothing about the real model, so reports list them.
 """
 
 from __future__ import annotations
@@ -58,18 +57,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r"norm|act(ivation)?|pos(ition)?_?(emb|enc)\w*|type|mode(?!l)|name|kind|method|freq$|embed$", ""),
     (r"^(n|num|number)_|_(num|count)$", 4),
 )  # fmt: skip
-_TYPED: dict[Any, Any] = {bool: False, str: "", float: 0.0, dict: {}, list: [], tuple: ()}
 
 
 def made_up(name: str, hint: Any = None) -> Any:
-    """A value for a parameter or a field.
-
-    Arguments:
-        name: Its name.
-        hint: Its annotation, if that is a plain type.
-
-    Returns:
-        The value; 4 where nothing follows from name or annotation.
+    """A value for a parameter or a field, by its name and its annotation.
 
     Example:
         >>> made_up("n_heads"), made_up("d_model"), made_up("dropout"), made_up("use_bias"), made_up("flag", bool)
@@ -79,7 +70,7 @@ def made_up(name: str, hint: Any = None) -> Any:
     if hint is bool:
         return False
     if hint in (str, dict, list, tuple):
-        return known if isinstance(known, hint) else _TYPED[hint]
+        return known if isinstance(known, hint) else hint()
     if hint is float:
         return float(known) if isinstance(known, int | float) else 0.0
     if hint is int:

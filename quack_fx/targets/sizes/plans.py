@@ -1,7 +1,4 @@
-"""Chooses a value for each parameter of a class or factory that has no default.
-
-In: a callable of the user's, the names of its file, the repository. Out: `Call`s. The value of a parameter is the first
-of these that there is:
+"""Chooses a value for each parameter of a class or factory that has no default: the first of these that there is.
 
     an object of its config class, by its annotation or name
     the default config that a method of the class returns
@@ -9,7 +6,7 @@ of these that there is:
     what a call in the repository passes, or an option or class of a file that mentions the callable
     a value made up from its name
 
-Where the call with these values fails, the next calls replace the most doubtful ones: sizes that are negative or None,
+Where the call with these values fails, further calls replace the most doubtful ones: sizes that are negative or None,
 and strings that the code compares with.
 """
 
@@ -30,13 +27,14 @@ from typing import Any
 from torch import nn
 
 from quack_fx.errors import TargetError
-from quack_fx.targets.sizes.call import Account, Call, Value
+from quack_fx.targets.packages import repository_of
+from quack_fx.targets.sizes.call import Account, Call, Value, evaluated, written
 from quack_fx.targets.sizes.made_up import by_name, made_up
-from quack_fx.targets.sizes.ready import Wanted, naming, part_class, ready_made
+from quack_fx.targets.sizes.ready import naming, part_class, ready_made
 from quack_fx.targets.sizes.settings import Guess, Settings
 from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_users_class, parameters, plain_type, required
 from quack_fx.targets.sizes.sources import Source, sources
-from quack_fx.targets.sizes.uses import Uses, read_name
+from quack_fx.targets.sizes.uses import Uses
 from quack_fx.targets.source import tree_of
 
 _CONFIG = re.compile(r"(\w*_)?(config|configs|cfg|conf|args|arguments|opts?|options|hparams?|hps?|params|settings)$")
@@ -48,26 +46,20 @@ _TRIES = 10
 def calls(
     name: str, function: Callable[..., Any], names: Mapping[str, Any], file: Path | None, own_files: Sequence[Path]
 ) -> Iterator[Call]:
-    """Calls of a class or factory, the likeliest first.
+    """Calls of a class or factory, likeliest first.
 
-    Arguments:
-        name: Its name in the target's file.
-        function: The class or factory.
-        names: The global names of that file.
-        file: The file.
-        own_files: Imported files of the repository.
+    `name` is its name in the target's `file`, `names` are the global names there, and `own_files` are the imported
+    files of the repository.
     """
     planner = Planner(name, function, names, file, own_files)
     for change in itertools.islice(planner.changes(), _TRIES):
-        call = Call(name, function, partial(planner.plan, change=change))
-        yield call
+        yield (call := Call(name, function, partial(planner.plan, change=change)))
         while call.lacked and planner.give_also(call.lacked):
-            call = Call(name, function, partial(planner.plan, change=change))
-            yield call
+            yield (call := Call(name, function, partial(planner.plan, change=change)))
 
 
 def needs_nothing(name: str, function: Callable[..., Any], names: Mapping[str, Any]) -> bool:
-    """Whether a callable has no required arguments but configs, which have none themselves."""
+    """Whether the only required arguments of a callable are configs, which themselves require none."""
     planner = Planner(name, function, names, None, ())
     configs = [planner.config_class(parameter) for parameter in required(function)]
     return all(config is not None and not required(config[1]) for config in configs)
@@ -77,14 +69,14 @@ Change = Mapping[str, Any]
 """Values of fields and parameters that differ from those of the first call."""
 
 NEAR: Change = {}
-"""No change of values, but files that do not mention the callable are not used."""
+"""No change of values, but only files that mention the callable are used."""
 
 WITHOUT = object()
-"""Marks a field that gets a made-up value in place of its own."""
+"""Marks a field whose own value is replaced with a made-up one."""
 
 
 class Planner:
-    """Plans the calls of one callable; see the docstring of this file."""
+    """Plans the calls of one callable."""
 
     def __init__(
         self,
@@ -103,31 +95,27 @@ class Planner:
         self._own_files = own_files
 
     @cached_property
-    def _trees(self) -> dict[Path, ast.Module]:
-        """Syntax trees of the imported files of the repository."""
-        return {path: tree_of(path) for path in self._own_files}
+    def _trees(self) -> list[ast.Module]:
+        return [tree_of(path) for path in self._own_files]
 
     @cached_property
     def _uses(self) -> Uses:
-        return Uses(self._trees.values())
+        return Uses(self._trees)
 
     @cached_property
     def _sources(self) -> list[Source]:
-        from quack_fx.targets.packages import repository_of
-
         if self._file is None:
             return []
-        callees = {self._function.__name__: tuple(p.name for p in parameters(self._function))}
-        for config in filter(None, map(self.config_class, self._required)):
-            callees[config[1].__name__] = tuple(p.name for p in parameters(config[1]))
-        words = {*self._required, *(n for names in list(callees.values())[1:] for n in names)}
+        name, configs = self._function.__name__, self._config_classes()
+        callables: list[Callable[..., Any]] = [self._function, *configs]
+        callees = {made.__name__: tuple(p.name for p in parameters(made)) for made in callables}
+        words = {*self._required, *(field for made in configs for field in callees[made.__name__])}
         words.update(*(self._fields_read(n) | set(self._unpacked(n)) for n in self._required if self._is_config(n)))
-        repository = repository_of(self._file, self._file.parent)
-        return sources(repository, self._file, self._function.__name__, callees, words)
+        return sources(repository_of(self._file), self._file, name, callees, words)
 
     def give_also(self, names: Mapping[str, bool]) -> bool:
-        """From now on give values to these parameters, too, although they have a default; True for those that are
-        configs. Returns whether any of them is new."""
+        """From now on give values to these parameters, too, although they have a default; True marks configs. Returns
+        whether any of them is new."""
         new = [n for n in names if n not in self._required]
         self._required += new
         self._with_fields |= {n for n in new if names[n]}
@@ -136,11 +124,7 @@ class Planner:
     # ---- one call ----------------------------------------------------------------------------------------------------
 
     def plan(self, account: Account, change: Change) -> dict[str, Value]:
-        """A value for each parameter that needs one.
-
-        Raises:
-            TargetError: There is no value for a parameter.
-        """
+        """A value for each parameter that needs one."""
         given = self._passed_somewhere(anywhere=change is not NEAR)
         names = self._required + [n for n in given if n not in self._required]
         return {name: self._value(name, account, change, given) for name in names}
@@ -162,15 +146,17 @@ class Planner:
     def _plain(
         self, name: str, hint: Any, account: Account, change: Change, given: Mapping[str, tuple[Any, str]]
     ) -> Value:
-        """A number, a string or a flag."""
-        if name in change:
-            value = account.assumed[name] = change[name]
-        elif name in given:
-            value = given[name][0]
-            account.found[name] = given[name]
+        if name in given and name not in change:
+            value, _ = account.found[name] = given[name]
         else:
-            value = account.assumed[name] = self._made_up(name, hint)
+            value = self._assumed(name, account, change, hint)
         return Value(lambda: value, lambda: repr(value))
+
+    def _assumed(self, name: str, account: Account, change: Change, hint: Any = None) -> Any:
+        """The changed value of a name, or a made-up one."""
+        value = change.get(name, WITHOUT)
+        value = account.assumed[name] = self._made_up(name, hint) if value is WITHOUT else value
+        return value
 
     def _made_up(self, name: str, hint: Any = None) -> Any:
         """A made-up value for a name, by how the code uses it."""
@@ -186,11 +172,7 @@ class Planner:
         return value
 
     def _part(self, name: str, kind: type, account: Account) -> Value:
-        """A module that is passed to the model, built like a model.
-
-        Raises:
-            TargetError: Its class is not clear.
-        """
+        """A module that is passed to the model, built like a model."""
         made = part_class(kind, lambda file: Path(file) in self._own_files)
         if made is None or self._depth > 2:
             raise TargetError(f"it is given a {kind.__name__}")
@@ -200,10 +182,7 @@ class Planner:
         values = planner.plan(inner, {})
         account.found |= {f"{name}.{n}": v for n, v in inner.found.items()}
         account.assumed |= {f"{name}.{n}": v for n, v in inner.assumed.items()}
-        return Value(
-            lambda: made(**{n: value.make() for n, value in values.items()}),
-            lambda: f"{text}({', '.join(f'{n}={value.text()}' for n, value in values.items())})",
-        )
+        return Value(lambda: made(**evaluated(values)), lambda: f"{text}({written(values)})")
 
     # ---- configs -----------------------------------------------------------------------------------------------------
 
@@ -218,29 +197,28 @@ class Planner:
                 return next((n for n, v in self._names.items() if v is option), option.__name__), option
         if hint is not None or len(self._required) > 1 or self._unpacked(parameter):
             return None
-        classes: dict[str, Any] = {n: v for n, v in self._names.items() if is_users_class(v)}
-        found: dict[str, Any] = {n: v for n, v in classes.items() if dataclasses.is_dataclass(v)}
+        classes = {n: v for n, v in self._names.items() if is_users_class(v)}
+        found: list[tuple[str, Any]] = [(n, v) for n, v in classes.items() if dataclasses.is_dataclass(v)]
         if len(found) > 1:
-            found = {n: v for n, v in found.items() if n.startswith(self._function.__name__)}
-        only: tuple[str, type] | None = next(iter(found.items())) if len(found) == 1 else None
-        return only
+            found = [(n, v) for n, v in found if n.startswith(self._function.__name__)]
+        return found[0] if len(found) == 1 else None
+
+    def _config_classes(self) -> list[type]:
+        return [config[1] for config in map(self.config_class, self._required) if config is not None]
 
     def _constructed(self, name: str, config: type, account: Account, change: Change) -> Value:
         """An object of a config class, with values for its own required fields."""
         needed, hints = required(config), hints_of(config)
-        # Reading the repository takes seconds, so only where a field is required.
+        # Reading the repository takes seconds, so it is read only where a field is required.
         elsewhere = [s for s in self._sources if s.of != config.__name__ or s.kind == "call"] if needed else []
         source = self._best_source(set(needed), elsewhere)
         arguments: dict[str, Any] = {}
         defaults = {p.name: p.default for p in parameters(config)}
         for entry in dict.fromkeys([*needed, *(n for n in change if n in defaults)]):
-            if entry in change and change[entry] is not WITHOUT:
-                arguments[entry] = account.assumed[entry] = change[entry]
-            elif source is not None and entry in source.values and entry not in change:
-                arguments[entry] = source.values[entry]
-                account.found[entry] = (source.values[entry], source.where)
+            if source is not None and entry in source.values and entry not in change:
+                arguments[entry], _ = account.found[entry] = (source.values[entry], source.where)
             else:
-                arguments[entry] = account.assumed[entry] = self._made_up(entry, inner_hint(hints.get(entry)))
+                arguments[entry] = self._assumed(entry, account, change, inner_hint(hints.get(entry)))
         text = f"{name}({', '.join(f'{n}={v!r}' for n, v in arguments.items())})"
         return Value(lambda: config(**arguments), lambda: text)
 
@@ -249,29 +227,29 @@ class Planner:
         if not isinstance(self._function, type):
             return None
         for name, method in inspect.getmembers(self._function, callable):
-            bound = inspect.isfunction(inspect.getattr_static(self._function, name))
+            needs_object = inspect.isfunction(inspect.getattr_static(self._function, name))
             owner = next(cls for cls in self._function.__mro__ if name in vars(cls))
             if owner.__module__.split(".")[0] != self._function.__module__.split(".")[0]:
                 continue  # of a base class in another package
-            if not bound and re.search(r"default_?(config|cfg|args|params)|get_config", name) and not required(method):
+            is_default = re.search(r"default_?(config|cfg|args|params)|get_config", name) and not needs_object
+            if is_default and not required(method):
                 return f"{self._name}.{name}()", method
         return None
 
     def _changed(self, text: str, make: Callable[[], Any], account: Account, change: Change) -> Value:
-        """A default config with some fields changed."""
         made: dict[str, Any] = {}
 
         def build() -> Any:
             config = make()
-            for name, value in change.items():
+            for name in change:
                 if hasattr(config, name):
-                    made[name] = account.assumed[name] = self._made_up(name) if value is WITHOUT else value
+                    made[name] = self._assumed(name, account, change)
                     setattr(config, name, made[name])
             return config
 
         def shown() -> str:
-            fields = ", ".join(f"{n}={v!r}" for n, v in made.items())
-            return f"changed({text}, {fields})" if fields else text
+            fields = "".join(f", {n}={v!r}" for n, v in made.items())
+            return f"changed({text}{fields})" if fields else text
 
         return Value(build, shown)
 
@@ -283,44 +261,25 @@ class Planner:
         told = name in self._with_fields or bool(_CONFIG.fullmatch(name))
         return told or bool(self._fields_read(name)) or hint is dict
 
-    def _fields_read(self, name: str, kind: Any = ast.Attribute | ast.Subscript) -> set[str]:
-        """Attributes or keys that the files read of variables with this name."""
-        found = {field for read, field in self._reads.get(name, ()) if isinstance(read, kind)}
-        found.discard("")
+    def _fields_read(self, name: str) -> set[str]:
+        """Attributes and keys that the files read of variables with this name; none where they are all methods."""
+        found = self._uses.attributes[name] | self._uses.keys[name]
         return found if not found <= _METHODS else set()
-
-    @cached_property
-    def _reads(self) -> dict[str, list[tuple[ast.expr, str]]]:
-        """For each name the attributes and keys that the files read of it."""
-        found: dict[str, list[tuple[ast.expr, str]]] = {}
-        for node in (node for tree in self._trees.values() for node in ast.walk(tree)):
-            if isinstance(node, ast.Attribute | ast.Subscript):
-                field = node.attr if isinstance(node, ast.Attribute) else read_name(node)
-                found.setdefault(read_name(node.value), []).append((node, field))
-        return found
-
-    @cached_property
-    def _unpackings(self) -> list[tuple[ast.Call, str]]:
-        """All calls with `**name`, each with that name."""
-        nodes = (node for tree in self._trees.values() for node in ast.walk(tree) if isinstance(node, ast.Call))
-        return [(node, read_name(k.value)) for node in nodes for k in node.keywords if k.arg is None]
 
     def _unpacked(self, name: str) -> list[str]:
         """Required parameters of the class that a config is unpacked into: `Config(**config)`."""
-        targets = (self._names.get(read_name(call.func)) for call, given in self._unpackings if given == name)
+        targets = map(self._names.get, self._uses.unpacked[name])
         return next((required(target) for target in targets if isinstance(target, type)), [])
 
     def _ready(self, name: str, account: Account, change: Change) -> Value | None:
         """A config object of the file, unless some source in the repository has more of the fields."""
-        unpacked = set(self._unpacked(name))
-        read = {kind: self._fields_read(name, kind) - _METHODS for kind in (ast.Attribute, ast.Subscript)}
-        wanted = Wanted(read[ast.Attribute], read[ast.Subscript] | unpacked)
-        ready = ready_made(self._names, wanted) if len(wanted) and not change else None
+        attributes = self._uses.attributes[name] - _METHODS
+        keys = self._uses.keys[name] - _METHODS | set(self._unpacked(name))
+        ready = ready_made(self._names, attributes, keys) if attributes | keys and not change else None
         if ready is None:
             return None
-        every = wanted.attributes | wanted.keys
-        source = self._best_source(every, self._sources)
-        if source is not None and len(every & source.values.keys()) > len(ready.fields):
+        source = self._best_source(attributes | keys, self._sources)
+        if source is not None and len(source.has(attributes | keys)) > len(ready.fields):
             return None
         where = f"{ready.text} in {self._file.name}" if self._file else ready.text
         plain = (bool, int, float, str, list, tuple)
@@ -333,14 +292,15 @@ class Planner:
         wanted = self._fields_read(name) - _METHODS | set(unpacked)
         source = self._best_source(wanted, self._sources)
         values = dict(source.values) if source is not None else {}
-        # a field that is None may be set later by a script
+        # A field that is None may be set later by a script.
         later = self._set_later({n for n, v in values.items() if v is None and n in wanted})
         values |= {n: v for n, (v, _) in later.items()}
         known = {n: v for n, v in values.items() if n not in change and not (v is None and by_name(n))}
 
         def give(entry: str) -> Any:
-            if entry in change and change[entry] is not WITHOUT:
-                value = account.assumed[entry] = change[entry]
+            value = change.get(entry, WITHOUT)
+            if value is not WITHOUT:
+                account.assumed[entry] = value
                 return value
             value = self._made_up(entry)
             plain = isinstance(value, int) and not isinstance(value, bool) and not self._uses.words.get(entry)
@@ -364,51 +324,47 @@ class Planner:
         """Values that assignments in one file give to fields that are None at first."""
         assigned = [s for s in self._sources if s.kind == "assignments" and s.of]
         best = self._best_source(undecided, assigned)
-        return {n: (best.values[n], best.where) for n in undecided & best.values.keys()} if best is not None else {}
+        return {n: (best.values[n], best.where) for n in best.has(undecided)} if best is not None else {}
 
     # ---- sources -----------------------------------------------------------------------------------------------------
 
     def _best_source(self, wanted: set[str], among: Sequence[Source]) -> Source | None:
-        """The source with most of the wanted names, at least a half (a third of many); the nearest among equals."""
+        """The source with most of the wanted names, at least half of them (a third of many); the first among equals."""
         best, most = None, 0.0
         for source in among:
-            share = len(wanted & source.values.keys()) / max(len(wanted), 1)
+            has = len(source.has(wanted))
+            share = has / max(len(wanted), 1)
             usable = share + 0.1 * source.mentions
-            if share >= (0.5 if len(wanted) < 8 else 0.34) and len(wanted & source.values.keys()) > 1 and usable > most:
+            if share >= (0.5 if len(wanted) < 8 else 0.34) and has > 1 and usable > most:
                 best, most = source, usable
         return best
 
     def _passed_somewhere(self, anywhere: bool = True) -> dict[str, tuple[Any, str]]:
-        """Values for parameters that are no configs, from a call in the repository or from options and classes.
-
-        Arguments:
-            anywhere: Whether files count that do not mention the callable.
-        """
-        plain = [n for n in self._required if self.config_class(n) is None and not self._is_config(n)]
+        """Values for parameters that are no configs, from a call in the repository or from options and classes; with
+        `anywhere` also from files that do not mention the callable."""
+        plain = {n for n in self._required if self.config_class(n) is None and not self._is_config(n)}
         if not plain:
             return {}
         known = [p.name for p in parameters(self._function)]
         found: dict[str, tuple[Any, str]] = {}
-        name = self._function.__name__
-        mentioning = [s for s in self._sources if s.kind == "call" and s.of == name and s.values.keys() & set(plain)]
-        mentioning.sort(key=lambda s: -len(s.values.keys() & set(plain)))
-        for source in mentioning[:1]:
+        passing = [s for s in self._sources if s.kind == "call" and s.of == self._function.__name__ and s.has(plain)]
+        if passing:
+            source = max(passing, key=lambda s: len(s.has(plain)))
             found = {n: (v, source.where) for n, v in source.values.items() if n in known}
-        beside = [s for s in self._sources if s.mentions and s.kind != "call"]
-        best = self._best_source(set(plain) - found.keys(), beside)
+        others = [s for s in self._sources if s.kind != "call"]
+        best = self._best_source(plain - found.keys(), [s for s in others if s.mentions])
         if best is None and anywhere and len(plain) >= _MANY:
             # So many of the names in one source are no coincidence.
-            every = [s for s in self._sources if s.kind != "call"]
-            best = max(every, key=lambda s: len(s.values.keys() & set(plain)), default=None)
-            if best is not None and len(best.values.keys() & set(plain)) < 0.75 * len(plain):
+            best = max(others, key=lambda s: len(s.has(plain)), default=None)
+            if best is not None and len(best.has(plain)) < 0.75 * len(plain):
                 best = None
             self._far = best is not None
         if best is not None:
             # A source that has little else, or nearly all parameters, counts for optional ones, too.
-            its = len(best.values.keys() & set(known))
+            its = len(best.has(set(known)))
             all_its = (best.kind == "file" and its == len(best.values)) or its >= max(_MANY, 0.8 * len(known))
-            wanted = [n for n in (known if all_its else plain) if n in best.values and n not in found]
-            found |= {n: (best.values[n], best.where) for n in wanted}
+            wanted = [n for n in (known if all_its else self._required) if n in best.values and n not in found]
+            found |= {n: (best.values[n], best.where) for n in wanted if all_its or n in plain}
         return {n: v for n, v in found.items() if v[0] is not None}
 
     # ---- further calls -----------------------------------------------------------------------------------------------
@@ -418,26 +374,25 @@ class Planner:
         yield {}
         if empty := self._empty():
             yield dict.fromkeys(empty, WITHOUT)
-        undefined = self._undefined()
+        undefined: Change = dict.fromkeys(self._undefined(), WITHOUT)
         if undefined:
-            yield dict.fromkeys(undefined, WITHOUT)
+            yield undefined
         for name, words in self._uses.words.items():
             if name in self._chosen():
                 for word in words:
-                    yield {**dict.fromkeys(undefined, WITHOUT), name: word}
+                    yield {**undefined, name: word}
         if stated := self._stated():
-            yield {**dict.fromkeys(undefined, WITHOUT), **stated}
+            yield {**undefined, **stated}
         if self._far:
             yield NEAR
         absent = self._absent()
-        if not set(absent) <= set(undefined):
-            yield dict.fromkeys([*undefined, *absent], WITHOUT)
+        if not set(absent) <= undefined.keys():
+            yield {**undefined, **dict.fromkeys(absent, WITHOUT)}
 
     def _defaults(self) -> dict[str, Any]:
         """Fields of the config with their defaults; empty without a config."""
-        for name in self._required:
-            if (config := self.config_class(name)) is not None:
-                return {p.name: p.default for p in parameters(config[1]) if p.default is not p.empty}
+        for config in self._config_classes():
+            return {p.name: p.default for p in parameters(config) if p.default is not p.empty}
         default = self._default_config()
         if default is None:
             return {}
@@ -449,13 +404,13 @@ class Planner:
     def _stated(self) -> dict[str, Any]:
         """Values in the repository for fields of the config, where they differ from the defaults."""
         defaults = self._defaults()
-        classes = {c[1].__name__ for n in self._required if (c := self.config_class(n)) is not None}
-        best = self._best_source(set(defaults), [s for s in self._sources if s.of not in classes])
+        own = {config.__name__ for config in self._config_classes()}
+        best = self._best_source(set(defaults), [s for s in self._sources if s.of not in own])
         stated = best.values if best is not None else {}
         return {n: v for n, v in stated.items() if n in defaults and v is not None and v != defaults[n]}
 
     def _undefined(self) -> list[str]:
-        """Fields of the config that must be set: negative, or None although the code asserts that they are not."""
+        """Fields of the config that must be set: negative, or None although the code asserts that they are not None."""
         return [
             n
             for n, v in self._defaults().items()
@@ -464,16 +419,16 @@ class Planner:
         ]
 
     def _empty(self) -> list[str]:
-        """Fields of the config that are 0 but by their name must not be."""
+        """Fields of the config that are 0 although by their name they must not be."""
         some = re.compile(r"batch|vocab|len(gth)?$|n_ctx|block_size|width|(^|_)dim$|heads?$")
         return [n for n, v in self._defaults().items() if v == 0 and type(v) is int and some.search(n)]
 
     def _absent(self) -> list[str]:
-        """Fields of the config that are None but by their name are sizes."""
+        """Fields of the config that are None although by their name they are sizes."""
         return [n for n, v in self._defaults().items() if v is None and isinstance(by_name(n), int)]
 
     def _chosen(self) -> set[str]:
-        """Fields and parameters that may be a string which the code compares."""
+        """Fields and parameters that may be a string with which the code compares."""
         fields = {n for n, v in self._defaults().items() if isinstance(v, str) or v is None}
         for name in self._required:
             if self._is_config(name):

@@ -1,8 +1,4 @@
-"""Config objects and module classes that the target's files define.
-
-In: the names of a file; the fields that the code reads of a config, or the annotated class of a submodule. Out: the
-object or class that fits, with the expression for it.
-"""
+"""Config objects and module classes that the target's files define, each with the expression for it."""
 
 from __future__ import annotations
 
@@ -20,24 +16,6 @@ from quack_fx.targets.sizes.signatures import required
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Fields that the code reads of a config, as attributes and as keys."""
-
-    attributes: set[str]
-    keys: set[str]
-
-    def of(self, value: Any) -> dict[str, Any]:
-        """The wanted fields that a value has."""
-        if callable(value) or isinstance(value, ModuleType | nn.Module | Tensor):
-            return {}
-        found = {name: value[name] for name in self.keys if isinstance(value, Mapping) and name in value}
-        return found | {name: getattr(value, name) for name in self.attributes if hasattr(value, name)}
-
-    def __len__(self) -> int:
-        return len(self.attributes | self.keys)
-
-
-@dataclass(frozen=True)
 class Ready:
     """An existing config: the expression for it, and its wanted fields."""
 
@@ -46,28 +24,29 @@ class Ready:
     fields: dict[str, Any]
 
 
-def ready_made(names: Mapping[str, Any], wanted: Wanted) -> Ready | None:
-    """The object with most of the wanted fields: at least two, and half of them.
+def ready_made(names: Mapping[str, Any], attributes: set[str], keys: set[str]) -> Ready | None:
+    """The first object with most of the wanted attributes and keys: at least two, and half of them.
 
-    Candidates are objects of the file, results of its functions without arguments whose name contains "config", and the
-    first that fits in a dict of objects (`CONFIGS["small"]`).
+    Candidates are objects of the file, results of its functions without arguments whose name contains "config", and of
+    a dict of objects (`CONFIGS["small"]`) the first that fits.
     """
-    best = None
-    for ready in _sharing(names, wanted):
-        if best is None or len(ready.fields) > len(best.fields):
-            best = ready
-    return best
-
-
-def _sharing(names: Mapping[str, Any], wanted: Wanted) -> Iterator[Ready]:
-    """Objects that have enough of the wanted fields."""
+    found = []
     for name, value in _objects(names):
         inside = [(f"{name}[{key!r}]", item) for key, item in value.items()] if isinstance(value, Mapping) else []
         for text, item in [(name, value), *inside]:
-            have = wanted.of(item)
-            if len(have) > 1 and 2 * len(have) >= len(wanted):
-                yield Ready(text, item, have)
+            fields = _fields(item, attributes, keys)
+            if len(fields) > 1 and 2 * len(fields) >= len(attributes | keys):
+                found.append(Ready(text, item, fields))
                 break
+    return max(found, key=lambda ready: len(ready.fields), default=None)
+
+
+def _fields(value: Any, attributes: set[str], keys: set[str]) -> dict[str, Any]:
+    """The wanted fields that a value has."""
+    if callable(value) or isinstance(value, ModuleType | nn.Module | Tensor):
+        return {}
+    found = {name: value[name] for name in keys if isinstance(value, Mapping) and name in value}
+    return found | {name: getattr(value, name) for name in attributes if hasattr(value, name)}
 
 
 def _objects(names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -83,26 +62,23 @@ def _objects(names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def part_class(kind: type, is_own: Callable[[str], bool]) -> type | None:
-    """The class for a submodule by its annotated class: that class, or, if it is abstract, the subclass in the user's
-    files that has the fewest required arguments. None for a class of torch, or where several are equal."""
+    """The class to build a submodule from: its annotated class or, if that is abstract, the subclass in the user's
+    files with the fewest required arguments. None for a class of torch, or where several subclasses have as few."""
     if kind.__module__.split(".")[0] == "torch":
         return None
     if not _is_abstract(kind):
         return kind
     derived: Iterator[type] = walk(kind.__subclasses__(), type.__subclasses__)
-    below = {c.__qualname__: c for c in derived if not _is_abstract(c) and is_own(_file(c))}
-    needs = {name: len(required(made)) for name, made in below.items()}
-    simplest = [name for name, count in needs.items() if count == min(needs.values())]
-    return below[simplest[0]] if len(simplest) == 1 else None
+    files = {c: str(getattr(sys.modules.get(c.__module__), "__file__", None) or "") for c in derived}
+    below = {c.__qualname__: c for c, file in files.items() if not _is_abstract(c) and is_own(file)}
+    needs = {made: len(required(made)) for made in below.values()}
+    simplest = [made for made, count in needs.items() if count == min(needs.values())]
+    return simplest[0] if len(simplest) == 1 else None
 
 
 def _is_abstract(made: type) -> bool:
     """Whether a class has abstract methods, also without the metaclass ABCMeta."""
     return any(getattr(getattr(made, name, None), "__isabstractmethod__", False) for name in dir(made))
-
-
-def _file(made: type) -> str:
-    return str(getattr(sys.modules.get(made.__module__), "__file__", None) or "")
 
 
 def naming(made: type, names: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """A config object whose fields get their values when a constructor reads them.
 
-In: a function from the name of a field to its value. Out: `Settings`, to be passed to the constructor; afterwards, the
-expression for a plain object with the fields that were read.
+In: a function from the name of a field to its value. Out: `Settings` for the constructor; afterwards, the expression
+for a plain object with the fields that were read.
 """
 
 from __future__ import annotations
@@ -17,17 +17,11 @@ Give = Callable[[str], Any]
 
 
 class Settings:
-    """A config that has every field that is read; see the docstring of this file.
-
-    Arguments:
-        give: Gives the value of a field.
-        given: Fields that exist from the start: only these count for `hasattr`, `in` and `**config`.
-    """
+    """A config that has every field that is read: `give` gives its value. Fields in `given` exist from the start; only
+    these count for `hasattr`, `in` and `**config`."""
 
     def __init__(self, give: Give, given: dict[str, Any]) -> None:
-        self.__dict__["_give"], self.__dict__["_given"] = give, given
-        self.__dict__["_read"], self.__dict__["_by_key"], self.__dict__["_by_name"] = {}, False, False
-        self.__dict__["_counted"] = False
+        self.__dict__.update(_give=give, _given=given, _read={}, _by_key=False, _by_name=False, _counted=False)
 
     def _value(self, name: str) -> Any:
         if name not in self._read:
@@ -40,17 +34,16 @@ class Settings:
         self.__dict__["_by_name"] = True
         return self._value(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setitem__(self, name: str, value: Any) -> None:
         self._read[name] = value
+
+    __setattr__ = __setitem__
 
     def __getitem__(self, name: str) -> Any:
         if not isinstance(name, str):
             raise KeyError(name)
         self.__dict__["_by_key"] = True
         return self._value(name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._read[name] = value
 
     def __contains__(self, name: str) -> bool:
         return name in self._given or name in self._read
@@ -61,7 +54,7 @@ class Settings:
     def __len__(self) -> int:
         if self._given:
             return len(self._given)
-        # a vocabulary, whose length is its number of tokens
+        # The object is a vocabulary, whose length is its number of tokens.
         self.__dict__["_counted"] = True
         return int(self._value("vocab_size"))
 

@@ -1,7 +1,6 @@
 """Parameters and annotations of a class or factory.
 
-In: a callable. Out: its parameters, including those of a base class to whose constructor it passes `*args` and
-`**kwargs`; the names of those without a default; their annotations.
+Parameters include those of a base class to whose constructor it passes `*args` and `**kwargs`.
 """
 
 from __future__ import annotations
@@ -28,29 +27,28 @@ def parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
         found = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):
         return []
-    own = [p for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if len(own) == len(found) or not isinstance(function, type):
+    own = [p for p in found if not is_variable(p)]
+    if not isinstance(function, type) or not any(p.kind is p.VAR_KEYWORD for p in found):
         return own
-    by_place, by_name = (any(p.kind is kind for p in found) for kind in _VARIABLE)
-    for base in function.__mro__[1:] if by_name else ():
-        if "__init__" in vars(base) and base is not nn.Module and base is not object:
-            given = _passed_on(function)
-            if given is None:
-                break
-            count, names = given
-            behind = parameters(base)[count:]
-            names |= {p.name for p in own}
-            own += [p.replace(kind=p.KEYWORD_ONLY) if by_place else p for p in behind if p.name not in names]
-            break
-    return own
+    bases = (base for base in function.__mro__[1:] if "__init__" in vars(base))
+    base = next((base for base in bases if base not in (nn.Module, object)), None)
+    if base is None or (given := _passed_on(function)) is None:
+        return own
+    count, names = given
+    names |= {p.name for p in own}
+    by_place = any(p.kind is p.VAR_POSITIONAL for p in found)
+    behind = [p for p in parameters(base)[count:] if p.name not in names]
+    return own + [p.replace(kind=p.KEYWORD_ONLY) if by_place else p for p in behind]
 
 
-_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+def is_variable(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter is `*args` or `**kwargs`."""
+    return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
 
 
 def _passed_on(made: type) -> tuple[int, set[str]] | None:
-    """Arguments that a constructor passes to the one of its base class beside its own `**kwargs`: the number of
-    positional ones, and the names of the others. None where it does not pass `**kwargs` on."""
+    """What a constructor passes to that of its base class beside its own `**kwargs`: the number of positional
+    arguments, and the names of the others. None where it does not pass `**kwargs` on."""
     owner = next(base for base in made.__mro__ if "__init__" in vars(base))
     for node in ast.walk(tree_of_function(vars(owner)["__init__"])):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "__init__"):
@@ -69,7 +67,7 @@ def own_methods(model: nn.Module) -> dict[str, Callable[..., Any]]:
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of a function, or of a class's constructor; empty where some name in them is not defined."""
+    """Annotations of a function, or of a class's constructor; empty where a name in them is not defined."""
     made = inspect.getattr_static(function, "__init__", None) if isinstance(function, type) else function
     for owner in (made, function):
         try:
@@ -85,11 +83,10 @@ _COMMON = frozenset("builtins types typing collections torch argparse pathlib en
 
 
 def is_users_class(option: Any) -> bool:
-    """Whether an annotation is a class of the user's: no module, no tensor, none of Python, torch or numpy."""
-    plain = (
-        isinstance(option, type) and typing.get_origin(option) is None and not issubclass(option, nn.Module | Tensor)
-    )
-    return plain and option.__module__.split(".")[0] not in _COMMON
+    """Whether an annotation is a class that may be a config: no module or tensor, none of Python, torch or numpy."""
+    if not isinstance(option, type) or typing.get_origin(option) is not None or issubclass(option, nn.Module | Tensor):
+        return False
+    return option.__module__.split(".")[0] not in _COMMON
 
 
 def plain_type(hint: Any) -> Any:

@@ -1,14 +1,7 @@
 """Finds sizes of a model in its repository: in training scripts, config classes and config files.
 
-In: the files of a repository. Out: `Source`s, each a set of names with values. Nothing is run. Python is parsed, and
-values are constants: numbers, strings, lists of them, sums and products, and names with such a value in the same file.
-
-    call          Transformer(vocab, d_model=opt.d_model), with the values of its names in that file; also in Markdown
-    options       parser.add_argument("--d_model", default=512), all of a file
-    class         defaults of fields of a dataclass or another class; attributes that __init__ sets
-    dict          {"emb_dim": 768, ...} or dict(emb_dim=768, ...)
-    assignments   config.n_layer = 12, all to one object in a file; n_layer = 12 at the top level of a file
-    file          JSON, YAML
+In: the files of a repository. Out: `Source`s. Nothing is run: Python is parsed, and values are constants (numbers,
+strings, lists of them), arithmetic on them, and names with such a value in the same file.
 """
 
 from __future__ import annotations
@@ -16,7 +9,6 @@ from __future__ import annotations
 import ast
 import itertools
 import json
-import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -28,117 +20,93 @@ from typing import Any, Literal
 
 import torch
 
-from quack_fx.targets.packages import python_files, walk
-from quack_fx.targets.sizes.uses import read_name
+from quack_fx.targets.packages import files_of, python_files
+from quack_fx.targets.source import ARITHMETIC, assignments, assignments_in, parsed, read_name, text_of
 
-PARSED = 300
-"""The most Python files that are read, the nearest first."""
 DATA_FILES, READ_ME = 300, 20
+"""The most data files and the most Markdown files that are read."""
+
 _CODE = re.compile(r"^```(?:python|py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LARGEST = 400_000
-"""The most bytes of a file that is read; larger files are data."""
 
 Kind = Literal["call", "options", "class", "dict", "assignments", "file"]
+"""A call of the model, also in Markdown; the options of an `argparse` parser; fields of a class; a dict; assignments to
+one object (`config.n_layer = 12`) or to the names of a file; a JSON or YAML file."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Values by name that are written in one place of a repository.
+    """Values by name that stand in one place of a repository.
 
-    Attributes:
-        kind: What contains them.
-        where: File and line for reports: "run.py:12".
-        values: The values by name.
-        path: The file.
-        mentions: Whether the file names the class or function that is to be called.
-        of: Name of the class, object or callee.
+    `where` is file and line, for reports ("run.py:12"). `mentions` tells whether the file names the class or function
+    that is to be called; `of` is the name of the class, object or callee.
     """
 
     kind: Kind
     where: str
     values: Mapping[str, Any] = field(repr=False)
-    path: Path = field(repr=False)
     mentions: bool = False
     of: str = ""
+
+    def has(self, wanted: set[str]) -> set[str]:
+        """The wanted names that it has a value for."""
+        return wanted & self.values.keys()
 
 
 def sources(
     repository: Path, near: Path, callee: str, callees: Mapping[str, tuple[str, ...]], words: set[str]
 ) -> list[Source]:
-    """All sources of a repository, those of the nearest files first.
+    """All sources of a repository, those of the files nearest to `near` first.
 
-    Arguments:
-        repository: Its folder.
-        near: The target's file.
-        callee: Name of the class or function that is to be called.
-        callees: The parameters, in order, of that and of its config classes, by name.
-        words: Names for which values are wanted; a file that has less than two of them, and no callee, is skipped.
+    `callee` is the class or function that is to be called; `callees` has the parameters, in order, of that and of its
+    config classes, by name. A file that names no callee and less than two of the `words`, for which values are wanted,
+    is skipped.
     """
+
+    def shown(path: Path) -> str:
+        return str(path.relative_to(repository)) if path.is_relative_to(repository) else path.name
+
     found: list[Source] = []
-    for path in python_files(repository, near)[:PARSED]:
-        text = read(path)
-        if not (any(name in text for name in callees) or sum(word in text for word in words) > 1):
-            continue
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError, RecursionError):
-            continue
-        shown = str(path.relative_to(repository)) if path.is_relative_to(repository) else path.name
-        mentions = path == near or callee in text or f"import {near.stem}" in text or f".{near.stem} " in text
-        found += _in_python(tree, path, shown, mentions, callees)
-    for path in itertools.islice(walk(repository, (".md",)), READ_ME):
-        # calls only: other values in documentation are examples
-        shown = str(path.relative_to(repository))
-        text = read(path)
+    for path in python_files(repository, near):
+        text = text_of(path)
+        if any(name in text for name in callees) or sum(word in text for word in words) > 1:
+            mentions = path == near or callee in text or f"import {near.stem}" in text or f".{near.stem} " in text
+            found += _in_python(parsed(text), shown(path), mentions, callees)
+    for path in itertools.islice(files_of(repository, ".md"), READ_ME):
+        text = text_of(path)
         for block in _CODE.findall(text) if any(name in text for name in callees) else ():
-            with suppress(SyntaxError, ValueError, RecursionError):
-                found += [
-                    s for s in _in_python(ast.parse(dedent(block)), path, shown, True, callees) if s.kind == "call"
-                ]
-    for count, path in enumerate(walk(repository, (".json", ".yaml", ".yml"))):
-        if count >= DATA_FILES:
-            break
-        found += _in_data(path, str(path.relative_to(repository)), callee)
+            inside = _in_python(parsed(dedent(block)), shown(path), True, callees)
+            found += [source for source in inside if source.kind == "call"]  # other values are examples
+    for path in itertools.islice(files_of(repository, ".json", ".yaml", ".yml"), DATA_FILES):
+        found += _in_data(path, shown(path), callee)
     return found
 
 
-def read(path: Path) -> str:
-    """The text of a file; "" for one that is no text or too large."""
-    try:
-        return path.read_text("utf-8") if path.stat().st_size <= LARGEST else ""
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-# ---- Python ----------------------------------------------------------------------------------------------------------
-
-
 def _in_python(
-    tree: ast.Module, path: Path, shown: str, mentions: bool, callees: Mapping[str, tuple[str, ...]]
+    tree: ast.Module, shown: str, mentions: bool, callees: Mapping[str, tuple[str, ...]]
 ) -> Iterator[Source]:
     options, assigned = _options(tree), _assignments(tree)
     names = dict(assigned.pop("", {}))
     if options:
-        yield Source("options", f"{shown} (options)", options, path, mentions)
+        yield Source("options", f"{shown} (options)", options, mentions)
     for owner, values in assigned.items():
         if len(values) > 1:
-            yield Source("assignments", f"{shown} ({owner}.*)", values, path, mentions, owner)
+            yield Source("assignments", f"{shown} ({owner}.*)", values, mentions, owner)
     if len(names) > 2:
-        yield Source("assignments", shown, names, path, mentions)
+        yield Source("assignments", shown, names, mentions)
     scope = {**{n: v for values in assigned.values() for n, v in values.items()}, **options, **names}
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             values = _fields(node, scope)
             if len(values) > 1:
-                yield Source("class", f"{shown}:{node.lineno} ({node.name})", values, path, mentions, node.name)
+                yield Source("class", f"{shown}:{node.lineno} ({node.name})", values, mentions, node.name)
         elif isinstance(node, ast.Dict) or (isinstance(node, ast.Call) and read_name(node.func) == "dict"):
             values = _pairs(node, scope)
             if len(values) > 1:
-                yield Source("dict", f"{shown}:{node.lineno}", values, path, mentions)
+                yield Source("dict", f"{shown}:{node.lineno}", values, mentions)
         elif isinstance(node, ast.Call) and (name := read_name(node.func)) in callees:
             values = _arguments(node, callees[name], scope, _dicts(tree, scope))
             if values:
-                yield Source("call", f"{shown}:{node.lineno}", values, path, True, name)
+                yield Source("call", f"{shown}:{node.lineno}", values, True, name)
 
 
 def _options(tree: ast.Module) -> dict[str, Any]:
@@ -168,17 +136,22 @@ def _assignments(tree: ast.Module) -> dict[str, dict[str, Any]]:
     """Values that are assigned to attributes, by the name of the object, and at the top level of a file, under ""."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
     for node in _certain(tree.body):
-        for name, value in _assigned(node):
-            if isinstance(name, ast.Name) and (known := value_of(value, found[""])) is not UNKNOWN:
-                found[""][name.id] = known
-    for inner in ast.walk(tree):
-        if isinstance(inner, ast.stmt):
-            for name, value in _assigned(inner):
-                owner = read_name(name.value) if isinstance(name, ast.Attribute) else ""
-                known = value_of(value, found[""]) if owner not in ("", "self", "torch") else UNKNOWN
-                if isinstance(name, ast.Attribute) and known is not UNKNOWN:
-                    found[owner][name.attr] = known
+        for target, value in assignments(node):
+            if isinstance(target, ast.Name):
+                _set(found[""], target.id, value, found[""])
+    for target, value in assignments_in(tree):
+        owner = read_name(target.value) if isinstance(target, ast.Attribute) else ""
+        if isinstance(target, ast.Attribute) and owner not in ("", "self", "torch"):
+            known = value_of(value, found[""])
+            if known is not UNKNOWN:
+                found[owner][target.attr] = known
     return found
+
+
+def _set(found: dict[str, Any], name: str, node: ast.expr, scope: Mapping[str, Any]) -> None:
+    """Add the value of an expression under a name, if it is known."""
+    if (value := value_of(node, scope)) is not UNKNOWN:
+        found[name] = value
 
 
 def _certain(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -189,36 +162,24 @@ def _certain(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _certain(node.body)
 
 
-def _assigned(node: ast.stmt) -> Iterator[tuple[ast.expr, ast.expr]]:
-    if isinstance(node, ast.Assign):
-        for target in node.targets:
-            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                yield from zip(target.elts, node.value.elts, strict=False)
-            else:
-                yield target, node.value
-    elif isinstance(node, ast.AnnAssign) and node.value is not None:
-        yield node.target, node.value
-
-
 def _fields(node: ast.ClassDef, scope: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a class's fields: assigned in its body or in __init__, or defaults of __init__."""
     found: dict[str, Any] = {}
     for statement in node.body:
-        for name, value in _assigned(statement):
-            default = _default_of_field(value)
-            if isinstance(name, ast.Name) and (known := value_of(default, {**scope, **found})) is not UNKNOWN:
-                found[name.id] = known
+        for target, value in assignments(statement):
+            if isinstance(target, ast.Name):
+                _set(found, target.id, _default_of_field(value), {**scope, **found})
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
             arguments = statement.args
             positional = [*arguments.posonlyargs, *arguments.args]
             defaults = zip(positional[::-1], arguments.defaults[::-1], strict=False)
-            given = [*defaults, *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]
-            local = {a.arg: v for a, d in given if d is not None and (v := value_of(d, scope)) is not UNKNOWN}
-            for inner in statement.body:
-                for name, value in _assigned(inner):
-                    known = value_of(value, {**scope, **local})
-                    if isinstance(name, ast.Attribute) and known is not UNKNOWN:
-                        found[name.attr] = known
+            local: dict[str, Any] = {}
+            for argument, default in [*defaults, *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)]:
+                if default is not None:
+                    _set(local, argument.arg, default, scope)
+            for target, value in itertools.chain.from_iterable(map(assignments, statement.body)):
+                if isinstance(target, ast.Attribute):
+                    _set(found, target.attr, value, {**scope, **local})
             found = {**local, **found}
     return found
 
@@ -240,14 +201,8 @@ def _pairs(node: ast.Dict | ast.Call, scope: Mapping[str, Any]) -> dict[str, Any
 
 
 def _dicts(tree: ast.Module, scope: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Dicts that a file assigns to names."""
-    found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict | ast.Call):
-            for target in node.targets:
-                if isinstance(target, ast.Name) and (values := _pairs(node.value, scope)):
-                    found[target.id] = values
-    return found
+    found = [(name, value) for name, value in assignments_in(tree) if isinstance(value, ast.Dict | ast.Call)]
+    return {n.id: values for n, v in found if isinstance(n, ast.Name) and (values := _pairs(v, scope))}
 
 
 def _arguments(
@@ -268,20 +223,8 @@ def _arguments(
     return found | {n: v for n, node in given if (v := value_of(node, scope)) is not UNKNOWN}
 
 
-class _Unknown:
-    """A value that is not a constant."""
-
-
-UNKNOWN: Any = _Unknown()
-
-_OPERATORS: dict[type[ast.operator], Any] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-    ast.Div: operator.truediv,
-}
-
+UNKNOWN: Any = object()
+"""Stands for a value that is not a constant."""
 
 _SAME = ("int", "float", "FieldReference")
 """Calls whose result is their argument, as far as sizes are concerned."""
@@ -289,52 +232,46 @@ _SAME = ("int", "float", "FieldReference")
 
 def value_of(node: ast.expr, scope: Mapping[str, Any]) -> Any:
     """The value of a constant expression; else `UNKNOWN`."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, bool | int | float | str | None) else UNKNOWN
-    if isinstance(node, ast.Attribute) and read_name(node.value) == "torch":
-        kind = getattr(torch, node.attr, UNKNOWN)
-        return kind if isinstance(kind, torch.dtype) else UNKNOWN
-    if isinstance(node, ast.Name | ast.Attribute):
-        return scope.get(read_name(node), UNKNOWN)
-    if isinstance(node, ast.Subscript) and (name := read_name(node)):
-        return scope.get(name, UNKNOWN)
-    if isinstance(node, ast.List | ast.Tuple):
-        items = [value_of(item, scope) for item in node.elts]
-        return UNKNOWN if UNKNOWN in items else type(node.elts)(items) if isinstance(node, ast.List) else tuple(items)
-    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-        values = [value_of(value, scope) for value in node.values]
-        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
-        return UNKNOWN if UNKNOWN in values else dict(zip(keys, values, strict=True))
-    if isinstance(node, ast.Call) and len(node.args) == 1 and read_name(node.func) in _SAME:
-        return value_of(node.args[0], scope)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = value_of(node.operand, scope)
-        return -value if isinstance(value, int | float) else UNKNOWN
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        left, right = value_of(node.left, scope), value_of(node.right, scope)
-        if all(isinstance(v, int | float) and abs(v) < 1 << 40 for v in (left, right)):
-            try:
-                return _OPERATORS[type(node.op)](left, right)
-            except ArithmeticError:
-                return UNKNOWN
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            return value
+        case ast.Attribute(attr=name) if read_name(node.value) == "torch":
+            kind = getattr(torch, name, UNKNOWN)
+            return kind if isinstance(kind, torch.dtype) else UNKNOWN
+        case ast.Name() | ast.Attribute() | ast.Subscript():
+            return scope.get(read_name(node), UNKNOWN)
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            items = [value_of(item, scope) for item in elements]
+            return UNKNOWN if UNKNOWN in items else items if isinstance(node, ast.List) else tuple(items)
+        case ast.Dict() if all(isinstance(key, ast.Constant) for key in node.keys):
+            values = [value_of(value, scope) for value in node.values]
+            keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+            return UNKNOWN if UNKNOWN in values else dict(zip(keys, values, strict=True))
+        case ast.Call(args=[argument]) if read_name(node.func) in _SAME:
+            return value_of(argument, scope)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            value = value_of(operand, scope)
+            return -value if isinstance(value, int | float) else UNKNOWN
+        case ast.BinOp() if type(node.op) in ARITHMETIC:
+            left, right = value_of(node.left, scope), value_of(node.right, scope)
+            if all(isinstance(v, int | float) and abs(v) < 1 << 40 for v in (left, right)):
+                with suppress(ArithmeticError):
+                    return ARITHMETIC[type(node.op)](left, right)
     return UNKNOWN
-
-
-# ---- data files ------------------------------------------------------------------------------------------------------
 
 
 def _in_data(path: Path, shown: str, callee: str) -> Iterator[Source]:
     """The dicts of a JSON or YAML file: each by itself, and all of them together."""
-    text = read(path)
+    text = text_of(path)
     try:
         data = json.loads(text) if path.suffix == ".json" else _yaml(text)
     except Exception:  # the file is not what its ending says
         return
     parts = [{str(k): v for k, v in part.items() if _is_plain(v)} for part in _dicts_in(data)]
     for part in [p for p in parts if len(p) > 1]:
-        yield Source("file", shown, part, path, callee in text)
+        yield Source("file", shown, part, callee in text)
     if len(parts) > 1:
-        yield Source("file", shown, {k: v for part in reversed(parts) for k, v in part.items()}, path)
+        yield Source("file", shown, {k: v for part in reversed(parts) for k, v in part.items()})
 
 
 def _yaml(text: str) -> Any:

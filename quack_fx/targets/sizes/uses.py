@@ -1,4 +1,4 @@
-"""How the source uses parameters and config fields: as a flag, as a string to compare with, as a list.
+"""How source uses parameters and config fields: as a flag, as a string to compare with, as a list.
 
 In: syntax trees of the user's files. Out: `Uses`, by name; equal names in different places count as one.
 """
@@ -9,15 +9,19 @@ import ast
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+from quack_fx.targets.source import assignments_in, read_name
+
 
 class Uses:
     """What the code of some files does with names.
 
     Attributes:
-        words: For each name the strings that it is compared with, or that are keys of a dict it indexes, in order.
-        flags: Names that are used as a condition.
+        words: The strings that a name is compared with, or the keys of a dict that it indexes, in order.
+        flags: Names that are conditions.
         lists: Names that are iterated over, or whose length is taken.
         needed: Names that are asserted not to be None.
+        attributes, keys: The attributes of a name that are read, and the strings that it is indexed with.
+        unpacked: The functions that are called with `**name`.
     """
 
     def __init__(self, trees: Iterable[ast.Module]) -> None:
@@ -25,12 +29,21 @@ class Uses:
         self.flags: set[str] = set()
         self.lists: set[str] = set()
         self.needed: set[str] = set()
+        self.attributes: dict[str, set[str]] = defaultdict(set)
+        self.keys: dict[str, set[str]] = defaultdict(set)
+        self.unpacked: dict[str, list[str]] = defaultdict(list)
         for tree in trees:
-            tables = dict(_tables(tree))
+            tables = {read_name(name): value for name, value in assignments_in(tree) if isinstance(value, ast.Dict)}
             for node in ast.walk(tree):
                 self._look_at(node, tables)
 
     def _look_at(self, node: ast.AST, tables: dict[str, ast.Dict]) -> None:
+        if isinstance(node, ast.Attribute | ast.Subscript) and (field := read_name(node)):
+            read = self.attributes if isinstance(node, ast.Attribute) else self.keys
+            read[read_name(node.value)].add(field)
+        if isinstance(node, ast.Call):
+            for given in (keyword.value for keyword in node.keywords if keyword.arg is None):
+                self.unpacked[read_name(given)].append(read_name(node.func))
         if isinstance(node, ast.Compare):
             self._compare(node)
         elif isinstance(node, ast.Subscript):
@@ -66,34 +79,16 @@ class Uses:
 
 def asserted(tree: ast.AST) -> list[str]:
     """Names that the code asserts not to be None, in order."""
-    tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)]
-    return [name for test in tests for part in _tested(test) if (name := _not_none(part))]
-
-
-def read_name(node: ast.AST | None) -> str:
-    """The name that an expression reads: `x`, `config.x`, `self.config.x`, `config["x"]`; "" for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
-        return node.slice.value
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("lower", "upper"):
-        return read_name(node.func.value)
-    return ""
-
-
-def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
-    """Dicts that are assigned to a name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            for target in node.targets:
-                if name := read_name(target):
-                    yield name, node.value
+    found = []
+    for test in (node.test for node in ast.walk(tree) if isinstance(node, ast.Assert)):
+        for part in _tested(test):
+            match part:
+                case ast.Compare(left=left, ops=[ast.IsNot()], comparators=[ast.Constant(value=None)]):
+                    found.append(read_name(left))
+    return [name for name in found if name]
 
 
 def _tested(test: ast.expr) -> Iterator[ast.expr]:
-    """The parts of a condition."""
     if isinstance(test, ast.BoolOp):
         for value in test.values:
             yield from _tested(value)
@@ -101,12 +96,3 @@ def _tested(test: ast.expr) -> Iterator[ast.expr]:
         yield from _tested(test.operand)
     else:
         yield test
-
-
-def _not_none(test: ast.expr) -> str:
-    """The name x of a condition `x is not None`; "" for another condition."""
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.IsNot):
-        right = test.comparators[0]
-        if isinstance(right, ast.Constant) and right.value is None:
-            return read_name(test.left)
-    return ""

@@ -1,18 +1,8 @@
 """The environment that the user's files run in: this machine, with stand-ins for what it lacks.
 
 In: the location of the target's file. Out: a `World`, which is open while the target is imported, built, run and
-reported on. When it closes, sys.modules, sys.path, sys.argv and the process group are as they were before.
-
-    imports.py    failed imports get stand-ins
-    inert.py      stand-ins that compute nothing, and raise when the forward needs them
-    known.py      the table of stand-ins that compute what the original does:
-    attention.py, flash_attn.py    fused attention
-    vision.py, timm_vit.py         layers and the vision transformer of timm
-    rotations.py, fields.py        rotary embeddings and quaternions; config objects
-    devices.py    torch.cuda without a GPU
-    one_rank.py   torch.distributed with one rank
-    old_names.py  names that newer versions of Python, numpy and transformers no longer have
-    script.py     sys.argv, arguments of parsers, and an end to the file where it begins to train
+reported on. `imports.py` gives stand-ins to failed imports: those of `known.py` compute what the original does, those
+of `inert.py` nothing. When it closes, sys.modules, sys.path, sys.argv and the process group are as they were before.
 """
 
 from __future__ import annotations
@@ -30,28 +20,24 @@ from types import ModuleType
 import torch._dynamo
 
 from quack_fx.graph.forward.gpus import Device, OnThisMachine
-from quack_fx.targets.packages import LocalImports, Location, is_installed
+from quack_fx.targets.packages import LocalImports, Location, is_installed, paths_of
 from quack_fx.targets.source import text_of
 from quack_fx.targets.world.devices import no_gpu
 from quack_fx.targets.world.imports import Imports
 from quack_fx.targets.world.inert import Phase, StandInUsed
 from quack_fx.targets.world.old_names import old_names
 from quack_fx.targets.world.one_rank import one_rank
-from quack_fx.targets.world.script import TrainingBegins, as_script, before_training
+from quack_fx.targets.world.script import STOPS, TrainingBegins, as_script, before_training
 
-__all__ = ["StandInUsed", "TrainingBegins", "World", "before_training"]
+__all__ = ["STOPS", "StandInUsed", "TrainingBegins", "World", "before_training"]
 
 PATIENCE = 90.0
 """Seconds after which no further sizes or inputs are tried."""
 
 
 class World:
-    """The environment of one target's files; see the docstring of this package.
-
-    Arguments:
-        guarded: Whether failed imports inside a `try` of the user's get stand-ins, too.
-        group: Whether a process group of one rank exists from the start.
-    """
+    """The environment of one target's files. With `guarded`, failed imports inside a `try` of the user's get stand-ins,
+    too; with `group`, a process group of one rank exists from the start."""
 
     def __init__(self, guarded: bool = False, group: bool = False) -> None:
         self._guarded, self._group = guarded, group
@@ -82,7 +68,7 @@ class World:
             sys.path[:] = path
             torch.random.set_rng_state(random)
             # A list first: Python computes the path of a namespace package from its parent, which must still be there.
-            for name in [n for n in set(sys.modules) - before if any(map(self.is_own, _paths_of(sys.modules[n])))]:
+            for name in [n for n in set(sys.modules) - before if any(map(self.is_own, paths_of(sys.modules[n])))]:
                 self.modules[name] = sys.modules.pop(name)
 
     def is_late(self) -> bool:
@@ -140,14 +126,13 @@ class World:
 
     @property
     def missing(self) -> list[str]:
-        """Packages that have stand-ins."""
+        """Packages with stand-ins."""
         return list(self.imports.missing)
 
     def others(self) -> list[World]:
         """Further environments to try after a failure in this one: with a process group, with more stand-ins."""
         more = []
-        asks_for_ranks = any(re.search("distributed|RANK", text_of(file)) for file in self.own_files())
-        if asks_for_ranks and not self._group:
+        if not self._group and any(re.search("distributed|RANK", text_of(file)) for file in self.own_files()):
             more.append(World(self._guarded, True))
         if self.imports.left and not self._guarded:
             more.append(World(True, self._group))
@@ -155,8 +140,3 @@ class World:
 
     def _look_elsewhere(self, name: str) -> bool:
         return self._local is not None and self._local.look_elsewhere(name)
-
-
-def _paths_of(module: ModuleType) -> list[str]:
-    """The file of a module, and the search path of a package."""
-    return [str(getattr(module, "__file__", None) or ""), *map(str, getattr(module, "__path__", None) or ())]

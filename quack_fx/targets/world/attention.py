@@ -1,7 +1,6 @@
-"""Fused attention of xformers and SageAttention, written out in torch.
+"""Fused attention of xformers and SageAttention, written out in torch; that of flash_attn has a file of its own.
 
-In: the arguments of the original functions. Out: their results. Each calls `scaled_dot_product_attention`, unless its
-logits have a soft cap. Options without an implementation here raise. flash_attn has a file of its own.
+The functions take the arguments of the original ones. Options without an implementation here raise.
 
 Letters at the end of a tensor's name are its shape: B sequences, T queries, S keys, N tokens of all sequences joined to
 one row, H query heads, K key heads, D features of a head.
@@ -71,9 +70,6 @@ def both_masks(mask: Tensor | None, seen: Tensor) -> Tensor:
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, float("-inf"))
 
 
-# ---- xformers --------------------------------------------------------------------------------------------------------
-
-
 class LowerTriangularMask:
     """`xformers.ops.LowerTriangularMask`: causal attention."""
 
@@ -121,7 +117,6 @@ class BlockDiagonalCausalMask(BlockDiagonalMask):
 
 
 def _of_group(mask: Tensor | None, group: int) -> Tensor | None:
-    """The part of a bias [B, G, H, T, S] for one group."""
     return mask[:, group] if mask is not None and mask.dim() == 5 else mask
 
 
@@ -158,9 +153,6 @@ def memory_efficient_attention(
     return attend(query, key, value, scale, causal, mask)
 
 
-# ---- others ----------------------------------------------------------------------------------------------------------
-
-
 def sageattn(
     q: Tensor,
     k: Tensor,
@@ -174,7 +166,7 @@ def sageattn(
     """`sageattention.sageattn`: [B, H, T, D], or [B, T, H, D] with the layout "NHD"."""
     if return_lse or kwargs.get("attn_mask") is not None:
         raise NotImplementedError("sageattn with a mask or with sums has no stand-in")
-    if tensor_layout == "NHD":
-        return attend(q, k, v, sm_scale, is_causal)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return attend(q, k, v, sm_scale, is_causal).transpose(1, 2)
+    if tensor_layout != "NHD":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = attend(q, k, v, sm_scale, is_causal)
+    return out if tensor_layout == "NHD" else out.transpose(1, 2)

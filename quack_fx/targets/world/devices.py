@@ -1,10 +1,8 @@
-"""`torch.cuda` on a machine without a GPU.
+"""`torch.cuda` on a machine without a GPU; with one, nothing is changed.
 
-In: nothing. Out: a context in which functions of `torch.cuda` answer as if there were one small GPU.
-`torch.cuda.is_available()` stays false, so that code with a branch for CPUs takes it. `quack_fx.graph.forward.gpus`
-decides on which device tensors are made that the code wants on a GPU.
-
-On a machine with a GPU nothing is changed.
+Out: a context in which functions of `torch.cuda` answer as if there were one small GPU, although `is_available()` stays
+false, so that code with a branch for CPUs takes it. `quack_fx.graph.forward.gpus` decides on which device tensors are
+made that the code wants on a GPU.
 """
 
 from __future__ import annotations
@@ -23,50 +21,41 @@ from quack_fx.graph.forward.gpus import here
 
 @contextmanager
 def no_gpu() -> Iterator[None]:
-    """Context in which code for GPUs runs here; see the docstring of this file."""
+    """Context in which code for GPUs runs here."""
     if torch.cuda.is_available():
         yield
         return
+    default = torch.set_default_device
+    answers = {name: answer for name, answer in _ANSWERS.items() if hasattr(torch.cuda, name)}
     with ExitStack() as stack:
-        for name, answer in _ANSWERS.items():
-            if hasattr(torch.cuda, name):
-                stack.enter_context(patch.object(torch.cuda, name, answer))
-        default = torch.set_default_device
-        stack.enter_context(patch.object(torch, "set_default_device", lambda device: default(here(device))))
+        stack.enter_context(patch.multiple(torch.cuda, **answers))
         stack.callback(default, torch.get_default_device() if torch.get_default_device().type != "cpu" else None)
-        stack.enter_context(patch.object(torch, "set_default_tensor_type", _set_default_tensor_type))
-        stack.enter_context(patch.object(nn.Module, "to_empty", _to_empty(nn.Module.to_empty)))
-        stack.enter_context(patch.object(nn.Module, "to", _to(nn.Module.to)))
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.enter_context(patch.object(torch, "set_default_device", lambda device: default(here(device))))
+        stack.enter_context(patch.object(torch, "set_default_tensor_type", _set_default_tensor_type))
+        to, to_empty = _to(nn.Module.to, only_numbers=True), _to(nn.Module.to_empty, only_numbers=False)
+        stack.enter_context(patch.multiple(nn.Module, to=to, to_empty=to_empty))
         yield
 
 
 def _set_default_tensor_type(kind: Any) -> None:
-    """`torch.set_default_tensor_type` for the dtype alone; the device stays the CPU."""
+    """Sets the dtype only; the device stays the CPU."""
     name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
     types = {"Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64}
     torch.set_default_dtype(next((t for n, t in types.items() if n in name), torch.float32))
 
 
-def _to(original: Any) -> Any:
-    """`nn.Module.to`, where a device may be given as a number."""
+def _to(original: Any, only_numbers: bool) -> Any:
+    """`nn.Module.to` or `to_empty` on a device that this machine has; with `only_numbers`, of numbers only."""
 
     def to(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         args = tuple(here(a) if isinstance(a, int) else a for a in args)
-        if isinstance(kwargs.get("device"), int):
+        if "device" in kwargs and (isinstance(kwargs["device"], int) or not only_numbers):
             kwargs = {**kwargs, "device": here(kwargs["device"])}
         result: nn.Module = original(self, *args, **kwargs)
         return result
 
     return to
-
-
-def _to_empty(original: Any) -> Any:
-    def to_empty(self: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:
-        result: nn.Module = original(self, device=here(device), recurse=recurse)
-        return result
-
-    return to_empty
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

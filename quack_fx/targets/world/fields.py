@@ -1,7 +1,7 @@
 """Config objects: dicts whose keys can be read and set as attributes.
 
-In: the arguments of their constructors. Out: `Fields`, in place of the classes of `ml_collections`, `omegaconf`,
-`easydict`, `addict`, `munch`, `yacs` and the like, and `Loader`, in place of `OmegaConf`.
+`Fields` replaces the classes of `ml_collections`, `omegaconf`, `easydict`, `addict`, `munch`, `yacs` and the like, and
+`Loader` replaces `OmegaConf`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from typing import Any
 
 
 class Fields(dict[str, Any]):
-    """A dict whose keys are attributes, too; dicts in it become such dicts."""
+    """A dict whose keys are also attributes; dicts in it become such dicts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = args[0] if args and args[0] is not None else {}
         super().__init__()
-        for name, value in {**dict(given), **kwargs}.items():
-            self[name] = value
+        self.update(args[0] if args and args[0] is not None else {}, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
         plain = isinstance(value, Mapping) and not isinstance(value, Fields)
@@ -28,16 +26,14 @@ class Fields(dict[str, Any]):
     __setattr__ = __setitem__
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
     def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        if name not in self:
+            raise AttributeError(name)
+        del self[name]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fields:
         return type(self)({name: copy.deepcopy(value, memo) for name, value in self.items()})

@@ -1,7 +1,4 @@
-"""The functions and modules of flash_attn, written out in torch: they compute the same, by other means.
-
-In and out as in `attention.py`, which explains the letters at the end of a tensor's name.
-"""
+"""The functions and modules of flash_attn, written out in torch. `attention.py` explains the letters of shapes."""
 
 from __future__ import annotations
 
@@ -218,12 +215,7 @@ class FlashSelfAttention(nn.Module):
         self.inner = FlashAttention(softmax_scale=softmax_scale, causal=causal)
 
     def forward(
-        self,
-        qkv: Tensor,
-        causal: bool | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        **kwargs: Any,
+        self, qkv: Tensor, causal: bool | None = None, cu_seqlens: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As `FlashAttention`, without weights."""
         return self.inner(qkv, None, causal, cu_seqlens)[0]

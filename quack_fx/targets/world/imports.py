@@ -1,11 +1,8 @@
 """Gives stand-ins to failed imports while a target is imported, built and run.
 
-In: the import statements of the user's files. Out: the real module, one found elsewhere in the repository, or a
-stand-in (`inert.py`, `known.py`); `missing` lists the packages that have one.
-
-An import inside a `try` that handles its failure fails as usual, so that the code for a missing package runs. If no
-forward runs then, the caller tries again with `guarded=True`, and such imports get stand-ins, too. Imports by installed
-packages are never changed.
+In: the imports of the user's files; those of installed packages are never changed. Out: the real module, one found
+elsewhere in the repository, or a stand-in. An import inside a `try` that handles its failure fails as usual, so that
+the code for a missing package runs; with `guarded=True` it gets a stand-in, too.
 """
 
 from __future__ import annotations
@@ -22,9 +19,8 @@ from types import FrameType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from quack_fx.targets.packages import is_installed, moved
-from quack_fx.targets.sizes.uses import read_name
-from quack_fx.targets.source import text_of, tree_of
+from quack_fx.targets.packages import is_installed, moved, paths_of
+from quack_fx.targets.source import read_name, text_of, tree_of
 from quack_fx.targets.world.inert import Inert, InertPackage
 from quack_fx.targets.world.known import meaning
 from quack_fx.targets.world.old_names import today
@@ -33,10 +29,8 @@ from quack_fx.targets.world.old_names import today
 class Imports:
     """The imports of the user's files while the world is open.
 
-    Arguments:
-        is_own: Whether a file is the user's.
-        elsewhere: Called with a module name that is not found; makes it importable if the repository has it.
-        guarded: Whether imports inside a `try` get stand-ins, too.
+    `is_own` tells whether a file is the user's; `elsewhere` makes a module importable that is not found, if the
+    repository has it. With `guarded`, imports inside a `try` get stand-ins, too.
     """
 
     def __init__(self, is_own: Callable[[str], bool], elsewhere: Callable[[str], bool], guarded: bool = False) -> None:
@@ -60,13 +54,13 @@ class Imports:
             yield
 
     def _by_name(self, name: str, package: str | None = None) -> Any:
-        """`importlib.import_module`, with which files import extensions that they compile."""
+        """Replaces `importlib.import_module`, with which files import extensions that they compile."""
         frame = sys._getframe(1)
         file = frame.f_globals.get("__file__")
         try:
             return self._import_module(name, package)
         except ModuleNotFoundError as error:
-            # A name that is not written in the file is computed, to test whether such a module exists.
+            # A name that does not occur in the file is computed, to test whether such a module exists.
             written = file and self._is_own(file) and f'"{name}"' in text_of(Path(file))
             if not written or package or not self._is_missing(name, error) or _is_guarded(frame):
                 raise
@@ -108,27 +102,25 @@ class Imports:
         """Whether the repository has a module of that name, so that its own error counts."""
         top = name.split(".")[0]
         if top in sys.modules:
-            module = sys.modules[top]
-            places = [getattr(module, "__file__", None) or "", *map(str, getattr(module, "__path__", ()))]
-            return any(place and self._is_own(place) for place in places)
+            return any(map(self._is_own, paths_of(sys.modules[top])))
         for finder in sys.meta_path:
             spec = finder.find_spec(top, None) if hasattr(finder, "find_spec") else None
             if spec is not None:
-                places = [spec.origin or "", *(spec.submodule_search_locations or ())]
-                return any(place and self._is_own(place) for place in places)
+                return any(map(self._is_own, [spec.origin or "", *(spec.submodule_search_locations or ())]))
         return False
 
     def _stand_in(self, name: str, error: Exception, leaf: bool) -> ModuleType:
         """Make stand-in modules for a dotted name and its parents; returns the one that the import statement binds."""
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            full = ".".join(parts[:i])
+        parent, full = None, ""
+        for part in name.split("."):
+            full = f"{full}.{part}".lstrip(".")
             if full not in self._modules:
                 self.missing[_lacking(name, error)] = None
                 self._modules[full] = InertPackage(full, meaning)
-                if i > 1:
-                    setattr(self._modules[".".join(parts[: i - 1])], parts[i - 1], self._modules[full])
-        return self._modules[name if leaf else parts[0]]
+                if parent is not None:
+                    setattr(parent, part, self._modules[full])
+            parent = self._modules[full]
+        return self._modules[name if leaf else name.split(".")[0]]
 
     def _with_names(self, module: Any, name: str, names: Sequence[str], frame: FrameType) -> Any:
         """The module; or, where an installed module lacks an imported name, a module with that name: from elsewhere in
@@ -138,9 +130,8 @@ class Imports:
         inside = isinstance(module, InertPackage)
         if inside and name.split(".")[0] not in sys.modules:
             return module
-        absent = list(names)
+        absent = [wanted for wanted in names if inside or not _has(module, wanted)]
         if not inside:
-            absent = [wanted for wanted in names if not _has(module, wanted)]
             lacking = [wanted for wanted in absent if today(name, wanted, False) is None]
             if lacking and not self._guarded and _is_guarded(frame):
                 self.left = True
@@ -158,15 +149,12 @@ class Imports:
             elif inside:
                 value = getattr(module, wanted)
             else:
-                full = f"{name}.{wanted}"
-                known = meaning(full)
-                self.missing[full] = None
-                value = Inert(full) if known is None else known
+                self.missing[full := f"{name}.{wanted}"] = None
+                value = Inert(full) if (known := meaning(full)) is None else known
             setattr(proxy, wanted, value)
         return proxy
 
     def _quietly(self, name: str) -> Any:
-        """An installed module; None where it cannot be imported."""
         try:
             return self._import_module(name)
         except Exception:
@@ -174,7 +162,7 @@ class Imports:
 
 
 def _lacking(name: str, error: Exception) -> str:
-    """What is missing after a failed import: a package, a module of an installed package, or what that imports."""
+    """What a failed import lacks: a package, a module of an installed package, or what that module imports."""
     top = name.split(".")[0]
     if top not in sys.modules:
         return top
@@ -216,10 +204,10 @@ def _guards(file: str) -> tuple[tuple[int, int], ...]:
 
 
 def _suppresses(context: ast.expr) -> bool:
-    """Whether a context is `contextlib.suppress` of import errors."""
-    if not isinstance(context, ast.Call) or read_name(context.func) != "suppress":
-        return False
-    return bool({read_name(kind) for kind in context.args} & _CAUGHT)
+    match context:
+        case ast.Call(func=function, args=kinds) if read_name(function) == "suppress":
+            return any(read_name(kind) in _CAUGHT for kind in kinds)
+    return False
 
 
 _CAUGHT = {"ImportError", "ModuleNotFoundError", "Exception", "BaseException"}
@@ -234,10 +222,9 @@ def _handles(handler: ast.ExceptHandler) -> bool:
 
 
 def _ends(statement: ast.stmt) -> bool:
-    if isinstance(statement, ast.Raise):
-        return True
-    call = statement.value if isinstance(statement, ast.Expr) else None
-    if not isinstance(call, ast.Call):
-        return False
-    name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
-    return name in ("exit", "quit", "_exit")
+    match statement:
+        case ast.Raise():
+            return True
+        case ast.Expr(value=ast.Call(func=function)):
+            return read_name(function) in ("exit", "quit", "_exit")
+    return False

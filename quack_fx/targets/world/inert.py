@@ -1,9 +1,9 @@
 """Stand-ins that compute nothing, for names of packages that are not installed.
 
 In: the dotted name of something in a missing package. Out: an `Inert`. While a target's files are imported and its
-model is built, an inert object can be called, subclassed, used as a decorator (which returns what it decorates),
-compared and calculated with; attributes and results are inert, too. Once the forward runs, using one raises an error
-that names it, so that no part of a graph is left out silently.
+model is built, it can be called, subclassed, used as a decorator (which returns what it decorates), compared and
+calculated with; attributes and results are inert, too. Once the forward runs, using one raises an error that names it,
+so that no part of a graph is left out silently.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Phase:
 
 
 class Inert:
-    """Stands in for `name`; see the docstring of this file."""
+    """Stands in for `name`. `known` gives stand-ins that compute, by dotted name."""
 
     def __init__(self, name: str, known: Callable[[str], Any] | None = None) -> None:
         self.__dict__["_name"], self.__dict__["_known"] = name, known
@@ -58,10 +58,7 @@ class Inert:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what is decorated; otherwise an inert object, which is a module where the name is that of a class."""
         self._use()
-        is_decorator = (
-            len(args) == 1 and not kwargs and callable(args[0]) and not isinstance(args[0], Inert | nn.Module)
-        )
-        if is_decorator:
+        if len(args) == 1 and not kwargs and callable(args[0]) and not isinstance(args[0], Inert | nn.Module):
             return args[0]
         is_class = self._name.rpartition(".")[2][:1].isupper()
         return InertModule(self._name) if is_class else Inert(f"{self._name}()")
@@ -124,13 +121,14 @@ def _using(result: Callable[[], Any] | None = None) -> Callable[..., Any]:
 
 
 _ARITHMETIC = "add sub mul truediv floordiv mod pow lshift rshift and xor matmul".split()
-for _name in [*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), "neg", "pos", "abs", "invert", "getitem", "enter"]:
-    setattr(Inert, f"__{_name}__", _using())
-for _name in "lt le gt ge contains".split():
-    setattr(Inert, f"__{_name}__", _using(bool))
-_RESULTS: dict[str, Callable[[], Any]] = {"len": int, "bool": lambda: True, "iter": lambda: iter(()), "setitem": dict}
-for _name, _made in _RESULTS.items():
-    setattr(Inert, f"__{_name}__", _using(_made))
+_OTHERS = "neg pos abs invert getitem enter".split()
+_RESULTS: dict[str, Callable[[], Any] | None] = {
+    **dict.fromkeys([*_ARITHMETIC, *(f"r{name}" for name in _ARITHMETIC), *_OTHERS]),
+    **dict.fromkeys("lt le gt ge contains".split(), bool),
+    **{"len": int, "bool": lambda: True, "iter": lambda: iter(()), "setitem": dict},
+}
+for _name, _result in _RESULTS.items():
+    setattr(Inert, f"__{_name}__", _using(_result))
 
 
 class _WithForward(ABCMeta):

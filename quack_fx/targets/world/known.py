@@ -32,11 +32,10 @@ class _Kernel:
         self.__name__ = getattr(function, "__name__", "kernel")
         self.__wrapped__ = function
 
-    def __getitem__(self, grid: Any) -> Any:
-        raise StandInUsed(f"triton (kernel {self.__name__})")
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise StandInUsed(f"triton (kernel {self.__name__})")
+
+    __getitem__ = __call__
 
 
 def _kernel(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +60,7 @@ class ParallelEmbedding(nn.Embedding):
 
 
 class PairedLinear(ParallelLinear):
-    """Megatron's, which returns a pair: the output, and a bias that is to be added later."""
+    """The linear layer of Megatron, which returns a pair: the output, and a bias that is to be added later."""
 
     def forward(self, input: Tensor) -> Any:
         """The output with the bias added, and None."""
@@ -209,6 +208,8 @@ _FLASH_3 = _FLASH | {
     "flash_attn_func": flash_attn.flash_attn_3_func,
     "flash_attn_varlen_func": flash_attn.flash_attn_3_varlen_func,
 }
+_XFORMERS_NAMES = "memory_efficient_attention LowerTriangularMask LowerTriangularFromBottomRightMask BlockDiagonalMask"
+_XFORMERS = {name: getattr(attention, name) for name in [*_XFORMERS_NAMES.split(), "BlockDiagonalCausalMask"]}
 _NORMS: dict[str, Any] = dict.fromkeys(("FusedLayerNorm", "MixedFusedLayerNorm", "FastLayerNorm"), LayerNorm)
 _NORMS |= dict.fromkeys(("FusedRMSNorm", "MixedFusedRMSNorm"), RMSNorm)
 _PARALLEL: dict[str, Any] = {
@@ -234,15 +235,7 @@ _LIGHTNING = {"LightningModule": LightningModule}
 _KNOWN: dict[str, dict[str, Any]] = {
     "flash_attn": _FLASH,
     "flash_attn_interface": _FLASH_3,
-    "flash_attn_2_cuda": {},
-    "xformers": {
-        "memory_efficient_attention": attention.memory_efficient_attention,
-        "LowerTriangularMask": attention.LowerTriangularMask,
-        "LowerTriangularFromBottomRightMask": attention.LowerTriangularFromBottomRightMask,
-        "BlockDiagonalMask": attention.BlockDiagonalMask,
-        "BlockDiagonalCausalMask": attention.BlockDiagonalCausalMask,
-        "SwiGLU": SwiGLU,
-    },
+    "xformers": _XFORMERS | {"SwiGLU": SwiGLU},
     "sageattention": {"sageattn": attention.sageattn},
     "rotary_emb": {"apply_rotary": rotations.apply_rotary},
     "pytorch3d": {n: getattr(rotations, n) for n in dir(rotations) if n.startswith("quaternion_")},
@@ -253,7 +246,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "timm": _TIMM,
     "torchvision": {"_is_tracing": lambda: False},
     "triton": {"jit": _kernel, "autotune": as_it_is, "heuristics": as_it_is},
-    **dict.fromkeys(("mmcv", "mmengine", "mmdet", "mmseg", "fvcore", "detectron2"), _REGISTRY),
+    **dict.fromkeys(("mmengine", "mmdet", "mmseg", "detectron2"), _REGISTRY),
     "pytorch_lightning": _LIGHTNING,
     "lightning": _LIGHTNING,
     **dict.fromkeys(_HOLDERS, _FIELDS | _REGISTRY),

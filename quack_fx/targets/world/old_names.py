@@ -1,7 +1,7 @@
 """Names that Python, numpy and transformers have removed or moved, and that older model files still use.
 
-In: nothing, or a name that a user's file imports. Out: a context in which removed names of Python and numpy exist
-(`collections.Iterable`, `numpy.float`) with their former meaning; for a name of transformers, its value today.
+Out: a context in which removed names of Python and numpy exist (`collections.Iterable`, `numpy.float`) with their
+former meaning; for a name that a user's file imports from transformers, its value today.
 """
 
 from __future__ import annotations
@@ -47,35 +47,33 @@ def old_names() -> Iterator[None]:
 _strict_dataclass = dataclasses.dataclass
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
 def _dataclass(cls: Any = None, /, **options: Any) -> Any:
-    """`dataclasses.dataclass` as before Python 3.11: it refuses lists, dicts and sets as defaults, but nothing else."""
+    """`dataclasses.dataclass` as before Python 3.11: of defaults it refuses lists, dicts and sets only."""
     if cls is None:
         return functools.partial(_dataclass, **options)
     for name, value in list(vars(cls).items()) if isinstance(cls, type) else ():
         plain = isinstance(value, list | dict | set | dataclasses.Field) or name.startswith("__")
         if not plain and type(value).__hash__ is None and name in vars(cls).get("__annotations__", {}):
-            setattr(cls, name, dataclasses.field(default_factory=functools.partial(_same, value)))
+            setattr(cls, name, dataclasses.field(default_factory=functools.partial(_identity, value)))
     return _strict_dataclass(cls, **options)
 
 
-_MOVED = {"transformers": ("pytorch_utils", "utils", "modeling_utils", "cache_utils")}
-"""Modules of a package in which names are looked up that were moved."""
+_MOVED = ("pytorch_utils", "utils", "modeling_utils", "cache_utils")
+"""Modules of transformers in which names are looked up that were moved."""
 _ONLY_DOCUMENTS = re.compile(r"(add|replace)_\w*docstrings\w*")
 """Decorators that write docstrings, whose options differ between versions."""
 
 
 _ADDED: list[tuple[type, str]] = []
-"""Attributes that were added to classes of packages; `old_names` removes them."""
+"""Attributes that were added to classes of transformers; `old_names` removes them."""
 
 
-def _add_attributes(package: str) -> None:
-    """Add attributes to imported classes of a package that older subclasses and configs rely on."""
-    if package != "transformers":
-        return
+def _add_attributes() -> None:
+    """Add attributes to imported classes of transformers that older subclasses and configs rely on."""
     length = property(lambda self: self.n_positions, lambda self, value: setattr(self, "n_positions", value))
     added: list[tuple[str, str, str, Any]] = [
         # today set in `post_init`, which older constructors do not call
@@ -85,7 +83,7 @@ def _add_attributes(package: str) -> None:
         ("configuration_utils", "PreTrainedConfig", "n_ctx", length),
     ]
     for module, owner, name, value in added:
-        cls = getattr(sys.modules.get(f"{package}.{module}"), owner, None)
+        cls = getattr(sys.modules.get(f"transformers.{module}"), owner, None)
         if cls is not None and not hasattr(cls, name):
             setattr(cls, name, value)
             _ADDED.append((cls, name))
@@ -112,15 +110,14 @@ def _inverted_mask(self: Any, encoder_attention_mask: Tensor) -> Tensor:
 
 def today(module: str, name: str, is_there: bool) -> Any:
     """The value today of a name that is imported from a module; None where nothing has changed."""
-    package = module.split(".")[0]
-    if package not in _MOVED:
+    if module.split(".")[0] != "transformers":
         return None
-    _add_attributes(package)
+    _add_attributes()
     if _ONLY_DOCUMENTS.fullmatch(name):
         return as_it_is
-    for place in () if is_there else _MOVED[package]:
+    for place in () if is_there else _MOVED:
         try:
-            return getattr(importlib.import_module(f"{package}.{place}"), name)
+            return getattr(importlib.import_module(f"transformers.{place}"), name)
         except (ImportError, AttributeError):
             continue
     return None

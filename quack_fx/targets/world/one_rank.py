@@ -1,8 +1,8 @@
 """torch.distributed with one rank and no network, for models that need a process group.
 
-In: nothing. Out: a context in which `init_process_group` makes a group of one rank, whatever its backend (with `ready`
-the group is there from the start). Collectives do to tensors, fake ones included, what they do on one rank. The group
-ends with the context. In a process that has a group already nothing is changed.
+Out: a context in which `init_process_group` makes a group of one rank, whatever its backend, and collectives do to
+tensors, fake ones included, what they do on one rank. The group ends with the context. In a process that has a group
+already, nothing is changed.
 """
 
 from __future__ import annotations
@@ -16,38 +16,26 @@ from unittest.mock import patch
 import torch.distributed as dist
 from torch import Tensor
 
-_VARIABLES = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "1",
-    "LOCAL_WORLD_SIZE": "1",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
-}
+_VARIABLES = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+_VARIABLES |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @contextmanager
 def one_rank(ready: bool) -> Iterator[None]:
-    """Context in which torch.distributed works with one rank.
-
-    Arguments:
-        ready: Whether the group and the environment variables of torchrun are there from the start.
-    """
+    """Context in which torch.distributed works with one rank; with `ready`, as torchrun would have started it."""
     if not dist.is_available() or dist.is_initialized():
         yield
         return
+    initialise = dist.init_process_group
+
+    def init_process_group(*args: Any, **kwargs: Any) -> None:
+        if not dist.is_initialized():
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            initialise("gloo", store=store, rank=0, world_size=1)
+
+    collectives = {name: stand_in for name, stand_in in _COLLECTIVES.items() if hasattr(dist, name)}
     with ExitStack() as stack:
-        initialise = dist.init_process_group
-
-        def init_process_group(*args: Any, **kwargs: Any) -> None:
-            if not dist.is_initialized():
-                store = dist.HashStore()  # type: ignore[attr-defined]
-                initialise("gloo", store=store, rank=0, world_size=1)
-
-        stack.enter_context(patch.object(dist, "init_process_group", init_process_group))
-        for name, stand_in in _COLLECTIVES.items():
-            if hasattr(dist, name):
-                stack.enter_context(patch.object(dist, name, stand_in))
+        stack.enter_context(patch.multiple(dist, init_process_group=init_process_group, **collectives))
         stack.callback(_leave)
         if ready:
             stack.enter_context(patch.dict(os.environ, {n: v for n, v in _VARIABLES.items() if n not in os.environ}))
@@ -61,7 +49,7 @@ def _leave() -> None:
 
 
 class _Done:
-    """The handle of a collective that has ended."""
+    """The handle of a finished collective."""
 
     def wait(self, *args: Any) -> bool:
         """Return at once."""
@@ -76,7 +64,7 @@ def _in_place(*args: Any, **kwargs: Any) -> Any:
 
 
 def _copied(output: Any, given: Any, *args: Any, **kwargs: Any) -> Any:
-    """A collective that copies on one rank: from a tensor or the only one of a list, to another."""
+    """A collective that copies on one rank: from a tensor, or the only one of a list, to another."""
     target, source = (x if isinstance(x, Tensor) else x[0] for x in (output, given))
     target.copy_(source.reshape(target.shape))
     return _in_place(**kwargs)

@@ -1,7 +1,4 @@
-"""Rotations: the rotary embedding extension of flash-attn, and quaternions of pytorch3d.
-
-In: the arguments of the original functions. Out: their results, computed with torch.
-"""
+"""Rotations, computed with torch: the rotary embedding extension of flash-attn, and quaternions of pytorch3d."""
 
 from __future__ import annotations
 

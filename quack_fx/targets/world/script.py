@@ -1,9 +1,8 @@
 """Runs a training script only as far as its model.
 
-In: the target's file. Out: `as_script`, a context in which sys.argv is that of `python FILE`, required arguments of
-parsers get made-up values, and the first gradient ends the file with an exception (`TrainingBegins`), since the model
-exists by then. `before_training`, a context in which repeated forward passes end it, too: a script may evaluate many
-losses before its first step.
+Out: `as_script`, a context in which a file runs as `python FILE` would, required arguments of parsers get made-up
+values, and the first gradient raises `TrainingBegins`, since the model exists by then; and `before_training`, a context
+in which repeated forward passes raise it, too: a script may evaluate many losses before its first step.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -28,8 +27,12 @@ class TrainingBegins(BaseException):
     """A file begins to train while it is imported. Not an Exception, so that handlers in the file do not catch it."""
 
 
+STOPS = (Exception, SystemExit, TrainingBegins)
+"""What code of the user's may raise while it is imported."""
+
+
 def begins(*args: Any, **kwargs: Any) -> Any:
-    """In place of functions that compute gradients."""
+    """Replaces functions that compute gradients."""
     raise TrainingBegins
 
 
@@ -49,17 +52,18 @@ def as_script(file: str) -> Iterator[None]:
                     action.nargs = "?"
         return parse(self, args, namespace)
 
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(sys, "argv", [file]))
-        stack.enter_context(patch.object(argparse.ArgumentParser, "parse_known_args", lenient))
-        stack.enter_context(patch.object(torch.Tensor, "backward", begins))
-        stack.enter_context(patch.object(torch.autograd, "backward", begins))
+    with (
+        patch.object(sys, "argv", [file]),
+        patch.object(argparse.ArgumentParser, "parse_known_args", lenient),
+        patch.object(torch.Tensor, "backward", begins),
+        patch.object(torch.autograd, "backward", begins),
+    ):
         yield
 
 
 @contextmanager
 def before_training() -> Iterator[None]:
-    """Context in which a file ends where it begins to train."""
+    """Context in which a file stops where it begins to train."""
     run, depth, runs = nn.Module.__call__, 0, 0
 
     def counted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,4 @@
-"""timm's vision transformer, which other models use or derive from, written out.
-
-In: the arguments of timm's class, or the name of one of its sizes. Out: a module with the same parameters under the
-same names. Weights are never downloaded.
-"""
+"""timm's vision transformer, which other models use or derive from, written out, with the same names of parameters."""
 
 from __future__ import annotations
 
@@ -104,11 +100,7 @@ _NAMES = re.compile(r"(vit_|vit_deit_|deit_)(tiny|small|base|large)_(distilled_)
 
 
 def create_model(model_name: str, pretrained: Any = False, **kwargs: Any) -> nn.Module:
-    """`timm.create_model` for plain vision transformers; no weights are downloaded.
-
-    Raises:
-        NotImplementedError: It is another model, or its size depends on the version of timm.
-    """
+    """`timm.create_model` for plain vision transformers; no weights are downloaded."""
     name = _NAMES.fullmatch(model_name)
     if name is None or (name[1] == "vit_" and name[2] == "small"):
         raise NotImplementedError(f"timm's model {model_name!r} has no stand-in; install timm")

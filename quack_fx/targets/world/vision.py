@@ -1,13 +1,8 @@
-"""Layers of timm that other models are built of, written out.
-
-In: the arguments of timm's layers. Out: modules with the same parameters under the same names. Of timm's models only
-the plain vision transformer has a stand-in (`timm_vit.py`).
-"""
+"""Layers of timm that other models are built of, written out, with the same parameters under the same names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,12 +11,10 @@ from torch.nn import functional as F
 
 def to_2tuple(x: Any) -> tuple[Any, ...]:
     """`timm.layers.to_2tuple`: a pair."""
-    return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else tuple(repeat(x, 2))
+    return tuple(x) if isinstance(x, Iterable) and not isinstance(x, str) else (x, x)
 
 
-def trunc_normal_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`timm.layers.trunc_normal_`."""
-    return nn.init.trunc_normal_(tensor, *args, **kwargs)
+trunc_normal_ = nn.init.trunc_normal_
 
 
 def lecun_normal_(tensor: Tensor) -> Tensor:

@@ -1,44 +1,26 @@
-"""Models of transformers: builds one from its config, and makes inputs for its forward.
-
-In: a class and a config; or a model of transformers, however it was built. Out: the model; keyword arguments of its
-forward. transformers is imported only when a model is built.
-"""
+"""Inputs for models of transformers, from their configs."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quack_fx.targets.inputs.values import noise
+
 _SUB_CONFIGS = ("text_config", "vision_config", "audio_config", "encoder", "decoder", "backbone_config")
 
 
-def build_model(cls: Any, config: Any) -> Any:
-    """The model of a config, of a class of transformers or `AutoModel`, with an attention kernel that is installed."""
-    import transformers
-
-    make = cls.from_config if cls is transformers.AutoModel else cls
-    _without_cache(config)
-    with quiet(transformers):
-        try:
-            return make(config)
-        except (ValueError, ImportError, NotImplementedError):
-            config._attn_implementation = "eager"  # the default kernel is not installed
-            return make(config)
-
-
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether a model is one of transformers, by its attributes."""
+    """Whether a model has the attributes of a model of transformers."""
     return isinstance(getattr(model, "main_input_name", None), str) and hasattr(model, "config")
 
 
-def inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
-    """Keyword arguments that the forward of a transformers model may take, most likely first."""
+def pretrained_inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
+    """Keyword arguments that the forward of a transformers model may take, likeliest first."""
     config, main = model.config, str(model.main_input_name)
     known = inspect.signature(model.forward).parameters
     vocabulary = _field(config, "vocab_size") or 32
@@ -58,60 +40,43 @@ def inputs(model: nn.Module, batch: int, tokens: int) -> list[dict[str, Any]]:
         base = [*with_decoder, *base]
     other = [n for n in ("pixel_values", "input_features") if n in known and n not in names]
     both = [{**kwargs, name: value} for kwargs in base for name in other for value in data[name]]
-    # A model with a config for images or audio gets them along with tokens first; any other model, last.
+    # A model with a config for images or audio gets them along with tokens first; any other model gets them last.
     parts = {"pixel_values": "vision_config", "input_features": "audio_config"}
     return [*both, *base] if any(hasattr(config, parts[n]) for n in other) else [*base, *both]
 
 
-@contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Context in which transformers logs errors only."""
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
-def _without_cache(config: Any) -> None:
-    """Turn off the key-value cache, which training does not use."""
-    for part in (config, *(getattr(config, name, None) for name in _SUB_CONFIGS)):
-        if hasattr(part, "use_cache"):
-            part.use_cache = False
+def config_parts(config: Any) -> list[Any]:
+    """A config and its sub-configs."""
+    return [config, *(getattr(config, name, None) for name in _SUB_CONFIGS)]
 
 
 def _field(config: Any, *names: str) -> Any:
     """The value of the first of these fields that the config or one of its sub-configs has."""
-    parts = [config, *(getattr(config, name, None) for name in _SUB_CONFIGS)]
-    return next((v for part in parts for name in names if (v := getattr(part, name, None)) is not None), None)
+    return next(
+        (v for part in config_parts(config) for name in names if (v := getattr(part, name, None)) is not None), None
+    )
 
 
 def _images(config: Any, batch: int) -> list[Tensor]:
     size, channels = _field(config, "image_size"), _field(config, "num_channels") or 3
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     sizes = [(height, width)] if isinstance(height, int) else [(224, 224), (64, 64)]
-    return [_noise(batch, channels, h, w) for h, w in sizes]
+    return [noise(batch, channels, h, w) for h, w in sizes]
 
 
 def _videos(config: Any, batch: int) -> list[Tensor]:
     frames = _field(config, "num_frames") or 4
-    return [_noise(batch, frames, *image.shape[1:]) for image in _images(config, batch)]
+    return [noise(batch, frames, *image.shape[1:]) for image in _images(config, batch)]
 
 
 def _spectrograms(config: Any, batch: int) -> list[Tensor]:
     bins = _field(config, "num_mel_bins", "input_feat_per_channel") or 80
     positions = _field(config, "max_source_positions")
     frames = [2 * positions] if isinstance(positions, int) else [64]
-    return [_noise(batch, bins, n) for n in frames] + [_noise(batch, 64, bins)]
+    return [noise(batch, bins, n) for n in frames] + [noise(batch, 64, bins)]
 
 
 def _waves(config: Any, batch: int) -> list[Tensor]:
     bins, length = _field(config, "num_mel_bins"), _field(config, "max_length")
-    spectrogram = [_noise(batch, length, bins)] if isinstance(bins, int) and isinstance(length, int) else []
-    return [*spectrogram, _noise(batch, 4000)]
-
-
-def _noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    spectrogram = [noise(batch, length, bins)] if isinstance(bins, int) and isinstance(length, int) else []
+    return [*spectrogram, noise(batch, 4000)]
