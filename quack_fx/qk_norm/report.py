@@ -14,10 +14,6 @@ from torch import nn
 from quack_fx.layout import QKLayout
 
 
-def _nothing() -> None:
-    """The `restore` of a rewritten graph, whose original is unchanged."""
-
-
 @dataclass(frozen=True, slots=True)
 class RemovedNorm:
     """A removed norm.
@@ -71,6 +67,7 @@ class StripReport:
         layout: Layout of the stripped model; QuacK now scales the stripped sites.
         logits: Standard deviations of the logits of stripped sites; empty without example inputs.
         model: The stripped model: the given one, or a new graph that shares its parameters.
+        restore: Puts the norms back: the model then computes bitwise the same as before. No effect on a graph (a copy).
     """
 
     removed: tuple[RemovedNorm, ...]
@@ -78,17 +75,13 @@ class StripReport:
     notes: tuple[str, ...]
     layout: QKLayout
     model: nn.Module = field(repr=False, compare=False)
-    _restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+    restore: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
     logits: tuple[LogitChange, ...] = ()
 
     @property
     def vanished(self) -> tuple[str, ...]:
         """Entries of the model's `state_dict` that were removed."""
         return tuple(dict.fromkeys(key for norm in self.removed for key in norm.keys))
-
-    def restore(self) -> None:
-        """Put the norms back: the model then computes bitwise the same as before. No effect on a graph (a copy)."""
-        self._restore()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the layout."""
@@ -110,17 +103,14 @@ class InsertReport:
         left: The sites without new norms, and why.
         layout: Layout of the model with norms.
         model: The model with norms: the given one, or a new graph that shares its parameters.
+        restore: Removes the norms: the model then computes bitwise the same as before. No effect on a graph (a copy).
     """
 
     inserted: tuple[str, ...]
     left: tuple[LeftSite, ...]
     layout: QKLayout
     model: nn.Module = field(repr=False, compare=False)
-    _restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
-
-    def restore(self) -> None:
-        """Remove the norms: the model then computes bitwise the same as before. No effect on a graph (a copy)."""
-        self._restore()
+    restore: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
 
 def with_sharers(

@@ -130,8 +130,4 @@ class _Writing:
             if value.shape[axis] != operand.width:
                 normed = made(aten.view.default, normed, list(value.shape))
 
-        def instead(node: Node) -> Node:
-            return normed if node is x else node
-
-        reader.args = map_arg(reader.args, instead)
-        reader.kwargs = map_arg(reader.kwargs, instead)
+        reader.replace_input_with(x, normed)

@@ -6,7 +6,8 @@ the projection's weight, and a forward hook of that module calls it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -81,14 +82,11 @@ def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: In
             continue
         hooks.update({name: hook for _, name, hook in planned})
         norms[place] = tuple(Norm(side, "rms", site.head_dim, name, f"{name}.weight") for side, name, _ in planned)
-    handles = [_put_in(model, hook, eps) for hook in hooks.values()]
-
-    def restore() -> None:
-        for take_out in handles:
-            take_out()
-
+    undo = ExitStack()
+    for hook in hooks.values():
+        _put_in(model, hook, eps, undo)
     sites = tuple(replace(s, qk_norm=norms[i]) if i in norms else s for i, s in enumerate(layout.sites))
-    return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), model, restore)
+    return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), model, undo.close)
 
 
 def _sides_of_streams(model: nn.Module, inputs: Inputs) -> set[tuple[Pairs, Side]]:
@@ -193,18 +191,12 @@ def _feature_axis(module: nn.Module, weight: str, block: WeightBlock, parameter:
     return -1 if isinstance(made, Tensor) and made.shape == (2, 3, parameter.shape[block.axis]) else None
 
 
-def _put_in(model: nn.Module, hook: NormHeads, eps: float) -> Callable[[], None]:
-    """Add a norm and its hook to all modules that share the weight; returns a function that removes them."""
+def _put_in(model: nn.Module, hook: NormHeads, eps: float, undo: ExitStack) -> None:
+    """Add a norm and its hook to all modules that share the weight, and to `undo` what removes them."""
     like = model.get_parameter(hook.weight)
     modules = list(_sharing(model, like))
     norm = nn.RMSNorm(hook.rows.shape[1], eps=eps, device=like.device, dtype=like.dtype).train(modules[0].training)
     for module in modules:
         module.add_module(hook.name, norm)
-    handles = [module.register_forward_hook(hook) for module in modules]
-
-    def take_out() -> None:
-        for handle, module in zip(handles, modules, strict=True):
-            handle.remove()
-            delattr(module, hook.name)
-
-    return take_out
+        undo.callback(delattr, module, hook.name)
+        undo.callback(module.register_forward_hook(hook).remove)

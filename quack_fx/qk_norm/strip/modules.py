@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,10 +115,20 @@ def plan_strip(
     Raises:
         StripError: The layout names a module that the model does not have.
     """
-    normed = {place: site for place, site in enumerate(layout.sites) if site.qk_norm}
     made: dict[str, PassThrough | Gain] = {}
-    reasons = _reasons_to_stay(model, normed, keep_gain, made, against or {}, layout)
-    going = {place: site for place, site in normed.items() if place not in reasons}
+    reasons: dict[int, str] = {}
+    uses: list[tuple[int, str, str]] = []
+    for place, site in enumerate(layout.sites):
+        for norm in site.qk_norm:
+            stand_in = (against or {}).get(str(norm.module)) or _stand_in(model, site, norm, keep_gain)
+            if isinstance(stand_in, str):
+                reasons.setdefault(place, stand_in)
+            else:
+                made.setdefault(str(norm.module), stand_in)
+            if norm.module is not None:
+                uses.append((place, norm.module, f"its norm {norm.module!r}"))
+    reasons = with_sharers(reasons, uses, layout)
+    going = {place: site for place, site in enumerate(layout.sites) if site.qk_norm and place not in reasons}
     norms = _callers(going.values())
     if restore_scale:
         scales = {place: scale_back(site) for place, site in going.items()}
@@ -152,8 +162,7 @@ def strip_modules(
         against = reasons_against(rows, {str(n.module): None for s in layout.sites for n in s.qk_norm if n.module})
     plan = plan_strip(model, layout, keep_gain=keep_gain, restore_scale=restore_scale, against=against)
     originals = {name: model.get_submodule(name) for name in plan.stand_ins}
-    # A module may have several names in its parent.
-    names = {n: name for name, module in originals.items() for n, m in _all_names(model) if m is module}
+    names = {name: first for first, module in originals.items() for name in _names_of(module, model)}
     before, folded = list(model.state_dict(keep_vars=True)), FoldedRows()
     for name, first in names.items():
         model.set_submodule(name, plan.stand_ins[first].train(originals[first].training))
@@ -186,37 +195,11 @@ def strip_modules(
         notes=plan.notes,
         layout=plan.layout(layout, gone),
         model=model,
-        _restore=restore,
+        restore=restore,
     )
 
 
 # ---- reasons to keep -------------------------------------------------------------------------------------------------
-
-
-def _reasons_to_stay(
-    model: nn.Module,
-    sites: dict[int, AttentionSite],
-    keep_gain: bool,
-    stand_ins: dict[str, PassThrough | Gain],
-    against: Mapping[str, str],
-    layout: QKLayout,
-) -> dict[int, str]:
-    """Why the norms of a site stay, by index of the site; adds the replacements of all others to `stand_ins`."""
-    reasons: dict[int, str] = {}
-    for place, site in sites.items():
-        for norm in site.qk_norm:
-            made = against.get(str(norm.module)) or _stand_in(model, site, norm, keep_gain)
-            if isinstance(made, str):
-                reasons.setdefault(place, made)
-            else:
-                stand_ins.setdefault(str(norm.module), made)
-    uses = [
-        (place, norm.module, f"its norm {norm.module!r}")
-        for place, site in sites.items()
-        for norm in site.qk_norm
-        if norm.module is not None
-    ]
-    return with_sharers(reasons, uses, layout)
 
 
 def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool) -> PassThrough | Gain | str:
@@ -235,10 +218,10 @@ def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool
         ) from None
     if norm.module == "":
         return f"its {norm.side} norm is the whole model"
-    parents = {id(model.get_submodule(n.rpartition(".")[0])) for n, m in _all_names(model) if m is module}
-    if len(parents) > 1:
-        others = [name for name, m in _all_names(model) if m is module and name != norm.module]
-        return f"its {norm.side} norm {norm.module!r} is also registered as {others[0]!r}"
+    names = _names_of(module, model)
+    if len({id(model.get_submodule(name.rpartition(".")[0])) for name in names}) > 1:
+        other = next(name for name in names if name != norm.module)
+        return f"its {norm.side} norm {norm.module!r} is also registered as {other!r}"
     required = [
         p.name
         for p in inspect.signature(module.forward).parameters.values()
@@ -255,14 +238,15 @@ def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool
     both = {n.side for n in site.qk_norm if n.module == norm.module} == {"query", "key"}
     if both and len(required) == 2 and _norms_each(module, norm.width):
         return PassThrough(tensors=2)
-    names = ", ".join(required)
     return (
-        f"its {norm.side} norm {norm.module!r} takes more than one tensor ({names}), and what it returns is not clear"
+        f"its {norm.side} norm {norm.module!r} takes more than one tensor ({', '.join(required)}), "
+        "and what it returns is not clear"
     )
 
 
-def _all_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from ((name, module) for name, module in model.named_modules(remove_duplicate=False) if name)
+def _names_of(module: nn.Module, model: nn.Module) -> list[str]:
+    """All names of a module: it may have several parents, and several names in one."""
+    return [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
 @torch.no_grad()
@@ -280,9 +264,8 @@ def _norms_each(module: nn.Module, width: int) -> bool:
         return False
     other = module(a, 4 * b)
     straight = all(((y * x).sum(-1) > 0).all() for x, y in zip((a, b), one, strict=True))
-    sizeless = torch.allclose(one[0], two[0], rtol=2e-2, atol=1e-3) and torch.allclose(
-        one[1], other[1], rtol=2e-2, atol=1e-3
-    )
+    pairs = ((one[0], two[0]), (one[1], other[1]))
+    sizeless = all(torch.allclose(y, of_longer, rtol=2e-2, atol=1e-3) for y, of_longer in pairs)
     apart = torch.equal(one[1], two[1]) and torch.equal(one[0], other[0])
     return bool(straight and sizeless and apart)
 
