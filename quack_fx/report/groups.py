@@ -107,13 +107,8 @@ def _braces(values: frozenset[int]) -> str:
     if len(steps) == 1 and len(numbers) > 2:
         step = steps.pop()
         return f"{{{numbers[0]}..{numbers[-1]}}}" if step == 1 else f"{{{numbers[0]}..{numbers[-1]}..{step}}}"
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return "{" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs) + "}"
+    runs = merged((n, n + 1) for n in numbers)
+    return "{" + ",".join(str(a) if b == a + 1 else f"{a}..{b - 1}" for a, b in runs) + "}"
 
 
 def _relative(site: AttentionSite) -> AttentionSite:

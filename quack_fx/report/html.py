@@ -38,30 +38,30 @@ svg.graph { width: 100%; height: auto; display: block; }
 def page(layout: QKLayout, facts: Facts) -> str:
     """The whole page."""
     groups = g.group_sites(layout.sites)
-    normed = sum(bool(site.qk_norm) for site in layout.sites)
+    about = (facts.how, *(f"{what}: {text}" for what, text in facts.notes), facts.graph)
     body = [
         f"<h1>{escape(facts.title)}</h1>",
-        *(
-            f'<p class="soft">{escape(text)}</p>'
-            for text in (facts.how, *(f"{about}: {text}" for about, text in facts.notes), facts.graph)
-            if text
-        ),
+        *(f'<p class="soft">{escape(text)}</p>' for text in about if text),
         _sums(layout, facts, len(groups)),
-        "<h2>Query/key pairs, one row per group of equal layers</h2>" if groups else "<h2>No attention was found</h2>",
-        _table(groups, facts.proof) if groups else "",
-        '<p class="soft">h counts query heads, g key heads where they are fewer; rows a:b end before b.</p>'
-        if groups
-        else "",
-        f'<p class="soft">{normed} of {len(layout.sites)} have a QK norm; QuacK leaves them alone until it is removed '
-        "(<code>quack_fx.strip_qk_norm</code>).</p>"
-        if normed
-        else "",
-        "<h2>Each group</h2>" if groups else "",
-        *(_details(group, facts, is_open=i == 0) for i, group in enumerate(groups)),
-        _by_reason("Not proved", facts.proof.open.items()) if facts.proof is not None else "",
-        _by_reason("Skipped", ((entry.name, f"{entry.reason} [{entry.code}]") for entry in layout.skipped)),
-        _untouched(layout),
     ]
+    if groups:
+        body += [
+            "<h2>Query/key pairs, one row per group of equal layers</h2>",
+            _table(groups, facts.proof),
+            '<p class="soft">h counts query heads, g key heads where they are fewer; rows a:b end before b.</p>',
+        ]
+        if normed := sum(bool(site.qk_norm) for site in layout.sites):
+            body.append(
+                f'<p class="soft">{normed} of {len(layout.sites)} have a QK norm; QuacK leaves them alone until it is '
+                "removed (<code>quack_fx.strip_qk_norm</code>).</p>"
+            )
+        body += ["<h2>Each group</h2>", *(_details(group, facts, group is groups[0]) for group in groups)]
+    else:
+        body.append("<h2>No attention was found</h2>")
+    if facts.proof is not None:
+        body.append(_by_reason("Not proved", facts.proof.open.items()))
+    body.append(_by_reason("Skipped", ((entry.name, f"{entry.reason} [{entry.code}]") for entry in layout.skipped)))
+    body.append(_untouched(layout))
     return document(f"{facts.title}: query/key pairs", body, _STYLE)
 
 

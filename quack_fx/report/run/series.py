@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import TypeVar
 
-from quack_fx.report.run.read import LOGIT, PRODUCT, SCALE, Run, RunFile, Sample, least, most
+from quack_fx.report.run.read import LOGIT, PRODUCT, SCALE, Run, RunFile, Sample, summary
 
 Point = tuple[int, float]
 """A step and a value."""
@@ -34,10 +35,19 @@ class Curves:
     about: str
     lines: Mapping[str, Sequence[Point]]
 
+    @cached_property
+    def by_step(self) -> dict[int, dict[str, float]]:
+        """For each step, in order, its values by the names of the curves."""
+        values: dict[int, dict[str, float]] = {}
+        for name, points in self.lines.items():
+            for step, value in points:
+                values.setdefault(step, {})[name] = value
+        return dict(sorted(values.items()))
+
     @property
     def not_finite(self) -> list[int]:
         """Steps at which a value is NaN or infinite."""
-        return sorted({step for points in self.lines.values() for step, y in points if not math.isfinite(y)})
+        return [step for step, values in self.by_step.items() if not all(map(math.isfinite, values.values()))]
 
 
 @dataclass(frozen=True)
@@ -187,7 +197,7 @@ def number(value: float | None) -> str:
 
 def extent(values: Sequence[float]) -> str:
     """Smallest and largest of some numbers, as text; NaN if one is NaN."""
-    low, high = number(least(values)), number(most(values))
+    low, high = number(summary("min", values)), number(summary("max", values))
     return low if low == high else f"{low} to {high}"
 
 
