@@ -23,21 +23,8 @@ from rich.live import Live
 
 from quack_fx.errors import TargetError, first_line
 
-from .common import (
-    BuildOption,
-    DebugOption,
-    Finding,
-    ForceOption,
-    InputsOption,
-    TableOption,
-    TargetArgument,
-    check_output,
-    find,
-    note,
-    note_notes,
-    show,
-    write_whole,
-)
+from .common import Finding, check_output, find, note, nothing_to, show, write_whole
+from .options import BuildOption, DebugOption, ForceOption, InputsOption, TableOption, TargetArgument
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,16 +82,13 @@ def tune(
     if data is not None and batches is not None:
         raise TargetError("--data and --batches are both given; give one of them")
     lrs, taus = _numbers("--lr", lr or _LRS[optimizer]), _numbers("--tau", tau)
-    if output is not None:
-        check_output(output, force)
+    check_output(output, force)
     # Read when torch is loaded. On a busy machine, waiting threads that spin cost a multiple of the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     source = None if batches is None else _function(batches)
     _sow(0)
     finding = find(target, build, inputs, real=True)
-    note_notes(finding)
-    if not finding.layout.sites:
-        note(f"no attention found in {finding.facts.title}: nothing to tune")
+    if nothing_to("tune", finding):
         return 1
     from quack_fx.bench.tune import Plan, arms_of, models_of
     from quack_fx.bench.tune_advice import advice, markdown, table
@@ -133,15 +117,7 @@ def _task(
     again: Callable[[], nn.Module],
     given: bool,
 ) -> Task:
-    """What is trained: a language model on bytes, or any model on the user's batches.
-
-    Arguments:
-        finding: The model of the first seed.
-        data: A file to read bytes from.
-        source: Makes the batches of a seed; None for bytes.
-        again: Builds the model once more.
-        given: Whether the user gave example inputs.
-    """
+    """What is trained: any model on the user's batches (`source`), or a language model on bytes."""
     from itertools import islice
 
     from quack_fx.bench.tune import HELD_OUT, Task
@@ -242,11 +218,7 @@ def _numbers(option: str, typed: str) -> list[float]:
 
 
 def _function(typed: str) -> Callable[[int], Iterator[Batch]]:
-    """The function that --batches names: from a seed to call arguments.
-
-    Raises:
-        TargetError: There is no such function, or it raises.
-    """
+    """The function that --batches names: from a seed to call arguments."""
     place, _, name = typed.rpartition(":")
     if not place or not name.isidentifier():
         raise TargetError(f"--batches {typed!r}: write FILE.py:NAME or package.module:NAME")
