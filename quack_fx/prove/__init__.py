@@ -190,9 +190,9 @@ def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], err
     """Check that every head of a site runs as often as the layout claims."""
     if all(runs.get(head, 0) == site.calls for head in range(site.query_heads)):
         return
-    if not runs and errors:
-        raise errors[0]
     if not runs:
+        if errors:
+            raise errors[0]
         params = {block.param for _, block in site.blocks()}
         if opaque := graph.opaque_ops(params):
             raise CannotTell(f"its logits are made inside the op {opaque[0].func}, which cannot be written out")

@@ -124,10 +124,13 @@ class Evidence:
                 self._send(part, side, self.noise(part.operand[side]) * positions, gradients[side])
         return {side: self._rows(gradients[side], side) for side in SIDES}
 
-    def rows_reached(self, part: Part, side: Side, seed: Tensor) -> dict[str, Rows]:
-        """Rows of each parameter that a seed on an operand reaches."""
+    def rows_behind(self, part: Part, side: Side, features: range) -> dict[str, Rows]:
+        """Rows of each parameter that make some of the contracted features of an operand."""
+        operand = part.operand[side]
+        seed = torch.zeros_like(operand.value.tensor)
+        seed.narrow(operand.axis, features.start, len(features)).fill_(1.0)
         gradients: dict[str, Tensor] = {}
-        self._send(part, side, seed, gradients)
+        self._send(part, side, seed * self.noise(operand), gradients)
         return self._rows(gradients, side)
 
     def _send(self, part: Part, side: Side, seed: Tensor, gradients: dict[str, Tensor]) -> None:

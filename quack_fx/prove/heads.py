@@ -28,6 +28,11 @@ class Operand:
     reader: Op
     axis: int
 
+    @property
+    def width(self) -> int:
+        """Number of features that the product contracts."""
+        return self.value.tensor.shape[self.axis]
+
 
 class Upper:
     """Replay of the slice from the operands of logit products, with random values, to the softmax."""
