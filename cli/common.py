@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,13 +44,9 @@ _command = ExitStack()
 """What stays open while a command runs: the environment of its target."""
 
 
-@contextmanager
-def command() -> Iterator[None]:
+def command() -> AbstractContextManager[object]:
     """Context of one command; closes the environment of its target at the end."""
-    try:
-        yield
-    finally:
-        _command.close()
+    return closing(_command)
 
 
 @contextmanager

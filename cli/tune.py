@@ -86,14 +86,16 @@ def tune(
     # Read when torch is loaded. On a busy machine, waiting threads that spin cost a multiple of the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     source = None if batches is None else _function(batches)
-    _sow(0)
+    import torch
+
+    torch.manual_seed(0)
     finding = find(target, build, inputs, real=True)
     if nothing_to("tune", finding):
         return 1
     from quack_fx.bench.tune import Plan, arms_of, models_of
     from quack_fx.bench.tune_advice import advice, markdown, table
 
-    task = _task(finding, data, source, lambda: _again(target, build, inputs), inputs is not None)
+    task = _task(finding, _model(finding, target, build, inputs), data, source, inputs is not None)
     models = models_of(task, 0)
     if isinstance(models.bare, str):
         raise TargetError(f"{finding.facts.title} cannot be trained without its QK norm: {models.bare}")
@@ -112,9 +114,9 @@ def tune(
 
 def _task(
     finding: Finding,
+    model: Callable[[int], nn.Module],
     data: Path | None,
     source: Callable[[int], Iterator[Batch]] | None,
-    again: Callable[[], nn.Module],
     given: bool,
 ) -> Task:
     """What is trained: any model on the user's batches (`source`), or a language model on bytes."""
@@ -124,13 +126,6 @@ def _task(
     from quack_fx.bench.tune_text import language_model, text_of
 
     first = finding.target.model
-
-    def model(seed: int) -> nn.Module:
-        if seed == 0:
-            return first
-        _sow(seed)
-        return again()
-
     if source is not None:
         held_out = list(islice(source(0), HELD_OUT))
         if len(held_out) < HELD_OUT:
@@ -162,19 +157,20 @@ def _try(model: nn.Module, batch: Batch) -> None:
         raise TargetError(f"--batches: the model fails on the first batch: {first_line(error)}") from error
 
 
-def _again(target: str, build: str | None, inputs: str | None) -> nn.Module:
-    """The model once more, with new weights."""
-    from quack_fx.targets import resolve
-
-    with redirect_stdout(sys.stderr):
-        return resolve(target, build=build, inputs=inputs, real=True).model
-
-
-def _sow(seed: int) -> None:
-    """Seed the weights that are created from here on."""
+def _model(finding: Finding, target: str, build: str | None, inputs: str | None) -> Callable[[int], nn.Module]:
+    """Builds the model with the weights of a seed; that of seed 0 is the one that was found."""
     import torch
 
-    torch.manual_seed(seed)
+    from quack_fx.targets import resolve
+
+    def model(seed: int) -> nn.Module:
+        if seed == 0:
+            return finding.target.model
+        torch.manual_seed(seed)
+        with redirect_stdout(sys.stderr):
+            return resolve(target, build=build, inputs=inputs, real=True).model
+
+    return model
 
 
 def _outcomes(task: Task, plan: Plan, models: Models) -> list[Outcome]:

@@ -115,10 +115,8 @@ def _weights(site: AttentionSite) -> Table:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_column(overflow="fold")
-    names = g.labels(site)
-    for side, block in site.blocks():
-        rows = g.block_rows(site, side, block) + ("" if block.axis == 0 else f" (axis {block.axis})")
-        grid.add_row(Text(names[id(block)], _COLOUR[side]), Text(g.local_name(block.param, site.name)), Text(rows))
+    for side, label, param, rows in g.weights(site):
+        grid.add_row(Text(label, _COLOUR[side]), Text(param), Text(rows))
     return grid
 
 
@@ -202,7 +200,7 @@ def _side(tree: Tree, site: AttentionSite, side: Side, facts: Facts) -> None:
         node.add(Text.assemble((f"{unit} ", DIM), g.block_rows(site, side, block), (f"   in all {used}", DIM)))
         if block.bias:
             node.add(Text.assemble(("bias ", DIM), block.bias, ("  same entries", DIM)))
-    for title, norms in (("QK norm", site.qk_norm), ("latent norm", site.latent_norm)):
+    for title, norms in g.norms(site):
         for norm in norms:
             if norm.side == side:
                 place = norm.module or "written inline"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,12 +26,9 @@ Place = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class RowGain:
-    """What a norm does to the feature of one row after the division by its statistic.
+    """What a norm does to the feature of one row after the division by its statistic: factor and offset.
 
-    Attributes:
-        factor: Multiplied with the feature.
-        offset: Added to the feature.
-        bias: Bias of the projection, or None.
+    `bias` is the bias of the projection, or None.
     """
 
     factor: float
@@ -135,8 +133,7 @@ def _constant(df: Dataflow, node: Node) -> Tensor:
             continue
         todo.pop()
         if one.op == "get_attr":
-            owner, _, name = str(one.target).rpartition(".")
-            made = getattr(one.graph.owning_module.get_submodule(owner), name)  # type: ignore[union-attr]
+            made = attrgetter(str(one.target))(one.graph.owning_module)
         else:
             constant = df.constant(one)
             args, kwargs = map_arg((one.args, dict(one.kwargs)), known.__getitem__)

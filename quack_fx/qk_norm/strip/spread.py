@@ -23,12 +23,8 @@ _MASKED = -1e4
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """One attention on given inputs.
-
-    Attributes:
-        std: Standard deviation of its logits over all heads and tokens, in its first call; NaN if there are none.
-        value_norms: Kinds of the norms of its values, each with the module that computes it, or None.
-    """
+    """The standard deviation of an attention's logits over all heads and tokens, in its first call, NaN if there are
+    none; and the kinds of the norms of its values, each with the module that computes it, or None."""
 
     std: float
     value_norms: tuple[tuple[str, str | None], ...]

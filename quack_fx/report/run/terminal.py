@@ -29,11 +29,9 @@ _MOST_GROWN, _MOST_WIDTH, _MOST_TITLE = 8, 48, 40
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few lines, as a rich renderable that fits the width it is given; a live one also fits the height.
+    """A run in a few lines, as a rich renderable that fits the width it is given.
 
-    Attributes:
-        file: What was read.
-        live: Whether to say how long ago the last step was recorded.
+    A live one also fits the height, and says how long ago the last step was recorded.
     """
 
     file: RunFile
