@@ -41,6 +41,10 @@ class LeftSite:
     reason: str
 
 
+class Left(Exception):
+    """Why an attention or a norm is left unchanged."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogitChange:
     """The logits of an attention on the example inputs, before and after the removal.
@@ -118,10 +122,7 @@ def with_sharers(
 ) -> dict[int, str]:
     """Extend the reasons to keep norms to all sites that share a norm with a site that keeps its norms.
 
-    Arguments:
-        reasons: By index of a site, why it keeps its norms.
-        uses: Index of a site, module or node of a norm that it uses, and what to call that norm.
-        layout: The layout.
+    A use is the index of a site, the module or node of a norm that it uses, and what to call that norm.
     """
     reasons = dict(reasons)
     spreading = True
@@ -137,13 +138,7 @@ def with_sharers(
 
 
 def without_norms(layout: QKLayout, stripped: Mapping[int, float], vanished: Iterable[str]) -> QKLayout:
-    """The layout of the stripped model.
-
-    Arguments:
-        layout: The layout with norms.
-        stripped: By index of each stripped site, the factor of its logits.
-        vanished: Parameters that were removed.
-    """
+    """The layout of the stripped model; `stripped` has by index of each stripped site the factor of its logits."""
     gone, sites = set(vanished), list(layout.sites)
     for i, factor in stripped.items():
         scale = sites[i].logit_scale

@@ -32,16 +32,10 @@ from quack_fx.qk_norm.strip.scale import Scales, scale_back
 def strip_graph(
     graph_module: GraphModule, *, weights: Mapping[Node, str] | None = None, keep_gain: bool, restore_scale: bool
 ) -> StripReport:
-    """Remove the QK norms from a copy of a graph.
+    """Remove the QK norms from a copy of a graph; if none can be removed, the report's `model` is the graph itself.
 
-    Arguments:
-        graph_module: The graph; its nodes carry `meta["val"]`.
-        weights: Names of the nodes that are parameters; by default those of the graph module.
-        keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied by the factors of `scale_back`.
-
-    Returns:
-        The report, with the new graph as its `model`, or with the graph itself if no norm can be removed.
+    `weights` names the nodes that are parameters, by default those of the graph module. With `keep_gain`, gains and
+    biases stay; with `restore_scale`, features are multiplied by the factors of `scale_back`.
     """
     layout, norms = find_norms(graph_module, weights)
     reasons = _reasons_to_stay(layout, norms)

@@ -105,12 +105,8 @@ def plan_strip(
 ) -> Plan:
     """Decide which norm modules of a model can be removed, and what replaces them.
 
-    Arguments:
-        model: Model the layout was found on.
-        layout: Its layout.
-        keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied by the factors of `scale_back`.
-        against: Reasons to keep norm modules, by their name.
+    With `keep_gain`, gains and biases stay; with `restore_scale`, features are multiplied by the factors of
+    `scale_back`. `against` has reasons to keep norm modules, by their name.
 
     Raises:
         StripError: The layout names a module that the model does not have.
@@ -129,14 +125,24 @@ def plan_strip(
                 uses.append((place, norm.module, f"its norm {norm.module!r}"))
     reasons = with_sharers(reasons, uses, layout)
     going = {place: site for place, site in enumerate(layout.sites) if site.qk_norm and place not in reasons}
-    norms = _callers(going.values())
     if restore_scale:
         scales = {place: scale_back(site) for place, site in going.items()}
     else:  # the constant factors of L2 norms are removed with them
         scales = {place: Scales() if keep_gain else _without_numbers(site, made) for place, site in going.items()}
-    factors, unclear = _factors(going, norms, scales)
-    for name, factor in factors.items():
-        made[name].factor *= factor
+    norms: dict[str, tuple[Norm, tuple[str, ...]]] = {}
+    factors: dict[str, set[float]] = {}
+    for place, site in going.items():
+        for norm in site.qk_norm:
+            assert norm.module is not None  # sites with inline norms keep them
+            first, names = norms.get(norm.module, (norm, ()))
+            norms[norm.module] = first, tuple(dict.fromkeys((*names, site.name)))
+            factors.setdefault(norm.module, set()).add(_factor(site, norm, scales[place]))
+    unclear = []
+    for name, wanted in factors.items():
+        if len(wanted) == 1:
+            made[name].factor *= wanted.pop()
+        else:
+            unclear.append(f"{name!r}: its attentions want different scales; set them by hand")
     return Plan(
         stand_ins={name: made[name] for name in norms},
         norms=norms,
@@ -231,12 +237,11 @@ def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool
         form = _form(module, norm)
         if form is None:
             return f"what its {norm.side} norm {norm.module!r} multiplies features with cannot be told"
-        gain = keep_gain and bool(form.parameters)
-        return Gain(form.parameters, form.offset, form.number) if gain else PassThrough(factor=form.number)
+        parameters, offset, number = form
+        return Gain(parameters, offset, number) if keep_gain and parameters else PassThrough(factor=number)
     if len(required) == 1:
         return PassThrough()
-    both = {n.side for n in site.qk_norm if n.module == norm.module} == {"query", "key"}
-    if both and len(required) == 2 and _norms_each(module, norm.width):
+    if _serves_both_sides(site, norm) and len(required) == 2 and _norms_each(module, norm.width):
         return PassThrough(tensors=2)
     return (
         f"its {norm.side} norm {norm.module!r} takes more than one tensor ({', '.join(required)}), "
@@ -270,18 +275,10 @@ def _norms_each(module: nn.Module, width: int) -> bool:
     return bool(straight and sizeless and apart)
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """A norm module as x / statistic * number * (offset + gain) + bias."""
-
-    parameters: dict[str, nn.Parameter]
-    offset: float
-    number: float
-
-
 @torch.no_grad()
-def _form(module: nn.Module, norm: Norm) -> _Form | None:
-    """The form of a norm module, from its output for features of mean 0 and RMS 1; None if it has another form."""
+def _form(module: nn.Module, norm: Norm) -> tuple[dict[str, nn.Parameter], float, float] | None:
+    """Gain and bias, offset and number of a norm that computes x / statistic * number * (offset + gain) + bias, from
+    its output for features of mean 0 and RMS 1; None if it has another form."""
     own = dict(module.named_parameters())
     gain = next((n for n in own if norm.weight is not None and norm.weight.endswith(f".{n}")), None)
     if (gain is None and own) or len(own) > 2 or any("." in n or p.is_meta for n, p in own.items()):
@@ -305,22 +302,11 @@ def _form(module: nn.Module, norm: Norm) -> _Form | None:
         rest = y if bias is None else y - bias.float()
         number = float((rest * scaled).sum() / scaled.square().sum().clamp_min(1e-12))
         if number and torch.allclose(rest, number * scaled, rtol=2e-2, atol=1e-3):
-            return _Form(parameters, offset, 1.0 if abs(number - 1) < 1e-3 else number)
+            return parameters, offset, 1.0 if abs(number - 1) < 1e-3 else number
     return None
 
 
-# ---- factors of the stand-ins ----------------------------------------------------------------------------------------
-
-
-def _callers(sites: Iterable[AttentionSite]) -> dict[str, tuple[Norm, tuple[str, ...]]]:
-    """The norm modules of some sites, in the order of the layout, each with its norm and the names of its sites."""
-    found: dict[str, tuple[Norm, tuple[str, ...]]] = {}
-    for site in sites:
-        for norm in site.qk_norm:
-            assert norm.module is not None  # sites with inline norms keep them
-            first, names = found.get(norm.module, (norm, ()))
-            found[norm.module] = first, tuple(dict.fromkeys((*names, site.name)))
-    return found
+# ---- factors of the replacements -------------------------------------------------------------------------------------
 
 
 def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | Gain]) -> Scales:
@@ -331,18 +317,10 @@ def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | 
     return Scales(sides["query"], sides["key"])
 
 
-def _factors(
-    sites: dict[int, AttentionSite], callers: dict[str, tuple[Norm, tuple[str, ...]]], scales: dict[int, Scales]
-) -> tuple[dict[str, float], list[str]]:
-    """Factor of each replacement; a note on each without one, whose attentions need different factors."""
-    wanted: dict[str, set[float]] = {name: set() for name in callers}
-    for place, site in sites.items():
-        for norm in site.qk_norm:
-            assert norm.module is not None
-            one, both = scales[place], {n.side for n in site.qk_norm if n.module == norm.module}
-            # A module for both sides is applied twice, so it gets the square root of the product.
-            wanted[norm.module].add(math.sqrt(one.query * one.key) if len(both) == 2 else one.of(norm.side))
-    unclear = [
-        f"{name!r}: its attentions want different scales; set them by hand" for name, f in wanted.items() if len(f) > 1
-    ]
-    return {name: factors.pop() for name, factors in wanted.items() if len(factors) == 1}, unclear
+def _factor(site: AttentionSite, norm: Norm, scales: Scales) -> float:
+    """The factor of a norm's replacement: for both sides it is applied twice, so the square root of the product."""
+    return math.sqrt(scales.query * scales.key) if _serves_both_sides(site, norm) else scales.of(norm.side)
+
+
+def _serves_both_sides(site: AttentionSite, norm: Norm) -> bool:
+    return {n.side for n in site.qk_norm if n.module == norm.module} == {"query", "key"}

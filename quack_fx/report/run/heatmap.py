@@ -28,13 +28,8 @@ _WIDTH, _LEFT, _TOP, _BOTTOM = 1040, 210, 4, 24
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The scales of one block in all attentions.
-
-    Attributes:
-        block: Name of the block.
-        sites: For each attention, its name and the scales of its heads at every sample, [samples][heads].
-        steps: The steps of the samples.
-    """
+    """The scales of one block in all attentions: for each its name, and the scales of its heads at every sample,
+    [samples][heads]. `steps` are those of the samples."""
 
     block: str
     sites: tuple[tuple[str, tuple[tuple[float, ...], ...]], ...]

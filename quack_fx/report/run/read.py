@@ -168,9 +168,6 @@ class RunFile:
 def read(path: Path) -> RunFile:
     """A record as it is now.
 
-    Arguments:
-        path: The file.
-
     Raises:
         RunError: There is no such file, a line of it is not a record, or it has no complete line yet.
     """

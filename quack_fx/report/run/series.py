@@ -23,13 +23,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves of one picture.
-
-    Attributes:
-        title: What they show.
-        about: What that is, in a sentence; empty for the user's own numbers.
-        lines: The points of each curve by its name.
-    """
+    """Curves of one picture, by name; `about` says in a sentence what they show, and is empty for the user's own."""
 
     title: str
     about: str
