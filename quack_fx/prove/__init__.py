@@ -105,13 +105,9 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
 
 
 def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Graph:
-    """Record a forward of a copy of the model with random weights.
+    """Record a forward of a copy of the model with random weights, in evaluation mode.
 
-    Arguments:
-        model: The model.
-        args: Positional arguments of the forward.
-        kwargs: Keyword arguments of the forward.
-        training: Run in the model's own mode, except for dropout and batch norms, instead of in evaluation mode.
+    With `training`, it runs in the model's own mode, except for dropout and batch norms.
 
     Raises:
         CannotRun: The model cannot be copied or run.

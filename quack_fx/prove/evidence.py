@@ -110,13 +110,7 @@ class Evidence:
         return torch.randn(value.shape, generator=self.generator).to(value)
 
     def rows_of_head(self, cut: Value, labels: Tensor, head: int) -> dict[Side, dict[str, Rows]]:
-        """Rows that make a head's queries and keys, by side and parameter.
-
-        Arguments:
-            cut: The tensor of logits that the labels are for.
-            labels: Head of each logit.
-            head: The head.
-        """
+        """Rows that make a head's queries and keys, by side and parameter; `labels` has the head of each logit."""
         gradients: dict[Side, dict[str, Tensor]] = {side: {} for side in SIDES}
         for part in self.parts:
             operands = [part.operand[side] for side in SIDES]
@@ -312,10 +306,7 @@ class Evidence:
     def from_results(self, part: Part, side: Side, length: float) -> tuple[Replay, Replay]:
         """The slices from the results of the nearest projections to an operand, with live and with constant statistics.
 
-        Arguments:
-            part: The logit product.
-            side: The side of the operand.
-            length: Length of a head's vectors: the results are random numbers of that scale, and biases are smaller.
+        The results are random numbers such that a head's vectors have about this length, and biases are smaller.
         """
         # At 0.02, the epsilon of a norm is still negligible, whatever its width.
         size = max(length / math.sqrt(self.site.head_dim), 0.02)
