@@ -22,7 +22,7 @@ from quack_fx.errors import StripError
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side
 from quack_fx.qk_norm.call import Inputs, call_of
 from quack_fx.qk_norm.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
-from quack_fx.qk_norm.strip.fold import FoldedRows, check, outputs, reasons_against
+from quack_fx.qk_norm.strip.fold import check, multiply, outputs, reasons_against, undo
 from quack_fx.qk_norm.strip.gains import Place, RowGain, gain_rows
 from quack_fx.qk_norm.strip.scale import Scales, scale_back
 
@@ -169,12 +169,13 @@ def strip_modules(
     plan = plan_strip(model, layout, keep_gain=keep_gain, restore_scale=restore_scale, against=against)
     originals = {name: model.get_submodule(name) for name in plan.stand_ins}
     names = {name: first for first, module in originals.items() for name in _names_of(module, model)}
-    before, folded = list(model.state_dict(keep_vars=True)), FoldedRows()
+    before = list(model.state_dict(keep_vars=True))
+    old: dict[Tensor, Tensor] = {}
     for name, first in names.items():
         model.set_submodule(name, plan.stand_ins[first].train(originals[first].training))
 
     def restore() -> None:
-        folded.undo()
+        undo(old)
         for name, first in names.items():
             originals[first].train(model.get_submodule(name).training)
             model.set_submodule(name, originals[first])
@@ -187,7 +188,7 @@ def strip_modules(
         for first in originals:
             gains = rows[first]
             assert not isinstance(gains, str)  # a norm with such a reason stays
-            folded.multiply(model, gains, plan.stand_ins[first].factor)
+            multiply(model, gains, plan.stand_ins[first].factor, old)
         check(expected, outputs(model, fold_with), restore)
     after = model.state_dict(keep_vars=True).keys()
     gone = [key for key in before if key not in after]
