@@ -100,6 +100,11 @@ def curves(run: Run) -> list[Curves]:
     return found
 
 
+def finite(points: Sequence[Point]) -> list[float]:
+    """The values of some points that are finite."""
+    return [y for _, y in points if math.isfinite(y)]
+
+
 def thinned(points: Sequence[Point], limit: int) -> list[Point]:
     """About `limit` points: the ends, and of each stretch the smallest and largest value and one that is not finite."""
     if len(points) <= limit:
@@ -108,9 +113,9 @@ def thinned(points: Sequence[Point], limit: int) -> list[Point]:
     kept = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        finite = [point for point in stretch if math.isfinite(point[1])]
+        whole = [point for point in stretch if math.isfinite(point[1])]
         broken = [point for point in stretch if not math.isfinite(point[1])][:1]
-        low_high = [min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])] if finite else []
+        low_high = [min(whole, key=lambda p: p[1]), max(whole, key=lambda p: p[1])] if whole else []
         kept += sorted({*low_high, *broken}, key=lambda point: point[0])
     ends = {points[0], points[-1]} - set(kept)
     return sorted([*kept, *ends], key=lambda point: point[0])
