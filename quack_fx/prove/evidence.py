@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from quack_fx.layout import SIDES, AttentionSite, Ranges, Side, WeightBlock
 from quack_fx.prove.graph import Factor, Graph
 from quack_fx.prove.heads import Operand, Upper
 from quack_fx.prove.ops import Product, Softmax
-from quack_fx.prove.replay import Replay
+from quack_fx.prove.replay import Replay, Target
 from quack_fx.prove.tape import Op, Value
 
 Rows = frozenset[int]
@@ -62,12 +63,7 @@ class Part:
 class Evidence:
     """Seeds on the operands of one softmax's logits, and the rows they reach.
 
-    Arguments:
-        graph: The graph of the run.
-        site: The claim.
-        softmax: The softmax to check the claim on.
-        attention: The logit and value products of all softmaxes of the site.
-        generator: Source of the random seeds.
+    `attention` are the logit and value products of all softmaxes of the site.
 
     Raises:
         VerifyError: Weights other than the claimed ones are upstream of the logits.
@@ -326,25 +322,25 @@ class Evidence:
         biases: float = 1.0,
     ) -> Replay:
         """The slice that computes an operand from the inputs of its outermost claimed projections."""
-        followed, operand, graph = part.followed[side], part.operand[side], self.graph
-
-        def replay(*, through_detach: bool) -> Replay:
-            return Replay(
-                graph.tape,
-                [(operand.value, operand.reader)],
-                cuts={v for f in followed if not any(o in followed for o in f.outer) for v in f.sources},
-                stops=graph.barriers - {f.product.op for f in followed},
-                leaves=leaves,
-                statistics=graph.statistics,
-                live=live,
-                biases=biases,
-                through_detach=through_detach,
-            )
-
-        usual = replay(through_detach=False)
+        operand = part.operand[side]
+        target = (operand.value, operand.reader)
+        replay = partial(slice_from, self.graph, part.followed[side], target, leaves=leaves, live=live, biases=biases)
+        usual = replay()
         if usual.opaque:
             raise CannotTell(f"its {side} side passes the op {usual.opaque[0].func}, which has no gradient")
         return usual if usual[operand.value].requires_grad else replay(through_detach=True)
+
+
+def slice_from(graph: Graph, factors: Sequence[Factor], target: Target, **options: Any) -> Replay:
+    """The slice that computes a value from the inputs of the outermost of some projections."""
+    return Replay(
+        graph.tape,
+        [target],
+        cuts={v for f in factors if not any(o in factors for o in f.outer) for v in f.sources},
+        stops=graph.barriers - {f.product.op for f in factors},
+        statistics=graph.statistics,
+        **options,
+    )
 
 
 def all_factors(factors: Sequence[Factor]) -> list[Factor]:

@@ -154,12 +154,7 @@ def head_labels(cut: Value, heads: int, without: int | None) -> Iterator[Tensor]
     """Candidate divisions of the logits into heads: int tensors of head indices that broadcast to the logits.
 
     The usual head axis comes first; then other axes of that size, pairs of axes (key heads, and the query heads of
-    each), and axes that fold heads and batch.
-
-    Arguments:
-        cut: The logits.
-        heads: Number of heads.
-        without: The softmax's axis, which does not count heads; None if unknown.
+    each), and axes that fold heads and batch. The softmax's axis does not count heads: `without` is it, if it is known.
     """
     shape = cut.tensor.shape
     ndim = len(shape)
