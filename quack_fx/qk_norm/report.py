@@ -14,6 +14,10 @@ from torch import nn
 from quack_fx.layout import QKLayout
 
 
+def _nothing() -> None:
+    """The `restore` of a rewritten graph, whose original is unchanged; no lambda, so that its report can be pickled."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemovedNorm:
     """A removed norm.
@@ -79,7 +83,7 @@ class StripReport:
     notes: tuple[str, ...]
     layout: QKLayout
     model: nn.Module = field(repr=False, compare=False)
-    restore: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+    restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
     logits: tuple[LogitChange, ...] = ()
 
     @property
@@ -114,7 +118,7 @@ class InsertReport:
     left: tuple[LeftSite, ...]
     layout: QKLayout
     model: nn.Module = field(repr=False, compare=False)
-    restore: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+    restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
 
 
 def with_sharers(
