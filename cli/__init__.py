@@ -1,7 +1,8 @@
 """The command line `quack-fx`: one file per command. torch is imported only when needed, so that --help is fast.
 
 app.py       the commands as one program; errors become one line and an exit status
-common.py    options, progress, from a target to its layout, writing files
+options.py   arguments and options that several commands have
+common.py    progress, from a target to its layout, writing files
 inspect.py   every query/key pair of a model
 convert.py   a training step with QuacK as source
 verify.py    proof of the pairs by gradients

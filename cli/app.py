@@ -65,20 +65,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
     command = typer.main.get_command(app)
     try:
-        with open_command(), _log_on_stderr() if "--debug" in words else nullcontext():
+        with open_command(), _log_on_stderr() if debug else nullcontext():
             status = command.main(words, prog_name="quack-fx", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except QuackError as error:
-        return _refuse(str(error), 1 if isinstance(error, VerifyError) else 2, "--debug" in words)
+        return _refuse(str(error), 1 if isinstance(error, VerifyError) else 2, debug)
     except BrokenPipeError:  # whoever reads stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
-        return _refuse(
-            "this machine has too little memory left; pass a smaller configuration of the model", 2, "--debug" in words
-        )
+        return _refuse("this machine has too little memory left; pass a smaller configuration of the model", 2, debug)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:

@@ -12,21 +12,8 @@ import typer
 
 from quack_fx.errors import TargetError
 
-from .common import (
-    BuildOption,
-    DebugOption,
-    ForceOption,
-    InputsOption,
-    TableOption,
-    TargetArgument,
-    check_output,
-    find,
-    note,
-    note_notes,
-    progress,
-    show,
-    write_whole,
-)
+from .common import check_output, find, nothing_to, progress, show, write_whole
+from .options import BuildOption, DebugOption, ForceOption, InputsOption, TableOption, TargetArgument
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,12 +49,9 @@ def bench(
     unknown = [name for name in names if name not in _WAYS.split(",")]
     if unknown:
         raise TargetError(f"--ways: there is no way {unknown[0]!r}; choose from {_WAYS}")
-    if output is not None:
-        check_output(output, force)
+    check_output(output, force)
     finding = find(target, build, inputs, real=True)
-    note_notes(finding)
-    if not finding.layout.sites:
-        note(f"no attention found in {finding.facts.title}: nothing to time")
+    if nothing_to("time", finding):
         return 1
     with progress() as say:
         from quack_fx.bench import Case, compare, findings, legend, markdown, setting, terminal

@@ -1,4 +1,4 @@
-"""What the commands share: options, progress, from a target to its layout, writing files.
+"""What the commands share: progress, from a target to its layout, writing files.
 
 Results go to stdout; everything else, including what the user's code prints, goes to stderr.
 """
@@ -11,12 +11,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console, RenderableType
 
 from quack_fx.errors import LayoutError, TargetError
@@ -27,40 +26,6 @@ if TYPE_CHECKING:
     from quack_fx.layout import QKLayout
     from quack_fx.report import Facts
     from quack_fx.targets import Target
-
-TargetArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        help="model.py, model.py:NAME, package.module:NAME, a Hugging Face config.json or its folder, timm:NAME, "
-        "litgpt:NAME, torchtitan:MODEL/FLAVOR, model.pt2 (torch.export), or model.pt (a pickled module: reading it "
-        "runs code).",
-        show_default=False,
-    ),
-]
-BuildOption = Annotated[
-    str | None,
-    typer.Option("--build", metavar="EXPR", help="Python expression that makes the model, in the target's namespace."),
-]
-InputsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--inputs",
-        metavar="EXPR",
-        help="Python expression for forward's arguments: a tuple, a dict, a pair of both, or the one argument.",
-    ),
-]
-LayoutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--layout", metavar="FILE", help="Take the pairs from this JSON (inspect --json) instead of finding them."
-    ),
-]
-TableOption = Annotated[
-    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the table as Markdown, too.")
-]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the log on stderr.")]
 
 WIDTH = 120
 """Columns of text that goes to a file."""
@@ -79,13 +44,9 @@ _command = ExitStack()
 """What stays open while a command runs: the environment of its target."""
 
 
-@contextmanager
-def command() -> Iterator[None]:
+def command() -> AbstractContextManager[object]:
     """Context of one command; closes the environment of its target at the end."""
-    try:
-        yield
-    finally:
-        _command.close()
+    return closing(_command)
 
 
 @contextmanager
@@ -126,21 +87,15 @@ def find(
         else:
             resolved = _command.enter_context(opened(target, build=build, inputs=inputs, progress=say))
         shapes = {name: tuple(p.shape) for name, p in resolved.model.named_parameters()}
+        facts = Facts(resolved.title, resolved.how, shapes=shapes, notes=resolved.notes)
         if given is not None:
             from quack_fx.layout.fit import check_layout
 
             check_layout(given, resolved.model)
-            return Finding(resolved, given, Facts(resolved.title, resolved.how, shapes=shapes, notes=resolved.notes))
+            return Finding(resolved, given, facts)
         call = (resolved.model, resolved.args, resolved.kwargs)
         found = find_pairs(*call, progress=say, recording=resolved.recording)
-    facts = Facts(
-        title=resolved.title,
-        how=resolved.how,
-        graph=_graph_text(found),
-        seconds=time.perf_counter() - start,
-        shapes=shapes,
-        notes=resolved.notes,
-    )
+    facts = replace(facts, graph=_graph_text(found), seconds=time.perf_counter() - start)
     return Finding(resolved, found.layout, facts)
 
 
@@ -172,12 +127,14 @@ def read_layout(path: Path) -> QKLayout:
         raise LayoutError(f"{str(path)!r} is not JSON ({error}); make it with inspect --json") from error
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Refuse an output file that cannot be written, before the work begins.
+def check_output(path: Path | None, force: bool) -> None:
+    """Refuse an output file, if there is one, that cannot be written, before the work begins.
 
     Raises:
         TargetError: The file exists, is a folder, or its folder is missing or not writable.
     """
+    if path is None:
+        return
     folder = path.resolve().parent
     if path.is_dir():
         raise TargetError(f"output {str(path)!r} is a folder; give the name of a file")
@@ -231,8 +188,16 @@ def show(*parts: RenderableType) -> None:
     sys.stdout.write("\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n")
 
 
+def nothing_to(do: str, finding: Finding) -> bool:
+    """Whether a model has no attention, for commands without a report: that and the notes go to stderr."""
+    note_notes(finding)
+    if not finding.layout.sites:
+        note(f"no attention found in {finding.facts.title}: nothing to {do}")
+    return not finding.layout.sites
+
+
 def note_notes(finding: Finding) -> None:
-    """Print the notes about how the target was built on stderr, for commands without a report."""
+    """Print the notes about how the target was built on stderr."""
     for about, text in finding.facts.notes:
         note(f"{about}: {text}")
 

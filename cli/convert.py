@@ -16,19 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .common import (
-    BuildOption,
-    DebugOption,
-    ForceOption,
-    InputsOption,
-    LayoutOption,
-    TargetArgument,
-    check_output,
-    find,
-    note,
-    note_notes,
-    write_whole,
-)
+from .common import check_output, find, note, nothing_to, write_whole
+from .options import BuildOption, DebugOption, ForceOption, InputsOption, LayoutOption, TargetArgument
 
 if TYPE_CHECKING:
     from quack_fx.qk_norm.strip.modules import Plan
@@ -120,14 +109,11 @@ def convert(
     debug: DebugOption = False,
 ) -> int:
     """Write a training step with QuacK as one Python file that needs torch alone."""
-    if output is not None:
-        check_output(output, force)
+    check_output(output, force)
     finding = find(target, build, inputs, layout)
     if not assume:
         finding.target.check_sizes("--assume")
-    note_notes(finding)
-    if not finding.layout.sites:
-        note(f"no attention found in {finding.facts.title}: nothing to convert")
+    if nothing_to("convert", finding):
         return 1
     from quack_fx.train.convert import prepare
 

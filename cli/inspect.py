@@ -16,21 +16,8 @@ import typer
 
 from quack_fx.errors import TargetError
 
-from .common import (
-    BuildOption,
-    DebugOption,
-    Finding,
-    ForceOption,
-    InputsOption,
-    TargetArgument,
-    check_output,
-    find,
-    note,
-    note_notes,
-    progress,
-    show,
-    write_whole,
-)
+from .common import Finding, check_output, find, note, note_notes, progress, show, write_whole
+from .options import BuildOption, DebugOption, ForceOption, InputsOption, TargetArgument
 from .proof import prove
 
 if TYPE_CHECKING:
@@ -67,8 +54,7 @@ def inspect(
     """Show every query/key pair of a model, with the weight rows of each head."""
     if explain is not None and (pair is not None or html is not None or verify):
         raise TargetError("--explain stands alone, or with --json; leave out --pair, --html and --verify")
-    if html is not None:
-        check_output(html, force)
+    check_output(html, force)
     finding = find(target, build, inputs)
     if explain is not None:
         return _explain(finding, explain, as_json)
@@ -98,11 +84,7 @@ def inspect(
 
 
 def _explain(finding: Finding, name: str, as_json: bool) -> int:
-    """Show how the attentions of one module were traced.
-
-    Raises:
-        LayoutError: No attention has this name, or several have.
-    """
+    """Show how the attentions of one module were traced."""
     from quack_fx import report
     from quack_fx.find import explain
 
@@ -120,11 +102,7 @@ def _explain(finding: Finding, name: str, as_json: bool) -> int:
 
 
 def _proof(finding: Finding) -> Proof:
-    """The proof of a finding; if the model cannot run, every attention is undecided.
-
-    Raises:
-        VerifyError: A claim is wrong.
-    """
+    """The proof of a finding; if the model cannot run, every attention is undecided."""
     from quack_fx.prove import CannotRun
     from quack_fx.report import Proof
 

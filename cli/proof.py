@@ -24,10 +24,6 @@ def prove(finding: Finding, say: Callable[[str], None]) -> tuple[VerifyReport, s
     If a model is too large to copy but has a config, a smaller model of the same structure is proved instead, and the
     result carries over to attentions of the same form.
 
-    Arguments:
-        finding: The target and its layout.
-        say: Called with a short message before each step that takes time.
-
     Returns:
         The report, and the model that it ran on: "a copy with random weights".
 

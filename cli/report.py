@@ -13,12 +13,8 @@ import typer
 
 from quack_fx.errors import RunError
 
-from .common import DebugOption, ForceOption, check_output, show, write_whole
-
-RecordArgument = Annotated[
-    Path,
-    typer.Argument(metavar="FILE", help="The JSON lines that quack_fx.RunLog writes.", show_default=False),
-]
+from .common import check_output, show, write_whole
+from .options import DebugOption, ForceOption, RecordArgument
 
 
 def report(
@@ -30,10 +26,9 @@ def report(
     debug: DebugOption = False,
 ) -> int:
     """Show a recorded training run: its curves, learning-rate scales, and the heads that grew most."""
-    if html is not None:
-        if html.exists() and file.exists() and html.samefile(file):
-            raise RunError(f"--html {str(html)!r} is the record itself; give the page a file of its own")
-        check_output(html, force)
+    if html is not None and html.exists() and file.exists() and html.samefile(file):
+        raise RunError(f"--html {str(html)!r} is the record itself; give the page a file of its own")
+    check_output(html, force)
     from quack_fx.report import run
 
     record = run.read(file)

@@ -23,21 +23,8 @@ from rich.live import Live
 
 from quack_fx.errors import TargetError, first_line
 
-from .common import (
-    BuildOption,
-    DebugOption,
-    Finding,
-    ForceOption,
-    InputsOption,
-    TableOption,
-    TargetArgument,
-    check_output,
-    find,
-    note,
-    note_notes,
-    show,
-    write_whole,
-)
+from .common import Finding, check_output, find, note, nothing_to, show, write_whole
+from .options import BuildOption, DebugOption, ForceOption, InputsOption, TableOption, TargetArgument
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,21 +82,20 @@ def tune(
     if data is not None and batches is not None:
         raise TargetError("--data and --batches are both given; give one of them")
     lrs, taus = _numbers("--lr", lr or _LRS[optimizer]), _numbers("--tau", tau)
-    if output is not None:
-        check_output(output, force)
+    check_output(output, force)
     # Read when torch is loaded. On a busy machine, waiting threads that spin cost a multiple of the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     source = None if batches is None else _function(batches)
-    _sow(0)
+    import torch
+
+    torch.manual_seed(0)
     finding = find(target, build, inputs, real=True)
-    note_notes(finding)
-    if not finding.layout.sites:
-        note(f"no attention found in {finding.facts.title}: nothing to tune")
+    if nothing_to("tune", finding):
         return 1
     from quack_fx.bench.tune import Plan, arms_of, models_of
     from quack_fx.bench.tune_advice import advice, markdown, table
 
-    task = _task(finding, data, source, lambda: _again(target, build, inputs), inputs is not None)
+    task = _task(finding, _model(finding, target, build, inputs), data, source, inputs is not None)
     models = models_of(task, 0)
     if isinstance(models.bare, str):
         raise TargetError(f"{finding.facts.title} cannot be trained without its QK norm: {models.bare}")
@@ -128,33 +114,18 @@ def tune(
 
 def _task(
     finding: Finding,
+    model: Callable[[int], nn.Module],
     data: Path | None,
     source: Callable[[int], Iterator[Batch]] | None,
-    again: Callable[[], nn.Module],
     given: bool,
 ) -> Task:
-    """What is trained: a language model on bytes, or any model on the user's batches.
-
-    Arguments:
-        finding: The model of the first seed.
-        data: A file to read bytes from.
-        source: Makes the batches of a seed; None for bytes.
-        again: Builds the model once more.
-        given: Whether the user gave example inputs.
-    """
+    """What is trained: any model on the user's batches (`source`), or a language model on bytes."""
     from itertools import islice
 
     from quack_fx.bench.tune import HELD_OUT, Task
     from quack_fx.bench.tune_text import language_model, text_of
 
     first = finding.target.model
-
-    def model(seed: int) -> nn.Module:
-        if seed == 0:
-            return first
-        _sow(seed)
-        return again()
-
     if source is not None:
         held_out = list(islice(source(0), HELD_OUT))
         if len(held_out) < HELD_OUT:
@@ -186,19 +157,20 @@ def _try(model: nn.Module, batch: Batch) -> None:
         raise TargetError(f"--batches: the model fails on the first batch: {first_line(error)}") from error
 
 
-def _again(target: str, build: str | None, inputs: str | None) -> nn.Module:
-    """The model once more, with new weights."""
-    from quack_fx.targets import resolve
-
-    with redirect_stdout(sys.stderr):
-        return resolve(target, build=build, inputs=inputs, real=True).model
-
-
-def _sow(seed: int) -> None:
-    """Seed the weights that are created from here on."""
+def _model(finding: Finding, target: str, build: str | None, inputs: str | None) -> Callable[[int], nn.Module]:
+    """Builds the model with the weights of a seed; that of seed 0 is the one that was found."""
     import torch
 
-    torch.manual_seed(seed)
+    from quack_fx.targets import resolve
+
+    def model(seed: int) -> nn.Module:
+        if seed == 0:
+            return finding.target.model
+        torch.manual_seed(seed)
+        with redirect_stdout(sys.stderr):
+            return resolve(target, build=build, inputs=inputs, real=True).model
+
+    return model
 
 
 def _outcomes(task: Task, plan: Plan, models: Models) -> list[Outcome]:
@@ -242,11 +214,7 @@ def _numbers(option: str, typed: str) -> list[float]:
 
 
 def _function(typed: str) -> Callable[[int], Iterator[Batch]]:
-    """The function that --batches names: from a seed to call arguments.
-
-    Raises:
-        TargetError: There is no such function, or it raises.
-    """
+    """The function that --batches names: from a seed to call arguments."""
     place, _, name = typed.rpartition(":")
     if not place or not name.isidentifier():
         raise TargetError(f"--batches {typed!r}: write FILE.py:NAME or package.module:NAME")

@@ -9,18 +9,8 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from .common import (
-    BuildOption,
-    DebugOption,
-    InputsOption,
-    LayoutOption,
-    TargetArgument,
-    find,
-    note,
-    note_notes,
-    progress,
-    show,
-)
+from .common import find, note, nothing_to, progress, show
+from .options import BuildOption, DebugOption, InputsOption, LayoutOption, TargetArgument
 from .proof import prove
 
 
@@ -33,9 +23,7 @@ def verify(
 ) -> int:
     """Prove by gradients that each head's logits depend on exactly the rows that were found."""
     finding = find(target, build, inputs, layout)
-    note_notes(finding)
-    if not finding.layout.sites:
-        note(f"no attention found in {finding.facts.title}: nothing to verify")
+    if nothing_to("verify", finding):
         return 1
     with progress() as say:
         report, where = prove(finding, say)

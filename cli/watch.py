@@ -16,8 +16,7 @@ from rich.live import Live
 
 from quack_fx.errors import RunError
 
-from .common import DebugOption
-from .report import RecordArgument
+from .options import DebugOption, RecordArgument
 
 
 def watch(

@@ -105,13 +105,9 @@ def verify_qk_pairs(model: nn.Module, layout: QKLayout, *args: Any, **kwargs: An
 
 
 def run_copy(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Graph:
-    """Record a forward of a copy of the model with random weights.
+    """Record a forward of a copy of the model with random weights, in evaluation mode.
 
-    Arguments:
-        model: The model.
-        args: Positional arguments of the forward.
-        kwargs: Keyword arguments of the forward.
-        training: Run in the model's own mode, except for dropout and batch norms, instead of in evaluation mode.
+    With `training`, it runs in the model's own mode, except for dropout and batch norms.
 
     Raises:
         CannotRun: The model cannot be copied or run.
@@ -190,9 +186,9 @@ def _check_calls(graph: Graph, site: AttentionSite, runs: Mapping[int, int], err
     """Check that every head of a site runs as often as the layout claims."""
     if all(runs.get(head, 0) == site.calls for head in range(site.query_heads)):
         return
-    if not runs and errors:
-        raise errors[0]
     if not runs:
+        if errors:
+            raise errors[0]
         params = {block.param for _, block in site.blocks()}
         if opaque := graph.opaque_ops(params):
             raise CannotTell(f"its logits are made inside the op {opaque[0].func}, which cannot be written out")

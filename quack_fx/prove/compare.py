@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from quack_fx.layout import SIDES, Side
-from quack_fx.prove.evidence import CannotTell, Evidence, Rows, indices
+from quack_fx.layout import SIDES, Side, merged
+from quack_fx.prove.evidence import CannotTell, Evidence, Part, Rows, indices
 from quack_fx.prove.heads import head_labels
 from quack_fx.prove.norms import check_norms
 from quack_fx.prove.tape import Value
@@ -195,7 +195,7 @@ def _is_channel(
     Such logits compare channels over tokens; a head is then all channels that its softmax compares.
     """
     other: Side = "key" if side == "query" else "query"
-    wide = all(p.operand[side].value.tensor.shape[p.operand[side].axis] > 1 for p in evidence.parts)
+    wide = all(part.operand[side].width > 1 for part in evidence.parts)
     return wide and all(len(rows) == 1 for rows in part[side].values()) and part[other] == whole[other]
 
 
@@ -207,9 +207,9 @@ def _check_head_dim(evidence: Evidence) -> int:
     claimed = evidence.site.head_dim
     if evidence.channels:
         return _check_channels(evidence)
-    widths = [part.operand["query"].value.tensor.shape[part.operand["query"].axis] for part in evidence.parts]
+    widths = [part.operand["query"].width for part in evidence.parts]
     if claimed != sum(widths) and set(widths) != {claimed}:
-        live = [_live_features(evidence, i) for i in range(len(widths))]  # features of a head may be padded with zeros
+        live = [_live_features(evidence, part) for part in evidence.parts]  # some may be padded with zeros
         if claimed != sum(live) and set(live) != {claimed}:
             raise evidence.error(f"its queries and keys meet in {sum(live)} features, the layout claims {claimed}")
     return 1
@@ -229,18 +229,12 @@ def _check_channels(evidence: Evidence) -> int:
     return 1
 
 
-def _live_features(evidence: Evidence, index: int) -> int:
+def _live_features(evidence: Evidence, part: Part) -> int:
     """Number of contracted features of a product that depend on weights on both sides."""
-    part = evidence.parts[index]
     count = 0
-    for feature in range(part.operand["query"].value.tensor.shape[part.operand["query"].axis]):
-        reached = []
-        for side in SIDES:
-            operand = part.operand[side]
-            seed = torch.zeros_like(operand.value.tensor)
-            seed.select(operand.axis, feature).fill_(1.0)
-            reached.append(bool(evidence.rows_reached(part, side, seed * evidence.noise(operand))))
-        count += all(reached)
+    for feature in range(part.operand["query"].width):
+        query, key = (evidence.rows_behind(part, side, range(feature, feature + 1)) for side in SIDES)
+        count += bool(query and key)
     return count
 
 
@@ -248,7 +242,5 @@ def _spell(rows: Rows) -> str:
     """Rows as ranges: "rows 0-15, 32-47"."""
     if not rows:
         return "no row"
-    ordered = sorted(rows)
-    starts = [r for r in ordered if r - 1 not in rows]
-    stops = [r for r in ordered if r + 1 not in rows]
-    return "rows " + ", ".join(f"{a}-{b}" if a != b else str(a) for a, b in zip(starts, stops, strict=True))
+    ranges = merged((row, row + 1) for row in rows)
+    return "rows " + ", ".join(f"{a}-{b - 1}" if b > a + 1 else str(a) for a, b in ranges)

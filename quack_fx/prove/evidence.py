@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from quack_fx.layout import SIDES, AttentionSite, Ranges, Side, WeightBlock
 from quack_fx.prove.graph import Factor, Graph
 from quack_fx.prove.heads import Operand, Upper
 from quack_fx.prove.ops import Product, Softmax
-from quack_fx.prove.replay import Replay
+from quack_fx.prove.replay import Replay, Target
 from quack_fx.prove.tape import Op, Value
 
 Rows = frozenset[int]
@@ -62,12 +63,7 @@ class Part:
 class Evidence:
     """Seeds on the operands of one softmax's logits, and the rows they reach.
 
-    Arguments:
-        graph: The graph of the run.
-        site: The claim.
-        softmax: The softmax to check the claim on.
-        attention: The logit and value products of all softmaxes of the site.
-        generator: Source of the random seeds.
+    `attention` are the logit and value products of all softmaxes of the site.
 
     Raises:
         VerifyError: Weights other than the claimed ones are upstream of the logits.
@@ -110,13 +106,7 @@ class Evidence:
         return torch.randn(value.shape, generator=self.generator).to(value)
 
     def rows_of_head(self, cut: Value, labels: Tensor, head: int) -> dict[Side, dict[str, Rows]]:
-        """Rows that make a head's queries and keys, by side and parameter.
-
-        Arguments:
-            cut: The tensor of logits that the labels are for.
-            labels: Head of each logit.
-            head: The head.
-        """
+        """Rows that make a head's queries and keys, by side and parameter; `labels` has the head of each logit."""
         gradients: dict[Side, dict[str, Tensor]] = {side: {} for side in SIDES}
         for part in self.parts:
             operands = [part.operand[side] for side in SIDES]
@@ -124,10 +114,13 @@ class Evidence:
                 self._send(part, side, self.noise(part.operand[side]) * positions, gradients[side])
         return {side: self._rows(gradients[side], side) for side in SIDES}
 
-    def rows_reached(self, part: Part, side: Side, seed: Tensor) -> dict[str, Rows]:
-        """Rows of each parameter that a seed on an operand reaches."""
+    def rows_behind(self, part: Part, side: Side, features: range) -> dict[str, Rows]:
+        """Rows of each parameter that make some of the contracted features of an operand."""
+        operand = part.operand[side]
+        seed = torch.zeros_like(operand.value.tensor)
+        seed.narrow(operand.axis, features.start, len(features)).fill_(1.0)
         gradients: dict[str, Tensor] = {}
-        self._send(part, side, seed, gradients)
+        self._send(part, side, seed * self.noise(operand), gradients)
         return self._rows(gradients, side)
 
     def _send(self, part: Part, side: Side, seed: Tensor, gradients: dict[str, Tensor]) -> None:
@@ -309,10 +302,7 @@ class Evidence:
     def from_results(self, part: Part, side: Side, length: float) -> tuple[Replay, Replay]:
         """The slices from the results of the nearest projections to an operand, with live and with constant statistics.
 
-        Arguments:
-            part: The logit product.
-            side: The side of the operand.
-            length: Length of a head's vectors: the results are random numbers of that scale, and biases are smaller.
+        The results are random numbers such that a head's vectors have about this length, and biases are smaller.
         """
         # At 0.02, the epsilon of a norm is still negligible, whatever its width.
         size = max(length / math.sqrt(self.site.head_dim), 0.02)
@@ -332,25 +322,25 @@ class Evidence:
         biases: float = 1.0,
     ) -> Replay:
         """The slice that computes an operand from the inputs of its outermost claimed projections."""
-        followed, operand, graph = part.followed[side], part.operand[side], self.graph
-
-        def replay(*, through_detach: bool) -> Replay:
-            return Replay(
-                graph.tape,
-                [(operand.value, operand.reader)],
-                cuts={v for f in followed if not any(o in followed for o in f.outer) for v in f.sources},
-                stops=graph.barriers - {f.product.op for f in followed},
-                leaves=leaves,
-                statistics=graph.statistics,
-                live=live,
-                biases=biases,
-                through_detach=through_detach,
-            )
-
-        usual = replay(through_detach=False)
+        operand = part.operand[side]
+        target = (operand.value, operand.reader)
+        replay = partial(slice_from, self.graph, part.followed[side], target, leaves=leaves, live=live, biases=biases)
+        usual = replay()
         if usual.opaque:
             raise CannotTell(f"its {side} side passes the op {usual.opaque[0].func}, which has no gradient")
         return usual if usual[operand.value].requires_grad else replay(through_detach=True)
+
+
+def slice_from(graph: Graph, factors: Sequence[Factor], target: Target, **options: Any) -> Replay:
+    """The slice that computes a value from the inputs of the outermost of some projections."""
+    return Replay(
+        graph.tape,
+        [target],
+        cuts={v for f in factors if not any(o in factors for o in f.outer) for v in f.sources},
+        stops=graph.barriers - {f.product.op for f in factors},
+        statistics=graph.statistics,
+        **options,
+    )
 
 
 def all_factors(factors: Sequence[Factor]) -> list[Factor]:

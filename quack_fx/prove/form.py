@@ -19,15 +19,9 @@ Form = tuple[Any, ...]
 
 
 def carried_over(layout: QKLayout, small: QKLayout, proof: VerifyReport) -> VerifyReport:
-    """The report about a model that follows from the proof of a small copy.
+    """The report about a model that follows from the proof of a small copy, whose layout is `small`.
 
-    Arguments:
-        layout: Layout of the model.
-        small: Layout of the copy.
-        proof: Proof of `small`.
-
-    Returns:
-        A report in which a site is proved if the copy has sites of its form and all of them are proved.
+    A site is proved if the copy has sites of its form and all of them are proved.
     """
     reasons = {entry.name: entry.reason for entry in proof.not_proved}
     proofs = {entry.name: entry for entry in proof.proved}

@@ -274,13 +274,7 @@ class Graph:
     # -- chains --------------------------------------------------------------------------------------------------------
 
     def factors(self, operand: Value, reader: Op, attention: Set[Op]) -> list[Factor]:
-        """The tree of projections upstream of an operand; empty if there are none.
-
-        Arguments:
-            operand: The operand.
-            reader: The op that reads it.
-            attention: The products of this attention, from `attention_ops`.
-        """
+        """The tree of projections upstream of an operand; `attention` are the `attention_ops` of its attention."""
         return self._factors(operand, reader, attention, {}, nearest=True)
 
     def _factors(

@@ -28,6 +28,11 @@ class Operand:
     reader: Op
     axis: int
 
+    @property
+    def width(self) -> int:
+        """Number of features that the product contracts."""
+        return self.value.tensor.shape[self.axis]
+
 
 class Upper:
     """Replay of the slice from the operands of logit products, with random values, to the softmax."""
@@ -54,20 +59,20 @@ class Upper:
 
     def touched(self, cut: Value, seed: Tensor, values: Sequence[Value]) -> list[Tensor]:
         """Mask of the elements of some operands that receive a gradient from a seed on a tensor of logits."""
-        arrived = self._replay.gradients_at(cut, seed.to(cut.tensor.dtype), values)
+        arrived = self._replay.gradients_at(cut, seed.to(cut.tensor), values)
         return [arrived[v] != 0 if v in arrived else torch.zeros_like(v.tensor, dtype=torch.bool) for v in values]
 
     def positions(self, cut: Value, labels: Tensor, head: int, operands: Sequence[Operand]) -> list[Tensor]:
         """For each operand, mask of the positions that the logits of a head read; the contracted axis has size 1."""
-        mask = (labels.to(cut.tensor.device) == head).to(torch.float32).expand(cut.tensor.shape)
+        mask = (labels == head).to(torch.float32).expand(cut.tensor.shape)
         if cut is self.softmax.logits:
-            mask = mask * self._weights_of_no_shift().to(mask.device)
+            mask = mask * self._weights_of_no_shift()
         touched = self.touched(cut, mask, [o.value for o in operands])
         return [t.any(o.axis, keepdim=True) for t, o in zip(touched, operands, strict=True)]
 
     def shifts_only(self, product: Product) -> bool:
         """Whether a product only shifts all logits of a query equally, like one in the maximum over earlier keys."""
-        seed = self._weights_of_no_shift().expand(self.softmax.shape).to(self.softmax.logits.tensor.device)
+        seed = self._weights_of_no_shift().expand(self.softmax.shape)
         return not any(t.any() for t in self.touched(self.softmax.logits, seed, product.factors))
 
     def _weights_of_no_shift(self) -> Tensor:
@@ -116,7 +121,6 @@ class Upper:
 
         def read(seed: Tensor) -> list[Tensor]:
             """Positions of each operand that a gradient on the logits reaches."""
-            seed = seed.to(self.softmax.logits.tensor.device)
             touched = self.touched(self.softmax.logits, seed, [o.value for o in operands])
             return [t.any(o.axis) for t, o in zip(touched, operands, strict=True)]
 
@@ -150,12 +154,7 @@ def head_labels(cut: Value, heads: int, without: int | None) -> Iterator[Tensor]
     """Candidate divisions of the logits into heads: int tensors of head indices that broadcast to the logits.
 
     The usual head axis comes first; then other axes of that size, pairs of axes (key heads, and the query heads of
-    each), and axes that fold heads and batch.
-
-    Arguments:
-        cut: The logits.
-        heads: Number of heads.
-        without: The softmax's axis, which does not count heads; None if unknown.
+    each), and axes that fold heads and batch. The softmax's axis does not count heads: `without` is it, if it is known.
     """
     shape = cut.tensor.shape
     ndim = len(shape)

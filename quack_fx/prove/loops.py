@@ -12,10 +12,9 @@ from dataclasses import replace
 import torch
 
 from quack_fx.layout import AttentionSite, LogitTerm, WeightBlock
-from quack_fx.prove.evidence import Rows, all_factors, indices
+from quack_fx.prove.evidence import Rows, all_factors, indices, slice_from
 from quack_fx.prove.graph import Graph
 from quack_fx.prove.ops import Softmax
-from quack_fx.prove.replay import Replay
 from quack_fx.prove.tape import Op
 
 
@@ -70,14 +69,7 @@ def _rows_behind(
             factors = [
                 f for f in all_factors(graph.factors(value, product.reader, attention)) if f.params & axes.keys()
             ]
-            replay = Replay(
-                graph.tape,
-                [(value, product.reader)],
-                cuts={v for f in factors if not any(o in factors for o in f.outer) for v in f.sources},
-                stops=graph.barriers - {f.product.op for f in factors},
-                statistics=graph.statistics,
-                through_detach=True,
-            )
+            replay = slice_from(graph, factors, (value, product.reader), through_detach=True)
             seed = torch.randn(value.tensor.shape, generator=generator).to(value.tensor)
             for name, gradient in replay.gradients(value, seed).items():
                 if name in axes and axes[name] < gradient.ndim:

@@ -75,13 +75,9 @@ def _absorbed(evidence: Evidence, side: Side) -> bool:
 
 
 def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, bool]]) -> set[tuple[int, bool]]:
-    """The norms between the nearest projections and the logits: their widths, and whether they subtract the mean.
+    """The width of each norm from the nearest projections to the logits, and whether it subtracts the mean.
 
-    Arguments:
-        evidence: The evidence.
-        part: The logit product.
-        side: The side.
-        expected: Norms to assume where no gradient can decide.
+    Where no gradient can decide, those of `expected` are assumed.
     """
     ops = sorted({op for factor in part.around[side] for op in factor.norms}, key=lambda op: op.index)
     long, short = _Probe(evidence, part, side, _LONG), _Probe(evidence, part, side, _SHORT)
@@ -105,14 +101,8 @@ def _norms(evidence: Evidence, part: Part, side: Side, expected: set[tuple[int, 
 
 
 class _Probe:
-    """Seeds on an operand computed from vectors of a given length, and the gradients at these vectors.
-
-    Arguments:
-        evidence: The evidence.
-        part: The logit product.
-        side: The side.
-        length: Length of a head's vectors in the results of the projections.
-    """
+    """Seeds on an operand computed from results of projections, a head's vectors of a given length, and the gradients
+    at these vectors."""
 
     def __init__(self, evidence: Evidence, part: Part, side: Side, length: float) -> None:
         self._evidence, self._operand = evidence, part.operand[side]

@@ -173,13 +173,8 @@ def softmax_of(op: Op, readers: Readers) -> Softmax | None:
     if base_name(op) != "exp":
         return None
     sums = [reader for reader in readers[op] if reader.name == "sum"]
-    sums += [
-        source
-        for minus in op.reads
-        if base_name(minus) == "sub"
-        for source in minus.reads
-        if source.name == "logsumexp"
-    ]
+    subtracted = (source for minus in op.reads if base_name(minus) == "sub" for source in minus.reads)
+    sums += [source for source in subtracted if source.name == "logsumexp"]
     over_one = [dims[0] for reduction in sums if len(dims := _dims(reduction)) == 1]
     return Softmax(op, logits, over_one[0]) if over_one else _softmax_over_groups(op, logits, readers)
 

@@ -59,11 +59,7 @@ def check_complete(layout: QKLayout, graph: Graph, claims: Mapping[AttentionSite
 
 
 def is_told_of(layout: QKLayout, softmax: Softmax) -> bool:
-    """Whether the layout lists this softmax as skipped."""
-    return any(_is_about(entry.name, softmax) for entry in layout.skipped)
-
-
-def _is_about(name: str, softmax: Softmax) -> bool:
-    """Whether a skipped entry names this softmax's module, the module around it, or a sibling."""
-    around = softmax.modules[-2:]
-    return name in around or (name.rpartition(".")[0] in around and name.rpartition(".")[0] != "")
+    """Whether the layout lists as skipped this softmax's module, the module around it, or a sibling."""
+    skipped = {entry.name for entry in layout.skipped}
+    parents = {name.rpartition(".")[0] for name in skipped} - {""}
+    return not (skipped | parents).isdisjoint(softmax.modules[-2:])

@@ -10,9 +10,10 @@ A TorchDispatchMode records the ops below autograd, and so also those under `no_
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -252,19 +253,15 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 def _module_stack(model: nn.Module, watch: _Watch) -> Iterator[None]:
     """Keep the names of the running modules on `watch.modules`."""
 
-    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def enter(*_: Any) -> None:
-            watch.modules.append(name)
-            watch.tape.ran.add(name)
+    def enter(name: str, *_: Any) -> None:
+        watch.modules.append(name)
+        watch.tape.ran.add(name)
 
-        def leave(*_: Any) -> None:
-            watch.modules.pop()
-
-        return enter, leave
+    def leave(*_: Any) -> None:
+        watch.modules.pop()
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            enter, leave = hooks(name)
-            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_pre_hook(partial(enter, name), prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         yield

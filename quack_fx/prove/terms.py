@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-
 from quack_fx.layout import SIDES, Side, WeightBlock
 from quack_fx.prove.evidence import Evidence, Part, indices
 from quack_fx.prove.graph import Factor
@@ -48,9 +46,7 @@ def check_terms(evidence: Evidence) -> int:
             continue
         seen.add(pattern)
         for part in evidence.parts:
-            operand = part.operand["query"]
-            features = range(operand.value.tensor.shape[operand.axis])
-            for reached in _meetings(evidence, part, features, index):
+            for reached in _meetings(evidence, part, range(part.operand["query"].width), index):
                 met |= _terms_at(evidence, reached["query"], reached["key"])
     for term in site.terms:
         if (term.query, term.key) not in met:
@@ -100,10 +96,7 @@ def _meetings(
 
 def _blocks_at(evidence: Evidence, part: Part, side: Side, features: range, index: int) -> frozenset[int]:
     """Blocks of one head that reach any of some contracted features of an operand."""
-    operand = part.operand[side]
-    seed = torch.zeros_like(operand.value.tensor)
-    seed.narrow(operand.axis, features.start, len(features)).fill_(1.0)
-    rows = evidence.rows_reached(part, side, seed * evidence.noise(operand))
+    rows = evidence.rows_behind(part, side, features)
     blocks: Sequence[WeightBlock] = evidence.blocks[side]
     return frozenset(i for i, b in enumerate(blocks) if rows.get(b.param, frozenset()) & indices(b.heads[index]))
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from quack_fx.errors import StripError, first_line
@@ -69,13 +69,12 @@ def _strip(graph_module: GraphModule, example_inputs: Sequence[Any], chosen: Map
         raise StripError("the backend quack_fx needs fixed shapes; use torch.compile(..., dynamic=False)")
     try:
         # Dynamo's own fake tensors: new ones would have symbolic sizes.
-        fakes = [
-            n.meta.get("example_value", x) for n, x in zip(_placeholders(graph_module), example_inputs, strict=True)
-        ]
+        given = zip(graph_module.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        fakes = [node.meta.get("example_value", x) for node, x in given]
         aten = make_fx(graph_module, tracing_mode="fake", pre_dispatch=True)(*fakes)
     except Exception as error:
         raise StripError(f"a graph of the model cannot be written in ATen ops: {first_line(error)}") from error
-    given = zip(_placeholders(aten), example_inputs, strict=True)
+    given = zip(aten.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
     weights = {node: node.name for node, x in given if isinstance(x, nn.Parameter)}
     return strip_graph(
         aten,
@@ -83,10 +82,6 @@ def _strip(graph_module: GraphModule, example_inputs: Sequence[Any], chosen: Map
         keep_gain=chosen["gain"] == "keep",
         restore_scale=chosen["scale"] == "restore",
     )
-
-
-def _placeholders(graph_module: GraphModule) -> list[Node]:
-    return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
 
 
 __all__ = ["quack_fx"]

@@ -15,7 +15,7 @@ from quack_fx.layout import QKLayout
 
 
 def _nothing() -> None:
-    """The `restore` of a rewritten graph, whose original is unchanged."""
+    """The `restore` of a rewritten graph, whose original is unchanged; no lambda, so that its report can be pickled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,10 @@ class LeftSite:
     reason: str
 
 
+class Left(Exception):
+    """Why an attention or a norm is left unchanged."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogitChange:
     """The logits of an attention on the example inputs, before and after the removal.
@@ -71,6 +75,7 @@ class StripReport:
         layout: Layout of the stripped model; QuacK now scales the stripped sites.
         logits: Standard deviations of the logits of stripped sites; empty without example inputs.
         model: The stripped model: the given one, or a new graph that shares its parameters.
+        restore: Puts the norms back: the model then computes bitwise the same as before. No effect on a graph (a copy).
     """
 
     removed: tuple[RemovedNorm, ...]
@@ -78,17 +83,13 @@ class StripReport:
     notes: tuple[str, ...]
     layout: QKLayout
     model: nn.Module = field(repr=False, compare=False)
-    _restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
+    restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
     logits: tuple[LogitChange, ...] = ()
 
     @property
     def vanished(self) -> tuple[str, ...]:
         """Entries of the model's `state_dict` that were removed."""
         return tuple(dict.fromkeys(key for norm in self.removed for key in norm.keys))
-
-    def restore(self) -> None:
-        """Put the norms back: the model then computes bitwise the same as before. No effect on a graph (a copy)."""
-        self._restore()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, without the layout."""
@@ -110,17 +111,14 @@ class InsertReport:
         left: The sites without new norms, and why.
         layout: Layout of the model with norms.
         model: The model with norms: the given one, or a new graph that shares its parameters.
+        restore: Removes the norms: the model then computes bitwise the same as before. No effect on a graph (a copy).
     """
 
     inserted: tuple[str, ...]
     left: tuple[LeftSite, ...]
     layout: QKLayout
     model: nn.Module = field(repr=False, compare=False)
-    _restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
-
-    def restore(self) -> None:
-        """Remove the norms: the model then computes bitwise the same as before. No effect on a graph (a copy)."""
-        self._restore()
+    restore: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
 
 
 def with_sharers(
@@ -128,10 +126,7 @@ def with_sharers(
 ) -> dict[int, str]:
     """Extend the reasons to keep norms to all sites that share a norm with a site that keeps its norms.
 
-    Arguments:
-        reasons: By index of a site, why it keeps its norms.
-        uses: Index of a site, module or node of a norm that it uses, and what to call that norm.
-        layout: The layout.
+    A use is the index of a site, the module or node of a norm that it uses, and what to call that norm.
     """
     reasons = dict(reasons)
     spreading = True
@@ -147,13 +142,7 @@ def with_sharers(
 
 
 def without_norms(layout: QKLayout, stripped: Mapping[int, float], vanished: Iterable[str]) -> QKLayout:
-    """The layout of the stripped model.
-
-    Arguments:
-        layout: The layout with norms.
-        stripped: By index of each stripped site, the factor of its logits.
-        vanished: Parameters that were removed.
-    """
+    """The layout of the stripped model; `stripped` has by index of each stripped site the factor of its logits."""
     gone, sites = set(vanished), list(layout.sites)
     for i, factor in stripped.items():
         scale = sites[i].logit_scale

@@ -38,11 +38,7 @@ def find_site(layout: QKLayout, name: str) -> AttentionSite:
 
 
 def find_name(names: Sequence[str], wanted: str) -> str:
-    """The name that is equal to `wanted`, or the only one that ends with it.
-
-    Arguments:
-        names: Names of attentions; may repeat.
-        wanted: What the user typed.
+    """The name that is equal to `wanted`, or the only one that ends with it; names may repeat.
 
     Raises:
         LayoutError: There is no such name, or more than one.

@@ -22,16 +22,19 @@ class Proof:
     where: str
     open: Mapping[str, str] = field(default_factory=dict)
 
+    def proved(self, names: Sequence[str]) -> int:
+        """How many of some attentions are proved."""
+        return sum(name not in self.open for name in names)
+
     def text(self, names: Sequence[str]) -> str:
         """The result for some attentions: "✓", "-", or the number of each."""
-        wrong = sum(name in self.open for name in names)
-        right = len(names) - wrong
+        right = self.proved(names)
+        wrong = len(names) - right
         return f"✓ {right}  - {wrong}" if wrong and right else "-" if wrong else "✓"
 
     def summary(self, names: Sequence[str]) -> str:
         """How many attentions are proved, and on which model."""
-        right = sum(name not in self.open for name in names)
-        return f"{right} of {len(names)} proved by gradients on {self.where}"
+        return f"{self.proved(names)} of {len(names)} proved by gradients on {self.where}"
 
 
 @dataclass(frozen=True)

@@ -68,22 +68,20 @@ def svg(site: AttentionSite) -> str:
     way: dict[tuple[str, str], list[str]] = {}
     for a, b in list(graph.edges):
         # An edge across several columns passes a point in each, so that it does not cross boxes.
-        stops = [f"{a} > {b} @ {i}" for i in range(level[a] + 1, level[b])]
-        for stop, i in zip(stops, range(level[a] + 1, level[b]), strict=True):
-            graph.add_node(stop, kind="stop", side=graph.nodes[a]["side"], lines=())
-            level[stop] = i
+        stops = {f"{a} > {b} @ {i}": i for i in range(level[a] + 1, level[b])}
+        graph.add_nodes_from(stops, kind="stop", side=graph.nodes[a]["side"], lines=())
+        level |= stops
         way[a, b] = [a, *stops, b]
-    order = {"query": 0, "": 1, "key": 2}
     size = {n: _size(d["lines"]) for n, d in graph.nodes(data=True)}
     place: dict[str, tuple[float, float]] = {}
-    columns = [[n for n in graph if level[n] == i] for i in range(max(level.values()) + 1)]
-    rank = {n: i for i, n in enumerate(graph)}
+    from_top = sorted(graph, key=lambda n: ("query", "", "key").index(graph.nodes[n]["side"]))
+    columns = [[n for n in from_top if level[n] == i] for i in range(max(level.values()) + 1)]
     heights = [sum(size[n][1] + _GAP_Y for n in column) - _GAP_Y for column in columns]
     x, height = float(_PAD), max(heights)
     for column, tall in zip(columns, heights, strict=True):
         width = max(size[n][0] for n in column)
         y = _PAD + (height - tall) / 2
-        for n in sorted(column, key=lambda n: (order[graph.nodes[n]["side"]], rank[n])):
+        for n in column:
             if graph.nodes[n]["kind"] == "stop":
                 size[n] = (width, size[n][1])
             place[n] = (x + (width - size[n][0]) / 2, y)

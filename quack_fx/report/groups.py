@@ -19,12 +19,7 @@ Indices = tuple[frozenset[int], ...]
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that are equal except for the numbers in their names.
-
-    Attributes:
-        name: Their common name, with the numbers in braces.
-        sites: The sites, in the layout's order.
-    """
+    """Sites that are equal except for the numbers in their names, which the common name has in braces."""
 
     name: str
     sites: tuple[AttentionSite, ...]
@@ -107,13 +102,8 @@ def _braces(values: frozenset[int]) -> str:
     if len(steps) == 1 and len(numbers) > 2:
         step = steps.pop()
         return f"{{{numbers[0]}..{numbers[-1]}}}" if step == 1 else f"{{{numbers[0]}..{numbers[-1]}..{step}}}"
-    runs: list[list[int]] = []
-    for n in numbers:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return "{" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs) + "}"
+    runs = merged((n, n + 1) for n in numbers)
+    return "{" + ",".join(str(a) if b == a + 1 else f"{a}..{b - 1}" for a, b in runs) + "}"
 
 
 def _relative(site: AttentionSite) -> AttentionSite:
@@ -224,6 +214,11 @@ def scale_text(site: AttentionSite) -> str:
     return f"{scale:.4g}"
 
 
+def norms(site: AttentionSite) -> tuple[tuple[str, tuple[Norm, ...]], ...]:
+    """The norms of a site by what they are called."""
+    return ("QK norm", site.qk_norm), ("latent norm", site.latent_norm)
+
+
 def norms_text(norms: Sequence[Norm]) -> str:
     """ "rms 128 (q, k)": kind, width and sides."""
     sides: dict[tuple[str, int], list[str]] = {}
@@ -258,6 +253,14 @@ def key_letter(site: AttentionSite) -> str:
 def block_rows(site: AttentionSite, side: Side, block: WeightBlock) -> str:
     """Rows of all heads of a block of a site, as text."""
     return rows_text(block.heads, "h" if side == "query" else key_letter(site))
+
+
+def weights(site: AttentionSite) -> Iterator[tuple[Side, str, str, str]]:
+    """Side, label, parameter and rows of each block of a site, as tables show them."""
+    names = labels(site)
+    for side, block in site.blocks():
+        rows = block_rows(site, side, block) + ("" if block.axis == 0 else f" (axis {block.axis})")
+        yield side, names[id(block)], local_name(block.param, site.name), rows
 
 
 def labels(site: AttentionSite) -> dict[int, str]:

@@ -38,30 +38,30 @@ svg.graph { width: 100%; height: auto; display: block; }
 def page(layout: QKLayout, facts: Facts) -> str:
     """The whole page."""
     groups = g.group_sites(layout.sites)
-    normed = sum(bool(site.qk_norm) for site in layout.sites)
+    about = (facts.how, *(f"{what}: {text}" for what, text in facts.notes), facts.graph)
     body = [
         f"<h1>{escape(facts.title)}</h1>",
-        *(
-            f'<p class="soft">{escape(text)}</p>'
-            for text in (facts.how, *(f"{about}: {text}" for about, text in facts.notes), facts.graph)
-            if text
-        ),
+        *(f'<p class="soft">{escape(text)}</p>' for text in about if text),
         _sums(layout, facts, len(groups)),
-        "<h2>Query/key pairs, one row per group of equal layers</h2>" if groups else "<h2>No attention was found</h2>",
-        _table(groups, facts.proof) if groups else "",
-        '<p class="soft">h counts query heads, g key heads where they are fewer; rows a:b end before b.</p>'
-        if groups
-        else "",
-        f'<p class="soft">{normed} of {len(layout.sites)} have a QK norm; QuacK leaves them alone until it is removed '
-        "(<code>quack_fx.strip_qk_norm</code>).</p>"
-        if normed
-        else "",
-        "<h2>Each group</h2>" if groups else "",
-        *(_details(group, facts, is_open=i == 0) for i, group in enumerate(groups)),
-        _by_reason("Not proved", facts.proof.open.items()) if facts.proof is not None else "",
-        _by_reason("Skipped", ((entry.name, f"{entry.reason} [{entry.code}]") for entry in layout.skipped)),
-        _untouched(layout),
     ]
+    if groups:
+        body += [
+            "<h2>Query/key pairs, one row per group of equal layers</h2>",
+            _table(groups, facts.proof),
+            '<p class="soft">h counts query heads, g key heads where they are fewer; rows a:b end before b.</p>',
+        ]
+        if normed := sum(bool(site.qk_norm) for site in layout.sites):
+            body.append(
+                f'<p class="soft">{normed} of {len(layout.sites)} have a QK norm; QuacK leaves them alone until it is '
+                "removed (<code>quack_fx.strip_qk_norm</code>).</p>"
+            )
+        body += ["<h2>Each group</h2>", *(_details(group, facts, group is groups[0]) for group in groups)]
+    else:
+        body.append("<h2>No attention was found</h2>")
+    if facts.proof is not None:
+        body.append(_by_reason("Not proved", facts.proof.open.items()))
+    body.append(_by_reason("Skipped", ((entry.name, f"{entry.reason} [{entry.code}]") for entry in layout.skipped)))
+    body.append(_untouched(layout))
     return document(f"{facts.title}: query/key pairs", body, _STYLE)
 
 
@@ -75,8 +75,8 @@ def _sums(layout: QKLayout, facts: Facts, groups: int) -> str:
     cards.append((str(len(layout.skipped)), "skipped, with reasons"))
     cards.append((f"{len(layout.untouched):,}", "parameters that never ran"))
     if facts.proof is not None:
-        right = sum(site.name not in facts.proof.open for site in layout.sites)
-        cards.append((str(right), f"proved by gradients on {facts.proof.where}"))
+        proved = facts.proof.proved([site.name for site in layout.sites])
+        cards.append((str(proved), f"proved by gradients on {facts.proof.where}"))
     if facts.seconds:
         cards.append((f"{facts.seconds:.1f} s", "from the model to this"))
     return sums(cards)
@@ -88,7 +88,10 @@ def _table(groups: Sequence[g.Group], proof: Proof | None) -> str:
         site = group.first
         remarks = ", ".join(group.remarks)
         tick = "" if proof is None else f"<td>{escape(proof.text([s.name for s in group.sites]))}</td>"
-        weights = "<br>".join(_weight(site, side, block) for side, block in site.blocks())
+        weights = "<br>".join(
+            f"<span class={side}>{label}</span> {escape(param)} {escape(rows)}"
+            for side, label, param, rows in g.weights(site)
+        )
         rows.append(
             f"<tr>{tick}<td><code>{escape(group.name)}</code> <span class=soft>{escape(remarks)}</span></td>"
             f"<td>{escape(g.kind_text(site))}</td><td class=num>{site.head_dim}</td><td class=mono>{weights}</td>"
@@ -97,12 +100,6 @@ def _table(groups: Sequence[g.Group], proof: Proof | None) -> str:
     head = "<tr>" + "<th>Proof" * (proof is not None)
     head += "<th>Attention<th>Heads<th>Dim<th>Weights and rows of a head<th>QK norm<th>Scale</tr>"
     return f'<div class="wide frame"><table>{head}{"".join(rows)}</table></div>'
-
-
-def _weight(site: AttentionSite, side: Side, block: WeightBlock) -> str:
-    rows = g.block_rows(site, side, block) + ("" if block.axis == 0 else f" (axis {block.axis})")
-    label = g.labels(site)[id(block)]
-    return f"<span class={side}>{label}</span> {escape(g.local_name(block.param, site.name))} {escape(rows)}"
 
 
 def _details(group: g.Group, facts: Facts, is_open: bool) -> str:
@@ -114,9 +111,7 @@ def _details(group: g.Group, facts: Facts, is_open: bool) -> str:
     quack = f'<div class="wide frame"><table>{rules}</table></div>'
     if site.qk_norm:
         quack = "<p>Left alone: behind a QK norm the logits do not depend on the norms of these weights.</p>"
-    norms = "".join(_norm("QK norm", n) for n in site.qk_norm) + "".join(
-        _norm("latent norm", n) for n in site.latent_norm
-    )
+    norms = "".join(_norm(what, norm) for what, norms in g.norms(site) for norm in norms)
     parts = [
         f"<details{' open' if is_open else ''}><summary>{escape(group.name)}",
         f"<small>{escape(remarks)}</small></summary>",

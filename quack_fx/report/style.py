@@ -54,13 +54,7 @@ summary small { color: var(--soft); font-weight: 400; }
 
 
 def document(title: str, body: Iterable[str], style: str = "") -> str:
-    """A whole page.
-
-    Arguments:
-        title: Its title, for the browser.
-        body: Its parts as HTML; empty ones are left out.
-        style: CSS for this page only.
-    """
+    """A whole page, of parts in HTML, of which empty ones are left out; `style` is CSS for this page only."""
     return "\n".join(
         [
             "<!doctype html>",

@@ -56,12 +56,23 @@ class Overview:
             yield _listing(title, ((name, "") for name in self.layout.untouched))
 
 
-def header(layout: QKLayout, facts: Facts) -> RenderableType:
-    """The model, how it was built, and counts."""
+def facts_grid(heading: str, title: str) -> Table:
+    """The head of a report, of dim headings and what is said about them; it begins with a title."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style=DIM, no_wrap=True)
     grid.add_column(overflow="fold")
-    grid.add_row("model", Text(facts.title, HEAD))
+    grid.add_row(heading, Text(title, HEAD))
+    return grid
+
+
+def wide_table(leading: int = 0) -> Table:
+    """The main table of a report, without edges."""
+    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, leading=leading)
+
+
+def header(layout: QKLayout, facts: Facts) -> RenderableType:
+    """The model, how it was built, and counts."""
+    grid = facts_grid("model", facts.title)
     if facts.how:
         grid.add_row("", Text(facts.how))
     for about, text in facts.notes:
@@ -84,7 +95,7 @@ def header(layout: QKLayout, facts: Facts) -> RenderableType:
 
 def pair_table(layout: QKLayout, proof: Proof | None, narrow: bool) -> Table:
     """The table with one row per group; a narrow one has the weights below the name."""
-    table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False, padding=(0, 1), show_edge=False, leading=1)
+    table = wide_table(leading=1)
     if proof is not None:
         table.add_column("Proof", no_wrap=True)
     table.add_column("Attention" + (", weights and rows of a head" if narrow else ""), overflow="fold")
@@ -115,10 +126,8 @@ def _weights(site: AttentionSite) -> Table:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_column(overflow="fold")
-    names = g.labels(site)
-    for side, block in site.blocks():
-        rows = g.block_rows(site, side, block) + ("" if block.axis == 0 else f" (axis {block.axis})")
-        grid.add_row(Text(names[id(block)], _COLOUR[side]), Text(g.local_name(block.param, site.name)), Text(rows))
+    for side, label, param, rows in g.weights(site):
+        grid.add_row(Text(label, _COLOUR[side]), Text(param), Text(rows))
     return grid
 
 
@@ -153,8 +162,8 @@ def _listing(title: str, entries: Iterable[tuple[str, str]]) -> RenderableType:
 def pair(site: AttentionSite, facts: Facts) -> RenderableType:
     """One attention as a tree: weights with their rows, norms, head map, logit and QuacK's learning-rate factors."""
     title = Text(site.name or "(root)", HEAD)
-    title.append(f"  {g.kind_text(site)}, head dim {site.head_dim}", "not bold")
-    title.append("".join(f", {remark}" for remark in g.Group(site.name, (site,)).remarks), "not bold")
+    remarks = [g.kind_text(site), f"head dim {site.head_dim}", *g.Group(site.name, (site,)).remarks]
+    title.append("  " + ", ".join(remarks), "not bold")
     tree = Tree(title, guide_style=DIM)
     if facts.proof is not None:
         reason = facts.proof.open.get(site.name)
@@ -202,7 +211,7 @@ def _side(tree: Tree, site: AttentionSite, side: Side, facts: Facts) -> None:
         node.add(Text.assemble((f"{unit} ", DIM), g.block_rows(site, side, block), (f"   in all {used}", DIM)))
         if block.bias:
             node.add(Text.assemble(("bias ", DIM), block.bias, ("  same entries", DIM)))
-    for title, norms in (("QK norm", site.qk_norm), ("latent norm", site.latent_norm)):
+    for title, norms in g.norms(site):
         for norm in norms:
             if norm.side == side:
                 place = norm.module or "written inline"

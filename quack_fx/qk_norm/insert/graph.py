@@ -28,14 +28,13 @@ def insert_in_graph(graph_module: GraphModule, eps: float) -> InsertReport:
     Returns:
         The report; its model is the graph itself if no norm can be added.
     """
-    layout, operands = find_operands(graph_module)
-    reasons = {i: "it has a QK norm" for i, site in enumerate(layout.sites) if site.qk_norm}
-    reasons |= {i: known for i, known in operands.items() if isinstance(known, str) and i not in reasons}
+    layout, operands, reasons = find_operands(graph_module)
+    reasons |= {i: "it has a QK norm" for i, site in enumerate(layout.sites) if site.qk_norm}
     while True:
         writing = _Writing(graph_module, eps)
         for i, site in enumerate(layout.sites):
             if i not in reasons:
-                writing.put_on(i, site, operands[i])  # type: ignore[arg-type] # those of text have a reason
+                writing.put_on(i, site, operands[i])
         left = tuple(LeftSite(layout.sites[i].name, reason) for i, reason in sorted(reasons.items()))
         if not writing.norms:
             return InsertReport((), left, layout, graph_module)
@@ -130,8 +129,4 @@ class _Writing:
             if value.shape[axis] != operand.width:
                 normed = made(aten.view.default, normed, list(value.shape))
 
-        def instead(node: Node) -> Node:
-            return normed if node is x else node
-
-        reader.args = map_arg(reader.args, instead)
-        reader.kwargs = map_arg(reader.kwargs, instead)
+        reader.replace_input_with(x, normed)

@@ -6,7 +6,8 @@ the projection's weight, and a forward hook of that module calls it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -19,7 +20,7 @@ from quack_fx.errors import StripError
 from quack_fx.find import Pairs, attentions_of, pairs_of
 from quack_fx.layout import SIDES, AttentionSite, Norm, QKLayout, Side, WeightBlock
 from quack_fx.qk_norm.call import Inputs, call_of
-from quack_fx.qk_norm.report import InsertReport, LeftSite
+from quack_fx.qk_norm.report import InsertReport, Left, LeftSite
 
 
 class NormHeads:
@@ -75,20 +76,18 @@ def insert_in_modules(model: nn.Module, layout: QKLayout, eps: float, inputs: In
     several = any(len(site.query) > 1 or len(site.key) > 1 for site in layout.sites)
     streams = _sides_of_streams(model, inputs) if several and inputs is not None else set()
     for place, site in enumerate(layout.sites):
-        planned = _planned(model, site, hooks, streams)
-        if isinstance(planned, str):
-            left.append(LeftSite(site.name, planned))
+        try:
+            planned = _planned(model, site, hooks, streams)
+        except Left as reason:
+            left.append(LeftSite(site.name, str(reason)))
             continue
         hooks.update({name: hook for _, name, hook in planned})
         norms[place] = tuple(Norm(side, "rms", site.head_dim, name, f"{name}.weight") for side, name, _ in planned)
-    handles = [_put_in(model, hook, eps) for hook in hooks.values()]
-
-    def restore() -> None:
-        for take_out in handles:
-            take_out()
-
+    undo = ExitStack()
+    for hook in hooks.values():
+        _put_in(model, hook, eps, undo)
     sites = tuple(replace(s, qk_norm=norms[i]) if i in norms else s for i, s in enumerate(layout.sites))
-    return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), model, restore)
+    return InsertReport(tuple(hooks), tuple(left), replace(layout, sites=sites), model, undo.close)
 
 
 def _sides_of_streams(model: nn.Module, inputs: Inputs) -> set[tuple[Pairs, Side]]:
@@ -111,34 +110,31 @@ _Planned = tuple[Side, str, NormHeads]
 
 def _planned(
     model: nn.Module, site: AttentionSite, hooks: dict[str, NormHeads], streams: set[tuple[Pairs, Side]]
-) -> list[_Planned] | str:
-    """The norms of a site, or the reason why it gets none."""
+) -> list[_Planned]:
+    """The norms of a site."""
     if site.qk_norm:
-        return "it has a QK norm"
+        raise Left("it has a QK norm")
     planned: list[_Planned] = []
     for side, block in site.blocks():
         together = len(getattr(site, side))
         if together > 1 and (pairs_of(site), side) not in streams:
-            return (
+            raise Left(
                 f"its {side} heads are put together from {together} weights; put the norm into a graph of the model, "
                 "or give inputs=(...) if these are kinds of tokens"
             )
-        plan = _plan(model, site, side, block)
-        if isinstance(plan, str):
-            return plan
-        name, hook = plan
+        name, hook = _plan(model, site, side, block)
         if name in hooks and not torch.equal(hooks[name].rows, hook.rows):
-            return f"another attention reads other heads of {name.rpartition('.')[0]!r}"
+            raise Left(f"another attention reads other heads of {name.rpartition('.')[0]!r}")
         planned.append((side, name, hook))
     for (one, query, q_hook), (other, key, k_hook) in combinations(planned, 2):
         same = query.rpartition(".")[0] == key.rpartition(".")[0]
         if one != other and same and bool(torch.isin(q_hook.rows, k_hook.rows).any()):
-            return "its queries and keys are the same features"
+            raise Left("its queries and keys are the same features")
     return planned
 
 
-def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock) -> tuple[str, NormHeads] | str:
-    """Name and hook of the norm for one projection, or the reason why there is none."""
+def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock) -> tuple[str, NormHeads]:
+    """Name and hook of the norm for one projection."""
     owner, _, weight = block.param.rpartition(".")
     try:
         module, parameter = model.get_submodule(owner), model.get_parameter(block.param)
@@ -149,20 +145,20 @@ def _plan(model: nn.Module, site: AttentionSite, side: Side, block: WeightBlock)
         ) from None
     rows = [[row for start, stop in ranges for row in range(start, stop)] for ranges in block.heads]
     if any(len(row) != site.head_dim for row in rows):
-        return f"its {side} heads do not have {site.head_dim} features each"
+        raise Left(f"its {side} heads do not have {site.head_dim} features each")
     distinct = list(dict.fromkeys(map(tuple, rows)))
     axis = _feature_axis(module, weight, block, parameter)
     if axis is None:
-        return (
+        raise Left(
             f"{block.param!r} is not the weight of a module that multiplies with it; "
             "put the norm into a graph of the model"
         )
     name = "q_norm" if side == "query" else "k_norm"
     modules = list(_sharing(model, parameter))
     if any(hasattr(one, name) for one in modules):
-        return f"{owner!r} already has a {name!r}"
+        raise Left(f"{owner!r} already has a {name!r}")
     if any(_feature_axis(one, weight, block, parameter) != axis for one in modules):
-        return f"its {side} projection {block.param!r} is tied to a module of another kind"
+        raise Left(f"its {side} projection {block.param!r} is tied to a module of another kind")
     return f"{owner}.{name}".removeprefix("."), NormHeads(name, block.param, torch.tensor(distinct), axis)
 
 
@@ -193,18 +189,12 @@ def _feature_axis(module: nn.Module, weight: str, block: WeightBlock, parameter:
     return -1 if isinstance(made, Tensor) and made.shape == (2, 3, parameter.shape[block.axis]) else None
 
 
-def _put_in(model: nn.Module, hook: NormHeads, eps: float) -> Callable[[], None]:
-    """Add a norm and its hook to all modules that share the weight; returns a function that removes them."""
+def _put_in(model: nn.Module, hook: NormHeads, eps: float, undo: ExitStack) -> None:
+    """Add a norm and its hook to all modules that share the weight, and to `undo` what removes them."""
     like = model.get_parameter(hook.weight)
     modules = list(_sharing(model, like))
     norm = nn.RMSNorm(hook.rows.shape[1], eps=eps, device=like.device, dtype=like.dtype).train(modules[0].training)
     for module in modules:
         module.add_module(hook.name, norm)
-    handles = [module.register_forward_hook(hook) for module in modules]
-
-    def take_out() -> None:
-        for handle, module in zip(handles, modules, strict=True):
-            handle.remove()
-            delattr(module, hook.name)
-
-    return take_out
+        undo.callback(delattr, module, hook.name)
+        undo.callback(module.register_forward_hook(hook).remove)

@@ -16,6 +16,7 @@ from quack_fx.find import Attentions, Heads, Logits, Product, find_each, indices
 from quack_fx.graph.dataflow import Dataflow
 from quack_fx.graph.ops import op_of
 from quack_fx.layout import SIDES, QKLayout, Side
+from quack_fx.qk_norm.report import Left
 
 
 @dataclass(frozen=True)
@@ -37,70 +38,58 @@ class Operand:
     width: int
 
 
-def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[Operand, ...] | str]]:
-    """Layout of an ATen-level graph, and the operands of its attentions.
+def find_operands(graph_module: GraphModule) -> tuple[QKLayout, dict[int, tuple[Operand, ...]], dict[int, str]]:
+    """Layout of an ATen-level graph, and by index of each site the operands of all its calls and products.
 
-    Arguments:
-        graph_module: The graph, from torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
-
-    Returns:
-        The layout, and by index of each site its operands, of all its calls and products, or the reason why no node has
-        all features of a head.
+    For other sites the last result has the reason why no node has all features of a head. The graph comes from
+    torch.export, make_fx or an executable capture: its nodes carry `meta["val"]`.
     """
     finding, layout = find_each(graph_module)
-    places, found = indices_of_sites(layout), dict[int, tuple[Operand, ...] | str]()
+    places = indices_of_sites(layout)
+    found: dict[int, tuple[Operand, ...]] = {}
+    reasons: dict[int, str] = {}
     for one, site, heads in finding.understood:
         place = places[pairs_of(site)]
-        known = found.get(place, ())
-        if isinstance(known, str):
-            continue
         try:
-            found[place] = (*known, *_operands(finding.attentions, one, heads))
-        except _NoOperand as reason:
-            found[place] = str(reason)
-    return layout, _without_shared(found)
-
-
-def _without_shared(found: dict[int, tuple[Operand, ...] | str]) -> dict[int, tuple[Operand, ...] | str]:
-    """Refuse attentions that share an operand, like the two of a cross-attention in both directions."""
-    places: dict[tuple[Node, Node], set[int]] = {}
-    for place, operands in found.items():
-        for one in operands if not isinstance(operands, str) else ():
-            places.setdefault((one.reader, one.x), set()).add(place)
-    shared = {place for of in places.values() if len(of) > 1 for place in of}
-    return found | dict.fromkeys(shared, "another attention has the same product")
-
-
-class _NoOperand(Exception):
-    """Why no node has all features of a head."""
+            if place not in reasons:
+                found[place] = (*found.get(place, ()), *_operands(finding.attentions, one, heads))
+        except Left as reason:
+            reasons[place] = str(reason)
+    # The two attentions of a cross-attention in both directions may share an operand.
+    readers: dict[tuple[Node, Node], set[int]] = {}
+    for place in found.keys() - reasons.keys():
+        for operand in found[place]:
+            readers.setdefault((operand.reader, operand.x), set()).add(place)
+    shared = {place for of in readers.values() if len(of) > 1 for place in of}
+    return layout, found, reasons | dict.fromkeys(shared, "another attention has the same product")
 
 
 def _operands(attentions: Attentions, one: Logits, heads: Heads) -> Iterator[Operand]:
     df = attentions.tracer.df
     if heads.channels:
-        raise _NoOperand("its logits compare channels, not features of tokens")
+        raise Left("its logits compare channels, not features of tokens")
     for product, query, key in zip(one.products, *heads.operands, strict=True):
         if query is key:
-            raise _NoOperand("its queries and keys are the same features")
+            raise Left("its queries and keys are the same features")
         for side, node in zip(SIDES, (query, key), strict=True):
             axis = _axis(df, product, left=node is product.left)
             if df.shape(node)[axis] != heads.head_dim:
-                raise _NoOperand("its logits are the sum of products with a part of the features each")
+                raise Left("its logits are the sum of products with a part of the features each")
             operand = _before_factors(df, Operand(side, node, product.node, axis, heads.head_dim))
             scale = attentions.tracer.trace([operand.x])[operand.x].scale
             if scale is None:
-                raise _NoOperand(f"its {side} features have no one scale (a learned factor, parts scaled unlike)")
+                raise Left(f"its {side} features have no one scale (a learned factor, parts scaled unlike)")
             if scale != 1:
-                raise _NoOperand(f"its {side} features are multiplied with {scale:.4g} too early for a norm behind it")
+                raise Left(f"its {side} features are multiplied with {scale:.4g} too early for a norm behind it")
             if operand.reader is not product.node and not attentions.uses.only_logits(operand.reader, set()):
-                raise _NoOperand(f"its {side} features are used outside the logits, too")
+                raise Left(f"its {side} features are used outside the logits, too")
             yield operand
 
 
 def _axis(df: Dataflow, product: Product, left: bool) -> int:
     """Axis of an operand that a product sums over, from the end."""
     if product.form == "bilinear":
-        raise _NoOperand("its logits are sums that are written out, not a product of matrices")
+        raise Left("its logits are sums that are written out, not a product of matrices")
     if left or product.form != "matmul":
         return -1
     return -min(2, len(df.shape(product.right)))

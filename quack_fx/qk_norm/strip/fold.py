@@ -1,13 +1,12 @@
 """Folds gains of norms into the projections before them, which keeps learned gains without a norm.
 
 In: a model, the weight rows before each norm to remove, example inputs. Out: rows and biases, multiplied in place, and
-a check that the outputs equal those of the model with gains but no statistics. `FoldedRows.undo` reverts the fold.
+a check that the outputs equal those of the model with gains but no statistics. `undo` reverts the fold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,36 +20,32 @@ from quack_fx.qk_norm.strip.gains import Place, RowGain
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
-@dataclass
-class FoldedRows:
-    """The multiplied rows, and the old values of their parameters."""
+@torch.no_grad()
+def multiply(model: nn.Module, rows: Mapping[Place, RowGain], divided: float, old: dict[Tensor, Tensor]) -> None:
+    """Multiply rows and biases by the gains, and add the norm's bias, divided by `divided`, to the biases.
 
-    before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    `old` gets what each parameter was before.
+    """
+    for (name, axes, at), gain in rows.items():
+        weight = model.get_parameter(name)
+        if weight not in old:
+            old[weight] = weight.clone()
+        index: list[Any] = [slice(None)] * weight.dim()
+        for axis, coordinate in zip(axes, at, strict=True):
+            index[axis] = coordinate
+        weight[tuple(index)] *= gain.factor
+        if gain.bias is not None:
+            bias = model.get_parameter(gain.bias)
+            if bias not in old:
+                old[bias] = bias.clone()
+            bias[at[0]] = bias[at[0]] * gain.factor + gain.offset / divided
 
-    @torch.no_grad()
-    def multiply(self, model: nn.Module, rows: Mapping[Place, RowGain], divided: float) -> None:
-        """Multiply rows and biases by the gains, and add the norm's bias, divided by `divided`, to the biases."""
-        for (name, axes, at), gain in rows.items():
-            weight = model.get_parameter(name)
-            self._keep(weight)
-            index: list[Any] = [slice(None)] * weight.dim()
-            for axis, coordinate in zip(axes, at, strict=True):
-                index[axis] = coordinate
-            weight[tuple(index)] *= gain.factor
-            if gain.bias is not None:
-                bias = model.get_parameter(gain.bias)
-                self._keep(bias)
-                bias[at[0]] = bias[at[0]] * gain.factor + gain.offset / divided
 
-    def _keep(self, parameter: Tensor) -> None:
-        if not any(parameter is known for known, _ in self.before):
-            self.before.append((parameter, parameter.detach().clone()))
-
-    @torch.no_grad()
-    def undo(self) -> None:
-        """Restore the old values."""
-        for parameter, old in self.before:
-            parameter.copy_(old)
+@torch.no_grad()
+def undo(old: Mapping[Tensor, Tensor]) -> None:
+    """Give parameters their old values."""
+    for parameter, value in old.items():
+        parameter.copy_(value)
 
 
 def reasons_against(rows: Mapping[str, Mapping[Place, RowGain] | str], modules: Iterable[str]) -> dict[str, str]:
@@ -88,16 +83,16 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [x.detach().clone() for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def check(expected: Sequence[Tensor], found: Sequence[Tensor], undo: Callable[[], None]) -> None:
+def check(expected: Sequence[Tensor], found: Sequence[Tensor], restore: Callable[[], None]) -> None:
     """Refuse folding that has changed the outputs of the model.
 
     Raises:
-        StripError: It has; `undo` was called.
+        StripError: It has; `restore` was called.
     """
     for a, b in zip(expected, found, strict=True):
         bound = _ROUNDING.get(a.dtype, 2e-2) * float(a.abs().max())
         if not bool((a - b).abs().max() <= bound):
-            undo()
+            restore()
             raise StripError(
                 "folding the gains changes what the model computes: their rows serve something else, too; "
                 "use gain='keep' or gain='drop' (the model is unchanged)"

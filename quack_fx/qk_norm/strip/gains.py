@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.fx.node import map_arg
 from quack_fx.find import Attentions, NormOp, NormTag, Projection, attentions_of
 from quack_fx.graph.dataflow import Dataflow
 from quack_fx.graph.ops import arguments_of, channels_first, op_of
+from quack_fx.graph.walk import walk
+from quack_fx.qk_norm.report import Left
 
 Place = tuple[str, tuple[int, ...], tuple[int, ...]]
 """A weight row: its parameter, the axes that count rows, its index along each."""
@@ -25,21 +28,14 @@ Place = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class RowGain:
-    """What a norm does to the feature of one row after the division by its statistic.
+    """What a norm does to the feature of one row after the division by its statistic: factor and offset.
 
-    Attributes:
-        factor: Multiplied with the feature.
-        offset: Added to the feature.
-        bias: Bias of the projection, or None.
+    `bias` is the bias of the projection, or None.
     """
 
     factor: float
     offset: float
     bias: str | None
-
-
-class _NotByRow(Exception):
-    """Why a gain cannot be given per row."""
 
 
 def gain_rows(
@@ -55,24 +51,24 @@ def gain_rows(
                     continue
                 try:
                     if len({t.module for t in tags if t.features & tag.features}) > 1:
-                        raise _NotByRow("more than one norm follows its projection")
+                        raise Left("more than one norm follows its projection")
                     _add(known, _rows(attentions, attentions.tracer.df, tag))
-                except _NotByRow as error:
-                    found[str(tag.module)] = str(error)
+                except Left as reason:
+                    found[str(tag.module)] = str(reason)
     return found
 
 
 def _add(known: dict[Place, RowGain], rows: dict[Place, RowGain]) -> None:
     for place, gain in rows.items():
         if known.setdefault(place, gain) != gain:
-            raise _NotByRow(f"a row of {place[0]!r} meets two different gains")
+            raise Left(f"a row of {place[0]!r} meets two different gains")
 
 
 def _rows(attentions: Attentions, df: Dataflow, tag: NormTag) -> dict[Place, RowGain]:
     """The rows whose features a norm normalises, and the gain of each."""
     last = tag.ops[-1]
     if last.x is None:
-        raise _NotByRow("its features come from several tensors")
+        raise Left("its features come from several tensors")
     label = attentions.tracer.trace([last.x])[last.x].label
     factor, offset = torch.ones(label.shape), torch.zeros(label.shape)
     for op, value in _applied(df, last, tag.gains, label.shape):
@@ -90,16 +86,16 @@ def _rows(attentions: Attentions, df: Dataflow, tag: NormTag) -> dict[Place, Row
     for i, feature in enumerate(features.tolist()):
         members = labels.members(feature)
         if len(members) != 1:
-            raise _NotByRow("its features are mixed before its gain, by a rotation for example")
+            raise Left("its features are mixed before its gain, by a rotation for example")
         if not torch.equal(low[:, i], high[:, i]):
-            raise _NotByRow("a feature meets two different gains")
+            raise Left("a feature meets two different gains")
         projection, index = projections.by_feature(next(iter(members)))
         met.setdefault(id(projection), (projection, set()))[1].add(projection.first + index)
         place = (projection.names[index], projection.axes, tuple(projection.rows[index].tolist()))
         rows[place] = RowGain(float(low[0, i]), float(low[1, i]), projection.biases[index])
     for projection, own in met.values():
         if not attentions.uses.pass_all(projection, frozenset(own), {op.node for op in tag.ops}):
-            raise _NotByRow(f"rows of {projection.names[0]!r} serve something else, too")
+            raise Left(f"rows of {projection.names[0]!r} serve something else, too")
     return rows
 
 
@@ -118,7 +114,7 @@ def _applied(df: Dataflow, last: NormOp, gains: Sequence[NormOp], shape: torch.S
     for gain in gains:
         others = [n for n in gain.node.all_input_nodes if n is not gain.x]
         if gain.x is None or len(others) != 1:
-            raise _NotByRow("its gain is applied to several tensors at once")
+            raise Left("its gain is applied to several tensors at once")
         done.append((op_of(gain.node).name, _constant(df, others[0]).expand(shape)))
     return done
 
@@ -126,22 +122,14 @@ def _applied(df: Dataflow, last: NormOp, gains: Sequence[NormOp], shape: torch.S
 def _constant(df: Dataflow, node: Node) -> Tensor:
     """The value of a node that depends on parameters only."""
     known: dict[Node, Tensor] = {}
-    todo = [node]
-    while todo:
-        one = todo[-1]
-        missing = [n for n in one.all_input_nodes if n not in known]
-        todo += missing
-        if missing:
-            continue
-        todo.pop()
+    for one in sorted(walk([node], lambda n: n.all_input_nodes), key=df.index.__getitem__):
         if one.op == "get_attr":
-            owner, _, name = str(one.target).rpartition(".")
-            made = getattr(one.graph.owning_module.get_submodule(owner), name)  # type: ignore[union-attr]
+            made = attrgetter(str(one.target))(one.graph.owning_module)
         else:
             constant = df.constant(one)
             args, kwargs = map_arg((one.args, dict(one.kwargs)), known.__getitem__)
             made = one.target(*args, **kwargs) if constant is None else constant  # type: ignore[operator]
         if not isinstance(made, Tensor) or made.is_meta:
-            raise _NotByRow("its gain has no numbers")
+            raise Left("its gain has no numbers")
         known[one] = made.detach()
     return known[node].float()

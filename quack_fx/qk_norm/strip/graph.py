@@ -24,13 +24,7 @@ from quack_fx.graph.copies import copy_graph
 from quack_fx.graph.ops import arguments_of, channels_first, op_of
 from quack_fx.graph.walk import walk
 from quack_fx.layout import AttentionSite, QKLayout, Side
-from quack_fx.qk_norm.report import (
-    LeftSite,
-    RemovedNorm,
-    StripReport,
-    with_sharers,
-    without_norms,
-)
+from quack_fx.qk_norm.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
 from quack_fx.qk_norm.strip.norms import GraphNorm, Path, find_norms, results_of
 from quack_fx.qk_norm.strip.scale import Scales, scale_back
 
@@ -38,16 +32,10 @@ from quack_fx.qk_norm.strip.scale import Scales, scale_back
 def strip_graph(
     graph_module: GraphModule, *, weights: Mapping[Node, str] | None = None, keep_gain: bool, restore_scale: bool
 ) -> StripReport:
-    """Remove the QK norms from a copy of a graph.
+    """Remove the QK norms from a copy of a graph; if none can be removed, the report's `model` is the graph itself.
 
-    Arguments:
-        graph_module: The graph; its nodes carry `meta["val"]`.
-        weights: Names of the nodes that are parameters; by default those of the graph module.
-        keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied by the factors of `scale_back`.
-
-    Returns:
-        The report, with the new graph as its `model`, or with the graph itself if no norm can be removed.
+    `weights` names the nodes that are parameters, by default those of the graph module. With `keep_gain`, gains and
+    biases stay; with `restore_scale`, features are multiplied by the factors of `scale_back`.
     """
     layout, norms = find_norms(graph_module, weights)
     reasons = _reasons_to_stay(layout, norms)
@@ -58,19 +46,24 @@ def strip_graph(
     sites = {place: layout.sites[place] for place in dict.fromkeys(norm.site for norm in going)}
     rewriting = _Rewriting(graph_module, keep_gain)
     scales = {place: scale_back(site) if restore_scale else Scales() for place, site in sites.items()}
-    factors = [1.0 if _passes_another(norm, going) else scales[norm.site].of(norm.norm.side) for norm in going]
-    with_factors = list(zip(going, factors, strict=True))
-    for (reader, operand), norms_there in _by_end(with_factors).items():
+    with_factors: list[_Going] = []
+    by_operand: dict[tuple[Node, Node], list[_Going]] = {}
+    for norm in going:
+        factor = 1.0 if _passes_another(norm, going) else scales[norm.site].of(norm.norm.side)
+        with_factors.append((norm, factor))
+        for path in norm.paths:
+            by_operand.setdefault((path.reader, path.operand), []).append((norm, factor))
+    for (reader, operand), norms_there in by_operand.items():
         if not all(norm.alone for norm, _ in norms_there):
             rewriting.pass_by(norms_there, reader, operand)
     for norm, factor in with_factors:
         if norm.alone:
             rewriting.take_out(norm, factor)
     stripped = rewriting.done()
-    gone = graph_module.state_dict().keys() - stripped.state_dict().keys()
-    removed = tuple(_removals(sites.values(), [key for key in graph_module.state_dict() if key in gone]))
+    kept = stripped.state_dict().keys()
+    gone = [key for key in graph_module.state_dict() if key not in kept]
     return StripReport(
-        removed=removed,
+        removed=tuple(_removals(sites.values(), gone)),
         left=left,
         notes=(*(note for one in scales.values() for note in one.notes), *_notes_on_shared(layout, going)),
         layout=without_norms(layout, {place: one.query * one.key for place, one in scales.items()}, gone),
@@ -126,15 +119,6 @@ def _passes_another(norm: GraphNorm, norms: Iterable[GraphNorm]) -> bool:
 
 _Going = tuple[GraphNorm, float]
 """A norm to remove, and the factor that replaces it."""
-
-
-def _by_end(norms: Iterable[_Going]) -> dict[tuple[Node, Node], list[_Going]]:
-    """The norms before each operand of a product."""
-    found: dict[tuple[Node, Node], list[_Going]] = {}
-    for norm, factor in norms:
-        for path in norm.paths:
-            found.setdefault((path.reader, path.operand), []).append((norm, factor))
-    return found
 
 
 def _notes_on_shared(layout: QKLayout, norms: Iterable[GraphNorm]) -> Iterator[str]:
@@ -240,10 +224,9 @@ class _Rewriting:
             instead = self._with_native_gain(node, x) if self._keep_gain and op_of(original).kind == "norm" else x
             if factor != 1:
                 instead = self._made(torch.ops.aten.mul.Tensor, (instead, factor), instead.meta)
-            if _dtype(instead) != value.dtype:
-                copied = torch.ops.aten._to_copy.default
-                instead = self._graph.call_function(copied, (instead,), {"dtype": value.dtype})
-                instead.meta = {**node.meta, "val": value}
+            if instead.meta["val"].dtype != value.dtype:
+                meta = {**node.meta, "val": value}
+                instead = self._made(torch.ops.aten._to_copy.default, (instead,), meta, dtype=value.dtype)
         return instead
 
     def _with_native_gain(self, node: Node, x: Node) -> Node:
@@ -259,8 +242,8 @@ class _Rewriting:
             x = self._made(op, (x, operand), x.meta)
         return x
 
-    def _made(self, target: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> Node:
-        node = self._graph.call_function(target, args)
+    def _made(self, target: Any, args: tuple[Any, ...], meta: dict[str, Any], **kwargs: Any) -> Node:
+        node = self._graph.call_function(target, args, kwargs)
         node.meta = dict(meta)
         return node
 
@@ -279,9 +262,3 @@ class _Rewriting:
     def _remove(self, node: Node) -> None:
         self._graph.erase_node(node)
         self._gone.add(node)
-
-
-def _dtype(node: Node) -> torch.dtype:
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return value.dtype

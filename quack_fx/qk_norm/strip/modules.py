@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from quack_fx.errors import StripError
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Side
 from quack_fx.qk_norm.call import Inputs, call_of
 from quack_fx.qk_norm.report import LeftSite, RemovedNorm, StripReport, with_sharers, without_norms
-from quack_fx.qk_norm.strip.fold import FoldedRows, check, outputs, reasons_against
+from quack_fx.qk_norm.strip.fold import check, multiply, outputs, reasons_against, undo
 from quack_fx.qk_norm.strip.gains import Place, RowGain, gain_rows
 from quack_fx.qk_norm.strip.scale import Scales, scale_back
 
@@ -105,28 +105,44 @@ def plan_strip(
 ) -> Plan:
     """Decide which norm modules of a model can be removed, and what replaces them.
 
-    Arguments:
-        model: Model the layout was found on.
-        layout: Its layout.
-        keep_gain: Whether gains and biases stay.
-        restore_scale: Whether features are multiplied by the factors of `scale_back`.
-        against: Reasons to keep norm modules, by their name.
+    With `keep_gain`, gains and biases stay; with `restore_scale`, features are multiplied by the factors of
+    `scale_back`. `against` has reasons to keep norm modules, by their name.
 
     Raises:
         StripError: The layout names a module that the model does not have.
     """
-    normed = {place: site for place, site in enumerate(layout.sites) if site.qk_norm}
     made: dict[str, PassThrough | Gain] = {}
-    reasons = _reasons_to_stay(model, normed, keep_gain, made, against or {}, layout)
-    going = {place: site for place, site in normed.items() if place not in reasons}
-    norms = _callers(going.values())
+    reasons: dict[int, str] = {}
+    uses: list[tuple[int, str, str]] = []
+    for place, site in enumerate(layout.sites):
+        for norm in site.qk_norm:
+            stand_in = (against or {}).get(str(norm.module)) or _stand_in(model, site, norm, keep_gain)
+            if isinstance(stand_in, str):
+                reasons.setdefault(place, stand_in)
+            else:
+                made.setdefault(str(norm.module), stand_in)
+            if norm.module is not None:
+                uses.append((place, norm.module, f"its norm {norm.module!r}"))
+    reasons = with_sharers(reasons, uses, layout)
+    going = {place: site for place, site in enumerate(layout.sites) if site.qk_norm and place not in reasons}
     if restore_scale:
         scales = {place: scale_back(site) for place, site in going.items()}
     else:  # the constant factors of L2 norms are removed with them
         scales = {place: Scales() if keep_gain else _without_numbers(site, made) for place, site in going.items()}
-    factors, unclear = _factors(going, norms, scales)
-    for name, factor in factors.items():
-        made[name].factor *= factor
+    norms: dict[str, tuple[Norm, tuple[str, ...]]] = {}
+    factors: dict[str, set[float]] = {}
+    for place, site in going.items():
+        for norm in site.qk_norm:
+            assert norm.module is not None  # sites with inline norms keep them
+            first, names = norms.get(norm.module, (norm, ()))
+            norms[norm.module] = first, tuple(dict.fromkeys((*names, site.name)))
+            factors.setdefault(norm.module, set()).add(_factor(site, norm, scales[place]))
+    unclear = []
+    for name, wanted in factors.items():
+        if len(wanted) == 1:
+            made[name].factor *= wanted.pop()
+        else:
+            unclear.append(f"{name!r}: its attentions want different scales; set them by hand")
     return Plan(
         stand_ins={name: made[name] for name in norms},
         norms=norms,
@@ -152,14 +168,14 @@ def strip_modules(
         against = reasons_against(rows, {str(n.module): None for s in layout.sites for n in s.qk_norm if n.module})
     plan = plan_strip(model, layout, keep_gain=keep_gain, restore_scale=restore_scale, against=against)
     originals = {name: model.get_submodule(name) for name in plan.stand_ins}
-    # A module may have several names in its parent.
-    names = {n: name for name, module in originals.items() for n, m in _all_names(model) if m is module}
-    before, folded = list(model.state_dict(keep_vars=True)), FoldedRows()
+    names = {name: first for first, module in originals.items() for name in _names_of(module, model)}
+    before = list(model.state_dict(keep_vars=True))
+    old: dict[Tensor, Tensor] = {}
     for name, first in names.items():
         model.set_submodule(name, plan.stand_ins[first].train(originals[first].training))
 
     def restore() -> None:
-        folded.undo()
+        undo(old)
         for name, first in names.items():
             originals[first].train(model.get_submodule(name).training)
             model.set_submodule(name, originals[first])
@@ -172,7 +188,7 @@ def strip_modules(
         for first in originals:
             gains = rows[first]
             assert not isinstance(gains, str)  # a norm with such a reason stays
-            folded.multiply(model, gains, plan.stand_ins[first].factor)
+            multiply(model, gains, plan.stand_ins[first].factor, old)
         check(expected, outputs(model, fold_with), restore)
     after = model.state_dict(keep_vars=True).keys()
     gone = [key for key in before if key not in after]
@@ -186,37 +202,11 @@ def strip_modules(
         notes=plan.notes,
         layout=plan.layout(layout, gone),
         model=model,
-        _restore=restore,
+        restore=restore,
     )
 
 
 # ---- reasons to keep -------------------------------------------------------------------------------------------------
-
-
-def _reasons_to_stay(
-    model: nn.Module,
-    sites: dict[int, AttentionSite],
-    keep_gain: bool,
-    stand_ins: dict[str, PassThrough | Gain],
-    against: Mapping[str, str],
-    layout: QKLayout,
-) -> dict[int, str]:
-    """Why the norms of a site stay, by index of the site; adds the replacements of all others to `stand_ins`."""
-    reasons: dict[int, str] = {}
-    for place, site in sites.items():
-        for norm in site.qk_norm:
-            made = against.get(str(norm.module)) or _stand_in(model, site, norm, keep_gain)
-            if isinstance(made, str):
-                reasons.setdefault(place, made)
-            else:
-                stand_ins.setdefault(str(norm.module), made)
-    uses = [
-        (place, norm.module, f"its norm {norm.module!r}")
-        for place, site in sites.items()
-        for norm in site.qk_norm
-        if norm.module is not None
-    ]
-    return with_sharers(reasons, uses, layout)
 
 
 def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool) -> PassThrough | Gain | str:
@@ -235,10 +225,10 @@ def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool
         ) from None
     if norm.module == "":
         return f"its {norm.side} norm is the whole model"
-    parents = {id(model.get_submodule(n.rpartition(".")[0])) for n, m in _all_names(model) if m is module}
-    if len(parents) > 1:
-        others = [name for name, m in _all_names(model) if m is module and name != norm.module]
-        return f"its {norm.side} norm {norm.module!r} is also registered as {others[0]!r}"
+    names = _names_of(module, model)
+    if len({id(model.get_submodule(name.rpartition(".")[0])) for name in names}) > 1:
+        other = next(name for name in names if name != norm.module)
+        return f"its {norm.side} norm {norm.module!r} is also registered as {other!r}"
     required = [
         p.name
         for p in inspect.signature(module.forward).parameters.values()
@@ -248,21 +238,21 @@ def _stand_in(model: nn.Module, site: AttentionSite, norm: Norm, keep_gain: bool
         form = _form(module, norm)
         if form is None:
             return f"what its {norm.side} norm {norm.module!r} multiplies features with cannot be told"
-        gain = keep_gain and bool(form.parameters)
-        return Gain(form.parameters, form.offset, form.number) if gain else PassThrough(factor=form.number)
+        parameters, offset, number = form
+        return Gain(parameters, offset, number) if keep_gain and parameters else PassThrough(factor=number)
     if len(required) == 1:
         return PassThrough()
-    both = {n.side for n in site.qk_norm if n.module == norm.module} == {"query", "key"}
-    if both and len(required) == 2 and _norms_each(module, norm.width):
+    if _serves_both_sides(site, norm) and len(required) == 2 and _norms_each(module, norm.width):
         return PassThrough(tensors=2)
-    names = ", ".join(required)
     return (
-        f"its {norm.side} norm {norm.module!r} takes more than one tensor ({names}), and what it returns is not clear"
+        f"its {norm.side} norm {norm.module!r} takes more than one tensor ({', '.join(required)}), "
+        "and what it returns is not clear"
     )
 
 
-def _all_names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from ((name, module) for name, module in model.named_modules(remove_duplicate=False) if name)
+def _names_of(module: nn.Module, model: nn.Module) -> list[str]:
+    """All names of a module: it may have several parents, and several names in one."""
+    return [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
 
 
 @torch.no_grad()
@@ -280,25 +270,16 @@ def _norms_each(module: nn.Module, width: int) -> bool:
         return False
     other = module(a, 4 * b)
     straight = all(((y * x).sum(-1) > 0).all() for x, y in zip((a, b), one, strict=True))
-    sizeless = torch.allclose(one[0], two[0], rtol=2e-2, atol=1e-3) and torch.allclose(
-        one[1], other[1], rtol=2e-2, atol=1e-3
-    )
+    pairs = ((one[0], two[0]), (one[1], other[1]))
+    sizeless = all(torch.allclose(y, of_longer, rtol=2e-2, atol=1e-3) for y, of_longer in pairs)
     apart = torch.equal(one[1], two[1]) and torch.equal(one[0], other[0])
     return bool(straight and sizeless and apart)
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """A norm module as x / statistic * number * (offset + gain) + bias."""
-
-    parameters: dict[str, nn.Parameter]
-    offset: float
-    number: float
-
-
 @torch.no_grad()
-def _form(module: nn.Module, norm: Norm) -> _Form | None:
-    """The form of a norm module, from its output for features of mean 0 and RMS 1; None if it has another form."""
+def _form(module: nn.Module, norm: Norm) -> tuple[dict[str, nn.Parameter], float, float] | None:
+    """Gain and bias, offset and number of a norm that computes x / statistic * number * (offset + gain) + bias, from
+    its output for features of mean 0 and RMS 1; None if it has another form."""
     own = dict(module.named_parameters())
     gain = next((n for n in own if norm.weight is not None and norm.weight.endswith(f".{n}")), None)
     if (gain is None and own) or len(own) > 2 or any("." in n or p.is_meta for n, p in own.items()):
@@ -322,22 +303,11 @@ def _form(module: nn.Module, norm: Norm) -> _Form | None:
         rest = y if bias is None else y - bias.float()
         number = float((rest * scaled).sum() / scaled.square().sum().clamp_min(1e-12))
         if number and torch.allclose(rest, number * scaled, rtol=2e-2, atol=1e-3):
-            return _Form(parameters, offset, 1.0 if abs(number - 1) < 1e-3 else number)
+            return parameters, offset, 1.0 if abs(number - 1) < 1e-3 else number
     return None
 
 
-# ---- factors of the stand-ins ----------------------------------------------------------------------------------------
-
-
-def _callers(sites: Iterable[AttentionSite]) -> dict[str, tuple[Norm, tuple[str, ...]]]:
-    """The norm modules of some sites, in the order of the layout, each with its norm and the names of its sites."""
-    found: dict[str, tuple[Norm, tuple[str, ...]]] = {}
-    for site in sites:
-        for norm in site.qk_norm:
-            assert norm.module is not None  # sites with inline norms keep them
-            first, names = found.get(norm.module, (norm, ()))
-            found[norm.module] = first, tuple(dict.fromkeys((*names, site.name)))
-    return found
+# ---- factors of the replacements -------------------------------------------------------------------------------------
 
 
 def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | Gain]) -> Scales:
@@ -348,18 +318,10 @@ def _without_numbers(site: AttentionSite, stand_ins: Mapping[str, PassThrough | 
     return Scales(sides["query"], sides["key"])
 
 
-def _factors(
-    sites: dict[int, AttentionSite], callers: dict[str, tuple[Norm, tuple[str, ...]]], scales: dict[int, Scales]
-) -> tuple[dict[str, float], list[str]]:
-    """Factor of each replacement; a note on each without one, whose attentions need different factors."""
-    wanted: dict[str, set[float]] = {name: set() for name in callers}
-    for place, site in sites.items():
-        for norm in site.qk_norm:
-            assert norm.module is not None
-            one, both = scales[place], {n.side for n in site.qk_norm if n.module == norm.module}
-            # A module for both sides is applied twice, so it gets the square root of the product.
-            wanted[norm.module].add(math.sqrt(one.query * one.key) if len(both) == 2 else one.of(norm.side))
-    unclear = [
-        f"{name!r}: its attentions want different scales; set them by hand" for name, f in wanted.items() if len(f) > 1
-    ]
-    return {name: factors.pop() for name, factors in wanted.items() if len(factors) == 1}, unclear
+def _factor(site: AttentionSite, norm: Norm, scales: Scales) -> float:
+    """The factor of a norm's replacement: for both sides it is applied twice, so the square root of the product."""
+    return math.sqrt(scales.query * scales.key) if _serves_both_sides(site, norm) else scales.of(norm.side)
+
+
+def _serves_both_sides(site: AttentionSite, norm: Norm) -> bool:
+    return {n.side for n in site.qk_norm if n.module == norm.module} == {"query", "key"}

@@ -58,14 +58,9 @@ class GraphNorm:
 def find_norms(
     graph_module: GraphModule, weights: Mapping[Node, str] | None = None
 ) -> tuple[QKLayout, tuple[GraphNorm, ...]]:
-    """Layout of an ATen-level graph, and its QK norms.
+    """Layout of an ATen-level graph, as `find_in_graph` gives it, and the QK norms of each call of each site.
 
-    Arguments:
-        graph_module: The graph, from torch.export, make_fx or an executable capture; its nodes carry `meta["val"]`.
-        weights: As for `find_in_graph`.
-
-    Returns:
-        The layout, as `find_in_graph` gives it, and the norms of each call of each site.
+    The graph comes from torch.export, make_fx or an executable capture: its nodes carry `meta["val"]`.
     """
     finding, layout = find_each(graph_module, weights)
     places = indices_of_sites(layout)

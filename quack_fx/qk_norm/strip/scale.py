@@ -32,14 +32,7 @@ class Scales:
 
 
 def scale_back(site: AttentionSite) -> Scales:
-    """The factors of a site's features without its norms; 1 if none is needed.
-
-    Arguments:
-        site: The site, with its norms.
-
-    Returns:
-        The factors, and a note on each that is unknown or differs from 1.
-    """
+    """The factors of a site's features without its norms, and a note on each that is unknown or differs from 1."""
     width = {norm.side: norm.width for norm in site.qk_norm if norm.kind == "l2"}
     scales = Scales(1 / math.sqrt(width.get("query", 1)), 1 / math.sqrt(width.get("key", 1)))
     notes: list[str] = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from quack_fx.find import Logits, Pairs, Product, attentions_of, fused_scale, pairs_of
+from quack_fx.find import Logits, Pairs, attentions_of, fused_scale, pairs_of
 from quack_fx.graph.dataflow import Dataflow
 
 _MASKED = -1e4
@@ -23,12 +23,8 @@ _MASKED = -1e4
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """One attention on given inputs.
-
-    Attributes:
-        std: Standard deviation of its logits over all heads and tokens, in its first call; NaN if there are none.
-        value_norms: Kinds of the norms of its values, each with the module that computes it, or None.
-    """
+    """The standard deviation of an attention's logits over all heads and tokens, in its first call, NaN if there are
+    none; and the kinds of the norms of its values, each with the module that computes it, or None."""
 
     std: float
     value_norms: tuple[tuple[str, str | None], ...]
@@ -52,13 +48,9 @@ def _std(df: Dataflow, one: Logits) -> float:
 
 def _seen(df: Dataflow, one: Logits) -> Tensor | None:
     """The logits of one softmax; for fused attention, computed from its operands."""
-    first = one.products[0]
-    if not first.form.startswith("fused"):
+    product = one.products[0]
+    if not product.form.startswith("fused"):
         return _numbers(df, one.end)
-    return _of_fused(df, first)
-
-
-def _of_fused(df: Dataflow, product: Product) -> Tensor | None:
     q, k = _numbers(df, product.left), _numbers(df, product.right)
     if q is None or k is None:
         return None

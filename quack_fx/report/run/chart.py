@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
 
-from quack_fx.report.run.series import Curves, Point, fraction, number, spread, thinned
+from quack_fx.report.run.series import Curves, Point, finite, fraction, number, spread, thinned
 
 STYLE = """
 svg.chart, svg.heat { width: 100%; height: auto; display: block; }
@@ -31,9 +31,8 @@ MOST_POINTS, _MOST_HITS = 300, 64
 def chart(curves: Curves) -> str:
     """The picture of some curves."""
     lines = {name: thinned(points, MOST_POINTS) for name, points in curves.lines.items()}
-    finite = [y for points in lines.values() for _, y in points if math.isfinite(y)]
-    steps = [step for points in lines.values() for step, _ in points]
-    x, y = _Across(min(steps), max(steps)), _Up(finite)
+    x = _Across(min(curves.by_step), max(curves.by_step))
+    y = _Up([value for points in lines.values() for value in finite(points)])
     parts = [f'<svg class="chart" role="img" viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-label="{escape(in_words(curves))}">']
     parts += [*_x_axis(x), *_y_axis(y)]
     parts += [_line(points, x, y, f"c{i % 3}") for i, points in enumerate(lines.values())]
@@ -46,16 +45,13 @@ def in_words(curves: Curves) -> str:
     """What a picture shows, for those who do not see it."""
     said = []
     for name, points in curves.lines.items():
-        finite = [point for point in points if math.isfinite(point[1])]
-        if finite:
-            (_, first), (_, last) = finite[0], finite[-1]
-            low, high = min(y for _, y in finite), max(y for _, y in finite)
-            said.append(f"{name} from {number(first)} to {number(last)}, between {number(low)} and {number(high)}")
+        if values := finite(points):
+            first, last, low, high = map(number, (values[0], values[-1], min(values), max(values)))
+            said.append(f"{name} from {first} to {last}, between {low} and {high}")
         else:
             said.append(f"{name}: no finite value")
-    steps = [step for points in curves.lines.values() for step, _ in points]
     broken = f"; not finite at {len(curves.not_finite)} steps" if curves.not_finite else ""
-    return f"{curves.title} over steps {min(steps)} to {max(steps)}: {'; '.join(said)}{broken}"
+    return f"{curves.title} over steps {min(curves.by_step)} to {max(curves.by_step)}: {'; '.join(said)}{broken}"
 
 
 class _Across:
@@ -137,28 +133,27 @@ def _line(points: Sequence[Point], x: _Across, y: _Up, look: str) -> str:
 
 def _hits(curves: Curves, x: _Across) -> list[str]:
     """Columns that show the numbers of a step under the pointer."""
-    values: dict[int, list[str]] = {}
-    for name, points in curves.lines.items():
-        for step, value in points:
-            values.setdefault(step, []).append(f"{name} {number(value)}")
-    steps = spread(sorted(values), _MOST_HITS)
-    ends = [_LEFT, *((x(a) + x(b)) / 2 for a, b in pairwise(steps)), _WIDTH - _RIGHT]
-    return [
-        f'<rect class="hit" x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" height="{_HEIGHT - _TOP - _BOTTOM}">'
-        f"<title>step {step:,}: {escape(', '.join(values[step]))}</title></rect>"
-        for step, (left, right) in zip(steps, pairwise(ends), strict=True)
-    ]
+    shown = spread(list(curves.by_step.items()), _MOST_HITS)
+    ends = [_LEFT, *((x(a) + x(b)) / 2 for (a, _), (b, _) in pairwise(shown)), _WIDTH - _RIGHT]
+    parts = []
+    for (step, values), (left, right) in zip(shown, pairwise(ends), strict=True):
+        told = escape(", ".join(f"{name} {number(value)}" for name, value in values.items()))
+        parts.append(
+            f'<rect class="hit" x="{left:.1f}" y="{_TOP}" width="{right - left:.1f}" '
+            f'height="{_HEIGHT - _TOP - _BOTTOM}"><title>step {step:,}: {told}</title></rect>'
+        )
+    return parts
 
 
 def sparkline(points: Sequence[Point]) -> str:
     """A small curve without axes, for a table cell."""
-    finite = [(step, value) for step, value in thinned(points, 40) if math.isfinite(value)]
-    if len(finite) < 2:
+    shown = [point for point in thinned(points, 40) if math.isfinite(point[1])]
+    if len(shown) < 2:
         return ""
-    low, high = min(y for _, y in finite), max(y for _, y in finite)
-    start, end = finite[0][0], finite[-1][0]
+    low, high = min(finite(shown)), max(finite(shown))
+    start, end = shown[0][0], shown[-1][0]
     places = " ".join(
-        f"{80 * (step - start) / (end - start):.1f},{18 - 16 * fraction(y, low, high):.1f}" for step, y in finite
+        f"{80 * (step - start) / (end - start):.1f},{18 - 16 * fraction(y, low, high):.1f}" for step, y in shown
     )
     return (
         '<svg class="chart" style="width:80px" viewBox="0 0 80 20" aria-hidden="true">'

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from quack_fx.report.run.read import SCALE, Run, Sample
+from quack_fx.report.run.read import SCALE, Run
 from quack_fx.report.run.series import extent, number, site_name, spread
 
 SLOWER, FASTER, BROKEN = (14, 140, 160), (214, 64, 140), (230, 150, 30)
@@ -28,13 +28,8 @@ _WIDTH, _LEFT, _TOP, _BOTTOM = 1040, 210, 4, 24
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The scales of one block in all attentions.
-
-    Attributes:
-        block: Name of the block.
-        sites: For each attention, its name and the scales of its heads at every sample, [samples][heads].
-        steps: The steps of the samples.
-    """
+    """The scales of one block in all attentions: for each its name, and the scales of its heads at every sample,
+    [samples][heads]. `steps` are those of the samples."""
 
     block: str
     sites: tuple[tuple[str, tuple[tuple[float, ...], ...]], ...]
@@ -53,13 +48,12 @@ def heat_maps(run: Run) -> list[HeatMap]:
         known.append(run.last)
     columns = max(2, min(_MOST_COLUMNS, _MOST_CELLS // max(1, sum(sizes.values()))))
     samples = spread(known, columns)
-    blocks = dict.fromkeys(metric.rpartition("/")[0] for _, metric in names)
-    return [_heat_map(block, [site for site, m in names if m == f"{block}/{SCALE}"], samples) for block in blocks]
-
-
-def _heat_map(block: str, sites: Sequence[str], samples: Sequence[Sample]) -> HeatMap:
-    by_site = tuple((site, tuple(tuple(s.heads[site, f"{block}/{SCALE}"]) for s in samples)) for site in sites)
-    return HeatMap(block, by_site, tuple(sample.step for sample in samples))
+    sites: dict[str, list[tuple[str, tuple[tuple[float, ...], ...]]]] = {}
+    for site, metric in names:
+        scales = tuple(tuple(sample.heads[site, metric]) for sample in samples)
+        sites.setdefault(metric.rpartition("/")[0], []).append((site, scales))
+    steps = tuple(sample.step for sample in samples)
+    return [HeatMap(block, tuple(of_block), steps) for block, of_block in sites.items()]
 
 
 def reach(maps: Sequence[HeatMap]) -> float:
@@ -92,7 +86,8 @@ def picture(heat: HeatMap, most: float) -> str:
         parts.append(f'<path class="grid" d="M{_LEFT} {top:.1f}H{_WIDTH - 8}"/>')
         parts.append(
             f'<rect class="hit" x="{_LEFT}" y="{top:.1f}" width="{inner}" height="{size:.1f}">'
-            f"<title>{escape(_site_in_words(site, scales))}</title></rect>"
+            f"<title>{escape(f'{site_name(site)}: {extent(scales[0])} at first, {extent(scales[-1])} at the end')}"
+            "</title></rect>"
         )
         top += size
     parts.append(f'<path class="grid" d="M{_LEFT} {top:.1f}H{_WIDTH - 8}"/>')
@@ -128,16 +123,9 @@ def in_words(heat: HeatMap) -> str:
     )
 
 
-def _site_in_words(site: str, scales: Sequence[Sequence[float]]) -> str:
-    first, last = scales[0], scales[-1]
-    return f"{site_name(site)}: {extent(first)} at first, {extent(last)} at the end"
-
-
 def _octaves(now: float, first: float) -> float:
     """Distance of a scale from the first one, in powers of two; NaN unless both are positive and finite."""
-    if now > 0 and first > 0 and math.isfinite(now) and math.isfinite(first):
-        return math.log2(now) - math.log2(first)
-    return math.nan
+    return math.log2(now) - math.log2(first) if 0 < now < math.inf and 0 < first < math.inf else math.nan
 
 
 def _cells(heat: HeatMap, most: float) -> list[bytes]:

@@ -80,13 +80,9 @@ def _figure(picture: Curves) -> str:
     names = list(picture.lines)
     keys = "".join(_key(i, name) for i, name in enumerate(names)) if len(names) > 1 else ""
     about = f"<br><small>{escape(picture.about)}</small>" if picture.about else ""
-    values: dict[int, dict[str, float]] = {}
-    for name, points in picture.lines.items():
-        for step, value in points:
-            values.setdefault(step, {})[name] = value
-    steps = spread(sorted(values), MOST_ROWS)
-    rows = [[f"{step:,}", *(number(values[step].get(name)) for name in names)] for step in steps]
-    some = f", {len(steps)} of {len(values):,} steps" if len(steps) < len(values) else ""
+    shown = spread(list(picture.by_step.items()), MOST_ROWS)
+    rows = [[f"{step:,}", *(number(values.get(name)) for name in names)] for step, values in shown]
+    some = f", {len(rows)} of {len(picture.by_step):,} steps" if len(rows) < len(picture.by_step) else ""
     return (
         f'<figure class="frame"><figcaption>{escape(picture.title)}{keys}{about}</figcaption>{chart.chart(picture)}'
         f"<details><summary>Numbers{some}</summary>{_table(['step', *names], rows)}</details></figure>"

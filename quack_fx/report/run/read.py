@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +23,7 @@ MOST_SAMPLES = 400
 
 PRODUCT, LOGIT, NORM, SCALE = "qk_norm_product", "max_attn_logit", "norm", "lr_scale"
 _OF_BLOCKS = (NORM, SCALE)
-_SUMMARIES = ("min", "median", "max")
+_SUMMARIES: dict[str, Callable[[Sequence[float]], float]] = {"min": min, "median": median, "max": max}
 _CHUNK = 1 << 24
 
 
@@ -169,9 +168,6 @@ class RunFile:
 def read(path: Path) -> RunFile:
     """A record as it is now.
 
-    Arguments:
-        path: The file.
-
     Raises:
         RunError: There is no such file, a line of it is not a record, or it has no complete line yet.
     """
@@ -243,32 +239,17 @@ def _head_name(name: str) -> HeadName:
 
 def _of_heads(heads: Mapping[HeadName, Sequence[float]]) -> dict[str, float]:
     """Minimum, median and maximum of each metric over all heads of all sites."""
-    kinds: dict[str, list[Sequence[float]]] = {}
+    kinds: dict[str, list[float]] = {}
     for (_, metric), values in heads.items():
-        kinds.setdefault(metric.rpartition("/")[2], []).append(values)
-    found: dict[str, float] = {}
-    for kind, lists in kinds.items():
-        values = list(chain.from_iterable(lists))
-        found |= {f"{kind}/min": least(values), f"{kind}/median": middle(values), f"{kind}/max": most(values)}
-    return found
+        kinds.setdefault(metric.rpartition("/")[2], []).extend(values)
+    return {f"{kind}/{name}": summary(name, values) for kind, values in kinds.items() for name in _SUMMARIES}
 
 
 def _of_summaries(summaries: Mapping[tuple[str, str], Sequence[float]]) -> dict[str, float]:
     """The same from summaries by site; a median over all heads cannot be computed from medians."""
-    ways = {"min": least, "max": most}
-    return {f"{kind}/{how}": ways[how](values) for (kind, how), values in summaries.items() if how in ways}
+    return {f"{kind}/{name}": summary(name, values) for (kind, name), values in summaries.items() if name != "median"}
 
 
-def least(values: Sequence[float]) -> float:
-    """The minimum; NaN if a value is."""
-    return math.nan if any(map(math.isnan, values)) else min(values)
-
-
-def most(values: Sequence[float]) -> float:
-    """The maximum; NaN if a value is."""
-    return math.nan if any(map(math.isnan, values)) else max(values)
-
-
-def middle(values: Sequence[float]) -> float:
-    """The median; NaN if a value is."""
-    return math.nan if any(map(math.isnan, values)) else median(values)
+def summary(name: str, values: Sequence[float]) -> float:
+    """The minimum ("min"), "median" or maximum ("max") of some values; NaN if a value is."""
+    return math.nan if any(map(math.isnan, values)) else _SUMMARIES[name](values)

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import TypeVar
 
-from quack_fx.report.run.read import LOGIT, PRODUCT, SCALE, Run, RunFile, Sample, least, most
+from quack_fx.report.run.read import LOGIT, PRODUCT, SCALE, Run, RunFile, Sample, summary
 
 Point = tuple[int, float]
 """A step and a value."""
@@ -22,22 +23,25 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves of one picture.
-
-    Attributes:
-        title: What they show.
-        about: What that is, in a sentence; empty for the user's own numbers.
-        lines: The points of each curve by its name.
-    """
+    """Curves of one picture, by name; `about` says in a sentence what they show, and is empty for the user's own."""
 
     title: str
     about: str
     lines: Mapping[str, Sequence[Point]]
 
+    @cached_property
+    def by_step(self) -> dict[int, dict[str, float]]:
+        """For each step, in order, its values by the names of the curves."""
+        values: dict[int, dict[str, float]] = {}
+        for name, points in self.lines.items():
+            for step, value in points:
+                values.setdefault(step, {})[name] = value
+        return dict(sorted(values.items()))
+
     @property
     def not_finite(self) -> list[int]:
         """Steps at which a value is NaN or infinite."""
-        return sorted({step for points in self.lines.values() for step, y in points if not math.isfinite(y)})
+        return [step for step, values in self.by_step.items() if not all(map(math.isfinite, values.values()))]
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ def curves(run: Run) -> list[Curves]:
     return found
 
 
+def finite(points: Sequence[Point]) -> list[float]:
+    """The values of some points that are finite."""
+    return [y for _, y in points if math.isfinite(y)]
+
+
 def thinned(points: Sequence[Point], limit: int) -> list[Point]:
     """About `limit` points: the ends, and of each stretch the smallest and largest value and one that is not finite."""
     if len(points) <= limit:
@@ -104,9 +113,9 @@ def thinned(points: Sequence[Point], limit: int) -> list[Point]:
     kept = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
-        finite = [point for point in stretch if math.isfinite(point[1])]
+        whole = [point for point in stretch if math.isfinite(point[1])]
         broken = [point for point in stretch if not math.isfinite(point[1])][:1]
-        low_high = [min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])] if finite else []
+        low_high = [min(whole, key=lambda p: p[1]), max(whole, key=lambda p: p[1])] if whole else []
         kept += sorted({*low_high, *broken}, key=lambda point: point[0])
     ends = {points[0], points[-1]} - set(kept)
     return sorted([*kept, *ends], key=lambda point: point[0])
@@ -187,7 +196,7 @@ def number(value: float | None) -> str:
 
 def extent(values: Sequence[float]) -> str:
     """Smallest and largest of some numbers, as text; NaN if one is NaN."""
-    low, high = number(least(values)), number(most(values))
+    low, high = number(summary("min", values)), number(summary("max", values))
     return low if low == high else f"{low} to {high}"
 
 

@@ -12,15 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
 from quack_fx.report.run.read import RunFile
-from quack_fx.report.run.series import Point, curves, fraction, growth, number, remarks, site_name
+from quack_fx.report.run.series import Point, curves, finite, fraction, growth, number, remarks, site_name
+from quack_fx.report.terminal import DIM, facts_grid, wide_table
 
-DIM, HEAD = "dim", "bold"
 _BARS = "▁▂▃▄▅▆▇█"
 _NOT_FINITE = "!"
 _COURSE, _GAP = "Over time", 3
@@ -29,11 +28,9 @@ _MOST_GROWN, _MOST_WIDTH, _MOST_TITLE = 8, 48, 40
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few lines, as a rich renderable that fits the width it is given; a live one also fits the height.
+    """A run in a few lines, as a rich renderable that fits the width it is given.
 
-    Attributes:
-        file: What was read.
-        live: Whether to say how long ago the last step was recorded.
+    A live one also fits the height, and says how long ago the last step was recorded.
     """
 
     file: RunFile
@@ -57,10 +54,7 @@ class Summary:
             yield _table("Heads that grew most", ["Head", "First", "Now", "Times"], heads, options.max_width)
 
     def _head(self) -> RenderableType:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style=DIM, no_wrap=True)
-        grid.add_column(overflow="fold")
-        grid.add_row("run", Text(str(self.file.path), HEAD))
+        grid = facts_grid("run", str(self.file.path))
         for text in remarks(self.file):
             grid.add_row("", Text(text))
         last = self.file.run.records[-1].time
@@ -73,8 +67,8 @@ class Summary:
         for picture in curves(self.file.run):
             for name, points in picture.lines.items():
                 title = picture.title if len(picture.lines) == 1 else f"{name} {picture.title}"
-                finite = [y for _, y in points if math.isfinite(y)]
-                ends = [number(min(finite)), number(max(finite))] if finite else ["", ""]
+                values = finite(points)
+                ends = [number(min(values)), number(max(values))] if values else ["", ""]
                 rows.append(_Row(title, [number(points[0][1]), number(points[-1][1]), *ends], points))
         return rows
 
@@ -94,7 +88,7 @@ def _table(title: str, names: Sequence[str], rows: Sequence[_Row], width: int) -
     left = width - sum(each) - _GAP * len(names)
     longest = min(_MOST_TITLE, max([len(title), *(len(row.title) for row in rows)]))
     room = left - longest - _GAP
-    table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False, padding=(0, 1), show_edge=False)
+    table = wide_table()
     table.add_column(title, overflow="ellipsis", no_wrap=True, width=min(longest, max(1, left)))
     for name, size in zip(names, each, strict=True):
         table.add_column(name, justify="right", no_wrap=True, width=size)
@@ -119,7 +113,7 @@ def spark(points: Sequence[Point], width: int) -> str:
     for i in range(size):
         stretch = [y for _, y in points[i * len(points) // size : (i + 1) * len(points) // size]]
         cells.append(math.fsum(y / len(stretch) for y in stretch) if all(map(math.isfinite, stretch)) else math.nan)
-    finite = [y for y in cells if math.isfinite(y)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    whole = [y for y in cells if math.isfinite(y)]
+    low, high = min(whole, default=0.0), max(whole, default=0.0)
     top = len(_BARS) - 1
     return "".join(_NOT_FINITE if math.isnan(y) else _BARS[round(top * fraction(y, low, high))] for y in cells)
