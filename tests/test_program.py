@@ -28,11 +28,11 @@ from quack_fx import QuacK
 from quack_fx.errors import FactorError, LayoutError
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Ranges
 from quack_fx.train.program.execute import execute
-from quack_fx.train.program.norms import StandIn
 from quack_fx.train.program.rows import index_of
 from quack_fx.train.program.scaling import NormName, scaling_of
 from quack_fx.train.program.source import OPTIMIZERS, write_program
 from quack_fx.train.program.text import Tables
+from quack_fx.train.program.write import StandIn
 
 ROOT = Path(__file__).parent.parent
 Case = Callable[[], tuple[nn.Module, QKLayout]]

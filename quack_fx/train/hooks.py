@@ -42,13 +42,12 @@ from quack_fx.train.held import (
 )
 from quack_fx.train.logits import MaxLogits
 from quack_fx.train.metrics import Metrics
-from quack_fx.train.places import in_a_row
 from quack_fx.train.program.scaling import NormName, is_sharded, local, scaling_of
 from quack_fx.train.ranks import check_ranks
 from quack_fx.train.rivals import THRESHOLD, MethodName, check_method, method_of
-from quack_fx.train.rivals.method import Method
-from quack_fx.train.rivals.quack import Quack
+from quack_fx.train.rivals.method import Method, Quack
 from quack_fx.train.suited import check_optimizer
+from quack_fx.train.units import in_a_row
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling

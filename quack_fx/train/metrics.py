@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.layout import AttentionSite, QKLayout, WeightBlock
-from quack_fx.train.places import in_a_row, place_of, places_of
+from quack_fx.train.program.kinds import Unit
+from quack_fx.train.units import in_a_row, places_of
 
 if TYPE_CHECKING:
     from quack_fx.train.rivals.method import Method
@@ -69,7 +70,7 @@ class Metrics:
             yield from _summary(f"{at}/qk_norm_product", products, heads)
             growth = []
             for name, block in _named_blocks(site):
-                units = dict.fromkeys(place_of(block, ranges) for ranges in block.heads)
+                units = dict.fromkeys(Unit.of(block, ranges) for ranges in block.heads)
                 places = [self._places[unit] for unit in units if unit in self._places]  # heads in terms
                 if places:
                     growth += [growths[place] for place in places]
@@ -88,7 +89,7 @@ class Metrics:
 
     def _product(self, site: AttentionSite, head: int, norms: Sequence[float]) -> float:
         """The sum, over the terms of a query head, of the product of their norms."""
-        terms = ([self._places[place_of(*part)] for part in product] for product in site.head_terms(head))
+        terms = ([self._places[Unit.of(*part)] for part in product] for product in site.head_terms(head))
         return math.fsum(math.prod(norms[place] for place in places) for places in terms)
 
 

@@ -24,10 +24,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from quack_fx.errors import OptimizerError, StepError
 from quack_fx.layout import QKLayout
 from quack_fx.train.hooks import QuacK, check_tau
-from quack_fx.train.lion import is_lion
 from quack_fx.train.loss import LossFn, model_inputs
 from quack_fx.train.program.scaling import NormName, check_norm, program_text, run_program, with_factor_error
 from quack_fx.train.ranks import Groups, check_ranks, everywhere, groups_that_differ
+from quack_fx.train.suited import is_lion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

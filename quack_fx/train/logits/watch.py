@@ -28,9 +28,9 @@ from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.layout.fit import bare_name, layout_params
 from quack_fx.train.logits.heads import HeadAxes, HeadRows, Undecided, find_axes, has_sink
 from quack_fx.train.logits.rows import Call, call_of, opened
-from quack_fx.train.owners import Owners, nearest
 from quack_fx.train.program.scaling import is_sharded
 from quack_fx.train.ranks import groups_of
+from quack_fx.train.units import Owners, nearest
 
 _UNSEEN = (
     "its forward called no softmax and no scaled_dot_product_attention of these heads that Python sees; kernels of "
@@ -43,7 +43,7 @@ class _Site:
     """An attention, and the logits observed since the last step."""
 
     layout: AttentionSite
-    rows: tuple[tuple[nn.Module, str, int, Tensor], ...]  # a weight's module, attribute and axis; heads of its rows
+    rows: list[tuple[nn.Module, str, int, Tensor]]  # a weight's module, attribute and axis; heads of its rows
     known: dict[tuple[int, str, int], HeadAxes | None] = field(default_factory=dict)  # by call number, op, ndim
     largest: Tensor | None = None
     refused: str | None = None
@@ -280,18 +280,13 @@ def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
     for module in model.modules():
         for attribute, param in module.named_parameters(recurse=False, remove_duplicate=False):
             homes.setdefault(id(param), (module, attribute))
-    axes = {block.param: block.axis for site in layout.sites for _, block in site.blocks()}
     for site in layout.sites:
         # Only this site counts: rows that another site also uses still tell its heads apart.
-        own = {name for _, block in site.blocks() for name in (block.param, block.bias) if name is not None}
-        owners = Owners(QKLayout((site,)), {name: params[name].shape[axes.get(name, 0)] for name in own})
-        pairs = [pair for head in range(site.query_heads) for pair in nearest(site, head)]
-        names = dict.fromkeys(at for pair in pairs for unit in pair if unit is not None for at in unit.names)
-        rows = []
-        for name, axis in names:
-            if bool((owners.rows[name] >= 0).any()):
-                rows.append((*homes[id(params[name])], axis, owners.rows[name]))
-        yield _Site(site, tuple(rows))
+        owners = Owners(QKLayout((site,)), params)
+        units = [unit for head in range(site.query_heads) for pair in nearest(site, head) for unit in pair]
+        names = dict.fromkeys(name for unit in units if unit is not None for name in unit.names)
+        told = [name for name in names if bool((owners.rows[name] >= 0).any())]
+        yield _Site(site, [(*homes[id(params[name])], owners.axes[name], owners.rows[name]) for name in told])
 
 
 def _bare(name: str) -> str:

@@ -5,8 +5,7 @@ In: a layout and the shapes of its parameters. Out: source code, which `convert`
     kinds.py     groups the attentions of a layout into kinds, so that equal attentions are written once
     rows.py      the rows of each head, as expressions
     rule.py      the factor of each block, as expressions
-    write.py     the classes and functions of each kind, with names from the model
-    norms.py     the QK norms that the program removes from the model
+    write.py     the classes and functions of each kind, with names from the model; the QK norms that it removes
     about.py     the program's docstring
     parts/       code that is the same for every model and is copied into the program
     source.py    assembles the program from these

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 
 from quack_fx.layout.pattern import joined_name, split_name
 
@@ -54,9 +55,5 @@ def unique_name(name: str, taken: Collection[str]) -> str:
 
 def common_prefix(names: Sequence[str]) -> str:
     """The common module path of all names."""
-    common = []
-    for level in zip(*(name.split(".")[:-1] for name in names), strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return ".".join(common)
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))

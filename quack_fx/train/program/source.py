@@ -16,9 +16,8 @@ from importlib.resources import files
 from quack_fx.layout import QKLayout
 from quack_fx.train.program.about import about
 from quack_fx.train.program.kinds import kinds_of
-from quack_fx.train.program.norms import StandIn, write_norms
 from quack_fx.train.program.text import bracketed
-from quack_fx.train.program.write import write_kinds
+from quack_fx.train.program.write import StandIn, write_kinds, write_norms
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("AdamW",),

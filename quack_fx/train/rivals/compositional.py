@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import AttentionSite, QKLayout
-from quack_fx.train.places import Place, by_block, in_a_row, place_of, places_of
-from quack_fx.train.rivals.method import Method, by_row
+from quack_fx.train.program.kinds import Unit
+from quack_fx.train.rivals.method import Method
+from quack_fx.train.units import by_block, in_a_row, places_of
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
@@ -85,19 +86,15 @@ class Compositional(Method):
             )
         return scales
 
-    def row_scales(self) -> Mapping[Tensor, Tensor]:
-        """Scale of the update of each row of the query and key weights."""
-        return by_row(self.scaling, self.block_scales())
 
-
-def _pairs(site: AttentionSite, places: Mapping[Place, int]) -> list[tuple[int, int]]:
+def _pairs(site: AttentionSite, places: Mapping[Unit, int]) -> list[tuple[int, int]]:
     """Indices of the query rows and the key rows of each head of a site."""
     if len(site.terms) != 1 or (len(site.terms[0].query), len(site.terms[0].key)) != (1, 1):
         raise OptimizerError(_not_for(site, f"{site.kind.upper()} with several factors or terms"))
     found = []
     for head in range(site.query_heads):
         for (query, rows), (key, key_rows) in site.head_terms(head):
-            found.append((places[place_of(query, rows)], places[place_of(key, key_rows)]))
+            found.append((places[Unit.of(query, rows)], places[Unit.of(key, key_rows)]))
     return found
 
 
