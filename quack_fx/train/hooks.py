@@ -32,7 +32,6 @@ from quack_fx.layout import QKLayout, merged
 from quack_fx.layout.fit import layout_params
 from quack_fx.train.held import (
     STATE_KEY,
-    and_others,
     has_trained,
     is_stepping,
     no_start,
@@ -47,7 +46,7 @@ from quack_fx.train.ranks import check_ranks
 from quack_fx.train.rivals import THRESHOLD, MethodName, check_method, method_of
 from quack_fx.train.rivals.method import Method, Quack
 from quack_fx.train.suited import check_optimizer
-from quack_fx.train.units import in_a_row
+from quack_fx.train.units import in_a_row, places_of
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
@@ -190,10 +189,10 @@ class QuacK:
                 "that had QuacK, attach it before the checkpoint is read",
                 stacklevel=3,
             )
-        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, their old values, scales
+        # Weights, their old values and scales; not None while a step is running, and after one that raised.
+        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._nested = 0  # nested calls of step in the current step
         self._paused = False
-        self._within = False  # a step is running, or raised
         self._take_over()
         self._logits = MaxLogits(model, layout) if logits or method.reads_logits else None
         self._largest: Tensor | None = None  # per query head, over the forward passes before the last step
@@ -238,18 +237,26 @@ class QuacK:
             >>> quack.factors()["layers.0.attn"]["layers.0.attn.q.weight[0:64]"]
             0.1
         """
-        by_row = self._scale_of_first_rows()
-        params = {name: weight for weight, name in self._names().items()}
+        layout, places = places_of(self.layout, self._model)
+        scales = in_a_row(self.method.block_scales()).tolist()
+        by_row: dict[tuple[str, int], float] = {}  # by weight and first row of a head
+        for unit, place in places.items():
+            row = unit.param, unit.ranges[0][0]
+            by_row[row] = min(scales[place], by_row.get(row, math.inf))
         report: dict[str, dict[str, float]] = {}
-        for site in self.layout.sites:
+        for site, bare in zip(self.layout.sites, layout.sites, strict=True):
             if site.name not in self.left_out:
+                pairs = zip(site.blocks(), bare.blocks(), strict=True)
                 heads = {
-                    (block.param, merged(ranges)) for _, block in site.blocks() for ranges in block.heads if ranges
+                    (block.param, merged(ranges)): by_row[own.param, min(ranges)[0]]
+                    for (_, block), (_, own) in pairs
+                    for ranges in block.heads
+                    if ranges
                 }
                 # One module may contain several attentions.
                 report.setdefault(site.name, {}).update(
-                    (f"{name}[{', '.join(f'{a}:{b}' for a, b in ranges)}]", by_row[params[name], ranges[0][0]])
-                    for name, ranges in sorted(heads)
+                    (f"{name}[{', '.join(f'{a}:{b}' for a, b in ranges)}]", scale)
+                    for (name, ranges), scale in sorted(heads.items())
                 )
         return report
 
@@ -280,20 +287,6 @@ class QuacK:
             self._metrics = Metrics(self.layout, self._model)
         return self._metrics.read(self.method, heads, self._largest)
 
-    def _scale_of_first_rows(self) -> dict[tuple[Tensor, int], float]:
-        """The scale of each head, keyed by weight and first row."""
-        found: dict[tuple[Tensor, int], float] = {}
-        for stacks, rows, scales in zip(
-            self.scaling.stacks, self.scaling.rows, self.method.block_scales(), strict=True
-        ):
-            for (index, *names), by_head in zip(rows, scales, strict=True):
-                first_rows = index.amin(-1).tolist()
-                for weights, _ in (stacks[name] for name in names):
-                    for weight, own in zip(weights, by_head.tolist(), strict=True):
-                        for row, scale in zip(first_rows, own, strict=True):
-                            found[weight, row] = min(scale, found.get((weight, row), scale))
-        return found
-
     def __repr__(self) -> str:
         scales = in_a_row(self.method.block_scales())
         spread = f"{float(scales.min()):.3g} to {float(scales.max()):.3g}"
@@ -313,10 +306,10 @@ class QuacK:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Context in which the hooks do nothing because the caller scales the step."""
-        self._paused = self._within = True
+        self._paused, self._snapshot = True, []
         try:
             yield
-            self._within = False
+            self._snapshot = None
         finally:
             self._paused = False
 
@@ -328,7 +321,7 @@ class QuacK:
         """
         self._hold()
         # After a step that raised, the state may lack initial factors that `keep` has not written yet.
-        if not self._within and (lost := self._without_start()) is not None:
+        if self._snapshot is None and (lost := self._without_start()) is not None:
             raise OptimizerError(no_start(self._names()[lost]))
 
     def _hold(self) -> None:
@@ -350,8 +343,9 @@ class QuacK:
         lost = [name for name in self._held_names if now[name].requires_grad and now[name] not in held]
         kind = type(self.optimizer).__name__
         if lost:
+            others = f", and {len(lost) - 1} others" if len(lost) > 1 else ""
             raise OptimizerError(
-                f"{kind} no longer holds {lost[0]!r}, whose steps QuacK scaled{and_others(lost)}: its parameters were "
+                f"{kind} no longer holds {lost[0]!r}, whose steps QuacK scaled{others}: its parameters were "
                 "replaced; attach QuacK after the model and the optimizer were wrapped, sharded and cast (or set "
                 "requires_grad to False, to freeze a weight)"
             )
@@ -391,7 +385,7 @@ class QuacK:
         self._take_over()
         scales = self.method.row_scales()
         self._snapshot = [(p, local(p).clone(), scales[p]) for p in self._held] if scales is not None else []
-        self._nested, self._within = 0, True
+        self._nested = 0
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -406,7 +400,7 @@ class QuacK:
         if self._logits is not None:
             self._largest = self._logits.take()
         self.method.after_step(dict(zip(self._held_names, self._held, strict=True)), self._largest)
-        self._snapshot, self._within = None, False
+        self._snapshot = None
         trained = [param for param in self._held if param.grad is not None or optimizer.state.get(param)]
         self.scaling.keep(optimizer, trained)
 
@@ -424,9 +418,9 @@ class QuacK:
         pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=False)]
         for param, key in pairs:
             state = state_dict["state"].get(key)
-            if not (param in self.scaling.home and state and param.requires_grad):
-                continue
-            if not isinstance(state.get(STATE_KEY), Tensor):  # distributed checkpoints have an empty dict instead
+            scaled = param in self.scaling.home and param.requires_grad
+            # Distributed checkpoints have an empty dict instead of initial factors.
+            if scaled and state and not isinstance(state.get(STATE_KEY), Tensor):
                 raise OptimizerError(no_start(self._names()[param]))
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -453,10 +447,8 @@ def check_tau(tau: float | Tensor) -> None:
 
 
 def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
-    """new <- old + scale (new - old), row by row, at least in float32 and rounded once.
-
-    `lerp` returns `new` bit for bit if the scale is 1 or nothing changed.
-    """
+    """new <- old + scale (new - old), row by row, at least in float32 and rounded once."""
+    # `lerp` returns `new` bit for bit if the scale is 1 or nothing changed.
     if new.dtype in (torch.float32, torch.float64):
         torch.lerp(old, new, scale.to(new.dtype), out=new)
     else:

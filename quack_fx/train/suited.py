@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quack_fx.errors import OptimizerError
+from quack_fx.train.held import params_of
 
 _UNSUITED = {
     "lbfgs": "it evaluates the loss at several points in one step and learns curvature from steps that QuacK changes",
@@ -72,22 +73,18 @@ def _remade(kind: Callable[..., Any], group: Mapping[str, Any], weight: Tensor, 
 
 def _inside(optimizer: Optimizer) -> str | None:
     """The attribute with the optimizers that an optimizer wraps (they hold some of its weights), or None."""
-    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    own = set(params_of(optimizer))
     for name, value in vars(optimizer).items():
         each = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
         others = [one for one in each if isinstance(one, Optimizer) and one is not optimizer]
-        if any(id(p) in own for one in others for group in one.param_groups for p in group["params"]):
+        if not all(own.isdisjoint(params_of(one)) for one in others):
             return name
     return None
 
 
 @torch.no_grad()
 def _lasts(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
-    """Whether an external change of a weight is still there some steps later.
-
-    A new optimizer of the same class trains a tiny weight with and without such a change. If that raises, the result is
-    True: the class may need arguments that a parameter group does not have.
-    """
+    """Whether an external change of a tiny weight is still there after some steps of a new optimizer of this class."""
     if kind.__module__.startswith("torch.optim."):
         return True
     start = torch.linspace(-1, 1, 16, device="cpu").view(4, 4).cos()
@@ -96,7 +93,7 @@ def _lasts(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
         with torch.random.fork_rng([]), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             ends = [_run(kind, group, start, change * n) for n in (0, 1)]
-    except Exception:
+    except Exception:  # it may need arguments that a parameter group does not have
         return True
     left = ((ends[1] - ends[0]) * change).sum() / change.square().sum()
     return bool(left > 0.75)

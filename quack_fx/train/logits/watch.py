@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
@@ -182,7 +183,10 @@ class _Watch(TorchFunctionMode):
                     continue
                 if site in run.read and site.layout.query_heads == 1:
                     raise _Unread("it has one head, and several softmaxes in its forward depend on that")
-                largest = _rows(call) if largest is None else largest
+                if largest is None:
+                    with torch.no_grad():
+                        largest = call.largest()
+                    largest = largest.to(torch.promote_types(largest.dtype, torch.float32))
                 if not axes.fit(largest.shape):
                     raise _Unread(f"its logits have the shape {list(largest.shape)}, and its queries another one")
             except _Unread as error:
@@ -195,13 +199,6 @@ class _Watch(TorchFunctionMode):
 
 class _Unread(Exception):
     """Logits cannot be read; the message is the reason."""
-
-
-@torch.no_grad()
-def _rows(call: Call) -> Tensor:
-    """The largest logit of every query, detached from the graph, at least in float32."""
-    found = call.largest()
-    return found.detach().to(torch.promote_types(found.dtype, torch.float32))
 
 
 def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
@@ -267,10 +264,7 @@ def _leave_interrupted() -> None:
 
 def _is_running(frame: FrameType) -> bool:
     """Whether a frame is on the current call stack."""
-    caller: FrameType | None = sys._getframe(1)
-    while caller is not None and caller is not frame:
-        caller = caller.f_back
-    return caller is frame
+    return any(caller is frame for caller, _ in walk_stack(sys._getframe(1)))
 
 
 def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:

@@ -9,9 +9,7 @@ In: a layout and the shapes of its parameters. Out: source code, which `convert`
     about.py     the program's docstring
     parts/       code that is the same for every model and is copied into the program
     source.py    assembles the program from these
-    text.py      helpers that format source code
-    names.py     names of parameters, as variables and as templates with numbers
-    execute.py   runs the source as a module
+    text.py      helpers that format source code and names
     scaling.py   writes and runs the program of a given model; spectral norms
     zeros.py     support for weights that are zero at the start
 """

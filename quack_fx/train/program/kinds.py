@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from quack_fx.errors import LayoutError
 from quack_fx.layout import AttentionSite, QKLayout, Ranges, Role, WeightBlock, merged
-from quack_fx.train.program.names import name_template
+from quack_fx.train.program.text import name_template
 
 Names = tuple[int, ...]
 """The numbers in the parameter names of one instance."""

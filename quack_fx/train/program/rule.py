@@ -32,7 +32,7 @@ def factor_lines(kind: Kind, names: Sequence[str], tables: Tables) -> list[str]:
             products[block].append(_others(kind, names, term, place, tables))
     lines = []
     for name, own in zip(names, products, strict=True):
-        inverse = [f"1 / {product}" if _binds(product) else f"1 / ({product})" for product in dict.fromkeys(own)]
+        inverse = [f"1 / {product}" for product in dict.fromkeys(own)]
         if len(inverse) == 1:
             lines.append(f"{INDENT * 2}{name}={inverse[0]},")
         else:
@@ -41,46 +41,31 @@ def factor_lines(kind: Kind, names: Sequence[str], tables: Tables) -> list[str]:
     return lines
 
 
-def _binds(text: str) -> bool:
-    """Whether an expression binds tighter than division: a name with optional calls and indices."""
-    depth = 0
-    for c in text:
-        depth += (c in "([") - (c in ")]")
-        if depth == 0 and c in " ":
-            return False
-    return True
-
-
 def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Tables) -> str:
-    """The product of a term's other norms; for a head that several query heads read, the largest product."""
+    """The product of a term's other norms, bracketed; the largest one for a head that several query heads read."""
     heads = len(term.factors[0][1])
     own, target = term.factors[place]
     size = len(kind.blocks[own].heads)
     others = [factor for i, factor in enumerate(term.factors) if i != place]
-    wide = any(_spreads(len(kind.blocks[b].heads), column) for b, column in others)
+    # Whether query heads read different norms.
+    wide = any(len(kind.blocks[b].heads) > 1 or len(column) == 1 for b, column in others)
     # Sorted by block, so that equal products have equal text.
     parts = [_read(f"n.{names[b]}", len(kind.blocks[b].heads), column, tables) for b, column in sorted(others)]
-    product = " * ".join(parts)
-    whole = f"({product})" if len(parts) > 1 else product
+    product = f"({' * '.join(parts)})" if len(parts) > 1 else parts[0]
     if wide and target == tuple(range(size)):
         return product
     if not wide and set(target) == set(range(size)):  # the product is the same for every head
-        return product if size == 1 else f"{whole}.expand(-1, {size})"
+        return product if size == 1 else f"{product}.expand(-1, {size})"
     if not wide:
-        return f"largest({whole}.expand(-1, {heads}), {tables.text(as_ranges(target))}, {size})"
+        return f"largest({product}.expand(-1, {heads}), {tables.text(as_ranges(target))}, {size})"
     if size == 1:
-        return f"{whole}.amax(-1, keepdim=True)"
+        return f"{product}.amax(-1, keepdim=True)"
     pattern, groups = map_pattern(target, size), heads // size
     if pattern == "blocks":
-        return f"{whole}.unflatten(-1, ({size}, {groups})).amax(-1)"
+        return f"{product}.unflatten(-1, ({size}, {groups})).amax(-1)"
     if pattern == "cycle" and groups * size == heads:
-        return f"{whole}.unflatten(-1, ({groups}, {size})).amax(-2)"
-    return f"largest({whole}, {tables.text(as_ranges(target))}, {size})"
-
-
-def _spreads(size: int, column: tuple[int, ...]) -> bool:
-    """Whether query heads read different norms of a block."""
-    return size > 1 or len(column) == 1
+        return f"{product}.unflatten(-1, ({groups}, {size})).amax(-2)"
+    return f"largest({product}, {tables.text(as_ranges(target))}, {size})"
 
 
 def _read(norms: str, size: int, column: tuple[int, ...], tables: Tables) -> str:

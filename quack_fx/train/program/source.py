@@ -74,7 +74,7 @@ def write_program(
     sizes = [math.prod(shapes[name]) for kind in kinds for name in kind.names()]
     others = features.intersection({"sharded", "masters"}).union(set(optimizers) - {"Adam", "AdamW"})
     features |= {"others"} if others else set()
-    small = max(sizes, default=0) <= _constant("change", "SMALL")
+    small = max(sizes, default=0) <= _most_small()
     features |= {"small"} if others or small else set()
     # A rank's shard may hold any rows.
     features |= {"ends"} if not small and "sharded" not in features and any(kind.ends() for kind in kinds) else set()
@@ -153,13 +153,10 @@ def _last(piece: ast.stmt | ast.arg) -> int:
     return piece.lineno if body else (piece.end_lineno or piece.lineno)
 
 
-def _constant(part: str, name: str) -> int:
-    """The value of an integer constant of a part."""
-    for node in _source(part)[1].body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=found)], value=ast.Constant(value=int(value))) if found == name:
-                return value
-    raise LookupError(f"{part}.py has no constant {name}")
+def _most_small() -> int:
+    """The number of elements up to which `parts/change.py` calls a weight small; importing it would import torch."""
+    (line,) = (line for line in _source("change")[0] if line.startswith("SMALL = "))
+    return int(line.split()[2])
 
 
 @cache
@@ -172,25 +169,19 @@ def _imports(parts: Sequence[str], body: Sequence[str]) -> str:
     """The imports of the parts, limited to names that the text uses."""
     text = "\n".join(body)
     plain: set[str] = set()
-    named: dict[str, dict[str, str | None]] = {}
-    for part in parts:
-        for node in _source(part)[1].body:
+    named: dict[str, set[str]] = {}
+    for node in (node for part in parts for node in _source(part)[1].body):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            used = {ast.unparse(a) for a in node.names if re.search(rf"\b{a.asname or a.name}\b", text)}
             if isinstance(node, ast.Import):
-                plain |= {a.name for a in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(("quack_fx", "__")):
-                named.setdefault(node.module, {}).update({a.name: a.asname for a in node.names})
-
-    def used(name: str) -> bool:
-        return re.search(rf"\b{name}\b", text) is not None
-
+                plain |= used
+            elif node.module and used and not node.module.startswith(("quack_fx", "__")):
+                named.setdefault(node.module, set()).update(used)
     groups: dict[bool, list[str]] = {False: [], True: []}
     for name in sorted(plain):
-        if used(name):
-            groups[name == "torch"].append(f"import {name}")
-    for module in sorted(named):
-        names = sorted(n for n, alias in named[module].items() if used(alias or n))
-        if names:
-            entries = [f"{n} as {named[module][n]}" if named[module][n] else n for n in names]
-            groups[module.startswith("torch")].append("\n".join(bracketed(0, f"from {module} import ", entries, "")))
+        groups[name == "torch"].append(f"import {name}")
+    for module, names in sorted(named.items()):
+        line = "\n".join(bracketed(0, f"from {module} import ", sorted(names), ""))
+        groups[module.startswith("torch")].append(line)
     blocks = (["from __future__ import annotations"], groups[False], groups[True])
     return "\n\n".join("\n".join(block) for block in blocks if block)

@@ -15,10 +15,22 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from quack_fx.train.program.kinds import Kind
-from quack_fx.train.program.names import common_prefix, name_template, unique_name, variable_names
 from quack_fx.train.program.rows import index_of
 from quack_fx.train.program.rule import factor_lines
-from quack_fx.train.program.text import INDENT, WIDTH, Tables, as_ranges, bracketed, even_runs, quoted, range_of
+from quack_fx.train.program.text import (
+    INDENT,
+    WIDTH,
+    Tables,
+    as_ranges,
+    bracketed,
+    common_prefix,
+    even_runs,
+    name_template,
+    quoted,
+    range_of,
+    unique_name,
+    variable_names,
+)
 
 _LETTERS = "ijkmpqrstuvwxyz"
 _RESERVED = {"at", "n", "self", *_LETTERS, *keyword.kwlist, *dir(builtins)}

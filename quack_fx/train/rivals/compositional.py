@@ -78,24 +78,22 @@ class Compositional(Method):
         norms = self.scaling.norms()
         row = in_a_row(norms)
         partner = row[self._partner.to(row.device)]
-        scales = []
-        for blocks, rows in zip(by_block(partner, norms), self.scaling.rows, strict=True):
-            pairs = zip(blocks, rows, strict=True)
-            scales.append(
-                [self.scaling.tau / 2 * (x.square() / index.shape[-1] + _DAMPING).rsqrt() for x, (index, *_) in pairs]
-            )
-        return scales
+        tau = self.scaling.tau
+        return [
+            [
+                tau / 2 * (norm.square() / index.shape[-1] + _DAMPING).rsqrt()
+                for norm, (index, *_) in zip(blocks, rows, strict=True)
+            ]
+            for blocks, rows in zip(by_block(partner, norms), self.scaling.rows, strict=True)
+        ]
 
 
 def _pairs(site: AttentionSite, places: Mapping[Unit, int]) -> list[tuple[int, int]]:
     """Indices of the query rows and the key rows of each head of a site."""
     if len(site.terms) != 1 or (len(site.terms[0].query), len(site.terms[0].key)) != (1, 1):
         raise OptimizerError(_not_for(site, f"{site.kind.upper()} with several factors or terms"))
-    found = []
-    for head in range(site.query_heads):
-        for (query, rows), (key, key_rows) in site.head_terms(head):
-            found.append((places[Unit.of(query, rows)], places[Unit.of(key, key_rows)]))
-    return found
+    terms = (term for head in range(site.query_heads) for term in site.head_terms(head))
+    return [(places[Unit.of(*query)], places[Unit.of(*key)]) for query, key in terms]
 
 
 def _not_for(site: AttentionSite, what: str) -> str:

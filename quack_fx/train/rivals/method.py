@@ -55,6 +55,12 @@ class Method:
         """
 
 
+def relative_factors(scaling: Scaling) -> list[list[Tensor]]:
+    """Factors of all heads relative to their initial factors; 1 for a head that is multiplied with a pruned one."""
+    pairs = zip(scaling.factors(), scaling.first, strict=True)
+    return [[torch.where(f.isinf(), 1.0, f / start) for f, start in zip(*pair, strict=True)] for pair in pairs]
+
+
 def by_row(scaling: Scaling, of_blocks: Sequence[Sequence[Tensor]]) -> dict[Tensor, Tensor]:
     """Expand scales of heads to scales of rows, using QuacK's program with its own scales replaced.
 
@@ -83,13 +89,7 @@ class Quack(Method):
 
     def block_scales(self) -> list[list[Tensor]]:
         """Learning-rate scale of every head for the current weights, [attentions, heads] by kind and block."""
-        return [
-            [
-                self.scaling.tau * torch.where(factor.isinf(), 1.0, factor / start)
-                for factor, start in zip(now, first, strict=True)
-            ]
-            for now, first in zip(self.scaling.factors(), self.scaling.first, strict=True)
-        ]
+        return [[self.scaling.tau * factor for factor in factors] for factors in relative_factors(self.scaling)]
 
     def row_scales(self) -> Mapping[Tensor, Tensor]:
         """Scale of the update of each row of the query and key weights."""

@@ -23,9 +23,6 @@ from quack_fx.train.units import Owners, nearest
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
-_Powers = dict[Unit, float]
-"""The exponent of gamma for each unit of rows."""
-
 
 class QKClip(Method):
     """QK-Clip (Kimi K2, arXiv 2507.20534), a baseline of the QuacK paper: `method="qk-clip"`.
@@ -104,21 +101,14 @@ class QKClip(Method):
             here.mul_(scale.view(shape))
 
 
-def _powers(site: AttentionSite, head: int, owners: Owners, number: int) -> _Powers:
-    """The exponents of gamma for the rows of a head, such that each of its terms is multiplied by gamma.
-
-    Arguments:
-        site: The attention.
-        head: The head in it.
-        owners: The head that each row belongs to.
-        number: The head's number in `owners`.
-    """
+def _powers(site: AttentionSite, head: int, owners: Owners, number: int) -> dict[Unit, float]:
+    """The exponents of gamma for the rows of a head (`number` in `owners`) that multiply each of its terms by gamma."""
     pairs = list(nearest(site, head))
     own = [tuple(unit is not None and owners.has(unit, number) for unit in pair) for pair in pairs]
     halves = [(0.5, 0.5) if query and key else (float(query), float(key)) for query, key in own]
     one_side = [[(1.0, 0.0)] * len(pairs), [(0.0, 1.0)] * len(pairs)]
     for ways in (halves, *one_side):
-        found: _Powers = {}
+        found: dict[Unit, float] = {}
         for pair, mine, powers in zip(pairs, own, ways, strict=True):
             if sum(powers) != 1 or any(power and not has for power, has in zip(powers, mine, strict=True)):
                 break
