@@ -37,9 +37,6 @@ from quack_fx.errors import StepError
 from quack_fx.layout import QKLayout
 from quack_fx.layout.fit import qk_count
 
-_OWN_TIMES = 3
-"""Default number of timed updates per timed step."""
-
 
 @dataclass(frozen=True)
 class Way:
@@ -143,7 +140,7 @@ def compare(
     models = [arm.model for arm in ways.values()]
     shared = [name for name, arm in ways.items() if models.count(arm.model) > 1]
     steps = interleaved({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
-    update_rounds = update_rounds or _OWN_TIMES * rounds
+    update_rounds = update_rounds or 3 * rounds
     tell(f"timing {update_rounds} rounds of updates")
     alone = _updates_alone(ways)
     updates = interleaved(alone, update_rounds, warm=alone)

@@ -111,7 +111,8 @@ def language_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             f"{len(ids)} of them such; {_WAY_OUT}"
         )
     sizes = [tuple(named[ids[0]].shape)] if given else [(_SEQUENCES, positions) for positions in _POSITIONS]
-    names: list[str | None] = [None, *_optional(model, kwargs)]
+    optional = (p.name for p in inspect.signature(model.forward).parameters.values() if p.default is None)
+    names: list[str | None] = [None, *(name for name in optional if name not in kwargs)]
     failure = "its output has no logits for every token"
     for shape in sizes:
         for targets in names:
@@ -126,12 +127,6 @@ def language_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             if vocabulary is not None:
                 return replace(found, vocabulary=vocabulary)
     raise StepError(f"this model predicts no following tokens ({failure}); {_WAY_OUT}")
-
-
-def _optional(model: nn.Module, kwargs: Mapping[str, Any]) -> list[str]:
-    """Arguments of the forward that default to None and were not passed."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.default is None and p.name not in kwargs]
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ class QuacK:
         scaling = scaling_of(model, layout, tau, norm, [optimizer])
         chosen = method_of(method, scaling, model, layout, threshold)
         self._attach(optimizer, model, layout, chosen, elsewhere, logits)
-        half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
+        half = [p for p in self._held.values() if p.dtype in (torch.bfloat16, torch.float16)]
         if half and chosen.uses_tau:
             warnings.warn(
                 f"{len(half)} query and key weights are in {half[0].dtype}: the optimizer rounds an update before "
@@ -185,7 +185,7 @@ class QuacK:
         if (lost := self._without_start()) is not None:
             warnings.warn(
                 f"{type(optimizer).__name__} has taken steps, and its state has no initial factors of QuacK "
-                f"({STATE_KEY!r}) for {self._names()[lost]!r}: QuacK starts from these weights; to go on with a run "
+                f"({STATE_KEY!r}) for {lost!r}: QuacK starts from these weights; to go on with a run "
                 "that had QuacK, attach it before the checkpoint is read",
                 stacklevel=3,
             )
@@ -299,7 +299,7 @@ class QuacK:
             handle.remove()
         if self._logits is not None:
             self._logits.detach()
-        for param in self._held:
+        for param in self._held.values():
             self.optimizer.state.get(param, {}).pop(STATE_KEY, None)
         _attached.discard(self.optimizer)
 
@@ -322,7 +322,7 @@ class QuacK:
         self._hold()
         # After a step that raised, the state may lack initial factors that `keep` has not written yet.
         if self._snapshot is None and (lost := self._without_start()) is not None:
-            raise OptimizerError(no_start(self._names()[lost]))
+            raise OptimizerError(no_start(lost))
 
     def _hold(self) -> None:
         """Find the weights that the optimizer holds; repeated when parameters were added or replaced."""
@@ -333,14 +333,13 @@ class QuacK:
             self._check_kept(params)
             self.scaling.find(self._model)
         self._seen = seen
-        self._held = [param for param in params if param in self.scaling.home]
         names = self._names()
-        self._held_names = [names[param] for param in self._held]
+        self._held = {names[param]: param for param in params if param in self.scaling.home}
 
     def _check_kept(self, params: list[Tensor]) -> None:
         """Raise if weights were removed from the optimizer, or sharded, after QuacK was attached."""
         now, held = layout_params(self.layout, self._model), set(params)
-        lost = [name for name in self._held_names if now[name].requires_grad and now[name] not in held]
+        lost = [name for name in self._held if now[name].requires_grad and now[name] not in held]
         kind = type(self.optimizer).__name__
         if lost:
             others = f", and {len(lost) - 1} others" if len(lost) > 1 else ""
@@ -352,15 +351,15 @@ class QuacK:
         if any(map(is_sharded, self._model.parameters())) != self._sharded:
             raise OptimizerError(f"the model was sharded after QuacK was attached to {kind}; attach it afterwards")
 
-    def _without_start(self) -> Tensor | None:
-        """A weight that the optimizer's state shows as trained, without initial factors of its attention."""
+    def _without_start(self) -> str | None:
+        """The name of a weight that the optimizer's state shows as trained, without its attention's initial factors."""
         state, home = self.optimizer.state, self.scaling.home
-        unknown = [param for param in self._held if (own := state.get(param)) and STATE_KEY not in own]
+        unknown = {name: p for name, p in self._held.items() if (own := state.get(p)) and STATE_KEY not in own}
         if not unknown:
             return None
         begun = {place for param, place in home.items() if STATE_KEY in (state.get(param) or {})}
-        trained = (p for p in unknown if p.requires_grad and home[p] not in begun and has_trained(state[p]))
-        return next(trained, None)
+        new = {name: p for name, p in unknown.items() if p.requires_grad and home[p] not in begun}
+        return next((name for name, p in new.items() if has_trained(state[p])), None)
 
     def _take_over(self) -> None:
         """Load initial factors from the optimizer's state, and add them to the state of weights that lack them."""
@@ -369,7 +368,7 @@ class QuacK:
         except ValueError as error:
             raise OptimizerError(str(error)) from None
         # Only where there is some state: most optimizers initialise a state only if it is empty.
-        self.scaling.keep(self.optimizer, [param for param in self._held if self.optimizer.state.get(param)])
+        self.scaling.keep(self.optimizer, [param for param in self._held.values() if self.optimizer.state.get(param)])
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -384,7 +383,7 @@ class QuacK:
             self._logits.check(closure=bool(args or kwargs.get("closure")))
         self._take_over()
         scales = self.method.row_scales()
-        self._snapshot = [(p, local(p).clone(), scales[p]) for p in self._held] if scales is not None else []
+        self._snapshot = [(p, local(p).clone(), scales[p]) for p in self._held.values()] if scales is not None else []
         self._nested = 0
 
     @torch.no_grad()
@@ -399,9 +398,9 @@ class QuacK:
             _scale_update(old, local(param), scale)
         if self._logits is not None:
             self._largest = self._logits.take()
-        self.method.after_step(dict(zip(self._held_names, self._held, strict=True)), self._largest)
+        self.method.after_step(self._held, self._largest)
         self._snapshot = None
-        trained = [param for param in self._held if param.grad is not None or optimizer.state.get(param)]
+        trained = [param for param in self._held.values() if param.grad is not None or optimizer.state.get(param)]
         self.scaling.keep(optimizer, trained)
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

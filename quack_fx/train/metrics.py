@@ -91,13 +91,9 @@ class Metrics:
 
 def _distinct_names(sites: Sequence[str]) -> list[str]:
     """Names for metrics, "attention/layers.0.attn"; the second attention of a module is "attention/layers.0.attn#2"."""
-    seen: Counter[str] = Counter()
-    names = []
-    for site in sites:
-        seen[site] += 1
-        number = f"#{seen[site]}" if seen[site] > 1 else ""
-        names.append("/".join(filter(None, ("attention", site + number))))
-    return names
+    counts = [sites[: i + 1].count(site) for i, site in enumerate(sites)]
+    numbered = (f"{site}#{n}" if n > 1 else site for site, n in zip(sites, counts, strict=True))
+    return [f"attention/{name}" if name else "attention" for name in numbered]
 
 
 def _named_blocks(site: AttentionSite) -> Iterator[tuple[str, WeightBlock]]:

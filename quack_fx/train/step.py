@@ -10,7 +10,7 @@ program does not know, which take their own step with QuacK attached through hoo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -27,21 +27,12 @@ from quack_fx.train.held import params_of
 from quack_fx.train.hooks import QuacK, check_tau
 from quack_fx.train.loss import LossFn, model_inputs
 from quack_fx.train.program.scaling import NormName, check_norm, program_text, run_program, with_factor_error
+from quack_fx.train.program.source import PARTS_OF
 from quack_fx.train.ranks import Groups, check_ranks, everywhere, groups_that_differ
 from quack_fx.train.suited import is_lion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from quack_fx.train.program.parts.step import TrainStep as ProgramStep
-
-_KNOWN: dict[type[Optimizer], str] = {
-    torch.optim.Adam: "Adam",
-    torch.optim.AdamW: "AdamW",
-    torch.optim.SGD: "SGD",
-    torch.optim.Muon: "Muon",
-}
-"""Optimizers that a program implements, by exact class, because a subclass may behave differently."""
 
 
 def compile_train_step(
@@ -166,7 +157,7 @@ class TrainStep:
         program = self._program or self._attach(self._find(args, kwargs))
         if self._options.mode:
             torch.compiler.cudagraph_mark_step_begin()
-        with self._dropping_gradients(at_success=False):
+        try:
             loss = program.loss(*args, **kwargs)
             if loss is None:
                 raise StepError(
@@ -176,13 +167,16 @@ class TrainStep:
                 raise StepError("the loss does not depend on any parameter that requires a gradient")
             scaler = self._options.scaler
             torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        except BaseException:
+            self._drop_gradients()
+            raise
         return loss.detach()
 
     def update(self) -> None:
         """Update the weights with the accumulated gradients, then clear the gradients."""
         if self._program is None:
             raise StepError("there is no gradient yet; call forward_backward first, or pass layout=")
-        with self._dropping_gradients(at_success=True):
+        try:
             for quack in self.quacks:
                 quack.check()
             scaler = self._options.scaler
@@ -192,6 +186,8 @@ class TrainStep:
             self._program.update()
             if scaler is not None:
                 scaler.update()
+        finally:
+            self._drop_gradients()
 
     def metrics(self, heads: bool = False) -> dict[str, float]:
         """The result of `QuacK.metrics`; empty if no attention is scaled."""
@@ -213,17 +209,9 @@ class TrainStep:
             "model.state_dict() and optimizer.state_dict(), which has QuacK's factors, or make a step of the copies"
         )
 
-    @contextmanager
-    def _dropping_gradients(self, at_success: bool) -> Iterator[None]:
-        """Clear all gradients if the block raises; with `at_success`, also if it does not."""
-        done = False
-        try:
-            yield
-            done = True
-        finally:
-            if at_success or not done:
-                for optimizer in self._optimizers:
-                    optimizer.zero_grad(set_to_none=True)
+    def _drop_gradients(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QKLayout:
         """The layout, if none was given: found on the first batch."""
@@ -279,8 +267,11 @@ def _known(optimizer: Optimizer) -> str | None:
     """The program's name for an optimizer; None if the optimizer takes its own step."""
     if any(param.is_complex() for param in params_of(optimizer)):
         return None
-    name = _KNOWN.get(type(optimizer))
-    return "Lion" if name is None and is_lion(optimizer) else name
+    name = type(optimizer).__name__
+    # The very class of torch.optim, because a subclass may behave differently.
+    if name in PARTS_OF and getattr(torch.optim, name, None) is type(optimizer):
+        return name
+    return "Lion" if is_lion(optimizer) else None
 
 
 def _check_options(optimizer: Optimizer, name: str | None, options: _Options) -> None:
