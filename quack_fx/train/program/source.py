@@ -15,7 +15,7 @@ from importlib.resources import files
 
 from quack_fx.layout import QKLayout
 from quack_fx.train.program.about import about
-from quack_fx.train.program.kinds import kinds_of
+from quack_fx.train.program.kinds import Kind, kinds_of
 from quack_fx.train.program.text import bracketed
 from quack_fx.train.program.write import StandIn, write_kinds, write_norms
 
@@ -69,15 +69,7 @@ def write_program(
     """
     kinds = kinds_of(layout, shapes)
     stand_ins = stand_ins or {}
-    features = {*features, "norms"} if stand_ins else set(features)
-    # With Adam, `change` handles only weights with heads; with other optimizers, all. A rank's shard may be small.
-    sizes = [math.prod(shapes[name]) for kind in kinds for name in kind.names()]
-    others = features.intersection({"sharded", "masters"}).union(set(optimizers) - {"Adam", "AdamW"})
-    features |= {"others"} if others else set()
-    small = max(sizes, default=0) <= _most_small()
-    features |= {"small"} if others or small else set()
-    # A rank's shard may hold any rows.
-    features |= {"ends"} if not small and "sharded" not in features and any(kind.ends() for kind in kinds) else set()
+    features = _features({*features, "norms"} if stand_ins else set(features), kinds, shapes, optimizers)
     names = list(dict.fromkeys(PARTS_OF[optimizer] for optimizer in optimizers))
     left_out = {"sharded", "masters", "norms"} - features
     every = ("quack", "sharded", "norms", "change", *names, "masters", "step")
@@ -95,6 +87,21 @@ def write_program(
     body = [*written, *_used(copied, [intro, *written, steps, *last]), steps, *last]
     head = f"{intro}\n\n{_imports(parts, [kind, *body])}\n\n{kind}"
     return "\n\n\n".join([head, *body]) + "\n"
+
+
+def _features(
+    asked: set[str], kinds: Sequence[Kind], shapes: Mapping[str, Sequence[int]], optimizers: Sequence[str]
+) -> set[str]:
+    """The features asked for, and those that follow from the optimizers and the sizes of the weights."""
+    found = set(asked)
+    # With Adam, `change` handles only weights with heads; with other optimizers, all. A rank's shard may be small.
+    if asked & {"sharded", "masters"} or set(optimizers) - {"Adam", "AdamW"}:
+        found |= {"others", "small"}
+    if all(math.prod(shapes[name]) <= _most_small() for kind in kinds for name in kind.names()):
+        found.add("small")
+    elif "sharded" not in asked and any(kind.ends() for kind in kinds):  # a rank's shard may hold any rows
+        found.add("ends")
+    return found
 
 
 def _used(copied: Sequence[str], others: Sequence[str]) -> list[str]:
