@@ -44,7 +44,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from benchmarks.attentions import EVEN, KINDS, ODD, Model, Sizes, tensor_parallel_plan
 from quack_fx import QKLayout, QuacK, compile_train_step, convert, find_qk_pairs
 from quack_fx.errors import FactorError, LayoutError, OptimizerError, first_line
-from quack_fx.train.program.execute import execute
+from quack_fx.train.program.scaling import execute
 
 STEPS = 50
 TAU = 0.5

@@ -19,7 +19,7 @@ import quack_fx
 from quack_fx.cli.app import main
 from quack_fx.cli.convert import OptimizerChoice
 from quack_fx.layout import QKLayout
-from quack_fx.train.program.execute import execute
+from quack_fx.train.program.scaling import execute
 from quack_fx.train.program.source import OPTIMIZERS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -27,9 +27,9 @@ import quack_fx
 from quack_fx.errors import EmitError
 from quack_fx.layout import Norm, QKLayout, Skipped, WeightBlock
 from quack_fx.train.convert import OptimizerName, convert, emit
-from quack_fx.train.program.execute import execute
-from quack_fx.train.program.norms import StandIn
+from quack_fx.train.program.scaling import execute
 from quack_fx.train.program.source import OPTIMIZERS
+from quack_fx.train.program.write import StandIn
 
 ROOT = Path(__file__).parent.parent
 NORM = Norm("query", "rms", 4, "attn.q_norm", "attn.q_norm.weight")

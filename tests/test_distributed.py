@@ -34,9 +34,8 @@ from quack_fx import QuacK, compile_train_step, convert
 from quack_fx.errors import FactorError, LayoutError
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, WeightBlock
 from quack_fx.layout.fit import check_layout
-from quack_fx.train.program.execute import execute
 from quack_fx.train.program.parts.sharded import held
-from quack_fx.train.program.scaling import local, scaling_of
+from quack_fx.train.program.scaling import execute, local, scaling_of
 
 HEADS, DIM, WIDTH, STEPS = 3, 5, 8, 8  # 15 rows: two ranks hold 8 and 7, and the second head is cut
 

@@ -18,7 +18,7 @@ from quack_fx.cli.app import main
 from quack_fx.find import explain, find_in_graph, find_qk_pairs
 from quack_fx.find.dumps import VARIABLE
 from quack_fx.layout.walk import Explanation, Held, RowsOf
-from quack_fx.train.program.execute import execute
+from quack_fx.train.program.scaling import execute
 
 MODEL = """\
 import torch

@@ -27,12 +27,11 @@ import quack_fx
 from quack_fx import QuacK
 from quack_fx.errors import FactorError, LayoutError
 from quack_fx.layout import AttentionSite, Norm, QKLayout, Ranges
-from quack_fx.train.program.execute import execute
-from quack_fx.train.program.norms import StandIn
 from quack_fx.train.program.rows import index_of
-from quack_fx.train.program.scaling import NormName, scaling_of
+from quack_fx.train.program.scaling import NormName, execute, scaling_of
 from quack_fx.train.program.source import OPTIMIZERS, write_program
 from quack_fx.train.program.text import Tables
+from quack_fx.train.program.write import StandIn
 
 ROOT = Path(__file__).parent.parent
 Case = Callable[[], tuple[nn.Module, QKLayout]]
@@ -115,7 +114,7 @@ def follow_the_rule(model: nn.Module, layout: QKLayout, norm: NormName = "froben
 def as_large(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether programs are written as for large weights, whose norms are taken one by one and without values."""
     if request.param:
-        monkeypatch.setattr("quack_fx.train.program.source._constant", lambda *_: 0)
+        monkeypatch.setattr("quack_fx.train.program.source._most_small", lambda: 0)
     return bool(request.param)
 
 

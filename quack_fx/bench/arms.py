@@ -14,7 +14,8 @@ In: a model, its layout and a loss. Out: `Arm`s: `forward()` computes gradients,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quack_fx.bench.normed import with_qk_norm
-from quack_fx.layout import QKLayout, Ranges, WeightBlock
+from quack_fx.layout import QKLayout, Ranges
 from quack_fx.train.step import compile_train_step
 
 Loss = Callable[..., Tensor]
@@ -103,11 +104,13 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
     made: dict[str, Arm] = {}
     missing: dict[str, str] = {}
     for name in (name for name in names if name not in _PAIR):
-        arm = _arm(name, case)
-        if isinstance(arm, str):
-            missing[name] = arm
+        model = _model_of(name, case)
+        if isinstance(model, str):
+            missing[name] = model
+        elif name == "e":
+            made[name] = _ours(model, _adamw(model, case), QKLayout(), case)
         else:
-            made[name] = arm
+            made[name] = _torchs(name, model, case)
     shared = copy.deepcopy(case.model)
     optimizer, second = _adamw(shared, case), _adamw(shared, case)
     second.state = optimizer.state
@@ -118,14 +121,11 @@ def arms(names: Sequence[str], case: Case) -> tuple[dict[str, Arm], dict[str, st
     return made, missing
 
 
-def _arm(name: str, case: Case) -> Arm | str:
-    """An arm with its own copy of the model, or the reason why it cannot be built."""
-    model = _with_qk_norm(case) if name in ("e", "f") else copy.deepcopy(case.model)
-    if isinstance(model, str):
-        return model
-    if name == "e":
-        return _ours(model, _adamw(model, case), QKLayout(), case)
-    return _own(name, model, case)
+def _model_of(name: str, case: Case) -> nn.Module | str:
+    """A copy of the model for one arm, or the reason why it cannot have QK norm."""
+    if name not in ("e", "f"):
+        return copy.deepcopy(case.model)
+    return with_qk_norm(case.model, case.layout) if case.normed is None else copy.deepcopy(case.normed)
 
 
 def _adamw(model: nn.Module, case: Case) -> torch.optim.AdamW:
@@ -138,11 +138,7 @@ def _ours(model: nn.Module, optimizer: torch.optim.Optimizer, layout: QKLayout, 
     return Arm(model, lambda: step.forward_backward(*case.args, **case.kwargs), step.update)
 
 
-def _with_qk_norm(case: Case) -> nn.Module | str:
-    return with_qk_norm(case.model, case.layout) if case.normed is None else copy.deepcopy(case.normed)
-
-
-def _own(name: str, model: nn.Module, case: Case) -> Arm:
+def _torchs(name: str, model: nn.Module, case: Case) -> Arm:
     """An arm with a torch optimizer."""
     loss = case.loss if name in ("a", "f") else torch.compile(case.loss)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -160,16 +156,12 @@ def _own(name: str, model: nn.Module, case: Case) -> Arm:
         value.backward()
         return value.detach()
 
-    by_hand = _ByHand(model, case.layout) if name == "d" else None
+    around = _ByHand(model, case.layout).around if name == "d" else nullcontext
 
     def update() -> None:
         nn.utils.clip_grad_norm_(parameters, case.clip)
-        if by_hand is None:
+        with around():
             step_of()
-        else:
-            by_hand.before()
-            step_of()
-            by_hand.after()
         optimizer.zero_grad(set_to_none=True)
 
     return Arm(model, forward, update)
@@ -181,13 +173,13 @@ class _ByHand:
     def __init__(self, model: nn.Module, layout: QKLayout) -> None:
         params = dict(model.named_parameters())
         heads: dict[tuple[str, int, Ranges], int] = {}
-
-        def number(block: WeightBlock, ranges: Ranges) -> int:
-            return heads.setdefault((block.param, block.axis, ranges), len(heads))
-
-        sites = [site for site in layout.sites if not site.qk_norm]
-        terms = [term for site in sites for head in range(site.query_heads) for term in site.head_terms(head)]
-        self._terms = [tuple(number(block, ranges) for block, ranges in term) for term in terms]
+        self._terms = [
+            [heads.setdefault((block.param, block.axis, ranges), len(heads)) for block, ranges in term]
+            for site in layout.sites
+            if not site.qk_norm
+            for head in range(site.query_heads)
+            for term in site.head_terms(head)
+        ]
         self._rows = [[params[name].detach().narrow(axis, a, b - a) for a, b in ranges] for name, axis, ranges in heads]
         self._first = self._factors()
 
@@ -200,13 +192,14 @@ class _ByHand:
                 found[unit].append(1 / torch.stack(others).prod())
         return [torch.stack(factors).amin() for factors in found]
 
-    @torch.no_grad()
-    def before(self) -> None:
-        self._scales = [now / first for now, first in zip(self._factors(), self._first, strict=True)]
-        self._old = [[part.clone() for part in rows] for rows in self._rows]
-
-    @torch.no_grad()
-    def after(self) -> None:
-        for rows, old, scale in zip(self._rows, self._old, self._scales, strict=True):
-            for part, was in zip(rows, old, strict=True):
-                part.copy_(was + scale * (part - was))
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Scale the changes that a step makes in this context."""
+        with torch.no_grad():
+            scales = [now / first for now, first in zip(self._factors(), self._first, strict=True)]
+            before = [[part.clone() for part in rows] for rows in self._rows]
+        yield
+        with torch.no_grad():
+            for rows, old, scale in zip(self._rows, before, scales, strict=True):
+                for part, was in zip(rows, old, strict=True):
+                    part.copy_(was + scale * (part - was))

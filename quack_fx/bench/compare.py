@@ -6,10 +6,11 @@ first step, and the peak memory; and the limits of the machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,6 @@ from quack_fx.errors import StepError
 from quack_fx.layout import QKLayout
 from quack_fx.layout.fit import qk_count
 
-_OWN_TIMES = 3
-"""Default number of timed updates per timed step."""
-
 
 @dataclass(frozen=True)
 class Way:
@@ -46,15 +44,15 @@ class Way:
 
     Attributes:
         step: Seconds of a whole step.
-        update: Seconds of the update alone, clipping included; None if it cannot be timed alone.
+        update: Seconds of the update alone, clipping included.
         peak: Peak bytes of tensors during a step, beyond weights and optimizer state.
         first: Seconds of the first step, compilation included.
         work: Kernels of a step; None on a CPU.
-        update_work: Kernels of an update; None on a CPU, or if it cannot be run alone.
+        update_work: Kernels of an update; None on a CPU.
     """
 
     step: Times
-    update: Times | None
+    update: Times
     peak: int
     first: float
     work: Work | None
@@ -94,11 +92,11 @@ class Comparison:
     bandwidth: float
     rate: float
 
-    def ratio(self, one: str, other: str, what: Callable[[Way], Times | None]) -> str:
+    def ratio(self, one: str, other: str, what: Literal["step", "update"]) -> str:
         """Median and quartiles of the ratio within a round; "-" if one of the ways is missing."""
-        above, below = (what(self.ways[name]) if name in self.ways else None for name in (one, other))
-        if above is None or below is None:
+        if not self.ways.keys() >= {one, other}:
             return "-"
+        above, below = (getattr(self.ways[name], what) for name in (one, other))
         low, middle, high = above.over(below)
         return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
@@ -133,38 +131,36 @@ def compare(
             missing[name] = str(error)
             del ways[name]
     tell("measuring memory")
-    peaks: dict[str, int] = {}
-    works: dict[str, Work | None] = {}
+    costs: dict[str, tuple[int, Work | None]] = {}
     for name, arm in ways.items():
         arm.step()
         arm.step()  # again, because another way's writes to shared weights make it recompute norms
-        peaks[name] = peak_bytes(arm.step)
-        works[name] = device_work(arm.step)
+        costs[name] = peak_bytes(arm.step), device_work(arm.step)
     tell(f"timing {rounds} rounds of steps")
     models = [arm.model for arm in ways.values()]
     shared = [name for name, arm in ways.items() if models.count(arm.model) > 1]
     steps = interleaved({name: arm.step for name, arm in ways.items()}, rounds, warm=shared)
-    update_rounds = update_rounds or _OWN_TIMES * rounds
+    update_rounds = update_rounds or 3 * rounds
     tell(f"timing {update_rounds} rounds of updates")
     alone = _updates_alone(ways)
     updates = interleaved(alone, update_rounds, warm=alone)
-    update_works = {name: device_work(update) for name, update in alone.items()}
+    measured = {
+        name: Way(steps[name], updates[name], peak, first[name], work, device_work(alone[name]))
+        for name, (peak, work) in costs.items()
+    }
     tell("measuring what the machine can do")
     trained = [p for p in case.model.parameters() if p.requires_grad]
     device, weights = trained[0].device, sum(p.numel() for p in trained)
     sizes = [p.element_size() * p.numel() for p in trained]
     return Comparison(
-        ways={
-            name: Way(steps[name], updates.get(name), peaks[name], first[name], works[name], update_works.get(name))
-            for name in ways
-        },
+        ways=measured,
         missing=missing,
         machine=machine(),
         rounds=rounds,
         update_rounds=update_rounds,
         weights=weights,
         scaled=_scaled(case),
-        tokens=next(_tokens(case), None),
+        tokens=_tokens(case),
         flops=_flops(case),
         update_bytes=sum(sizes) * (1 + 4 + 3),
         bandwidth=bandwidth(device),
@@ -196,37 +192,28 @@ def _scaled(case: Case) -> int:
     return qk_count(QKLayout(tuple(site for site in case.layout.sites if not site.qk_norm)), shapes)
 
 
-def _tokens(case: Case) -> Iterator[int]:
-    """Number of tokens in each argument that contains tokens."""
-    for value in (*case.args, *case.kwargs.values()):
-        if isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() > 1:
-            yield value.numel()
+def _tokens(case: Case) -> int | None:
+    """Number of tokens in the first argument that contains tokens."""
+    tensors = (value for value in (*case.args, *case.kwargs.values()) if isinstance(value, Tensor))
+    return next((tensor.numel() for tensor in tensors if tensor.dtype == torch.int64 and tensor.dim() > 1), None)
 
 
 def _flops(case: Case) -> int:
-    """FLOPs of the matrix products in one forward and backward; causal attention counts in full.
-
-    Counted on fake tensors unless the model reads tensor values, because unfused attention may not fit in memory next
-    to the copies of the model.
-    """
+    """FLOPs of the matrix products in one forward and backward; causal attention counts in full."""
     loss, args, kwargs = _Loss(case), case.args, dict(case.kwargs)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH):
-        try:
+        try:  # on fake tensors, because unfused attention may not fit in memory next to the copies of the model
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, counter:
-                held: dict[str, Any] = {name: mode.from_tensor(t) for name, t in _tensors(loss)}
+                tensors = chain(loss.named_parameters(), loss.named_buffers())
+                held: dict[str, Any] = {name: mode.from_tensor(tensor) for name, tensor in tensors}
                 args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
                 functional_call(loss, held, args, kwargs).backward()
-        except DataDependentOutputException:
+        except DataDependentOutputException:  # the model reads values
             with counter:
                 loss(*case.args, **case.kwargs).backward()
             case.model.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 class _Loss(nn.Module):

@@ -145,10 +145,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
 
 def machine() -> str:
     """Kind of machine and versions, for the head of a table of results."""
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
-    else:
-        where = (
-            f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-        )
+    cpu = f"CPU, {torch.get_num_threads()} threads, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return f"{where}; torch {torch.__version__}, Python {platform.python_version()}"

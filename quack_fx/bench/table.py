@@ -11,8 +11,7 @@ from rich import box
 from rich.table import Table
 
 from quack_fx.bench.arms import MEANING
-from quack_fx.bench.compare import Comparison, Way
-from quack_fx.bench.measure import Times
+from quack_fx.bench.compare import Comparison
 
 
 def terminal(comparison: Comparison) -> Table:
@@ -63,14 +62,15 @@ def findings(comparison: Comparison) -> Iterator[str]:
     if {"plain", "quack"} <= c.ways.keys():
         memory = c.ways["quack"].peak / max(1, c.ways["plain"].peak)
         yield (
-            f"QuacK over the same step without it: update {c.ratio('quack', 'plain', _update)}, "
-            f"step {c.ratio('quack', 'plain', _step)}, peak memory {memory:.3f}{_share(c)}."
+            f"QuacK over the same step without it: update {c.ratio('quack', 'plain', 'update')}, "
+            f"step {c.ratio('quack', 'plain', 'step')}, peak memory {memory:.3f}{_share(c)}."
         )
         yield from _on_device(c)
     if {"e", "quack", "plain"} <= c.ways.keys():
+        eager = f", of an eager model {c.ratio('f', 'a', 'step')}" if {"a", "f"} <= c.ways.keys() else ""
         yield (
-            f"QuacK over QK norm: step {c.ratio('quack', 'e', _step)}. "
-            f"QK norm over none: step {c.ratio('e', 'plain', _step)}{_eager(c)}."
+            f"QuacK over QK norm: step {c.ratio('quack', 'e', 'step')}. "
+            f"QK norm over none: step {c.ratio('e', 'plain', 'step')}{eager}."
         )
     yield (
         f"Limits: {c.update_bytes / 1e6:,.1f} MB at {c.bandwidth / 1e9:,.1f} GB/s (a large copy) make an update of "
@@ -83,15 +83,9 @@ def findings(comparison: Comparison) -> Iterator[str]:
 def _share(comparison: Comparison) -> str:
     """What QuacK adds to an update, in percent of a step; it is too little to show in step times."""
     quack, plain = comparison.ways["quack"], comparison.ways["plain"]
-    if quack.update is None or plain.update is None:
-        return ""
     more = quack.update.minus(plain.update)
     low, middle, high = (f"{seconds / plain.step.median:.2%}" for seconds in more)
     return f"; the update takes {1e3 * more[1]:.1f} ms longer, {middle} ({low} to {high}) of a step"
-
-
-def _eager(comparison: Comparison) -> str:
-    return f", of an eager model {comparison.ratio('f', 'a', _step)}" if {"a", "f"} <= comparison.ways.keys() else ""
 
 
 def _on_device(comparison: Comparison) -> Iterator[str]:
@@ -106,14 +100,6 @@ def _on_device(comparison: Comparison) -> Iterator[str]:
         )
 
 
-def _step(way: Way) -> Times:
-    return way.step
-
-
-def _update(way: Way) -> Times | None:
-    return way.update
-
-
 def _columns(comparison: Comparison) -> list[str]:
     columns = ["step, ms", "step / c"]
     columns += ["tokens/s"] if comparison.tokens else []
@@ -124,18 +110,18 @@ def _columns(comparison: Comparison) -> list[str]:
 def _cells(comparison: Comparison, name: str) -> list[str]:
     c, way = comparison, comparison.ways[name]
     seconds = way.step.median
-    cells = [f"{1e3 * seconds:.1f}", c.ratio(name, "c", _step)]
+    cells = [f"{1e3 * seconds:.1f}", c.ratio(name, "c", "step")]
     cells += [f"{c.tokens / seconds:,.0f}"] if c.tokens else []
     cells += [
         f"{c.flops / seconds / c.rate:.0%}",
-        "-" if way.update is None else f"{1e3 * way.update.median:.2f}",
-        c.ratio(name, "plain", _update),
+        f"{1e3 * way.update.median:.2f}",
+        c.ratio(name, "plain", "update"),
         f"{way.peak / 1e6:.1f}",
         f"{way.first:.1f}",
     ]
     if _has_device(c):
-        own = way.update_work
         cells.append("-" if way.work is None else str(way.work.kernels))
+        own = way.update_work
         cells += ["-", "-"] if own is None else [str(own.kernels), f"{1e3 * own.seconds:.3f}"]
     return cells
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from quack_fx.bench.normed import with_qk_norm
 from quack_fx.errors import OptimizerError, StepError
@@ -162,10 +163,8 @@ def models_of(task: Task, seed: int) -> Models:
     """The model for a seed, without and with QK norm: inserted if the model has none, removed if it has one."""
     model = task.model(seed)
     if not any(site.qk_norm for site in task.layout.sites):
-        args, kwargs = task.held_out[0]
-        return Models(
-            model, with_qk_norm(model, task.layout, model_inputs(model, task.loss, args, kwargs)), task.layout
-        )
+        inputs = model_inputs(model, task.loss, *task.held_out[0])
+        return Models(model, with_qk_norm(model, task.layout, inputs), task.layout)
     bare = copy.deepcopy(model)
     report = strip_qk_norm(bare, task.layout)
     reason = next((f"the QK norm of {left.site!r} stays: {left.reason}" for left in report.left), None)
@@ -220,7 +219,7 @@ def _train(
     """The loss of the held-out batches after training; None if the time ran out first."""
     optimizers = _optimizers(model, plan.optimizer, lr)
     step = compile_train_step(model, optimizers, task.loss, layout=layout, tau=tau, clip_grad_norm=_CLIP, compile=False)
-    base = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    warmups = [LambdaLR(own, lambda done: min(1.0, _WARMUP * (done + 1) / plan.steps)) for own in optimizers]
     batches = islice(task.batches(seed), plan.steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same dropout masks for every arm
@@ -230,11 +229,9 @@ def _train(
             args, kwargs = next(batches, ((), None))
             if kwargs is None:
                 raise StepError(f"the batches end after {done}; {plan.steps} steps need as many")
-            factor = min(1.0, _WARMUP * (done + 1) / plan.steps)
-            for optimizer, rates in zip(optimizers, base, strict=True):
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = factor * rate
             loss = step(*args, **kwargs)
+            for warmup in warmups:
+                warmup.step()
             if done % _LOOK == 0 and not torch.isfinite(loss):
                 return math.nan
         return _held_out(task, model, step)

@@ -95,7 +95,8 @@ def advice(outcomes: Sequence[Outcome], plan: Plan) -> Iterator[str]:
         return
     best = min(bests, key=lambda point: point.mean)
     plain = next((point for point in bests if point.arm.kind == "none"), None)
-    yield f"lowest loss: {best.arm.name}, lr {best.lr:g}: {best}{_seeds(best)}"
+    seeds = f"{len(best.losses)} seed{'s' if len(best.losses) > 1 else ''}"
+    yield f"lowest loss: {best.arm.name}, lr {best.lr:g}: {best} ({seeds})"
     missing = [point for row in rows for point in row if not point.losses]
     if missing:
         yield f"not run: {len(missing)} of {sum(map(len, rows))} points of the table; they may be better"
@@ -107,7 +108,9 @@ def advice(outcomes: Sequence[Outcome], plan: Plan) -> Iterator[str]:
     if len(plan.lrs) > 1 and best.lr in (min(plan.lrs), max(plan.lrs)):
         where = "lower" if best.lr == min(plan.lrs) else "higher"
         yield f"lr {best.lr:g} is at the end of the range: a {where} one may be better; give --lr"
-    yield from _diverged(rows)
+    for row in rows:
+        if broken := [f"{point.lr:g}" for point in row if point.losses and not point.sound]:
+            yield f"{row[0].arm.name} diverged at lr {', '.join(broken)}"
     yield f"these are runs of {plan.steps} steps: what a long run ends with may differ"
 
 
@@ -124,21 +127,9 @@ def _against(point: Point, plain: Point) -> str:
     return text + f"{_with_spread(differences, '+')}, {verdict}"
 
 
-def _diverged(rows: Sequence[Sequence[Point]]) -> Iterator[str]:
-    """The learning rates at which each arm diverged."""
-    for row in rows:
-        broken = [point for point in row if point.losses and not point.sound]
-        if broken:
-            yield f"{row[0].arm.name} diverged at lr {', '.join(f'{point.lr:g}' for point in broken)}"
-
-
 def _best(row: Sequence[Point]) -> Point | None:
     """The point with the lowest mean loss among those at which no run diverged."""
     return min((point for point in row if point.sound), key=lambda point: point.mean, default=None)
-
-
-def _seeds(point: Point) -> str:
-    return f" ({len(point.losses)} seed{'s' if len(point.losses) > 1 else ''})"
 
 
 def _with_spread(values: Sequence[float], sign: str = "") -> str:

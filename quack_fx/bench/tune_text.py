@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,18 @@ class LanguageModel:
 
     def loss(self, model: nn.Module, tokens: Tensor, following: Tensor) -> Tensor:
         """Mean next-token loss; `tokens` and the next tokens, `following`, are [sequences, positions]."""
-        logits = _logits(model(*self.args_with(tokens), **self.kwargs_with(tokens, following)), tokens)
+        logits = self.logits(model, tokens, following)
         assert logits is not None
         return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
 
-    def args_with(self, tokens: Tensor) -> tuple[Any, ...]:
-        """The positional arguments for the given tokens."""
-        return tuple(tokens if i == self.tokens else value for i, value in enumerate(self.args))
-
-    def kwargs_with(self, tokens: Tensor, following: Tensor) -> dict[str, Any]:
-        """The keyword arguments for the given tokens and next tokens."""
-        own = {name: tokens if name == self.tokens else value for name, value in self.kwargs.items()}
-        return own if self.targets is None else {**own, self.targets: following}
+    def logits(self, model: nn.Module, tokens: Tensor, following: Tensor) -> Tensor | None:
+        """The largest tensor in the model's output that has a vector for every token, if there is one."""
+        args = [tokens if i == self.tokens else value for i, value in enumerate(self.args)]
+        kwargs = {name: tokens if name == self.tokens else value for name, value in self.kwargs.items()}
+        output = model(*args, **kwargs, **({} if self.targets is None else {self.targets: following}))
+        leaves = tree_leaves(dict(output) if hasattr(output, "keys") else output)
+        parts = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3]
+        return max((part for part in parts if part.shape[:2] == tokens.shape), key=Tensor.numel, default=None)
 
     def batches(self, text: Tensor, seed: int) -> Iterator[Batch]:
         """Endless random batches of a text."""
@@ -111,7 +111,8 @@ def language_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
             f"{len(ids)} of them such; {_WAY_OUT}"
         )
     sizes = [tuple(named[ids[0]].shape)] if given else [(_SEQUENCES, positions) for positions in _POSITIONS]
-    names: list[str | None] = [None, *_optional(model, kwargs)]
+    optional = (p.name for p in inspect.signature(model.forward).parameters.values() if p.default is None)
+    names: list[str | None] = [None, *(name for name in optional if name not in kwargs)]
     failure = "its output has no logits for every token"
     for shape in sizes:
         for targets in names:
@@ -124,23 +125,13 @@ def language_model(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
                 failure = first_line(error) if targets is None else failure
                 continue
             if vocabulary is not None:
-                return LanguageModel(tuple(args), dict(kwargs), ids[0], targets, vocabulary, (shape[0], shape[1]))
+                return replace(found, vocabulary=vocabulary)
     raise StepError(f"this model predicts no following tokens ({failure}); {_WAY_OUT}")
-
-
-def _optional(model: nn.Module, kwargs: Mapping[str, Any]) -> list[str]:
-    """Arguments of the forward that default to None and were not passed."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.default is None and p.name not in kwargs]
 
 
 @torch.no_grad()
 def _vocabulary(model: nn.Module, found: LanguageModel) -> int | None:
-    """Size of the vocabulary, from the logits; None if there are no logits, or if they depend on the targets.
-
-    Raises:
-        StepError: The logits of a position depend on later tokens.
-    """
+    """Size of the vocabulary, from the logits; None if there are no logits, or if they depend on the targets."""
     rows = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
     most = max(2, min(rows, default=2))
     tokens, following = torch.randint(most, (2, *found.shape), generator=torch.Generator().manual_seed(0))
@@ -149,25 +140,18 @@ def _vocabulary(model: nn.Module, found: LanguageModel) -> int | None:
     model.eval()
     try:
         logits, by_targets, by_later = (
-            _logits(model(*found.args_with(ids), **found.kwargs_with(ids, targets)), tokens)
+            found.logits(model, ids, targets)
             for ids, targets in ((tokens, following), (tokens, following.flip(1)), (later, following))
         )
     finally:
         model.train(training)
-    if logits is None or by_targets is None or by_later is None or logits.shape[-1] not in rows:
+    if logits is None or by_targets is None or by_later is None:
         return None
-    if not torch.equal(logits, by_targets):
+    if logits.shape[-1] not in rows or not torch.equal(logits, by_targets):
         return None
     if not torch.allclose(logits[:, :-1], by_later[:, :-1], rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
         raise StepError(f"this model sees the tokens that it would be asked for; {_WAY_OUT}")
     return logits.shape[-1]
-
-
-def _logits(output: Any, tokens: Tensor) -> Tensor | None:
-    """The largest tensor in an output that has a vector for every token."""
-    leaves = tree_leaves(dict(output) if hasattr(output, "keys") else output)
-    parts = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 3]
-    return max((part for part in parts if part.shape[:2] == tokens.shape), key=Tensor.numel, default=None)
 
 
 def text_of(path: Path | None, positions: int) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ In: a layout, the model and its optimizer. Out: a training step with separate le
     held.py      the query and key weights that an optimizer holds
     rivals/      QuacK and the methods it is compared with
     logits/      reads the largest attention logits in forward passes
-    owners.py    which rows are used by one query head only
     metrics.py   norms, learning rates and growth for a logger
-    places.py    the index of each head in the flattened numbers of a program
+    units.py     the rows of each head: who else uses them, and their index in the numbers of a program
     record.py    records a run as JSON lines and for TensorBoard
     inline.py    inserts the scaling into a traced graph
     loss.py      the arguments that a loss function passes to the model
-    lion.py      detects Lion
+    suited.py    whether QuacK suits an optimizer, and whether it is Lion
+    ranks.py     makes sure that ranks take the same steps
 """

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from quack_fx.errors import EmitError
 from quack_fx.layout import QKLayout
 from quack_fx.layout.fit import bare_name, without_wrappers
-from quack_fx.train.program.norms import StandIn
 from quack_fx.train.program.source import OPTIMIZERS, write_program
+from quack_fx.train.program.write import StandIn
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,9 +5,10 @@ In: an optimizer, and the scales of a program. Out: the optimizer's parameters; 
 
 from __future__ import annotations
 
-import inspect
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from traceback import walk_stack
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -36,11 +37,6 @@ def no_start(name: str) -> str:
     )
 
 
-def and_others(names: Sequence[str]) -> str:
-    """Suffix of a message: the number of names after the first."""
-    return f", and {len(names) - 1} others" if len(names) > 1 else ""
-
-
 def has_trained(state: Mapping[str, Any]) -> bool:
     """Whether a parameter's state shows that it has taken steps; waits for the device."""
     tensors = [local(value) for value in state.values() if isinstance(value, Tensor)]
@@ -52,10 +48,10 @@ def stale_weight(
 ) -> str | None:
     """A weight that the optimizer lacks but seems to hold an old copy of: as many other tensors have its shape."""
     params = params_of(optimizer)
-    held, strange = set(params), Counter(tuple(param.shape) for param in params if param not in own)
+    held, strange = set(params), Counter(param.shape for param in params if param not in own)
     missing = [param for param in scaling.home if param.requires_grad and param not in held]
-    shapes = Counter(tuple(param.shape) for param in missing)
-    return next((names[p] for p in missing if strange[tuple(p.shape)] >= shapes[tuple(p.shape)]), None)
+    shapes = Counter(param.shape for param in missing)
+    return next((names[param] for param in missing if strange[param.shape] >= shapes[param.shape]), None)
 
 
 def is_stepping(optimizer: Optimizer) -> bool:
@@ -65,12 +61,9 @@ def is_stepping(optimizer: Optimizer) -> bool:
     Nested calls are found on the stack, because a step that raises leaves no other trace. (If torch renames its
     wrapper, an inner call is taken for the outer one.)
     """
-    steps, frame = 0, inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == Optimizer.__module__:
-            steps += frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return steps > 1
+    frames = (frame for frame, _ in walk_stack(sys._getframe()) if frame.f_code.co_name == "wrapper")
+    wrappers = (frame for frame in frames if frame.f_globals.get("__name__") == Optimizer.__module__)
+    return sum(frame.f_locals.get("self") is optimizer for frame in wrappers) > 1
 
 
 def nothing_held(optimizer: Optimizer, layout: QKLayout, scaling: Scaling, own: set[nn.Parameter]) -> str:

@@ -32,7 +32,6 @@ from quack_fx.layout import QKLayout, merged
 from quack_fx.layout.fit import layout_params
 from quack_fx.train.held import (
     STATE_KEY,
-    and_others,
     has_trained,
     is_stepping,
     no_start,
@@ -42,13 +41,12 @@ from quack_fx.train.held import (
 )
 from quack_fx.train.logits import MaxLogits
 from quack_fx.train.metrics import Metrics
-from quack_fx.train.places import in_a_row
 from quack_fx.train.program.scaling import NormName, is_sharded, local, scaling_of
 from quack_fx.train.ranks import check_ranks
 from quack_fx.train.rivals import THRESHOLD, MethodName, check_method, method_of
-from quack_fx.train.rivals.method import Method
-from quack_fx.train.rivals.quack import Quack
+from quack_fx.train.rivals.method import Method, Quack
 from quack_fx.train.suited import check_optimizer
+from quack_fx.train.units import in_a_row, places_of
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
@@ -138,7 +136,7 @@ class QuacK:
         scaling = scaling_of(model, layout, tau, norm, [optimizer])
         chosen = method_of(method, scaling, model, layout, threshold)
         self._attach(optimizer, model, layout, chosen, elsewhere, logits)
-        half = [p for p in self._held if p.dtype in (torch.bfloat16, torch.float16)]
+        half = [p for p in self._held.values() if p.dtype in (torch.bfloat16, torch.float16)]
         if half and chosen.uses_tau:
             warnings.warn(
                 f"{len(half)} query and key weights are in {half[0].dtype}: the optimizer rounds an update before "
@@ -187,14 +185,14 @@ class QuacK:
         if (lost := self._without_start()) is not None:
             warnings.warn(
                 f"{type(optimizer).__name__} has taken steps, and its state has no initial factors of QuacK "
-                f"({STATE_KEY!r}) for {self._names()[lost]!r}: QuacK starts from these weights; to go on with a run "
+                f"({STATE_KEY!r}) for {lost!r}: QuacK starts from these weights; to go on with a run "
                 "that had QuacK, attach it before the checkpoint is read",
                 stacklevel=3,
             )
-        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None  # weights, their old values, scales
+        # Weights, their old values and scales; not None while a step is running, and after one that raised.
+        self._snapshot: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._nested = 0  # nested calls of step in the current step
         self._paused = False
-        self._within = False  # a step is running, or raised
         self._take_over()
         self._logits = MaxLogits(model, layout) if logits or method.reads_logits else None
         self._largest: Tensor | None = None  # per query head, over the forward passes before the last step
@@ -239,18 +237,26 @@ class QuacK:
             >>> quack.factors()["layers.0.attn"]["layers.0.attn.q.weight[0:64]"]
             0.1
         """
-        by_row = self._scale_of_first_rows()
-        params = {name: weight for weight, name in self._names().items()}
+        layout, places = places_of(self.layout, self._model)
+        scales = in_a_row(self.method.block_scales()).tolist()
+        by_row: dict[tuple[str, int], float] = {}  # by weight and first row of a head
+        for unit, place in places.items():
+            row = unit.param, unit.ranges[0][0]
+            by_row[row] = min(scales[place], by_row.get(row, math.inf))
         report: dict[str, dict[str, float]] = {}
-        for site in self.layout.sites:
+        for site, bare in zip(self.layout.sites, layout.sites, strict=True):
             if site.name not in self.left_out:
+                pairs = zip(site.blocks(), bare.blocks(), strict=True)
                 heads = {
-                    (block.param, merged(ranges)) for _, block in site.blocks() for ranges in block.heads if ranges
+                    (block.param, merged(ranges)): by_row[own.param, min(ranges)[0]]
+                    for (_, block), (_, own) in pairs
+                    for ranges in block.heads
+                    if ranges
                 }
                 # One module may contain several attentions.
                 report.setdefault(site.name, {}).update(
-                    (f"{name}[{', '.join(f'{a}:{b}' for a, b in ranges)}]", by_row[params[name], ranges[0][0]])
-                    for name, ranges in sorted(heads)
+                    (f"{name}[{', '.join(f'{a}:{b}' for a, b in ranges)}]", scale)
+                    for (name, ranges), scale in sorted(heads.items())
                 )
         return report
 
@@ -281,20 +287,6 @@ class QuacK:
             self._metrics = Metrics(self.layout, self._model)
         return self._metrics.read(self.method, heads, self._largest)
 
-    def _scale_of_first_rows(self) -> dict[tuple[Tensor, int], float]:
-        """The scale of each head, keyed by weight and first row."""
-        found: dict[tuple[Tensor, int], float] = {}
-        for stacks, rows, scales in zip(
-            self.scaling.stacks, self.scaling.rows, self.method.block_scales(), strict=True
-        ):
-            for (index, *names), by_head in zip(rows, scales, strict=True):
-                first_rows = index.amin(-1).tolist()
-                for weights, _ in (stacks[name] for name in names):
-                    for weight, own in zip(weights, by_head.tolist(), strict=True):
-                        for row, scale in zip(first_rows, own, strict=True):
-                            found[weight, row] = min(scale, found.get((weight, row), scale))
-        return found
-
     def __repr__(self) -> str:
         scales = in_a_row(self.method.block_scales())
         spread = f"{float(scales.min()):.3g} to {float(scales.max()):.3g}"
@@ -307,17 +299,17 @@ class QuacK:
             handle.remove()
         if self._logits is not None:
             self._logits.detach()
-        for param in self._held:
+        for param in self._held.values():
             self.optimizer.state.get(param, {}).pop(STATE_KEY, None)
         _attached.discard(self.optimizer)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Context in which the hooks do nothing because the caller scales the step."""
-        self._paused = self._within = True
+        self._paused, self._snapshot = True, []
         try:
             yield
-            self._within = False
+            self._snapshot = None
         finally:
             self._paused = False
 
@@ -329,8 +321,8 @@ class QuacK:
         """
         self._hold()
         # After a step that raised, the state may lack initial factors that `keep` has not written yet.
-        if not self._within and (lost := self._without_start()) is not None:
-            raise OptimizerError(no_start(self._names()[lost]))
+        if self._snapshot is None and (lost := self._without_start()) is not None:
+            raise OptimizerError(no_start(lost))
 
     def _hold(self) -> None:
         """Find the weights that the optimizer holds; repeated when parameters were added or replaced."""
@@ -341,33 +333,33 @@ class QuacK:
             self._check_kept(params)
             self.scaling.find(self._model)
         self._seen = seen
-        self._held = [param for param in params if param in self.scaling.home]
         names = self._names()
-        self._held_names = [names[param] for param in self._held]
+        self._held = {names[param]: param for param in params if param in self.scaling.home}
 
     def _check_kept(self, params: list[Tensor]) -> None:
         """Raise if weights were removed from the optimizer, or sharded, after QuacK was attached."""
         now, held = layout_params(self.layout, self._model), set(params)
-        lost = [name for name in self._held_names if now[name].requires_grad and now[name] not in held]
+        lost = [name for name in self._held if now[name].requires_grad and now[name] not in held]
         kind = type(self.optimizer).__name__
         if lost:
+            others = f", and {len(lost) - 1} others" if len(lost) > 1 else ""
             raise OptimizerError(
-                f"{kind} no longer holds {lost[0]!r}, whose steps QuacK scaled{and_others(lost)}: its parameters were "
+                f"{kind} no longer holds {lost[0]!r}, whose steps QuacK scaled{others}: its parameters were "
                 "replaced; attach QuacK after the model and the optimizer were wrapped, sharded and cast (or set "
                 "requires_grad to False, to freeze a weight)"
             )
         if any(map(is_sharded, self._model.parameters())) != self._sharded:
             raise OptimizerError(f"the model was sharded after QuacK was attached to {kind}; attach it afterwards")
 
-    def _without_start(self) -> Tensor | None:
-        """A weight that the optimizer's state shows as trained, without initial factors of its attention."""
+    def _without_start(self) -> str | None:
+        """The name of a weight that the optimizer's state shows as trained, without its attention's initial factors."""
         state, home = self.optimizer.state, self.scaling.home
-        unknown = [param for param in self._held if (own := state.get(param)) and STATE_KEY not in own]
+        unknown = {name: p for name, p in self._held.items() if (own := state.get(p)) and STATE_KEY not in own}
         if not unknown:
             return None
         begun = {place for param, place in home.items() if STATE_KEY in (state.get(param) or {})}
-        trained = (p for p in unknown if p.requires_grad and home[p] not in begun and has_trained(state[p]))
-        return next(trained, None)
+        new = {name: p for name, p in unknown.items() if p.requires_grad and home[p] not in begun}
+        return next((name for name, p in new.items() if has_trained(state[p])), None)
 
     def _take_over(self) -> None:
         """Load initial factors from the optimizer's state, and add them to the state of weights that lack them."""
@@ -376,7 +368,7 @@ class QuacK:
         except ValueError as error:
             raise OptimizerError(str(error)) from None
         # Only where there is some state: most optimizers initialise a state only if it is empty.
-        self.scaling.keep(self.optimizer, [param for param in self._held if self.optimizer.state.get(param)])
+        self.scaling.keep(self.optimizer, [param for param in self._held.values() if self.optimizer.state.get(param)])
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -391,8 +383,8 @@ class QuacK:
             self._logits.check(closure=bool(args or kwargs.get("closure")))
         self._take_over()
         scales = self.method.row_scales()
-        self._snapshot = [(p, local(p).clone(), scales[p]) for p in self._held] if scales is not None else []
-        self._nested, self._within = 0, True
+        self._snapshot = [(p, local(p).clone(), scales[p]) for p in self._held.values()] if scales is not None else []
+        self._nested = 0
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -406,9 +398,9 @@ class QuacK:
             _scale_update(old, local(param), scale)
         if self._logits is not None:
             self._largest = self._logits.take()
-        self.method.after_step(dict(zip(self._held_names, self._held, strict=True)), self._largest)
-        self._snapshot, self._within = None, False
-        trained = [param for param in self._held if param.grad is not None or optimizer.state.get(param)]
+        self.method.after_step(self._held, self._largest)
+        self._snapshot = None
+        trained = [param for param in self._held.values() if param.grad is not None or optimizer.state.get(param)]
         self.scaling.keep(optimizer, trained)
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -425,9 +417,9 @@ class QuacK:
         pairs = [pair for ours, saved in groups for pair in zip(ours["params"], saved["params"], strict=False)]
         for param, key in pairs:
             state = state_dict["state"].get(key)
-            if not (param in self.scaling.home and state and param.requires_grad):
-                continue
-            if not isinstance(state.get(STATE_KEY), Tensor):  # distributed checkpoints have an empty dict instead
+            scaled = param in self.scaling.home and param.requires_grad
+            # Distributed checkpoints have an empty dict instead of initial factors.
+            if scaled and state and not isinstance(state.get(STATE_KEY), Tensor):
                 raise OptimizerError(no_start(self._names()[param]))
 
     def _after_load(self, optimizer: Optimizer) -> None:
@@ -454,10 +446,8 @@ def check_tau(tau: float | Tensor) -> None:
 
 
 def _scale_update(old: Tensor, new: Tensor, scale: Tensor) -> None:
-    """new <- old + scale (new - old), row by row, at least in float32 and rounded once.
-
-    `lerp` returns `new` bit for bit if the scale is 1 or nothing changed.
-    """
+    """new <- old + scale (new - old), row by row, at least in float32 and rounded once."""
+    # `lerp` returns `new` bit for bit if the scale is 1 or nothing changed.
     if new.dtype in (torch.float32, torch.float64):
         torch.lerp(old, new, scale.to(new.dtype), out=new)
     else:

@@ -92,7 +92,8 @@ class StepBackend:
     def __init__(self, model: nn.Module, layout: QKLayout, tau: float = 1.0, backend: str = "inductor") -> None:
         check_tau(tau)
         self._model, self._backend = model, backend
-        self._scaling = scaling_of(model, layout, torch.tensor(tau, dtype=torch.float64), "frobenius")
+        self._tau = torch.tensor(tau, dtype=torch.float64)
+        self._scaling = scaling_of(model, layout, self._tau, "frobenius")
 
     def __call__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph from Dynamo; the scaling is inserted if the graph has query or key weights."""
@@ -112,11 +113,6 @@ class StepBackend:
             table.copy_(saved)
         self._tau.copy_(state_dict["tau"])
 
-    @property
-    def _tau(self) -> Tensor:
-        assert isinstance(self._scaling.tau, Tensor)
-        return self._scaling.tau
-
 
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
@@ -129,14 +125,7 @@ def _inlined(
     chosen: Mapping[str, str | int],
     hold_others: bool = False,
 ) -> fx.GraphModule:
-    """The graph with the scaling inserted; see `inline_quack`.
-
-    Arguments:
-        graph_module, model, inputs: As in `inline_quack`.
-        scaling: Computes the scales of the model's rows.
-        chosen: The `weights` of `inline_quack`.
-        hold_others: Whether weights that are not inputs become attributes of the graph.
-    """
+    """The graph with the scaling inserted; with `hold_others`, weights that are no inputs become its attributes."""
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     held = _attributes(graph_module)
     known = {id(tensor) for tensor in (*held.values(), *inputs)}
@@ -147,15 +136,10 @@ def _inlined(
     graph, root = functional.graph, nn.Module()
     for target, tensor in _attributes(functional).items():
         _register(root, target, tensor)
-    nodes = [node for node in graph.nodes if node.op == "placeholder"]
-    old = _weights_of(
-        graph_module,
-        scaling,
-        names,
-        chosen,
-        dict(zip(map(id, [*held.values(), *inputs]), nodes, strict=False)),
-        nodes[len(held) :],
-    )
+    nodes = graph.find_nodes(op="placeholder")
+    placeholders = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
+    own = dict(zip(placeholders, nodes[len(held) :], strict=False))
+    old = _weights_of(scaling, names, chosen, dict(zip(map(id, [*held.values(), *inputs]), nodes, strict=False)), own)
     new = {weight: _new_value(node, names[weight]) for weight, node in old.items() if id(weight) in known or chosen}
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         scales = _write_scales(graph, root, scaling, old)
@@ -173,7 +157,7 @@ def _inlined(
 def _attributes(graph_module: fx.GraphModule) -> dict[str, Tensor]:
     """The tensor attributes that a graph reads, by name."""
     found = {}
-    for target in dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"):
+    for target in dict.fromkeys(str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")):
         value = operator.attrgetter(target)(graph_module)
         if isinstance(value, Tensor):
             found[target] = value
@@ -182,7 +166,7 @@ def _attributes(graph_module: fx.GraphModule) -> dict[str, Tensor]:
 
 def _inputs(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     """A value for each placeholder: the given inputs, or the values in the graph's metadata."""
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
     if inputs:
         if len(inputs) != len(placeholders):
             raise InlineError(
@@ -217,46 +201,27 @@ def _functional(graph_module: fx.GraphModule, held: Mapping[str, Tensor], inputs
     try:
         # A new mode, because Dynamo's would replace sizes by symbols.
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            values = [_like(value) if isinstance(value, Tensor) else value for value in (*held.values(), *inputs)]
+            values = [
+                torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) if isinstance(v, Tensor) else v
+                for v in (*held.values(), *inputs)
+            ]
             return make_fx(torch.func.functionalize(run))(*values)
     except Exception as error:
         raise InlineError(f"the graph cannot be functionalized: {first_line(error)}") from error
 
 
-def _like(tensor: Tensor) -> Tensor:
-    """An empty tensor with the same shape, strides, dtype and device; fake if a fake mode is active."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-
-
 def _weights_of(
-    graph_module: fx.GraphModule,
     scaling: Scaling,
     names: Mapping[Tensor, str],
     chosen: Mapping[str, str | int],
     known: Mapping[int, fx.Node],
-    own: Sequence[fx.Node],
+    own: Mapping[str, fx.Node],
 ) -> dict[Tensor, fx.Node]:
-    """The node of each weight with query or key rows.
-
-    Arguments:
-        graph_module: The user's graph.
-        scaling: Computes the scales of the model's rows.
-        names: Names of the model's weights.
-        chosen: The `weights` of `inline_quack`.
-        known: The node of each known tensor, by its id.
-        own: The nodes of the user's placeholders, in order.
-    """
-    placeholders = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
-    if strange := [
-        key
-        for key in chosen.values()
-        if key not in placeholders and not (isinstance(key, int) and key in range(len(own)))
-    ]:
-        raise InlineError(
-            f"weights= names the placeholder {strange[0]!r}; the graph has {', '.join(placeholders[:4])}, …"
-        )
-    numbers = {name: key if isinstance(key, int) else placeholders.index(key) for name, key in chosen.items()}
-    found = {w: own[numbers[names[w]]] if names[w] in numbers else known.get(id(w)) for w in scaling.home}
+    """The node of each weight with query or key rows: of the chosen placeholder, or the known one of the tensor."""
+    places: dict[str | int, fx.Node] = {key: own[name] for i, name in enumerate(own) for key in (i, name)}
+    if strange := [key for key in chosen.values() if key not in places]:
+        raise InlineError(f"weights= names the placeholder {strange[0]!r}; the graph has {', '.join([*own][:4])}, …")
+    found = {w: places[chosen[names[w]]] if names[w] in chosen else known.get(id(w)) for w in scaling.home}
     if unseen := [names[weight] for weight, node in found.items() if node is None]:
         raise InlineError(
             f"{len(unseen)} weights with query or key rows, such as {unseen[0]!r}, are not among the inputs of the "
@@ -266,11 +231,7 @@ def _weights_of(
 
 
 def _new_value(weight: fx.Node, name: str) -> fx.Node | None:
-    """The node of a weight's new value; None if the graph does not use the weight.
-
-    Raises:
-        InlineError: No output, or more than one, may be the new value.
-    """
+    """The node of a weight's new value; None if the graph does not use the weight."""
     written = [user.args[1] for user in weight.users if user.target is _aten.copy_.default and user.args[0] is weight]
     if written:
         value = written[-1]
@@ -327,7 +288,7 @@ def _write_scales(
         return [scales[tensor] for tensor in tensors]
 
     traced = make_fx(scales_of)(*(weight.detach() for weight in weights))
-    copies = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), old.values(), strict=True))
+    copies = dict(zip(traced.graph.find_nodes(op="placeholder"), old.values(), strict=True))
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             tensor = getattr(traced, str(node.target))
@@ -335,7 +296,7 @@ def _write_scales(
             copies[node] = graph.get_attr(_register(root, name, tensor))
         elif node.op == "call_function":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    (results,) = (node.args[0] for node in traced.graph.nodes if node.op == "output")
+    results: Any = traced.graph.output_node().args[0]
     return {weight: copies[node] for weight, node in zip(weights, results, strict=True)}
 
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quack_fx.layout import AttentionSite, QKLayout, WeightBlock
-from quack_fx.train.places import in_a_row, place_of, places_of
-
-if TYPE_CHECKING:
-    from quack_fx.train.rivals.method import Method
+from quack_fx.train.program.kinds import Unit
+from quack_fx.train.rivals.method import Method, relative_factors
+from quack_fx.train.units import in_a_row, places_of
 
 
 class Metrics:
@@ -50,14 +49,12 @@ class Metrics:
             logits: The largest logit of each query head of all sites, if logits are read.
         """
         scaling = method.scaling
-        factors, first = in_a_row(scaling.factors()), in_a_row(scaling.first)
-        growth = torch.where(factors.isinf(), 1.0, factors / first).reciprocal()
-        by_place = [in_a_row(scaling.norms()), growth, in_a_row(method.block_scales())]
-        by_head = [] if logits is None else [logits.to(growth)]
-        numbers = torch.cat([*by_place, *by_head]).tolist()
-        n = len(growth)
-        named = self._named(numbers[:n], numbers[n : 2 * n], numbers[2 * n : 3 * n], heads)
-        return {**dict(named), **dict(self._largest(numbers[3 * n :], heads))}
+        growth = in_a_row(relative_factors(scaling)).reciprocal()
+        rows = [in_a_row(scaling.norms()), growth, in_a_row(method.block_scales())]
+        rows += [] if logits is None else [logits.to(growth)]
+        numbers = iter(torch.cat(rows).tolist())
+        norms, growths, scales, *largest = ([*islice(numbers, len(row))] for row in rows)
+        return dict(chain(self._named(norms, growths, scales, heads), *(self._largest(own, heads) for own in largest)))
 
     def _named(
         self, norms: Sequence[float], growths: Sequence[float], scales: Sequence[float], heads: bool
@@ -69,7 +66,7 @@ class Metrics:
             yield from _summary(f"{at}/qk_norm_product", products, heads)
             growth = []
             for name, block in _named_blocks(site):
-                units = dict.fromkeys(place_of(block, ranges) for ranges in block.heads)
+                units = dict.fromkeys(Unit.of(block, ranges) for ranges in block.heads)
                 places = [self._places[unit] for unit in units if unit in self._places]  # heads in terms
                 if places:
                     growth += [growths[place] for place in places]
@@ -78,9 +75,9 @@ class Metrics:
             yield from _summary(f"{at}/growth", growth, False)
 
     def _largest(self, logits: Sequence[float], heads: bool) -> Iterator[tuple[str, float]]:
-        """Named largest logits of all sites that ran; nothing if logits are not read."""
+        """Named largest logits of all sites that ran."""
         start = 0
-        for name, site in zip(self._names, self._every_site, strict=True) if logits else ():
+        for name, site in zip(self._names, self._every_site, strict=True):
             own = logits[start : start + site.query_heads]
             start += site.query_heads
             if max(own) > -math.inf:
@@ -88,19 +85,15 @@ class Metrics:
 
     def _product(self, site: AttentionSite, head: int, norms: Sequence[float]) -> float:
         """The sum, over the terms of a query head, of the product of their norms."""
-        terms = ([self._places[place_of(*part)] for part in product] for product in site.head_terms(head))
+        terms = ([self._places[Unit.of(*part)] for part in product] for product in site.head_terms(head))
         return math.fsum(math.prod(norms[place] for place in places) for places in terms)
 
 
 def _distinct_names(sites: Sequence[str]) -> list[str]:
     """Names for metrics, "attention/layers.0.attn"; the second attention of a module is "attention/layers.0.attn#2"."""
-    seen: Counter[str] = Counter()
-    names = []
-    for site in sites:
-        seen[site] += 1
-        number = f"#{seen[site]}" if seen[site] > 1 else ""
-        names.append("/".join(filter(None, ("attention", site + number))))
-    return names
+    counts = [sites[: i + 1].count(site) for i, site in enumerate(sites)]
+    numbered = (f"{site}#{n}" if n > 1 else site for site, n in zip(sites, counts, strict=True))
+    return [f"attention/{name}" if name else "attention" for name in numbered]
 
 
 def _named_blocks(site: AttentionSite) -> Iterator[tuple[str, WeightBlock]]:

@@ -117,14 +117,11 @@ def groups_of(model: nn.Module) -> Groups:
 
 
 def _hold(optimizers: Iterable[Optimizer], model: nn.Module, layout: QKLayout) -> tuple[int, int]:
-    """Two flags, 0 or 1: the optimizers hold a weight that QuacK scales; the layout does not fit the model.
-
-    A layout that does not fit is refused only after the ranks have communicated, so that none hangs.
-    """
+    """Two flags, 0 or 1: the optimizers hold a weight that QuacK scales; the layout does not fit the model."""
     scaled = replace(layout, sites=tuple(site for site in layout.sites if not site.qk_norm))
     try:
         known = set(map(id, layout_params(scaled, model).values()))
-    except QuackError:
+    except QuackError:  # refused only after the ranks have communicated, so that none hangs
         return 1, 1
     held = (p for o in optimizers for group in getattr(o, "param_groups", ()) for p in group["params"])
     return int(any(id(p) in known for p in held)), 0

@@ -19,8 +19,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 OWN_NAMES = ("step", "time")
 OWN_PREFIX = "attention/"
+_CHUNK = 1 << 20
 
 
 class HasMetrics(Protocol):
@@ -113,7 +113,7 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise RunError(f"the record {str(self.path)!r} cannot be written: {error.strerror}") from error
+            raise _unwritable(self.path, error) from error
         if self._board is not None:
             for name, value in {**own, **metrics}.items():
                 if "/head_" not in name:
@@ -128,29 +128,27 @@ class RunLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _prepare(path: Path) -> None:
-    """Create the file, or truncate it after its last complete line.
-
-    Raises:
-        RunError: The path is a folder, cannot be written, or is not a recorded run.
-    """
+    """Create the file, or truncate it after its last complete line."""
     try:
         with path.open("a+b") as file:
             file.seek(0)
-            first = file.readline(1 << 20)  # enough to recognise a record; a device file may be endless
+            first = file.readline(_CHUNK)  # enough to recognise a record; a device file may be endless
             if first and not _is_record(first):
                 raise RunError(f"{str(path)!r} exists and is not a recorded run; give another file")
-            file.truncate(_end_of_lines(path))
-    except OSError as error:
-        raise RunError(f"the record {str(path)!r} cannot be written: {error.strerror}") from error
+            file.truncate(_end_of_lines(file))
     except RunError:
         raise
-    except ValueError as error:  # not a valid path
-        raise RunError(f"the record {str(path)!r} cannot be written: {error}") from error
+    except (OSError, ValueError) as error:  # a ValueError if it is not a valid path
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError | ValueError) -> RunError:
+    return RunError(f"the record {str(path)!r} cannot be written: {getattr(error, 'strerror', error)}")
 
 
 def _is_record(line: bytes) -> bool:
@@ -165,26 +163,19 @@ def _is_record(line: bytes) -> bool:
     return isinstance(record, dict) and "step" in record
 
 
-def _end_of_lines(path: Path, chunk: int = 1 << 20) -> int:
-    """Offset of the end of the last complete line of a file."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - chunk)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            end = start
+def _end_of_lines(file: BinaryIO) -> int:
+    """Offset of the end of the last complete line of a file, which is read from its end."""
+    start = file.seek(0, os.SEEK_END)
+    while start:
+        end, start = start, max(0, start - _CHUNK)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
     return 0
 
 
 def _board(folder: str) -> SummaryWriter:
-    """A writer of TensorBoard files.
-
-    Raises:
-        RunError: The package is not installed.
-    """
+    """A writer of TensorBoard files."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -193,11 +184,7 @@ def _board(folder: str) -> SummaryWriter:
 
 
 def _step(step: object) -> int:
-    """The step number as a Python int.
-
-    Raises:
-        RunError: It is not an integer of 0 or more.
-    """
+    """The step number as a Python int."""
     try:
         number = -1 if isinstance(step, bool) else operator.index(step)  # type: ignore[arg-type]
     except TypeError:
@@ -208,11 +195,7 @@ def _step(step: object) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    """A number from the user as a float.
-
-    Raises:
-        RunError: The name is reserved, or the value is not a number.
-    """
+    """A number from the user as a float."""
     if name in OWN_NAMES or name.startswith(OWN_PREFIX):
         raise RunError(f"the name {name!r} is taken by the record itself; call your number something else")
     if isinstance(value, Tensor) and value.numel() != 1:

@@ -10,7 +10,7 @@ program does not know, which take their own step with QuacK attached through hoo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -23,24 +23,16 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from quack_fx.errors import OptimizerError, StepError
 from quack_fx.layout import QKLayout
+from quack_fx.train.held import params_of
 from quack_fx.train.hooks import QuacK, check_tau
-from quack_fx.train.lion import is_lion
 from quack_fx.train.loss import LossFn, model_inputs
 from quack_fx.train.program.scaling import NormName, check_norm, program_text, run_program, with_factor_error
+from quack_fx.train.program.source import PARTS_OF
 from quack_fx.train.ranks import Groups, check_ranks, everywhere, groups_that_differ
+from quack_fx.train.suited import is_lion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from quack_fx.train.program.parts.step import TrainStep as ProgramStep
-
-_KNOWN: dict[type[Optimizer], str] = {
-    torch.optim.Adam: "Adam",
-    torch.optim.AdamW: "AdamW",
-    torch.optim.SGD: "SGD",
-    torch.optim.Muon: "Muon",
-}
-"""Optimizers that a program implements, by exact class, because a subclass may behave differently."""
 
 
 def compile_train_step(
@@ -162,10 +154,10 @@ class TrainStep:
         For gradient accumulation, call this several times, then `update()`; in `loss_fn`, divide the loss by the number
         of batches. An exception discards all gradients, those of previous batches included.
         """
-        program = self._know_program(args, kwargs)
+        program = self._program or self._attach(self._find(args, kwargs))
         if self._options.mode:
             torch.compiler.cudagraph_mark_step_begin()
-        with self._dropping_gradients(at_success=False):
+        try:
             loss = program.loss(*args, **kwargs)
             if loss is None:
                 raise StepError(
@@ -175,13 +167,16 @@ class TrainStep:
                 raise StepError("the loss does not depend on any parameter that requires a gradient")
             scaler = self._options.scaler
             torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        except BaseException:
+            self._drop_gradients()
+            raise
         return loss.detach()
 
     def update(self) -> None:
         """Update the weights with the accumulated gradients, then clear the gradients."""
         if self._program is None:
             raise StepError("there is no gradient yet; call forward_backward first, or pass layout=")
-        with self._dropping_gradients(at_success=True):
+        try:
             for quack in self.quacks:
                 quack.check()
             scaler = self._options.scaler
@@ -191,6 +186,8 @@ class TrainStep:
             self._program.update()
             if scaler is not None:
                 scaler.update()
+        finally:
+            self._drop_gradients()
 
     def metrics(self, heads: bool = False) -> dict[str, float]:
         """The result of `QuacK.metrics`; empty if no attention is scaled."""
@@ -206,35 +203,18 @@ class TrainStep:
         about = f"QuacK on {heads} heads, tau={self._program.quack.tau}" if self.quacks else "without QuacK"
         return f"TrainStep({each}, {about})"
 
-    def __deepcopy__(self, memo: Any) -> NoReturn:
-        self.__reduce__()
-
-    def __reduce__(self) -> NoReturn:
+    def __reduce__(self) -> NoReturn:  # copy.copy and copy.deepcopy call it, too
         raise StepError(
             "a training step holds a model, its optimizers and compiled code, and cannot be copied or pickled; save "
             "model.state_dict() and optimizer.state_dict(), which has QuacK's factors, or make a step of the copies"
         )
 
-    @contextmanager
-    def _dropping_gradients(self, at_success: bool) -> Iterator[None]:
-        """Clear all gradients if the block raises; with `at_success`, also if it does not."""
-        done = False
-        try:
-            yield
-            done = True
-        finally:
-            if at_success or not done:
-                for optimizer in self._optimizers:
-                    optimizer.zero_grad(set_to_none=True)
-
-    def _know_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramStep:
-        """The program. If no layout was given, the first call finds it on its batch."""
-        if self._program is None:
-            self._attach(self._find(args, kwargs))
-            assert self._program is not None
-        return self._program
+    def _drop_gradients(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QKLayout:
+        """The layout, if none was given: found on the first batch."""
         from quack_fx.find import find_qk_pairs
 
         inputs, named = model_inputs(self._model, self._loss_fn, args, kwargs)
@@ -244,7 +224,7 @@ class TrainStep:
             raise StepError(f"no query/key pairs for QuacK were found: {reasons}; pass layout=QKLayout() to go without")
         return layout
 
-    def _attach(self, layout: QKLayout) -> None:
+    def _attach(self, layout: QKLayout) -> ProgramStep:
         """Write the program for the layout, run it, and attach QuacK to the optimizers."""
         options = self._options
         check_ranks(self._model, layout, options.tau, options.norm, self._optimizers)
@@ -255,7 +235,7 @@ class TrainStep:
         known = {kind.__name__: step for kind, step in program.STEPS.items()}
         steps = [_own_step if name is None else known[name] for name in self._names]
         program.STEPS.update(zip(map(type, self._optimizers), steps, strict=True))  # it refuses other classes
-        self._program = step_ = with_factor_error(
+        step_: ProgramStep = with_factor_error(
             program.TrainStep,
             self._model,
             *self._optimizers,
@@ -265,11 +245,12 @@ class TrainStep:
             skip_nonfinite=options.skip_nonfinite,
             compile=options.compile,
         )
+        self._program = step_
         if options.compile and options.mode:
             step_.loss = torch.compile(step_.loss_of, mode=options.mode)
         if layout.sites:
             home = step_.quack.home
-            holding = [o for o in self._optimizers if any(p in home for g in o.param_groups for p in g["params"])]
+            holding = [o for o in self._optimizers if not home.keys().isdisjoint(params_of(o))]
             holding = holding or list(self._optimizers[:1])
             self.quacks = tuple(QuacK.around(o, self._model, layout, step_.quack) for o in holding)
         paused = {quack.optimizer: quack for quack in self.quacks}
@@ -279,15 +260,18 @@ class TrainStep:
             for step, optimizer in zip(steps, self._optimizers, strict=True)
         ]
         self.layout = layout
+        return step_
 
 
 def _known(optimizer: Optimizer) -> str | None:
     """The program's name for an optimizer; None if the optimizer takes its own step."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    if any(p.is_complex() for p in params):
+    if any(param.is_complex() for param in params_of(optimizer)):
         return None
-    name = _KNOWN.get(type(optimizer))
-    return "Lion" if name is None and is_lion(optimizer) else name
+    name = type(optimizer).__name__
+    # The very class of torch.optim, because a subclass may behave differently.
+    if name in PARTS_OF and getattr(torch.optim, name, None) is type(optimizer):
+        return name
+    return "Lion" if is_lion(optimizer) else None
 
 
 def _check_options(optimizer: Optimizer, name: str | None, options: _Options) -> None:
@@ -344,7 +328,7 @@ def _own_step(
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
     """The gradients of an optimizer's parameters."""
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [param.grad for param in params_of(optimizer) if param.grad is not None]
 
 
 def _unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:

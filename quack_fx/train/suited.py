@@ -1,6 +1,7 @@
-"""Checks whether QuacK can be attached to an optimizer.
+"""What an optimizer does, found out in short trial runs: whether QuacK suits it, and whether it is Lion.
 
-In: an optimizer. Out: a one-line error if it cannot, or a warning if QuacK does not suit the optimizer.
+In: an optimizer of any class. Out: a one-line error if QuacK cannot be attached to it, or a warning if it does not suit
+the optimizer; whether it is Lion, which torch.optim does not have, but many packages do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quack_fx.errors import OptimizerError
+from quack_fx.train.held import params_of
 
 _UNSUITED = {
     "lbfgs": "it evaluates the loss at several points in one step and learns curvature from steps that QuacK changes",
@@ -25,6 +27,8 @@ _UNSUITED = {
 
 _STEPS = 16
 """Number of steps that a change of the weights must survive: some optimizers restore a copy every five or six steps."""
+
+_LION_OPTIONS = {"lr", "betas", "weight_decay"}
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -59,7 +63,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             warnings.warn(f"QuacK does not suit {kind}: {reason}", stacklevel=3)
 
 
-def remade(kind: Callable[..., Any], group: Mapping[str, Any], weight: Tensor, **numbers: Any) -> Any:
+def _remade(kind: Callable[..., Any], group: Mapping[str, Any], weight: Tensor, **numbers: Any) -> Any:
     """A new optimizer of the given class for one weight, with the options of a group, some of them replaced."""
     options = {name: value for name, value in group.items() if name != "params"}
     return kind(
@@ -69,22 +73,18 @@ def remade(kind: Callable[..., Any], group: Mapping[str, Any], weight: Tensor, *
 
 def _inside(optimizer: Optimizer) -> str | None:
     """The attribute with the optimizers that an optimizer wraps (they hold some of its weights), or None."""
-    own = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    own = set(params_of(optimizer))
     for name, value in vars(optimizer).items():
         each = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
         others = [one for one in each if isinstance(one, Optimizer) and one is not optimizer]
-        if any(id(p) in own for one in others for group in one.param_groups for p in group["params"]):
+        if not all(own.isdisjoint(params_of(one)) for one in others):
             return name
     return None
 
 
 @torch.no_grad()
 def _lasts(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
-    """Whether an external change of a weight is still there some steps later.
-
-    A new optimizer of the same class trains a tiny weight with and without such a change. If that raises, the result is
-    True: the class may need arguments that a parameter group does not have.
-    """
+    """Whether an external change of a tiny weight is still there after some steps of a new optimizer of this class."""
     if kind.__module__.startswith("torch.optim."):
         return True
     start = torch.linspace(-1, 1, 16, device="cpu").view(4, 4).cos()
@@ -93,7 +93,7 @@ def _lasts(kind: type[Optimizer], group: Mapping[str, Any]) -> bool:
         with torch.random.fork_rng([]), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             ends = [_run(kind, group, start, change * n) for n in (0, 1)]
-    except Exception:
+    except Exception:  # it may need arguments that a parameter group does not have
         return True
     left = ((ends[1] - ends[0]) * change).sum() / change.square().sum()
     return bool(left > 0.75)
@@ -103,7 +103,7 @@ def _run(kind: type[Optimizer], group: Mapping[str, Any], start: Tensor, change:
     """A weight after some steps, with `change` added after the first."""
     torch.manual_seed(0)
     weight = nn.Parameter(start.clone())
-    optimizer = remade(kind, group, weight, lr=1e-3, weight_decay=0.0)
+    optimizer = _remade(kind, group, weight, lr=1e-3, weight_decay=0.0)
     if callable(train := getattr(optimizer, "train", None)):
         train()
     for step in range(_STEPS):
@@ -121,3 +121,36 @@ def _relative(optimizer: Optimizer, name: str) -> bool:
     """False for Adafactor of transformers with relative steps turned off."""
     switches = [optimizer.defaults[k] for k in ("relative_step", "scale_parameter") if k in optimizer.defaults]
     return name != "adafactor" or not switches or any(switches)
+
+
+def is_lion(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has Lion's options, state and updates.
+
+    For each parameter group, a new optimizer of the same class and options takes three steps on a tiny weight, which
+    are compared with Lion's. An exception means that it is not Lion.
+    """
+    return all(_steps_as_lion(type(optimizer), group) for group in optimizer.param_groups)
+
+
+@torch.no_grad()
+def _steps_as_lion(kind: Callable[..., Optimizer], group: Mapping[str, Any]) -> bool:
+    options = {name: value for name, value in group.items() if name != "params"}
+    if not options.keys() >= _LION_OPTIONS or any(isinstance(options[name], Tensor) for name in _LION_OPTIONS):
+        return False
+    lr, decay = 0.125, 0.25  # large enough to compare; the user's schedule may be at zero
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 8, dtype=torch.float64, device="cpu"))
+    expected, mean = weight.detach().clone(), torch.zeros_like(weight)
+    try:
+        beta1, beta2 = options["betas"]
+        optimizer = _remade(kind, group, weight, lr=lr, weight_decay=decay)
+        for step in range(3):
+            weight.grad = torch.linspace(0.5, -1.5, 8, dtype=torch.float64, device="cpu").roll(step)
+            grad = weight.grad.clone()
+            optimizer.step()
+            expected = expected * (1 - lr * decay) - lr * (mean + (1 - beta1) * (grad - mean)).sign()
+            mean = mean + (1 - beta2) * (grad - mean)
+        state = optimizer.state[weight]
+        same = state.keys() == {"exp_avg"} and torch.allclose(state["exp_avg"], mean, rtol=1e-12)
+        return same and torch.allclose(weight, expected, rtol=1e-12)
+    except Exception:  # it cannot be constructed from the group's options, or needs other arguments
+        return False

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from traceback import walk_stack
 from types import FrameType
 from typing import Any
 
@@ -28,9 +29,9 @@ from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.layout.fit import bare_name, layout_params
 from quack_fx.train.logits.heads import HeadAxes, HeadRows, Undecided, find_axes, has_sink
 from quack_fx.train.logits.rows import Call, call_of, opened
-from quack_fx.train.owners import Owners, nearest
 from quack_fx.train.program.scaling import is_sharded
 from quack_fx.train.ranks import groups_of
+from quack_fx.train.units import Owners, nearest
 
 _UNSEEN = (
     "its forward called no softmax and no scaled_dot_product_attention of these heads that Python sees; kernels of "
@@ -43,7 +44,7 @@ class _Site:
     """An attention, and the logits observed since the last step."""
 
     layout: AttentionSite
-    rows: tuple[tuple[nn.Module, str, int, Tensor], ...]  # a weight's module, attribute and axis; heads of its rows
+    rows: list[tuple[nn.Module, str, int, Tensor]]  # a weight's module, attribute and axis; heads of its rows
     known: dict[tuple[int, str, int], HeadAxes | None] = field(default_factory=dict)  # by call number, op, ndim
     largest: Tensor | None = None
     refused: str | None = None
@@ -182,7 +183,10 @@ class _Watch(TorchFunctionMode):
                     continue
                 if site in run.read and site.layout.query_heads == 1:
                     raise _Unread("it has one head, and several softmaxes in its forward depend on that")
-                largest = _rows(call) if largest is None else largest
+                if largest is None:
+                    with torch.no_grad():
+                        largest = call.largest()
+                    largest = largest.to(torch.promote_types(largest.dtype, torch.float32))
                 if not axes.fit(largest.shape):
                     raise _Unread(f"its logits have the shape {list(largest.shape)}, and its queries another one")
             except _Unread as error:
@@ -195,13 +199,6 @@ class _Watch(TorchFunctionMode):
 
 class _Unread(Exception):
     """Logits cannot be read; the message is the reason."""
-
-
-@torch.no_grad()
-def _rows(call: Call) -> Tensor:
-    """The largest logit of every query, detached from the graph, at least in float32."""
-    found = call.largest()
-    return found.detach().to(torch.promote_types(found.dtype, torch.float32))
 
 
 def _axes(site: _Site, call: Call, number: int) -> HeadAxes | None:
@@ -267,10 +264,7 @@ def _leave_interrupted() -> None:
 
 def _is_running(frame: FrameType) -> bool:
     """Whether a frame is on the current call stack."""
-    caller: FrameType | None = sys._getframe(1)
-    while caller is not None and caller is not frame:
-        caller = caller.f_back
-    return caller is frame
+    return any(caller is frame for caller, _ in walk_stack(sys._getframe(1)))
 
 
 def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
@@ -280,18 +274,13 @@ def _sites(model: nn.Module, layout: QKLayout) -> Iterator[_Site]:
     for module in model.modules():
         for attribute, param in module.named_parameters(recurse=False, remove_duplicate=False):
             homes.setdefault(id(param), (module, attribute))
-    axes = {block.param: block.axis for site in layout.sites for _, block in site.blocks()}
     for site in layout.sites:
         # Only this site counts: rows that another site also uses still tell its heads apart.
-        own = {name for _, block in site.blocks() for name in (block.param, block.bias) if name is not None}
-        owners = Owners(QKLayout((site,)), {name: params[name].shape[axes.get(name, 0)] for name in own})
-        pairs = [pair for head in range(site.query_heads) for pair in nearest(site, head)]
-        names = dict.fromkeys(at for pair in pairs for unit in pair if unit is not None for at in unit.names)
-        rows = []
-        for name, axis in names:
-            if bool((owners.rows[name] >= 0).any()):
-                rows.append((*homes[id(params[name])], axis, owners.rows[name]))
-        yield _Site(site, tuple(rows))
+        owners = Owners(QKLayout((site,)), params)
+        units = [unit for head in range(site.query_heads) for pair in nearest(site, head) for unit in pair]
+        names = dict.fromkeys(name for unit in units if unit is not None for name in unit.names)
+        told = [name for name in names if bool((owners.rows[name] >= 0).any())]
+        yield _Site(site, [(*homes[id(params[name])], owners.axes[name], owners.rows[name]) for name in told])
 
 
 def _bare(name: str) -> str:

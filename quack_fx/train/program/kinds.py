@@ -12,13 +12,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from quack_fx.errors import LayoutError
 from quack_fx.layout import AttentionSite, QKLayout, Ranges, Role, WeightBlock, merged
-from quack_fx.train.program.names import name_template
+from quack_fx.train.program.text import name_template
 
 Names = tuple[int, ...]
 """The numbers in the parameter names of one instance."""
+
+
+class Unit(NamedTuple):
+    """The rows of one head in a block.
+
+    Attributes:
+        param: The weight.
+        bias: Its bias, if it has one.
+        ranges: The rows in both, sorted, with gaps between the ranges.
+    """
+
+    param: str
+    bias: str | None
+    ranges: Ranges
+
+    @classmethod
+    def of(cls, block: WeightBlock, ranges: Ranges) -> Unit:
+        """The rows of a block that a head uses."""
+        return cls(block.param, block.bias, merged(ranges))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weight, and its bias if it has one."""
+        return (self.param,) if self.bias is None else (self.param, self.bias)
+
+
+def tensors_of(block: WeightBlock) -> tuple[tuple[str, int], ...]:
+    """The weight of a block, and its bias if it has one, each with the axis of its rows."""
+    weight = block.param, block.axis
+    return (weight,) if block.bias is None else (weight, (block.bias, 0))
 
 
 @dataclass(frozen=True)
@@ -119,53 +150,39 @@ def kinds_of(layout: QKLayout, shapes: Mapping[str, Sequence[int]]) -> tuple[Kin
 
 def _connected(sites: Sequence[AttentionSite]) -> list[list[AttentionSite]]:
     """Sites grouped such that those that share a tensor are in one group. Groups and sites keep the layout's order."""
-    together: list[list[AttentionSite]] = []
-    owner: dict[str, list[AttentionSite]] = {}
-    for site in sites:
-        names = {name for _, block in site.blocks() for name in (block.param, block.bias) if name is not None}
-        joined = [site]
-        for group in {id(owner[name]): owner[name] for name in names if name in owner}.values():
-            joined = [*group, *joined]
-            together.remove(group)
-        joined.sort(key=sites.index)
-        together.append(joined)
-        for one in joined:
-            for _, block in one.blocks():
-                owner.update(dict.fromkeys(filter(None, (block.param, block.bias)), joined))
-    return sorted(together, key=lambda group: sites.index(group[0]))
+    groups: list[tuple[set[str], list[int]]] = []  # names of tensors, indices of sites
+    for index, site in enumerate(sites):
+        names, members = {name for _, block in site.blocks() for name, _ in tensors_of(block)}, [index]
+        apart = []
+        for group in groups:
+            if group[0].isdisjoint(names):
+                apart.append(group)
+            else:
+                names |= group[0]
+                members += group[1]
+        groups = [*apart, (names, sorted(members))]
+    return [[sites[index] for index in members] for _, members in sorted(groups, key=lambda group: group[1])]
 
 
 # ---- one instance ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """One head's rows of a block."""
-
-    param: str
-    bias: str | None
-    ranges: Ranges
-
-    @property
-    def size(self) -> int:
-        return sum(stop - start for start, stop in self.ranges)
-
-
-_Product = tuple[_Unit, ...]
+_Product = tuple[tuple[Role, Unit], ...]
 
 
 def _kind(sites: Sequence[AttentionSite], shapes: Mapping[str, Sequence[int]]) -> Kind:
     """The kind of one group of sites; its tensors still have full names, without fields."""
-    tensors = _Tensors(shapes)
-    for site in sites:
-        for _, block in site.blocks():
-            tensors.add(site, block)
-    products = [_products(site) for site in sites]
-    blocks = _blocks(sites, products)
+    tensors = _tensors(sites, shapes)
+    products = [own for site in sites for own in _products(site)]
+    blocks = _blocks(products)
     home = {unit: (b, h) for b, (_, units) in enumerate(blocks) for h, unit in enumerate(units)}
-    terms = list(dict.fromkeys(term for own in products for product in own for term in _terms(product, home)))
-    made = tuple(Block(role, tensors.of(units[0]), tuple(unit.ranges for unit in units)) for role, units in blocks)
-    return Kind(" and ".join(dict.fromkeys(map(_title, sites))), tensors.all(), made, tuple(terms), ())
+    terms = dict.fromkeys(term for own in products for term in _terms(own, home))
+    numbers = {name: i for i, name in enumerate(tensors)}
+    made = (
+        Block(role, tuple(numbers[name] for name in units[0].names), tuple(unit.ranges for unit in units))
+        for role, units in blocks
+    )
+    return Kind(" and ".join(dict.fromkeys(map(_title, sites))), tuple(tensors.values()), tuple(made), tuple(terms), ())
 
 
 def _title(site: AttentionSite) -> str:
@@ -177,89 +194,68 @@ def _title(site: AttentionSite) -> str:
     return f"{kind}{' across two sequences' if site.cross else ''}, {heads}"
 
 
-class _Tensors:
-    """The tensors of an instance, each checked against its shape."""
-
-    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        self._shapes = shapes
-        self._found: dict[str, Rows] = {}
-
-    def add(self, site: AttentionSite, block: WeightBlock) -> None:
+def _tensors(sites: Sequence[AttentionSite], shapes: Mapping[str, Sequence[int]]) -> dict[str, Rows]:
+    """The tensors of some sites by name, each checked against its shape."""
+    found: dict[str, Rows] = {}
+    for site, block in ((one, block) for one in sites for _, block in one.blocks()):
         where = f"site {site.name!r}: block of {block.param!r}"
-        self._add(where, block.param, block.axis, block)
-        if block.bias is not None:
-            self._add(where, block.bias, 0, block)
-
-    def _add(self, where: str, name: str, axis: int, block: WeightBlock) -> None:
-        if name not in self._shapes:
-            raise LayoutError(f"{where}: the model has no parameter {name!r}; find the pairs of this very model")
-        shape = tuple(self._shapes[name])
-        if axis >= len(shape):
-            raise LayoutError(f"{where} has axis {axis}, but the shape of {name!r} is {list(shape)}")
         last = max((stop for ranges in block.heads for _, stop in ranges), default=0)
-        if last > shape[axis]:
-            raise LayoutError(f"{where} goes up to row {last}, but axis {axis} of {list(shape)} has {shape[axis]}")
-        known = self._found.setdefault(name, Rows(name, axis, shape[axis]))
-        if known.axis != axis:
-            raise LayoutError(
-                f"layout counts the output features of {name!r} along axis {known.axis} and along axis {axis}; "
-                "one parameter can have head rows along one axis only"
-            )
-
-    def of(self, unit: _Unit) -> tuple[int, ...]:
-        numbers = {name: i for i, name in enumerate(self._found)}
-        return tuple(numbers[name] for name in (unit.param, unit.bias) if name is not None)
-
-    def all(self) -> tuple[Rows, ...]:
-        return tuple(self._found.values())
-
-
-def _products(site: AttentionSite) -> list[list[_Product]]:
-    """For each term of a site, the product of each query head that has rows in the term."""
-    found: list[list[_Product]] = []
-    for term in site.terms:
-        own = []
-        for head, key_head in enumerate(site.head_map):
-            parts = [(site.query[b], site.query[b].heads[head]) for b in term.query]
-            parts += [(site.key[b], site.key[b].heads[key_head]) for b in term.key]
-            if all(ranges for _, ranges in parts):
-                own.append(tuple(_Unit(block.param, block.bias, merged(ranges)) for block, ranges in parts))
-        found.append(own)
+        for name, axis in tensors_of(block):
+            if name not in shapes:
+                raise LayoutError(f"{where}: the model has no parameter {name!r}; find the pairs of this very model")
+            shape = tuple(shapes[name])
+            if axis >= len(shape):
+                raise LayoutError(f"{where} has axis {axis}, but the shape of {name!r} is {list(shape)}")
+            if last > shape[axis]:
+                raise LayoutError(f"{where} goes up to row {last}, but axis {axis} of {list(shape)} has {shape[axis]}")
+            known = found.setdefault(name, Rows(name, axis, shape[axis]))
+            if known.axis != axis:
+                raise LayoutError(
+                    f"layout counts the output features of {name!r} along axis {known.axis} and along axis {axis}; "
+                    "one parameter can have head rows along one axis only"
+                )
     return found
 
 
-def _blocks(sites: Sequence[AttentionSite], products: Sequence[list[list[_Product]]]) -> list[tuple[Role, list[_Unit]]]:
+def _products(site: AttentionSite) -> Iterator[list[_Product]]:
+    """For each term of a site, the product of each query head that has rows in the term."""
+    for term in site.terms:
+        one = replace(site, terms=(term,))
+        products = [product for head in range(site.query_heads) for product in one.head_terms(head)]
+        yield [tuple((block.role, Unit.of(block, ranges)) for block, ranges in product) for product in products]
+
+
+def _blocks(products: Iterable[Sequence[_Product]]) -> list[tuple[Role, list[Unit]]]:
     """Blocks as lists of units: one block per position in a term; positions that share a unit share a block."""
-    blocks: list[tuple[Role, dict[_Unit, None]]] = []
-    for site, own in zip(sites, products, strict=True):
-        for term, heads in zip(site.terms, own, strict=True):
-            roles = [site.query[b].role for b in term.query] + [site.key[b].role for b in term.key]
-            for role, column in zip(roles, zip(*heads, strict=True), strict=bool(heads)):
-                for units in _alike(column):
-                    shared = [block for block in blocks if not block[1].keys().isdisjoint(units)]
-                    if not shared:
-                        blocks.append((role, units))
-                        continue
-                    for other in shared[1:]:
-                        shared[0][1].update(other[1])
-                        blocks = [block for block in blocks if block is not other]
-                    shared[0][1].update(units)
+    blocks: list[tuple[Role, dict[Unit, None]]] = []
+    for heads in products:
+        for column in zip(*heads, strict=True):
+            for units in _alike(unit for _, unit in column):
+                shared = [block for block in blocks if not block[1].keys().isdisjoint(units)]
+                if not shared:
+                    blocks.append((column[0][0], units))
+                    continue
+                for other in shared[1:]:
+                    shared[0][1].update(other[1])
+                    blocks = [block for block in blocks if block is not other]
+                shared[0][1].update(units)
     return [(role, sorted(units, key=lambda unit: unit.ranges)) for role, units in blocks]
 
 
-def _alike(column: Iterable[_Unit]) -> Iterator[dict[_Unit, None]]:
+def _alike(column: Iterable[Unit]) -> Iterator[dict[Unit, None]]:
     """Units grouped by tensor and number of rows."""
-    groups: dict[tuple[str, str | None, int], dict[_Unit, None]] = {}
+    groups: dict[tuple[tuple[str, ...], int], dict[Unit, None]] = {}
     for unit in column:
-        groups.setdefault((unit.param, unit.bias, unit.size), {})[unit] = None
+        size = sum(stop - start for start, stop in unit.ranges)
+        groups.setdefault((unit.names, size), {})[unit] = None
     yield from groups.values()
 
 
-def _terms(products: Sequence[_Product], home: Mapping[_Unit, tuple[int, int]]) -> Iterator[Term]:
+def _terms(products: Sequence[_Product], home: Mapping[Unit, tuple[int, int]]) -> Iterator[Term]:
     """Products as terms: one term for all heads with units in the same blocks."""
     by_blocks: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
     for product in products:
-        places = [home[unit] for unit in product]
+        places = [home[unit] for _, unit in product]
         by_blocks.setdefault(tuple(b for b, _ in places), {})[tuple(h for _, h in places)] = None
     for blocks, heads in by_blocks.items():
-        yield Term(tuple((block, column) for block, column in zip(blocks, zip(*heads, strict=True), strict=True)))
+        yield Term(tuple(zip(blocks, zip(*heads, strict=True), strict=True)))

@@ -10,98 +10,62 @@ The norms (n.q and so on) are tensors [instances, heads], or [instances, 1] for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from quack_fx.layout.pattern import map_pattern
 from quack_fx.train.program.kinds import Kind, Term
 from quack_fx.train.program.text import INDENT, Tables, as_ranges, bracketed
 
 
-@dataclass(frozen=True)
-class Factor:
-    """The factor of one block.
+def factor_lines(kind: Kind, names: Sequence[str], tables: Tables) -> list[str]:
+    """The factor of every block of a kind, as indented keyword arguments of a call.
 
-    Attributes:
-        block: Name of the block.
-        ways: For each term of the block, the product of the other blocks' norms; the factor is 1 / the largest product.
-    """
-
-    block: str
-    ways: tuple[str, ...]
-
-    def lines(self, depth: int) -> list[str]:
-        """The factor as an indented keyword argument: 1 / the product, or the minimum over several."""
-        inverse = [f"1 / {way}" if _binds(way) else f"1 / ({way})" for way in self.ways]
-        if len(inverse) == 1:
-            return [f"{INDENT * depth}{self.block}={inverse[0]},"]
-        smallest = "torch.minimum" if len(inverse) == 2 else "smallest"
-        return bracketed(depth, f"{self.block}={smallest}(", inverse, "),")
-
-
-def factors_of(kind: Kind, names: Sequence[str], tables: Tables) -> list[Factor]:
-    """The factor of every block of a kind.
+    A factor is 1 / a product of norms, or the minimum over the terms that contain the block.
 
     Arguments:
         kind: The kind.
         names: A name for each of its blocks.
         tables: Stores long lists as constants of the program.
     """
-    found: list[list[str]] = [[] for _ in kind.blocks]
+    products: list[list[str]] = [[] for _ in kind.blocks]
     for term in kind.terms:
         for place, (block, _) in enumerate(term.factors):
-            found[block].append(_others(kind, names, term, place, tables))
-    return [Factor(name, tuple(dict.fromkeys(ways))) for name, ways in zip(names, found, strict=True)]
-
-
-def _binds(text: str) -> bool:
-    """Whether an expression binds tighter than division: a name with optional calls and indices."""
-    depth = 0
-    for c in text:
-        depth += (c in "([") - (c in ")]")
-        if depth == 0 and c in " ":
-            return False
-    return True
+            products[block].append(_others(kind, names, term, place, tables))
+    lines = []
+    for name, own in zip(names, products, strict=True):
+        inverse = [f"1 / {product}" for product in dict.fromkeys(own)]
+        if len(inverse) == 1:
+            lines.append(f"{INDENT * 2}{name}={inverse[0]},")
+        else:
+            smallest = "torch.minimum" if len(inverse) == 2 else "smallest"
+            lines += bracketed(2, f"{name}={smallest}(", inverse, "),")
+    return lines
 
 
 def _others(kind: Kind, names: Sequence[str], term: Term, place: int, tables: Tables) -> str:
-    """The product of a term's other norms; for a head that several query heads read, the largest product."""
+    """The product of a term's other norms, bracketed; the largest one for a head that several query heads read."""
     heads = len(term.factors[0][1])
     own, target = term.factors[place]
     size = len(kind.blocks[own].heads)
     others = [factor for i, factor in enumerate(term.factors) if i != place]
-    wide = any(_spreads(len(kind.blocks[b].heads), column) for b, column in others)
+    # Whether query heads read different norms.
+    wide = any(len(kind.blocks[b].heads) > 1 or len(column) == 1 for b, column in others)
     # Sorted by block, so that equal products have equal text.
     parts = [_read(f"n.{names[b]}", len(kind.blocks[b].heads), column, tables) for b, column in sorted(others)]
-    product = " * ".join(parts)
-    if target == tuple(range(size)):
-        return (
-            product
-            if wide or size == 1
-            else f"({product}).expand(-1, {size})"
-            if len(parts) > 1
-            else (f"{product}.expand(-1, {size})")
-        )
-    whole = f"({product})" if len(parts) > 1 else product
-    if not wide:  # the product is the same for every head
-        covered = set(target) == set(range(size))
-        return (
-            (product if size == 1 else f"{whole}.expand(-1, {size})")
-            if covered
-            else (f"largest({whole}.expand(-1, {heads}), {tables.text(as_ranges(target))}, {size})")
-        )
+    product = f"({' * '.join(parts)})" if len(parts) > 1 else parts[0]
+    if wide and target == tuple(range(size)):
+        return product
+    if not wide and set(target) == set(range(size)):  # the product is the same for every head
+        return product if size == 1 else f"{product}.expand(-1, {size})"
+    if not wide:
+        return f"largest({product}.expand(-1, {heads}), {tables.text(as_ranges(target))}, {size})"
     if size == 1:
-        return f"{whole}.amax(-1, keepdim=True)"
+        return f"{product}.amax(-1, keepdim=True)"
     pattern, groups = map_pattern(target, size), heads // size
     if pattern == "blocks":
-        return f"{whole}.unflatten(-1, ({size}, {groups})).amax(-1)"
+        return f"{product}.unflatten(-1, ({size}, {groups})).amax(-1)"
     if pattern == "cycle" and groups * size == heads:
-        return f"{whole}.unflatten(-1, ({groups}, {size})).amax(-2)"
-    return f"largest({whole}, {tables.text(as_ranges(target))}, {size})"
-
-
-def _spreads(size: int, column: tuple[int, ...]) -> bool:
-    """Whether query heads read different norms of a block."""
-    return size > 1 or len(column) == 1
+        return f"{product}.unflatten(-1, ({groups}, {size})).amax(-2)"
+    return f"largest({product}, {tables.text(as_ranges(target))}, {size})"
 
 
 def _read(norms: str, size: int, column: tuple[int, ...], tables: Tables) -> str:

@@ -1,13 +1,16 @@
 """Writes and runs the program of a given model, and creates the object that computes the scales of its rows.
 
-In: a model and its layout. Out: the program as a module, and its `QuacK` for the model's weights.
+In: a model and its layout. Out: the program as a module, whose source is in `linecache`, so that tracebacks and
+debuggers show it; and its `QuacK` for the model's weights.
 """
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import count
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -16,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quack_fx.errors import FactorError, OptimizerError
+from quack_fx.find import dump
 from quack_fx.layout import QKLayout
 from quack_fx.layout.fit import with_bare_names
-from quack_fx.train.program.execute import execute
 from quack_fx.train.program.source import write_program
 from quack_fx.train.program.zeros import from_zero
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
 
 NormName = Literal["frobenius", "spectral"]
+
+_numbers = count(1)
 
 
 def scaling_of(
@@ -79,10 +84,33 @@ def check_norm(norm: str) -> NormName:
     Raises:
         FactorError: The norm is unknown.
     """
-    for known in get_args(NormName):
-        if norm == known:
-            return norm  # type: ignore[return-value]
-    raise FactorError(f"norm is {norm!r}; use 'frobenius' or 'spectral'")
+    if norm not in get_args(NormName):
+        raise FactorError(f"norm is {norm!r}; use 'frobenius' or 'spectral'")
+    return norm  # type: ignore[return-value]
+
+
+def execute(source: str) -> ModuleType:
+    """Run the source of a program.
+
+    Each call creates a new module, because torch.compile limits recompilations per code object.
+
+    Arguments:
+        source: The source, from `write_program`.
+
+    Returns:
+        The module; `inspect.getsource` returns its source.
+
+    Example:
+        >>> program = execute(write_program(layout, shapes, "GPT"))
+        >>> program.TrainStep(model, optimizer)
+    """
+    dump("program", ".py", lambda: source)
+    name = f"quack_fx_program_{next(_numbers)}"
+    module = ModuleType(name)
+    module.__file__ = f"<{name}>"
+    linecache.cache[module.__file__] = len(source), None, source.splitlines(keepends=True), module.__file__
+    exec(compile(source, module.__file__, "exec"), vars(module))
+    return module
 
 
 def run_program(text: str, norm: NormName) -> ModuleType:
@@ -133,15 +161,12 @@ def _spectral(program: ModuleType) -> Any:
         def norms(self) -> list[Any]:
             found = []
             for stacks, rows in zip(self.stacks, self.rows, strict=True):
-                whole = {name: ([_whole(weight) for weight in own], axis) for name, (own, axis) in stacks.items()}
+                # Of each weight, its part of every attention and the axis of the rows.
+                whole = {name: [(_whole(weight), axis) for weight in own] for name, (own, axis) in stacks.items()}
                 blocks = []
                 for index, *names in rows:
-                    columns = [whole[name] for name in names]
-                    blocks.append(
-                        torch.stack(
-                            [_top(index, [(w[i], axis) for w, axis in columns]) for i in range(len(columns[0][0]))]
-                        )
-                    )
+                    attentions = zip(*(whole[name] for name in names), strict=True)
+                    blocks.append(torch.stack([_top(index, parts) for parts in attentions]))
                 found.append(type(rows)(*blocks))
             return found
 
@@ -149,19 +174,9 @@ def _spectral(program: ModuleType) -> Any:
 
 
 def _top(index: Tensor, parts: Sequence[tuple[Tensor, int]]) -> Tensor:
-    """Largest singular value of the rows of each head, [heads], from the smaller Gram matrix, in double precision.
-
-    Arguments:
-        index: The rows, [heads, rows].
-        parts: A weight, and its bias if there is one, each with the axis of its rows.
-    """
-    columns = [
-        part.detach().double().movedim(axis, 0)[index].flatten(2)
-        if part.dim() > 1
-        else part.detach().double()[index].unsqueeze(-1)
-        for part, axis in parts
-    ]
-    rows = torch.cat(columns, -1)
+    """Largest singular value of the rows of each head, [heads], from the smaller Gram matrix, in double precision."""
+    # Behind the rows of each head, [heads, rows], a weight has columns, and a bias has one.
+    rows = torch.cat([part.double().movedim(axis, 0)[index].unsqueeze(-1).flatten(2) for part, axis in parts], -1)
     wide = rows if rows.shape[1] <= rows.shape[2] else rows.mT
     top: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)[:, -1].clamp_min(0).sqrt()
     return top

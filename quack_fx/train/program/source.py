@@ -15,10 +15,9 @@ from importlib.resources import files
 
 from quack_fx.layout import QKLayout
 from quack_fx.train.program.about import about
-from quack_fx.train.program.kinds import kinds_of
-from quack_fx.train.program.norms import StandIn, write_norms
+from quack_fx.train.program.kinds import Kind, kinds_of
 from quack_fx.train.program.text import bracketed
-from quack_fx.train.program.write import write_kinds
+from quack_fx.train.program.write import StandIn, write_kinds, write_norms
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": ("AdamW",),
@@ -70,15 +69,7 @@ def write_program(
     """
     kinds = kinds_of(layout, shapes)
     stand_ins = stand_ins or {}
-    features = {*features, "norms"} if stand_ins else set(features)
-    # With Adam, `change` handles only weights with heads; with other optimizers, all. A rank's shard may be small.
-    sizes = [math.prod(shapes[name]) for kind in kinds for name in kind.names()]
-    others = features.intersection({"sharded", "masters"}).union(set(optimizers) - {"Adam", "AdamW"})
-    features |= {"others"} if others else set()
-    small = max(sizes, default=0) <= _constant("change", "SMALL")
-    features |= {"small"} if others or small else set()
-    # A rank's shard may hold any rows.
-    features |= {"ends"} if not small and "sharded" not in features and any(kind.ends() for kind in kinds) else set()
+    features = _features({*features, "norms"} if stand_ins else set(features), kinds, shapes, optimizers)
     names = list(dict.fromkeys(PARTS_OF[optimizer] for optimizer in optimizers))
     left_out = {"sharded", "masters", "norms"} - features
     every = ("quack", "sharded", "norms", "change", *names, "masters", "step")
@@ -96,6 +87,21 @@ def write_program(
     body = [*written, *_used(copied, [intro, *written, steps, *last]), steps, *last]
     head = f"{intro}\n\n{_imports(parts, [kind, *body])}\n\n{kind}"
     return "\n\n\n".join([head, *body]) + "\n"
+
+
+def _features(
+    asked: set[str], kinds: Sequence[Kind], shapes: Mapping[str, Sequence[int]], optimizers: Sequence[str]
+) -> set[str]:
+    """The features asked for, and those that follow from the optimizers and the sizes of the weights."""
+    found = set(asked)
+    # With Adam, `change` handles only weights with heads; with other optimizers, all. A rank's shard may be small.
+    if asked & {"sharded", "masters"} or set(optimizers) - {"Adam", "AdamW"}:
+        found |= {"others", "small"}
+    if all(math.prod(shapes[name]) <= _most_small() for kind in kinds for name in kind.names()):
+        found.add("small")
+    elif "sharded" not in asked and any(kind.ends() for kind in kinds):  # a rank's shard may hold any rows
+        found.add("ends")
+    return found
 
 
 def _used(copied: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -154,13 +160,10 @@ def _last(piece: ast.stmt | ast.arg) -> int:
     return piece.lineno if body else (piece.end_lineno or piece.lineno)
 
 
-def _constant(part: str, name: str) -> int:
-    """The value of an integer constant of a part."""
-    for node in _source(part)[1].body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=found)], value=ast.Constant(value=int(value))) if found == name:
-                return value
-    raise LookupError(f"{part}.py has no constant {name}")
+def _most_small() -> int:
+    """The number of elements up to which `parts/change.py` calls a weight small; importing it would import torch."""
+    (line,) = (line for line in _source("change")[0] if line.startswith("SMALL = "))
+    return int(line.split()[2])
 
 
 @cache
@@ -173,25 +176,19 @@ def _imports(parts: Sequence[str], body: Sequence[str]) -> str:
     """The imports of the parts, limited to names that the text uses."""
     text = "\n".join(body)
     plain: set[str] = set()
-    named: dict[str, dict[str, str | None]] = {}
-    for part in parts:
-        for node in _source(part)[1].body:
+    named: dict[str, set[str]] = {}
+    for node in (node for part in parts for node in _source(part)[1].body):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            used = {ast.unparse(a) for a in node.names if re.search(rf"\b{a.asname or a.name}\b", text)}
             if isinstance(node, ast.Import):
-                plain |= {a.name for a in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(("quack_fx", "__")):
-                named.setdefault(node.module, {}).update({a.name: a.asname for a in node.names})
-
-    def used(name: str) -> bool:
-        return re.search(rf"\b{name}\b", text) is not None
-
+                plain |= used
+            elif node.module and used and not node.module.startswith(("quack_fx", "__")):
+                named.setdefault(node.module, set()).update(used)
     groups: dict[bool, list[str]] = {False: [], True: []}
     for name in sorted(plain):
-        if used(name):
-            groups[name == "torch"].append(f"import {name}")
-    for module in sorted(named):
-        names = sorted(n for n, alias in named[module].items() if used(alias or n))
-        if names:
-            entries = [f"{n} as {named[module][n]}" if named[module][n] else n for n in names]
-            groups[module.startswith("torch")].append("\n".join(bracketed(0, f"from {module} import ", entries, "")))
+        groups[name == "torch"].append(f"import {name}")
+    for module, names in sorted(named.items()):
+        line = "\n".join(bracketed(0, f"from {module} import ", sorted(names), ""))
+        groups[module.startswith("torch")].append(line)
     blocks = (["from __future__ import annotations"], groups[False], groups[True])
     return "\n\n".join("\n".join(block) for block in blocks if block)

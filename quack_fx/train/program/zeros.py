@@ -32,12 +32,7 @@ def from_zero(program: ModuleType) -> Any:
     class FromZero(program.QuacK):  # type: ignore[name-defined, misc]
         def __init__(self, model: Any, tau: float | Tensor = 1.0, optimizers: Iterable[Optimizer] = ()) -> None:
             super().__init__(model, tau, optimizers)
-            for saved, starts in zip(self.saved, self._starts, strict=True):
-                signed = torch.cat(starts, 1)
-                # Attentions with loaded initial factors keep them.
-                capped = signed < 0
-                saved[:, 1:][capped] *= -1
-                saved[:, 0] *= torch.where(capped.any(1), -1.0, 1.0)
+            self.restart(())
 
         def start(self) -> list[Any]:
             """Initial factors of the blocks; negative if the learning rate may only decrease."""
@@ -62,8 +57,7 @@ def from_zero(program: ModuleType) -> Any:
         def factors(self) -> list[Any]:
             """Factors of the blocks; negative, like the initial factor, if the learning rate may only decrease."""
             if not self.first:
-                self._starts = self.start()
-                return [type(starts)(*(x.abs() for x in starts)) for starts in self._starts]
+                return [type(starts)(*(x.abs() for x in starts)) for starts in self.start()]
             pairs = zip(super().factors(), self.first, strict=True)
             return [
                 type(now)(*(torch.where(x < 0, torch.maximum(-f, x), f) for f, x in zip(now, first, strict=True)))

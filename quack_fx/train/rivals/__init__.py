@@ -3,9 +3,9 @@
 In: the name of a method, a model and its layout. Out: a `Method`, which the hooks of `QuacK` call before and after each
 step.
 
-    method.py          the interface, and the base class, which changes nothing: "none"
-    quack.py           learning rates by the rule, relative to the start of training: "quack"
-    constant.py        one learning rate for all query and key rows: "constant"
+    method.py          the interface, and the base class, which changes nothing: "none";
+                       learning rates by the rule, relative to the start of training: "quack";
+                       one learning rate for all query and key rows: "constant"
     qk_clip.py         scales heads with large logits down after the step: "qk-clip"
     compositional.py   learning rates by the partner's absolute norm: "compositional"
 """
@@ -20,10 +20,8 @@ from torch import nn
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import QKLayout
 from quack_fx.train.rivals.compositional import Compositional
-from quack_fx.train.rivals.constant import Constant
-from quack_fx.train.rivals.method import Method
+from quack_fx.train.rivals.method import Constant, Method, Quack
 from quack_fx.train.rivals.qk_clip import QKClip
-from quack_fx.train.rivals.quack import Quack
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling

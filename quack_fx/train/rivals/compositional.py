@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import AttentionSite, QKLayout
-from quack_fx.train.places import Place, by_block, in_a_row, place_of, places_of
-from quack_fx.train.rivals.method import Method, by_row
+from quack_fx.train.program.kinds import Unit
+from quack_fx.train.rivals.method import Method
+from quack_fx.train.units import by_block, in_a_row, places_of
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
@@ -77,28 +78,22 @@ class Compositional(Method):
         norms = self.scaling.norms()
         row = in_a_row(norms)
         partner = row[self._partner.to(row.device)]
-        scales = []
-        for blocks, rows in zip(by_block(partner, norms), self.scaling.rows, strict=True):
-            pairs = zip(blocks, rows, strict=True)
-            scales.append(
-                [self.scaling.tau / 2 * (x.square() / index.shape[-1] + _DAMPING).rsqrt() for x, (index, *_) in pairs]
-            )
-        return scales
-
-    def row_scales(self) -> Mapping[Tensor, Tensor]:
-        """Scale of the update of each row of the query and key weights."""
-        return by_row(self.scaling, self.block_scales())
+        tau = self.scaling.tau
+        return [
+            [
+                tau / 2 * (norm.square() / index.shape[-1] + _DAMPING).rsqrt()
+                for norm, (index, *_) in zip(blocks, rows, strict=True)
+            ]
+            for blocks, rows in zip(by_block(partner, norms), self.scaling.rows, strict=True)
+        ]
 
 
-def _pairs(site: AttentionSite, places: Mapping[Place, int]) -> list[tuple[int, int]]:
+def _pairs(site: AttentionSite, places: Mapping[Unit, int]) -> list[tuple[int, int]]:
     """Indices of the query rows and the key rows of each head of a site."""
     if len(site.terms) != 1 or (len(site.terms[0].query), len(site.terms[0].key)) != (1, 1):
         raise OptimizerError(_not_for(site, f"{site.kind.upper()} with several factors or terms"))
-    found = []
-    for head in range(site.query_heads):
-        for (query, rows), (key, key_rows) in site.head_terms(head):
-            found.append((places[place_of(query, rows)], places[place_of(key, key_rows)]))
-    return found
+    terms = (term for head in range(site.query_heads) for term in site.head_terms(head))
+    return [(places[Unit.of(*query)], places[Unit.of(*key)]) for query, key in terms]
 
 
 def _not_for(site: AttentionSite, what: str) -> str:

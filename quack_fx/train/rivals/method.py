@@ -1,4 +1,4 @@
-"""The interface between the hooks and a method of logit control.
+"""The interface between the hooks and a method of logit control, and the methods that need only the rule.
 
 In: the scales of a program, which has the rows and norms of all heads. Out: a `Method`, which defines the scale of each
 row's update, and what happens to the weights after it.
@@ -44,7 +44,7 @@ class Method:
 
     def row_scales(self) -> Mapping[Tensor, Tensor] | None:
         """Scale of the update of each row of the query and key weights; None to leave updates unscaled."""
-        return None
+        return by_row(self.scaling, self.block_scales()) if self.uses_tau else None
 
     def after_step(self, held: Mapping[str, Tensor], largest: Tensor | None) -> None:
         """Change the weights after a step; by default, do nothing.
@@ -53,6 +53,12 @@ class Method:
             held: The optimizer's query and key weights, by their names in the layout.
             largest: The largest logit of each query head since the last step, if logits are read.
         """
+
+
+def relative_factors(scaling: Scaling) -> list[list[Tensor]]:
+    """Factors of all heads relative to their initial factors; 1 for a head that is multiplied with a pruned one."""
+    pairs = zip(scaling.factors(), scaling.first, strict=True)
+    return [[torch.where(f.isinf(), 1.0, f / start) for f, start in zip(*pair, strict=True)] for pair in pairs]
 
 
 def by_row(scaling: Scaling, of_blocks: Sequence[Sequence[Tensor]]) -> dict[Tensor, Tensor]:
@@ -69,3 +75,38 @@ def by_row(scaling: Scaling, of_blocks: Sequence[Sequence[Tensor]]) -> dict[Tens
     other.tau, other.first = 1.0, [[torch.ones_like(scale) for scale in scales] for scales in of_blocks]
     other.factors = lambda: list(of_blocks)  # type: ignore[method-assign]
     return other.scales()
+
+
+class Quack(Method):
+    """QuacK (arXiv 2511.21377, Alg. 1 and 2): `method="quack"`.
+
+    The learning-rate scale of a block of rows is `tau * factor / initial factor`. The factor is one over the norms of
+    the blocks that it is multiplied with in the logits.
+    """
+
+    name: ClassVar[str] = "quack"
+    uses_tau: ClassVar[bool] = True
+
+    def block_scales(self) -> list[list[Tensor]]:
+        """Learning-rate scale of every head for the current weights, [attentions, heads] by kind and block."""
+        return [[self.scaling.tau * factor for factor in factors] for factors in relative_factors(self.scaling)]
+
+    def row_scales(self) -> Mapping[Tensor, Tensor]:
+        """Scale of the update of each row of the query and key weights."""
+        return self.scaling.scales()
+
+
+class Constant(Method):
+    """The ablation of the QuacK paper (section 4): `method="constant"`.
+
+    The learning rate of every query and key row is `tau` times that of the other weights, independent of norms. QuacK
+    starts with the same learning rates and then changes them. If the optimizer's update is proportional to its learning
+    rate, this equals a separate parameter group for these rows with `lr = tau * lr`.
+    """
+
+    name: ClassVar[str] = "constant"
+    uses_tau: ClassVar[bool] = True
+
+    def block_scales(self) -> list[list[Tensor]]:
+        """Learning-rate scale of every head, [attentions, heads] by kind and block."""
+        return [[torch.ones_like(factor) * self.scaling.tau for factor in first] for first in self.scaling.first]

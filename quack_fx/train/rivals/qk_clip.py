@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from quack_fx.errors import OptimizerError
 from quack_fx.layout import AttentionSite, QKLayout
 from quack_fx.layout.fit import layout_params
-from quack_fx.train.owners import Owners, Unit, nearest
+from quack_fx.train.program.kinds import Unit
 from quack_fx.train.program.scaling import local
 from quack_fx.train.rivals.method import Method
+from quack_fx.train.units import Owners, nearest
 
 if TYPE_CHECKING:
     from quack_fx.train.program.parts.quack import QuacK as Scaling
-
-_Powers = dict[Unit, float]
-"""The exponent of gamma for each unit of rows."""
 
 
 class QKClip(Method):
@@ -70,16 +68,15 @@ class QKClip(Method):
         super().__init__(scaling)
         self.threshold = threshold
         params = layout_params(layout, model)
-        axes = {name: 0 for name in params} | {b.param: b.axis for site in layout.sites for _, b in site.blocks()}
-        owners = Owners(layout, {name: param.shape[axes[name]] for name, param in params.items()})
-        self._axes = axes
+        owners = Owners(layout, params)
+        self._axes = owners.axes
         # For each row of each parameter, the head that scales it and the exponent of that head's gamma (0: unchanged).
         self._head = {name: rows.clamp_min(0) for name, rows in owners.rows.items()}
         self._power = {name: torch.zeros(len(rows)) for name, rows in owners.rows.items()}
         for site, first in zip(layout.sites, owners.first, strict=True):
             for head in range(site.query_heads if not site.qk_norm else 0):
                 for unit, power in _powers(site, head, owners, first + head).items():
-                    for name, _ in unit.names:
+                    for name in unit.names:
                         if not params[name].requires_grad:
                             raise OptimizerError(
                                 f"method 'qk-clip' scales {name!r} of {site.name!r}, which is frozen "
@@ -104,21 +101,14 @@ class QKClip(Method):
             here.mul_(scale.view(shape))
 
 
-def _powers(site: AttentionSite, head: int, owners: Owners, number: int) -> _Powers:
-    """The exponents of gamma for the rows of a head, such that each of its terms is multiplied by gamma.
-
-    Arguments:
-        site: The attention.
-        head: The head in it.
-        owners: The head that each row belongs to.
-        number: The head's number in `owners`.
-    """
+def _powers(site: AttentionSite, head: int, owners: Owners, number: int) -> dict[Unit, float]:
+    """The exponents of gamma for the rows of a head (`number` in `owners`) that multiply each of its terms by gamma."""
     pairs = list(nearest(site, head))
     own = [tuple(unit is not None and owners.has(unit, number) for unit in pair) for pair in pairs]
     halves = [(0.5, 0.5) if query and key else (float(query), float(key)) for query, key in own]
     one_side = [[(1.0, 0.0)] * len(pairs), [(0.0, 1.0)] * len(pairs)]
     for ways in (halves, *one_side):
-        found: _Powers = {}
+        found: dict[Unit, float] = {}
         for pair, mine, powers in zip(pairs, own, ways, strict=True):
             if sum(powers) != 1 or any(power and not has for power, has in zip(powers, mine, strict=True)):
                 break
