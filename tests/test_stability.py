@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -478,3 +479,16 @@ def test_a_preset_for_gpus_says_so_without_one(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as caught:
         main(["run", "--preset", "gpu-1b"])
     assert caught.value.code == 2 and "--preset gpu-1b needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attention", ["MLA", "MHA"])
+def test_the_readme_has_the_numbers_of_the_page(attention: str) -> None:
+    section = (ROOT / "README.md").read_text().split("## Does it help?\n")[1].split("\n## ")[0]
+    shown = section.split(f"\n{attention} with Muon:\n\n")[1].split("\n\n")[0].splitlines()
+    page = (ROOT / "docs" / "stability.md").read_text()
+    panel = page.split(f"\n## {attention}, Muon, 300 steps\n")[1].split("Validation loss (nats a byte):\n\n")[1]
+    assert len(shown) == 9 and set(shown) <= set(panel.split("\n\n")[0].splitlines())
+    long = page.split(f"\n## {attention}, Muon, 1,500 steps\n")[1].split("Largest logit")[0]
+    for method in ("none", "quack 0.1", "constant 0.1", "qk-norm"):
+        (loss,) = re.findall(rf"^\| {method} \| (\S+ ± \S+) \|$", long, re.MULTILINE)
+        assert loss in " ".join(section.split())

@@ -25,7 +25,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(
     r"(?P<code>^(?P<fence>`{3,})[^\n]*\n.*?^(?P=fence)$|`[^`\n]*`)"  # what looks like a link there is code
-    r"|(?<!!)\[(?P<text>[^\]]*)\]\((?!\w+:|#)(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)",
+    r"|\[(?P<text>[^\]]*)\]\((?!\w+:|#)(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)",
     re.DOTALL | re.MULTILINE,
 )
 MARKS: dict[str, Callable[[str], str]] = {
