@@ -460,3 +460,16 @@ def test_the_scale_given_to_flex_attention(factor: float | None, scale: float) -
             return flex_attention(q, k, v, scale=factor)
 
     assert find_qk_pairs(Flex(), torch.ones(1, 4, 16)).sites[0].logit_scale == pytest.approx(scale)
+
+
+def test_queries_of_experts_whose_sizes_are_made_up_are_refused() -> None:
+    """On fake weights, the number of tokens of each expert is made up, so that the split does not fit its tensor."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "kv_channels": 4, "num_hidden_layers": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    with torch.device("meta"):
+        model = transformers.JetMoeModel(transformers.JetMoeConfig(**sizes, **experts))
+    layout = find_qk_pairs(model, torch.randint(64, (2, 5)))
+    assert not layout.sites
+    skipped = {entry.name: entry.code for entry in layout.skipped}
+    assert [skipped[f"layers.{i}.self_attention"] for i in range(2)] == ["rows-on-two-axes"] * 2

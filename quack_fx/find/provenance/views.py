@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
 from quack_fx.find.provenance.labels import constant_along, reshape
 from quack_fx.graph.dataflow import Dataflow
@@ -42,7 +43,7 @@ def run_view(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool =
     """
     name, source = df.op[node].name, node.args[0]
     if alias and name not in ("copy_", "copy", "to"):
-        return _run(df, node, plane)
+        return _run_or_unknown(df, node, plane, unknown)
     if name in _SAME and isinstance(source, Node):
         return plane(source)
     # A view that changes the dtype may change the number of elements, and is then no reshape.
@@ -57,7 +58,15 @@ def run_view(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool =
         return _gather(df, node, plane, unknown)
     if name in ("constant_pad_nd", "pad"):
         return torch.constant_pad_nd(plane(source), list(node.args[1]), 0)  # type: ignore[arg-type]
-    return _run(df, node, plane)
+    return _run_or_unknown(df, node, plane, unknown)
+
+
+def _run_or_unknown(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Any:
+    """Run a view op; if it fails, because its sizes are made-up values (tokens of each expert), nothing is known."""
+    try:
+        return _run(df, node, plane)
+    except RuntimeError:
+        return tree_map_only(Tensor, lambda x: torch.full(x.shape, unknown, dtype=torch.int64), df.value(node))
 
 
 def _run(df: Dataflow, node: Node, plane: Plane) -> Any:
