@@ -32,7 +32,7 @@ def from_zero(program: ModuleType) -> Any:
     class FromZero(program.QuacK):  # type: ignore[name-defined, misc]
         def __init__(self, model: Any, tau: float | Tensor = 1.0, optimizers: Iterable[Optimizer] = ()) -> None:
             super().__init__(model, tau, optimizers)
-            self.restart(())
+            self._save(self._starts, ())
 
         def start(self) -> list[Any]:
             """Initial factors of the blocks; negative if the learning rate may only decrease."""
@@ -49,7 +49,10 @@ def from_zero(program: ModuleType) -> Any:
 
         def restart(self, begun: Container[tuple[int, int]]) -> None:
             """Compute new initial factors from the current weights for all attentions that are not in `begun`."""
-            for kind, (saved, starts) in enumerate(zip(self.saved, self.start(), strict=True)):
+            self._save(self.start(), begun)
+
+        def _save(self, found: list[Any], begun: Container[tuple[int, int]]) -> None:
+            for kind, (saved, starts) in enumerate(zip(self.saved, found, strict=True)):
                 anew = [i for i in range(len(saved)) if (kind, i) not in begun]
                 saved[anew, 1:] = torch.cat(list(starts), 1)[anew]
                 saved[:, 0] = saved[:, 0].abs() * torch.where((saved[:, 1:] < 0).any(1), -1.0, 1.0)
@@ -57,7 +60,8 @@ def from_zero(program: ModuleType) -> Any:
         def factors(self) -> list[Any]:
             """Factors of the blocks; negative, like the initial factor, if the learning rate may only decrease."""
             if not self.first:
-                return [type(starts)(*(x.abs() for x in starts)) for starts in self.start()]
+                self._starts = self.start()  # with signs, which __init__ saves
+                return [type(starts)(*(x.abs() for x in starts)) for starts in self._starts]
             pairs = zip(super().factors(), self.first, strict=True)
             return [
                 type(now)(*(torch.where(x < 0, torch.maximum(-f, x), f) for f, x in zip(now, first, strict=True)))

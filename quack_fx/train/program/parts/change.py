@@ -63,14 +63,6 @@ def change_stacked(rule: Any, numbers: Tensor, finite: Tensor | None, columns: A
         torch._foreach_copy_(old, list(new.unbind()))
 
 
-def norms_of_rows(weights: list[Tensor], dims: list[int], exact: torch.dtype) -> list[Tensor]:
-    """The row norms of each weight, [rows]; small weights of the same shape take one call."""
-    if weights[0].numel() > SMALL or len({weight.shape for weight in weights}) > 1:
-        return [torch.linalg.vector_norm(weight.unsqueeze(-1), dim=dims, dtype=exact) for weight in weights]
-    stack = torch.stack(weights).unsqueeze(-1)
-    return list(torch.linalg.vector_norm(stack, dim=[1 + dim for dim in dims], dtype=exact))
-
-
 def job_of(weight: Tensor, state: dict[str, Any], names: Sequence[str], scales: Scales) -> list[Any]:
     """A weight's scale (None without query or key rows), the weight, its gradient and its state, zeros if missing."""
     scale, grad = scales.get(weight), weight.grad

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quack_fx.train.program.parts.change import norms_of_rows
+from quack_fx.train.program.parts.change import SMALL
 from quack_fx.train.program.parts.norms import check_stripped
 from quack_fx.train.program.parts.sharded import add_up, held, local, meshes_of, spread
 
@@ -133,6 +133,14 @@ class QuacK:
                     raise ValueError("the optimizer state has no initial factors of QuacK for these heads and norm")
                 own.copy_(saved.view(torch.float64))
                 state["quack_init"] = self.kept[weight] = saved
+
+
+def norms_of_rows(weights: list[Tensor], dims: list[int], exact: torch.dtype) -> list[Tensor]:
+    """The row norms of each weight, [rows]; small weights of the same shape take one call."""
+    if weights[0].numel() > SMALL or len({weight.shape for weight in weights}) > 1:
+        return [torch.linalg.vector_norm(weight.unsqueeze(-1), dim=dims, dtype=exact) for weight in weights]
+    stack = torch.stack(weights).unsqueeze(-1)
+    return list(torch.linalg.vector_norm(stack, dim=[1 + dim for dim in dims], dtype=exact))
 
 
 def largest(numbers: Tensor, heads: list[int], count: int) -> Tensor:
