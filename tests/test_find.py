@@ -472,4 +472,4 @@ def test_queries_of_experts_whose_sizes_are_made_up_are_refused() -> None:
     layout = find_qk_pairs(model, torch.randint(64, (2, 5)))
     assert not layout.sites
     skipped = {entry.name: entry.code for entry in layout.skipped}
-    assert [skipped[f"layers.{i}.self_attention"] for i in range(2)] == ["rows-on-two-axes"] * 2
+    assert [skipped[f"layers.{i}.self_attention"] for i in range(2)] == ["unknown-query"] * 2

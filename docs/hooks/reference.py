@@ -66,7 +66,8 @@ def codes() -> str:
 def sentences() -> dict[str, list[str]]:
     """For each code of a refusal the sentences that come with it, read off the sources.
 
-    Codes are the first argument of `Refused(code, reason)` and the second of `NearMiss(node, code, reason)`.
+    Codes are the first argument of `Refused(code, reason)` and the second of `NearMiss(node, code, reason)` and
+    `Skipped(name, code, reason)`.
 
     Raises:
         ValueError: A code or a sentence stands there in a form that is not read here.
@@ -89,7 +90,7 @@ def _in_file(file: Path) -> Iterator[tuple[str, str]]:
     for call in ast.walk(tree):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             continue
-        if call.func.id not in ("Refused", "NearMiss"):
+        if call.func.id not in ("Refused", "NearMiss", "Skipped"):
             continue
         code, said = call.args[:2] if call.func.id == "Refused" else call.args[-2:]
         if isinstance(code, ast.Attribute):  # a refusal that was caught, told as it is

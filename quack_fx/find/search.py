@@ -30,7 +30,7 @@ from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.trail import Trail
 from quack_fx.find.provenance.uses import Uses
 from quack_fx.find.provenance.values import values_of
-from quack_fx.graph.capture import Capture, RepeatedLayer, capture, unwrapped
+from quack_fx.graph.capture import Capture, RepeatedLayer, capture, capture_otherwise, unwrapped
 from quack_fx.graph.dataflow import BehindLayer, Dataflow
 from quack_fx.graph.forward.machine import without_collecting
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Skipped, WeightBlock
@@ -126,8 +126,9 @@ def find(
             recorded = capture(inner, args, kwargs, sources=dumping())
             layout = _in_recording(inner, recorded, tell)
         if recorded.made_up:
-            other = _in_recording(inner, capture(inner, args, kwargs, number=0.75), tell)
-            layout = replace(layout, sites=tuple(_with_scales_of_both(layout.sites, other.sites)))
+            tell("recording once more, with other made-up numbers")
+            other = capture_otherwise(inner, args, kwargs)
+            layout = _common(layout, None if other is None else _in_recording(inner, other, tell))
     seconds = {"capture": captured - start, "find": time.perf_counter() - captured}
     nodes = len(recorded.graph_module.graph.nodes)
     return Found(layout, recorded.way, nodes, seconds, recorded.canned, recorded.fallback_reason)
@@ -140,13 +141,24 @@ def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], Non
     return find_in_graph(recorded.graph_module, weights, all_names=names, repeated=recorded.repeated, progress=tell)
 
 
-def _with_scales_of_both(sites: Sequence[AttentionSite], others: Sequence[AttentionSite]) -> Iterator[AttentionSite]:
-    """Set the logit scale to None where it depends on the number that was made up."""
-    scales: dict[str, set[float | None]] = {}
-    for site in others:
-        scales.setdefault(site.name, set()).add(site.logit_scale)
-    for site in sites:
-        yield site if scales.get(site.name) == {site.logit_scale} else replace(site, logit_scale=None)
+def _common(layout: QKLayout, other: QKLayout | None) -> QKLayout:
+    """What does not depend on made-up numbers: the sites that have the same rows in both layouts.
+
+    The logit scale is None where it does depend on them, or where that is unknown.
+    """
+    known: dict[str, list[AttentionSite]] = {}
+    for site in other.sites if other is not None else ():
+        known.setdefault(site.name, []).append(site)
+    sites, skipped = list[AttentionSite](), list(layout.skipped)
+    for site in layout.sites:
+        others = known.get(site.name, [])
+        if others and pairs_of(site) not in map(pairs_of, others):
+            reason = "which weights it reads depends on a number that the model computes from its weights"
+            skipped.append(Skipped(site.name, "computed-route", reason))
+        else:
+            same = {one.logit_scale for one in others} == {site.logit_scale}
+            sites.append(site if same else replace(site, logit_scale=None))
+    return replace(layout, sites=tuple(sites), skipped=tuple(dict.fromkeys(skipped)))
 
 
 def find_in_graph(

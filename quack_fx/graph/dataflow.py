@@ -118,7 +118,8 @@ class Dataflow:
         """Values of a node that depends on no parameter, if they are recorded or can be computed; else None.
 
         Our captures record these values. Graphs of torch.export do not, but their tables (`arange` and what is made
-        from it) depend on nothing and are computed here.
+        from it) depend on nothing and are computed here. Indices that depend on parameters (the tokens of an expert)
+        are no constants even where a value is recorded: it is made up, or that of one batch.
         """
         if node not in self._constants:
             self._constants[node] = self._compute_constant(node)
@@ -126,6 +127,8 @@ class Dataflow:
 
     def _compute_constant(self, node: Node) -> Tensor | None:
         value = self.value(node)
+        if isinstance(value, Tensor) and node in self.from_weight and not _is_numeric(value):
+            return None
         if isinstance(value, Tensor) and _has_numbers(value):
             return value
         known = node in self.from_weight or node in self.from_input or node.op != "call_function"
@@ -216,6 +219,10 @@ def _module_name(entry: Any) -> str:
     name = entry[0] if isinstance(entry, tuple) else str(entry)
     # torch.export prefixes names with the local variable that held the model.
     return str(name).removeprefix("L['self'].").removeprefix("L['self']")
+
+
+def _is_numeric(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _has_numbers(tensor: Tensor) -> bool:

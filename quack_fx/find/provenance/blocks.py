@@ -20,6 +20,7 @@ from quack_fx.find.provenance.chains import cut_at_input, follow_chains
 from quack_fx.find.provenance.flow import NormTag
 from quack_fx.find.provenance.heads import Heads
 from quack_fx.find.provenance.join import join_blocks
+from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.roles import absorbed_in, give_roles, give_roles_absorbed
 from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.uses import Uses
@@ -31,9 +32,10 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
     """Build the site of one attention.
 
     Raises:
-        Refused: A head reads rows that are not ranges along one axis of their parameter.
+        Refused: A head reads rows that are not ranges along one axis of their parameter, or a projection has no tokens.
     """
     df = tracer.df
+    empty = _without_tokens(tracer)
     query = _side(heads, heads.query, [_joined(heads.key[k]) for k in heads.head_map])
     readers: list[list[Vector]] = [[] for _ in heads.key]
     for h, k in enumerate(heads.head_map):
@@ -65,7 +67,22 @@ def make_site(tracer: Tracer, logits: Logits, heads: Heads, uses: Uses) -> Atten
         + (_norms("key", heads.norms[1]) if absorbed else _latent_norms("key", key_chains)),
         logit_scale=heads.scale,
     )
+    read = {block.param for block in (*site.query, *site.key)}
+    for projection in empty:
+        if not read.issuperset(projection.names):
+            reason = f"with these inputs, {projection.names[0]!r} projects no token at all"
+            raise Refused("no-tokens", reason, projection.node)
     return join_blocks(site)
+
+
+def _without_tokens(tracer: Tracer) -> list[Projection]:
+    """Projections between the inputs and the logits that have no tokens with these inputs."""
+    df = tracer.df
+    empty = [
+        n for n in tracer.basis.inside if df.op[n].kind in ("contraction", "convolution") and not df.shape(n).numel()
+    ]
+    made = [tracer.projections.of(node) for node in sorted(empty, key=df.index.__getitem__)]
+    return [one[0] for one in made if one is not None]
 
 
 # ---- direct blocks ---------------------------------------------------------------------------------------------------

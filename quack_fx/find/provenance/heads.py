@@ -257,7 +257,8 @@ def _group(reader: Vectors, pairs: list[tuple[int, int]]) -> tuple[list[tuple[in
 
     Query vectors with the same rows are one head. In joint attention (streams of text and image tokens, each with its
     own projections), the first vectors of all streams are the first head, and so on. Streams differ in the data that
-    their projections read, or else in their parameters.
+    their projections read, or else in their parameters; and either the keys come in streams too, or the projections
+    read other tokens (those of heads, if stored one by one, read the same).
     """
     reads: dict[int, list[int]] = {}
     for q, k in pairs:
@@ -275,7 +276,18 @@ def _group(reader: Vectors, pairs: list[tuple[int, int]]) -> tuple[list[tuple[in
         if len(streams) > 1 and len({len(stream) for stream in streams.values()}) == 1:
             joint = list(zip(*streams.values(), strict=True))
             same = all(len({frozenset(keys[head]) for head in parts}) == 1 for parts in joint)
-            if same and all(len({stream_of(k) for k in keys[parts[0]]}) > 1 for parts in joint):
+            of_keys_too = all(len({stream_of(k) for k in keys[parts[0]]}) > 1 for parts in joint)
+            if same and (of_keys_too or _read_other_tokens(reader, list(streams.values()))):
                 found = [tuple(q for head in parts for q in head) for parts in joint]
                 return found, [tuple(sorted(keys[parts[0]])) for parts in joint]
     return alone, [tuple(sorted(keys[head])) for head in alone]
+
+
+def _read_other_tokens(reader: Vectors, streams: list[list[tuple[int, ...]]]) -> bool:
+    """Whether the projections of each stream read other tokens of one tensor than those of the other streams."""
+    read = [{reader.tokens(q) for head in stream for q in head} for stream in streams]
+    alike = [next(iter(one)) for one in read if len(one) == 1]
+    tokens = [one for one in alike if one is not None]
+    if len(tokens) < len(streams) or len({node for node, _ in tokens}) > 1:
+        return False
+    return sum(len(lines) for _, lines in tokens) == len(frozenset().union(*(lines for _, lines in tokens)))

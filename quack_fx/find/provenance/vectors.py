@@ -6,6 +6,7 @@ In: labels of an operand. Out: an id for each distinct vector, and the rows behi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from quack_fx.find.provenance.flow import Flow
 from quack_fx.find.provenance.labels import UNKNOWN, compact
 from quack_fx.find.provenance.projections import Projection
 from quack_fx.find.provenance.trace import Tracer
+from quack_fx.find.provenance.views import run_view
 from quack_fx.graph.dataflow import Dataflow
 
 Row = tuple[str, tuple[int, ...]]
 """One feature: parameter, and coordinates along the projection's axes."""
 Vector = tuple[frozenset[Row], ...]
 """Features at each index of the head dimension."""
+_LARGEST_TENSOR = 1 << 22
+"""Largest tensor, in elements, in which the tokens of projections are compared."""
 
 
 class Vectors:
@@ -58,6 +62,14 @@ class Vectors:
     def parameters(self, number: int) -> frozenset[str]:
         """Parameters behind a vector."""
         return frozenset(name for rows in self.vectors[number] for name, _ in rows)
+
+    def tokens(self, number: int) -> tuple[Node, frozenset[int]] | None:
+        """Tensor whose lines are the tokens that a vector is projected from, and the numbers of these lines.
+
+        None if the projections read several tensors, or something other than whole lines of one.
+        """
+        read = {_lines_of(self._tracer, self.projection[row]) for rows in self.vectors[number] for row in rows}
+        return read.pop() if len(read) == 1 else None
 
     def _number(self, line: list[int], width: int) -> int:
         vector = tuple(self._row(x) for x in line)
@@ -114,3 +126,30 @@ def operand_planes(df: Dataflow, product: Product, flows: dict[Node, Flow]) -> t
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     product_shape = (*batch, left.shape[-2], right.shape[-2], left.shape[-1])
     return left.unsqueeze(-2).expand(product_shape), right.unsqueeze(-3).expand(product_shape)
+
+
+def _lines_of(tracer: Tracer, projection: Projection) -> tuple[Node, frozenset[int]] | None:
+    """Tensor of which a projection reads some lines along the last axis, and the numbers of these lines.
+
+    None if it reads anything but whole lines.
+    """
+    df, views, node = tracer.df, list[Node](), projection.x
+    while df.op[node].kind in ("view", "getitem") and len(node.all_input_nodes) == 1:
+        views.append(node)
+        node = df.open(node.all_input_nodes[0])
+    tracer.basis.inside |= {node, *views}
+    shape = df.shape(node)
+    if not shape or not 0 < shape.numel() <= _LARGEST_TENSOR:
+        return None
+    plane = torch.arange(shape.numel()).view(shape)
+    planes: dict[Node, Any] = {node: plane}
+    for view in reversed(views):
+        if df.op[view].kind == "getitem":
+            planes[view] = planes[view.args[0]][view.args[1]]  # type: ignore[index]
+        else:
+            planes[view] = run_view(df, view, planes.__getitem__, -1)
+    lines = planes[projection.x].movedim(projection.x_axis, -1)
+    whole = lines[..., :1] + torch.arange(shape[-1])
+    if lines.shape[-1] != shape[-1] or bool((lines[..., 0] % shape[-1]).any()) or not torch.equal(lines, whole):
+        return None
+    return node, frozenset((lines[..., 0] // shape[-1]).flatten().tolist())

@@ -26,6 +26,8 @@ _RESHAPE = frozenset(
     "view _unsafe_view reshape _reshape_alias view_copy flatten unflatten view_as reshape_as squeeze unsqueeze".split()
 )
 _GATHER = frozenset("index gather index_select take_along_dim repeat_interleave".split())
+PUTS = frozenset("index_put _index_put_impl index_copy scatter masked_scatter".split())
+"""Ops that write values at indices."""
 _DROPPED = ("dtype", "device", "memory_format", "layout", "pin_memory", "non_blocking")
 
 Plane = Callable[[Node], Tensor]
@@ -56,9 +58,22 @@ def run_view(df: Dataflow, node: Node, plane: Plane, unknown: int, alias: bool =
         return plane(target).expand(df.shape(node)) if isinstance(target, Node) else None
     if name in _GATHER and isinstance(source, Node):
         return _gather(df, node, plane, unknown)
+    if name in PUTS and not runs_at_known_indices(df, node):
+        return torch.full((1,), unknown, dtype=torch.int64).expand(df.shape(node))
     if name in ("constant_pad_nd", "pad"):
         return torch.constant_pad_nd(plane(source), list(node.args[1]), 0)  # type: ignore[arg-type]
     return _run_or_unknown(df, node, plane, unknown)
+
+
+def indices_written(df: Dataflow, node: Node) -> list[Node]:
+    """Indices, or masks, of an op in `PUTS`."""
+    given: Any = node.args[2 if df.op[node].name in ("index_copy", "scatter") else 1]
+    return [i for i in (given if isinstance(given, list | tuple) else [given]) if isinstance(i, Node)]
+
+
+def runs_at_known_indices(df: Dataflow, node: Node) -> bool:
+    """Whether all indices of an op in `PUTS` are constants."""
+    return all(df.constant(i) is not None for i in indices_written(df, node))
 
 
 def _run_or_unknown(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Any:

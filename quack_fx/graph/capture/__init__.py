@@ -34,14 +34,14 @@ from torch import nn
 from quack_fx.errors import CaptureError, first_line
 from quack_fx.graph.capture.equal import equal_groups
 from quack_fx.graph.capture.executable import runnable
-from quack_fx.graph.capture.hybrid import NUMBER
+from quack_fx.graph.capture.hybrid import NUMBER, OTHER_NUMBERS
 from quack_fx.graph.capture.isolate import isolated
 from quack_fx.graph.capture.layers import RepeatedLayer
 from quack_fx.graph.capture.recorder import Recorder
 from quack_fx.graph.capture.wrappers import first_wrapped, unwrapped
 from quack_fx.graph.forward.machine import available_memory
 
-__all__ = ["Capture", "RepeatedLayer", "capture", "first_wrapped", "unwrapped"]
+__all__ = ["Capture", "RepeatedLayer", "capture", "capture_otherwise", "first_wrapped", "unwrapped"]
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Capture:
 
     @property
     def made_up(self) -> bool:
-        """Whether the forward received a made-up number, which it may have used as a factor."""
+        """Whether the forward received a made-up number, which it may have used as a factor or an index."""
         return NUMBER in self.canned
 
 
@@ -81,7 +81,6 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     layers_once: bool = False,
-    number: float = 0.5,
     real: bool = False,
     executable: bool = False,
     sources: bool = False,
@@ -99,7 +98,6 @@ def capture(
             outputs and gradients (both are checked on these arguments). The model must hold real values. Non-tensor
             arguments are baked into the graph.
         sources: Record for each op the lines of Python that ran it (`Node.stack_trace`).
-        number: Made-up value of a fake tensor that Python converts to a number (`float(x)`); sets `made_up`.
 
     Returns:
         The recorded pass.
@@ -113,7 +111,22 @@ def capture(
         ['weight', 'bias']
     """
     with unwrapped(model) as inner:
-        return _capture(inner, args, kwargs or {}, layers_once, number, real, executable, sources)
+        return _capture(inner, args, kwargs or {}, layers_once, real, executable, sources)
+
+
+def capture_otherwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Capture | None:
+    """Record a pass once more with other made-up numbers, to see what depends on them (`Capture.made_up`).
+
+    Returns:
+        The recorded pass; None if the forward fails with all others.
+    """
+    with unwrapped(model) as inner:
+        for numbers in OTHER_NUMBERS:
+            try:
+                return _run(inner, args, kwargs or {}, Recorder(inner, "hybrid", numbers=numbers))
+            except Exception as error:
+                _log.info("with %s, the forward fails: %s", numbers, first_line(error))
+    return None
 
 
 def _capture(
@@ -121,7 +134,6 @@ def _capture(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     layers_once: bool,
-    number: float,
     real: bool,
     executable: bool,
     sources: bool,
@@ -142,7 +154,7 @@ def _capture(
     for equal in () if real else [groups, []] if groups else [[]]:
         for _, earlier in failures:
             traceback.clear_frames(earlier.__traceback__)  # the frames keep the failed recording alive
-        recorder = Recorder(model, "hybrid", equal, number, sources)
+        recorder = Recorder(model, "hybrid", equal, sources=sources)
         try:
             return _run(model, args, kwargs, recorder)
         except Exception as error:

@@ -6,7 +6,8 @@ In: an op and its arguments. Out: its result. The first rule that applies is use
    on no parameter have their real values. A result that is too large is fake.
 2. The result does not depend on fake values (`zeros_like`, `new_ones`, ...): it is real.
 3. The op needs the values of a fake tensor (`nonzero`, `item`, boolean indexing): it returns a canned answer, which the
-   recording lists. This is mostly routing, and the layout is the same for every route.
+   recording lists. This is mostly routing, so the answers leave out no route that they can take: tokens are spread over
+   all experts, and every expert has some.
 4. Otherwise the op runs on meta tensors, which computes shapes and strides only.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,18 @@ _LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_l
 _NEW = frozenset({"new_zeros", "new_ones", "new_full"})
 _NUMBERS = frozenset({"_local_scalar_dense", "item"})
 NUMBER = "a number out of a tensor"
-"""Entry of `canned` for a made-up Python number, which the forward may have used as a factor."""
+"""Entry of `canned` for a made-up Python number, which the forward may have used as a factor or an index."""
+
+
+class Numbers(NamedTuple):
+    """Made-up Python numbers of fake tensors: of floating-point tensors, and of integers."""
+
+    floating: float = 0.5
+    integer: int = 1
+
+
+OTHER_NUMBERS = (Numbers(0.75, 2), Numbers(0.75, 0), Numbers(0.75, 1))
+"""Other numbers, to see what depends on them; each is for a forward that fails with those before."""
 _UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
 
 
@@ -41,7 +53,7 @@ def run_mixed(
     *,
     taint: Callable[[Tensor], Tensor],
     canned: list[str],
-    number: float,
+    numbers: Numbers,
     most: int | None,
 ) -> Any:
     """Run `func` by the rules above.
@@ -52,7 +64,7 @@ def run_mixed(
         kwargs: Keyword arguments, likewise.
         taint: Called with a real tensor that is about to receive fake values in place; returns its fake twin.
         canned: List to which the names of ops with a canned answer are appended.
-        number: Value of a floating-point fake tensor that is converted to a Python number.
+        numbers: Values of fake tensors that are converted to Python numbers.
         most: Largest real result of an op without tensor inputs, in elements. Every real result is also limited to a
             part of the available memory. None: no limits.
 
@@ -69,9 +81,9 @@ def run_mixed(
         return _real(func, name, args, kwargs, leaves, most)
     if name in _LIKE or name in _NEW:
         return _value_free(func, name, args, kwargs)
-    if name in _NUMBERS and args[0].is_floating_point():
+    if name in _NUMBERS:
         canned.append(NUMBER)
-        return number
+        return False if args[0].dtype == torch.bool else numbers[not args[0].is_floating_point()]
     answer = _canned_answer(name, args, kwargs)
     if answer is not None:
         canned.append(name)
@@ -132,20 +144,19 @@ def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not args or not isinstance(args[0], Tensor):
         return None
     x = args[0]
-    if name in _NUMBERS:
-        return (False if x.dtype == torch.bool else 1,)
     if name in ("is_nonzero", "equal", "allclose"):
         return (False,)
     if name == "repeat_interleave":
         return (torch.arange(x.numel()),)  # each once
     if name in ("nonzero", "nonzero_numpy", "argwhere"):
+        if x.dim() == 1:
+            return (torch.arange(len(x)).unsqueeze(1),)  # all: these may be experts
         return (torch.tensor([[n // 2 for n in x.shape]]).view(1, x.dim()),)  # the middle: forwards often crop borders
     if name == "masked_select":
         return (x.new_empty((1,)),)
     if name == "bincount":
-        counts = torch.zeros(max(1, kwargs.get("minlength", args[2] if len(args) > 2 else 1)), dtype=torch.long)
-        counts[0] = x.numel()
-        return (counts,)
+        bins = max(1, kwargs.get("minlength", args[2] if len(args) > 2 else 1))
+        return (torch.arange(x.numel()).remainder(bins).bincount(minlength=bins),)
     if name in _UNIQUE:
         where = torch.zeros(x.shape, dtype=torch.long)
         return ((torch.zeros(1, dtype=x.dtype), where, torch.full((1,), x.numel())),)

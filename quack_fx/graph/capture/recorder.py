@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from quack_fx.graph.capture.devices import OneDevice
 from quack_fx.graph.capture.equal import EqualGroup
-from quack_fx.graph.capture.hybrid import NUMBER, REAL_LIMIT, run_mixed
+from quack_fx.graph.capture.hybrid import NUMBER, REAL_LIMIT, Numbers, run_mixed
 from quack_fx.graph.capture.isolate import no_autocast
 from quack_fx.graph.capture.layers import EqualLayers
 from quack_fx.graph.capture.memory import Window, storage_of, window_of, window_on
@@ -54,7 +54,7 @@ class Recorder(TorchDispatchMode):
         model: nn.Module,
         way: Literal["hybrid", "real"],
         equal: Sequence[EqualGroup] = (),
-        number: float = 0.5,
+        numbers: Numbers = Numbers(),  # noqa: B008
         sources: bool = False,
     ) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Recorder(TorchDispatchMode):
         self.way = way
         self.entered = 0
         self.most: int | None = REAL_LIMIT if way == "hybrid" else sys.maxsize
-        self._number = number
+        self._numbers = numbers
         self._sources = sources
         self._room = self._left = max(available_memory() // 2, LITTLE)
         self.attributes: dict[str, Tensor] = {}
@@ -195,7 +195,7 @@ class Recorder(TorchDispatchMode):
             run_kwargs,
             taint=self._taint,
             canned=self.canned,
-            number=self._number,
+            numbers=self._numbers,
             most=self.most,
         )
         if isinstance(func, torch._ops.OpOverload) and not func.is_view and not func._schema.is_mutable:
@@ -331,10 +331,11 @@ class Recorder(TorchDispatchMode):
         return twin
 
     def made_up(self, tensor: Tensor) -> Any:
-        """Return made-up values of a fake tensor, nested as `tolist` returns them."""
+        """Return made-up values of a fake tensor, nested as `tolist` returns them; integers in a list (sizes) are 1."""
         numeric = tensor.is_floating_point() or tensor.is_complex()
-        self.canned.append(NUMBER if numeric else "tolist")
-        value = self._number if numeric else False if tensor.dtype == torch.bool else 1
+        self.canned.append(NUMBER if numeric or not tensor.dim() else "tolist")
+        integer = 1 if tensor.dim() else self._numbers.integer
+        value = self._numbers.floating if numeric else False if tensor.dtype == torch.bool else integer
 
         def nested(shape: Sequence[int]) -> Any:
             return [nested(shape[1:]) for _ in range(shape[0])] if shape else value

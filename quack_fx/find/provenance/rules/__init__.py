@@ -6,6 +6,7 @@ In: a `Step`, a node with the flows of its arguments. Out: its `Flow`.
     products.py     projections and other products
     views.py        view ops, and getitem
     reductions.py   reductions and pooling
+    writes.py       writes at indices that depend on data
     elementwise.py  all other ops, including
     norms.py          features times a statistic of themselves: norms
     weights.py        features with factors, gains and biases
@@ -23,6 +24,7 @@ from quack_fx.find.provenance.rules.products import product
 from quack_fx.find.provenance.rules.reductions import pooled, reduction
 from quack_fx.find.provenance.rules.step import Step
 from quack_fx.find.provenance.rules.views import part, view
+from quack_fx.find.provenance.rules.writes import write_anywhere, writes_anywhere
 from quack_fx.graph.ops import Kind
 
 __all__ = ["ADDING", "RULES", "Step", "flow_of"]
@@ -63,4 +65,4 @@ def flow_of(step: Step) -> Flow:
     df, node = step.df, step.node
     if node not in df.activation and df.group[node] not in df.writes:
         return step.unknown() if df.is_given(node) and step.outside == UNKNOWN else step.nothing()
-    return RULES[df.op[node].kind](step)
+    return write_anywhere(step) if writes_anywhere(step) else RULES[df.op[node].kind](step)

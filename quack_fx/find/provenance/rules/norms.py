@@ -63,7 +63,8 @@ def with_statistics(
     """Combine features with statistics.
 
     Multiplying or dividing by their own statistic is a norm, or a clip if the statistic is clamped. Adding or
-    subtracting their own is centering, and another's makes them unknown. Any other op makes the scale unknown.
+    subtracting their own is centering, and another's makes them unknown. So does multiplying by a statistic of other
+    projections alone, which is a gate. Any other op makes the scale unknown.
     """
     here = NormOp(step.node, x)
     for statistic in statistics:
@@ -82,6 +83,8 @@ def with_statistics(
             ops = (*flow.centring, here)
             tag = NormTag(kind, statistic.width, _module_of(step, flow), features=statistic.features, ops=ops)
             flow = replace(flow, norms=(*flow.norms, tag), ops=flow.ops - {"centre"}, centring=())
+        elif name in ("mul", "div") and not statistic.features & (features | {UNKNOWN}):
+            flow = replace(flow, label=step.full(UNKNOWN))
         else:
             flow = replace(flow, scale=None)
     return flow
