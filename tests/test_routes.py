@@ -264,6 +264,30 @@ def test_a_gate_by_the_largest_features_of_another_projection_is_unknown() -> No
     assert not layout.sites and [entry.code for entry in layout.skipped] == ["unknown-query"]
 
 
+def test_a_choice_that_depends_on_weights_is_refused() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q = m.q(x) if (m.router(x) > 0).any() else m.other(x)
+        return attend(split(q), split(m.k(x)), split(m.v(x)))
+
+    model = Toy(run, router=linear(1), other=linear(INNER), **{name: linear(INNER) for name in "qkv"})
+    layout = find_qk_pairs(model, torch.randn(2, 5, WIDTH))
+    assert not layout.sites and [entry.code for entry in layout.skipped] == ["computed-route"]
+
+
+def test_a_check_that_depends_on_weights_does_not_matter() -> None:
+    """It would raise if it were true; the pass is then recorded with what it can take."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        q = m.q(x)
+        if torch.isnan(q).any():
+            raise ValueError("not a number")
+        return attend(split(q), split(m.k(x)), split(m.v(x)))
+
+    assert find_qk_pairs(Toy(run, **{name: linear(INNER) for name in "qkv"}), torch.randn(2, 5, WIDTH)).sites == (
+        plain(),
+    )
+
+
 def test_one_weight_for_all_kinds_of_tokens() -> None:
     """Writes at computed indices of what one weight projects: the rows are known."""
 

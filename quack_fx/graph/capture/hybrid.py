@@ -35,13 +35,20 @@ NUMBER = "a number out of a tensor"
 
 
 class Numbers(NamedTuple):
-    """Made-up Python numbers of fake tensors: of floating-point tensors, and of integers."""
+    """Made-up Python numbers of fake tensors."""
 
     floating: float = 0.5
     integer: int = 1
+    boolean: bool = False
+
+    def like(self, tensor: Tensor) -> float:
+        """The number for a tensor of one element."""
+        if tensor.dtype == torch.bool:
+            return self.boolean
+        return self.floating if tensor.is_floating_point() or tensor.is_complex() else self.integer
 
 
-OTHER_NUMBERS = (Numbers(0.75, 2), Numbers(0.75, 0), Numbers(0.75, 1))
+OTHER_NUMBERS = (Numbers(0.75, 2, True), Numbers(0.75, 0), Numbers(0.75, 1))
 """Other numbers, to see what depends on them; each is for a forward that fails with those before."""
 _UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
 
@@ -83,7 +90,7 @@ def run_mixed(
         return _value_free(func, name, args, kwargs)
     if name in _NUMBERS:
         canned.append(NUMBER)
-        return False if args[0].dtype == torch.bool else numbers[not args[0].is_floating_point()]
+        return numbers.like(args[0])
     answer = _canned_answer(name, args, kwargs)
     if answer is not None:
         canned.append(name)

@@ -332,10 +332,9 @@ class Recorder(TorchDispatchMode):
 
     def made_up(self, tensor: Tensor) -> Any:
         """Return made-up values of a fake tensor, nested as `tolist` returns them; integers in a list (sizes) are 1."""
-        numeric = tensor.is_floating_point() or tensor.is_complex()
-        self.canned.append(NUMBER if numeric or not tensor.dim() else "tolist")
-        integer = 1 if tensor.dim() else self._numbers.integer
-        value = self._numbers.floating if numeric else False if tensor.dtype == torch.bool else integer
+        sizes = tensor.dim() > 0 and not tensor.is_floating_point() and not tensor.is_complex()
+        self.canned.append("tolist" if sizes else NUMBER)
+        value = Numbers().like(tensor) if sizes else self._numbers.like(tensor)
 
         def nested(shape: Sequence[int]) -> Any:
             return [nested(shape[1:]) for _ in range(shape[0])] if shape else value
