@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.console import Console, RenderableType
 
@@ -49,11 +49,40 @@ def command() -> AbstractContextManager[object]:
     return closing(_command)
 
 
+class _EachLineOnce:
+    """A stream that writes every line once: the model's code may run many times until inputs are found."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._begun, self._seen = stream, "", {""}
+
+    def write(self, text: str) -> int:
+        """Write the lines that end in this text, if they are new."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        new = [line for line in dict.fromkeys(lines) if line not in self._seen]
+        self._seen.update(new)
+        self._stream.writelines(f"{line}\n" for line in new)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def prints_on_stderr() -> Iterator[None]:
+    """Context in which what the model's code prints goes to stderr, every line once."""
+    stream = _EachLineOnce(sys.stderr)
+    with redirect_stdout(cast("TextIO", stream)):
+        try:
+            yield
+        finally:
+            stream.write("\n")  # the end of the last line
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """A status line on stderr while something runs, if stderr is a terminal."""
     console = Console(stderr=True)
-    with redirect_stdout(sys.stderr):
+    with prints_on_stderr():
         if not console.is_terminal:
             yield lambda text: None
             return

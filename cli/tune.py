@@ -23,7 +23,7 @@ from rich.live import Live
 
 from quack_fx.errors import TargetError, first_line
 
-from .common import Finding, check_output, find, note, nothing_to, show, write_whole
+from .common import Finding, check_output, find, note, nothing_to, prints_on_stderr, show, write_whole
 from .options import BuildOption, DebugOption, ForceOption, InputsOption, TableOption, TargetArgument
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _model(finding: Finding, target: str, build: str | None, inputs: str | None)
         if seed == 0:
             return finding.target.model
         torch.manual_seed(seed)
-        with redirect_stdout(sys.stderr):
+        with prints_on_stderr():
             return resolve(target, build=build, inputs=inputs, real=True).model
 
     return model

@@ -270,6 +270,30 @@ def test_a_failing_disk_leaves_nothing_half_written(
     assert os.listdir(own_folder) == ["mine.py"] and (own_folder / "mine.py").read_text() == "mine"
 
 
+TALKS = """
+import torch
+from torch import nn
+print("imported")
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        print("built"); print("of", end=" "); print("parts"); print()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+    def forward(self, x):
+        print("ran", end="")
+        return (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+"""
+
+
+def test_lines_that_the_model_prints_are_shown_once(own_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is built and run several times until inputs are found."""
+    (own_folder / "talks.py").write_text(TALKS)
+    status, _, err = run(capfd, "inspect", "talks.py")
+    lines = err.splitlines()
+    assert status == 0 and len(set(lines)) == len(lines)
+    assert lines[:3] == ["imported", "built", "of parts"] and lines[3].startswith("ran")
+
+
 # ---- terminals -------------------------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,14 @@ import argparse
 import builtins
 import dataclasses
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from textwrap import dedent, indent
 from types import ModuleType
@@ -25,6 +27,7 @@ from torch.overrides import _get_current_function_mode_stack
 from quack_fx.errors import TargetError
 from quack_fx.find import find
 from quack_fx.targets import Target, opened, resolve
+from quack_fx.targets.world import masks
 from quack_fx.targets.world.one_rank import _COLLECTIVES
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -406,6 +409,103 @@ def test_what_subclasses_of_before_rely_on_is_there_while_they_are_used() -> Non
     assert not hasattr(transformers.PreTrainedModel, "get_head_mask")
 
 
+OLD_LANGUAGE_MODEL = """
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_attn_mask_utils import _prepare_4d_causal_attention_mask
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils.import_utils import is_torch_fx_available
+if is_torch_fx_available():
+    _prepare_4d_causal_attention_mask = torch.fx.wrap(_prepare_4d_causal_attention_mask)
+class OldConfig(PretrainedConfig):
+    model_type = "old"
+    def __init__(self, vocab_size=32, hidden_size=16, num_attention_heads=2, rope_scaling=None, **kwargs):
+        self.vocab_size, self.hidden_size, self.num_attention_heads = vocab_size, hidden_size, num_attention_heads
+        self.rope_scaling, self.use_cache = rope_scaling, True
+        super().__init__(**kwargs)
+class Net(PreTrainedModel):
+    config_class = OldConfig
+    _tied_weights_keys = ["lm_head.weight"]
+    def __init__(self, config: OldConfig):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.rope_scaling is not None:
+            raise ValueError(config.rope_scaling["type"])
+        frequencies, self.factor = ROPE_INIT_FUNCTIONS["default"](config)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        assert not (config.is_decoder or config.add_cross_attention or config.pruned_heads)
+        assert config.rope_theta == 10000.0 and not self.model_parallel
+        self.post_init()
+    def get_input_embeddings(self):
+        return self.embed
+    def get_output_embeddings(self):
+        return self.lm_head
+    def turned(self, x):
+        angles = torch.arange(x.shape[-2])[:, None] * self.frequencies
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+    def forward(self, input_ids, attention_mask=None, past_key_values=None):
+        if not isinstance(past_key_values, Cache):
+            past_key_values = DynamicCache.from_legacy_cache(past_key_values)
+        past = past_key_values.get_usable_length(input_ids.shape[1])
+        x = self.embed(input_ids)
+        mask = _prepare_4d_causal_attention_mask(attention_mask, input_ids.shape, x, past)
+        q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = past_key_values.update(self.turned(k), v, 0)
+        seen = self.get_extended_attention_mask(torch.ones(input_ids.shape), input_ids.shape)
+        y = ((self.turned(q) @ k.mT + mask + seen).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        assert past_key_values.seen_tokens == k.shape[2] and past_key_values[0][0] is past_key_values.key_cache[0]
+        return self.lm_head(y), past_key_values.to_legacy_cache()
+"""
+
+
+def test_files_for_transformers_4() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    with opened(write("model.py", HEADER + OLD_LANGUAGE_MODEL)) as target:
+        (site,) = find(target.model, target.args, target.kwargs, recording=target.recording).layout.sites
+        assert [block.param for block in (*site.query, *site.key)] == ["q.weight", "k.weight"]
+        assert site.query_heads == 2
+        model: Any = target.model
+        assert model.lm_head.weight is model.embed.weight  # as its config says by default
+    assert not hasattr(transformers.DynamicCache, "from_legacy_cache") and "default" not in ROPE_INIT_FUNCTIONS
+    assert transformers.LlamaConfig().rope_scaling == transformers.LlamaConfig().rope_parameters
+    assert not hasattr(transformers.LlamaConfig(), "rope_theta")
+    assert not hasattr(transformers.PreTrainedModel.get_expanded_tied_weights_keys, "also_lists")
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("past", [0, 3])
+@pytest.mark.parametrize("padded", [None, True])
+def test_masks_of_transformers_4(window: int | None, past: int, padded: bool | None) -> None:
+    """Against the rule, element by element."""
+    queries, keys = 4, 4 + past
+    tokens = torch.ones(2, keys, dtype=torch.int64)
+    tokens[1, :2] = 0
+    given = tokens if padded else None
+    x = torch.zeros(2, queries, 8, dtype=torch.float64)
+    made = masks.causal_mask(given, (2, queries), x, past, window)
+    least = torch.finfo(torch.float64).min
+    for b, i, j in product(range(2), range(queries), range(keys)):
+        at = i + past
+        seen = j <= at and (window is None or j > at - window) and (given is None or bool(tokens[b, j]))
+        assert made[b, 0, i, j] == (0.0 if seen else least)
+    of_keys = masks.mask_of_keys(tokens, x.dtype, queries)
+    assert of_keys.shape == (2, 1, queries, keys) and of_keys[0].max() == of_keys[0].min() == 0.0
+    assert of_keys[1, 0, :, :2].eq(least).all() and of_keys[1, 0, :, 2:].eq(0.0).all()
+
+
+def test_constructors_that_read_tables_are_built_on_meta() -> None:
+    """As those of vision models read their rates of stochastic depth."""
+    init = "self.rates = [x.item() for x in torch.linspace(0, 0.1, 3)]; self.w = nn.Linear(8, 1 << 40)"
+    target = resolve(write("model.py", net(init=init)))
+    assert target.model.q.weight.is_meta and target.model.rates == pytest.approx([0.0, 0.05, 0.1])
+    assert_rows(target)
+
+
 @pytest.mark.parametrize(
     ("mine", "statement", "error"),
     [
@@ -541,6 +641,15 @@ def test_nothing_is_left(case: str) -> None:
     assert not {n for n in new if "beside" in n or n == "model" or "missing" in n or "target" in n}
     for name in before.keys() - {"modules"}:
         assert after[name] == before[name], name
+
+
+def test_loggers_of_the_file_log_errors_only(caplog: pytest.LogCaptureFixture) -> None:
+    """It may be imported and built many times."""
+    lines = "log = __import__('logging').getLogger('mine')"
+    resolve(write("model.py", net(lines, init="log.warning('built'); log.error('wrong')", forward="log.info('run')")))
+    assert {r.message for r in caplog.records if r.name == "mine"} == {"wrong"}
+    logging.getLogger("mine").warning("after")
+    assert caplog.records[-1].message == "after"
 
 
 # ---- devices ---------------------------------------------------------------------------------------------------------

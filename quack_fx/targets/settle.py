@@ -35,6 +35,7 @@ from quack_fx.targets.pick import Recipe
 from quack_fx.targets.sizes.ready import plainly
 from quack_fx.targets.world import StandInUsed, World
 from quack_fx.targets.world.inert import InertModule
+from quack_fx.targets.world.tables import TablesForReal
 
 RETRY_LIMIT_BYTES = 1 << 30
 """Bytes of parameters above which a model whose forward fails on the meta device is not built for real."""
@@ -310,7 +311,7 @@ def _builds(recipe: Recipe, devices: Devices, task: _Task) -> Iterator[tuple[str
         task.say(f"building {what} on the meta device")
         try:
             with _build_errors(recipe, task), world.building("meta"), torch.device("meta"):
-                model = recipe.make()
+                model = _made_on_meta(recipe)
         except BuildFails as error:
             # A constructor that reads values fails on meta only; the build on the CPU shows whether there is an error.
             if "cpu" not in devices:
@@ -332,6 +333,19 @@ def _builds(recipe: Recipe, devices: Devices, task: _Task) -> Iterator[tuple[str
                 "build a smaller one with --build"
             ) from error
         yield "cpu", model
+
+
+def _made_on_meta(recipe: Recipe) -> nn.Module:
+    """The model on the meta device, with tables on the CPU if its constructor reads them."""
+    model: nn.Module
+    try:
+        model = recipe.make()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        with TablesForReal():
+            model = recipe.make()
+    return model
 
 
 @contextmanager

@@ -192,6 +192,8 @@ def _host_copies(
             else:
                 index.extend(i.nonzero().unbind(1))
         args = (args[0], index, *args[2:])
+        if "put" in name and not canned:
+            _check_values(args[0], index, args[2])
     if name == "split_with_sizes" and sum(args[1]) != args[0].shape[args[2] if len(args) > 2 else 0]:
         sizes, dim = list(args[1]), args[2] if len(args) > 2 else 0
         canned.append("split sizes")
@@ -212,6 +214,23 @@ def _check_mask(mask: Tensor, indexed: Tensor, start: int) -> None:
                 f"The shape of the mask {list(mask.shape)} at index {n} does not match the shape of the indexed "
                 f"tensor {list(indexed.shape)} at index {start + n}"
             )
+
+
+def _check_values(target: Tensor, index: list[Tensor | None], values: Tensor) -> None:
+    """Raise torch's own error for values of the wrong shape, which meta tensors take.
+
+    Raises:
+        RuntimeError: The values cannot be broadcast to the indexed elements.
+    """
+    indexed = tuple(slice(None) if i is None else i.to("meta") for i in index)
+    places = target.to("meta")[indexed].shape
+    try:
+        values.to("meta").expand(places)
+    except RuntimeError:
+        raise RuntimeError(
+            f"shape mismatch: value tensor of shape {list(values.shape)} cannot be broadcast to indexing result of "
+            f"shape {list(places)}"
+        ) from None
 
 
 def _mutation_targets(

@@ -8,6 +8,7 @@ of `inert.py` nothing. When it closes, sys.modules, sys.path, sys.argv and the p
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch._dynamo
 
@@ -33,6 +35,18 @@ __all__ = ["STOPS", "StandInUsed", "TrainingBegins", "World", "before_training"]
 
 PATIENCE = 90.0
 """Seconds after which no further sizes or inputs are tried."""
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Context in which loggers other than ours log errors only: the model may be built many times."""
+    enabled = logging.Logger.isEnabledFor
+
+    def is_enabled(self: logging.Logger, level: int) -> bool:
+        return enabled(self, level) and (level >= logging.ERROR or self.name.split(".")[0] == "quack_fx")
+
+    with patch.object(logging.Logger, "isEnabledFor", is_enabled):
+        yield
 
 
 class World:
@@ -58,7 +72,7 @@ class World:
         before, path, random = set(sys.modules), list(sys.path), torch.random.get_rng_state()
         Phase.strict = False
         try:
-            with self._stack, warnings.catch_warnings(action="ignore"):
+            with self._stack, warnings.catch_warnings(action="ignore"), _errors_only():
                 self._stack.enter_context(old_names())
                 self._stack.enter_context(no_gpu())
                 self._stack.enter_context(one_rank(self._group))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from quack_fx.targets.world import attention, flash_attn, rotations, timm_vit, vision
+from quack_fx.targets.world import attention, flash_attn, masks, rotations, timm_vit, vision
 from quack_fx.targets.world.fields import Fields, Loader
 from quack_fx.targets.world.inert import Inert, StandInUsed
 from quack_fx.targets.world.old_names import as_it_is
@@ -157,6 +157,12 @@ class Registry:
         return (self._classes[kind] if isinstance(kind, str) else kind)(**given)
 
 
+class LossKwargs(TypedDict, total=False):
+    """Options that forwards of transformers 4 hand on to the loss."""
+
+    num_items_in_batch: Any
+
+
 class _Truncated:
     """`scipy.stats.truncnorm`, from which layers draw initial weights: zeros here."""
 
@@ -232,6 +238,11 @@ _FIELDS: dict[str, Any] = dict.fromkeys(_CONFIGS.split(), Fields) | {"OmegaConf"
 _HOLDERS = ("ml_collections", "omegaconf", "easydict", "addict", "munch", "attrdict", "box", "yacs", "fvcore", "mmcv")
 _REGISTRY = {"Registry": Registry}
 _LIGHTNING = {"LightningModule": LightningModule}
+_TRANSFORMERS: dict[str, Any] = {
+    **masks.FUNCTIONS,
+    **dict.fromkeys(("is_torch_fx_available", "is_torch_fx_proxy", "is_deepspeed_zero3_enabled"), lambda *args: False),
+    "LossKwargs": LossKwargs,
+}
 _KNOWN: dict[str, dict[str, Any]] = {
     "flash_attn": _FLASH,
     "flash_attn_interface": _FLASH_3,
@@ -251,4 +262,5 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "lightning": _LIGHTNING,
     **dict.fromkeys(_HOLDERS, _FIELDS | _REGISTRY),
     "scipy": {"truncnorm": _Truncated()},
+    "transformers": _TRANSFORMERS,
 }

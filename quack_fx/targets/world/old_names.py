@@ -1,7 +1,8 @@
 """Names that Python, numpy and transformers have removed or moved, and that older model files still use.
 
 Out: a context in which removed names of Python and numpy exist (`collections.Iterable`, `numpy.float`) with their
-former meaning; for a name that a user's file imports from transformers, its value today.
+former meaning; for a name that a user's file imports from transformers, its value today. What objects of transformers
+had before is in `old_transformers.py`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ import functools
 import importlib
 import importlib.util
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from torch import Tensor
+from quack_fx.targets.world.old_transformers import as_before, as_today
 
 _NUMPY: dict[str, Any] = {"float": float, "int": int, "bool": bool, "object": object, "complex": complex, "str": str}
 _COLLECTIONS = ("Callable", "Iterable", "Iterator", "Mapping", "MutableMapping", "Sequence", "Hashable", "Sized")
@@ -40,7 +39,7 @@ def old_names() -> Iterator[None]:
             if name not in vars(module):
                 stack.enter_context(patch.object(module, name, value, create=True))
         stack.enter_context(patch.object(dataclasses, "dataclass", _dataclass))
-        stack.callback(_remove_added)
+        stack.callback(as_today)
         yield
 
 
@@ -68,51 +67,11 @@ _ONLY_DOCUMENTS = re.compile(r"(add|replace)_\w*docstrings\w*")
 """Decorators that write docstrings, whose options differ between versions."""
 
 
-_ADDED: list[tuple[type, str]] = []
-"""Attributes that were added to classes of transformers; `old_names` removes them."""
-
-
-def _add_attributes() -> None:
-    """Add attributes to imported classes of transformers that older subclasses and configs rely on."""
-    length = property(lambda self: self.n_positions, lambda self, value: setattr(self, "n_positions", value))
-    added: list[tuple[str, str, str, Any]] = [
-        # today set in `post_init`, which older constructors do not call
-        ("modeling_utils", "PreTrainedModel", "all_tied_weights_keys", {}),
-        ("modeling_utils", "PreTrainedModel", "get_head_mask", _no_head_mask),
-        ("modeling_utils", "PreTrainedModel", "invert_attention_mask", _inverted_mask),
-        ("configuration_utils", "PreTrainedConfig", "n_ctx", length),
-    ]
-    for module, owner, name, value in added:
-        cls = getattr(sys.modules.get(f"transformers.{module}"), owner, None)
-        if cls is not None and not hasattr(cls, name):
-            setattr(cls, name, value)
-            _ADDED.append((cls, name))
-
-
-def _remove_added() -> None:
-    while _ADDED:
-        delattr(*_ADDED.pop())
-
-
-def _no_head_mask(self: Any, head_mask: Any, num_hidden_layers: int, *args: Any) -> list[None]:
-    """`PreTrainedModel.get_head_mask`, for a forward that is given none."""
-    if head_mask is not None:
-        raise NotImplementedError("masks of heads are gone from transformers; leave head_mask out")
-    return [None] * num_hidden_layers
-
-
-def _inverted_mask(self: Any, encoder_attention_mask: Tensor) -> Tensor:
-    """`PreTrainedModel.invert_attention_mask`: what is added to logits for a mask of keys, [B, T] or [B, S, T]."""
-    seen = encoder_attention_mask.to(self.dtype)
-    seen = seen[:, None, None, :] if seen.dim() == 2 else seen[:, None]
-    return (1.0 - seen) * torch.finfo(self.dtype).min
-
-
 def today(module: str, name: str, is_there: bool) -> Any:
     """The value today of a name that is imported from a module; None where nothing has changed."""
     if module.split(".")[0] != "transformers":
         return None
-    _add_attributes()
+    as_before()
     if _ONLY_DOCUMENTS.fullmatch(name):
         return as_it_is
     for place in () if is_there else _MOVED:
