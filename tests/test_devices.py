@@ -381,7 +381,7 @@ def test_a_mask_that_is_too_small_is_refused_as_on_real_numbers() -> None:
 def test_values_of_the_wrong_shape_are_not_written() -> None:
     def run(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         x = attend(m, ids, q, k, v).clone()
-        x[torch.arange(len(x)), None] = x[:, :2]
+        x[torch.arange(len(x)), None] = x[:, :2].clone()
         return x
 
     with pytest.raises(CaptureError, match=r"shape mismatch: value tensor of shape .* cannot be broadcast"):
