@@ -212,11 +212,32 @@ def test_parts_are_made_as_the_model_is() -> None:
     assert target.build == "Net(part=Part(width=64))" or target.build == "Net(Part(width=64))"
 
 
+@pytest.mark.parametrize(
+    ("classes", "made"),
+    [("Layer", "Layer"), ("Layer NetLayer", "NetLayer"), ("Layer OtherLayer", None), ("Norm", None)],
+)
+def test_a_part_of_any_class_is_the_one_named_like_it(classes: str, made: str | None) -> None:
+    parts = "".join(PART.replace("Part", name) for name in classes.split())
+    write(Case(parts + net("layer: nn.Module, heads=2", check="width = layer.width")))
+    if made is None:
+        with pytest.raises(TargetError, match="Net is given a module as 'layer'"):
+            resolve("model.py:Net")
+    else:
+        assert resolve("model.py:Net").build in (f"Net(layer={made}(width=64))", f"Net({made}(width=64))")
+
+
+def test_an_abstract_config_is_one_of_the_class_that_fills_it_in() -> None:
+    options = "import abc\nclass Options(abc.ABC):\n    @abc.abstractmethod\n    def width(self): ...\n"
+    filled = "class Wide(Options):\n    def width(self): return 24\n"
+    write(Case(options + filled + net("options: Options, heads=2", check="width = options.width()")))
+    assert resolve("model.py:Net").model.q.in_features == 24
+
+
 def test_the_one_class_that_fills_in_what_a_part_leaves_open() -> None:
     filled = "class Filled(Kind):\n    def size(self): return 24\n"
     write(Case(OPEN + filled + net("part: Kind, heads=2", check="width = part.size()")))
     assert resolve("model.py:Net").model.q.in_features == 24
     other = "class Other(Kind):\n    def size(self): return 40\n"
     write(Case(OPEN + filled + other + net("part: Kind, heads=2", check="width = part.size()")))
-    with pytest.raises(TargetError, match="it is given a Kind"):
+    with pytest.raises(TargetError, match=r"is given a module as .part. \(Kind\), which cannot be made up"):
         resolve("model.py:Net")

@@ -206,6 +206,23 @@ def test_a_folder_called_like_an_installed_package_hides_nothing() -> None:
     assert sys.modules["networkx"] is loaded
 
 
+def test_a_part_of_a_package_called_like_a_missing_package_is_not_it() -> None:
+    """As torchtune/datasets imports what it needs from `datasets`."""
+    tree(
+        {
+            "whole/__init__.py": "",
+            "whole/absent_one/__init__.py": "from whole.absent_one.own import load",
+            "whole/absent_one/own.py": "from absent_one import load",
+            "whole/p.py": ATTENTION,
+            "whole/m.py": net("from whole.absent_one import load\nfrom whole.p import Attention"),
+            ".git/HEAD": "",
+        }
+    )
+    target = resolve("whole/m.py")
+    assert target.model.attn.q.weight.shape == (8, 8)
+    assert any(word == "missing" and "absent_one" in text for word, text in target.notes)
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_relative_imports_of_what_is_not_there(level: int) -> None:
     tree({"a/b/c/m.py": net(f"from {'.' * level}absent import Attention")})

@@ -390,7 +390,10 @@ def test_what_stands_below_a_condition_that_holds_is_a_size() -> None:
 
 
 REFUSED: dict[str, tuple[str, str]] = {
-    "a module": (net("8", "2", "backbone: nn.Module"), "it is given a Module"),
+    "a module": (
+        net("8", "2", "backbone: nn.Module"),
+        "is given a module as 'backbone' .Module., which cannot be made up",
+    ),
     "a constructor that fails on all": (net("{}[3]", "2", "d_model"), r"KeyError.*--build"),
 }
 

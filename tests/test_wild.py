@@ -112,7 +112,7 @@ def test_the_list_is_whole() -> None:
     [
         ("m.py has 3 models (A, B, C); type m.py:A or m.py:B", "several models to choose from"),
         ("building M(...) of m.py fails: KeyError: 'x'; say what it is: --build 'M()'", "the model cannot be built"),
-        ("it is given a SEANetEncoder", "parts of the model have to be given"),
+        ("LMModel is given a module as 'encoder' (SEANetEncoder)", "parts of the model have to be given"),
         ("something else", "another reason"),
     ],
 )  # fmt: skip

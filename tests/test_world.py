@@ -500,9 +500,14 @@ def test_masks_of_transformers_4(window: int | None, past: int, padded: bool | N
 
 def test_constructors_that_read_tables_are_built_on_meta() -> None:
     """As those of vision models read their rates of stochastic depth."""
-    init = "self.rates = [x.item() for x in torch.linspace(0, 0.1, 3)]; self.w = nn.Linear(8, 1 << 40)"
+    init = """
+    self.rates = [x.item() for x in torch.linspace(0, 0.1, 3)]
+    self.w = nn.Linear(8, 1 << 40)
+    self.register_buffer("angles", torch.cat([torch.zeros(2), torch.arange(3.0)]))
+    """
     target = resolve(write("model.py", net(init=init)))
-    assert target.model.q.weight.is_meta and target.model.rates == pytest.approx([0.0, 0.05, 0.1])
+    model: Any = target.model
+    assert model.q.weight.is_meta and model.rates == pytest.approx([0.0, 0.05, 0.1]) and model.angles.is_meta
     assert_rows(target)
 
 
@@ -532,6 +537,7 @@ def kernel(x, n, B: tl.constexpr, E: tl.constexpr):
     tl.store(x + at, tl.load(x + at, mask=at < n), mask=at < n)
 @triton.jit(do_not_specialize=['n'])
 def other(x, n): pass
+other.tuned = [config for config in other.configs if config] or other.fn
 class Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

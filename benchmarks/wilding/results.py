@@ -21,7 +21,7 @@ TRACEBACK = "TRACEBACK"
 TIMEOUT = "timeout"
 
 _KINDS = (
-    (r"^it is given an? ", "parts of the model have to be given"),
+    (r"^\w+ is given a module as ", "parts of the model have to be given"),
     (r" has \d+ models ", "several models to choose from"),
     (r"^no model in |^no name |is not an nn\.Module|gives .*, not an nn\.Module", "no model in the file"),
     (r"cannot be imported|importing .* fails|^no file|^'.*' fails", "the file cannot be imported"),

@@ -224,7 +224,7 @@ class LocalImports:
         found = None
         for base in [self._extra[name]] if name in self._extra else [self._location.base] if first else self._bases:
             spec = PathFinder.find_spec(name, [str(base)])
-            if spec is None:
+            if spec is None or _is_part_of_another(name, spec):
                 continue
             if spec.loader is None:  # a folder without __init__.py
                 if first or any(_lies_in(base, w) for w in wanted):
@@ -258,6 +258,13 @@ class LocalImports:
         self._extra[first] = bases.pop()
         importlib.invalidate_caches()
         return True
+
+
+def _is_part_of_another(name: str, spec: ModuleSpec) -> bool:
+    """Whether a module was imported as part of a package, so that its last name alone means something else."""
+    places = {spec.origin, *(spec.submodule_search_locations or ())} - {None}
+    parts = [module for known, module in list(sys.modules.items()) if known.endswith(f".{name}")]
+    return any(places.intersection(paths_of(module)) for module in parts)
 
 
 def _importer() -> str | None:

@@ -30,7 +30,7 @@ from quack_fx.errors import TargetError
 from quack_fx.targets.packages import repository_of
 from quack_fx.targets.sizes.call import Account, Call, Value, evaluated, written
 from quack_fx.targets.sizes.made_up import by_name, made_up
-from quack_fx.targets.sizes.ready import naming, part_class, ready_made
+from quack_fx.targets.sizes.ready import is_abstract, naming, part_class, ready_made
 from quack_fx.targets.sizes.settings import Guess, Settings
 from quack_fx.targets.sizes.signatures import hints_of, inner_hint, is_users_class, parameters, plain_type, required
 from quack_fx.targets.sizes.sources import Source, sources
@@ -134,7 +134,7 @@ class Planner:
         if name not in given:
             config = self.config_class(name)
             if config is not None:
-                return self._constructed(*config, account, change)
+                return self._constructed(*self._concrete(*config), account, change)
             if (default := self._default_config()) is not None and self._is_config(name):
                 return self._changed(*default, account, change)
             if isinstance(hint, type) and issubclass(hint, nn.Module):
@@ -173,9 +173,13 @@ class Planner:
 
     def _part(self, name: str, kind: type, account: Account) -> Value:
         """A module that is passed to the model, built like a model."""
-        made = part_class(kind, lambda file: Path(file) in self._own_files)
+        made = self._named_like(name) if kind is nn.Module else part_class(kind, self._is_own_file)
         if made is None or self._depth > 2:
-            raise TargetError(f"it is given a {kind.__name__}")
+            taker = self._function.__name__
+            raise TargetError(
+                f"{taker} is given a module as {name!r} ({kind.__name__}), which cannot be made up; say what it is: "
+                f"--build '{taker}({name}=...)'"
+            )
         text, file = naming(made, self._names), inspect.getsourcefile(made)
         planner = Planner(text, made, self._names, Path(file) if file else None, self._own_files, self._depth + 1)
         inner = Account()
@@ -183,6 +187,26 @@ class Planner:
         account.found |= {f"{name}.{n}": v for n, v in inner.found.items()}
         account.assumed |= {f"{name}.{n}": v for n, v in inner.assumed.items()}
         return Value(lambda: made(**evaluated(values)), lambda: f"{text}({written(values)})")
+
+    def _named_like(self, parameter: str) -> type | None:
+        """The module of the file that the name of a parameter means: MemoryAttentionLayer for `layer`. None if there
+        are several."""
+        owner, word = self._function.__name__, parameter.replace("_", "").lower().removesuffix("s")
+        own = {v for v in self._names.values() if isinstance(v, type) and issubclass(v, nn.Module)}
+        fitting = [
+            v for v in own if v.__name__.lower().endswith(word) and v is not self._function and not is_abstract(v)
+        ]
+        like_owner = [v for v in fitting if v.__name__.startswith(owner)]
+        found = like_owner or fitting
+        return found[0] if len(found) == 1 else None
+
+    def _concrete(self, name: str, config: type) -> tuple[str, type]:
+        """The class itself or, if it is abstract, the one that fills in what it leaves open."""
+        made = part_class(config, self._is_own_file) if is_abstract(config) else config
+        return (name, config) if made is None or made is config else (naming(made, self._names), made)
+
+    def _is_own_file(self, file: str) -> bool:
+        return Path(file) in self._own_files
 
     # ---- configs -----------------------------------------------------------------------------------------------------
 

@@ -66,17 +66,17 @@ def part_class(kind: type, is_own: Callable[[str], bool]) -> type | None:
     files with the fewest required arguments. None for a class of torch, or where several subclasses have as few."""
     if kind.__module__.split(".")[0] == "torch":
         return None
-    if not _is_abstract(kind):
+    if not is_abstract(kind):
         return kind
     derived: Iterator[type] = walk(kind.__subclasses__(), type.__subclasses__)
     files = {c: str(getattr(sys.modules.get(c.__module__), "__file__", None) or "") for c in derived}
-    below = {c.__qualname__: c for c, file in files.items() if not _is_abstract(c) and is_own(file)}
+    below = {c.__qualname__: c for c, file in files.items() if not is_abstract(c) and is_own(file)}
     needs = {made: len(required(made)) for made in below.values()}
     simplest = [made for made, count in needs.items() if count == min(needs.values())]
     return simplest[0] if len(simplest) == 1 else None
 
 
-def _is_abstract(made: type) -> bool:
+def is_abstract(made: type) -> bool:
     """Whether a class has abstract methods, also without the metaclass ABCMeta."""
     return any(getattr(getattr(made, name, None), "__isabstractmethod__", False) for name in dir(made))
 

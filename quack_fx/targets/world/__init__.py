@@ -146,7 +146,9 @@ class World:
     def others(self) -> list[World]:
         """Further environments to try after a failure in this one: with a process group, with more stand-ins."""
         more = []
-        if not self._group and any(re.search("distributed|RANK", text_of(file)) for file in self.own_files()):
+        if not self._group and any(
+            re.search("distributed|RANK|WORLD_SIZE", text_of(file)) for file in self.own_files()
+        ):
             more.append(World(self._guarded, True))
         if self.imports.left and not self._guarded:
             more.append(World(True, self._group))

@@ -37,6 +37,11 @@ class _Kernel:
 
     __getitem__ = __call__
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Inert(f"triton (kernel {self.__name__}).{name}")  # what its tuning is set by
+
 
 def _kernel(*args: Any, **kwargs: Any) -> Any:
     """`triton.jit`, with or without arguments, and decorators around it."""
@@ -246,7 +251,7 @@ _TRANSFORMERS: dict[str, Any] = {
 _KNOWN: dict[str, dict[str, Any]] = {
     "flash_attn": _FLASH,
     "flash_attn_interface": _FLASH_3,
-    "xformers": _XFORMERS | {"SwiGLU": SwiGLU},
+    "xformers": _XFORMERS | {"SwiGLU": SwiGLU, "unbind": torch.unbind},
     "sageattention": {"sageattn": attention.sageattn},
     "rotary_emb": {"apply_rotary": rotations.apply_rotary},
     "pytorch3d": {n: getattr(rotations, n) for n in dir(rotations) if n.startswith("quaternion_")},
