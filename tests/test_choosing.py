@@ -122,6 +122,13 @@ CASES = {
         title="Small(",
         told="others: Large",
     ),
+    "one function's model in several sizes": Case(
+        net("width, heads")
+        + "".join(f"def tower_{n}() -> Net: return Net({w}, heads=2)\n" for n, w in (("small", 32), ("large", 64))),
+        title="tower_small()",
+        width=32,
+        told="others: tower_large",
+    ),
     "a model that a config names": Case(
         net() + net(name="Other"),
         {"conf.yaml": "target: model.Other\nparams:\n  width: 16\n"},

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from quack_fx.errors import TargetError
+from quack_fx.find import find
 from quack_fx.targets import Target, resolve
 
 ATTENTION = """
@@ -122,6 +123,44 @@ def test_a_constructor_that_looks_at_numbers_runs_for_real() -> None:
     target = resolve(file)
     assert "built for real" in target.how
     assert not any(p.is_meta for p in target.model.parameters())
+
+
+CALLED_FIRST = """
+import torch
+from torch import nn
+class Turns(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ready = False
+        self.start()
+    def start(self):
+        table = torch.arange(8.0)
+        if table.is_meta:
+            return
+        self.register_buffer("table", table, persistent=False)
+        self.ready = True
+    def forward(self, x):
+        if not self.ready:
+            raise RuntimeError("The table is not there. Please call start() first.")
+        return x * self.table
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.turns = nn.ModuleList(Turns() for _ in range(2))
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+    def forward(self, x):
+        q, k = (turn(f(x)) for turn, f in zip(self.turns, (self.q, self.k)))
+        return (q @ k.mT).softmax(-1) @ self.v(x)
+"""
+
+
+def test_a_method_that_an_error_names_is_called_first() -> None:
+    target = resolve(write("model.py", CALLED_FIRST))
+    assert "on the meta device, start() called" in target.how
+    (site,) = find(target.model, target.args, target.kwargs, recording=target.recording).layout.sites
+    assert site.query[0].param == "q.weight"
+    never = CALLED_FIRST.replace("call start() first", "call absent() first")
+    assert "called" not in resolve(write("other.py", never)).how  # which a build with real weights does without
 
 
 def test_a_real_model_is_given_when_asked_for() -> None:

@@ -308,6 +308,28 @@ def test_the_rotary_extension_writes_what_it_rotates(conj: bool) -> None:
     torch.testing.assert_close(torch.complex(x1, x2), turned, **EXACT)
 
 
+@pytest.mark.parametrize("width", [8, 12])
+def test_rotary_embeddings_turn_pairs_of_features(width: int) -> None:
+    """Against a product of complex numbers; features beyond the first 8 stay."""
+    q = torch.randn(2, 3, 5, width)
+    turn = torch.polar(torch.ones(5, 4), torch.outer(torch.arange(5.0) + 2, 1e4 ** (-torch.arange(0, 8, 2) / 8)))
+    turned = torch.view_as_real(torch.view_as_complex(q[..., :8].unflatten(-1, (4, 2)).contiguous()) * turn).flatten(-2)
+    rotary = meaning("rotary_embedding_torch.RotaryEmbedding")(8)
+    expected = torch.cat((turned, q[..., 8:]), -1)
+    torch.testing.assert_close(rotary.rotate_queries_or_keys(q, offset=2), expected)
+    torch.testing.assert_close(
+        rotary.rotate_queries_or_keys(q.transpose(1, 2), seq_dim=1, offset=2), expected.transpose(1, 2)
+    )
+    torch.testing.assert_close(
+        rotary.rotate_queries_with_cached_keys(q[..., 3:, :], q, offset=2)[0], expected[..., 3:, :]
+    )
+    torch.testing.assert_close(
+        meaning("rotary_embedding_torch.apply_rotary_emb")(rotary(torch.arange(5), offset=2), q), expected
+    )
+    with pytest.raises(NotImplementedError):
+        meaning("rotary_embedding_torch.RotaryEmbedding")(8, use_xpos=True)
+
+
 def test_quaternions_rotate_as_their_matrices_do() -> None:
     a, b, point = rows(5, 4), rows(5, 4), rows(5, 3)
     apply, matrix = (meaning(f"pytorch3d.transforms.quaternion_{n}") for n in ("apply", "to_matrix"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
@@ -61,11 +62,19 @@ def varied(namespace: Namespace, names: list[str]) -> list[str]:
     return [n for n, v in own.items() if is_model_class(v) and v in bases and _runs(v)]
 
 
+_VERBS = {"build", "make", "create", "get", "load", "new", "init"}
+
+
 def sizes_of_one(namespace: Namespace, names: list[str]) -> bool:
-    """Whether classes are one model in several sizes: same base class, and no method but a constructor."""
+    """Whether names are one model in several sizes: classes with the same base class and no method but a constructor,
+    or functions that return what the same name makes and whose own names begin with the same word."""
     if namespace.file is None:
         return False
     nodes = dict(_definitions(tree_of(namespace.file).body))
+    if all(isinstance(nodes.get(name), ast.FunctionDef) for name in names):
+        made = {frozenset(_returns_of(nodes[name])) for name in names}  # type: ignore[arg-type]
+        words = {re.split(r"_|\d", name)[0] for name in names}
+        return len(made) == len(words) == 1 and len(made.pop()) == 1 and words.isdisjoint(_VERBS)
     bases = {tuple(getattr(namespace.names[name], "__bases__", ())) for name in names}
     return len(bases) == 1 and all(_only_constructs(nodes.get(name)) for name in names)
 

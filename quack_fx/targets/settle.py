@@ -30,7 +30,7 @@ from quack_fx.targets.failure import cause_of
 from quack_fx.targets.files import Namespace, evaluate, kind_of, one_line, without
 from quack_fx.targets.inputs import Attempts, Budget, Inputs, infer, with_optional
 from quack_fx.targets.inputs.longer import long_enough
-from quack_fx.targets.inputs.made import set_up
+from quack_fx.targets.inputs.made import call_on_all, named_in_error, set_up
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.sizes.ready import plainly
 from quack_fx.targets.world import StandInUsed, World
@@ -229,8 +229,16 @@ def _with_inputs(model: nn.Module, device: str, recipe: Recipe, task: _Task) -> 
     """The target of one build, with inputs for which its forward runs."""
     if isinstance(model, InertModule):
         raise StandInUsed(model.stands_for)
-    prepared = _prepared(model, device, task.world)
-    chosen, origin, recording, cast = _try(model, task, recipe.made)
+    prepared, first = _prepared(model, device, task.world), ""
+    try:
+        found = _try(model, task, recipe.made)
+    except ForwardFails as error:
+        first = named_in_error(model, str(error))
+        if not first or not (called := _prepared(model, "cpu", task.world, first)):
+            raise
+        prepared += called
+        found = _try(model, task, recipe.made)
+    chosen, origin, recording, cast = found
     if origin == "inferred":
         chosen, recording = long_enough(model, chosen, recording, partial(_record, model))
     where = {"meta": "on the meta device", "cpu": "for real"}[device]
@@ -246,24 +254,28 @@ def _with_inputs(model: nn.Module, device: str, recipe: Recipe, task: _Task) -> 
         assumed=call.account.assumed if call else {},
         build=call.text if call and (call.account.assumed or call.account.found) else "",
         notes=tuple(_notes(recipe, task.world)),
-        again=None if recipe.made else partial(_for_real, recipe, task.world, bool(prepared), bool(cast)),
+        again=None if recipe.made else partial(_for_real, recipe, task.world, bool(prepared), first, bool(cast)),
     )
 
 
-def _for_real(recipe: Recipe, world: World, prepared: bool, cast: bool) -> nn.Module:
+def _for_real(recipe: Recipe, world: World, prepared: bool, first: str, cast: bool) -> nn.Module:
     """Build the model of a recipe on the CPU, and prepare it as the first build was."""
     with torch.random.fork_rng(devices=[]), world.building("cpu"), _AtMost(available_memory() // 4):
         model: nn.Module = recipe.make()
     if prepared:
         _prepared(model, "cpu", world)
+    if first:
+        _prepared(model, "cpu", world, first)
     return model.float() if cast else model
 
 
-def _prepared(model: nn.Module, device: str, world: World) -> str:
-    """Call what the model needs before its forward; returns the calls for the report."""
+def _prepared(model: nn.Module, device: str, world: World, first: str = "") -> str:
+    """Call what the model needs before its forward, or the method `first`; returns the calls for the report."""
     try:
         with world.building(device), torch.device(device):
-            done = set_up(model)
+            if first:
+                call_on_all(model, first)
+            done = [f"{first}()"] if first else set_up(model)
     except Exception:  # the error of its forward is reported then
         return ""
     return f", {', '.join(done)} called" if done else ""

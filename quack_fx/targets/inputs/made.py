@@ -76,6 +76,24 @@ def set_up(model: nn.Module) -> list[str]:
     return done
 
 
+def named_in_error(model: nn.Module, message: str) -> str:
+    """The method of the model's modules that an error says to call first ("Please call rope_init()"); "" if none."""
+    for name in _CALL_FIRST.findall(message):
+        if any(name in own_methods(module) for module in model.modules()):
+            return str(name)
+    return ""
+
+
+def call_on_all(model: nn.Module, method: str) -> None:
+    """Call a method without arguments on all modules of a model that have it."""
+    for module in list(model.modules()):
+        if method in own_methods(module):
+            getattr(module, method)()
+
+
+_CALL_FIRST = re.compile(r"\b[Cc]all (?:\w+\.)*`?(\w+)\(\)")
+
+
 def _setter(model: nn.Module, attribute: str) -> Callable[..., Any] | None:
     for name, function in own_methods(model).items():
         targets = [target for target, _ in assignments_in(tree_of_function(function))]

@@ -254,6 +254,7 @@ _KNOWN: dict[str, dict[str, Any]] = {
     "xformers": _XFORMERS | {"SwiGLU": SwiGLU, "unbind": torch.unbind},
     "sageattention": {"sageattn": attention.sageattn},
     "rotary_emb": {"apply_rotary": rotations.apply_rotary},
+    "rotary_embedding_torch": {n: getattr(rotations, n) for n in ("RotaryEmbedding", "apply_rotary_emb")},
     "pytorch3d": {n: getattr(rotations, n) for n in dir(rotations) if n.startswith("quaternion_")},
     "apex": _NORMS,
     "fairscale": _PARALLEL,
