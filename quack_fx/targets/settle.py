@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to watch ATen ops
 
 from quack_fx.errors import CaptureError, TargetError
 from quack_fx.graph.capture import Capture, capture
@@ -31,6 +30,7 @@ from quack_fx.targets.files import Namespace, evaluate, kind_of, one_line, witho
 from quack_fx.targets.inputs import Attempts, Budget, Inputs, infer, with_optional
 from quack_fx.targets.inputs.longer import long_enough
 from quack_fx.targets.inputs.made import call_on_all, named_in_error, set_up
+from quack_fx.targets.memory import AtMost, TooLarge
 from quack_fx.targets.pick import Recipe
 from quack_fx.targets.sizes.ready import plainly
 from quack_fx.targets.world import StandInUsed, World
@@ -260,7 +260,7 @@ def _with_inputs(model: nn.Module, device: str, recipe: Recipe, task: _Task) -> 
 
 def _for_real(recipe: Recipe, world: World, prepared: bool, first: str, cast: bool) -> nn.Module:
     """Build the model of a recipe on the CPU, and prepare it as the first build was."""
-    with torch.random.fork_rng(devices=[]), world.building("cpu"), _AtMost(available_memory() // 4):
+    with torch.random.fork_rng(devices=[]), world.building("cpu"), AtMost(available_memory() // 4):
         model: nn.Module = recipe.make()
     if prepared:
         _prepared(model, "cpu", world)
@@ -337,9 +337,9 @@ def _builds(recipe: Recipe, devices: Devices, task: _Task) -> Iterator[tuple[str
     if "cpu" in devices:
         task.say(f"building {what} for real")
         try:
-            with _build_errors(recipe, task), world.building("cpu"), _AtMost(limit := available_memory() // 4):
+            with _build_errors(recipe, task), world.building("cpu"), AtMost(limit := available_memory() // 4):
                 model = recipe.make()
-        except _TooLarge as error:
+        except TooLarge as error:
             raise TargetError(
                 f"building {what} of {namespace.source} takes more than {limit / 2**30:.0f} GiB{on_meta_fails}; "
                 "build a smaller one with --build"
@@ -365,7 +365,7 @@ def _build_errors(recipe: Recipe, task: _Task) -> Iterator[None]:
     """Context in which errors of a constructor become a `BuildFails`."""
     try:
         yield
-    except (TargetError, _TooLarge):
+    except (TargetError, TooLarge):
         raise
     except (Exception, SystemExit) as error:
         what, reason = _short(recipe) or "the model", one_line(error, task.namespace)
@@ -380,45 +380,6 @@ class BuildFails(TargetError):
 
 class ForwardFails(TargetError):
     """A model was built, and its forward runs on no inputs."""
-
-
-class _TooLarge(RuntimeError):
-    """A model takes too much of the memory of this machine."""
-
-
-class _AtMost(TorchDispatchMode):
-    """Context in which making more than `limit` bytes of tensors raises, before they are filled.
-
-    Only tensors from factory functions count, since results of other operations may be freed again. For those, the free
-    memory of the machine is checked from time to time.
-    """
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._limit, self._total = limit, 0
-        self._least, self._unseen = available_memory() - limit, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not isinstance(result, torch.Tensor) or result.device.type == "meta" or func.is_view:
-            return result
-        size = result.numel() * result.element_size()
-        self._total += size if func in _FACTORIES else 0
-        self._unseen += size
-        if self._unseen > _UNSEEN:
-            self._unseen = 0
-            if available_memory() < self._least:
-                raise _TooLarge
-        if self._total > self._limit:
-            raise _TooLarge
-        return result
-
-
-_UNSEEN = 1 << 28
-"""Bytes of results after which free memory is checked."""
-
-_FACTORIES = {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}
-_FACTORIES |= {torch.ops.aten.empty_strided.default, torch.ops.aten.randn.default, torch.ops.aten.full.default}
 
 
 def _try(model: nn.Module, task: _Task, keep: bool) -> tuple[Inputs, str, Capture, str]:
