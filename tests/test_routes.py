@@ -6,9 +6,11 @@ gradients prove, or there is none.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from tiny_models import heads
 from torch import Tensor, nn
 from toy import Toy
 
+import quack_fx.graph.capture.answers
 from quack_fx import find_qk_pairs, verify_qk_pairs
 from quack_fx.find import find
 from quack_fx.layout import WeightBlock
@@ -121,6 +124,59 @@ def before_and_after(m: Any, x: Tensor) -> Tensor:
     return torch.cat([by(m, x[: n + 1], 0), by(m, x[n + 1 : n + 2], 1), by(m, x[n + 2 :], 2)])
 
 
+def one_by_one(m: Any, x: Tensor) -> Tensor:
+    return torch.stack([by(m, token, i) for i, token in zip(chosen(m, x).tolist(), x, strict=True)])
+
+
+def of_the_experts_that_occur(m: Any, x: Tensor) -> Tensor:
+    expert, q = chosen(m, x), x.new_zeros(len(x), INNER)
+    for i in expert.unique().tolist():
+        q[expert == i] = by(m, x[expert == i], i)
+    return q
+
+
+def of_the_largest_in_a_list(m: Any, x: Tensor) -> Tensor:
+    scores = m.router(x.mean(0)).tolist()
+    return by(m, x, scores.index(max(scores)))
+
+
+def of_the_first_or_second(m: Any, x: Tensor) -> Tensor:
+    return by(m, x, min(int(m.router(x).abs().mean() * 10), 1))
+
+
+def if_all_agree(m: Any, x: Tensor) -> Tensor:
+    return by(m, x, 0 if torch.equal(chosen(m, x), torch.zeros(len(x), dtype=torch.long)) else 1)
+
+
+def after_some_rounds(m: Any, x: Tensor) -> Tensor:
+    n = 0
+    while n < EXPERTS - 1 and m.router(x).mean().item() > 0:
+        x, n = x + 1, n + 1
+    return by(m, x, n)
+
+
+def with_values_of_its_own(m: Any, x: Tensor) -> Tensor:
+    """Runs on real values only."""
+    return by(m, x, int(m.router(x).mean(0).detach().numpy().argmax()))
+
+
+def drawn_by_torch(m: Any, x: Tensor) -> Tensor:
+    return by(m, x, int(torch.randint(EXPERTS, ())))
+
+
+def drawn_uniformly(m: Any, x: Tensor) -> Tensor:
+    return by(m, x, 0 if torch.rand(()) < 0.4 else 1)
+
+
+def drawn_by_python(m: Any, x: Tensor) -> Tensor:
+    return by(m, x, random.randrange(EXPERTS))
+
+
+def with_a_drawn_weight(m: Any, x: Tensor) -> Tensor:
+    weights = torch.stack([one.weight for one in m.w]) if isinstance(m.w, nn.ModuleList) else m.w
+    return x @ weights[torch.randint(EXPERTS, (1,))][0].T
+
+
 FOUND: tuple[Queries, ...] = (
     written_at_indices,
     written_at_masks,
@@ -136,6 +192,17 @@ REFUSED = {
     sorted_and_split: "unknown-query",
     gathered_weights: "unknown-query",
     of_one_expert_for_all: "computed-route",
+    one_by_one: "computed-route",
+    of_the_experts_that_occur: "computed-route",
+    of_the_largest_in_a_list: "computed-route",
+    of_the_first_or_second: "computed-route",
+    if_all_agree: "computed-route",
+    after_some_rounds: "computed-route",
+    with_values_of_its_own: "computed-route",
+    drawn_by_torch: "computed-route",
+    drawn_uniformly: "computed-route",
+    drawn_by_python: "computed-route",
+    with_a_drawn_weight: "unknown-query",
 }
 
 
@@ -335,3 +402,79 @@ def test_part_of_the_rows_of_one_weight() -> None:
     model = Toy(run, both=linear(2 * INNER), k=linear(INNER), v=linear(INNER))
     (site,) = find_qk_pairs(model, torch.randn(2, 5, WIDTH)).sites
     assert site.query == (WeightBlock("both.weight", "q", 0, heads(3, DIM), None),)
+
+
+# ---- at random -------------------------------------------------------------------------------------------------------
+
+LAYERS = 8
+
+
+def layers_left_out(keep: Callable[[], bool]) -> Toy:
+    def run(m: Any, x: Tensor) -> Tensor:
+        for one in m.layers:
+            if keep():
+                x = x + one(x)
+        return x
+
+    def layer(m: Any, x: Tensor) -> Tensor:
+        return m.o(attend(split(m.q(x)), split(m.k(x)), split(m.v(x))).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def parts() -> dict[str, nn.Module]:
+        return {"o": linear(WIDTH, of=INNER), **{name: linear(INNER) for name in "qkv"}}
+
+    return Toy(run, layers=nn.ModuleList(Toy(layer, **parts()) for _ in range(LAYERS)))
+
+
+DRAWS: dict[str, Callable[[], bool]] = {
+    "torch": lambda: bool(torch.rand([]) >= 0.5),
+    "in place": lambda: bool(torch.empty(1).uniform_() >= 0.5),
+    "in a range": lambda: bool(torch.empty(1).uniform_(-1, 3) >= 1),
+    "python": lambda: random.random() >= 0.5,
+    "python, in a range": lambda: random.uniform(0, 2) >= 1,
+    "numpy": lambda: numpy.random.random() >= 0.5,
+    "numpy, in a range": lambda: numpy.random.uniform(0, 2) >= 1,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_layers_that_a_forward_leaves_out_at_random_are_found(draw: str) -> None:
+    """LayerDrop: whatever the state of the generators, which stays as it is, the sites are those of all layers."""
+    model, x = layers_left_out(DRAWS[draw]), torch.randn(2, 5, WIDTH)
+    for seed in range(ROUNDS):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        layout = find_qk_pairs(model, x)
+        drawn = torch.rand(1).item(), random.random(), numpy.random.random()
+        torch.manual_seed(seed)
+        random.seed(seed)
+        numpy.random.seed(seed)
+        assert drawn == (torch.rand(1).item(), random.random(), numpy.random.random())
+        assert [site.name for site in layout.sites] == [f"layers.{i}" for i in range(LAYERS)]
+        assert all(site.logit_scale == layout.sites[0].logit_scale for site in layout.sites) and not layout.untouched
+        assert verify_qk_pairs(model, layout, x).complete
+
+
+def test_a_loop_that_waits_for_a_draw_ends() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        while random.random() > 0.1:
+            pass
+        return attend(split(m.q(x)), split(m.k(x)), split(m.v(x)))
+
+    model = Toy(run, **{name: linear(INNER) for name in "qkv"})
+    assert find_qk_pairs(model, torch.randn(2, 5, WIDTH)).sites == (plain(),)
+
+
+def test_a_loop_that_waits_for_a_computed_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake weights it would never: the forward then runs for real, and fails with weights of the other sign."""
+    monkeypatch.setattr(quack_fx.graph.capture.answers, "MOST_READS", 100)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        while not (m.router(x) > 3).any():
+            x = x * 1.1 + 0.1
+        return attend(split(m.q(x)), split(m.k(x)), split(m.v(x)))
+
+    model = Toy(run, router=linear(1), **{name: linear(INNER) for name in "qkv"})
+    nn.init.ones_(model.router.weight)
+    found = find(model, (torch.ones(2, 5, WIDTH),))
+    assert found.way == "real" and found.layout.sites == (plain(),)

@@ -30,7 +30,7 @@ from quack_fx.find.provenance.trace import Tracer
 from quack_fx.find.provenance.trail import Trail
 from quack_fx.find.provenance.uses import Uses
 from quack_fx.find.provenance.values import values_of
-from quack_fx.graph.capture import Capture, RepeatedLayer, capture, capture_otherwise, unwrapped
+from quack_fx.graph.capture import Capture, RepeatedLayer, capture, captured_otherwise, unwrapped
 from quack_fx.graph.dataflow import BehindLayer, Dataflow
 from quack_fx.graph.forward.machine import without_collecting
 from quack_fx.layout import AttentionSite, LogitTerm, QKLayout, Skipped, WeightBlock
@@ -125,10 +125,10 @@ def find(
             tell("recording the forward pass with every layer")
             recorded = capture(inner, args, kwargs, sources=dumping())
             layout = _in_recording(inner, recorded, tell)
-        if recorded.made_up:
-            tell("recording once more, with other made-up numbers")
-            other = capture_otherwise(inner, args, kwargs)
-            layout = _common(layout, None if other is None else _in_recording(inner, other, tell))
+        if recorded.computed:
+            tell("recording again, since the forward reads numbers that it computes")
+            others = captured_otherwise(inner, args, kwargs, recorded.way)
+            layout = _common(layout, [_in_recording(inner, other, tell) for other in others])
     seconds = {"capture": captured - start, "find": time.perf_counter() - captured}
     nodes = len(recorded.graph_module.graph.nodes)
     return Found(layout, recorded.way, nodes, seconds, recorded.canned, recorded.fallback_reason)
@@ -141,23 +141,22 @@ def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], Non
     return find_in_graph(recorded.graph_module, weights, all_names=names, repeated=recorded.repeated, progress=tell)
 
 
-def _common(layout: QKLayout, other: QKLayout | None) -> QKLayout:
-    """What does not depend on made-up numbers: the sites that have the same rows in both layouts.
+def _common(layout: QKLayout, others: Sequence[QKLayout]) -> QKLayout:
+    """What does not depend on numbers that the forward computes: the sites with the same rows in every layout.
 
-    The logit scale is None where it does depend on them, or where that is unknown.
+    A layout without any site of a name says nothing about it: that recording skipped the layer. The logit scale is None
+    where it does depend on the numbers, or where that is unknown.
     """
-    known: dict[str, list[AttentionSite]] = {}
-    for site in other.sites if other is not None else ():
-        known.setdefault(site.name, []).append(site)
     sites, skipped = list[AttentionSite](), list(layout.skipped)
     for site in layout.sites:
-        others = known.get(site.name, [])
-        if others and pairs_of(site) not in map(pairs_of, others):
-            reason = "which weights it reads depends on a number that the model computes from its weights"
-            skipped.append(Skipped(site.name, "computed-route", reason))
+        namesakes = [[one for one in other.sites if one.name == site.name] for other in others]
+        counterparts = [same for same in namesakes if same]
+        if all(pairs_of(site) in map(pairs_of, same) for same in counterparts):
+            scales = {one.logit_scale for same in counterparts for one in same}
+            sites.append(site if scales == {site.logit_scale} else replace(site, logit_scale=None))
         else:
-            same = {one.logit_scale for one in others} == {site.logit_scale}
-            sites.append(site if same else replace(site, logit_scale=None))
+            reason = "which weights it reads depends on numbers that the model computes, or draws at random"
+            skipped.append(Skipped(site.name, "computed-route", reason))
     return replace(layout, sites=tuple(sites), skipped=tuple(dict.fromkeys(skipped)))
 
 

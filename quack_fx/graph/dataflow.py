@@ -36,6 +36,7 @@ class Dataflow:
         from_weight: Nodes that depend on a parameter.
         from_input: Nodes that depend on an input of the model.
         activation: Nodes that depend on an op of a weight with an input, or on a product or lookup with a weight.
+        drawn: Nodes that depend on a random draw.
         group: For each node, the first node that has the same memory (mostly the node itself).
         writes: For each group that is written in place, the writing nodes in execution order.
     """
@@ -49,6 +50,7 @@ class Dataflow:
         self.from_weight: set[Node] = set(weights)
         self.from_input: set[Node] = set()
         self.activation: set[Node] = set()
+        self.drawn: set[Node] = set()
         self.group: dict[Node, Node] = {}
         self.writes: dict[Node, list[Node]] = {}
         self._members: dict[Node, list[Node]] = {}
@@ -63,9 +65,12 @@ class Dataflow:
         self._members.setdefault(group, []).append(node)
         if node.op == "placeholder" and node not in self.weights:
             self.from_input.add(node)
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            self.drawn.add(node)
         if node.op != "call_function" or self.op[node].name in VALUE_FREE | FACTORY:
             return
         inputs = list(node.all_input_nodes)
+        drawn = node in self.drawn or any(n in self.drawn for n in inputs)
         weight = any(n in self.from_weight for n in inputs)
         given = any(n in self.from_input for n in inputs)
         active = any(n in self.activation for n in inputs)
@@ -78,6 +83,8 @@ class Dataflow:
                 self.from_input.add(member)
             if active:
                 self.activation.add(member)
+            if drawn:
+                self.drawn.add(member)
         if written:
             self.writes.setdefault(group, []).append(node)
 
@@ -107,7 +114,7 @@ class Dataflow:
     def is_given(self, node: Node) -> bool:
         """Whether a node is a floating-point or complex tensor that depends on an input and on no parameter."""
         value = self.value(node)
-        floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+        floating = isinstance(value, Tensor) and is_numeric(value)
         return floating and node in self.from_input and node not in self.from_weight
 
     def is_constant(self, node: Node) -> bool:
@@ -118,8 +125,8 @@ class Dataflow:
         """Values of a node that depends on no parameter, if they are recorded or can be computed; else None.
 
         Our captures record these values. Graphs of torch.export do not, but their tables (`arange` and what is made
-        from it) depend on nothing and are computed here. Indices that depend on parameters (the tokens of an expert)
-        are no constants even where a value is recorded: it is made up, or that of one batch.
+        from it) depend on nothing and are computed here. Indices that depend on parameters (the tokens of an expert) or
+        on random draws are no constants even where a value is recorded: it is made up, or that of one batch.
         """
         if node not in self._constants:
             self._constants[node] = self._compute_constant(node)
@@ -127,11 +134,12 @@ class Dataflow:
 
     def _compute_constant(self, node: Node) -> Tensor | None:
         value = self.value(node)
-        if isinstance(value, Tensor) and node in self.from_weight and not _is_numeric(value):
+        varies = node in self.from_weight or node in self.drawn
+        if isinstance(value, Tensor) and varies and not is_numeric(value):
             return None
         if isinstance(value, Tensor) and _has_numbers(value):
             return value
-        known = node in self.from_weight or node in self.from_input or node.op != "call_function"
+        known = varies or node in self.from_input or node.op != "call_function"
         if known or not isinstance(value, Tensor) or value.numel() > 1 << 22 or self.group[node] in self.writes:
             return None
         arguments = {n: self.constant(n) for n in node.all_input_nodes}
@@ -221,7 +229,8 @@ def _module_name(entry: Any) -> str:
     return str(name).removeprefix("L['self'].").removeprefix("L['self']")
 
 
-def _is_numeric(tensor: Tensor) -> bool:
+def is_numeric(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point or complex numbers; others may be indices or masks."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 

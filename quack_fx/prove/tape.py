@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode  # private, but the documented way to intercept ATen ops
 from torch.utils._pytree import tree_leaves
 
+from quack_fx.graph.forward.drawn import nothing_dropped
 from quack_fx.graph.forward.eager import op_by_op
 from quack_fx.graph.forward.fused import AnyLayout
 from quack_fx.graph.forward.gpus import OnThisMachine
@@ -153,6 +154,7 @@ def _record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(op_by_op())
         stack.enter_context(OnThisMachine())
+        stack.enter_context(nothing_dropped())
         stack.enter_context(JaggedWrittenOut())
         stack.enter_context(AnyLayout())
         stack.enter_context(_module_stack(model, watch))

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from quack_fx.find.provenance.labels import Labels, compact, constant_along
 from quack_fx.find.provenance.views import run_view
-from quack_fx.graph.dataflow import Dataflow, factors_of
+from quack_fx.graph.dataflow import Dataflow, factors_of, is_numeric
 
 
 @dataclass
@@ -261,6 +261,8 @@ class Projections:
             return None
         if kind == "getitem":
             return self._part(node)
+        if any(df.constant(n) is None for n in node.all_input_nodes if n not in inputs and not is_numeric(df.value(n))):
+            return None  # taken at indices that are computed
         sources = [self._coordinates(n) for n in inputs]
         if any(s is None for s in sources):
             return None

@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
 from quack_fx.find.provenance.labels import constant_along, reshape
-from quack_fx.graph.dataflow import Dataflow
+from quack_fx.graph.dataflow import Dataflow, is_numeric
 
 _SAME = frozenset(
     "clone contiguous alias detach lift_fresh lift_fresh_copy _to_copy to resolve_conj resolve_neg".split()
@@ -87,7 +87,7 @@ def _run_or_unknown(df: Dataflow, node: Node, plane: Plane, unknown: int) -> Any
 def _run(df: Dataflow, node: Node, plane: Plane) -> Any:
     def convert(argument: Node) -> Any:
         value = df.value(argument)
-        if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+        if isinstance(value, Tensor) and not is_numeric(value):
             numbers = df.constant(argument)
             if numbers is not None and argument is not node.args[0]:
                 return numbers

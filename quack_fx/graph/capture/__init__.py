@@ -10,6 +10,7 @@ flow and index tensors are right. To Python code, every tensor is on the CPU. If
 forward runs on real values instead.
 
     recorder.py   the dispatch mode that builds the graph
+    answers.py    made-up numbers for a forward that asks for values of fake tensors
     devices.py    makes every tensor appear to be on the CPU
     hybrid.py     runs one op when some of its inputs are fake
     executable.py a graph that runs, checked against the model
@@ -24,7 +25,8 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,16 +34,18 @@ import torch
 from torch import nn
 
 from quack_fx.errors import CaptureError, first_line
+from quack_fx.graph.capture.answers import VARIANTS
 from quack_fx.graph.capture.equal import equal_groups
 from quack_fx.graph.capture.executable import runnable
-from quack_fx.graph.capture.hybrid import NUMBER, OTHER_NUMBERS
-from quack_fx.graph.capture.isolate import isolated
+from quack_fx.graph.capture.hybrid import NUMBER
+from quack_fx.graph.capture.isolate import isolated, random_states, seed_all
 from quack_fx.graph.capture.layers import RepeatedLayer
 from quack_fx.graph.capture.recorder import Recorder
 from quack_fx.graph.capture.wrappers import first_wrapped, unwrapped
+from quack_fx.graph.forward.drawn import nothing_dropped
 from quack_fx.graph.forward.machine import available_memory
 
-__all__ = ["Capture", "RepeatedLayer", "capture", "capture_otherwise", "first_wrapped", "unwrapped"]
+__all__ = ["Capture", "RepeatedLayer", "capture", "captured_otherwise", "first_wrapped", "unwrapped"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class Capture:
         canned: Ops that need the values of fake tensors and returned a made-up result (in routing, for example).
         fallback_reason: Why the hybrid run failed, or None.
         repeated: Layers that were not run because they equal a recorded layer; only with `layers_once`.
+        computed: Whether the forward read a value that depends on weights or on random draws, and so may take another
+            way with other weights or draws.
     """
 
     graph_module: torch.fx.GraphModule
@@ -68,11 +74,7 @@ class Capture:
     canned: tuple[str, ...]
     fallback_reason: str | None = None
     repeated: tuple[RepeatedLayer, ...] = ()
-
-    @property
-    def made_up(self) -> bool:
-        """Whether the forward received a made-up number, which it may have used as a factor or an index."""
-        return NUMBER in self.canned
+    computed: bool = False
 
 
 def capture(
@@ -114,19 +116,26 @@ def capture(
         return _capture(inner, args, kwargs or {}, layers_once, real, executable, sources)
 
 
-def capture_otherwise(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Capture | None:
-    """Record a pass once more with other made-up numbers, to see what depends on them (`Capture.made_up`).
+def captured_otherwise(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, way: Literal["hybrid", "real"]
+) -> Iterator[Capture]:
+    """Record a pass again, to see what depends on values that it computes (`Capture.computed`).
 
-    Returns:
-        The recorded pass; None if the forward fails with all others.
+    Arguments:
+        model: The model.
+        args: Positional arguments of its forward.
+        kwargs: Keyword arguments of its forward.
+        way: How the forward was run: "hybrid" to change the made-up answers, "real" to change the weights.
+
+    Yields:
+        A recording for each variant with which the forward runs; random draws differ as well.
     """
     with unwrapped(model) as inner:
-        for numbers in OTHER_NUMBERS:
+        for variant in range(1, len(VARIANTS)):
             try:
-                return _run(inner, args, kwargs or {}, Recorder(inner, "hybrid", numbers=numbers))
+                yield _run(inner, args, kwargs or {}, Recorder(inner, way, variant=variant))
             except Exception as error:
-                _log.info("with %s, the forward fails: %s", numbers, first_line(error))
-    return None
+                _log.info("with variant %d of what it computes, the forward fails: %s", variant, first_line(error))
 
 
 def _capture(
@@ -191,9 +200,16 @@ def _run(
     recorder: Recorder,
     fallback_reason: str | None = None,
 ) -> Capture:
-    with isolated(model):
+    # The first two run every layer, which the first variant thus compares; the others skip some at random.
+    draws = nothing_dropped() if recorder.variant < 2 else nullcontext()
+    with isolated(model), draws:
         args, kwargs = recorder.inputs(args, kwargs)
+        seed_all(recorder.variant)
+        before = random_states()
         with torch.no_grad(), recorder:
             output = model(*args, **kwargs)
+        drew = random_states() != before
     repeated = recorder.layers.done()
-    return Capture(recorder.finish(output), recorder.way, tuple(recorder.canned), fallback_reason, repeated)
+    graph = recorder.finish(output)
+    computed = NUMBER in recorder.canned or recorder.reads > 0 or drew
+    return Capture(graph, recorder.way, tuple(recorder.canned), fallback_reason, repeated, computed)

@@ -34,6 +34,9 @@ class Twins(Protocol):
     def stand_in(self, tensor: Tensor, fake: bool) -> Tensor:
         """Return a tensor with the same graph node: the twin or, if `fake`, a meta tensor."""
 
+    def note_read(self) -> None:
+        """Note that Python reads real values without an op."""
+
     def made_up(self, tensor: Tensor) -> Any:
         """Return made-up values for a fake tensor."""
 
@@ -78,6 +81,7 @@ class OneDevice(TorchFunctionMode):
             args = (self._twin(args[0]), *args[1:])
             if func is Tensor.tolist and args[0].is_meta:
                 return self._twins.made_up(args[0])
+            self._twins.note_read()
         elif func is Tensor.__format__ and not args[0].dim() and (twin := self._twin(args[0])).is_meta:
             return self._twins.made_up(twin).__format__(*args[1:])
         elif func in (torch.tensor, torch.as_tensor) and isinstance((*args, kwargs.get("data"))[0], list | tuple):

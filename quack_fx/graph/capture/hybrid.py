@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from quack_fx.graph.capture.answers import Answers
 from quack_fx.graph.forward.machine import available_memory
 
 REAL_LIMIT = 1 << 24
@@ -30,27 +31,13 @@ REAL_LIMIT = 1 << 24
 _LIKE = frozenset({"zeros_like", "ones_like", "full_like", "rand_like", "randn_like"})
 _NEW = frozenset({"new_zeros", "new_ones", "new_full"})
 _NUMBERS = frozenset({"_local_scalar_dense", "item"})
+_TRUTHS = frozenset({"is_nonzero", "equal", "allclose"})
+_UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
+READS = _NUMBERS | _TRUTHS | _UNIQUE | {"nonzero", "nonzero_numpy", "argwhere", "masked_select"}
+"""Ops by which a forward reads values, and may choose what it does next."""
+
 NUMBER = "a number out of a tensor"
 """Entry of `canned` for a made-up Python number, which the forward may have used as a factor or an index."""
-
-
-class Numbers(NamedTuple):
-    """Made-up Python numbers of fake tensors."""
-
-    floating: float = 0.5
-    integer: int = 1
-    boolean: bool = False
-
-    def like(self, tensor: Tensor) -> float:
-        """The number for a tensor of one element."""
-        if tensor.dtype == torch.bool:
-            return self.boolean
-        return self.floating if tensor.is_floating_point() or tensor.is_complex() else self.integer
-
-
-OTHER_NUMBERS = (Numbers(0.75, 2, True), Numbers(0.75, 0), Numbers(0.75, 1))
-"""Other numbers, to see what depends on them; each is for a forward that fails with those before."""
-_UNIQUE = frozenset({"_unique", "_unique2", "unique_dim", "unique_consecutive"})
 
 
 def run_mixed(
@@ -60,7 +47,7 @@ def run_mixed(
     *,
     taint: Callable[[Tensor], Tensor],
     canned: list[str],
-    numbers: Numbers,
+    answers: Answers,
     most: int | None,
 ) -> Any:
     """Run `func` by the rules above.
@@ -71,15 +58,14 @@ def run_mixed(
         kwargs: Keyword arguments, likewise.
         taint: Called with a real tensor that is about to receive fake values in place; returns its fake twin.
         canned: List to which the names of ops with a canned answer are appended.
-        numbers: Values of fake tensors that are converted to Python numbers.
+        answers: Values of fake tensors that are converted to Python numbers.
         most: Largest real result of an op without tensor inputs, in elements. Every real result is also limited to a
             part of the available memory. None: no limits.
 
     Returns:
         The op's result. An in-place op returns the tensor it was given (its twin after `taint`).
     """
-    name = func.name() if callable(getattr(func, "name", None)) else str(func)
-    name = name.split("::")[-1].split(".")[0]
+    name = name_of(func)
     leaves = tree_leaves((args, kwargs))
     fake = any(isinstance(x, Tensor) and x.is_meta for x in leaves)
     if not isinstance(func, torch._ops.OpOverload):
@@ -88,9 +74,9 @@ def run_mixed(
         return _real(func, name, args, kwargs, leaves, most)
     if name in _LIKE or name in _NEW:
         return _value_free(func, name, args, kwargs)
-    if name in _NUMBERS:
+    if name in _NUMBERS | _TRUTHS | _UNIQUE:
         canned.append(NUMBER)
-        return numbers.like(args[0])
+        return _answer(name, args[0], answers)
     answer = _canned_answer(name, args, kwargs)
     if answer is not None:
         canned.append(name)
@@ -99,6 +85,12 @@ def run_mixed(
     if func._schema.is_mutable:
         args, kwargs = _mutation_targets(func, args, kwargs, taint)
     return _on_meta(func, args, kwargs)
+
+
+def name_of(func: Any) -> str:
+    """Name of an op without namespace and overload: "bmm"."""
+    name: str = func.name() if callable(getattr(func, "name", None)) else str(func)
+    return name.split("::")[-1].split(".")[0]
 
 
 def _real(
@@ -146,13 +138,21 @@ def _value_free(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, A
     return result
 
 
+def _answer(name: str, x: Tensor, answers: Answers) -> Any:
+    """Return a made-up number, truth value, or tensor in which a single value occurs."""
+    if name in _NUMBERS:
+        return answers.number(x)
+    if name in _TRUTHS:
+        return answers.truth()
+    value = torch.tensor([answers.number(x)], dtype=x.dtype)
+    return value, torch.zeros(x.shape, dtype=torch.long), torch.full((1,), x.numel())
+
+
 def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
     """Return a made-up result in a 1-tuple, or None if the op needs none."""
     if not args or not isinstance(args[0], Tensor):
         return None
     x = args[0]
-    if name in ("is_nonzero", "equal", "allclose"):
-        return (False,)
     if name == "repeat_interleave":
         return (torch.arange(x.numel()),)  # each once
     if name in ("nonzero", "nonzero_numpy", "argwhere"):
@@ -164,9 +164,6 @@ def _canned_answer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if name == "bincount":
         bins = max(1, kwargs.get("minlength", args[2] if len(args) > 2 else 1))
         return (torch.arange(x.numel()).remainder(bins).bincount(minlength=bins),)
-    if name in _UNIQUE:
-        where = torch.zeros(x.shape, dtype=torch.long)
-        return ((torch.zeros(1, dtype=x.dtype), where, torch.full((1,), x.numel())),)
     return None
 
 

@@ -1,8 +1,8 @@
 """Undo what a recorded forward changes in the model, the random state and global settings.
 
 In: a model. Out: a context in which its forward may run. On exit, every module gets back its attributes, buffers, hooks
-and submodules, and the RNGs of torch and Python and torch's fast-path setting are restored. (The *values* of buffers
-never change: the recorder passes copies to the ops.)
+and submodules, and the RNGs of torch, Python and numpy and torch's fast-path setting are restored. (The *values* of
+buffers never change: the recorder passes copies to the ops.)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,14 +27,32 @@ from quack_fx.graph.forward.eager import op_by_op
 def isolated(model: nn.Module) -> Iterator[None]:
     """Run `model`'s forward in this context without lasting effects."""
     before = [(module, Snapshot(module)) for module in model.modules()]
-    python_rng = random.getstate()
+    python, numpy = random_states()
     try:
         with torch.random.fork_rng(devices=[]), op_by_op():
             yield
     finally:
-        random.setstate(python_rng)
+        random.setstate(python)
+        if numpy is not None:
+            sys.modules["numpy"].random.set_state(numpy)
         for module, snapshot in before:
             snapshot.restore(module)
+
+
+def random_states() -> tuple[Any, Any]:
+    """States of the RNGs of Python and numpy; None for numpy where it was not imported."""
+    if (numpy := sys.modules.get("numpy")) is None:
+        return random.getstate(), None
+    name, keys, *rest = numpy.random.get_state()
+    return random.getstate(), (name, tuple(keys.tolist()), *rest)
+
+
+def seed_all(number: int) -> None:
+    """Seed the RNGs of torch on the CPU, of Python and of numpy."""
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(number)
 
 
 @contextmanager

@@ -25,9 +25,10 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from quack_fx.graph.capture import answers
 from quack_fx.graph.capture.devices import OneDevice
 from quack_fx.graph.capture.equal import EqualGroup
-from quack_fx.graph.capture.hybrid import NUMBER, REAL_LIMIT, Numbers, run_mixed
+from quack_fx.graph.capture.hybrid import NUMBER, READS, REAL_LIMIT, name_of, run_mixed
 from quack_fx.graph.capture.isolate import no_autocast
 from quack_fx.graph.capture.layers import EqualLayers
 from quack_fx.graph.capture.memory import Window, storage_of, window_of, window_on
@@ -54,7 +55,7 @@ class Recorder(TorchDispatchMode):
         model: nn.Module,
         way: Literal["hybrid", "real"],
         equal: Sequence[EqualGroup] = (),
-        numbers: Numbers = Numbers(),  # noqa: B008
+        variant: int = 0,
         sources: bool = False,
     ) -> None:
         super().__init__()
@@ -63,7 +64,10 @@ class Recorder(TorchDispatchMode):
         self.way = way
         self.entered = 0
         self.most: int | None = REAL_LIMIT if way == "hybrid" else sys.maxsize
-        self._numbers = numbers
+        self.variant = variant
+        self._answers = answers.VARIANTS[variant]()
+        self.reads = 0
+        self._drawn: set[Node] = set()
         self._sources = sources
         self._room = self._left = max(available_memory() // 2, LITTLE)
         self.attributes: dict[str, Tensor] = {}
@@ -195,7 +199,7 @@ class Recorder(TorchDispatchMode):
             run_kwargs,
             taint=self._taint,
             canned=self.canned,
-            numbers=self._numbers,
+            answers=self._answers,
             most=self.most,
         )
         if isinstance(func, torch._ops.OpOverload) and not func.is_view and not func._schema.is_mutable:
@@ -204,9 +208,18 @@ class Recorder(TorchDispatchMode):
             return result
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta["nn_module_stack"] = self._stacks[-1]
+        self._note_read(func, node)
         if self._sources:
             node.meta["stack_trace"] = _own_lines()
         return self._bind(func, args, kwargs, run_args, run_kwargs, result, node)
+
+    def _note_read(self, func: Any, node: Node) -> None:
+        """Note whether a node reads values that depend on random draws or, on real weights, perhaps on those."""
+        drawn = any(n in self._drawn for n in node.all_input_nodes)
+        if drawn or torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
+            self._drawn.add(node)
+        if (drawn or self.way == "real") and name_of(func) in READS:
+            self._count_read()
 
     def _bind(self, func: Any, args: Any, kwargs: Any, run_args: Any, run_kwargs: Any, result: Any, node: Node) -> Any:
         """Attach the op's results to its node; return them with the model's own tensors in place of twins."""
@@ -245,6 +258,7 @@ class Recorder(TorchDispatchMode):
         for i, item in enumerate(results):
             if isinstance(item, Tensor):
                 part = self.graph.call_function(_getitem, (node, i))
+                self._drawn |= {part} if node in self._drawn else set()
                 part.meta = {**node.meta, "val": item}
                 self._remember(item, part)
 
@@ -311,7 +325,7 @@ class Recorder(TorchDispatchMode):
             numbers = torch.randn(original.nbytes() // tensor.element_size()) * 0.02
             storage = numbers.to(tensor.dtype).untyped_storage()
         else:
-            storage = original.cpu().clone()
+            storage = _other_values(original.cpu().clone(), tensor.dtype, self.variant)
         self._twins[key] = storage
         self.alive.append(tensor)
 
@@ -330,16 +344,25 @@ class Recorder(TorchDispatchMode):
         self._remember(twin, node)
         return twin
 
+    def note_read(self) -> None:
+        """Note that Python reads real values without an op."""
+        if self.way == "real":
+            self._count_read()
+
+    def _count_read(self) -> None:
+        """Count a read of computed values. With other weights or draws than the model's own, a loop may never end.
+
+        Raises:
+            TooManyReads: There were too many.
+        """
+        self.reads += 1
+        if self.variant and self.reads > answers.MOST_READS:
+            raise answers.TooManyReads
+
     def made_up(self, tensor: Tensor) -> Any:
-        """Return made-up values of a fake tensor, nested as `tolist` returns them; integers in a list (sizes) are 1."""
-        sizes = tensor.dim() > 0 and not tensor.is_floating_point() and not tensor.is_complex()
-        self.canned.append("tolist" if sizes else NUMBER)
-        value = Numbers().like(tensor) if sizes else self._numbers.like(tensor)
-
-        def nested(shape: Sequence[int]) -> Any:
-            return [nested(shape[1:]) for _ in range(shape[0])] if shape else value
-
-        return nested(tensor.shape)
+        """Return made-up values of a fake tensor, nested as `tolist` returns them."""
+        self.canned.append(NUMBER)
+        return self._answers.values(tensor)
 
 
 def _getitem(sequence: Sequence[Any], index: int) -> Any:
@@ -360,6 +383,15 @@ def _own_lines() -> str:
 
 def _fake_storage(like: torch.UntypedStorage) -> torch.UntypedStorage:
     return torch.UntypedStorage(like.nbytes(), device="meta")
+
+
+def _other_values(storage: torch.UntypedStorage, dtype: torch.dtype, variant: int) -> torch.UntypedStorage:
+    """The same values for variant 0; for others, the values backwards, negated or both."""
+    values = torch.empty(0, dtype=dtype).set_(storage)
+    if not variant or dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return storage
+    values = values.flip(0) if variant % 2 else values
+    return (-values if variant > 1 else values).untyped_storage()
 
 
 def _within(path: str, name: str) -> str:
