@@ -155,7 +155,7 @@ def _common(layout: QKLayout, others: Sequence[QKLayout]) -> QKLayout:
             scales = {one.logit_scale for same in counterparts for one in same}
             sites.append(site if scales == {site.logit_scale} else replace(site, logit_scale=None))
         else:
-            reason = "which weights it reads depends on numbers that the model computes, or draws at random"
+            reason = "which weights it reads depends on numbers that the model computes from its weights, or draws at random"
             skipped.append(Skipped(site.name, "computed-route", reason))
     return replace(layout, sites=tuple(sites), skipped=tuple(dict.fromkeys(skipped)))
 
