@@ -366,7 +366,7 @@ def test_a_recording_that_takes_what_memory_is_left_ends(monkeypatch: pytest.Mon
     def run(m: Model, ids: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(m, ids, q, k, v) + sum(float(torch.ones(1 << 22).sum()) for _ in range(8))
 
-    with pytest.raises(CaptureError, match=r"takes more than 0\.1 GiB"):
+    with pytest.raises(CaptureError, match=r"takes more than the 0\.1 GiB"):
         capture(Model(run), [IDS])
 
 

@@ -125,13 +125,16 @@ def find(
             tell("recording the forward pass with every layer")
             recorded = capture(inner, args, kwargs, sources=dumping())
             layout = _in_recording(inner, recorded, tell)
+        found = Found(
+            layout, recorded.way, len(recorded.graph_module.graph.nodes), {}, recorded.canned, recorded.fallback_reason
+        )
         if recorded.computed:
             tell("recording again, since the forward reads numbers that it computes")
-            others = captured_otherwise(inner, args, kwargs, recorded.way)
-            layout = _common(layout, [_in_recording(inner, other, tell) for other in others])
+            del recorded  # one recording at a time is in memory
+            others = captured_otherwise(inner, args, kwargs, found.way)
+            found = replace(found, layout=_common(layout, [*map(lambda one: _in_recording(inner, one, tell), others)]))
     seconds = {"capture": captured - start, "find": time.perf_counter() - captured}
-    nodes = len(recorded.graph_module.graph.nodes)
-    return Found(layout, recorded.way, nodes, seconds, recorded.canned, recorded.fallback_reason)
+    return replace(found, seconds=seconds)
 
 
 def _in_recording(model: nn.Module, recorded: Capture, tell: Callable[[str], None]) -> QKLayout:
@@ -155,7 +158,9 @@ def _common(layout: QKLayout, others: Sequence[QKLayout]) -> QKLayout:
             scales = {one.logit_scale for same in counterparts for one in same}
             sites.append(site if scales == {site.logit_scale} else replace(site, logit_scale=None))
         else:
-            reason = "which weights it reads depends on numbers that the model computes from its weights, or draws at random"
+            reason = (
+                "which weights it reads depends on numbers that the model computes from its weights, or draws at random"
+            )
             skipped.append(Skipped(site.name, "computed-route", reason))
     return replace(layout, sites=tuple(sites), skipped=tuple(dict.fromkeys(skipped)))
 

@@ -6,7 +6,7 @@ In: a fake tensor. Out: a number, a truth value, or nested lists of numbers. A f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -42,8 +42,8 @@ class Answers:
         truths: Sequence[bool] = (False,),
         sizes: Sequence[int] = (1,),
     ) -> None:
-        self._floating, self._integers, self._sizes = cycle(floating), cycle(integers), cycle(sizes)
-        self._truths = cycle(truths)
+        self._floating, self._integers = cycle(floating), cycle(integers)
+        self._truths, self._sizes = cycle(truths), cycle(sizes)
         self._left = MOST_READS
 
     def truth(self) -> bool:
@@ -52,27 +52,42 @@ class Answers:
         Raises:
             TooManyReads: There were too many answers.
         """
+        self._count()
+        return next(self._truths)
+
+    def number(self, tensor: Tensor) -> float:
+        """The number in a tensor of one element.
+
+        Raises:
+            TooManyReads: There were too many answers.
+        """
+        self._count()
+        return next(self._kind(tensor, self._integers))
+
+    def values(self, tensor: Tensor) -> Any:
+        """Numbers for all elements of a tensor, nested as `Tensor.tolist` returns them.
+
+        Raises:
+            TooManyReads: There were too many answers.
+        """
+        self._count()
+        numbers = self._kind(tensor, self._sizes if tensor.dim() else self._integers)
+
+        def nested(shape: Sequence[int]) -> Any:
+            return [nested(shape[1:]) for _ in range(shape[0])] if shape else next(numbers)
+
+        return nested(tensor.shape)
+
+    def _count(self) -> None:
         self._left -= 1
         if self._left < 0:
             raise TooManyReads
-        return next(self._truths)
 
-    def number(self, like: Tensor, *, size: bool = False) -> float:
-        """A number of a tensor's type; `size` if it may be one of several sizes."""
-        truth = self.truth()
-        if like.is_floating_point() or like.is_complex():
-            return next(self._floating)
-        return truth if like.dtype is torch.bool else next(self._sizes if size else self._integers)
-
-    def values(self, tensor: Tensor) -> Any:
-        """Numbers for all elements of a tensor, nested as `Tensor.tolist` returns them."""
-
-        def nested(shape: Sequence[int]) -> Any:
-            if not shape:
-                return self.number(tensor, size=tensor.dim() > 0)
-            return [nested(shape[1:]) for _ in range(shape[0])]
-
-        return nested(tensor.shape)
+    def _kind(self, tensor: Tensor, integers: Iterator[int]) -> Iterator[float]:
+        """The answers of a tensor's type."""
+        if tensor.is_floating_point() or tensor.is_complex():
+            return self._floating
+        return self._truths if tensor.dtype is torch.bool else integers
 
 
 VARIANTS: tuple[Callable[[], Answers], ...] = (

@@ -12,7 +12,7 @@ import operator
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from unittest.mock import patch
 
@@ -41,10 +41,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 def random_states() -> tuple[Any, Any]:
     """States of the RNGs of Python and numpy; None for numpy where it was not imported."""
-    if (numpy := sys.modules.get("numpy")) is None:
-        return random.getstate(), None
-    name, keys, *rest = numpy.random.get_state()
-    return random.getstate(), (name, tuple(keys.tolist()), *rest)
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=False)
 
 
 def seed_all(number: int) -> None:
@@ -52,7 +50,8 @@ def seed_all(number: int) -> None:
     torch.default_generator.manual_seed(number)
     random.seed(number)
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(number)
+        with suppress(TypeError):  # it has another generator, without a seed
+            numpy.random.seed(number)
 
 
 @contextmanager

@@ -39,6 +39,8 @@ from quack_fx.graph.forward.machine import available_memory
 
 LITTLE = 1 << 26
 """Memory that a recording may always use, in bytes."""
+VARIANT_ROOM = 1 << 30
+"""Memory that a variant may use at most, in bytes: with other weights, a forward may compute much longer sequences."""
 _FOREIGN = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[2]))
 _MOST = 5
 """Number of innermost frames of the model's own code (neither torch's nor ours) recorded for an op."""
@@ -69,7 +71,8 @@ class Recorder(TorchDispatchMode):
         self.reads = 0
         self._drawn: set[Node] = set()
         self._sources = sources
-        self._room = self._left = max(available_memory() // 2, LITTLE)
+        room = max(available_memory() // 2, LITTLE)
+        self._room = self._left = min(room, VARIANT_ROOM) if variant else room
         self.attributes: dict[str, Tensor] = {}
         self._nodes: dict[int, Node] = {}
         self._windows: dict[Window, Node] = {}
@@ -243,7 +246,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(made, Tensor) and not made.is_meta:
                 self._left -= made.numel() * made.element_size()
         if self._left < 0:
-            raise MemoryError(f"what it computes takes more than {self._room / 2**30:.1f} GiB, half of what is left")
+            raise MemoryError(f"what it computes takes more than the {self._room / 2**30:.1f} GiB that it may use")
 
     def append(self, target: Callable[..., Any], inputs: Sequence[Node], results: Sequence[Tensor]) -> Node:
         """Append a node that stands for several ops and returns several tensors."""
